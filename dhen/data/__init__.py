@@ -1,0 +1,1 @@
+"""From click-log files to batches."""

@@ -1,0 +1,99 @@
+"""What a prepared data folder holds: its columns, their encodings, and how many rows each split has.
+
+A prepared folder is
+
+    schema.json                     this file's `Schema`
+    train/part-00000.parquet ...    also validation/ and test/, where the data has them
+    vocabulary/<feature>.parquet    key, id, count: only for features encoded by a vocabulary
+    bad_rows.csv                    file, row, reason, text: only where bad rows were skipped
+
+The Parquet columns are `label` (float32, 0 or 1), one float32 column a dense feature (already transformed), one int32
+or int64 column a single-valued sparse feature, and a list column a multi-valued one, with a list<float32> column
+`<feature>:weights` beside it where its ids carry weights. Ids are ready for the table: 0 <= id < num_embeddings.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+LABEL = "label"
+SCHEMA_FILE = "schema.json"
+SPLITS = ("train", "validation", "test")
+MISSING_ID = 0
+"""The id of a blank value, and of a key that the vocabulary doesn't hold."""
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+def weights_column(feature: str) -> str:
+    """Name of the Parquet column that holds a feature's per-id weights."""
+    return f"{feature}:weights"
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class DenseColumn:
+    """A dense feature. `log1p` is sign(x) * log(1 + |x|), which keeps negatives; a blank becomes 0 after it."""
+
+    name: str
+    transform: Literal["log1p", "identity"] = "log1p"
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class SparseColumn:
+    """A sparse feature and how its raw values become ids of a table of `num_embeddings` rows.
+
+    `hash`: 1 + hash(value) mod (num_embeddings - 1). `vocabulary`: the row of the key's entry in
+    vocabulary/<name>.parquet. Under both, id 0 stands for blank, and under `vocabulary` for unseen or rare keys too.
+    """
+
+    name: str
+    num_embeddings: int
+    encoding: Literal["hash", "vocabulary"] = "hash"
+    min_count: int = 1
+    is_multi_valued: bool = False
+    is_weighted: bool = False
+    pooling: Literal["sum", "mean"] = "sum"
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class SplitCounts:
+    """Rows of one split, and how many of them are clicks."""
+
+    rows: int
+    clicks: int
+    bad_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Schema:
+    """All that a reader of a prepared folder must know. `best_possible_ne` (by split) is set by generated data only."""
+
+    dense: tuple[DenseColumn, ...]
+    sparse: tuple[SparseColumn, ...]
+    splits: dict[str, SplitCounts]
+    source: dict[str, Any] = field(default_factory=dict)
+    best_possible_ne: dict[str, float] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write schema.json into `folder`."""
+        text = json.dumps(asdict(self), indent=2)
+        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Schema":
+        """Read schema.json from `folder`. Raises FileNotFoundError or ValueError naming the file and the key."""
+        path = Path(folder) / SCHEMA_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file, so {folder} is not a prepared data folder. Make one with tools/prepare_data.py."
+            )
+        try:
+            return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{path}: {key or 'the file'}: {first['msg']}. Prepare the data again.") from error

@@ -1,0 +1,1 @@
+"""The mathematics of DHEN for one device (paper section 2)."""
