@@ -7,9 +7,10 @@ A prepared folder is
     vocabulary/<feature>.parquet    key, id, count: only for features encoded by a vocabulary
     bad_rows.csv                    file, row, reason, text: only where bad rows were skipped
 
-The Parquet columns are `label` (float32, 0 or 1), one float32 column a dense feature (already transformed), one int32
-or int64 column a single-valued sparse feature, and a list column a multi-valued one, with a list<float32> column
-`<feature>:weights` beside it where its ids carry weights. Ids are ready for the table: 0 <= id < num_embeddings.
+The Parquet columns are `label` (float32, 0 or 1; NaN where unknown, as in data to predict), one float32 column a dense
+feature (already transformed), one int32 or int64 column a single-valued sparse feature, and a list column a
+multi-valued one, with a list<float32> column `<feature>:weights` beside it where its ids carry weights. Ids are ready
+for the table: 0 <= id < num_embeddings.
 """
 
 import json
@@ -61,11 +62,15 @@ class SparseColumn:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class SplitCounts:
-    """Rows of one split, and how many of them are clicks."""
+    """Rows of one split, and how many of them are clicks; `unlabelled` ones have label NaN (raw data to predict).
+
+    `bad_rows` were skipped: they aren't among `rows`.
+    """
 
     rows: int
     clicks: int
     bad_rows: int = 0
+    unlabelled: int = 0
 
 
 @dataclass(frozen=True)

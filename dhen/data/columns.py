@@ -1,0 +1,198 @@
+"""Columns of text (or of whatever a Parquet file holds) as the typed columns of a `RawChunk`, all rows at once.
+
+Each function returns the values and complains about the rows that it can't read to the chunk's `RowChecks`.
+"""
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dhen.data.raw_rows import RowChecks
+from dhen.data.roles import SparseRole
+
+_HEX = np.zeros(256, dtype=bool)
+_HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
+
+
+def label_column(
+    values: pa.Array, name: str, checks: RowChecks, *, is_required: bool, minus_one: bool = False
+) -> pa.Array:
+    """0 or 1 as float32; NaN for a blank where labels aren't required. `minus_one`: -1 means 0 too (libsvm)."""
+    numbers, unread = _numbers(values, pl.Float64)
+    is_blank = np.isnan(numbers) & ~unread
+    allowed = (numbers == 0) | (numbers == 1) | ((numbers == -1) & minus_one)
+    is_bad = ~allowed & ~(is_blank & (not is_required))
+    checks.refuse(is_bad, lambda i: f"column {name!r}: the label is {_shown(values, i)}; it must be 0 or 1")
+    return pa.array(np.maximum(numbers, 0).astype(np.float32), from_pandas=False)
+
+
+def no_labels(num_rows: int) -> pa.Array:
+    """The label column of rows whose label is unknown: NaN."""
+    return pa.array(np.full(num_rows, np.nan, dtype=np.float32), from_pandas=False)
+
+
+def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
+    """Integers as float64, null where blank."""
+    numbers, unread = _numbers(values, pl.Int64)
+    checks.refuse(unread, lambda i: f"column {name!r}: {_shown(values, i)} isn't an integer; write digits or a blank")
+    return pa.array(numbers, from_pandas=True)
+
+
+def number_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
+    """Finite numbers as float64, null where blank or NaN."""
+    numbers, unread = _numbers(values, pl.Float64)
+    is_bad = unread | np.isinf(numbers)
+    checks.refuse(is_bad, lambda i: f"column {name!r}: {_shown(values, i)} isn't a finite number; write one or a blank")
+    return pa.array(numbers, from_pandas=True)
+
+
+def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
+    """Ids of one to eight hex digits, in lower case, null where blank."""
+    offsets, data = string_buffers(values)
+    lengths = np.diff(offsets)
+    digits = data[offsets[0] : offsets[-1]]
+    is_hex = _HEX[digits]
+    if not is_hex.all() or lengths.max(initial=0) > 8:
+        wrong_up_to = np.concatenate(([0], np.cumsum(~is_hex)))
+        is_bad = (np.diff(wrong_up_to[offsets - offsets[0]]) > 0) | (lengths > 8)
+        checks.refuse(
+            is_bad,
+            lambda i: f"column {name!r}: the id {_shown(values, i)} isn't hex; write 1 to 8 of 0-9 a-f, or a blank",
+        )
+    has_capitals = ((digits >= ord("A")) & (digits <= ord("F"))).any()
+    return pc.ascii_lower(values) if has_capitals else values
+
+
+def sparse_columns(
+    columns: dict[str, pa.Array], role: SparseRole, checks: RowChecks
+) -> tuple[pa.Array, pa.Array | None]:
+    """A sparse feature by its role: (keys, weights or None). A key is the text of the id, so that 7 and "7" agree."""
+    values = columns[role.source]
+    if not role.is_multi_valued:
+        keys = key_strings(values, role.source, checks)
+        if role.characters is not None:
+            keys = pc.utf8_slice_codeunits(keys, *role.characters)
+            keys = pc.if_else(pc.equal(keys, ""), pa.scalar(None, pa.string()), keys)
+        return keys, None
+    lists = _split(values, role.separator)
+    lengths = _list_lengths(lists)
+    if role.weights is None:
+        keys = _keys_of_list(lists, lengths, role.source, checks)
+        return _lists(lengths, keys, keep=_is_present(keys)), None
+    weight_lists = _split(columns[role.weights], role.separator)
+    weight_lengths = _list_lengths(weight_lists)
+    checks.refuse(
+        lengths != weight_lengths,
+        lambda i: (
+            f"column {role.source!r} has {lengths[i]} ids and {role.weights!r} {weight_lengths[i]} weights; "
+            f"give each id one weight"
+        ),
+    )
+    agree = checks.is_good & (lengths == weight_lengths)
+    # Rows that don't agree are refused already: empty them, so that ids and weights stay in step.
+    lists, weight_lists = (pc.if_else(pa.array(agree), one, pa.scalar([], one.type)) for one in (lists, weight_lists))
+    lengths = np.where(agree, lengths, 0)
+    keys = _keys_of_list(lists, lengths, role.source, checks)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    numbers, _ = _numbers(pc.list_flatten(weight_lists), pl.Float64)
+    keep = _is_present(keys)
+    is_bad = np.bincount(rows, weights=~np.isfinite(numbers) & keep, minlength=len(lengths)) > 0
+    checks.refuse(is_bad, lambda i: f"column {role.weights!r}: not every weight is a finite number")
+    return (
+        _lists(lengths, keys, keep=keep),
+        _lists(lengths, pa.array(numbers.astype(np.float32), from_pandas=False), keep=keep),
+    )
+
+
+def key_strings(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
+    """Single ids as text, null where blank."""
+    keys, is_bad = _keys(values)
+    checks.refuse(is_bad, lambda i: f"column {name!r}: the id {_shown(values, i)} is neither text nor an integer")
+    return keys
+
+
+def string_buffers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(offsets, bytes) of a string array, without a copy: value i is data[offsets[i] : offsets[i + 1]]."""
+    assert pa.types.is_string(values.type), values.type
+    _, offsets, data = values.buffers()
+    if len(values) == 0:
+        return np.zeros(1, dtype=np.int32), np.zeros(0, dtype=np.uint8)
+    first = values.offset
+    cut = np.frombuffer(offsets, dtype=np.int32)[first : first + len(values) + 1]
+    return cut, np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, dtype=np.uint8)
+
+
+def _numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 with NaN where blank or unreadable, mask of the unreadable)."""
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
+    series = pl.Series(pl.from_arrow(values))
+    numbers = series.cast(kind, strict=False)
+    unread = (numbers.is_null() & series.is_not_null()).to_numpy()
+    return numbers.cast(pl.Float64).fill_null(float("nan")).to_numpy(), unread
+
+
+def _keys(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """(text, mask of those that aren't ids). Floats are ids where they are whole: pandas makes them of integers."""
+    none_bad = np.zeros(len(values), dtype=bool)
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_floating(values.type):
+        numbers = values.to_numpy(zero_copy_only=False).astype(np.float64)
+        is_blank = np.isnan(numbers)
+        is_whole = ~is_blank & (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
+        whole = pa.array(np.where(is_whole, numbers, 0).astype(np.int64), mask=~is_whole)
+        return whole.cast(pa.string()), ~is_whole & ~is_blank
+    if pa.types.is_boolean(values.type):
+        values = values.cast(pa.int8())
+    text = values if pa.types.is_string(values.type) else values.cast(pa.string())
+    is_blank = pc.equal(pc.binary_length(text), 0)
+    if pc.any(is_blank).as_py():
+        text = pc.if_else(is_blank, pa.scalar(None, pa.string()), text)
+    return text, none_bad
+
+
+def _keys_of_list(lists: pa.Array, lengths: np.ndarray, name: str, checks: RowChecks) -> pa.Array:
+    keys, is_bad = _keys(pc.list_flatten(lists))
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    bad_rows = np.bincount(rows, weights=is_bad, minlength=len(lengths)) > 0
+    checks.refuse(bad_rows, lambda i: f"column {name!r}: an id of {_shown(lists, i)} is neither text nor an integer")
+    return keys
+
+
+def _split(values: pa.Array, separator: str | None) -> pa.Array:
+    """Lists: the file's own, the parts of a text, or the one value that there is."""
+    if pa.types.is_list(values.type):
+        return values
+    if pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
+        return values.cast(pa.list_(values.type.value_type))
+    if separator is not None:
+        text = values if pa.types.is_string(values.type) else values.cast(pa.string())
+        return pc.split_pattern(text, separator)
+    lengths = values.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
+    return _lists(lengths, values.drop_null())
+
+
+def _list_lengths(lists: pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _is_present(keys: pa.Array) -> np.ndarray:
+    return keys.is_valid().to_numpy(zero_copy_only=False)
+
+
+def _lists(lengths: np.ndarray, values: pa.Array, keep: np.ndarray | None = None) -> pa.Array:
+    """Lists of the given lengths over flat values; those outside `keep` are left out."""
+    if keep is not None and not keep.all():
+        kept_up_to = np.concatenate(([0], np.cumsum(keep)))
+        offsets = kept_up_to[np.concatenate(([0], np.cumsum(lengths)))]
+        values = values.filter(pa.array(keep))
+    else:
+        offsets = np.concatenate(([0], np.cumsum(lengths)))
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
+
+
+def _shown(values: pa.Array, index: int) -> str:
+    value = values[index].as_py()
+    return "blank" if value is None else f"{value!r:.60}"

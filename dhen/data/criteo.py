@@ -1,0 +1,63 @@
+"""Criteo's click logs: tab-separated, without header: label, 13 integers (I1-I13), 26 categories in hex (C1-C26).
+
+Blank means missing. Where labels aren't required, the file may be Criteo's own test set, which has no label column.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import pyarrow as pa
+
+from dhen.data import columns, text_blocks
+from dhen.data.raw_rows import RawChunk, RowChecks
+from dhen.data.roles import ColumnRoles, DenseRole, SparseRole
+from dhen.data.schema import LABEL
+
+INTEGERS = tuple(f"I{i}" for i in range(1, 14))
+CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
+
+
+@dataclass(frozen=True)
+class CriteoReader:
+    """Reads Criteo's format, plain or .gz."""
+
+    is_label_required: bool = True
+    block_bytes: int = text_blocks.BLOCK_BYTES
+
+    @cached_property
+    def roles(self) -> ColumnRoles:
+        """I1-I13 dense by log1p, C1-C26 sparse."""
+        return ColumnRoles(
+            dense=tuple(DenseRole(name) for name in INTEGERS),
+            sparse=tuple(SparseRole(name) for name in CATEGORIES),
+            delimiter="\t",
+            header=False,
+        )
+
+    def chunks(self, file: str) -> Iterator[RawChunk]:
+        """The rows of `file` in order. Raises FileNotFoundError or DataError."""
+        names = [LABEL, *INTEGERS, *CATEGORIES]
+        if not self.is_label_required and text_blocks.first_line(file)[1].count("\t") == len(names) - 2:
+            names = names[1:]
+        for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
+            yield self._typed(block, names)
+
+    def count_rows(self, file: str) -> int:
+        """Lines of `file`."""
+        return text_blocks.count_lines(file)
+
+    def _typed(self, block: text_blocks.TextBlock, names: list[str]) -> RawChunk:
+        strings, rows, bad = text_blocks.split_columns(block, names, delimiter="\t", quote=None)
+        raw = {name: text_blocks.one_array(strings[name]) for name in names}
+        checks = RowChecks(block.file, rows, text_blocks.line_quoter(raw, "\t"))
+        typed: dict[str, pa.Array] = {}
+        if LABEL in raw:
+            typed[LABEL] = columns.label_column(raw[LABEL], LABEL, checks, is_required=self.is_label_required)
+        else:
+            typed[LABEL] = columns.no_labels(len(rows))
+        for name in INTEGERS:
+            typed[name] = columns.integer_column(raw[name], name, checks)
+        for name in CATEGORIES:
+            typed[name] = columns.hex_column(raw[name], name, checks)
+        return checks.finish(pa.table(typed), bad, end_row=block.end_row, bytes_read=block.bytes_read)

@@ -1,0 +1,81 @@
+"""Delimited text (CSV, TSV and the like) whose columns a YAML schema names (dhen/data/roles.py).
+
+Quoted values may hold the delimiter, but no line end.
+"""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from dhen.data import columns, text_blocks
+from dhen.data.raw_rows import DataError, RawChunk, RowChecks
+from dhen.data.roles import ColumnRoles
+from dhen.data.schema import LABEL, weights_column
+
+
+@dataclass(frozen=True)
+class DelimitedReader:
+    """Reads delimited text, plain or .gz."""
+
+    roles: ColumnRoles
+    is_label_required: bool = True
+    block_bytes: int = text_blocks.BLOCK_BYTES
+
+    def chunks(self, file: str) -> Iterator[RawChunk]:
+        """The rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for a column without role."""
+        names, header_rows = self._column_names(file)
+        blocks = text_blocks.text_blocks(
+            file, block_bytes=self.block_bytes, header_rows=header_rows, quote=self.roles.quote
+        )
+        for block in blocks:
+            strings, rows, bad = text_blocks.split_columns(
+                block,
+                names,
+                delimiter=self.roles.delimiter,
+                quote=self.roles.quote,
+                null_values=self.roles.null_values,
+            )
+            raw = {name: text_blocks.one_array(strings[name]) for name in names}
+            checks = RowChecks(file, rows, text_blocks.line_quoter(raw, self.roles.delimiter))
+            table = typed_table(raw, self.roles, checks, is_label_required=self.is_label_required)
+            yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
+
+    def count_rows(self, file: str) -> int:
+        """Lines of `file` after its header."""
+        _, header_rows = self._column_names(file)
+        return text_blocks.count_lines(file) - header_rows
+
+    def _column_names(self, file: str) -> tuple[list[str], int]:
+        """(names, rows up to the header's end)."""
+        row, line = text_blocks.first_line(file)
+        quoting = csv.QUOTE_NONE if self.roles.quote is None else csv.QUOTE_MINIMAL
+        cells = next(csv.reader([line], delimiter=self.roles.delimiter, quotechar=self.roles.quote, quoting=quoting))
+        if self.roles.header:
+            names, header_rows = cells, row
+        else:
+            names, header_rows = list(self.roles.columns), 0
+            if not names:
+                raise DataError(f"{file}: the schema says `header: false` but names no columns. Add `columns: [...]`.")
+        self.roles.check_columns(names, file, is_label_required=self.is_label_required)
+        return names, header_rows
+
+
+def typed_table(
+    raw: dict[str, pa.Array], roles: ColumnRoles, checks: RowChecks, *, is_label_required: bool
+) -> pa.Table:
+    """The raw columns by their roles, as `RawChunk.table`; serves every format with named columns."""
+    typed: dict[str, pa.Array] = {}
+    if roles.label in raw:
+        typed[LABEL] = columns.label_column(raw[roles.label], roles.label, checks, is_required=is_label_required)
+    else:
+        typed[LABEL] = columns.no_labels(len(checks.rows))
+    for dense in roles.dense:
+        typed[dense.name] = columns.number_column(raw[dense.name], dense.name, checks)
+    for sparse in roles.sparse:
+        keys, weights = columns.sparse_columns(raw, sparse, checks)
+        typed[sparse.name] = keys
+        if weights is not None:
+            typed[weights_column(sparse.name)] = weights
+    return pa.table(typed)

@@ -1,0 +1,103 @@
+"""From raw values to what the model reads: ids by hash or vocabulary, transformed dense values."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from dhen.data.hashing import hashed_ids
+from dhen.data.raw_rows import DataError
+from dhen.data.roles import ColumnRoles, SparseRole
+from dhen.data.schema import LABEL, DenseColumn, SparseColumn, weights_column
+from dhen.data.settings import PreparationSettings
+from dhen.data.text_blocks import one_array
+from dhen.data.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes raw tables (`RawChunk.table`) as prepared ones (dhen/data/schema.py)."""
+
+    dense: tuple[DenseColumn, ...]
+    sparse: tuple[SparseColumn, ...]
+    vocabularies: dict[str, Vocabulary]
+
+    def encode(self, raw: pa.Table) -> pa.Table:
+        """The same rows with ids and transformed values."""
+        encoded: dict[str, pa.Array] = {LABEL: one_array(raw[LABEL])}
+        for dense in self.dense:
+            encoded[dense.name] = pa.array(_transformed(raw[dense.name].to_numpy(), dense), from_pandas=False)
+        for sparse in self.sparse:
+            column = one_array(raw[sparse.name])
+            if sparse.is_multi_valued:
+                ids = self._ids(column.flatten(), sparse)
+                encoded[sparse.name] = pa.ListArray.from_arrays(_offsets(column), ids)
+            else:
+                encoded[sparse.name] = self._ids(column, sparse)
+            if sparse.is_weighted:
+                name = weights_column(sparse.name)
+                encoded[name] = one_array(raw[name])
+        return pa.table(encoded)
+
+    def _ids(self, keys: pa.Array, sparse: SparseColumn) -> pa.Array:
+        if sparse.encoding == "hash":
+            ids = hashed_ids(keys, sparse.name, sparse.num_embeddings)
+        else:
+            ids = self.vocabularies[sparse.name].ids(keys)
+        return pa.array(ids.astype(np.int32 if sparse.num_embeddings <= 2**31 else np.int64))
+
+
+def new_columns(
+    roles: ColumnRoles, settings: PreparationSettings, vocabularies: dict[str, Vocabulary]
+) -> tuple[tuple[DenseColumn, ...], tuple[SparseColumn, ...]]:
+    """The schema's columns for new data. `vocabularies` holds those of the features that `uses_vocabulary`."""
+    dense = tuple(DenseColumn(role.name, role.transform) for role in roles.dense)
+    sparse = tuple(
+        SparseColumn(
+            name=role.name,
+            num_embeddings=(
+                vocabularies[role.name].num_embeddings
+                if role.name in vocabularies
+                else role.hash_size or settings.hash_size
+            ),
+            encoding=role.encoding or settings.id_encoding,
+            min_count=role.min_count or settings.min_count,
+            is_multi_valued=role.is_multi_valued,
+            is_weighted=role.is_weighted,
+            pooling=role.pooling,
+        )
+        for role in roles.sparse
+    )
+    return dense, sparse
+
+
+def check_same_features(
+    roles: ColumnRoles, dense: tuple[DenseColumn, ...], sparse: tuple[SparseColumn, ...], folder: str
+) -> None:
+    """Raise DataError unless raw data with these roles can be encoded by the schema of `folder`."""
+    present = {role.name: "dense" for role in roles.dense} | {role.name: _kind(role) for role in roles.sparse}
+    wanted = {column.name: "dense" for column in dense} | {column.name: _kind(column) for column in sparse}
+    for name, kind in wanted.items():
+        if present.get(name) != kind:
+            has = f"has it as {present[name]}" if name in present else "doesn't have it"
+            raise DataError(
+                f"{folder}: its feature {name!r} is {kind}, but the raw data {has}. Give data with the same features, "
+                f"or prepare it without schema_from."
+            )
+
+
+def _kind(sparse: SparseRole | SparseColumn) -> str:
+    kind = "multi-valued sparse" if sparse.is_multi_valued else "sparse"
+    return f"weighted {kind}" if sparse.is_weighted else kind
+
+
+def _transformed(values: np.ndarray, column: DenseColumn) -> np.ndarray:
+    if column.transform == "log1p":
+        values = np.sign(values) * np.log1p(np.abs(values))
+    return np.nan_to_num(values, nan=0.0).astype(np.float32)
+
+
+def _offsets(lists: pa.ListArray) -> pa.Array:
+    """Offsets into `lists.flatten()`; a null list is empty."""
+    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    return pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))

@@ -1,0 +1,177 @@
+"""What each raw column is: label, dense, sparse or ignored. For most formats a small YAML file says it.
+
+label: click
+delimiter: ","            # these four are for text files; what is shown is the default
+header: true              # or false, and then `columns: [name, ...]` in the file's order
+quote: '"'                # null: quotes mean nothing
+null_values: [""]         # texts that mean blank
+dense:
+  - price                 # log1p
+  - {name: age, transform: identity}
+sparse:
+  - user
+  - {name: item, encoding: vocabulary, min_count: 2}          # also hash_size; over the command's own settings
+  - {name: genres, separator: "|", pooling: mean}             # multi-valued, "7|12|40"
+  - {name: tags, separator: "|", weights: tag_weights}        # and the column of their weights, "1|0.5|0.5"
+  - {name: history, multi_valued: true}                       # Parquet: a list column
+  - {name: hour_of_day, column: time, characters: [6, 8]}     # characters 6 and 7 (from 0) of the column `time`
+ignored: [id]             # every other column must stand here; or "*" for all others
+"""
+
+import difflib
+import re
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from dhen.data.schema import LABEL
+
+_STRICT = ConfigDict(extra="forbid")
+_FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]*")
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class DenseRole:
+    """A numeric column."""
+
+    name: str
+    transform: Literal["log1p", "identity"] = "log1p"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The raw columns it is made of."""
+        return (self.name,)
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class SparseRole:
+    """A categorical column. `encoding`, `hash_size` and `min_count` are None where the command's own settings hold."""
+
+    name: str
+    column: str | None = None
+    characters: tuple[int, int] | None = None
+    separator: str | None = None
+    multi_valued: bool = False
+    weights: str | None = None
+    pooling: Literal["sum", "mean"] = "sum"
+    encoding: Literal["hash", "vocabulary"] | None = None
+    hash_size: int | None = None
+    min_count: int | None = None
+
+    @property
+    def is_multi_valued(self) -> bool:
+        """Whether a row holds any number of its ids. Weighted ids are always kept as lists."""
+        return self.multi_valued or self.separator is not None or self.weights is not None
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether each id has a weight."""
+        return self.weights is not None
+
+    @property
+    def source(self) -> str:
+        """The raw column that holds its ids."""
+        return self.column or self.name
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The raw columns it is made of."""
+        return (self.source,) if self.weights is None else (self.source, self.weights)
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class ColumnRoles:
+    """The YAML file as values. Raises ValueError on construction where it contradicts itself."""
+
+    label: str = LABEL
+    dense: tuple[DenseRole, ...] = ()
+    sparse: tuple[SparseRole, ...] = ()
+    ignored: tuple[str, ...] | Literal["*"] = ()
+    delimiter: str = ","
+    header: bool = True
+    columns: tuple[str, ...] = ()
+    quote: str | None = '"'
+    null_values: tuple[str, ...] = field(default=("",))
+
+    def __post_init__(self) -> None:
+        names = [feature.name for feature in (*self.dense, *self.sparse)]
+        if not names:
+            raise ValueError("there is neither a dense nor a sparse feature. List at least one.")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the feature {name!r} stands there twice. Give each feature its own name.")
+            if name == LABEL or not _FEATURE_NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} can't be the name of a feature: it becomes the name of a file and of a column. Use "
+                    f"letters, digits, '_', '-', '.' and blanks, and not {LABEL!r}. Rename a sparse one by `column:`."
+                )
+        if len(self.delimiter) != 1 or (self.quote is not None and len(self.quote) != 1):
+            raise ValueError(f"delimiter {self.delimiter!r} and quote {self.quote!r} must each be one character.")
+        if self.header and self.columns:
+            raise ValueError("`columns` is for files without a header. Add `header: false` or remove `columns`.")
+        for feature in self.sparse:
+            if feature.separator == "":
+                raise ValueError(f"the separator of {feature.name!r} is empty. Give the text between two ids.")
+            if feature.characters is not None and feature.is_multi_valued:
+                raise ValueError(f"{feature.name!r} has both `characters` and several values. Drop one of the two.")
+
+    def check_columns(self, present: list[str], file: str, *, is_label_required: bool) -> None:
+        """Raise ValueError unless the file's columns are the ones with a role, no more and no less."""
+        for name in present:
+            if present.count(name) > 1:
+                raise ValueError(f"{file}: row 1: two columns are named {name!r}. Rename one of them.")
+        used = [column for feature in (*self.dense, *self.sparse) for column in feature.columns]
+        wanted = [*used, self.label] if is_label_required else used
+        for column in wanted:
+            if column not in present:
+                near = difflib.get_close_matches(column, present, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"{file}: there is no column {column!r}; it has {', '.join(present)}.{hint} Correct the schema "
+                    f"(--dataset_schema) or the file."
+                )
+        if self.ignored == "*":
+            return
+        known = {*used, self.label, *self.ignored}
+        for column in present:
+            if column not in known:
+                raise ValueError(
+                    f"{file}: the column {column!r} has no role. List it under dense, sparse or ignored in the schema "
+                    f'(--dataset_schema), or write `ignored: "*"` there to drop all such columns.'
+                )
+
+
+def load_roles(path: str | Path) -> ColumnRoles:
+    """Read a YAML schema. Raises FileNotFoundError, or ValueError naming the file, the key and what is allowed."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such schema file. Give a YAML file that says what each column is.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a schema is a mapping with the keys label, dense, sparse, not {content!r:.80}.")
+    allowed = ColumnRoles.__dataclass_fields__
+    for key in content:
+        if key not in allowed:
+            near = difflib.get_close_matches(str(key), allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{path}: unknown key {key!r}.{hint} Allowed: {', '.join(allowed)}.")
+    for kind in ("dense", "sparse"):
+        entries = content.get(kind) or []
+        if not isinstance(entries, list):
+            raise ValueError(f"{path}: {kind} is {entries!r:.80}. Give a list of columns.")
+        content[kind] = [entry if isinstance(entry, dict) else {"name": str(entry)} for entry in entries]
+    content["ignored"] = "*" if content.get("ignored") == "*" else (content.get("ignored") or [])
+    try:
+        return TypeAdapter(ColumnRoles).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{path}: {f'{key}: ' if key else ''}{reason}") from error

@@ -1,0 +1,93 @@
+"""What the user says about raw data: where it is, how it is read, how it is split and encoded."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from dhen.data.schema import SPLITS
+from dhen.data.text_blocks import BLOCK_BYTES
+
+Format = Literal["criteo", "libsvm", "csv", "parquet", "hub"]
+FORMATS: tuple[str, ...] = get_args(Format)
+Paths = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class PreparationSettings:
+    """Raw files and how to prepare them. Raises ValueError naming the setting where they contradict themselves.
+
+    dataset_name: path, glob, folder, several of them, or the name of a data set on the Hugging Face hub
+        (`owner/name`, or `owner/name/configuration`); its rows are split by `split_fractions`, except a hub data set
+        that has several of the splits train, validation and test itself.
+    train_file, validation_file, test_file: instead of dataset_name, paths or globs for each split.
+    dataset_format: `auto` goes by the name, and for .txt and .tsv by the first line.
+    dataset_schema: YAML file that says what each column is (dhen/data/roles.py); csv, parquet and hub need it.
+    split_fractions: shares of train, validation and test; must sum to 1.
+    split_order: `random` by a hash of split_seed and the row's position, or `sequential`: first rows train, last test.
+    id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split.
+    bad_rows: `error` stops at the first one, `skip` counts and lists them.
+    is_label_required: False to prepare rows to predict: where labels are absent or blank, the label column holds NaN.
+    schema_from: prepared folder (or saved model) whose features, ids and transforms are used as they are; the
+        encoding settings above have no effect then.
+    block_bytes: how much of a text file is in memory at once; has no effect on the result.
+    """
+
+    dataset_name: Paths = None
+    train_file: Paths = None
+    validation_file: Paths = None
+    test_file: Paths = None
+    dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = "auto"
+    dataset_schema: str | Path | None = None
+    split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split_order: Literal["random", "sequential"] = "random"
+    split_seed: int = 0
+    id_encoding: Literal["hash", "vocabulary"] = "hash"
+    hash_size: int = 100_000
+    min_count: int = 1
+    bad_rows: Literal["error", "skip"] = "error"
+    is_label_required: bool = True
+    schema_from: str | Path | None = None
+    block_bytes: int = BLOCK_BYTES
+
+    def __post_init__(self) -> None:
+        self._check_choice("dataset_format", ("auto", *FORMATS))
+        self._check_choice("split_order", ("random", "sequential"))
+        self._check_choice("id_encoding", ("hash", "vocabulary"))
+        self._check_choice("bad_rows", ("error", "skip"))
+        fractions = tuple(self.split_fractions)
+        object.__setattr__(self, "split_fractions", fractions)
+        if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
+            raise ValueError(
+                f"split_fractions is {fractions}; give three shares of train, validation and test that sum to 1, such "
+                f"as 0.8 0.1 0.1."
+            )
+        if self.hash_size < 2:
+            raise ValueError(f"hash_size is {self.hash_size}; a table needs at least 2 rows, of which row 0 is blank.")
+        if self.min_count < 1:
+            raise ValueError(f"min_count is {self.min_count}; give 1 or more.")
+        if self.block_bytes < 1:
+            raise ValueError(f"block_bytes is {self.block_bytes}; give 1 or more.")
+        if bool(self.dataset_name) == bool(self.files_by_split()):
+            raise ValueError(
+                "give either dataset_name, which is split by split_fractions, or files by split (train_file, "
+                "validation_file, test_file), and not both."
+            )
+
+    def files_by_split(self) -> dict[str, tuple[str, ...]]:
+        """Patterns of each split that the user gave files for."""
+        given = zip(SPLITS, (self.train_file, self.validation_file, self.test_file), strict=True)
+        return {split: as_tuple(paths) for split, paths in given if paths}
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+
+
+def as_tuple(paths: Paths) -> tuple[str, ...]:
+    """One path, several, or none, as a tuple."""
+    if not paths:
+        return ()
+    return (str(paths),) if isinstance(paths, str | Path) else tuple(str(path) for path in paths)

@@ -1,0 +1,132 @@
+"""From the user's settings to the files, the reader of their format, and the split rule of each set of files."""
+
+import glob
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dhen.data import text_blocks
+from dhen.data.criteo import CriteoReader
+from dhen.data.delimited import DelimitedReader
+from dhen.data.raw_rows import DataError, Reader
+from dhen.data.roles import load_roles
+from dhen.data.schema import SCHEMA_FILE
+from dhen.data.settings import FORMATS, PreparationSettings, as_tuple
+from dhen.data.splitting import SplitRule, WholeSplit, split_rule
+
+_SUFFIXES = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".csv": "csv",
+    ".libsvm": "libsvm",
+    ".svm": "libsvm",
+    ".libfm": "libsvm",
+    ".libffm": "libsvm",
+    ".ffm": "libsvm",
+}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)?")
+_HUB_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one split, or files whose rows are split by `rule`."""
+
+    files: tuple[str, ...]
+    rule: SplitRule
+
+
+def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Source, ...]]:
+    """(reader, its format's name, what it shall read). Raises FileNotFoundError, ValueError or DataError."""
+    format_name = _format_of(settings)
+    if format_name == "hub":
+        return _open_hub(settings)
+    by_split = settings.files_by_split()
+    found = {split: _files(patterns) for split, patterns in by_split.items()}
+    files = tuple(file for some in found.values() for file in some) or _files(as_tuple(settings.dataset_name))
+    reader = _reader(format_name, settings, files)
+    if found:
+        return reader, format_name, tuple(Source(some, WholeSplit((split,))) for split, some in found.items())
+    return reader, format_name, (Source(files, _rule(settings, reader, files)),)
+
+
+def _rule(settings: PreparationSettings, reader: Reader, files: tuple[str, ...]) -> SplitRule:
+    num_rows = None
+    if settings.split_order == "sequential" and max(settings.split_fractions) < 1:
+        num_rows = sum(reader.count_rows(file) for file in files)
+    return split_rule(settings.split_fractions, settings.split_order, settings.split_seed, num_rows)
+
+
+def _reader(format_name: str, settings: PreparationSettings, files: tuple[str, ...]) -> Reader:
+    is_required, block_bytes = settings.is_label_required, settings.block_bytes
+    roles = load_roles(settings.dataset_schema) if settings.dataset_schema else None
+    if format_name == "criteo":
+        if roles is not None:
+            raise ValueError(
+                "dataset_schema has no effect on the format criteo. Remove it, or give --dataset_format csv."
+            )
+        return CriteoReader(is_required, block_bytes)
+    if roles is None:
+        raise ValueError(
+            f"the format {format_name} needs dataset_schema, a YAML file that says which columns are label, dense and "
+            f"sparse. recipes/configs/schemas has examples."
+        )
+    return DelimitedReader(roles, is_required, block_bytes)
+
+
+def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """The files that paths, globs and folders stand for, in the given order, those of a pattern by name."""
+    found: list[str] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_file():
+            some = [pattern]
+        elif path.is_dir():
+            if (path / SCHEMA_FILE).is_file():
+                raise DataError(f"{pattern}: it is a prepared folder already. Give the raw files.")
+            some = [str(file) for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+            if not some:
+                raise FileNotFoundError(f"{pattern}: the folder holds no files.")
+        elif glob.has_magic(pattern):
+            some = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
+            if not some:
+                raise FileNotFoundError(f"{pattern}: no file matches. Check the pattern and the folder.")
+        else:
+            raise FileNotFoundError(f"{pattern}: no such file. Check the path.")
+        found.extend(some)
+    for file in found:
+        if found.count(file) > 1:
+            raise DataError(f"{file}: it is given twice, so its rows would count twice. Give each file once.")
+    return tuple(found)
+
+
+def _format_of(settings: PreparationSettings) -> str:
+    if settings.dataset_format != "auto":
+        return settings.dataset_format
+    patterns = as_tuple(settings.dataset_name) or tuple(p for some in settings.files_by_split().values() for p in some)
+    name = patterns[0]
+    if (
+        _HUB_NAME.fullmatch(name)
+        and not Path(name).exists()
+        and Path(name).suffix not in {*_SUFFIXES, ".gz", ".txt", ".tsv"}
+    ):
+        return "hub"
+    file = _files((name,))[0]
+    suffix = Path(file.removesuffix(".gz")).suffix.lower()
+    if suffix in _SUFFIXES:
+        return _SUFFIXES[suffix]
+    if settings.dataset_schema is not None:
+        return "csv"
+    _, line = text_blocks.first_line(file)
+    if line.count("\t") in (38, 39):
+        return "criteo"
+    if re.match(r"\S+(\s+\d+(:\d+)?:\S+)+\s*$", line):
+        return "libsvm"
+    raise DataError(
+        f"{file}: neither its name nor its first line tells its format. Give --dataset_format, one of "
+        f"{', '.join(FORMATS)}; csv, parquet and hub need --dataset_schema too."
+    )
+
+
+def _open_hub(settings: PreparationSettings) -> tuple[Reader, str, tuple[Source, ...]]:
+    raise NotImplementedError

@@ -1,0 +1,217 @@
+"""Text files, plain or gzip, as blocks of whole lines that carry their line numbers.
+
+A block is read by size, cut at its last line end and cleaned: CRLF becomes LF, a byte-order mark is dropped, blank
+lines are left out, and lines that no parser should see (no UTF-8, a carriage return inside, an open quote) become bad
+rows. What is left is valid UTF-8 with one row a line, so the parser's row i is line `rows[i]` of the file.
+"""
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from dhen.data.raw_rows import LONGEST_QUOTE, BadRow, DataError
+
+BLOCK_BYTES = 8 << 20
+LONGEST_LINE_BYTES = 64 << 20
+_GZIP_MAGIC = b"\x1f\x8b"
+_OTHER_MAGICS = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """Whole lines of a file. `rows`: int64, the 1-based number of each line of `text`; `bad`: the lines left out."""
+
+    file: str
+    text: bytes
+    rows: np.ndarray
+    bad: tuple[BadRow, ...]
+    end_row: int
+    bytes_read: int
+
+
+def text_blocks(
+    file: str, *, block_bytes: int = BLOCK_BYTES, header_rows: int = 0, quote: str | None = None
+) -> Iterator[TextBlock]:
+    """Cut `file` into blocks of about `block_bytes`, without its first `header_rows` lines.
+
+    Raises FileNotFoundError, or DataError for an empty file, a truncated or damaged .gz and another archive.
+    """
+    line_number = 0
+    for text, bytes_read in _whole_lines(file, block_bytes):
+        if line_number == 0:
+            text = text.removeprefix(_MARK)
+        num_lines = text.count(b"\n")
+        rows = np.arange(line_number + 1, line_number + num_lines + 1)
+        skipped = min(max(header_rows - line_number, 0), num_lines)
+        line_number += num_lines
+        for _ in range(skipped):
+            text = text[text.index(b"\n") + 1 :]
+        text, rows, bad = _clean(file, text, rows[skipped:], quote)
+        yield TextBlock(file, text, rows, bad, line_number, bytes_read)
+
+
+def first_line(file: str) -> tuple[int, str]:
+    """The first line that isn't blank: (its number, its text). A header, or a row to recognise a form by."""
+    for block in text_blocks(file, block_bytes=1 << 16):
+        if block.bad and (not block.text or block.bad[0].row < block.rows[0]):
+            raise DataError(str(block.bad[0]))
+        if block.text:
+            return int(block.rows[0]), block.text[: block.text.index(b"\n")].decode("utf-8")
+    raise DataError(f"{file}: it holds blank lines only. Give a file with rows.")
+
+
+def count_lines(file: str) -> int:
+    """Number of lines, blank ones too. A last line needs no line end."""
+    return sum(text.count(b"\n") for text, _ in _whole_lines(file, BLOCK_BYTES))
+
+
+def split_columns(
+    block: TextBlock, names: list[str], *, delimiter: str, quote: str | None, null_values: tuple[str, ...] = ("",)
+) -> tuple[pa.Table, np.ndarray, tuple[BadRow, ...]]:
+    """Cut each line into columns of strings, null where blank: (table, line number of each of its rows, bad rows)."""
+    bad: list[BadRow] = []
+    ragged: list[int] = []
+
+    def refuse(row: pyarrow.csv.InvalidRow) -> str:
+        ragged.append(row.number - 1)
+        reason = f"it has {row.actual_columns} columns, not {row.expected_columns} (the separator is {delimiter!r})"
+        bad.append(BadRow(block.file, int(block.rows[row.number - 1]), reason, row.text[:LONGEST_QUOTE]))
+        return "skip"
+
+    kind = pa.string()
+    if not block.text:
+        return pa.table({name: pa.array([], kind) for name in names}), block.rows, block.bad
+    table = pyarrow.csv.read_csv(
+        pa.BufferReader(block.text),
+        # One thread, one block: row numbers are only told then.
+        pyarrow.csv.ReadOptions(use_threads=False, column_names=names, block_size=len(block.text) + 1),
+        pyarrow.csv.ParseOptions(
+            delimiter=delimiter,
+            quote_char=quote or False,
+            ignore_empty_lines=False,
+            invalid_row_handler=refuse,
+        ),
+        pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, kind), strings_can_be_null=True, null_values=list(null_values)
+        ),
+    )
+    rows = np.delete(block.rows, ragged) if ragged else block.rows
+    assert table.num_rows == len(rows), f"{block.file}: lines up to {block.end_row}: rows and lines don't match"
+    return table, rows, (*block.bad, *bad)
+
+
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    """A table's column as one array."""
+    return column.combine_chunks()
+
+
+def line_quoter(raw: dict[str, pa.Array], delimiter: str) -> Callable[[int], str]:
+    """A function that gives back row i of the columns as text."""
+    return lambda i: delimiter.join(str(column[i].as_py() or "") for column in raw.values())
+
+
+def _open(file: str) -> tuple[BinaryIO, BinaryIO]:
+    """(the file on disk, its content)."""
+    try:
+        raw = open(file, "rb")  # noqa: SIM115 (the caller closes it)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file. Check the path.") from None
+    magic = raw.read(8)
+    raw.seek(0)
+    for other, name in _OTHER_MAGICS.items():
+        if magic.startswith(other):
+            raw.close()
+            raise DataError(f"{file}: it is {name}. Plain text and gzip can be read: unpack it first.")
+    return raw, gzip.GzipFile(fileobj=raw) if magic.startswith(_GZIP_MAGIC) else raw
+
+
+def _whole_lines(file: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """Blocks that end with a line end, and how far into the file on disk each one ends."""
+    raw, content = _open(file)
+    with raw, content:
+        rest: list[bytes] = []
+        held = 0
+        is_empty = True
+        while data := _read(file, content, block_bytes):
+            is_empty = False
+            end = data.rfind(b"\n") + 1
+            if end:
+                yield b"".join((*rest, data[:end])), raw.tell()
+                rest, held = [], 0
+            rest.append(data[end:])
+            held += len(data) - end
+            if held > LONGEST_LINE_BYTES:
+                raise DataError(
+                    f"{file}: a line is longer than {LONGEST_LINE_BYTES >> 20} MiB. Is it a text file with line ends?"
+                )
+        if is_empty:
+            raise DataError(f"{file}: the file is empty. Give a file with rows, or leave it out.")
+        if held:
+            yield b"".join((*rest, b"\n")), raw.tell()
+
+
+def _read(file: str, content: BinaryIO, size: int) -> bytes:
+    try:
+        return content.read(size)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{file}: the .gz is truncated or damaged ({error}). Fetch the file again; `gzip -t` checks it."
+        ) from error
+
+
+def _clean(file: str, text: bytes, rows: np.ndarray, quote: str | None) -> tuple[bytes, np.ndarray, tuple[BadRow, ...]]:
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n")
+    has_blank_lines = b"\n\n" in text or text.startswith(b"\n")
+    if not (has_blank_lines or b"\r" in text or not _is_utf8(text) or _has_open_quote(text, quote)):
+        return text, rows, ()
+    bad: list[BadRow] = []
+    kept: list[bytes] = []
+    kept_rows: list[int] = []
+    for row, line in zip(rows.tolist(), text.split(b"\n"), strict=False):
+        reason = _complaint(line, quote)
+        if reason is not None:
+            bad.append(BadRow(file, row, reason, line[:LONGEST_QUOTE].decode("utf-8", "backslashreplace")))
+        elif line:
+            kept.append(line)
+            kept_rows.append(row)
+    kept.append(b"")
+    return b"\n".join(kept), np.asarray(kept_rows, dtype=np.int64), tuple(bad)
+
+
+def _complaint(line: bytes, quote: str | None) -> str | None:
+    if b"\r" in line:
+        return "there is a carriage return within the line. Lines end in LF or CRLF"
+    if not _is_utf8(line):
+        return "it isn't UTF-8. Convert the file, for example with iconv"
+    if quote is not None and line.count(quote.encode()) % 2:
+        return (
+            f"a quote ({quote}) isn't closed on its line. Values can't hold line ends; `quote: null` turns quotes off"
+        )
+    return None
+
+
+def _is_utf8(text: bytes) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _has_open_quote(text: bytes, quote: str | None) -> bool:
+    """Whether some line holds an odd number of quotes."""
+    if quote is None or quote.encode() not in text:
+        return False
+    letters = np.frombuffer(text, dtype=np.uint8)
+    quotes_up_to = np.cumsum(letters == ord(quote))
+    return bool((np.diff(quotes_up_to[letters == ord("\n")], prepend=0) % 2).any())

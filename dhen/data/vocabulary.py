@@ -1,0 +1,125 @@
+"""Vocabularies: which keys of a feature have a row of their own in its table, and which row.
+
+vocabulary/<feature>.parquet holds `key` (string), `id` (int64) and `count` (int64), by ascending id. Ids run from 1 by
+descending count, then by key; id 0 stands for blank, rare and unseen keys.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+
+from dhen.data.hashing import hash_texts, salt_of
+from dhen.data.schema import MISSING_ID
+
+VOCABULARY_FOLDER = "vocabulary"
+_COMPACT_ROWS = 1 << 20
+
+
+class KeyCounts:
+    """Counts the keys of one feature over many chunks.
+
+    Memory is what this must hold: every distinct key of the data, about 60 bytes a key of up to 12 letters, and up to
+    a million keys (or as many as the distinct ones) that wait to be merged.
+    """
+
+    def __init__(self) -> None:
+        self._merged = pl.DataFrame(schema={"key": pl.String, "count": pl.Int64})
+        self._waiting: list[pl.DataFrame] = []
+        self._waiting_rows = 0
+
+    def add(self, keys: pa.Array) -> None:
+        """Count the keys of a chunk; nulls don't count."""
+        counts = pl.DataFrame({"key": pl.Series(pl.from_arrow(keys))}).drop_nulls()
+        counts = counts.group_by("key").agg(pl.len().cast(pl.Int64).alias("count"))
+        self._waiting.append(counts)
+        self._waiting_rows += len(counts)
+        # Merging costs as much as the whole: wait until as much again is there, and the total cost stays linear.
+        if self._waiting_rows > max(_COMPACT_ROWS, len(self._merged)):
+            self._merge()
+
+    def vocabulary(self, min_count: int) -> "Vocabulary":
+        """The keys seen at least `min_count` times, with their ids."""
+        self._merge()
+        kept = self._merged.filter(pl.col("count") >= min_count).sort(["count", "key"], descending=[True, False])
+        return Vocabulary(pa.array(kept["key"].to_arrow(), pa.string()), kept["count"].to_numpy())
+
+    def _merge(self) -> None:
+        self._merged = pl.concat([self._merged, *self._waiting]).group_by("key").agg(pl.col("count").sum())
+        self._waiting, self._waiting_rows = [], 0
+
+
+class Vocabulary:
+    """Keys of a feature in the order of their ids: keys[i] has id i + 1."""
+
+    def __init__(self, keys: pa.Array, counts: np.ndarray) -> None:
+        self.keys = keys
+        self.counts = counts
+        self._version = 0
+        # Found by hash, then compared by key: a sorted array serves all chunks, a hash join would be built for each.
+        while True:
+            hashes = self._hashes(keys)
+            self._order = np.argsort(hashes, kind="stable")
+            self._sorted = hashes[self._order]
+            if not (self._sorted[1:] == self._sorted[:-1]).any():
+                break
+            self._version += 1
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows that the feature's table needs: one a key, and row 0."""
+        return len(self.keys) + 1
+
+    def ids(self, keys: pa.Array) -> np.ndarray:
+        """int64 ids, 0 for null and for keys that aren't in the vocabulary."""
+        ids = np.full(len(keys), MISSING_ID, dtype=np.int64)
+        if len(keys) == 0 or len(self.keys) == 0:
+            return ids
+        encoded = keys.dictionary_encode()
+        distinct, codes = encoded.dictionary, encoded.indices
+        at = np.minimum(np.searchsorted(self._sorted, self._hashes(distinct)), len(self._sorted) - 1)
+        rows = self._order[at]
+        is_known = pc.equal(self.keys.take(pa.array(rows)), distinct).to_numpy(zero_copy_only=False)
+        distinct_ids = np.where(is_known, rows + 1, MISSING_ID)
+        is_present = codes.is_valid().to_numpy(zero_copy_only=False)
+        ids[is_present] = distinct_ids[codes.drop_null().to_numpy()]
+        return ids
+
+    def save(self, folder: Path, feature: str) -> None:
+        """Write vocabulary/<feature>.parquet into a prepared folder."""
+        path = vocabulary_path(folder, feature)
+        path.parent.mkdir(exist_ok=True)
+        ids = pa.array(np.arange(1, len(self.keys) + 1, dtype=np.int64))
+        table = pa.table({"key": self.keys, "id": ids, "count": pa.array(self.counts, pa.int64())})
+        pyarrow.parquet.write_table(table, path, compression="zstd")
+
+    def _hashes(self, keys: pa.Array) -> np.ndarray:
+        return hash_texts(keys, salt_of("vocabulary", self._version))
+
+
+def vocabulary_path(folder: Path, feature: str) -> Path:
+    """Where a feature's vocabulary lies in a prepared folder."""
+    return Path(folder) / VOCABULARY_FOLDER / f"{feature}.parquet"
+
+
+def load_vocabulary(folder: Path, feature: str) -> Vocabulary:
+    """Read a feature's vocabulary from a prepared folder or from a saved model that carries one.
+
+    Raises FileNotFoundError, or ValueError where its ids don't run from 1.
+    """
+    path = vocabulary_path(folder, feature)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, but {feature!r} is encoded by a vocabulary. Prepare it again.")
+    table = pyarrow.parquet.read_table(path, columns=["key", "id", "count"]).combine_chunks()
+    if not np.array_equal(table["id"].to_numpy(), np.arange(1, table.num_rows + 1)):
+        raise ValueError(f"{path}: the ids don't run from 1 to {table.num_rows}. Prepare the data again.")
+    keys = pa.concat_arrays([pa.array([], pa.string()), *table["key"].cast(pa.string()).chunks])
+    return Vocabulary(keys, table["count"].to_numpy())
+
+
+def flat_keys(column: pa.Array) -> pa.Array:
+    """The keys of a raw column, of a multi-valued one too."""
+    return pc.list_flatten(column) if pa.types.is_list(column.type) else column

@@ -1,0 +1,102 @@
+"""Writes a prepared folder: splits as Parquet parts of full row groups, and the list of bad rows.
+
+What is written depends on the rows and their order only, not on the chunks that they came in.
+"""
+
+import csv
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from dhen.data.raw_rows import BadRow
+from dhen.data.schema import LABEL, SplitCounts
+
+ROW_GROUP_ROWS = 65_536
+ROW_GROUPS_PER_PART = 64
+BAD_ROWS_FILE = "bad_rows.csv"
+
+
+class SplitWriter:
+    """Writes one split's rows. Holds at most one row group and one chunk in memory."""
+
+    def __init__(self, folder: Path, row_group_rows: int = ROW_GROUP_ROWS) -> None:
+        self.folder = folder
+        self.rows = 0
+        self.clicks = 0
+        self.unlabelled = 0
+        self._row_group_rows = row_group_rows
+        self._waiting: list[pa.Table] = []
+        self._waiting_rows = 0
+        self._part: pyarrow.parquet.ParquetWriter | None = None
+        self._row_groups = 0
+        folder.mkdir()
+
+    def write(self, table: pa.Table) -> None:
+        """Append rows."""
+        if table.num_rows == 0:
+            return
+        labels = table[LABEL].to_numpy()
+        self.rows += table.num_rows
+        self.clicks += int(np.count_nonzero(labels == 1))
+        self.unlabelled += int(np.count_nonzero(np.isnan(labels)))
+        self._waiting.append(table)
+        self._waiting_rows += table.num_rows
+        while self._waiting_rows >= self._row_group_rows:
+            self._write_row_group(self._row_group_rows)
+
+    def close(self) -> None:
+        """Write what is left and close the last part."""
+        if self._waiting_rows:
+            self._write_row_group(self._waiting_rows)
+        if self._part is not None:
+            self._part.close()
+
+    def counts(self, bad_rows: int) -> SplitCounts:
+        """How many rows were written."""
+        return SplitCounts(self.rows, self.clicks, bad_rows, self.unlabelled)
+
+    def _write_row_group(self, num_rows: int) -> None:
+        waiting = pa.concat_tables(self._waiting)
+        group, rest = waiting.slice(0, num_rows), waiting.slice(num_rows)
+        if self._part is None or self._row_groups % ROW_GROUPS_PER_PART == 0:
+            self._open_part(group.schema)
+        self._part.write_table(group.combine_chunks(), row_group_size=num_rows)
+        self._row_groups += 1
+        self._waiting, self._waiting_rows = [rest] if rest.num_rows else [], rest.num_rows
+
+    def _open_part(self, schema: pa.Schema) -> None:
+        if self._part is not None:
+            self._part.close()
+        name = f"part-{self._row_groups // ROW_GROUPS_PER_PART:05d}.parquet"
+        self._part = pyarrow.parquet.ParquetWriter(
+            self.folder / name, schema, compression="zstd", compression_level=1, write_statistics=False
+        )
+
+
+class BadRowList:
+    """Writes bad_rows.csv (file, row, reason, text), row by row; the file is made at the first bad row."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / BAD_ROWS_FILE
+        self._file = None
+
+    def __enter__(self) -> "BadRowList":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, bad_rows: tuple[BadRow, ...]) -> None:
+        """Append rows."""
+        if not bad_rows:
+            return
+        if self._file is None:
+            self._file = self._path.open("w", encoding="utf-8", newline="")
+            csv.writer(self._file).writerow(["file", "row", "reason", "text"])
+        csv.writer(self._file).writerows([bad.file, bad.row, bad.reason, bad.text] for bad in bad_rows)

@@ -1,0 +1,130 @@
+"""Prepare click logs for training: raw files to a folder of Parquet files and a schema.json.
+
+Examples:
+    python tools/prepare_data.py --dataset_name 'logs/day_*.gz' --format criteo --output data/criteo
+    python tools/prepare_data.py --train_file train.csv --test_file test.csv --dataset_schema schema.yaml \\
+        --id_encoding vocabulary --min_count 2 --output data/mine
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from dhen.data.preprocessing import PreparationProgress, prepare
+from dhen.data.schema import Schema
+from dhen.data.settings import FORMATS, PreparationSettings
+from dhen.data.writing import BAD_ROWS_FILE
+
+
+def main() -> int:
+    """Exit status: 0, or 1 with one line on stderr."""
+    arguments = parse_arguments()
+    names = {field.name for field in fields(PreparationSettings)}
+    given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
+    start = time.monotonic()
+    try:
+        settings = PreparationSettings(**given, is_label_required=not arguments.without_labels)
+        if arguments.overwrite and arguments.output.exists():
+            remove_prepared(arguments.output)
+        with RichProgress() as progress:
+            schema = prepare(settings, arguments.output, progress=progress)
+    except (ValueError, OSError) as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted; nothing was written", file=sys.stderr)
+        return 1
+    seconds = time.monotonic() - start
+    print(summary_json(schema, arguments.output, seconds) if arguments.json else summary(schema, arguments.output))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line. Names and defaults are those of `PreparationSettings`."""
+    default = PreparationSettings(dataset_name="-")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder to make")
+    add("--overwrite", action="store_true", help="remove an earlier prepared folder of that name first")
+    add("--dataset_name", nargs="+", metavar="PATH", help="files, globs, a folder, or a data set of the HF hub")
+    for split in ("train", "validation", "test"):
+        add(f"--{split}_file", nargs="+", metavar="PATH", help=f"files or globs of the {split} split")
+    add("--dataset_format", "--format", choices=("auto", *FORMATS), help="default: auto, by name and first line")
+    add("--dataset_schema", metavar="YAML", help="what each column is: see dhen/data/roles.py")
+    add("--split_fractions", nargs=3, type=float, help=f"train, validation, test; default: {default.split_fractions}")
+    add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
+    add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")
+    add("--id_encoding", choices=("hash", "vocabulary"), help=f"default: {default.id_encoding}")
+    add("--hash_size", type=int, help=f"rows of each hashed feature's table; default: {default.hash_size:,}")
+    add("--min_count", type=int, help=f"a key seen less often gets no row of its own; default: {default.min_count}")
+    add(
+        "--bad_rows", choices=("error", "skip"), help=f"skip lists them in {BAD_ROWS_FILE}; default: {default.bad_rows}"
+    )
+    add("--without_labels", action="store_true", help="labels may be absent or blank: rows to predict")
+    add("--schema_from", metavar="FOLDER", help="prepared folder whose features, ids and transforms are used")
+    add("--json", action="store_true", help="write the summary as JSON")
+    return parser.parse_args()
+
+
+def remove_prepared(folder: Path) -> None:
+    """Remove a prepared folder; raises ValueError where it isn't one, so that nothing else is ever lost."""
+    Schema.load(folder)
+    shutil.rmtree(folder)
+
+
+def summary(schema: Schema, folder: Path) -> str:
+    """What was written, for people."""
+    lines = [f"{folder}: {len(schema.dense)} dense and {len(schema.sparse)} sparse features"]
+    for split, counts in schema.splits.items():
+        line = f"  {split:<11}{counts.rows:>14,} rows"
+        labelled = counts.rows - counts.unlabelled
+        if labelled:
+            line += f", {counts.clicks / labelled:.2%} clicks"
+        if counts.unlabelled:
+            line += f", {counts.unlabelled:,} without label"
+        if counts.bad_rows:
+            line += f", {counts.bad_rows:,} bad ones skipped ({folder / BAD_ROWS_FILE})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def summary_json(schema: Schema, folder: Path, seconds: float) -> str:
+    """What was written, for programs."""
+    rows = sum(counts.rows for counts in schema.splits.values())
+    splits = {split: asdict(counts) for split, counts in schema.splits.items()}
+    tables = {column.name: column.num_embeddings for column in schema.sparse}
+    content = {"folder": str(folder), "rows": rows, "seconds": seconds, "splits": splits, "num_embeddings": tables}
+    return json.dumps(content, indent=2)
+
+
+class RichProgress(Progress):
+    """A bar a pass, on stderr."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[rows]:,} rows"),
+            TimeRemainingColumn(),
+        )
+        super().__init__(*columns, console=Console(stderr=True))
+        self._tasks_by_stage: dict[str, TaskID] = {}
+
+    def __call__(self, state: PreparationProgress) -> None:
+        """Show the state of a pass."""
+        if state.stage not in self._tasks_by_stage:
+            self._tasks_by_stage[state.stage] = self.add_task(state.stage, total=None, rows=0)
+        total = max(state.bytes_total, 1) if state.bytes_total or state.is_done else None
+        done = total if state.is_done else state.bytes_read
+        self.update(self._tasks_by_stage[state.stage], total=total, completed=done, rows=state.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
