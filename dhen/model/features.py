@@ -4,9 +4,13 @@ Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding 
 """
 
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.mlp import MLP
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,142 @@ class SparseIds:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
         return replace(self, ids=move(self.ids), lengths_FB=move(self.lengths_FB), weights=move(self.weights))
+
+
+def init_table(
+    name: str, num_embeddings: int, embedding_dim: int, columns: range, seed: int, std: float | None = None
+) -> Tensor:
+    """Initial values of some columns of a table: float32, (num_embeddings, len(columns)), on the CPU.
+
+    Each column has a generator of its own, seeded by (seed, name, column), so any cut by columns and any placement gives
+    the same numbers. std None: uniform within +-1/sqrt(num_embeddings); else normal with mean 0 and that deviation.
+    Raises ValueError if a column is outside the table.
+    """
+    if columns and not (0 <= min(columns) and max(columns) < embedding_dim):
+        raise ValueError(f"table {name!r} has columns 0 to {embedding_dim - 1}, not all of {columns}.")
+    table = torch.empty(num_embeddings, len(columns), dtype=torch.float32, device="cpu")
+    values = torch.empty(num_embeddings, dtype=torch.float32, device="cpu")
+    bound = num_embeddings**-0.5
+    for position, column in enumerate(columns):
+        digest = blake2b(f"{seed}/{column}/{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
+        if std is None:
+            values.uniform_(-bound, bound, generator=generator)
+        else:
+            values.normal_(0.0, std, generator=generator)
+        table[:, position] = values
+    return table
+
+
+class PlainTable(nn.Module):
+    """One unsharded table: bags of ids to one embedding each.
+
+    >>> table = PlainTable(SparseFeature("site", 10), embedding_dim=4, seed=0, std=None)
+    >>> table(torch.tensor([3, 4, 4]), torch.tensor([2, 0, 1]), None).shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(self, feature: SparseFeature, embedding_dim: int, seed: int, std: float | None) -> None:
+        """Values come from `init_table`; on the meta device there are none, until weights are loaded."""
+        super().__init__()
+        self.feature = feature
+        self.seed = seed
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(feature.num_embeddings, embedding_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the initial values again."""
+        if self.weight.is_meta:
+            return
+        rows, dim = self.weight.shape
+        with torch.no_grad():
+            self.weight.copy_(init_table(self.feature.name, rows, dim, range(dim), self.seed, self.std))
+
+    def forward(self, ids: Tensor, lengths_B: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Pool each bag: (B, D). lengths_B None: one id a bag."""
+        if lengths_B is None:
+            pooled_BD = nn.functional.embedding(ids, self.weight)
+            return pooled_BD if weights is None else pooled_BD * weights.to(pooled_BD.dtype).unsqueeze(1)
+        pooled_BD = nn.functional.embedding_bag(
+            ids,
+            self.weight,
+            lengths_B.cumsum(0) - lengths_B,
+            mode="sum",
+            per_sample_weights=None if weights is None else weights.to(self.weight.dtype),
+        )
+        if self.feature.pooling == "mean":
+            pooled_BD = pooled_BD / lengths_B.clamp(min=1).to(pooled_BD.dtype).unsqueeze(1)
+        return pooled_BD
+
+
+class PlainTables(nn.Module):
+    """All tables on one device: the unsharded reference. State-dict keys are `<feature name>.weight`.
+
+    >>> config = DhenConfig(embedding_dim=4, sparse_features=[{"name": "site", "num_embeddings": 10}])
+    >>> PlainTables(config, seed=0)(SparseIds(torch.tensor([3, 4]), num_features=1)).shape
+    torch.Size([2, 1, 4])
+    """
+
+    def __init__(self, config: DhenConfig, seed: int) -> None:
+        """One table a sparse feature of `config`, initialised from `seed`, whatever torch's own random state."""
+        super().__init__()
+        self.embedding_dim = config.embedding_dim
+        for feature in config.tables:
+            self.add_module(
+                feature.name, PlainTable(feature, config.embedding_dim, seed, std=config.embedding_init_std)
+            )
+
+    def forward(self, sparse: SparseIds) -> Tensor:
+        """Look up and pool: embeddings_BFD, float32 (float64 from float64 tables).
+
+        Raises ValueError if the ids are of another number of features than the tables.
+        """
+        tables = list(self.children())
+        if sparse.num_features != len(tables):
+            raise ValueError(f"the ids are of {sparse.num_features} sparse features, but the model has {len(tables)}.")
+        if not tables:
+            return torch.empty(sparse.batch_size, 0, self.embedding_dim, device=sparse.ids.device)
+        pooled = [table(*bags) for table, bags in zip(tables, _bags_by_feature(sparse), strict=True)]
+        embeddings_BFD = torch.stack(pooled, dim=1)
+        return embeddings_BFD.to(torch.promote_types(embeddings_BFD.dtype, torch.float32))
+
+
+def _bags_by_feature(sparse: SparseIds) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """(ids, lengths_B, weights) of each feature."""
+    count = sparse.num_features
+    if sparse.lengths_FB is None:
+        sizes, lengths = [sparse.batch_size] * count, [None] * count
+    else:
+        sizes, lengths = sparse.lengths_FB.sum(dim=1).tolist(), list(sparse.lengths_FB)
+    ids = sparse.ids.split(sizes)
+    weights = [None] * count if sparse.weights is None else sparse.weights.split(sizes)
+    return list(zip(ids, lengths, weights, strict=True))
+
+
+class FeatureProcessing(nn.Module):
+    """x0_BMD: the sparse features' embeddings, then those that an MLP makes of the dense features (paper 2.1).
+
+    M is F + num_dense_embeddings, or F where there are no dense features.
+
+    >>> features = FeatureProcessing(DhenConfig(embedding_dim=4, num_dense_features=13, num_dense_embeddings=2))
+    >>> features(torch.empty(5, 0, 4), torch.ones(5, 13)).shape
+    torch.Size([5, 2, 4])
+    """
+
+    def __init__(self, config: DhenConfig) -> None:
+        """The dense MLP has the hidden sizes `dense_mlp` of the config."""
+        super().__init__()
+        self.shape = (config.num_dense_embeddings, config.embedding_dim)
+        width = config.num_dense_embeddings * config.embedding_dim
+        has_dense = config.num_dense_features > 0 and width > 0
+        self.dense_mlp = (
+            MLP(config.num_dense_features, config.dense_mlp, width, config.activation) if has_dense else None
+        )
+
+    def forward(self, embeddings_BFD: Tensor, dense_BN: Tensor) -> Tensor:
+        """Return x0_BMD."""
+        if self.dense_mlp is None:
+            return embeddings_BFD
+        dense_BMD = self.dense_mlp(dense_BN).unflatten(1, self.shape)
+        return torch.cat([embeddings_BFD, dense_BMD], dim=1)

@@ -1,0 +1,284 @@
+"""DhenConfig: what a DHEN is made of (paper section 2), as a transformers config.
+
+The words: M embeddings enter a layer, each of its interactions yields L (`num_embeddings`) of dimension D
+(`embedding_dim`).
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+
+from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
+from dhen.model.mlp import Activation
+from dhen.model.names import check_names
+
+EnsembleKind = Literal["concat", "sum", "weighted_sum"]
+NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
+NormPosition = Literal["post", "pre", "inner"]
+Entries = list[str | dict[str, Any]] | str | None
+
+
+@dataclass(frozen=True)
+class SparseFeature:
+    """A sparse feature and its table of `num_embeddings` rows.
+
+    pooling: a bag's embedding is the sum of w_i e_i over its ids; `mean` divides it by the number of ids. An empty bag
+    gives zeros.
+    """
+
+    name: str
+    num_embeddings: int
+    pooling: Literal["sum", "mean"] = "sum"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the feature: a table's name is also its key in the saved weights."""
+        if not self.name or "." in self.name or hasattr(nn.Module, self.name) or self.name in vars(nn.Module()):
+            raise ValueError(
+                f"sparse feature {self.name!r} can't name a table: an empty name, a dot, and the names of torch "
+                f"modules' own attributes ('type', 'training', …) are not allowed. Rename the feature."
+            )
+        if self.num_embeddings < 1:
+            raise ValueError(f"sparse feature {self.name!r}: num_embeddings is {self.num_embeddings}. Use 1 or more.")
+        if self.pooling not in ("sum", "mean"):
+            raise ValueError(f"sparse feature {self.name!r}: pooling is {self.pooling!r}. Use 'sum' or 'mean'.")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One DHEN layer, with every choice made."""
+
+    interactions: tuple[InteractionSpec, ...]
+    ensemble: EnsembleKind
+    norm: NormKind
+    norm_position: NormPosition
+    dropout: float
+    batch_norm: bool
+    activation: Activation
+
+
+def _described(default: Any, help_text: str) -> Any:
+    """A dataclass field with a line of meaning; lists are copied for each config."""
+    metadata = {"help": help_text}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DhenArchitecture:
+    """The architecture alone, without the data's features. Plain, so that a command line can be made of it."""
+
+    embedding_dim: int = _described(16, "D, the dimension of every embedding.")
+    num_layers: int = _described(3, "Layers of the stack, where `layers` is not given.")
+    interactions: Entries = _described(
+        ["advanced_dlrm", "linear"],
+        "Interactions of each layer: kinds, or objects {kind, num_embeddings, …options}. As text: JSON, or kinds "
+        "separated by commas.",
+    )
+    layers: Entries = _described(
+        None,
+        "One object a layer, {interactions, …}, which overrides num_layers and interactions; what an object leaves "
+        "out of ensemble, norm, norm_position, dropout, batch_norm, activation and num_embeddings_out is as below. "
+        "As text: JSON.",
+    )
+    num_embeddings_out: int = _described(16, "L, the embeddings that an interaction yields unless its entry says.")
+    ensemble: EnsembleKind = _described("concat", "How a layer joins its interactions' embeddings (eq. 2).")
+    norm: NormKind = _described("layer_norm", "Norm of eq. 1: layer_norm and rms_norm over D, batch_norm over M*D.")
+    norm_position: NormPosition = _described(
+        "post",
+        "Where it stands: post = Norm(Ensemble + ShortCut) as eq. 1; pre = before the interactions, with one more "
+        "after the last layer; inner = Norm(Ensemble) + ShortCut.",
+    )
+    dropout: float = _described(0.0, "Share of a layer's ensemble output that training drops.")
+    dense_mlp: list[int] = _described([64], "Hidden sizes of the dense features' MLP.")
+    num_dense_embeddings: int = _described(1, "Embeddings that the dense features' MLP yields.")
+    head_mlp: list[int] = _described([64], "Hidden sizes of the head.")
+    batch_norm: bool = _described(False, "Batch norm in the MLPs of the interactions and of the head.")
+    activation: Activation = _described("relu", "Activation of all MLPs.")
+    embedding_init_std: float | None = _described(
+        None, "Tables start as normal numbers of this deviation; None: uniform within 1/sqrt(rows)."
+    )
+
+
+_LAYER_KEYS = (
+    "interactions",
+    "num_embeddings_out",
+    "ensemble",
+    "norm",
+    "norm_position",
+    "dropout",
+    "batch_norm",
+    "activation",
+)
+
+# What PreTrainedConfig takes besides its fields; generation parameters are dropped by it from older files.
+_TRANSFORMERS_KEYS = {
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+}
+
+
+@strict
+class DhenConfig(DhenArchitecture, PreTrainedConfig):
+    """All that a model needs to be built: the architecture, and the features of the data.
+
+    Raises ValueError or TypeError naming the field, its value and what is allowed; an unknown field is an error.
+
+    >>> config = DhenConfig(num_dense_features=13, sparse_features=[{"name": "site", "num_embeddings": 100}])
+    >>> config.tables[0].pooling
+    'sum'
+    """
+
+    model_type = "dhen"
+
+    num_dense_features: int = 0
+    sparse_features: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check keys and values. transformers keeps unknown keys in silence, so they are refused here."""
+        extra = [key for key in kwargs if not key.startswith("_") and key not in _TRANSFORMERS_KEYS]
+        own = {item.name for item in fields(DhenArchitecture)} | {"num_dense_features", "sparse_features"}
+        generation = GenerationConfig().to_dict()
+        if unknown := [key for key in extra if key not in generation]:
+            check_names("field of DhenConfig", unknown, own)
+        self.interactions = _entries("interactions", self.interactions)
+        self.layers = None if self.layers is None else _entries("layers", self.layers)
+        PreTrainedConfig.__post_init__(self, **kwargs)
+        self._check_values()
+
+    @property
+    def tables(self) -> tuple[SparseFeature, ...]:
+        """The sparse features, in the order of the data's."""
+        return tuple(_sparse_feature(entry) for entry in self.sparse_features)
+
+    @property
+    def num_input_embeddings(self) -> int:
+        """M of x0: sparse features, and the embeddings of the dense ones where there are any."""
+        return len(self.sparse_features) + (self.num_dense_embeddings if self.num_dense_features else 0)
+
+    @property
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
+        """Each layer of the stack, input first, defaults filled in. Raises ValueError naming the layer."""
+        if self.layers is None:
+            return (self._layer_spec({}, "interactions"),) * self.num_layers
+        return tuple(self._layer_spec(entry, f"layers[{i}]") for i, entry in enumerate(self.layers))
+
+    def _layer_spec(self, entry: str | dict[str, Any], where: str) -> LayerSpec:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}: expected an object like {{'interactions': ['linear']}}, got {entry!r}.")
+        try:
+            check_names("key of a layer:", entry, _LAYER_KEYS)
+            settings = {key: entry.get(key, getattr(self, key)) for key in _LAYER_KEYS}
+            _check_choices(settings)
+            entries = _entries("interactions", settings.pop("interactions"))
+            default_size = settings.pop("num_embeddings_out")
+            specs = tuple(spec for item in entries for spec in _interaction_specs(item, default_size))
+            if not specs:
+                raise ValueError("a layer needs at least one interaction.")
+            sizes = {spec.num_embeddings for spec in specs}
+            if settings["ensemble"] != "concat" and len(sizes) > 1:
+                raise ValueError(
+                    f"ensemble {settings['ensemble']!r} adds its interactions, but they yield "
+                    f"{[spec.num_embeddings for spec in specs]} embeddings. Give them one num_embeddings, or use "
+                    f"'concat'."
+                )
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        return LayerSpec(interactions=specs, **settings)
+
+    def _check_values(self) -> None:
+        for name in ("embedding_dim", "num_layers", "num_embeddings_out"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("num_dense_features", "num_dense_embeddings"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("dense_mlp", "head_mlp"):
+            for size in getattr(self, name):
+                _at_least(f"a size in {name}", size, 1)
+        if self.embedding_init_std is not None and self.embedding_init_std < 0:
+            raise ValueError(f"embedding_init_std is {self.embedding_init_std}. Use 0 or more, or None.")
+        names = [table.name for table in self.tables]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"sparse_features: {sorted(repeated)} appear more than once. Names must differ.")
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers is empty. Give at least one layer, or None to use num_layers and interactions.")
+        specs = self.layer_specs
+        uses_dense = any(s.options.get("use_dense") for spec in specs for s in spec.interactions)
+        if self.num_dense_features and not self.num_dense_embeddings and not uses_dense:
+            raise ValueError(
+                f"num_dense_embeddings is 0 and no interaction has use_dense, so the {self.num_dense_features} dense "
+                f"features would be ignored. Set one of them, or num_dense_features to 0."
+            )
+
+
+def _entries(name: str, value: Entries) -> list[str | dict[str, Any]]:
+    """A list from a list, from JSON text, or from kinds separated by commas."""
+    if isinstance(value, str):
+        text = value.strip()
+        if not text.startswith(("[", "{")):
+            return [word.strip() for word in text.split(",") if word.strip()]
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{name} is not JSON: {error}. The text is {text!r}.") from error
+        value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {value!r}. Give a list.")
+    return value
+
+
+def _interaction_specs(entry: str | dict[str, Any], default_size: int) -> list[InteractionSpec]:
+    """An interaction's entry, or a preset's name, as specs. Raises ValueError naming the kind or option."""
+    if isinstance(entry, str):
+        entry = {"kind": entry}
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+        raise ValueError(f"an interaction is a kind or an object with 'kind', not {entry!r}.")
+    options = {key: value for key, value in entry.items() if key not in ("kind", "num_embeddings")}
+    size = entry.get("num_embeddings", default_size)
+    if not isinstance(size, int):
+        raise ValueError(f"interaction {entry['kind']!r}: num_embeddings is {size!r}. Use a whole number.")
+    kinds = PRESETS.get(entry["kind"])
+    if kinds and options:
+        raise ValueError(
+            f"preset {entry['kind']!r} takes no options. Write out its interactions, {list(kinds)}, with theirs."
+        )
+    specs = [InteractionSpec(kind, size, options) for kind in kinds or (entry["kind"],)]
+    for spec in specs:
+        check_interaction(spec)
+    return specs
+
+
+def _sparse_feature(entry: dict[str, Any]) -> SparseFeature:
+    allowed = [item.name for item in fields(SparseFeature)]
+    check_names("key of sparse_features:", entry, allowed)
+    for key in ("name", "num_embeddings"):
+        if key not in entry:
+            raise ValueError(f"sparse_features: {entry!r} has no {key!r}.")
+    return SparseFeature(**entry)
+
+
+def _check_choices(settings: dict[str, Any]) -> None:
+    """Check a layer's own settings, which no dataclass does. Raises ValueError naming the key."""
+    hints = DhenArchitecture.__annotations__
+    for key in ("ensemble", "norm", "norm_position", "activation"):
+        check_names(key, [settings[key]], hints[key].__args__)
+    if not 0 <= settings["dropout"] < 1:
+        raise ValueError(f"dropout is {settings['dropout']}. Use a share from 0 up to, but not including, 1.")
+    _at_least("num_embeddings_out", settings["num_embeddings_out"], 1)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}. Use {least} or more.")
+
+
+AutoConfig.register("dhen", DhenConfig)

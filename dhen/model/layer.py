@@ -1,0 +1,137 @@
+"""The DHEN layer (paper 2.2, eq. 1 and 2): Norm(Ensemble(Interactions(X)) + ShortCut(X)).
+
+Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N dense features.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dhen.model.configuration_dhen import EnsembleKind, LayerSpec, NormKind
+from dhen.model.interactions import InteractionContext, MixEmbeddings, build_interaction
+from dhen.model.mlp import BatchNorm
+
+
+class Ensemble(nn.Module):
+    """Joins the interactions' embeddings (eq. 2): one after the other along M, or added, or added with learned weights.
+
+    The learned weights are one number an interaction, and start at 1.
+
+    >>> Ensemble("concat", [3, 2])([torch.ones(5, 3, 4), torch.ones(5, 2, 4)]).shape
+    torch.Size([5, 5, 4])
+    """
+
+    def __init__(self, kind: EnsembleKind, sizes: Sequence[int]) -> None:
+        """sizes: L of each interaction. Raises ValueError if the sums' sizes differ."""
+        super().__init__()
+        if kind != "concat" and len(set(sizes)) > 1:
+            raise ValueError(f"ensemble {kind!r} needs interactions of equal num_embeddings, not {list(sizes)}.")
+        self.kind = kind
+        self.num_outputs = sum(sizes) if kind == "concat" else sizes[0]
+        self.weight = nn.Parameter(torch.empty(len(sizes))) if kind == "weighted_sum" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the learned weights, where there are any, to 1."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
+    def forward(self, u_list_BLD: Sequence[Tensor]) -> Tensor:
+        """Return (B, num_outputs, D)."""
+        if self.kind == "concat":
+            return torch.cat(list(u_list_BLD), dim=1)
+        if self.weight is not None:
+            u_list_BLD = [weight * u_BLD for weight, u_BLD in zip(self.weight.unbind(), u_list_BLD, strict=True)]
+        total_BLD = u_list_BLD[0]
+        for u_BLD in u_list_BLD[1:]:
+            total_BLD = total_BLD + u_BLD
+        return total_BLD
+
+
+class ShortCut(nn.Module):
+    """X itself where the ensemble yields as many embeddings, else W X with W in R^(L x M) (eq. 2).
+
+    >>> ShortCut(5, 3)(torch.ones(2, 5, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        """num_inputs: M. num_outputs: of the ensemble."""
+        super().__init__()
+        self.mix = None if num_inputs == num_outputs else MixEmbeddings(num_inputs, num_outputs)
+
+    def forward(self, x_BMD: Tensor) -> Tensor:
+        """Return x_BMD itself or (B, num_outputs, D)."""
+        return x_BMD if self.mix is None else self.mix(x_BMD)
+
+
+class FlatBatchNorm(nn.Module):
+    """Batch norm of embeddings: each of the M * D numbers by its own mean and variance over the batch.
+
+    >>> FlatBatchNorm(5, 4)(torch.ones(2, 5, 4)).shape
+    torch.Size([2, 5, 4])
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        """num_embeddings: M. embedding_dim: D."""
+        super().__init__()
+        self.norm = BatchNorm(num_embeddings * embedding_dim)
+
+    def forward(self, x_BMD: Tensor) -> Tensor:
+        """Return (B, M, D)."""
+        return self.norm(x_BMD.flatten(1)).view_as(x_BMD)
+
+
+def make_norm(kind: NormKind, num_embeddings: int, embedding_dim: int) -> nn.Module:
+    """The Norm of eq. 1 over (B, num_embeddings, embedding_dim)."""
+    if kind == "batch_norm":
+        return FlatBatchNorm(num_embeddings, embedding_dim)
+    return {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm, "none": nn.Identity}[kind](embedding_dim)
+
+
+class DhenLayer(nn.Module):
+    """Norm(Ensemble(Interactions(X)) + ShortCut(X)) (eq. 1, 2), with dropout on the ensemble's output.
+
+    Norm's place is the spec's `norm_position`: "post" as above; "pre": Ensemble(Interactions(Norm(X))) + ShortCut(X);
+    "inner": Norm(Ensemble(Interactions(X))) + ShortCut(X).
+
+    >>> from dhen.model.configuration_dhen import DhenConfig
+    >>> config = DhenConfig(num_dense_features=1, interactions=["linear"], num_embeddings_out=3)
+    >>> layer = DhenLayer(config.layer_specs[0], num_inputs=5, embedding_dim=4)
+    >>> layer(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, spec: LayerSpec, num_inputs: int, embedding_dim: int, num_dense_features: int = 0) -> None:
+        """Raises ValueError naming the interaction whose options don't fit the shapes."""
+        super().__init__()
+        self.norm_position = spec.norm_position
+        self.interactions = nn.ModuleList(
+            build_interaction(
+                interaction,
+                InteractionContext(
+                    num_inputs=num_inputs,
+                    num_outputs=interaction.num_embeddings,
+                    embedding_dim=embedding_dim,
+                    num_dense_features=num_dense_features,
+                    batch_norm=spec.batch_norm,
+                    activation=spec.activation,
+                ),
+            )
+            for interaction in spec.interactions
+        )
+        self.ensemble = Ensemble(spec.ensemble, [interaction.num_embeddings for interaction in spec.interactions])
+        self.num_outputs = self.ensemble.num_outputs
+        self.shortcut = ShortCut(num_inputs, self.num_outputs)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.norm = make_norm(spec.norm, num_inputs if spec.norm_position == "pre" else self.num_outputs, embedding_dim)
+
+    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
+        """Return (B, num_outputs, D)."""
+        inputs_BMD = self.norm(x_BMD) if self.norm_position == "pre" else x_BMD
+        u_BLD = self.dropout(self.ensemble([interaction(inputs_BMD, dense_BN) for interaction in self.interactions]))
+        if self.norm_position == "inner":
+            u_BLD = self.norm(u_BLD)
+        sum_BLD = u_BLD + self.shortcut(x_BMD)
+        return self.norm(sum_BLD) if self.norm_position == "post" else sum_BLD

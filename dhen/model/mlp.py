@@ -1,0 +1,72 @@
+"""The multi-layer perceptron that the dense features, the interactions and the head share.
+
+Shapes: B batch.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dhen.model.names import check_names
+
+Activation = Literal["relu", "gelu", "silu", "tanh", "identity"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+}
+
+
+def activation_module(name: Activation) -> nn.Module:
+    """The activation called `name`. Raises ValueError with the nearest right name."""
+    check_names("activation", [name], get_args(Activation))
+    return _ACTIVATIONS[name]()
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of (B, width) whose training also takes batches of one row, or of none.
+
+    Such a batch has no variance, so it is normalised by the running statistics and leaves them as they are.
+
+    >>> BatchNorm(3).train()(torch.ones(1, 3)).shape
+    torch.Size([1, 3])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each of the width columns over the batch."""
+        if self.training and x.shape[0] < 2:
+            return nn.functional.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(x)
+
+
+class MLP(nn.Sequential):
+    """Hidden layers act(BatchNorm(W x + b)), without BatchNorm by default, then a last linear layer.
+
+    >>> MLP(8, [16, 16], 4)(torch.ones(2, 8)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: int,
+        activation: Activation = "relu",
+        batch_norm: bool = False,
+    ) -> None:
+        """Map (B, in_features) to (B, out_features) through layers of the `hidden` sizes; [] is one linear layer."""
+        steps: list[nn.Module] = []
+        for size in hidden:
+            steps.append(nn.Linear(in_features, size))
+            if batch_norm:
+                steps.append(BatchNorm(size))
+            steps.append(activation_module(activation))
+            in_features = size
+        super().__init__(*steps, nn.Linear(in_features, out_features))

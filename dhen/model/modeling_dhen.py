@@ -1,0 +1,175 @@
+"""DhenModel, the stack of layers, and DhenForClickPrediction, which adds tables, head and loss (paper figure 1).
+
+Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding dimension.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.features import FeatureProcessing, PlainTables, SparseIds
+from dhen.model.layer import DhenLayer, make_norm
+from dhen.model.mlp import MLP
+
+
+@dataclass
+class DhenModelOutput(ModelOutput):
+    """last_hidden_state: x_BMD, the embeddings that the last layer yields."""
+
+    last_hidden_state: Tensor | None = None
+
+
+@dataclass
+class DhenOutput(ModelOutput):
+    """loss: mean binary cross entropy over the batch, where labels were given. logits: (B,), of the click."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class DhenPreTrainedModel(PreTrainedModel):
+    """How DHEN's weights start, and how they are saved and loaded.
+
+    Every module sets its own values as it is built, by torch's global random state. So nothing is left to do
+    afterwards, when ZeRO-3 may have cut the parameters already. from_pretrained builds on the meta device, and then
+    `_init_weights` gives values to what the file doesn't hold.
+    """
+
+    config_class = DhenConfig
+    base_model_prefix = "model"
+
+    def init_weights(self) -> None:
+        """Do nothing: transformers calls this at the end of construction."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if hasattr(module, "reset_parameters") and not all(getattr(t, "_is_hf_initialized", False) for t in own):
+            module.reset_parameters()
+
+
+class DhenModel(DhenPreTrainedModel):
+    """The dense trunk: feature processing and the stack of layers.
+
+    >>> model = DhenModel(DhenConfig(num_dense_features=13, interactions=["linear"], num_embeddings_out=8))
+    >>> model(torch.empty(2, 0, 16), torch.ones(2, 13)).last_hidden_state.shape
+    torch.Size([2, 8, 16])
+    """
+
+    def __init__(self, config: DhenConfig) -> None:
+        """Raises ValueError if there is no feature, or a layer's options don't fit its shapes."""
+        super().__init__(config)
+        num_embeddings = config.num_input_embeddings
+        if num_embeddings == 0:
+            raise ValueError(
+                "there is nothing to learn from: no sparse_features, and no embeddings of dense features "
+                f"(num_dense_features {config.num_dense_features}, num_dense_embeddings {config.num_dense_embeddings})."
+            )
+        self.features = FeatureProcessing(config)
+        self.layers = nn.ModuleList()
+        specs = config.layer_specs
+        for index, spec in enumerate(specs):
+            try:
+                layer = DhenLayer(spec, num_embeddings, config.embedding_dim, config.num_dense_features)
+            except ValueError as error:
+                raise ValueError(f"layer {index}: {error}") from error
+            self.layers.append(layer)
+            num_embeddings = layer.num_outputs
+        self.num_embeddings = num_embeddings
+        # Norm before each layer leaves the last layer's sum without one.
+        is_pre = specs[-1].norm_position == "pre"
+        self.norm = make_norm(specs[-1].norm, num_embeddings, config.embedding_dim) if is_pre else None
+        self.post_init()
+
+    def forward(self, inputs_embeds: Tensor, dense: Tensor | None = None) -> DhenModelOutput:
+        """inputs_embeds: (B, F, D), looked-up embeddings. dense: (B, N), or None where N is 0.
+
+        Raises ValueError naming the argument whose shape doesn't fit the config.
+        """
+        dtype = self.dtype
+        batch_size = inputs_embeds.shape[0]
+        if dense is None:
+            dense = inputs_embeds.new_empty(batch_size, 0)
+        _check_shape("inputs_embeds", inputs_embeds, (len(self.config.sparse_features), self.config.embedding_dim))
+        _check_shape("dense", dense, (self.config.num_dense_features,))
+        dense_BN = dense.to(dtype)
+        x_BMD = self.features(inputs_embeds.to(dtype), dense_BN)
+        for layer in self.layers:
+            x_BMD = layer(x_BMD, dense_BN)
+        if self.norm is not None:
+            x_BMD = self.norm(x_BMD)
+        return DhenModelOutput(last_hidden_state=x_BMD)
+
+
+class DhenForClickPrediction(DhenPreTrainedModel):
+    """The whole model: tables, trunk, and a head that makes one logit of the last layer's embeddings.
+
+    >>> config = DhenConfig(sparse_features=[{"name": "site", "num_embeddings": 10}], interactions=["linear"])
+    >>> model = DhenForClickPrediction(config)
+    >>> model(SparseIds(torch.tensor([3, 4]), num_features=1)).logits.shape
+    torch.Size([2])
+    """
+
+    def __init__(self, config: DhenConfig, with_tables: bool = True, table_seed: int | None = None) -> None:
+        """with_tables False: the looked-up embeddings are passed in, from tables that live elsewhere.
+
+        table_seed: of `init_table`; None: the seed that torch.manual_seed was last given.
+        """
+        super().__init__(config)
+        self.tables: PlainTables | None = None
+        if with_tables:
+            self.tables = PlainTables(config, torch.initial_seed() if table_seed is None else table_seed)
+        else:
+            self._keys_to_ignore_on_load_unexpected = [r"^tables\."]
+        self.model = DhenModel(config)
+        width = self.model.num_embeddings * config.embedding_dim
+        self.head = MLP(width, config.head_mlp, 1, config.activation, config.batch_norm)
+        self.post_init()
+
+    def forward(
+        self,
+        sparse: SparseIds | None = None,
+        dense: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> DhenOutput:
+        """Predict clicks. Floating inputs are cast to the weights' dtype; logits_B are float32 (float64 from float64).
+
+        Either sparse or inputs_embeds (B, F, D) gives the sparse features; neither where there are none. dense: (B, N).
+        labels: (B,), 0 or 1, for the loss, which is 0 for a batch of no rows. Raises ValueError naming the argument.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self._look_up(sparse, dense)
+        elif sparse is not None:
+            raise ValueError("pass sparse or inputs_embeds, not both.")
+        x_BMD = self.model(inputs_embeds, dense).last_hidden_state
+        logits_B = self.head(x_BMD.flatten(1)).squeeze(1)
+        logits_B = logits_B.to(torch.promote_types(logits_B.dtype, torch.float32))
+        loss = None
+        if labels is not None:
+            # The mean, written so that no rows give 0 and not nan: a gradient must come of every batch.
+            total = nn.functional.binary_cross_entropy_with_logits(logits_B, labels.to(logits_B.dtype), reduction="sum")
+            loss = total / max(labels.shape[0], 1)
+        return DhenOutput(loss=loss, logits=logits_B)
+
+    def _look_up(self, sparse: SparseIds | None, dense: Tensor | None) -> Tensor:
+        """embeddings_BFD of `sparse`, (B, 0, D) where the config has no sparse features."""
+        if not self.config.sparse_features and dense is not None:
+            return dense.new_empty(dense.shape[0], 0, self.config.embedding_dim)
+        if self.tables is None:
+            raise ValueError("this model was built without tables (with_tables=False): pass inputs_embeds.")
+        if sparse is None:
+            raise ValueError("pass sparse or inputs_embeds.")
+        return self.tables(sparse)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape[1:]) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this model's is (batch, {str(shape)[1:]}.")
+
+
+AutoModel.register(DhenConfig, DhenForClickPrediction)
