@@ -1,0 +1,216 @@
+"""Reads a ds_config: DeepSpeed's own keys, checked by DeepSpeed's parser, and our one section, "dhen".
+
+DeepSpeed ignores top-level keys that it doesn't know, and only the Hugging Face Trainer resolves "auto"; so both are
+done here. What a recipe decides (batch size, learning rate, clipping) is "auto" in the JSON; a number there must agree
+with the recipe.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime import constants
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dhen.model.names import unknown_name
+from dhen.parallel.sharded_tables import TableOptimizer
+
+SECTION = "dhen"
+AUTO = "auto"
+# Top-level sections that DeepSpeed reads by a literal or by a constant of another module.
+_OTHER_TOP_LEVEL_KEYS = frozenset(
+    {
+        "zero_optimization", "bf16", "bfloat16", "fp16", "torch_autocast", "activation_checkpointing", "comms_logger",
+        "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "autotuning", "hybrid_engine", "pipeline",
+        "data_efficiency", "curriculum_learning", "checkpoint", "data_types", "aio", "compile", "timers",
+        "tensor_parallel", "expert_parallel", "elasticity", "compression_training", "progressive_layer_drop",
+        "eigenvalue", "weight_quantization", "datastates", "log_level",
+    }
+)  # fmt: skip
+
+
+class DsConfigError(ValueError):
+    """A ds_config that can't be used; the message names the file and the key."""
+
+
+class DhenSection(BaseModel):
+    """The "dhen" section of a ds_config: what DeepSpeed has no word for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    table_optimizer: TableOptimizer = Field("rowwise_adagrad", description="Optimizer fused into the tables' backward.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the run decides and a ds_config may leave "auto"."""
+
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
+    world_size: int
+    max_grad_norm: float
+    learning_rate: float
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+
+    def values(self) -> dict[str, Any]:
+        """The value of each key that may be "auto"."""
+        per_rank = self.per_device_train_batch_size
+        return {
+            "train_micro_batch_size_per_gpu": per_rank,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "train_batch_size": per_rank * self.gradient_accumulation_steps * self.world_size,
+            "gradient_clipping": self.max_grad_norm,
+            "optimizer.params.lr": self.learning_rate,
+            "optimizer.params.weight_decay": self.weight_decay,
+            "optimizer.params.betas": [self.adam_beta1, self.adam_beta2],
+            "optimizer.params.eps": self.adam_epsilon,
+        }
+
+
+@dataclass(frozen=True)
+class DsConfig:
+    """A checked ds_config: `deepspeed` is what deepspeed.initialize gets, `dhen` our section, `path` its file."""
+
+    path: str
+    deepspeed: dict[str, Any]
+    dhen: DhenSection
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the dense part, 0 to 3."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole config with nothing left "auto", for the run folder."""
+        return self.deepspeed | {SECTION: self.dhen.model_dump()}
+
+
+def read_ds_config(path: str | Path, recipe: Recipe) -> DsConfig:
+    """Read, check and resolve the ds_config at `path`. Raises DsConfigError, which names the file and the key."""
+    raw = _read_json(Path(path))
+    section = _check_section(str(path), raw.pop(SECTION, {}))
+    _check_top_level(str(path), raw)
+    _resolve_auto(str(path), raw, recipe.values())
+    _check_by_deepspeed(str(path), raw, recipe.world_size)
+    config = DsConfig(str(path), raw, section)
+    _refuse_known_faults(config)
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(str(other) for other in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        have = f" {path.parent} has {', '.join(near)}." if near else ""
+        raise DsConfigError(f"{path}: no such ds_config.{have}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except ValueError as error:
+        raise DsConfigError(f"{path}: not strict JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise DsConfigError(f"{path}: a ds_config is a JSON object, this is a {type(raw).__name__}.")
+    return raw
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen = dict(pairs)
+    if len(seen) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} stands twice")
+    return seen
+
+
+def _check_section(path: str, section: Any) -> DhenSection:
+    try:
+        return DhenSection.model_validate(section)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise DsConfigError(f"{path}: {SECTION}: {unknown_name('key', key, DhenSection.model_fields)}") from error
+        raise DsConfigError(f"{path}: {SECTION}.{key} is {first.get('input')!r}. {first['msg']}.") from error
+
+
+def _check_top_level(path: str, raw: dict[str, Any]) -> None:
+    known = _OTHER_TOP_LEVEL_KEYS | {
+        value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str) and value
+    }
+    for key in raw:
+        if key not in known:
+            likely = _OTHER_TOP_LEVEL_KEYS | {SECTION} | set(_keys_of_deepspeed())
+            raise DsConfigError(f"{path}: {unknown_name('key', key, likely)}")
+
+
+def _keys_of_deepspeed() -> list[str]:
+    """The names that DeepSpeed's constants give to top-level keys: those which have a default beside them."""
+    names = vars(constants)
+    return [
+        value
+        for name, value in names.items()
+        if name.isupper() and isinstance(value, str) and f"{name}_DEFAULT" in names
+    ]
+
+
+def _resolve_auto(path: str, raw: dict[str, Any], values: dict[str, Any], prefix: str = "") -> None:
+    for key, value in raw.items():
+        full = prefix + key
+        if isinstance(value, dict):
+            _resolve_auto(path, value, values, f"{full}.")
+        elif value == AUTO:
+            if full not in values:
+                raise DsConfigError(f'{path}: {full} is "auto", which only {", ".join(values)} can be. Give a value.')
+            raw[key] = values[full]
+        elif full in values and value != values[full]:
+            raise DsConfigError(
+                f'{path}: {full} is {value}, but the recipe makes it {values[full]}. Write "auto" or change one.'
+            )
+
+
+def _check_by_deepspeed(path: str, raw: dict[str, Any], world_size: int) -> None:
+    missing = [key for key in ("train_micro_batch_size_per_gpu", "gradient_clipping", "optimizer") if key not in raw]
+    if missing:
+        raise DsConfigError(
+            f'{path}: {", ".join(missing)} missing. Batch size and clipping may be "auto"; without gradient_clipping '
+            "DeepSpeed would clip at 1.0 unasked."
+        )
+    try:
+        deepspeed.DeepSpeedConfig(_copy(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DsConfigError(
+            f"{path}: {key} is {first.get('input')!r}: {first['msg']} (DeepSpeed's own check)."
+        ) from error
+    except (AssertionError, ValueError, TypeError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
+        raise DsConfigError(f"{path}: DeepSpeed refuses it: {error}") from error
+
+
+def _copy(raw: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(raw))
+
+
+def _refuse_known_faults(config: DsConfig) -> None:
+    """Set-ups that DeepSpeed 0.19 accepts and then trains wrongly, or fails on with a message that doesn't help."""
+    raw, path, zero = config.deepspeed, config.path, config.deepspeed.get("zero_optimization", {})
+    if raw.get("fp16", {}).get("enabled"):
+        raise DsConfigError(
+            f"{path}: fp16 is not supported: the tables are updated inside the backward, so a step that overflows "
+            "can't be taken back. Use bf16 (ZeRO 1 to 3) or torch_autocast with bfloat16."
+        )
+    if raw.get("bf16", {}).get("enabled") and config.zero_stage == 0:
+        raise DsConfigError(
+            f"{path}: bf16 under ZeRO stage 0 takes a step with zero gradients at start (DeepSpeed 0.19). "
+            "Use torch_autocast with bfloat16, or stage 1."
+        )
+    if raw.get("scheduler"):
+        raise DsConfigError(
+            f"{path}: scheduler: the schedule is the recipe's (lr_scheduler_type), so that the tables follow it."
+        )
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size", "mics_shard_size"):
+        if zero.get(key, 0) not in (0, 1, False, -1):
+            raise DsConfigError(f"{path}: zero_optimization.{key} is not supported here.")

@@ -1,0 +1,72 @@
+"""What must be true before DeepSpeed and FBGEMM are imported: accelerator, versions that match, no needless noise.
+
+Importing `dhen.parallel` runs `prepare_environment`, so every module of this room finds it done.
+"""
+
+import importlib.metadata
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+FBGEMM_PACKAGES = ("fbgemm-gpu", "fbgemm-gpu-cpu")
+FIRST_MINOR_OFFSET = 5  # FBGEMM 1.m is built against torch 2.(m + 5): 1.6 with 2.11, 1.8 with 2.13
+
+
+class EnvironmentMismatchError(RuntimeError):
+    """The installed packages can't work together."""
+
+
+def prepare_environment() -> None:
+    """Set what DeepSpeed reads at import, check the FBGEMM build, quieten what a user can't act on. No effect twice."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    _put_scripts_on_path()
+    _check_fbgemm(_installed_versions(), torch.__version__)
+    _silence()
+
+
+def _put_scripts_on_path() -> None:
+    """Let DeepSpeed find `ninja` when the virtual environment's Python was called by path, not activated."""
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+
+
+def _installed_versions() -> dict[str, str]:
+    found = {}
+    for package in FBGEMM_PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_fbgemm(installed: dict[str, str], torch_version: str) -> None:
+    """Raise EnvironmentMismatchError unless exactly one FBGEMM is there, and it is the one built for this torch."""
+    torch_minor = int(torch_version.split(".")[1])
+    wanted = f"1.{torch_minor - FIRST_MINOR_OFFSET}"
+    advice = f"Use fbgemm-gpu-cpu=={wanted}.0 (CPU) or fbgemm-gpu=={wanted}.0 (GPU), one of them, with this torch."
+    if not installed:
+        raise EnvironmentMismatchError(f"FBGEMM is not installed; torch is {torch_version}. {advice}")
+    if len(installed) > 1:
+        raise EnvironmentMismatchError(
+            f"Both {' and '.join(installed)} are installed; they overwrite each other's files. Uninstall both. {advice}"
+        )
+    ((package, version),) = installed.items()
+    if not version.startswith(wanted + "."):
+        raise EnvironmentMismatchError(f"{package} {version} was not built for torch {torch_version}. {advice}")
+
+
+def _silence() -> None:
+    """Quieten what DeepSpeed and torch say on every run and a user can do nothing about."""
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    import deepspeed
+
+    deepspeed.utils.logging.logger.setLevel(logging.ERROR)
+    # DeepSpeed compiles its shared-memory all-reduce (26 s) whenever a process group starts. Training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,152 @@
+"""The one place where model, placement, topology and ds_config meet.
+
+In this order, each step relying on the one before:
+1. the embedding tables are placed over the ranks and built on FBGEMM; DeepSpeed never sees them, because its engine
+   broadcasts every parameter that it is given and would overwrite the ranks' different shards;
+2. the dense part is built from the same seed on all ranks, under zero.Init where ZeRO stage 3 shards its parameters;
+3. weights of a trained model, where there are any, replace the initial ones;
+4. deepspeed.initialize wraps the dense part.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.features import SparseIds
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.parallel.ds_config import DsConfig
+from dhen.parallel.placement import Placement, place_tables
+from dhen.parallel.sharded_tables import ShardedTables
+from dhen.parallel.topology import Topology
+
+
+@dataclass
+class ParallelDhen:
+    """DHEN spread over the ranks of `topology`.
+
+    tables: the embedding tables, model-parallel; None where the model has no sparse features.
+    engine: DeepSpeed's engine around the dense part, data-parallel under ZeRO.
+    """
+
+    config: DhenConfig
+    topology: Topology
+    ds_config: DsConfig
+    placement: Placement
+    tables: ShardedTables | None
+    engine: deepspeed.DeepSpeedEngine
+
+    def look_up(self, sparse: SparseIds) -> Tensor | None:
+        """SparseIds of this rank's B examples -> embeddings_BFD, None without tables. Communicates over all ranks."""
+        return None if self.tables is None else self.tables(sparse)
+
+    def score(self, embeddings_BFD: Tensor | None, dense_BN: Tensor) -> Tensor:
+        """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3."""
+        return self.engine(inputs_embeds=embeddings_BFD, dense=dense_BN).logits
+
+    def set_learning_rates(self, dense: float, tables: float) -> None:
+        """Learning rates of the steps to come. Call it before `look_up`: FBGEMM's backward uses the forward's."""
+        if self.tables is not None:
+            self.tables.set_learning_rate(tables)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = dense
+
+    def step(self, loss: Tensor) -> None:
+        """One micro step: backward, then DeepSpeed's step. Communicates over all ranks.
+
+        FBGEMM updates the tables inside the backward; DeepSpeed updates the dense part at the boundary of gradient
+        accumulation. It divides the loss by the accumulation steps, so with k of them the tables take k updates from
+        gradients of 1/k the size.
+        """
+        self.engine.backward(loss)
+        self.engine.step()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it nothing is trained: no gradients, dropout off, batch norm fixed."""
+        was_training = self.engine.module.training
+        self.engine.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.engine.module.train(was_training)
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """All weights of the dense part in fp32, whole, and its buffers, on the CPU. Communicates under ZeRO 1 to 3."""
+        parameters = dict(self.engine.module.named_parameters())
+        weights = {name: _whole_weight(parameter) for name, parameter in parameters.items()}
+        buffers = {name: tensor for name, tensor in self.engine.module.state_dict().items() if name not in parameters}
+        return {name: tensor.detach().cpu().clone() for name, tensor in (weights | buffers).items()}
+
+
+def parallelize(
+    config: DhenConfig,
+    topology: Topology,
+    ds_config: DsConfig,
+    *,
+    seed: int = 0,
+    dense_weights: Mapping[str, Tensor] | None = None,
+) -> ParallelDhen:
+    """Build `config`'s model over all ranks of `topology` as `ds_config` says. Communicates; all ranks call it.
+
+    dense_weights: weights of the dense part that replace the initial ones, by name; what is left out keeps its own.
+    """
+    tables, placement = shard_tables(config, topology, ds_config.dhen.table_optimizer, seed)
+    dense = _dense_part(config, ds_config, seed)
+    if dense_weights:
+        _load_dense_weights(dense, dense_weights)
+    engine, *_ = deepspeed.initialize(
+        model=dense,
+        model_parameters=[parameter for parameter in dense.parameters() if parameter.requires_grad],
+        config=ds_config.deepspeed,
+        dist_init_required=False,
+    )
+    return ParallelDhen(config, topology, ds_config, placement, tables, engine)
+
+
+def shard_tables(
+    config: DhenConfig, topology: Topology, optimizer: str, seed: int
+) -> tuple[ShardedTables | None, Placement]:
+    """Place the model's tables over the ranks and build this rank's share."""
+    placement = place_tables(config.tables, config.embedding_dim, topology.world_size)
+    if not config.tables:
+        return None, placement
+    tables = ShardedTables(
+        config.tables,
+        config.embedding_dim,
+        placement,
+        topology,
+        optimizer=optimizer,
+        seed=seed,
+        init_std=config.embedding_init_std,
+    )
+    return tables, placement
+
+
+def _dense_part(config: DhenConfig, ds_config: DsConfig, seed: int) -> DhenForClickPrediction:
+    torch.manual_seed(seed)
+    if ds_config.zero_stage < 3:
+        return DhenForClickPrediction(config, with_tables=False)
+    with deepspeed.zero.Init(config_dict_or_path=ds_config.deepspeed):
+        return DhenForClickPrediction(config, with_tables=False)
+
+
+def _load_dense_weights(dense: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    targets = dict(dense.named_parameters()) | dict(dense.named_buffers())
+    chosen = {name: targets[name] for name in weights}
+    sharded = [tensor for tensor in chosen.values() if hasattr(tensor, "ds_id")]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
+        for name, tensor in chosen.items():
+            tensor.copy_(weights[name])
+
+
+def _whole_weight(parameter: nn.Parameter) -> Tensor:
+    """The fp32 weight that the optimizer holds where ZeRO shards it, else the parameter itself."""
+    whole = safe_get_full_fp32_param(parameter)
+    return parameter.float() if whole is None else whole

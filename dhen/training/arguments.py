@@ -1,0 +1,220 @@
+"""What a user may set for a run: in the YAML of --config, or on the command line, which wins."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+from transformers import HfArgumentParser
+
+from dhen.model.configuration_dhen import DhenArchitecture
+from dhen.model.names import unknown_name
+from dhen.parallel.ds_config import Recipe
+
+
+def _option(default: Any, meaning: str, **more: Any) -> Any:
+    metadata = {"help": meaning, **more}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataArguments:
+    """Where the click log is and how it becomes ids and numbers."""
+
+    dataset_name: str | None = _option(
+        None, "Prepared folder, raw file, glob or Hugging Face data set. Without one, a small click log is generated."
+    )
+    dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = _option(
+        "auto", "Format of raw files; auto goes by the file's name."
+    )
+    dataset_schema: str | None = _option(
+        None, "YAML that says which column is label, dense, sparse (csv, parquet, hub)."
+    )
+    train_file: str | None = _option(None, "Raw file or glob of the training split, in place of dataset_name.")
+    validation_file: str | None = _option(None, "Raw file or glob of the validation split.")
+    test_file: str | None = _option(None, "Raw file or glob of the test split.")
+    split_fractions: list[float] = _option(
+        [0.8, 0.1, 0.1], "Shares of train, validation and test where one file holds all."
+    )
+    split_order: Literal["random", "sequential"] = _option(
+        "random", "Rows of each split: random by seed, or in the order of the file, the last for test."
+    )
+    id_encoding: Literal["hash", "vocabulary"] = _option("hash", "How sparse values become ids.")
+    hash_size: int = _option(100_000, "Rows of a table under id_encoding hash.")
+    min_count: int = _option(1, "Under id_encoding vocabulary, keys seen less often in train share id 0.")
+    bad_rows: Literal["error", "skip"] = _option("error", "Stop at a malformed row, or skip, count and list it.")
+    cache_dir: str | None = _option(
+        None, "Where raw files are kept once prepared; the default is output_dir/../prepared."
+    )
+
+
+@dataclass
+class TrainingArguments:
+    """How the model is trained. Names follow Hugging Face's TrainingArguments where they mean the same."""
+
+    output_dir: str = _option("runs/quickstart", "Run folder.")
+    per_device_train_batch_size: int = _option(2048, "Examples of one rank in one micro step.")
+    per_device_eval_batch_size: int = _option(4096, "Examples of one rank in one evaluation step.")
+    gradient_accumulation_steps: int = _option(1, "Micro steps for one update of the dense part.")
+    num_train_epochs: int = _option(1, "Passes over the training split.")
+    max_steps: int = _option(-1, "Stop after this many updates; -1 leaves it to num_train_epochs.")
+    learning_rate: float = _option(1e-3, "Peak learning rate of the dense part.")
+    table_learning_rate: float = _option(0.02, "Peak learning rate of the embedding tables.")
+    learning_rate_scaling: Literal["none", "linear", "sqrt"] = _option(
+        "none", "Scale both learning rates by global batch / base_batch_size, or by its square root."
+    )
+    base_batch_size: int = _option(
+        2048, "Global batch for which the learning rates are given, for learning_rate_scaling."
+    )
+    warmup_steps: int = _option(0, "Updates over which the learning rates rise from 0.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"] = _option(
+        "constant", "Shape of the learning rates after warm-up."
+    )
+    min_lr_ratio: float = _option(0.0, "Lowest learning rate, as a share of the peak.")
+    plateau_factor: float = _option(0.1, "reduce_lr_on_plateau: factor at each drop.")
+    plateau_patience: int = _option(0, "reduce_lr_on_plateau: evaluations without improvement that are let pass.")
+    weight_decay: float = _option(0.0, "AdamW's decoupled weight decay of the dense part.")
+    adam_beta1: float = _option(0.9, "Adam's beta1.")
+    adam_beta2: float = _option(0.999, "Adam's beta2.")
+    adam_epsilon: float = _option(1e-8, "Adam's epsilon.")
+    max_grad_norm: float = _option(0.0, "Clip the dense part's gradient norm (not the tables'); 0 is off.")
+    whole_table_l2: float = _option(
+        0.0, "Decay every row of every table by table learning rate times this, each update. For small tables."
+    )
+    looked_up_l2: float = _option(
+        0.0, "Add this / 2 times the mean over examples of the squared looked-up embeddings to the loss."
+    )
+    freeze: Literal["none", "tables", "dense"] = _option("none", "Part of the model that keeps its weights.")
+    model_name_or_path: str | None = _option(None, "Start from this trained model: a run folder or an exported model.")
+    resume_from_checkpoint: str | None = _option(
+        None, "Go on from a checkpoint folder, or with 'true' from the newest one of output_dir."
+    )
+    logging_steps: int = _option(20, "Updates between two lines of progress.")
+    eval_steps: int = _option(0, "Updates between two evaluations on the validation split; 0: after every epoch.")
+    save_steps: int = _option(0, "Updates between two checkpoints; 0: after every evaluation.")
+    save_total_limit: int = _option(2, "Checkpoints that are kept, the best one aside.")
+    metric_for_best_model: Literal["auc", "ne", "logloss"] = _option("ne", "Validation metric that says which is best.")
+    load_best_model_at_end: bool = _option(True, "Test and export the best checkpoint rather than the last weights.")
+    early_stopping_patience: int = _option(0, "Stop after this many evaluations without a better metric; 0 is off.")
+    seed: int = _option(0, "Seed of weights, tables, shuffling and dropout.")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """All arguments of a run."""
+
+    ds_config: str
+    data: DataArguments
+    architecture: DhenArchitecture
+    training: TrainingArguments
+
+    def as_dict(self) -> dict[str, Any]:
+        """One flat dictionary: a YAML of it, given to --config, repeats the run."""
+        parts = (self.data, self.architecture, self.training)
+        return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
+    def recipe(self, world_size: int) -> Recipe:
+        """What a ds_config may leave "auto"."""
+        training = self.training
+        names = [f.name for f in dataclasses.fields(Recipe) if f.name != "world_size"]
+        return Recipe(world_size=world_size, **{name: getattr(training, name) for name in names})
+
+
+_PARTS = (DataArguments, DhenArchitecture, TrainingArguments)
+
+
+class ArgumentError(ValueError):
+    """A wrong argument; the message names the file or flag, the value, and what is allowed."""
+
+
+def parse_arguments(command_line: Sequence[str] | None = None) -> Arguments:
+    """Arguments from the command line over --config's YAML over the defaults. Raises ArgumentError."""
+    known, _ = _launcher_parser(add_help=False).parse_known_args(command_line)
+    parser = HfArgumentParser(
+        _PARTS,
+        parents=[_launcher_parser(add_help=False)],
+        allow_abbrev=False,
+        description="Train DHEN. YAML says what is trained, the ds_config how it fits; the command line wins.",
+    )
+    where = "command line"
+    if known.config:
+        where = f"{known.config} and the command line"
+        parser.set_defaults(**_read_yaml(Path(known.config)))
+    *parts, _launch, unknown = parser.parse_args_into_dataclasses(
+        command_line, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        flags = {f"--{f.name}" for part in _PARTS for f in dataclasses.fields(part)} | {"--config", "--ds_config"}
+        raise ArgumentError(unknown_name("argument", unknown[0].split("=")[0], flags))
+    checked = [_checked(part, where) for part in parts]
+    arguments = Arguments(known.ds_config, *checked)
+    _check_values(arguments)
+    return arguments
+
+
+def _launcher_parser(**kwargs: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(allow_abbrev=False, **kwargs)
+    parser.add_argument("--config", help="YAML of a recipe, for example recipes/configs/frappe.yaml.")
+    parser.add_argument(
+        "--ds_config", "--deepspeed_config", default="ds_configs/zero2.json", help="JSON: how the run fits the machine."
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
+    return parser
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ArgumentError(f"{path}: no such file. --config takes the YAML of a recipe.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ArgumentError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ArgumentError(f"{path}: a recipe is a mapping of arguments to values, this is a {type(values).__name__}.")
+    allowed = {f.name for part in _PARTS for f in dataclasses.fields(part)}
+    for key in values:
+        if key not in allowed:
+            raise ArgumentError(f"{path}: {unknown_name('argument', str(key), allowed)}")
+    return values
+
+
+def _checked(part: Any, where: str) -> Any:
+    """The same dataclass with every value of its declared type: argparse checks flags, this checks YAML."""
+    try:
+        return TypeAdapter(type(part)).validate_python(dataclasses.asdict(part))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(step) for step in first["loc"] if not str(step).startswith(("list", "str")))
+        raise ArgumentError(f"{where}: {key} is {first['input']!r}. {first['msg']}.") from error
+
+
+def _check_values(arguments: Arguments) -> None:
+    training, data = arguments.training, arguments.data
+    at_least_one = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                    "num_train_epochs", "logging_steps", "base_batch_size")  # fmt: skip
+    for name in at_least_one:
+        if getattr(training, name) < 1:
+            raise ArgumentError(f"{name} is {getattr(training, name)}. Use 1 or more.")
+    not_negative = ("learning_rate", "table_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
+                    "whole_table_l2", "looked_up_l2", "eval_steps", "save_steps", "early_stopping_patience",
+                    "plateau_patience", "min_lr_ratio")  # fmt: skip
+    for name in not_negative:
+        if getattr(training, name) < 0:
+            raise ArgumentError(f"{name} is {getattr(training, name)}. Use 0 or more.")
+    if training.save_total_limit < 1:
+        raise ArgumentError(f"save_total_limit is {training.save_total_limit}. Use 1 or more.")
+    if data.train_file and data.dataset_name:
+        raise ArgumentError("dataset_name and train_file are both given. dataset_name holds all splits, or give files.")
+    if (data.validation_file or data.test_file) and not data.train_file:
+        raise ArgumentError("validation_file or test_file is given without train_file.")
+
+
+def write_yaml(values: dict[str, Any], path: Path) -> None:
+    """Write resolved arguments as a YAML that --config accepts."""
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,166 @@
+"""Checkpoints: all that a run needs to go on as if it had never stopped.
+
+`output_dir/checkpoint-<step>/` holds DeepSpeed's files (dense weights and optimizer), `tables-<rank>.safetensors`,
+`random-<rank>.pt` and `trainer_state.json`. The last is written when all ranks are done, so a folder with it is whole
+and one without it is not a checkpoint; then `output_dir/latest` is moved to the new name. A save that is cut off at any
+point leaves the one before it in place.
+"""
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dhen.parallel.parallelize import ParallelDhen
+from dhen.parallel.table_storage import load_tables, save_tables
+
+logger = logging.getLogger(__name__)
+
+LATEST = "latest"
+STATE_FILE = "trainer_state.json"
+_PREFIX = "checkpoint-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be resumed; the message names the folder and says what to do."""
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. step: updates done in all; step_in_epoch: those of the current epoch."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    samples_seen: int = 0
+    best_step: int | None = None
+    schedule: dict[str, Any] = field(default_factory=dict)
+    best_metric: dict[str, Any] = field(default_factory=dict)
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) -> Path:
+    """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it."""
+    topology = model.topology
+    folder = output_dir / f"{_PREFIX}{state.step}"
+    if topology.is_main:
+        _remove(folder)
+        folder.mkdir(parents=True)
+    topology.barrier()
+    model.engine.save_checkpoint(str(output_dir), tag=folder.name, save_latest=False)
+    if model.tables is not None:
+        save_tables(model.tables, folder, topology.rank)
+    torch.save(_random_state(), folder / f"random-{topology.rank:05d}.pt")
+    topology.barrier()
+    if topology.is_main:
+        facts = {"world_size": topology.world_size, "zero_stage": model.ds_config.zero_stage}
+        _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
+        _write_atomically(output_dir / LATEST, folder.name + "\n")
+    topology.barrier()
+    return folder
+
+
+def load_checkpoint(model: ParallelDhen, folder: Path, *, with_random_state: bool = True) -> TrainerState:
+    """Bring model, optimizers and random state back to `folder`. Communicates; all ranks call it.
+
+    Raises CheckpointError where the folder isn't a whole checkpoint or was saved by another set-up.
+    """
+    values = _read_state(folder)
+    saved = (values.pop("world_size"), values.pop("zero_stage"))
+    topology = model.topology
+    if saved != (topology.world_size, model.ds_config.zero_stage):
+        raise CheckpointError(
+            f"{folder}: saved by {saved[0]} ranks under ZeRO stage {saved[1]}; this job has {topology.world_size} "
+            f"ranks and stage {model.ds_config.zero_stage}. Resume with the same, or start from the exported model "
+            "with --model_name_or_path."
+        )
+    loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint of its own in it.")
+    if model.tables is not None:
+        load_tables(model.tables, folder)
+    if with_random_state:
+        _set_random_state(torch.load(folder / f"random-{topology.rank:05d}.pt", weights_only=True))
+    return TrainerState(**values)
+
+
+def find_checkpoint(wanted: str, output_dir: Path) -> Path:
+    """The folder that --resume_from_checkpoint means: a path, or 'true' for the newest whole one of output_dir."""
+    if wanted.lower() not in ("true", "latest"):
+        folder = Path(wanted)
+        if not is_whole(folder):
+            raise CheckpointError(
+                f"{folder}: no {STATE_FILE} in it, so it isn't a whole checkpoint.{_have(output_dir)}"
+            )
+        return folder
+    latest = output_dir / LATEST
+    if latest.is_file():
+        folder = output_dir / latest.read_text(encoding="utf-8").strip()
+        if is_whole(folder):
+            return folder
+    whole = checkpoints(output_dir)
+    if not whole:
+        raise CheckpointError(
+            f"{output_dir}: no whole checkpoint to resume from. Start without --resume_from_checkpoint."
+        )
+    return whole[-1]
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [folder for folder in output_dir.glob(f"{_PREFIX}*") if is_whole(folder)]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix(_PREFIX)))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a save of it was finished."""
+    return (folder / STATE_FILE).is_file()
+
+
+def delete_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
+    """Keep the `limit` newest checkpoints, and the best one besides. Rank 0 calls it, after a save."""
+    for folder in checkpoints(output_dir)[:-limit]:
+        if folder.name != f"{_PREFIX}{best_step}":
+            _remove(folder)
+
+
+def _have(output_dir: Path) -> str:
+    names = ", ".join(folder.name for folder in checkpoints(output_dir))
+    return f" {output_dir} has {names}." if names else ""
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    if not is_whole(folder):
+        raise CheckpointError(f"{folder}: no {STATE_FILE} in it, so it isn't a whole checkpoint.")
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; first the file that makes it count as one."""
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,167 @@
+"""Starting from a trained model on other data: what carries over is matched by name, the rest starts anew.
+
+Tables are matched by feature name, and their rows by key where both sides have a vocabulary; hashed tables match where
+their sizes do, since the hash is the same. Dense weights are matched by name and shape. A feature keeps its place among
+the embeddings where it can, because the first layer's weights know it by its place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dhen.data.schema import MISSING_ID, Schema, SparseColumn
+from dhen.data.vocabulary import load_vocabulary
+from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.parallel.sharded_tables import ShardedTables
+from dhen.training.trained_model import TrainedModel
+
+
+@dataclass(frozen=True)
+class TableMatch:
+    """What becomes of one feature's table. rows_kept of its `rows` come from the trained model, rows_dropped of whose
+    have no place any more."""
+
+    feature: str
+    rows: int
+    rows_kept: int
+    rows_dropped: int
+    how: str
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """All that a run takes over from a trained model."""
+
+    trained: TrainedModel
+    schema: Schema
+    config: DhenConfig
+    dense_weights: dict[str, Tensor]
+    tables: tuple[TableMatch, ...]
+    dropped_tables: tuple[str, ...]
+    new_dense_weights: tuple[str, ...]
+    dropped_dense_weights: tuple[str, ...]
+    _rows: dict[str, Tensor] = field(repr=False, default_factory=dict)
+
+    def load_tables(self, tables: ShardedTables) -> None:
+        """Copy the rows that carry over into this rank's shards. Doesn't communicate."""
+        for shard, tensors in tables.shard_tensors():
+            old_rows = self._rows.get(shard.name)
+            if old_rows is None:
+                continue
+            source = self.trained.table(shard.name, shard.first_column, shard.last_column)
+            is_kept = old_rows >= 0
+            weight = tensors["weight"]
+            weight[is_kept.to(weight.device)] = source[old_rows[is_kept]].to(weight)
+
+    def report(self) -> str:
+        """What was taken over, started anew and dropped, counted, for the log."""
+        kept, rows = sum(match.rows_kept for match in self.tables), sum(match.rows for match in self.tables)
+        lines = [f"fine-tuning from {self.trained.folder}"]
+        lines.append(f"  tables: {kept:,} of {rows:,} rows taken over, {rows - kept:,} new")
+        for match in self.tables:
+            lines.append(
+                f"    {match.feature}: {match.rows_kept:,} of {match.rows:,} rows kept, {match.rows_dropped:,} dropped "
+                f"({match.how})"
+            )
+        lines.append(f"  tables dropped: {len(self.dropped_tables)} {', '.join(self.dropped_tables)}".rstrip())
+        total = len(self.dense_weights) + len(self.new_dense_weights)
+        lines.append(f"  dense weights: {len(self.dense_weights)} of {total} taken over")
+        for words, names in (("new", self.new_dense_weights), ("dropped", self.dropped_dense_weights)):
+            if names:
+                lines.append(f"    {words}: {', '.join(names)}")
+        return "\n".join(lines)
+
+
+def start_from(trained: TrainedModel, prepared: Path, schema: Schema) -> StartingPoint:
+    """Match the trained model with the data of `prepared`. Doesn't communicate."""
+    sparse = _in_place([column.name for column in trained.schema.sparse], schema.sparse)
+    dense = _in_place([column.name for column in trained.schema.dense], schema.dense)
+    schema = replace(schema, sparse=sparse, dense=dense)
+    config = config_for(_architecture_of(trained.config), schema)
+    new_shapes = _dense_shapes(config)
+    old = trained.dense_weights()
+    kept = {name: tensor for name, tensor in old.items() if new_shapes.get(name) == tensor.shape}
+    old_columns = {column.name: column for column in trained.schema.sparse}
+    matches, rows = [], {}
+    for column in sparse:
+        match, old_rows = _match_table(trained.folder, old_columns.get(column.name), prepared, column)
+        matches.append(match)
+        if old_rows is not None:
+            rows[column.name] = old_rows
+    new_names = {column.name for column in sparse}
+    return StartingPoint(
+        trained=trained,
+        schema=schema,
+        config=config,
+        dense_weights=kept,
+        tables=tuple(matches),
+        dropped_tables=tuple(name for name in old_columns if name not in new_names),
+        new_dense_weights=tuple(name for name in new_shapes if name not in kept),
+        dropped_dense_weights=tuple(name for name in old if name not in kept),
+        _rows=rows,
+    )
+
+
+def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
+    """The config of a model of this architecture for data of this schema."""
+    tables = [
+        {"name": column.name, "num_embeddings": column.num_embeddings, "pooling": column.pooling}
+        for column in schema.sparse
+    ]
+    values = {item.name: getattr(architecture, item.name) for item in fields(DhenArchitecture)}
+    return DhenConfig(**values, num_dense_features=len(schema.dense), sparse_features=tables)
+
+
+def _architecture_of(config: DhenConfig) -> DhenArchitecture:
+    return DhenArchitecture(**{item.name: getattr(config, item.name) for item in fields(DhenArchitecture)})
+
+
+def _in_place(old_names: Sequence[str], columns: Sequence[SparseColumn]) -> tuple[SparseColumn, ...]:
+    """The columns, those that the trained model knows at the places where it knows them, as far as there are."""
+    by_name = {column.name: column for column in columns}
+    places = [by_name.get(name) for name in old_names[: len(columns)]]
+    places += [None] * (len(columns) - len(places))
+    placed = {column.name for column in places if column is not None}
+    rest = iter([column for column in columns if column.name not in placed])
+    return tuple(column if column is not None else next(rest) for column in places)
+
+
+def _dense_shapes(config: DhenConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        module = DhenForClickPrediction(config, with_tables=False)
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def _match_table(
+    old_folder: Path, old: SparseColumn | None, new_folder: Path, new: SparseColumn
+) -> tuple[TableMatch, Tensor | None]:
+    """What carries over to the new table, and for each of its rows the old row that it comes from, or -1."""
+    rows = new.num_embeddings
+    if old is None:
+        return TableMatch(new.name, rows, 0, 0, "new feature"), None
+    if old.encoding != new.encoding:
+        how = f"was encoded by {old.encoding}, is by {new.encoding}"
+        return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
+    if old.encoding == "hash":
+        if old.num_embeddings != rows:
+            how = f"hashed into {old.num_embeddings:,} rows before, {rows:,} now"
+            return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
+        return TableMatch(new.name, rows, rows, 0, "same hash"), torch.arange(rows)
+    old_rows = _rows_by_key(old_folder, new_folder, new.name, rows)
+    kept = int((old_rows >= 0).sum())
+    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, "by key"), old_rows
+
+
+def _rows_by_key(old_folder: Path, new_folder: Path, feature: str, rows: int) -> Tensor:
+    keys: pa.Array = load_vocabulary(new_folder, feature).keys
+    old_ids = load_vocabulary(old_folder, feature).ids(keys)
+    old_rows = np.full(rows, -1, dtype=np.int64)
+    old_rows[MISSING_ID] = MISSING_ID
+    old_rows[1 : len(keys) + 1] = np.where(old_ids == MISSING_ID, -1, old_ids)
+    return torch.from_numpy(old_rows)

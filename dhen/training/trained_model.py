@@ -1,0 +1,145 @@
+"""A trained model on disk: what `save_pretrained` would write, plus what turns raw click logs into its inputs.
+
+The folder holds config.json, the weights as safetensors with an index (each rank writes the tables that it owns, so no
+rank ever holds them all), the data's schema.json and vocabulary/, and a model card. Transformers loads it as it is:
+`AutoModel.from_pretrained(folder)`.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dhen.data.schema import Schema
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.parallelize import ParallelDhen
+from dhen.parallel.sharded_tables import ShardedTables
+
+MODEL_FOLDER = "model"
+VOCABULARY_FOLDER = "vocabulary"
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_TABLES = "tables."
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """An exported model that can be read piece by piece."""
+
+    folder: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TrainedModel":
+        """The export at `path`, which is one itself or a run folder that holds one. Raises FileNotFoundError."""
+        for folder in (Path(path), Path(path) / MODEL_FOLDER):
+            if (folder / "config.json").is_file() and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
+                return cls(folder)
+        raise FileNotFoundError(
+            f"{path}: no trained model here. Give a run folder that finished (it holds {MODEL_FOLDER}/) or an exported "
+            "model (it holds config.json and safetensors)."
+        )
+
+    @cached_property
+    def config(self) -> DhenConfig:
+        """The model's config."""
+        return DhenConfig.from_pretrained(self.folder)
+
+    @cached_property
+    def schema(self) -> Schema:
+        """The schema of the data that it was trained on; its vocabularies are in `folder` too."""
+        return Schema.load(self.folder)
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """Weight name -> file name."""
+        index = self.folder / _INDEX
+        if index.is_file():
+            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        with safe_open(self.folder / _SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), _SINGLE)
+
+    def dense_weights(self) -> dict[str, Tensor]:
+        """All weights of the dense part, by name."""
+        return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
+
+    def table(self, feature: str, first_column: int, last_column: int) -> Tensor:
+        """Columns [first, last) of a feature's table: (rows, columns)."""
+        return self._read(f"{_TABLES}{feature}.weight", first_column, last_column)
+
+    def has_table(self, feature: str) -> bool:
+        """Whether it has a table of that name."""
+        return f"{_TABLES}{feature}.weight" in self._files
+
+    def _read(self, name: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
+        with safe_open(self.folder / self._files[name], framework="pt") as file:
+            if first_column is None:
+                return file.get_tensor(name)
+            return file.get_slice(name)[:, first_column:last_column]
+
+    def load_tables(self, tables: ShardedTables) -> None:
+        """Fill this rank's shards. Doesn't communicate."""
+        for shard, tensors in tables.shard_tensors():
+            tensors["weight"].copy_(self.table(shard.name, shard.first_column, shard.last_column))
+
+
+def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str) -> None:
+    """Write the trained model into `folder`, whole or not at all. Communicates; all ranks call it.
+
+    schema: of the data, features in the model's order. prepared: the data folder, for its vocabularies. card: the text
+    of the model card.
+    """
+    topology = model.topology
+    draft = folder.with_name(f".{folder.name}.draft")
+    if topology.is_main:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    topology.barrier()
+    written = _write_tables(model.tables, draft, topology.rank) if model.tables is not None else {}
+    dense = model.dense_state_dict()
+    if topology.is_main:
+        save_file(dense, draft / "model-dense.safetensors", metadata={"format": "pt"})
+        written |= {name: ("model-dense.safetensors", _bytes(tensor)) for name, tensor in dense.items()}
+    everyone: list[dict[str, tuple[str, int]]] = [{} for _ in range(topology.world_size)]
+    dist.all_gather_object(everyone, written, group=topology.world)
+    if topology.is_main:
+        _write_index({name: entry for of_rank in everyone for name, entry in of_rank.items()}, draft)
+        model.config.architectures = ["DhenForClickPrediction"]
+        model.config.save_pretrained(draft)
+        schema.save(draft)
+        if (prepared / VOCABULARY_FOLDER).is_dir():
+            shutil.copytree(prepared / VOCABULARY_FOLDER, draft / VOCABULARY_FOLDER)
+        (draft / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        draft.replace(folder)
+    topology.barrier()
+
+
+def _write_tables(tables: ShardedTables, folder: Path, rank: int) -> dict[str, tuple[str, int]]:
+    """This rank's whole tables. Returns name -> (file, bytes)."""
+    name = f"model-tables-{rank:05d}.safetensors"
+    weights: dict[str, Tensor] = {}
+    for shard, tensors in tables.shard_tensors():
+        assert shard.num_columns == tables.embedding_dim, f"{shard.name} is cut by columns"
+        weights[f"{_TABLES}{shard.name}.weight"] = tensors["weight"].detach().to("cpu", torch.float32).contiguous()
+    if weights:
+        save_file(weights, folder / name, metadata={"format": "pt"})
+    return {key: (name, _bytes(tensor)) for key, tensor in weights.items()}
+
+
+def _write_index(entries: dict[str, tuple[str, int]], folder: Path) -> None:
+    index = {
+        "metadata": {"total_size": sum(size for _, size in entries.values())},
+        "weight_map": {name: file for name, (file, _) in sorted(entries.items())},
+    }
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
