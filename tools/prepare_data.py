@@ -17,7 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dhen.data.preprocessing import PreparationProgress, prepare
+from dhen.data.preprocessing import prepare
+from dhen.data.raw_stream import PreparationProgress
 from dhen.data.schema import Schema
 from dhen.data.settings import FORMATS, PreparationSettings
 from dhen.data.writing import BAD_ROWS_FILE

@@ -19,7 +19,7 @@ def label_column(
     values: pa.Array, name: str, checks: RowChecks, *, is_required: bool, minus_one: bool = False
 ) -> pa.Array:
     """0 or 1 as float32; NaN for a blank where labels aren't required. `minus_one`: -1 means 0 too (libsvm)."""
-    numbers, unread = _numbers(values, pl.Float64)
+    numbers, unread = parse_numbers(values, pl.Float64)
     is_blank = np.isnan(numbers) & ~unread
     allowed = (numbers == 0) | (numbers == 1) | ((numbers == -1) & minus_one)
     is_bad = ~allowed & ~(is_blank & (not is_required))
@@ -34,14 +34,14 @@ def no_labels(num_rows: int) -> pa.Array:
 
 def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
     """Integers as float64, null where blank."""
-    numbers, unread = _numbers(values, pl.Int64)
+    numbers, unread = parse_numbers(values, pl.Int64)
     checks.refuse(unread, lambda i: f"column {name!r}: {_shown(values, i)} isn't an integer; write digits or a blank")
     return pa.array(numbers, from_pandas=True)
 
 
 def number_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
     """Finite numbers as float64, null where blank or NaN."""
-    numbers, unread = _numbers(values, pl.Float64)
+    numbers, unread = parse_numbers(values, pl.Float64)
     is_bad = unread | np.isinf(numbers)
     checks.refuse(is_bad, lambda i: f"column {name!r}: {_shown(values, i)} isn't a finite number; write one or a blank")
     return pa.array(numbers, from_pandas=True)
@@ -79,7 +79,7 @@ def sparse_columns(
     lengths = _list_lengths(lists)
     if role.weights is None:
         keys = _keys_of_list(lists, lengths, role.source, checks)
-        return _lists(lengths, keys, keep=_is_present(keys)), None
+        return lists_of(lengths, keys, keep=_is_present(keys)), None
     weight_lists = _split(columns[role.weights], role.separator)
     weight_lengths = _list_lengths(weight_lists)
     checks.refuse(
@@ -95,13 +95,13 @@ def sparse_columns(
     lengths = np.where(agree, lengths, 0)
     keys = _keys_of_list(lists, lengths, role.source, checks)
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    numbers, _ = _numbers(pc.list_flatten(weight_lists), pl.Float64)
+    numbers, _ = parse_numbers(pc.list_flatten(weight_lists), pl.Float64)
     keep = _is_present(keys)
     is_bad = np.bincount(rows, weights=~np.isfinite(numbers) & keep, minlength=len(lengths)) > 0
     checks.refuse(is_bad, lambda i: f"column {role.weights!r}: not every weight is a finite number")
     return (
-        _lists(lengths, keys, keep=keep),
-        _lists(lengths, pa.array(numbers.astype(np.float32), from_pandas=False), keep=keep),
+        lists_of(lengths, keys, keep=keep),
+        lists_of(lengths, pa.array(numbers.astype(np.float32), from_pandas=False), keep=keep),
     )
 
 
@@ -123,7 +123,7 @@ def string_buffers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return cut, np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, dtype=np.uint8)
 
 
-def _numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray, np.ndarray]:
+def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray, np.ndarray]:
     """(float64 with NaN where blank or unreadable, mask of the unreadable)."""
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
@@ -171,7 +171,7 @@ def _split(values: pa.Array, separator: str | None) -> pa.Array:
         text = values if pa.types.is_string(values.type) else values.cast(pa.string())
         return pc.split_pattern(text, separator)
     lengths = values.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
-    return _lists(lengths, values.drop_null())
+    return lists_of(lengths, values.drop_null())
 
 
 def _list_lengths(lists: pa.Array) -> np.ndarray:
@@ -182,7 +182,7 @@ def _is_present(keys: pa.Array) -> np.ndarray:
     return keys.is_valid().to_numpy(zero_copy_only=False)
 
 
-def _lists(lengths: np.ndarray, values: pa.Array, keep: np.ndarray | None = None) -> pa.Array:
+def lists_of(lengths: np.ndarray, values: pa.Array, keep: np.ndarray | None = None) -> pa.Array:
     """Lists of the given lengths over flat values; those outside `keep` are left out."""
     if keep is not None and not keep.all():
         kept_up_to = np.concatenate(([0], np.cumsum(keep)))

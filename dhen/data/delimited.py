@@ -72,7 +72,7 @@ def typed_table(
     else:
         typed[LABEL] = columns.no_labels(len(checks.rows))
     for dense in roles.dense:
-        typed[dense.name] = columns.number_column(raw[dense.name], dense.name, checks)
+        typed[dense.name] = columns.number_column(raw[dense.source], dense.source, checks)
     for sparse in roles.sparse:
         keys, weights = columns.sparse_columns(raw, sparse, checks)
         typed[sparse.name] = keys

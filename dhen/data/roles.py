@@ -7,7 +7,7 @@ quote: '"'                # null: quotes mean nothing
 null_values: [""]         # texts that mean blank
 dense:
   - price                 # log1p
-  - {name: age, transform: identity}
+  - {name: age, column: c7, transform: identity}              # the column c7, named anew
 sparse:
   - user
   - {name: item, encoding: vocabulary, min_count: 2}          # also hash_size; over the command's own settings
@@ -39,12 +39,18 @@ class DenseRole:
     """A numeric column."""
 
     name: str
+    column: str | None = None
     transform: Literal["log1p", "identity"] = "log1p"
+
+    @property
+    def source(self) -> str:
+        """The raw column that holds it."""
+        return self.column or self.name
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The raw columns it is made of."""
-        return (self.name,)
+        return (self.source,)
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -107,7 +113,8 @@ class ColumnRoles:
             if name == LABEL or not _FEATURE_NAME.fullmatch(name):
                 raise ValueError(
                     f"{name!r} can't be the name of a feature: it becomes the name of a file and of a column. Use "
-                    f"letters, digits, '_', '-', '.' and blanks, and not {LABEL!r}. Rename a sparse one by `column:`."
+                    f"letters, digits, '_', '-', '.' and blanks, and not {LABEL!r}. To rename it, write "
+                    f"{{name: new, column: {name}}}."
                 )
         if len(self.delimiter) != 1 or (self.quote is not None and len(self.quote) != 1):
             raise ValueError(f"delimiter {self.delimiter!r} and quote {self.quote!r} must each be one character.")
@@ -167,7 +174,8 @@ def load_roles(path: str | Path) -> ColumnRoles:
         if not isinstance(entries, list):
             raise ValueError(f"{path}: {kind} is {entries!r:.80}. Give a list of columns.")
         content[kind] = [entry if isinstance(entry, dict) else {"name": str(entry)} for entry in entries]
-    content["ignored"] = "*" if content.get("ignored") == "*" else (content.get("ignored") or [])
+    ignored = content.get("ignored") or []
+    content["ignored"] = ignored if isinstance(ignored, str) else [str(column) for column in ignored]
     try:
         return TypeAdapter(ColumnRoles).validate_python(content)
     except ValidationError as error:

@@ -8,11 +8,14 @@ from pathlib import Path
 from dhen.data import text_blocks
 from dhen.data.criteo import CriteoReader
 from dhen.data.delimited import DelimitedReader
+from dhen.data.hub import HubReader, hub_splits
+from dhen.data.libsvm import LibsvmReader
+from dhen.data.parquet import ParquetReader
 from dhen.data.raw_rows import DataError, Reader
 from dhen.data.roles import load_roles
 from dhen.data.schema import SCHEMA_FILE
 from dhen.data.settings import FORMATS, PreparationSettings, as_tuple
-from dhen.data.splitting import SplitRule, WholeSplit, split_rule
+from dhen.data.splitting import SplitRule, WholeSplit, split_rule, splits_with_rows
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -25,39 +28,53 @@ _SUFFIXES = {
     ".ffm": "libsvm",
 }
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)?")
-_HUB_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one split, or files whose rows are split by `rule`."""
+    """Files that are read one after the other, and the splits that their rows go to."""
 
     files: tuple[str, ...]
-    rule: SplitRule
+    splits: tuple[str, ...]
+
+    def rule(self, settings: PreparationSettings, reader: Reader) -> SplitRule:
+        """Which row goes where. Counts the rows of all files where they are split in their order."""
+        if len(self.splits) == 1:
+            return WholeSplit(self.splits)
+        num_rows = None
+        if settings.split_order == "sequential":
+            num_rows = sum(reader.count_rows(file) for file in self.files)
+        return split_rule(settings.split_fractions, settings.split_order, settings.split_seed, num_rows)
 
 
 def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Source, ...]]:
     """(reader, its format's name, what it shall read). Raises FileNotFoundError, ValueError or DataError."""
     format_name = _format_of(settings)
     if format_name == "hub":
-        return _open_hub(settings)
-    by_split = settings.files_by_split()
-    found = {split: _files(patterns) for split, patterns in by_split.items()}
-    files = tuple(file for some in found.values() for file in some) or _files(as_tuple(settings.dataset_name))
-    reader = _reader(format_name, settings, files)
-    if found:
-        return reader, format_name, tuple(Source(some, WholeSplit((split,))) for split, some in found.items())
-    return reader, format_name, (Source(files, _rule(settings, reader, files)),)
+        found = _on_the_hub(settings)
+    else:
+        found = {split: _files(patterns) for split, patterns in settings.files_by_split().items()}
+        files = [file for some in found.values() for file in some]
+        for file in files:
+            if files.count(file) > 1:
+                raise DataError(f"{file}: it is in two splits. Give each split its own files.")
+    is_split_by_us = not found or (format_name == "hub" and len(found) == 1)
+    if is_split_by_us:
+        files = next(iter(found.values())) if found else _files(as_tuple(settings.dataset_name))
+        sources = (Source(files, splits_with_rows(settings.split_fractions)),)
+    else:
+        sources = tuple(Source(some, (split,)) for split, some in found.items())
+    return _reader(format_name, settings, sources[0].files[0]), format_name, sources
 
 
-def _rule(settings: PreparationSettings, reader: Reader, files: tuple[str, ...]) -> SplitRule:
-    num_rows = None
-    if settings.split_order == "sequential" and max(settings.split_fractions) < 1:
-        num_rows = sum(reader.count_rows(file) for file in files)
-    return split_rule(settings.split_fractions, settings.split_order, settings.split_seed, num_rows)
+def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
+    names = as_tuple(settings.dataset_name)
+    if len(names) != 1:
+        raise ValueError("the format hub takes one dataset_name; its own splits are used, so no file by split.")
+    return {split: (file,) for split, file in hub_splits(names[0]).items()}
 
 
-def _reader(format_name: str, settings: PreparationSettings, files: tuple[str, ...]) -> Reader:
+def _reader(format_name: str, settings: PreparationSettings, first_file: str) -> Reader:
     is_required, block_bytes = settings.is_label_required, settings.block_bytes
     roles = load_roles(settings.dataset_schema) if settings.dataset_schema else None
     if format_name == "criteo":
@@ -66,12 +83,17 @@ def _reader(format_name: str, settings: PreparationSettings, files: tuple[str, .
                 "dataset_schema has no effect on the format criteo. Remove it, or give --dataset_format csv."
             )
         return CriteoReader(is_required, block_bytes)
+    if format_name == "libsvm":
+        return LibsvmReader.for_file(first_file, roles, is_label_required=is_required, block_bytes=block_bytes)
     if roles is None:
         raise ValueError(
             f"the format {format_name} needs dataset_schema, a YAML file that says which columns are label, dense and "
             f"sparse. recipes/configs/schemas has examples."
         )
-    return DelimitedReader(roles, is_required, block_bytes)
+    if format_name == "csv":
+        return DelimitedReader(roles, is_required, block_bytes)
+    reader = ParquetReader if format_name == "parquet" else HubReader
+    return reader(roles, is_required)
 
 
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -126,7 +148,3 @@ def _format_of(settings: PreparationSettings) -> str:
         f"{file}: neither its name nor its first line tells its format. Give --dataset_format, one of "
         f"{', '.join(FORMATS)}; csv, parquet and hub need --dataset_schema too."
     )
-
-
-def _open_hub(settings: PreparationSettings) -> tuple[Reader, str, tuple[Source, ...]]:
-    raise NotImplementedError

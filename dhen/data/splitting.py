@@ -57,14 +57,17 @@ class SequentialSplit:
         return np.searchsorted(self.ends[:-1], positions, side="right")
 
 
+def splits_with_rows(fractions: tuple[float, float, float]) -> tuple[str, ...]:
+    """The splits whose share isn't 0."""
+    return tuple(split for split, share in zip(SPLITS, fractions, strict=True) if share > 0)
+
+
 def split_rule(
     fractions: tuple[float, float, float], order: Literal["random", "sequential"], seed: int, num_rows: int | None
 ) -> SplitRule:
     """The rule for shares of train, validation and test. `sequential` needs the number of rows of the input."""
-    splits = tuple(split for split, share in zip(SPLITS, fractions, strict=True) if share > 0)
+    splits = splits_with_rows(fractions)
     upper = np.cumsum([share for share in fractions if share > 0])
-    if len(splits) == 1:
-        return WholeSplit(splits)
     if order == "random":
         return RandomSplit(splits, tuple(upper.tolist()), seed)
     assert num_rows is not None, "a sequential split needs the number of rows"

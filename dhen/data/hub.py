@@ -1,0 +1,95 @@
+"""Data sets of the Hugging Face hub, streamed through `datasets`; a YAML schema names their columns.
+
+A "file" is `name:split` here, and its rows are numbered from 1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+
+from dhen.data.parquet import BATCH_ROWS, check_types, typed_chunk, used_columns
+from dhen.data.raw_rows import DataError, RawChunk
+from dhen.data.roles import ColumnRoles
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+"""What hub data sets call a split, and what it is here."""
+
+
+@dataclass(frozen=True)
+class HubReader:
+    """Streams the splits of a data set, `owner/name` or `owner/name/configuration`; nothing is stored on disk."""
+
+    roles: ColumnRoles
+    is_label_required: bool = True
+    batch_rows: int = BATCH_ROWS
+
+    def chunks(self, file: str) -> Iterator[RawChunk]:
+        """The rows of a split in order. Raises DataError, or ValueError for a column without role."""
+        row = 0
+        is_checked = False
+        for table in self._tables(file):
+            if not is_checked:
+                self.roles.check_columns(table.column_names, file, is_label_required=self.is_label_required)
+                check_types(table.schema, self.roles, file)
+                is_checked = True
+            raw = {name: table[name].combine_chunks() for name in used_columns(self.roles, table.column_names)}
+            yield typed_chunk(raw, self.roles, file, row, self.is_label_required)
+            row += table.num_rows
+
+    def count_rows(self, file: str) -> int:
+        """Rows of a split, by streaming through it once."""
+        return sum(table.num_rows for table in self._tables(file))
+
+    def _tables(self, file: str) -> Iterator[pa.Table]:
+        name, split = file.rsplit(":", 1)
+        try:
+            stream = datasets.load_dataset(*_path_and_configuration(name), split=split, streaming=True)
+            yield from stream.with_format("arrow").iter(batch_size=self.batch_rows)
+        except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"{file}: {_reason(error)}") from error
+
+
+def hub_splits(name: str) -> dict[str, str]:
+    """Our split names to the "files" of a data set. Raises DataError where it can't be reached or has none of them."""
+    try:
+        present = datasets.get_dataset_split_names(*_path_and_configuration(name))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{name}: {_reason(error)}") from error
+    found = {_SPLIT_NAMES[split]: f"{name}:{split}" for split in present if split in _SPLIT_NAMES}
+    if not found:
+        raise DataError(f"{name}: its splits are {', '.join(present)}; one of {', '.join(_SPLIT_NAMES)} is needed.")
+    return found
+
+
+def hub_revision(file: str) -> str:
+    """A text that changes with the content of a split."""
+    name, split = file.rsplit(":", 1)
+    try:
+        builder = datasets.load_dataset_builder(*_path_and_configuration(name))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{name}: {_reason(error)}") from error
+    return f"{builder.config.name}:{builder.hash}:{split}"
+
+
+def _path_and_configuration(name: str) -> tuple[str, str | None]:
+    parts = name.split("/")
+    if len(parts) == 3 and all(parts) and not Path(name).exists():
+        return "/".join(parts[:2]), parts[2]
+    return name, None
+
+
+def _reason(error: Exception) -> str:
+    said = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"it can't be read from the Hugging Face hub ({said:.300}). Check the name and the connection, or give a path."
+    )

@@ -1,0 +1,214 @@
+"""libsvm, libfm and libffm text: a label and tokens, separated by blanks.
+
+Two forms, told apart by the first line of the first file:
+
+    1 17:1 203:1 998:1        `id:value` (or a bare `id`): token i of a row is field i, from 1; every row has all fields
+    1 0:17:1 2:203:1          `field:id:value` (libffm): fields may be left out, which means blank
+
+A sparse feature takes its ids; the value beside must be 1. Without a YAML schema the fields of the first line are
+single-valued sparse features named by their numbers. A schema (dhen/data/roles.py) refers to fields by number:
+
+    sparse:
+      - 1
+      - {name: user, column: "2"}
+      - {name: tags, column: "3", multi_valued: true}         # libffm: any number of tokens of field 3
+      - {name: words, column: "4", weights: value}            # and their values are the weights of the ids
+    dense:
+      - {name: price, column: "5"}                            # takes the value, whatever the id
+    ignored: [6]
+
+The labels may be 0 and 1, or -1 and 1. Comments (`# ...`) and `qid:` aren't part of the forms.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from dhen.data import columns, text_blocks
+from dhen.data.raw_rows import BadRow, DataError, RawChunk, RowChecks
+from dhen.data.roles import ColumnRoles, DenseRole, SparseRole
+from dhen.data.schema import LABEL, weights_column
+
+VALUE = "value"
+"""What `weights` of a sparse feature says where the values beside its ids are their weights."""
+
+
+@dataclass(frozen=True)
+class LibsvmReader:
+    """Reads both forms, plain or .gz. `num_fields` is None for libffm, whose tokens name their fields."""
+
+    roles: ColumnRoles
+    num_fields: int | None
+    is_label_required: bool = True
+    block_bytes: int = text_blocks.BLOCK_BYTES
+
+    @classmethod
+    def for_file(
+        cls, file: str, roles: ColumnRoles | None, *, is_label_required: bool, block_bytes: int
+    ) -> "LibsvmReader":
+        """A reader for the form of `file`. Raises DataError for a line without one, ValueError for wrong roles."""
+        row, line = text_blocks.first_line(file)
+        words = line.split()
+        tokens = words if ":" in words[0] else words[1:]
+        if not tokens:
+            raise DataError(str(BadRow(file, row, "there is a label and no token after it", line)))
+        is_libffm = tokens[0].count(":") == 2
+        fields = [t.split(":")[0] for t in tokens] if is_libffm else [str(i + 1) for i in range(len(tokens))]
+        if roles is None:
+            roles = ColumnRoles(sparse=tuple(SparseRole(field) for field in dict.fromkeys(fields)))
+        else:
+            _check_roles(roles, file, None if is_libffm else fields)
+        return cls(roles, None if is_libffm else len(fields), is_label_required, block_bytes)
+
+    def chunks(self, file: str) -> Iterator[RawChunk]:
+        """The rows of `file` in order. Raises FileNotFoundError or DataError."""
+        for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
+            yield self._typed(block)
+
+    def count_rows(self, file: str) -> int:
+        """Lines of `file`."""
+        return text_blocks.count_lines(file)
+
+    def _typed(self, block: text_blocks.TextBlock) -> RawChunk:
+        lines = _lines(block)
+        checks = RowChecks(block.file, block.rows, lambda i: lines[i])
+        words = lines.str.split(" ")
+        first = words.list.first().fill_null("")
+        has_label = ~first.str.contains(":", literal=True).to_numpy()
+        labels = pl.select(pl.when(pl.Series(has_label)).then(first)).to_series()
+        label = columns.label_column(_arrow(labels), LABEL, checks, is_required=self.is_label_required, minus_one=True)
+        tokens = _Tokens.of(words, has_label, self.num_fields is None, checks)
+        if self.num_fields is not None:
+            counts = np.bincount(tokens.rows, minlength=len(lines))
+            checks.refuse(
+                counts != self.num_fields,
+                lambda i: f"it has {counts[i]} fields, not {self.num_fields} as the file's first row",
+            )
+        self._refuse_unknown_fields(tokens, checks)
+        typed = {LABEL: label}
+        for dense in self.roles.dense:
+            at = self._single(tokens, dense, checks)
+            numbers = pa.array(tokens.values, from_pandas=True).take(at)
+            typed[dense.name] = columns.number_column(numbers, f"field {dense.source}", checks)
+        for sparse in self.roles.sparse:
+            typed |= self._sparse(tokens, sparse, checks)
+        return checks.finish(pa.table(typed), block.bad, end_row=block.end_row, bytes_read=block.bytes_read)
+
+    def _sparse(self, tokens: "_Tokens", role: SparseRole, checks: RowChecks) -> dict[str, pa.Array]:
+        if not role.is_weighted:
+            where = tokens.of_field(role.source)
+            is_bad = np.zeros(len(checks.rows), dtype=bool)
+            is_bad[tokens.rows[where][tokens.values[where] != 1]] = True
+            checks.refuse(
+                is_bad,
+                lambda i: (
+                    f"field {role.source}: a value beside its id isn't 1. Values can be weights ({VALUE!r} as "
+                    f"`weights` in a schema), or the field is dense"
+                ),
+            )
+        if not role.is_multi_valued:
+            return {role.name: tokens.keys.take(self._single(tokens, role, checks))}
+        where = tokens.of_field(role.source)
+        # An id left empty is no id.
+        where = where[tokens.keys.is_valid().to_numpy(zero_copy_only=False)[where]]
+        lengths = np.bincount(tokens.rows[where], minlength=len(checks.rows))
+        lists = {role.name: columns.lists_of(lengths, tokens.keys.take(pa.array(where)))}
+        if role.is_weighted:
+            weights = pa.array(tokens.values[where].astype(np.float32), from_pandas=False)
+            lists[weights_column(role.name)] = columns.lists_of(lengths, weights)
+        return lists
+
+    def _single(self, tokens: "_Tokens", role: DenseRole | SparseRole, checks: RowChecks) -> pa.Array:
+        """For each row the index of its one token of the field, null where it has none."""
+        where = tokens.of_field(role.source)
+        counts = np.bincount(tokens.rows[where], minlength=len(checks.rows))
+        checks.refuse(
+            counts > 1,
+            lambda i: f"field {role.source} stands there {counts[i]} times. `multi_valued: true` in a schema allows it",
+        )
+        at = np.zeros(len(checks.rows), dtype=np.int64)
+        at[tokens.rows[where]] = where
+        return pa.array(at, mask=counts == 0)
+
+    def _refuse_unknown_fields(self, tokens: "_Tokens", checks: RowChecks) -> None:
+        if self.roles.ignored == "*":
+            return
+        known = [*(feature.source for feature in (*self.roles.dense, *self.roles.sparse)), *self.roles.ignored]
+        is_unknown = ~tokens.fields.is_in(known).fill_null(True).to_numpy()
+        is_bad = np.zeros(len(checks.rows), dtype=bool)
+        is_bad[tokens.rows[is_unknown]] = True
+        checks.refuse(
+            is_bad,
+            lambda i: (
+                f"it has a field other than {', '.join(known):.100}; the fields are those of the first row, or "
+                f"those that --dataset_schema lists"
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """All tokens of a block, flat: the row, the field's name, the key (null where empty) and the value of each."""
+
+    rows: np.ndarray
+    fields: pl.Series
+    keys: pa.Array
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, words: pl.Series, has_label: np.ndarray, is_libffm: bool, checks: RowChecks) -> "_Tokens":
+        """Cut the words of each row after its label; complain about those of another form or without a finite value."""
+        lengths = words.list.len().to_numpy().astype(np.int64)
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        places = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths) - has_label[rows]
+        is_token = places >= 0
+        rows, places = rows[is_token], places[is_token]
+        texts = words.explode().filter(pl.Series(is_token))
+        colons = texts.str.count_matches(":", literal=True).to_numpy()
+        form = "field:id:value" if is_libffm else "id:value"
+        _refuse_rows(rows[(colons != 2) if is_libffm else (colons > 1)], f"not every token reads {form}", checks)
+        parts = [texts.str.split_exact(":", 2).struct.field(f"field_{i}") for i in range(3)]
+        fields, keys, values = parts if is_libffm else (pl.Series(places + 1).cast(pl.String), parts[0], parts[1])
+        numbers, unread = columns.parse_numbers(_arrow(values.fill_null("1")), pl.Float64)
+        _refuse_rows(rows[unread | ~np.isfinite(numbers)], "the value of a token isn't a finite number", checks)
+        keys = pl.select(pl.when(keys != "").then(keys)).to_series()
+        return cls(rows, fields, _arrow(keys), numbers)
+
+    def of_field(self, field: str) -> np.ndarray:
+        """Indices of the tokens of a field."""
+        return np.flatnonzero((self.fields == field).fill_null(False).to_numpy())
+
+
+def _refuse_rows(rows: np.ndarray, reason: str, checks: RowChecks) -> None:
+    is_bad = np.zeros(len(checks.rows), dtype=bool)
+    is_bad[rows] = True
+    checks.refuse(is_bad, lambda _: reason)
+
+
+def _lines(block: text_blocks.TextBlock) -> pl.Series:
+    """The lines, with one blank between words and none at the ends."""
+    if not block.text:
+        return pl.Series([], dtype=pl.String)
+    lines = pl.Series([block.text[:-1].decode("utf-8")]).str.split("\n").explode()
+    if b"\t" in block.text or b"  " in block.text:
+        lines = lines.str.replace_all(r"[ \t]+", " ")
+    return lines.str.strip_chars(" ")
+
+
+def _arrow(texts: pl.Series) -> pa.Array:
+    return texts.to_arrow().cast(pa.string())
+
+
+def _check_roles(roles: ColumnRoles, file: str, fields: list[str] | None) -> None:
+    for role in roles.sparse:
+        if role.weights not in (None, VALUE) or role.separator is not None or role.characters is not None:
+            raise ValueError(
+                f"{role.name!r} has weights, a separator or characters; of these libsvm files know `weights: {VALUE}`."
+            )
+    if fields is not None:
+        plain = [SparseRole(role.source) for role in (*roles.dense, *roles.sparse)]
+        by_number = ColumnRoles(sparse=tuple(dict.fromkeys(plain)), ignored=roles.ignored)
+        by_number.check_columns(fields, file, is_label_required=False)

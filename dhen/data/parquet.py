@@ -1,0 +1,98 @@
+"""Parquet files whose columns a YAML schema names (dhen/data/roles.py). Multi-valued features are list columns.
+
+Memory holds a batch of rows and what Parquet needs to read it: at most one row group of the file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from dhen.data.delimited import typed_table
+from dhen.data.raw_rows import DataError, RawChunk, RowChecks
+from dhen.data.roles import ColumnRoles
+
+BATCH_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class ParquetReader:
+    """Reads Parquet files."""
+
+    roles: ColumnRoles
+    is_label_required: bool = True
+    batch_rows: int = BATCH_ROWS
+
+    def chunks(self, file: str) -> Iterator[RawChunk]:
+        """The rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for a column without role."""
+        size = Path(file).stat().st_size if Path(file).is_file() else 0
+        with _open(file) as parquet:
+            present = parquet.schema_arrow.names
+            self.roles.check_columns(present, file, is_label_required=self.is_label_required)
+            check_types(parquet.schema_arrow, self.roles, file)
+            used = used_columns(self.roles, present)
+            num_rows = max(parquet.metadata.num_rows, 1)
+            row = 0
+            try:
+                for batch in parquet.iter_batches(batch_size=self.batch_rows, columns=used, use_threads=False):
+                    raw = {name: batch.column(name) for name in used}
+                    yield typed_chunk(
+                        raw, self.roles, file, row, self.is_label_required, size * (row + len(batch)) // num_rows
+                    )
+                    row += len(batch)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(f"{file}: damaged after row {row} ({_line(error)}). Fetch the file again.") from error
+
+    def count_rows(self, file: str) -> int:
+        """Rows of `file`, by its metadata."""
+        with _open(file) as parquet:
+            return parquet.metadata.num_rows
+
+
+def typed_chunk(
+    raw: dict[str, pa.Array], roles: ColumnRoles, file: str, row: int, is_label_required: bool, bytes_read: int = 0
+) -> RawChunk:
+    """The chunk of raw columns whose first row is number `row` + 1 of the file."""
+    num_rows = len(next(iter(raw.values())))
+    numbers = np.arange(row + 1, row + num_rows + 1)
+    checks = RowChecks(file, numbers, lambda i: str({name: column[i].as_py() for name, column in raw.items()}))
+    table = typed_table(raw, roles, checks, is_label_required=is_label_required)
+    return checks.finish(table, end_row=row + num_rows, bytes_read=bytes_read)
+
+
+def used_columns(roles: ColumnRoles, present: list[str]) -> list[str]:
+    """The file's columns that have a role, in the file's order."""
+    wanted = {roles.label, *(column for feature in (*roles.dense, *roles.sparse) for column in feature.columns)}
+    return [name for name in present if name in wanted]
+
+
+def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
+    """Raise DataError where a column's type can't serve its role."""
+    lists = {c for feature in roles.sparse if feature.is_multi_valued for c in feature.columns}
+    singles = {roles.label, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
+    for name in used_columns(roles, schema.names):
+        kind = schema.field(name).type
+        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if name in singles and is_list:
+            raise DataError(
+                f"{file}: the column {name!r} holds lists ({kind}). If it is a sparse feature, write "
+                f"{{name: {name}, multi_valued: true}} in the schema."
+            )
+        if pa.types.is_nested(kind.value_type if is_list else kind):
+            raise DataError(f"{file}: the column {name!r} is {kind}; numbers, texts and lists of them can be read.")
+
+
+def _open(file: str) -> pyarrow.parquet.ParquetFile:
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: no such file. Check the path.") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file}: not a whole Parquet file ({_line(error)}). Fetch it again.") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

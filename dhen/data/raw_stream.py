@@ -1,0 +1,105 @@
+"""The rows of all sources, chunk by chunk, each with its split; read as many times as there are passes."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dhen.data.raw_rows import BadRow, DataError, RawChunk, Reader
+from dhen.data.settings import PreparationSettings
+from dhen.data.sources import Source
+from dhen.data.splitting import SplitRule
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparationProgress:
+    """How far a pass is. `bytes_total` is 0 where it isn't known."""
+
+    stage: str
+    rows: int
+    bytes_read: int
+    bytes_total: int
+    is_done: bool = False
+
+
+ProgressCallback = Callable[[PreparationProgress], None]
+
+
+@dataclass(frozen=True)
+class SplitChunk:
+    """A chunk, and for each of its good and of its bad rows an index into `splits`."""
+
+    chunk: RawChunk
+    splits: tuple[str, ...]
+    split_of_row: np.ndarray
+    split_of_bad: np.ndarray
+
+
+class RawStream:
+    """All that is to be prepared. Making one counts the rows where they are split in their order."""
+
+    def __init__(
+        self, reader: Reader, sources: tuple[Source, ...], settings: PreparationSettings, progress: ProgressCallback
+    ) -> None:
+        self.roles = reader.roles
+        self.splits = tuple(split for source in sources for split in source.splits)
+        self._reader = reader
+        self._rules: dict[Source, SplitRule] = {source: source.rule(settings, reader) for source in sources}
+        self._stops_at_bad_rows = settings.bad_rows == "error"
+        self._progress = progress
+
+    def chunks(self, stage: str, only: str | None = None) -> Iterator[SplitChunk]:
+        """One pass over all rows; with `only`, over the sources that have rows of this split."""
+        rules = {s: rule for s, rule in self._rules.items() if only is None or only in s.splits}
+        bytes_total = sum(_size(file) for source in rules for file in source.files)
+        rows = bytes_before = 0
+        for source, rule in rules.items():
+            position = 0
+            for file in source.files:
+                num_rows = 0
+                for chunk in self._reader.chunks(file):
+                    if chunk.bad and self._stops_at_bad_rows:
+                        raise _stop(chunk.bad[0])
+                    first = position - 1 - chunk.header_rows
+                    bad = np.array([bad_row.row for bad_row in chunk.bad], dtype=np.int64)
+                    yield SplitChunk(chunk, source.splits, rule.assign(first + chunk.rows), rule.assign(first + bad))
+                    rows += len(chunk.rows)
+                    num_rows = max(chunk.end_row - chunk.header_rows, 0)
+                    self._progress(PreparationProgress(stage, rows, bytes_before + chunk.bytes_read, bytes_total))
+                position += num_rows
+                bytes_before += _size(file)
+        self._progress(PreparationProgress(stage, rows, bytes_total, bytes_total, is_done=True))
+
+
+class LogProgress:
+    """One log line every ten seconds, and one at the end of a pass."""
+
+    _EVERY_SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, state: PreparationProgress) -> None:
+        now = time.monotonic()
+        if not state.is_done and now - self._last < self._EVERY_SECONDS:
+            return
+        share = f"{state.bytes_read / state.bytes_total:.0%} | " if state.bytes_total else ""
+        rate = state.rows / max(now - self._start, 1e-9)
+        logger.info("%s | %s%s rows | %s rows/s", state.stage, share, f"{state.rows:,}", f"{rate:,.0f}")
+        self._last = now
+        if state.is_done:
+            self._start = now
+
+
+def _stop(bad_row: BadRow) -> DataError:
+    return DataError(f"{bad_row} Correct it, or skip and list such rows with --bad_rows skip.")
+
+
+def _size(file: str) -> int:
+    path = Path(file)
+    return path.stat().st_size if path.is_file() else 0
