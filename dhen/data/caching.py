@@ -6,7 +6,6 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from dhen.data.hub import hub_revision
 from dhen.data.preprocessing import FORMAT_VERSION, prepare
 from dhen.data.raw_stream import ProgressCallback
 from dhen.data.schema import SCHEMA_FILE
@@ -63,7 +62,11 @@ def _digest(settings: PreparationSettings) -> str:
 
 
 def _fingerprint(format_name: str, file: str) -> str:
-    return hub_revision(file) if format_name == "hub" else file_fingerprint(file)
+    if format_name != "hub":
+        return file_fingerprint(file)
+    from dhen.data.hub import hub_revision  # `datasets` takes a second to import: only those who use it wait
+
+    return hub_revision(file)
 
 
 def file_fingerprint(file: str | Path) -> str:

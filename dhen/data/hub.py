@@ -91,5 +91,6 @@ def _path_and_configuration(name: str) -> tuple[str, str | None]:
 def _reason(error: Exception) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
     return (
-        f"it can't be read from the Hugging Face hub ({said:.300}). Check the name and the connection, or give a path."
+        f"there is no such path here, and it can't be read from the Hugging Face hub either ({said:.300}). Check the "
+        f"name and the connection."
     )

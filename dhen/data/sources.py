@@ -8,7 +8,6 @@ from pathlib import Path
 from dhen.data import text_blocks
 from dhen.data.criteo import CriteoReader
 from dhen.data.delimited import DelimitedReader
-from dhen.data.hub import HubReader, hub_splits
 from dhen.data.libsvm import LibsvmReader
 from dhen.data.parquet import ParquetReader
 from dhen.data.raw_rows import DataError, Reader
@@ -71,6 +70,8 @@ def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
     names = as_tuple(settings.dataset_name)
     if len(names) != 1:
         raise ValueError("the format hub takes one dataset_name; its own splits are used, so no file by split.")
+    from dhen.data.hub import hub_splits  # `datasets` takes a second to import: only those who use it wait
+
     return {split: (file,) for split, file in hub_splits(names[0]).items()}
 
 
@@ -92,8 +93,11 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
         )
     if format_name == "csv":
         return DelimitedReader(roles, is_required, block_bytes)
-    reader = ParquetReader if format_name == "parquet" else HubReader
-    return reader(roles, is_required)
+    if format_name == "parquet":
+        return ParquetReader(roles, is_required)
+    from dhen.data.hub import HubReader
+
+    return HubReader(roles, is_required)
 
 
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:

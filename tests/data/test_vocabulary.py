@@ -1,0 +1,74 @@
+"""Vocabularies: order, minimum count, exact lookup."""
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dhen.data import vocabulary as module
+from dhen.data.hashing import hash_texts, salt_of
+from dhen.data.vocabulary import KeyCounts, Vocabulary, load_vocabulary
+from tests.data import reference_preparation as reference
+
+
+def made_from(chunks, min_count=1):
+    counts = KeyCounts()
+    for chunk in chunks:
+        counts.add(pa.array(chunk, pa.string()))
+    return counts.vocabulary(min_count)
+
+
+@given(st.lists(st.lists(st.none() | st.sampled_from(["a", "b", "é", "10", "9", "Z"]))), st.integers(1, 4))
+def test_ids_go_by_descending_count_then_key(chunks, min_count):
+    made = made_from(chunks, min_count)
+    expected = reference.vocabulary([key for chunk in chunks for key in chunk], min_count)
+    asked = ["a", "b", "é", "10", "9", "Z", "never seen", None]
+    assert made.ids(pa.array(asked)).tolist() == [expected.get(key, 0) for key in asked]
+    assert made.num_embeddings == len(expected) + 1
+
+
+def test_merging_in_between_changes_nothing(monkeypatch):
+    chunks = [[f"{i * j % 97}" for i in range(50)] for j in range(30)]
+    once = made_from(chunks)
+    monkeypatch.setattr(module, "_COMPACT_ROWS", 10)
+    often = made_from(chunks)
+    assert once.keys.equals(often.keys)
+    assert once.counts.tolist() == often.counts.tolist()
+
+
+def test_round_trip_through_a_folder(tmp_path):
+    made = made_from([["x", "y", "y", None, "z.z"]])
+    made.save(tmp_path, "C1")
+    loaded = load_vocabulary(tmp_path, "C1")
+    assert loaded.keys.to_pylist() == ["y", "x", "z.z"]
+    assert loaded.counts.tolist() == [2, 1, 1]
+    with pytest.raises(FileNotFoundError, match=r"C2\.parquet: no such file"):
+        load_vocabulary(tmp_path, "C2")
+
+
+def colliding_keys():
+    """Two texts of 16 letters with the same hash: the second word undoes the difference that the first one made."""
+    start = reference.mix((salt_of("vocabulary") + 16 * 0x9E3779B97F4A7C15) & (2**64 - 1))
+    state = reference.mix(start ^ int.from_bytes(b"aaaaaaaa", "little"))
+    for i in range(100_000):
+        first = f"{i:08d}".encode()
+        other = int.from_bytes(b"bbbbbbbb", "little") ^ state ^ reference.mix(start ^ int.from_bytes(first, "little"))
+        second = other.to_bytes(8, "little")
+        if max(second) < 128:
+            return "aaaaaaaabbbbbbbb", (first + second).decode()
+    raise AssertionError("no second text found")
+
+
+def test_keys_with_equal_hashes_keep_their_own_ids():
+    one, other = colliding_keys()
+    hashes = hash_texts(pa.array([one, other]), salt_of("vocabulary"))
+    assert hashes[0] == hashes[1]
+    both = made_from([[one, one, other]])
+    assert both.ids(pa.array([other, one])).tolist() == [2, 1]
+    assert made_from([[one]]).ids(pa.array([other, one])).tolist() == [0, 1]
+
+
+def test_an_empty_vocabulary_knows_nothing():
+    assert Vocabulary(pa.array([], pa.string()), pa.array([], pa.int64()).to_numpy()).ids(pa.array(["a"])).tolist() == [
+        0
+    ]
