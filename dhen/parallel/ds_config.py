@@ -96,7 +96,7 @@ def read_ds_config(path: str | Path, recipe: Recipe) -> DsConfig:
     section = _check_section(str(path), raw.pop(SECTION, {}))
     _check_top_level(str(path), raw)
     _resolve_auto(str(path), raw, recipe.values())
-    _check_by_deepspeed(str(path), raw, recipe.world_size)
+    _check_by_deepspeed(str(path), raw)
     config = DsConfig(str(path), raw, section)
     _refuse_known_faults(config)
     return config
@@ -171,7 +171,7 @@ def _resolve_auto(path: str, raw: dict[str, Any], values: dict[str, Any], prefix
             )
 
 
-def _check_by_deepspeed(path: str, raw: dict[str, Any], world_size: int) -> None:
+def _check_by_deepspeed(path: str, raw: dict[str, Any]) -> None:
     missing = [key for key in ("train_micro_batch_size_per_gpu", "gradient_clipping", "optimizer") if key not in raw]
     if missing:
         raise DsConfigError(
@@ -179,7 +179,7 @@ def _check_by_deepspeed(path: str, raw: dict[str, Any], world_size: int) -> None
             "DeepSpeed would clip at 1.0 unasked."
         )
     try:
-        deepspeed.DeepSpeedConfig(_copy(raw))
+        deepspeed.DeepSpeedConfig(_copy_without_total(raw))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -190,8 +190,9 @@ def _check_by_deepspeed(path: str, raw: dict[str, Any], world_size: int) -> None
         raise DsConfigError(f"{path}: DeepSpeed refuses it: {error}") from error
 
 
-def _copy(raw: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(raw))
+def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:
+    """A copy, because the parser changes what it reads; without the global batch, which it would take for one rank's."""
+    return json.loads(json.dumps({key: value for key, value in raw.items() if key != "train_batch_size"}))
 
 
 def _refuse_known_faults(config: DsConfig) -> None:

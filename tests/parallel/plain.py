@@ -1,0 +1,89 @@
+"""The same model trained by torch alone, on one process: what the parallel one is compared with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.features import SparseIds
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.parallel.ds_config import Recipe
+
+SEED = 3
+LEARNING_RATE, TABLE_LEARNING_RATE = 1e-2, 0.5
+ROWS = (50, 20, 7, 31, 4)
+CONFIG = {
+    "num_dense_features": 3,
+    "embedding_dim": 8,
+    "num_layers": 2,
+    "interactions": ["linear", "advanced_dlrm"],
+    "num_embeddings_out": 4,
+    "sparse_features": [{"name": f"C{index}", "num_embeddings": rows} for index, rows in enumerate(ROWS)],
+}
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One step's examples: ids_FB, dense_BN and labels_B."""
+
+    ids_FB: Tensor
+    dense_BN: Tensor
+    labels_B: Tensor
+
+    def rows(self, first: int, last: int) -> tuple[SparseIds, Tensor, Tensor]:
+        """Examples [first, last)."""
+        sparse = SparseIds(self.ids_FB[:, first:last].reshape(-1), len(ROWS))
+        return sparse, self.dense_BN[first:last], self.labels_B[first:last]
+
+
+def global_batches(steps: int, size: int) -> list[GlobalBatch]:
+    """Seeded batches."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        GlobalBatch(
+            torch.stack([torch.randint(0, rows, (size,), generator=generator) for rows in ROWS]),
+            torch.randn(size, 3, generator=generator),
+            (torch.rand(size, generator=generator) < 0.3).float(),
+        )
+        for _ in range(steps)
+    ]
+
+
+def recipe(world_size: int, per_rank: int, accumulation: int = 1, max_grad_norm: float = 0.0) -> Recipe:
+    """A recipe with the learning rates above."""
+    return Recipe(per_rank, accumulation, world_size, max_grad_norm, LEARNING_RATE, 0.0, 0.9, 0.999, 1e-8)
+
+
+def plain_losses(
+    batches: Sequence[GlobalBatch], accumulation: int = 1, max_grad_norm: float = 0.0
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Mean loss of each step and the final weights: dense AdamW, tables SGD.
+
+    With accumulation the tables step after every micro batch, on gradients divided by the number of micro batches, as
+    FBGEMM does.
+    """
+    torch.manual_seed(SEED)
+    model = DhenForClickPrediction(DhenConfig(**CONFIG), table_seed=SEED)
+    dense = [parameter for name, parameter in model.named_parameters() if not name.startswith("tables.")]
+    adam = torch.optim.AdamW(dense, lr=LEARNING_RATE, weight_decay=0.0)
+    sgd = torch.optim.SGD(model.tables.parameters(), lr=TABLE_LEARNING_RATE)
+    losses = []
+    for batch in batches:
+        micro = len(batch.labels_B) // accumulation
+        total = 0.0
+        for first in range(0, len(batch.labels_B), micro):
+            sparse, dense_BN, labels_B = batch.rows(first, first + micro)
+            loss = binary_cross_entropy_with_logits(model(sparse, dense_BN).logits, labels_B) / accumulation
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            total += loss.item()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(dense, max_grad_norm)
+        adam.step()
+        adam.zero_grad()
+        losses.append(total)
+    return losses, model.state_dict()

@@ -1,0 +1,79 @@
+"""ds_configs: every file that we ship, "auto", and each mistake with an error that names file and key."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dhen.parallel.ds_config import DsConfigError, Recipe, read_ds_config
+from tests import ROOT
+
+SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
+RECIPE = Recipe(64, 2, 4, 1.5, 1e-3, 0.01, 0.9, 0.98, 1e-7)
+
+
+def written(folder: Path, change: dict, *, drop: tuple[str, ...] = ()) -> Path:
+    raw = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    path = folder / "changed.json"
+    path.write_text(json.dumps({key: value for key, value in (raw | change).items() if key not in drop}))
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_are_read_and_resolved(path):
+    config = read_ds_config(path, RECIPE)
+    assert '"auto"' not in json.dumps(config.as_dict())
+    assert config.deepspeed["train_batch_size"] == 64 * 2 * 4
+    assert config.deepspeed["gradient_clipping"] == 1.5
+    assert config.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.98]
+    assert str(config.zero_stage) in path.stem
+
+
+def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
+    config = read_ds_config(ROOT / "ds_configs/zero2.json", RECIPE)
+    assert "dhen" not in config.deepspeed
+    assert config.dhen.table_optimizer == "rowwise_adagrad"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, "Did you mean 'zero_optimization'"),
+        ({"gradient_cliping": 1.0}, "Did you mean 'gradient_clipping'"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization|stage"),
+        ({"dhen": {"table_optimiser": "sgd"}}, "Did you mean 'table_optimizer'"),
+        ({"dhen": {"table_optimizer": "adam"}}, "table_optimizer is 'adam'"),
+        ({"train_micro_batch_size_per_gpu": 32}, "the recipe makes it 64"),
+        ({"steps_per_print": "auto"}, 'steps_per_print is "auto"'),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
+        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16 under ZeRO stage 0"),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, "lr_scheduler_type"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+    ],
+)
+def test_a_mistake_is_named_with_its_file(tmp_path, change, says):
+    path = written(tmp_path, change)
+    with pytest.raises(DsConfigError, match=says) as caught:
+        read_ds_config(path, RECIPE)
+    assert str(path) in str(caught.value)
+
+
+def test_clipping_must_be_said(tmp_path):
+    with pytest.raises(DsConfigError, match="gradient_clipping missing"):
+        read_ds_config(written(tmp_path, {}, drop=("gradient_clipping",)), RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [('{"a": 1, "a": 2}', "'a' stands twice"), ("{,}", "not strict JSON"), ("[]", "JSON object")]
+)
+def test_json_must_be_strict(tmp_path, text, says):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(DsConfigError, match=says):
+        read_ds_config(path, RECIPE)
+
+
+def test_a_missing_file_is_answered_with_those_that_exist():
+    with pytest.raises(DsConfigError, match="zero2_offload"):
+        read_ds_config(ROOT / "ds_configs/zero4.json", RECIPE)

@@ -1,0 +1,139 @@
+"""Every ds_config trains like torch alone: losses of 20 steps, at 1, 2 and 4 ranks, at one global batch."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.ds_config import DsConfig, read_ds_config
+from dhen.parallel.parallelize import ParallelDhen, parallelize
+from dhen.parallel.topology import Topology
+from tests import ROOT
+from tests.parallel.plain import (
+    CONFIG,
+    LEARNING_RATE,
+    SEED,
+    TABLE_LEARNING_RATE,
+    global_batches,
+    plain_losses,
+    recipe,
+)
+from tests.ranks import run_ranks
+
+STEPS, GLOBAL_BATCH = 20, 32
+FP32_TOLERANCE = 1e-5
+BF16_TOLERANCE = 0.05  # bf16 keeps 8 bits: after 20 Adam steps losses are within a few per cent
+NAMES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+
+
+def with_sgd_tables(config: DsConfig) -> DsConfig:
+    return DsConfig(config.path, config.deepspeed, config.dhen.model_copy(update={"table_optimizer": "sgd"}))
+
+
+def train(
+    topology: Topology, name: str, accumulation: int = 1, max_grad_norm: float = 0.0
+) -> tuple[list[float], ParallelDhen]:
+    micro = GLOBAL_BATCH // topology.world_size // accumulation
+    config = read_ds_config(
+        ROOT / f"ds_configs/{name}.json", recipe(topology.world_size, micro, accumulation, max_grad_norm)
+    )
+    model = parallelize(DhenConfig(**CONFIG), topology, with_sgd_tables(config), seed=SEED)
+    model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
+    losses = []
+    for batch in global_batches(STEPS, GLOBAL_BATCH):
+        total = torch.zeros(1)
+        for step in range(accumulation):
+            first = (step * topology.world_size + topology.rank) * micro
+            sparse, dense_BN, labels_B = batch.rows(first, first + micro)
+            logits_B = model.score(model.look_up(sparse), dense_BN)
+            loss = binary_cross_entropy_with_logits(logits_B, labels_B)
+            model.step(loss)
+            total += loss.detach()
+        dist.all_reduce(total)
+        losses.append(total.item() / topology.world_size / accumulation)
+    return losses, model
+
+
+def train_all(topology: Topology) -> dict[str, list[float]]:
+    losses = {name: train(topology, name)[0] for name in NAMES}
+    losses["zero2 clipped, 2 micro steps"] = train(topology, "zero2", accumulation=2, max_grad_norm=0.05)[0]
+    losses["zero3 clipped, 2 micro steps"] = train(topology, "zero3", accumulation=2, max_grad_norm=0.05)[0]
+    return losses
+
+
+def weights_after(topology: Topology, name: str) -> dict[str, torch.Tensor]:
+    _, model = train(topology, name)
+    return model.dense_state_dict()
+
+
+def without_the_division(topology: Topology) -> list[float]:
+    """The bridge as it would be if table gradients stayed a sum over ranks."""
+    from dhen.parallel.collectives import PooledExchange
+
+    right = PooledExchange.backward
+
+    def wrong(ctx, grad_BFD):
+        grad, *nothing = right(ctx, grad_BFD)
+        return grad * topology.world_size, *nothing
+
+    PooledExchange.backward = staticmethod(wrong)
+    return train(topology, "zero2")[0]
+
+
+def with_two_tables_swapped(topology: Topology) -> list[float]:
+    from dhen.parallel.collectives import PooledLayout
+
+    right = PooledLayout.join
+
+    def wrong(self, parts):
+        return right(self, parts)[:, [1, 0, *range(2, self.num_features)]]
+
+    PooledLayout.join = wrong
+    return train(topology, "zero2")[0]
+
+
+def difference(losses: list[float], reference: list[float]) -> float:
+    """Largest relative difference of a step's loss."""
+    return max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
+
+
+@functools.cache
+def losses_by_name(world_size: int) -> dict[str, list[float]]:
+    return run_ranks(world_size, train_all)[0]
+
+
+@functools.cache
+def reference(accumulation: int = 1, max_grad_norm: float = 0.0) -> list[float]:
+    return plain_losses(global_batches(STEPS, GLOBAL_BATCH), accumulation, max_grad_norm)[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_equal_plain_torch(world_size, name):
+    tolerance = BF16_TOLERANCE if name.endswith("bf16") else FP32_TOLERANCE
+    assert difference(losses_by_name(world_size)[name], reference()) < tolerance
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_clipping_and_accumulation_equal_plain_torch(world_size, name):
+    losses = losses_by_name(world_size)[f"{name} clipped, 2 micro steps"]
+    assert difference(losses, reference(2, 0.05)) < FP32_TOLERANCE
+    assert difference(losses, reference(2)) > 100 * FP32_TOLERANCE, "clipping had no effect, so this showed nothing"
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero3_offload"])
+def test_the_whole_dense_weights_equal_plain_torch(name):
+    _, expected = plain_losses(global_batches(STEPS, GLOBAL_BATCH))
+    for weights in run_ranks(2, weights_after, name):
+        assert set(weights) == {name for name in expected if not name.startswith("tables.")}
+        for key, tensor in weights.items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fault", [without_the_division, with_two_tables_swapped])
+def test_a_broken_bridge_is_caught(fault):
+    assert difference(run_ranks(2, fault)[0], reference()) > 100 * FP32_TOLERANCE

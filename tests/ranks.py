@@ -1,0 +1,69 @@
+"""Runs a function on several ranks, each a process of its own with gloo, as a launcher would start them."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["dhen.parallel.parallelize"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    """`function(topology, *args)` on each rank; returns the results by rank. Raises what a rank raised, as text."""
+    results = _context.Queue()
+    port = _free_port()
+    ranks = [
+        _context.Process(target=_one_rank, args=(rank, world_size, port, results, function, args))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        by_rank = {}
+        for _ in ranks:
+            rank, failure, result = results.get(timeout=timeout)
+            if failure:
+                raise AssertionError(f"rank {rank} of {world_size}:\n{failure}")
+            by_rank[rank] = pickle.loads(result)
+    finally:
+        for process in ranks:
+            process.join(timeout=10 if len(by_rank) == world_size else 0)
+            if process.is_alive():
+                process.kill()
+    return [by_rank[rank] for rank in range(world_size)]
+
+
+def _one_rank(
+    rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    try:
+        import torch
+
+        from dhen.parallel import topology
+
+        torch.set_num_threads(1)
+        result = function(topology.start(timeout_minutes=2), *args)
+        results.put((rank, None, pickle.dumps(result)))  # by value: tensors would go by file descriptor
+        topology.stop()
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+        raise
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
