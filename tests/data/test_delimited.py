@@ -1,0 +1,171 @@
+"""Delimited text with a YAML schema, and the schema's own errors."""
+
+import polars as pl
+import pytest
+
+from dhen.data.delimited import DelimitedReader
+from dhen.data.preprocessing import prepare
+from dhen.data.raw_rows import DataError
+from dhen.data.roles import load_roles
+from dhen.data.schema import DenseColumn, SparseColumn
+from dhen.data.settings import PreparationSettings
+from tests.data.reference_preparation import hashed_id, log1p
+
+SCHEMA = """
+label: click
+dense: [price, {name: years, column: age, transform: identity}]
+sparse:
+  - user
+  - {name: genres, separator: "|", pooling: mean}
+  - {name: tags, separator: "|", weights: tag_weights}
+  - {name: hour, column: time, characters: [6, 8]}
+ignored: [comment]
+"""
+HEADER = "click,price,age,user,genres,tags,tag_weights,time,comment"
+ROWS = [
+    "1,9.5,31,anna,7|12,a|b,0.5|2,14102107,fine",
+    '0,,,"b,ob",,,,,""',
+    "0,-3,5,,9||7,c,1,14102123,x",
+]
+
+
+def folder_with(tmp_path, text, schema=SCHEMA, name="raw.csv"):
+    raw = tmp_path / name
+    raw.write_bytes(text.encode() if isinstance(text, str) else text)
+    (tmp_path / "schema.yaml").write_text(schema)
+    return {"dataset_name": str(raw), "dataset_schema": tmp_path / "schema.yaml", "split_fractions": (1, 0, 0)}
+
+
+def prepared(tmp_path, text, schema=SCHEMA, **options):
+    out = tmp_path / "out"
+    made = prepare(PreparationSettings(**folder_with(tmp_path, text, schema), hash_size=50, **options), out)
+    return made, pl.read_parquet(out / "train" / "*.parquet").to_dicts()
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("block_bytes", [1, 40, 1 << 20])
+def test_every_role_equals_plain_python(tmp_path, mark, end, block_bytes):
+    schema, rows = prepared(tmp_path, mark + end.join([HEADER, *ROWS]), block_bytes=block_bytes)
+
+    def row(label, price, years, user, genres, tags, weights, hour):
+        return {
+            "label": label,
+            "price": pytest.approx(log1p(price)),
+            "years": years,
+            "user": hashed_id(user, "user", 50),
+            "genres": [hashed_id(key, "genres", 50) for key in genres],
+            "tags": [hashed_id(key, "tags", 50) for key in tags],
+            "tags:weights": weights,
+            "hour": hashed_id(hour, "hour", 50),
+        }
+
+    assert rows == [
+        row(1.0, "9.5", 31.0, "anna", ["7", "12"], ["a", "b"], [0.5, 2.0], "07"),
+        row(0.0, "", 0.0, "b,ob", [], [], [], ""),
+        row(0.0, "-3", 5.0, "", ["9", "7"], ["c"], [1.0], "23"),
+    ]
+    assert schema.dense == (DenseColumn("price"), DenseColumn("years", "identity"))
+    assert schema.sparse[1] == SparseColumn("genres", 50, is_multi_valued=True, pooling="mean")
+    assert schema.sparse[2] == SparseColumn("tags", 50, is_multi_valued=True, is_weighted=True)
+
+
+BAD_ROWS = [
+    ("1,x,31,anna,7,a,1,14102107,", "column 'price': 'x' isn't a finite number"),
+    ("1,inf,31,anna,7,a,1,14102107,", "column 'price': 'inf' isn't a finite number"),
+    ("yes,1,31,anna,7,a,1,14102107,", "column 'click': the label is 'yes'; it must be 0 or 1"),
+    ("1,1,31,anna,7,a|b,1,14102107,", "column 'tags' has 2 ids and 'tag_weights' 1 weights"),
+    ("1,1,31,anna,7,a|b,1|y,14102107,", "column 'tag_weights': not every weight is a finite number"),
+    ("1,1,31", "it has 3 columns, not 9"),
+    ('1,1,31,"anna,7,a,1,14102107,', "a quote (\") isn't closed on its line"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS)
+def test_a_bad_row_is_named_or_skipped(tmp_path, row, message):
+    text = "\n".join([HEADER, ROWS[0], row, ROWS[1], ROWS[2]])
+    with pytest.raises(DataError) as caught:
+        prepared(tmp_path, text)
+    assert f"raw.csv: row 3: {message}" in str(caught.value)
+    schema, rows = prepared(tmp_path, text, bad_rows="skip")
+    assert len(rows) == 3
+    assert schema.splits["train"].bad_rows == 1
+    assert [len(one["tags"]) for one in rows] == [2, 0, 1]
+    assert pl.read_csv(tmp_path / "out" / "bad_rows.csv")["row"].to_list() == [3]
+
+
+def test_without_header_and_with_its_own_words_for_blank(tmp_path):
+    schema = """
+header: false
+columns: [y, n, k]
+delimiter: ";"
+null_values: ["", "NA"]
+label: y
+dense: [n]
+sparse: [{name: k, encoding: vocabulary, min_count: 2}]
+"""
+    made, rows = prepared(tmp_path, "1;NA;a\n0;1;a\n0;2;NA\n1;3;b\n", schema)
+    assert [row["k"] for row in rows] == [1, 1, 0, 0]
+    assert [row["n"] for row in rows] == pytest.approx([0, log1p("1"), log1p("2"), log1p("3")])
+    assert made.sparse == (SparseColumn("k", 2, "vocabulary", 2),)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("click,price,age,usr,genres,tags,tag_weights,time,comment", "no column 'user'.*Did you mean 'usr'"),
+        (HEADER + ",more", "the column 'more' has no role"),
+        (HEADER.replace("comment", "user"), "two columns are named 'user'"),
+        (HEADER.replace("click", "y"), "no column 'click'"),
+    ],
+)
+def test_a_header_that_does_not_fit_the_schema_is_refused(tmp_path, header, message):
+    with pytest.raises(ValueError, match=rf"raw\.csv: .*{message}"):
+        prepared(tmp_path, "\n".join([header, *ROWS]))
+
+
+def test_labels_may_be_absent_where_they_are_not_required(tmp_path):
+    text = "\n".join(line.split(",", 1)[1] for line in [HEADER, *ROWS])
+    schema, rows = prepared(tmp_path, text, is_label_required=False)
+    assert schema.splits["train"].unlabelled == 3
+    assert all(row["label"] != row["label"] for row in rows)
+
+
+def test_a_header_alone_is_no_data(tmp_path):
+    with pytest.raises(DataError, match="the split train has no rows"):
+        prepared(tmp_path, HEADER + "\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lable: y\nsparse: [a]", "unknown key 'lable'.* Did you mean 'label'"),
+        ("label: y", "neither a dense nor a sparse feature"),
+        ("sparse: [a, a]", "the feature 'a' stands there twice"),
+        ("sparse: [a/b]", "'a/b' can't be the name of a feature"),
+        ("sparse: [label]", "'label' can't be the name of a feature"),
+        ("sparse: [{name: a, pool: sum}]", r"sparse\.0\.pool"),
+        ("sparse: [{name: a, pooling: max}]", r"sparse\.0\.pooling"),
+        ("sparse: a", "sparse is 'a'. Give a list"),
+        ("sparse: [a]\ndelimiter: '||'", "must each be one character"),
+        ("- a", "a schema is a mapping"),
+        ("sparse: [a", "not YAML"),
+    ],
+)
+def test_a_wrong_schema_names_file_and_key(tmp_path, text, message):
+    path = tmp_path / "schema.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"schema\.yaml: .*{message}"):
+        load_roles(path)
+    with pytest.raises(FileNotFoundError, match="no such schema file"):
+        load_roles(tmp_path / "none.yaml")
+
+
+def test_chunks_are_bounded_whatever_the_file(tmp_path):
+    line = ROWS[0] + "\n"
+    where = folder_with(tmp_path, HEADER + "\n" + line * 20_000)
+    chunks = list(
+        DelimitedReader(load_roles(where["dataset_schema"]), block_bytes=10_000).chunks(where["dataset_name"])
+    )
+    assert sum(len(chunk.rows) for chunk in chunks) == 20_000
+    assert max(len(chunk.rows) for chunk in chunks) <= 10_000 // len(line) + 1
