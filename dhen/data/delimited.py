@@ -26,9 +26,9 @@ class DelimitedReader:
     def chunks(self, file: str) -> Iterator[RawChunk]:
         """The rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for a column without role."""
         names, header_rows = self._column_names(file)
-        blocks = text_blocks.text_blocks(
-            file, block_bytes=self.block_bytes, header_rows=header_rows, quote=self.roles.quote
-        )
+        quote, delimiter = self.roles.quote, self.roles.delimiter
+        quoting = text_blocks.Quoting(quote.encode(), delimiter.encode()) if quote is not None else None
+        blocks = text_blocks.text_blocks(file, block_bytes=self.block_bytes, header_rows=header_rows, quoting=quoting)
         for block in blocks:
             strings, rows, bad = text_blocks.split_columns(
                 block,

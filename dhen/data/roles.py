@@ -116,8 +116,9 @@ class ColumnRoles:
                     f"letters, digits, '_', '-', '.' and blanks, and not {LABEL!r}. To rename it, write "
                     f"{{name: new, column: {name}}}."
                 )
-        if len(self.delimiter) != 1 or (self.quote is not None and len(self.quote) != 1):
-            raise ValueError(f"delimiter {self.delimiter!r} and quote {self.quote!r} must each be one character.")
+        for key, letter in (("delimiter", self.delimiter), ("quote", self.quote)):
+            if letter is not None and (len(letter) != 1 or not letter.isascii()):
+                raise ValueError(f"{key} is {letter!r}; it must be one ASCII character.")
         if self.header and self.columns:
             raise ValueError("`columns` is for files without a header. Add `header: false` or remove `columns`.")
         for feature in self.sparse:

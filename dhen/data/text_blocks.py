@@ -1,8 +1,8 @@
 """Text files, plain or gzip, as blocks of whole lines that carry their line numbers.
 
 A block is read by size, cut at its last line end and cleaned: CRLF becomes LF, a byte-order mark is dropped, blank
-lines are left out, and lines that no parser should see (no UTF-8, a carriage return inside, an open quote) become bad
-rows. What is left is valid UTF-8 with one row a line, so the parser's row i is line `rows[i]` of the file.
+lines are left out, and lines that no parser should see (no UTF-8, a carriage return inside, a misplaced quote) become
+bad rows. What is left is valid UTF-8 with one row a line, so the parser's row i is line `rows[i]` of the file.
 """
 
 import gzip
@@ -25,6 +25,14 @@ _MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
+class Quoting:
+    """Values may stand in quotes, and then hold the delimiter. Both are one ASCII letter."""
+
+    quote: bytes
+    delimiter: bytes
+
+
+@dataclass(frozen=True)
 class TextBlock:
     """Whole lines of a file. `rows`: int64, the 1-based number of each line of `text`; `bad`: the lines left out."""
 
@@ -37,7 +45,7 @@ class TextBlock:
 
 
 def text_blocks(
-    file: str, *, block_bytes: int = BLOCK_BYTES, header_rows: int = 0, quote: str | None = None
+    file: str, *, block_bytes: int = BLOCK_BYTES, header_rows: int = 0, quoting: Quoting | None = None
 ) -> Iterator[TextBlock]:
     """Cut `file` into blocks of about `block_bytes`, without its first `header_rows` lines.
 
@@ -53,7 +61,7 @@ def text_blocks(
         line_number += num_lines
         for _ in range(skipped):
             text = text[text.index(b"\n") + 1 :]
-        text, rows, bad = _clean(file, text, rows[skipped:], quote)
+        text, rows, bad = _clean(file, text, rows[skipped:], quoting)
         yield TextBlock(file, text, rows, bad, line_number, bytes_read)
 
 
@@ -166,17 +174,19 @@ def _read(file: str, content: BinaryIO, size: int) -> bytes:
         ) from error
 
 
-def _clean(file: str, text: bytes, rows: np.ndarray, quote: str | None) -> tuple[bytes, np.ndarray, tuple[BadRow, ...]]:
+def _clean(
+    file: str, text: bytes, rows: np.ndarray, quoting: Quoting | None
+) -> tuple[bytes, np.ndarray, tuple[BadRow, ...]]:
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n")
     has_blank_lines = b"\n\n" in text or text.startswith(b"\n")
-    if not (has_blank_lines or b"\r" in text or not _is_utf8(text) or _has_open_quote(text, quote)):
+    if not (has_blank_lines or b"\r" in text or not _is_utf8(text) or _has_misplaced_quote(text, quoting)):
         return text, rows, ()
     bad: list[BadRow] = []
     kept: list[bytes] = []
     kept_rows: list[int] = []
     for row, line in zip(rows.tolist(), text.split(b"\n"), strict=False):
-        reason = _complaint(line, quote)
+        reason = _complaint(line, quoting)
         if reason is not None:
             bad.append(BadRow(file, row, reason, line[:LONGEST_QUOTE].decode("utf-8", "backslashreplace")))
         elif line:
@@ -186,14 +196,15 @@ def _clean(file: str, text: bytes, rows: np.ndarray, quote: str | None) -> tuple
     return b"\n".join(kept), np.asarray(kept_rows, dtype=np.int64), tuple(bad)
 
 
-def _complaint(line: bytes, quote: str | None) -> str | None:
+def _complaint(line: bytes, quoting: Quoting | None) -> str | None:
     if b"\r" in line:
         return "there is a carriage return within the line. Lines end in LF or CRLF"
     if not _is_utf8(line):
         return "it isn't UTF-8. Convert the file, for example with iconv"
-    if quote is not None and line.count(quote.encode()) % 2:
+    if _has_misplaced_quote(line + b"\n", quoting):
         return (
-            f"a quote ({quote}) isn't closed on its line. Values can't hold line ends; `quote: null` turns quotes off"
+            f"a quote ({quoting.quote.decode()}) is out of place or not closed. A quoted value starts and ends at a "
+            f"separator and holds no line end; a quote in it is doubled. `quote: null` turns quotes off"
         )
     return None
 
@@ -208,10 +219,20 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def _has_open_quote(text: bytes, quote: str | None) -> bool:
-    """Whether some line holds an odd number of quotes."""
-    if quote is None or quote.encode() not in text:
+def _has_misplaced_quote(text: bytes, quoting: Quoting | None) -> bool:
+    """Whether some line holds an open quote, or one that stands neither at a separator nor beside another quote.
+
+    Parsers differ on those, and one that swallows a line end would shift every row number after it.
+    """
+    if quoting is None or quoting.quote not in text:
         return False
     letters = np.frombuffer(text, dtype=np.uint8)
-    quotes_up_to = np.cumsum(letters == ord(quote))
-    return bool((np.diff(quotes_up_to[letters == ord("\n")], prepend=0) % 2).any())
+    line_end, quote = ord("\n"), quoting.quote[0]
+    places = np.flatnonzero(letters == quote)
+    quotes_by_line = np.diff(np.searchsorted(places, np.flatnonzero(letters == line_end)), prepend=0)
+    if (quotes_by_line % 2).any():
+        return True
+    beside = np.zeros(256, dtype=bool)
+    beside[[line_end, quote, quoting.delimiter[0]]] = True
+    opening, closing = places[::2], places[1::2]
+    return not (beside[letters[opening - 1]] | (opening == 0)).all() or not beside[letters[closing + 1]].all()

@@ -1,12 +1,16 @@
 """Delimited text with a YAML schema, and the schema's own errors."""
 
+import csv
+
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dhen.data.delimited import DelimitedReader
 from dhen.data.preprocessing import prepare
 from dhen.data.raw_rows import DataError
-from dhen.data.roles import load_roles
+from dhen.data.roles import ColumnRoles, SparseRole, load_roles
 from dhen.data.schema import DenseColumn, SparseColumn
 from dhen.data.settings import PreparationSettings
 from tests.data.reference_preparation import hashed_id, log1p
@@ -77,7 +81,10 @@ BAD_ROWS = [
     ("1,1,31,anna,7,a|b,1,14102107,", "column 'tags' has 2 ids and 'tag_weights' 1 weights"),
     ("1,1,31,anna,7,a|b,1|y,14102107,", "column 'tag_weights': not every weight is a finite number"),
     ("1,1,31", "it has 3 columns, not 9"),
-    ('1,1,31,"anna,7,a,1,14102107,', "a quote (\") isn't closed on its line"),
+    ('1,1,31,"anna,7,a,1,14102107,', 'a quote (") is out of place or not closed'),
+    ('1,1,31,5" pipe,7,a,1,14102107,', 'a quote (") is out of place or not closed'),
+    ('1,1,31,a",",b,7,a,1', 'a quote (") is out of place or not closed'),
+    ('1,1,31,"a" b"c,",a,1,14102107,', 'a quote (") is out of place or not closed'),
 ]
 
 
@@ -92,6 +99,37 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, row, message):
     assert schema.splits["train"].bad_rows == 1
     assert [len(one["tags"]) for one in rows] == [2, 0, 1]
     assert pl.read_csv(tmp_path / "out" / "bad_rows.csv")["row"].to_list() == [3]
+
+
+CELL = st.text(st.sampled_from('ab,"\u00e9 '), max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=8), block_bytes=st.integers(1, 60))
+def test_quoted_values_are_those_that_the_csv_module_wrote(tmp_path_factory, rows, block_bytes):
+    path = tmp_path_factory.mktemp("quoted") / "raw.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("label", "a", "b"), *((1, *row) for row in rows)])
+    roles = ColumnRoles(sparse=(SparseRole("a"), SparseRole("b")))
+    chunks = list(DelimitedReader(roles, block_bytes=block_bytes).chunks(str(path)))
+    assert not any(chunk.bad for chunk in chunks)
+    actual = [(row["a"] or "", row["b"] or "") for chunk in chunks for row in chunk.table.to_pylist()]
+    assert actual == rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(st.text(st.sampled_from('a,"'), min_size=1, max_size=8), min_size=1, max_size=8))
+def test_stray_quotes_shift_no_row(tmp_path_factory, lines):
+    path = tmp_path_factory.mktemp("stray") / "raw.csv"
+    path.write_text("label,a,b\n" + "".join(f"{line}\n1,x,y\n" for line in lines))
+    roles = ColumnRoles(sparse=(SparseRole("a"), SparseRole("b")))
+
+    def outcome(block_bytes):
+        chunks = list(DelimitedReader(roles, block_bytes=block_bytes).chunks(str(path)))
+        return [row for chunk in chunks for row in chunk.rows], [bad for chunk in chunks for bad in chunk.bad]
+
+    assert outcome(1) == outcome(1 << 20)
+    assert {3 + 2 * i for i in range(len(lines))} <= set(outcome(1)[0])
 
 
 def test_without_header_and_with_its_own_words_for_blank(tmp_path):
@@ -147,7 +185,7 @@ def test_a_header_alone_is_no_data(tmp_path):
         ("sparse: [{name: a, pool: sum}]", r"sparse\.0\.pool"),
         ("sparse: [{name: a, pooling: max}]", r"sparse\.0\.pooling"),
         ("sparse: a", "sparse is 'a'. Give a list"),
-        ("sparse: [a]\ndelimiter: '||'", "must each be one character"),
+        ("sparse: [a]\ndelimiter: '||'", "it must be one ASCII character"),
         ("- a", "a schema is a mapping"),
         ("sparse: [a", "not YAML"),
     ],

@@ -1,0 +1,74 @@
+"""A raw file is prepared once for the same content and settings."""
+
+import os
+
+import pytest
+
+from dhen.data.caching import prepare_cached
+from dhen.data.preprocessing import prepare
+from dhen.data.schema import Schema
+from dhen.data.settings import PreparationSettings
+from tests.data.reference_preparation import criteo_lines
+
+
+@pytest.fixture
+def raw(tmp_path):
+    (tmp_path / "raw.txt").write_text("\n".join(criteo_lines(60)))
+    return tmp_path / "raw.txt"
+
+
+def must_not_prepare(state):
+    raise AssertionError("it was prepared again")
+
+
+def test_the_second_call_takes_the_first_ones_folder(tmp_path, raw):
+    first = prepare_cached(PreparationSettings(str(raw)), tmp_path / "cache")
+    assert sum(counts.rows for counts in Schema.load(first).splits.values()) == 60
+    again = PreparationSettings(str(raw), block_bytes=1000)
+    assert prepare_cached(again, tmp_path / "cache", progress=must_not_prepare) == first
+
+
+def test_other_content_or_settings_are_prepared_anew(tmp_path, raw):
+    folders = [prepare_cached(PreparationSettings(str(raw)), tmp_path / "cache")]
+    for other in ({"hash_size": 10}, {"split_seed": 1}, {"id_encoding": "vocabulary"}):
+        folders.append(prepare_cached(PreparationSettings(str(raw), **other), tmp_path / "cache"))
+    times = raw.stat()
+    text = raw.read_text()
+    raw.write_text(("1" if text[0] == "0" else "0") + text[1:])
+    # The same size and time: the content alone tells them apart.
+    os.utime(raw, ns=(times.st_atime_ns, times.st_mtime_ns))
+    folders.append(prepare_cached(PreparationSettings(str(raw)), tmp_path / "cache"))
+    assert len(set(folders)) == 5
+
+
+def test_another_yaml_schema_is_prepared_anew(tmp_path):
+    (tmp_path / "raw.csv").write_text("label,a,b\n1,2,3\n0,1,2\n")
+    (tmp_path / "schema.yaml").write_text("sparse: [a, b]")
+    wanted = PreparationSettings(
+        str(tmp_path / "raw.csv"), dataset_schema=tmp_path / "schema.yaml", split_fractions=(1, 0, 0)
+    )
+    first = prepare_cached(wanted, tmp_path / "cache")
+    (tmp_path / "schema.yaml").write_text("sparse: [a]\nignored: [b]")
+    assert prepare_cached(wanted, tmp_path / "cache") != first
+
+
+def test_two_at_once_end_with_one_folder(tmp_path, raw):
+    wanted = PreparationSettings(str(raw))
+    inner = []
+
+    def meanwhile(state):
+        if not inner:
+            inner.append(None)
+            inner[0] = prepare_cached(wanted, tmp_path / "cache")
+
+    assert prepare_cached(wanted, tmp_path / "cache", progress=meanwhile) == inner[0]
+    assert list((tmp_path / "cache").iterdir()) == inner
+
+
+def test_a_prepared_folder_is_taken_as_it_is(tmp_path, raw):
+    prepare(PreparationSettings(str(raw)), tmp_path / "prepared")
+    given = PreparationSettings(str(tmp_path / "prepared"))
+    assert prepare_cached(given, tmp_path / "cache") == tmp_path / "prepared"
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="it is a prepared folder already"):
+        prepare(given, tmp_path / "out")

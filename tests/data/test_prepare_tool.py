@@ -1,0 +1,73 @@
+"""tools/prepare_data.py as users call it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dhen.data.schema import Schema
+from tests.data.reference_preparation import criteo_lines
+
+TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+
+
+def call(*arguments):
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    lines = criteo_lines(40)
+    lines[7] = "2" + lines[7][1:]
+    (tmp_path / "raw.txt").write_text("\n".join(lines))
+    return tmp_path / "raw.txt"
+
+
+def test_it_prepares_and_reports_as_json(tmp_path, raw):
+    arguments = ("--dataset_name", raw, "--format", "criteo", "--output", tmp_path / "out", "--bad_rows", "skip")
+    result = call(*arguments, "--split_fractions", 0.5, 0.25, 0.25, "--hash_size", 64, "--json")
+    assert result.returncode == 0, result.stderr
+    said = json.loads(result.stdout)
+    schema = Schema.load(tmp_path / "out")
+    assert said["rows"] == 39
+    assert said["num_embeddings"]["C26"] == 64
+    assert {split: counts["bad_rows"] for split, counts in said["splits"].items()} == {
+        split: counts.bad_rows for split, counts in schema.splits.items()
+    }
+    again = call(*arguments, "--overwrite")
+    assert again.returncode == 0, again.stderr
+    assert "1 bad ones skipped" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "raw.txt: row 8: column 'label': the label is '2'; it must be 0 or 1"),
+        (("--hash_size", "1"), "hash_size is 1"),
+        (("--format", "csv"), "the format csv needs dataset_schema"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_failure(tmp_path, raw, arguments, message):
+    result = call("--dataset_name", raw, "--output", tmp_path / "out", *arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_removes_nothing_but_prepared_folders(tmp_path, raw):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    result = call("--dataset_name", raw, "--output", tmp_path / "out", "--overwrite")
+    assert result.returncode == 1
+    assert "is not a prepared data folder" in result.stderr
+    assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+def test_help_shows_an_example():
+    result = call("--help")
+    assert result.returncode == 0
+    assert "python tools/prepare_data.py --dataset_name" in result.stdout
