@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -91,6 +91,8 @@ class TrainingArguments:
         0.0, "Add this / 2 times the mean over examples of the squared looked-up embeddings to the loss."
     )
     freeze: Literal["none", "tables", "dense"] = _option("none", "Part of the model that keeps its weights.")
+    dataloader_drop_last: bool = _option(False, "Leave out the last, smaller update of each epoch.")
+    overwrite_output_dir: bool = _option(False, "Delete the run that output_dir holds, and start anew.")
     model_name_or_path: str | None = _option(None, "Start from this trained model: a run folder or an exported model.")
     resume_from_checkpoint: str | None = _option(
         None, "Go on from a checkpoint folder, or with 'true' from the newest one of output_dir."
@@ -133,11 +135,17 @@ class ArgumentError(ValueError):
     """A wrong argument; the message names the file or flag, the value, and what is allowed."""
 
 
-def parse_arguments(command_line: Sequence[str] | None = None) -> Arguments:
-    """Arguments from the command line over --config's YAML over the defaults. Raises ArgumentError."""
-    known, _ = _launcher_parser(add_help=False).parse_known_args(command_line)
+def parse_arguments(command_line: Sequence[str] | None = None, *, quickstart: Path | None = None) -> Arguments:
+    """Arguments from the command line over --config's YAML over the defaults. Raises ArgumentError.
+
+    quickstart: the YAML that is used where neither --config nor any data is named.
+    """
+    known, rest = _launcher_parser(add_help=False).parse_known_args(command_line)
+    names_data = any(flag.split("=")[0].replace("-", "_") in ("__dataset_name", "__train_file") for flag in rest)
+    if known.config is None and not names_data and quickstart is not None:
+        known.config = str(quickstart)
     parser = HfArgumentParser(
-        _PARTS,
+        [_copy_of(part) for part in _PARTS],
         parents=[_launcher_parser(add_help=False)],
         allow_abbrev=False,
         description="Train DHEN. YAML says what is trained, the ds_config how it fits; the command line wins.",
@@ -152,7 +160,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> Arguments:
     if unknown:
         flags = {f"--{f.name}" for part in _PARTS for f in dataclasses.fields(part)} | {"--config", "--ds_config"}
         raise ArgumentError(unknown_name("argument", unknown[0].split("=")[0], flags))
-    checked = [_checked(part, where) for part in parts]
+    checked = [_checked(part, dataclasses.asdict(given), where) for part, given in zip(_PARTS, parts, strict=True)]
     arguments = Arguments(known.ds_config, *checked)
     _check_values(arguments)
     return arguments
@@ -184,10 +192,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _checked(part: Any, where: str) -> Any:
-    """The same dataclass with every value of its declared type: argparse checks flags, this checks YAML."""
+def _copy_of(part: type) -> type:
+    """The same dataclass for HfArgumentParser, which overwrites the fields' types with those of their flags."""
+    hints = get_type_hints(part)
+    return dataclasses.make_dataclass(
+        part.__name__, [(f.name, hints[f.name], _fresh(f)) for f in dataclasses.fields(part)]
+    )
+
+
+def _fresh(given: dataclasses.Field) -> Any:
+    return field(default=given.default, default_factory=given.default_factory, metadata=given.metadata)
+
+
+def _checked(part: type, values: dict[str, Any], where: str) -> Any:
+    """The dataclass with every value of its declared type: argparse checks flags, this checks YAML."""
     try:
-        return TypeAdapter(type(part)).validate_python(dataclasses.asdict(part))
+        return TypeAdapter(part).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(step) for step in first["loc"] if not str(step).startswith(("list", "str")))

@@ -41,13 +41,12 @@ class TrainerState:
     best_step: int | None = None
     schedule: dict[str, Any] = field(default_factory=dict)
     best_metric: dict[str, Any] = field(default_factory=dict)
-    early_stopping: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) -> Path:
     """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it."""
     topology = model.topology
-    folder = output_dir / f"{_PREFIX}{state.step}"
+    folder = checkpoint_of(output_dir, state.step)
     if topology.is_main:
         _remove(folder)
         folder.mkdir(parents=True)
@@ -111,6 +110,11 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path:
     return whole[-1]
 
 
+def checkpoint_of(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of an update is kept."""
+    return output_dir / f"{_PREFIX}{step}"
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = [folder for folder in output_dir.glob(f"{_PREFIX}*") if is_whole(folder)]
@@ -125,7 +129,7 @@ def is_whole(folder: Path) -> bool:
 def delete_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
     """Keep the `limit` newest checkpoints, and the best one besides. Rank 0 calls it, after a save."""
     for folder in checkpoints(output_dir)[:-limit]:
-        if folder.name != f"{_PREFIX}{best_step}":
+        if best_step is None or folder != checkpoint_of(output_dir, best_step):
             _remove(folder)
 
 

@@ -1,0 +1,217 @@
+"""Click logs with a known truth, in Criteo's format, for the quickstart and for tests.
+
+The click probability is sigmoid(z) with
+
+    z = bias + sum_f main_f[c_f] + sum_j slope_j t(x_j)                        first order
+      + sum_(f,g) <u_f[c_f], v_g[c_g]> + sum_(f,j) tilt_f[c_f] t(x_j)          second order
+      + sum_(f,g,h) sum_k p_f[c_f]_k q_g[c_g]_k r_h[c_h]_k                     third order
+
+where c_f is the f-th category, x_j the j-th integer and t its signed log1p, standardised; a blank adds nothing. So the best
+log loss that any model can reach on the drawn labels is known: it is that of the true probabilities.
+"""
+
+import gzip
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+NUM_INTEGERS, NUM_CATEGORIES = 13, 26
+TRUTH_FILE = "truth.json"
+CHUNK_ROWS = 100_000
+CARDINALITIES = (
+    12,
+    20,
+    8,
+    40,
+    15,
+    30,
+    10,
+    25,
+    6,
+    16,
+    50,
+    24,
+    100,
+    5,
+    60,
+    200,
+    9,
+    14,
+    400,
+    35,
+    80,
+    18,
+    1000,
+    45,
+    11,
+    150,
+)
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (1, 8), (3, 9), (5, 10), (0, 11))
+TRIPLES = ((0, 2, 8), (6, 8, 2), (13, 16, 6))
+TILTED = ((0, 0), (4, 2), (7, 5), (9, 7))  # (category, integer)
+LATENT_DIM = 3
+CLICK_RATE = 0.22
+# Standard deviations of the parts of z; the interactions carry most of it, so a linear model falls short.
+MAIN, SLOPE, PAIR, TILT, TRIPLE = 0.12, 0.1, 0.4, 0.3, 0.4
+
+
+@dataclass(frozen=True)
+class FileTruth:
+    """What is known of one generated file. best_possible_ne: normalized entropy of its labels under the true
+    probabilities (paper 4.1)."""
+
+    rows: int
+    clicks: int
+    best_possible_ne: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Generated rows: probabilities and labels (R,), integers (R, 13) with NaN for a blank, categories (R, 26) with -1
+    for a blank."""
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+    integers: np.ndarray
+    categories: np.ndarray
+
+
+class ClickModel:
+    """The truth behind a log, drawn from a seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        rng = _generator(seed, 0)
+        self._popularity = [np.cumsum(_zipf(count)) for count in CARDINALITIES]
+        self._main = [rng.normal(0, MAIN, count) for count in CARDINALITIES]
+        self._slopes = rng.normal(0, SLOPE, NUM_INTEGERS)
+        scale = PAIR / LATENT_DIM**0.5
+        self._pairs = [(_factors(rng, f, scale), _factors(rng, g, 1.0)) for f, g in PAIRS]
+        self._tilts = [rng.normal(0, TILT, CARDINALITIES[f]) for f, _ in TILTED]
+        scale = TRIPLE / LATENT_DIM**0.5
+        self._triples = [(_factors(rng, f, scale), _factors(rng, g, 1.0), _factors(rng, h, 1.0)) for f, g, h in TRIPLES]
+        self._blank_integer = rng.uniform(0, 0.25, NUM_INTEGERS)
+        self._blank_category = np.where(rng.random(NUM_CATEGORIES) < 0.4, rng.uniform(0, 0.2, NUM_CATEGORIES), 0.0)
+        self._location = rng.uniform(0.5, 4.0, NUM_INTEGERS)
+        self._spread = rng.uniform(0.6, 1.4, NUM_INTEGERS)
+        self._bias = self._bias_for(CLICK_RATE)
+
+    def draw(self, rows: int, *stream: int) -> Rows:
+        """`rows` rows; the same `stream` gives the same ones."""
+        rng = _generator(self.seed, 1, *stream)
+        integers, categories = self._draw_features(rng, rows)
+        probabilities = 1 / (1 + np.exp(-self._score(integers, categories) - self._bias))
+        return Rows(probabilities, (rng.random(rows) < probabilities).astype(np.int8), integers, categories)
+
+    def _draw_features(self, rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        integers = np.floor(np.exp(rng.normal(self._location, self._spread, (rows, NUM_INTEGERS)))) - 1
+        integers[:, 1] -= 2  # one feature goes below zero, as Criteo's second does
+        integers[rng.random((rows, NUM_INTEGERS)) < self._blank_integer] = np.nan
+        uniform = rng.random((rows, NUM_CATEGORIES))
+        categories = np.stack([np.searchsorted(p, uniform[:, f]) for f, p in enumerate(self._popularity)], axis=1)
+        categories[rng.random((rows, NUM_CATEGORIES)) < self._blank_category] = -1
+        return integers, categories
+
+    def _score(self, integers: np.ndarray, categories: np.ndarray) -> np.ndarray:
+        """z without the bias, (R,)."""
+        logs = np.sign(integers) * np.log1p(np.abs(integers))
+        t = np.nan_to_num((logs - self._location) / self._spread)
+        z = t @ self._slopes
+
+        def of(table: np.ndarray, feature: int) -> np.ndarray:
+            """The table's entry for each row, 0 for a blank."""
+            known = categories[:, feature] >= 0
+            entries = table[np.maximum(categories[:, feature], 0)]
+            return entries * known.reshape(-1, *[1] * (table.ndim - 1))
+
+        for feature, table in enumerate(self._main):
+            z += of(table, feature)
+        for (f, g), (u, v) in zip(PAIRS, self._pairs, strict=True):
+            z += (of(u, f) * of(v, g)).sum(1)
+        for (f, j), tilt in zip(TILTED, self._tilts, strict=True):
+            z += of(tilt, f) * t[:, j]
+        for (f, g, h), (p, q, r) in zip(TRIPLES, self._triples, strict=True):
+            z += (of(p, f) * of(q, g) * of(r, h)).sum(1)
+        return z
+
+    def _bias_for(self, click_rate: float) -> float:
+        """By bisection on a sample of its own."""
+        z = self._score(*self._draw_features(_generator(self.seed, 2), 50_000))
+        low, high = -10.0, 10.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            too_many = (1 / (1 + np.exp(-z - middle))).mean() > click_rate
+            low, high = (low, middle) if too_many else (middle, high)
+        return low
+
+
+def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> dict[str, FileTruth]:
+    """Write `<split>.tsv.gz` for each split of `rows`, and truth.json. Returns the truth by file name.
+
+    truth.json, {"seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}, is written last: a folder without it is
+    unfinished. Memory: 100,000 rows at a time.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = ClickModel(seed)
+    truths = {
+        f"{split}.tsv.gz": _write_file(folder / f"{split}.tsv.gz", model, count, number)
+        for number, (split, count) in enumerate(rows.items())
+    }
+    text = json.dumps({"seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}, indent=2)
+    (folder / TRUTH_FILE).write_text(text + "\n", encoding="utf-8")
+    return truths
+
+
+def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTruth:
+    logloss, clicks = 0.0, 0
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for chunk, first in enumerate(range(0, rows, CHUNK_ROWS)):
+            drawn = model.draw(min(CHUNK_ROWS, rows - first), number, chunk)
+            file.write(_as_tsv(drawn))
+            click_chance = np.where(drawn.labels == 1, drawn.probabilities, 1 - drawn.probabilities)
+            logloss -= float(np.log(click_chance).sum())
+            clicks += int(drawn.labels.sum())
+    return FileTruth(rows, clicks, best_possible_ne(logloss, clicks, rows))
+
+
+def best_possible_ne(logloss_sum: float, clicks: int, rows: int) -> float:
+    """Log loss of the true probabilities over the entropy of the click rate of the same rows."""
+    rate = clicks / rows
+    return logloss_sum / rows / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+
+
+def _as_tsv(rows: Rows) -> bytes:
+    columns = {"label": pl.Series(rows.labels)}
+    for j in range(NUM_INTEGERS):
+        columns[f"I{j + 1}"] = pl.Series(rows.integers[:, j]).fill_nan(None).cast(pl.Int64)
+    for f in range(NUM_CATEGORIES):
+        # The last name, "", is that of a blank, -1.
+        names = pl.Series([*(f"{_name(f, c):08x}" for c in range(CARDINALITIES[f])), ""])
+        columns[f"C{f + 1}"] = names.gather(
+            np.where(rows.categories[:, f] < 0, CARDINALITIES[f], rows.categories[:, f])
+        )
+    return pl.DataFrame(columns).write_csv(include_header=False, separator="\t", quote_style="never").encode()
+
+
+def _name(feature: int, category: int) -> int:
+    """32 bits that look random and differ within a feature: an odd multiplier permutes them."""
+    return ((category + 1) * 2654435761 + (feature + 1) * 40503 * 65537) % 2**32
+
+
+def _factors(rng: np.random.Generator, feature: int, scale: float) -> np.ndarray:
+    return rng.normal(0, scale, (CARDINALITIES[feature], LATENT_DIM))
+
+
+def _zipf(count: int) -> np.ndarray:
+    weights = 1 / (np.arange(count) + 3.0)
+    return weights / weights.sum()
+
+
+def _generator(*seeds: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seeds)))

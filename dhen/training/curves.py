@@ -1,0 +1,48 @@
+"""curves.png of a run folder: loss, NE and AUC over the samples seen, from its metrics.csv."""
+
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from dhen.training.progress import METRICS_FILE
+
+CURVES_FILE = "curves.png"
+_PANELS = (("loss", "log loss"), ("ne", "normalized entropy"), ("auc", "AUC"), ("learning_rate", "learning rate"))
+_COLOURS = {"train": "#8aa1b4", "validation": "#c4502f"}
+
+
+def draw_curves(run: Path, best_possible_ne: float | None = None) -> Path:
+    """Draw `run`/curves.png. best_possible_ne: a line in the NE panel, where the data knows it. Returns the path."""
+    with (run / METRICS_FILE).open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, (column, title) in zip(axes.flat, _PANELS, strict=True):
+        _draw(axis, rows, column)
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.set_xlabel("samples seen")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    if best_possible_ne is not None:
+        axes.flat[1].axhline(best_possible_ne, color="#3a7d44", linestyle="--", linewidth=1, label="best possible")
+    for axis in axes.flat:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+    path = run / CURVES_FILE
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _draw(axis: Axes, rows: list[dict[str, str]], column: str) -> None:
+    for split, colour in _COLOURS.items():
+        points = [
+            (int(row["samples_seen"]), float(row[column])) for row in rows if row["split"] == split and row[column]
+        ]
+        if points:
+            style = {"marker": "o", "markersize": 4} if split == "validation" else {}
+            axis.plot(*zip(*points, strict=True), color=colour, label=split, linewidth=1.5, **style)

@@ -1,0 +1,86 @@
+"""From what the user names (prepared folder, raw files, a hub data set, or nothing) to a prepared folder."""
+
+import json
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dhen.data.caching import prepare_cached
+from dhen.data.schema import Schema
+from dhen.data.settings import PreparationSettings
+from dhen.data.synthetic import TRUTH_FILE, generate_click_log
+from dhen.data.vocabulary import load_vocabulary
+from dhen.parallel.topology import Topology
+from dhen.training.arguments import DataArguments
+
+logger = logging.getLogger(__name__)
+
+QUICKSTART = "quickstart"
+QUICKSTART_ROWS = {"train": 300_000, "validation": 30_000, "test": 60_000}
+
+
+def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema_from: Path | None = None) -> Path:
+    """The prepared folder for `data`. Rank 0 prepares it, the others wait; all ranks call it.
+
+    schema_from: a trained model whose features, ids and transforms are to be used; labels may then be missing. Raises
+    DataError, ValueError or FileNotFoundError about what the user named.
+    """
+    folder = [_prepare(data, cache, schema_from) if topology.is_main else None]
+    dist.broadcast_object_list(folder, src=0, group=topology.world)
+    assert folder[0] is not None
+    return folder[0]
+
+
+def _prepare(data: DataArguments, cache: Path, schema_from: Path | None) -> Path:
+    if data.dataset_name == QUICKSTART:
+        return _prepare_quickstart(data, cache)
+    own = {item.name for item in fields(PreparationSettings)}
+    values = {item.name: getattr(data, item.name) for item in fields(DataArguments) if item.name in own}
+    settings = PreparationSettings(**values, schema_from=schema_from, is_label_required=schema_from is None)
+    return prepare_cached(settings, cache)
+
+
+def _prepare_quickstart(data: DataArguments, cache: Path) -> Path:
+    """Generate the quickstart's click log, prepare it, and note the best NE that its truth allows."""
+    raw = cache / QUICKSTART
+    if not (raw / TRUTH_FILE).is_file():
+        logger.info("generating %s rows of click log in %s", f"{sum(QUICKSTART_ROWS.values()):,}", raw)
+        generate_click_log(raw, QUICKSTART_ROWS)
+    files = {split: f"{raw}/{split}.tsv.gz" for split in QUICKSTART_ROWS}
+    named = replace(
+        data, dataset_name=None, dataset_format="criteo", **{f"{split}_file": f for split, f in files.items()}
+    )
+    folder = _prepare(named, cache, None)
+    schema = Schema.load(folder)
+    if not schema.best_possible_ne:
+        truth = json.loads((raw / TRUTH_FILE).read_text(encoding="utf-8"))["files"]
+        best = {split: truth[Path(file).name]["best_possible_ne"] for split, file in files.items()}
+        replace(schema, best_possible_ne=best).save(folder)
+    return folder
+
+
+def check_prepared_for(folder: Path, trained: Path) -> Schema:
+    """The schema of a prepared folder, features in the trained model's order. Raises ValueError where they differ."""
+    schema, wanted = Schema.load(folder), Schema.load(trained)
+    dense = {column.name: column for column in schema.dense}
+    sparse = {column.name: column for column in schema.sparse}
+    for kind, have, want in (("dense", dense, wanted.dense), ("sparse", sparse, wanted.sparse)):
+        for column in want:
+            if have.get(column.name) != column:
+                raise ValueError(
+                    f"{folder}: {kind} feature {column.name!r} is {have.get(column.name, 'missing')}, the model at "
+                    f"{trained} was trained on {column}. Give the raw files instead, and they are prepared by the model's schema."
+                )
+        if extra := set(have) - {column.name for column in want}:
+            raise ValueError(f"{folder}: {kind} features {sorted(extra)} are unknown to the model at {trained}.")
+    for column in wanted.sparse:
+        if column.encoding == "vocabulary":
+            mine, its = load_vocabulary(folder, column.name), load_vocabulary(trained, column.name)
+            if not mine.keys.equals(its.keys):
+                raise ValueError(
+                    f"{folder}: the vocabulary of {column.name!r} is not the one of the model at {trained}, so its ids "
+                    "mean other keys. Give the raw files instead, and they are prepared by the model's schema."
+                )
+    return replace(schema, dense=wanted.dense, sparse=wanted.sparse)

@@ -1,0 +1,172 @@
+"""The training loop: batches in, updates, evaluations and checkpoints; it ends at the last step or stops early."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dhen.data.batches import Batch, BatchLoader
+from dhen.parallel.parallelize import ParallelDhen
+from dhen.training.arguments import TrainingArguments
+from dhen.training.checkpoint import TrainerState, delete_old_checkpoints, save_checkpoint
+from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_learning_rate
+from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
+from dhen.training.progress import ProgressReporter
+
+
+def evaluate(model: ParallelDhen, loader: BatchLoader) -> MetricValues:
+    """Metrics over all examples of all ranks. Communicates; all ranks call it."""
+    metrics = ClickMetrics()
+    with model.evaluating():
+        for batch in loader.epoch(0):
+            batch = batch.to(model.topology.device)
+            metrics.update(model.score(model.look_up(batch.sparse), batch.dense_BN), batch.labels_B)
+    return metrics.compute(model.topology.world)
+
+
+class Trainer:
+    """Trains `model` on `train`, evaluates it on `validation`, keeps checkpoints in `output_dir`."""
+
+    def __init__(
+        self,
+        model: ParallelDhen,
+        arguments: TrainingArguments,
+        train: BatchLoader,
+        validation: BatchLoader | None,
+        output_dir: Path,
+    ) -> None:
+        self.model, self.arguments, self.output_dir = model, arguments, output_dir
+        self.train_loader, self.validation_loader = train, validation
+        self.total_steps = total_steps(arguments, len(train))
+        world_size = model.topology.world_size
+        self._shares = world_size * arguments.gradient_accumulation_steps
+        self._is_dense_frozen = arguments.freeze == "dense"
+        if model.tables is not None:
+            model.tables.is_frozen = arguments.freeze == "tables"
+        global_batch = arguments.per_device_train_batch_size * self._shares
+        rule = (global_batch, arguments.base_batch_size, arguments.learning_rate_scaling)
+        self._learning_rate = scale_learning_rate(arguments.learning_rate, *rule)
+        self._table_learning_rate = scale_learning_rate(arguments.table_learning_rate, *rule)
+        self._schedule = LearningRateSchedule(
+            arguments.lr_scheduler_type,
+            warmup_steps=arguments.warmup_steps,
+            total_steps=self.total_steps,
+            min_lr_ratio=arguments.min_lr_ratio,
+            plateau_factor=arguments.plateau_factor,
+            plateau_patience=arguments.plateau_patience,
+        )
+        self._best = BestMetric(arguments.metric_for_best_model)
+        self._running_loss = RunningLoss(model.topology.device)
+        self.state = TrainerState()
+        self.last_evaluation: MetricValues | None = None
+
+    def restore(self, state: TrainerState) -> None:
+        """Go on from `state`, which came with the checkpoint that the model was loaded from."""
+        self.state = state
+        self._schedule.load_state_dict(state.schedule)
+        self._best.load_state_dict(state.best_metric)
+
+    def train(self) -> None:
+        """Train to the end. Communicates; all ranks call it."""
+        self.model.engine.module.train(not self._is_dense_frozen)
+        accumulation = self.arguments.gradient_accumulation_steps
+        while not self._is_done():
+            micro_steps = 0
+            for batch in self.train_loader.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
+                if micro_steps == 0:
+                    factor = self._set_learning_rates()
+                self._micro_step(batch)
+                micro_steps = (micro_steps + 1) % accumulation
+                if micro_steps == 0:
+                    self._after_update(batch.global_rows, factor)
+                    if self._is_done():
+                        return
+
+    def _is_done(self) -> bool:
+        return self.state.step >= self.total_steps or self._best.has_stalled(self.arguments.early_stopping_patience)
+
+    def _set_learning_rates(self) -> float:
+        factor = self._schedule.factor(self.state.step)
+        dense = 0.0 if self._is_dense_frozen else self._learning_rate * factor
+        self.model.set_learning_rates(dense, self._table_learning_rate * factor)
+        return factor
+
+    def _micro_step(self, batch: Batch) -> None:
+        batch = batch.to(self.model.topology.device)
+        embeddings_BFD = self.model.look_up(batch.sparse)
+        logits_B = self.model.score(embeddings_BFD, batch.dense_BN)
+        loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")
+        if self.arguments.looked_up_l2 and embeddings_BFD is not None:
+            loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD.square().sum()
+        # Summed over all ranks and micro steps this is the mean over the step's rows, however unevenly they are shared:
+        # DeepSpeed and the bridge average over ranks, and DeepSpeed divides by the accumulation steps.
+        self.model.step(loss * (self._shares / batch.global_rows))
+        self._running_loss.update(logits_B.detach(), batch.labels_B)
+
+    def _after_update(self, rows: int, factor: float) -> None:
+        state, arguments = self.state, self.arguments
+        table_learning_rate = self._table_learning_rate * factor
+        if arguments.whole_table_l2 and self.model.tables is not None and not self.model.tables.is_frozen:
+            self.model.tables.decay_whole_tables(table_learning_rate * arguments.whole_table_l2)
+        state.step += 1
+        state.step_in_epoch += 1
+        state.samples_seen += rows
+        is_epoch_end = state.step_in_epoch == len(self.train_loader)
+        if is_epoch_end:
+            state.epoch, state.step_in_epoch = state.epoch + 1, 0
+        self.progress.advance(state.step, rows)
+        is_last = state.step == self.total_steps
+        if state.step % arguments.logging_steps == 0 or is_last:
+            self._log(factor)
+        improved = False
+        evaluates = is_last or (state.step % arguments.eval_steps == 0 if arguments.eval_steps else is_epoch_end)
+        if evaluates and self.validation_loader is not None:
+            improved = self._evaluate()
+        saves = state.step % arguments.save_steps == 0 if arguments.save_steps else evaluates
+        if saves or is_last or (improved and arguments.load_best_model_at_end):
+            self._save()
+
+    def _log(self, factor: float) -> None:
+        loss, ne = self._running_loss.take(self.model.topology.world)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss} at step {self.state.step}. Lower learning_rate or table_learning_rate, add "
+                "warmup_steps, or clip by max_grad_norm; the last checkpoint in output_dir is from before."
+            )
+        self.progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation split; returns whether it is the best so far."""
+        with self.progress.paused():
+            values = evaluate(self.model, self.validation_loader)
+        self.model.engine.module.train(not self._is_dense_frozen)
+        self.last_evaluation = values
+        improved = self._best.update(getattr(values, self._best.name))
+        if improved:
+            self.state.best_step = self.state.step
+        self._schedule.after_evaluation(improved)
+        self.progress.log_evaluation("validation", self.state.step, self.state.samples_seen, asdict(values))
+        return improved
+
+    def _save(self) -> None:
+        state = self.state
+        state.schedule = self._schedule.state_dict()
+        state.best_metric = self._best.state_dict()
+        with self.progress.paused():
+            save_checkpoint(self.model, self.output_dir, state)
+            if self.model.topology.is_main:
+                delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
+
+
+def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
+    """Updates of the whole run."""
+    return arguments.max_steps if arguments.max_steps > 0 else arguments.num_train_epochs * steps_per_epoch
+
+
+def predict(model: ParallelDhen, batch: Batch) -> Tensor:
+    """Click probabilities of a batch, (B,) float32. Communicates; all ranks call it."""
+    batch = batch.to(model.topology.device)
+    with model.evaluating():
+        return model.score(model.look_up(batch.sparse), batch.dense_BN).sigmoid()
