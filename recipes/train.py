@@ -22,6 +22,7 @@ from dhen.training.curves import draw_curves
 from dhen.training.dataset import prepare_dataset
 from dhen.training.fine_tuning import StartingPoint, config_for, start_from
 from dhen.training.loop import Trainer, evaluate
+from dhen.training.messages import log_to_stderr, user_errors
 from dhen.training.model_card import model_card
 from dhen.training.progress import ProgressReporter
 from dhen.training.run_folder import (
@@ -34,7 +35,6 @@ from dhen.training.run_folder import (
     write_setup,
 )
 from dhen.training.trained_model import MODEL_FOLDER, TrainedModel, export_model
-from dhen.training.messages import log_to_stderr, user_errors
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 logger = logging.getLogger("dhen")
@@ -49,7 +49,7 @@ def main() -> None:
     with user_errors(topology):
         model, loaders, start, prepared = set_up(arguments, topology)
         trainer, progress = make_trainer(arguments, model, loaders, start)
-    trainer.train()
+    trainer.train(progress)
     finish(arguments, trainer, progress, loaders, start, prepared)
     job.stop()
 
@@ -118,7 +118,6 @@ def make_trainer(
     progress = ProgressReporter(
         output_dir, trainer.total_steps, topology.device, is_main=topology.is_main, resumed_at=trainer.state.step
     )
-    trainer.progress = progress
     return trainer, progress
 
 

@@ -23,41 +23,14 @@ import polars as pl
 NUM_INTEGERS, NUM_CATEGORIES = 13, 26
 TRUTH_FILE = "truth.json"
 CHUNK_ROWS = 100_000
-CARDINALITIES = (
-    12,
-    20,
-    8,
-    40,
-    15,
-    30,
-    10,
-    25,
-    6,
-    16,
-    50,
-    24,
-    100,
-    5,
-    60,
-    200,
-    9,
-    14,
-    400,
-    35,
-    80,
-    18,
-    1000,
-    45,
-    11,
-    150,
-)
-PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (1, 8), (3, 9), (5, 10), (0, 11))
-TRIPLES = ((0, 2, 8), (6, 8, 2), (13, 16, 6))
-TILTED = ((0, 0), (4, 2), (7, 5), (9, 7))  # (category, integer)
-LATENT_DIM = 3
+CARDINALITIES = (8, 12, 6, 10, 5, 9, 14, 7, 4, 16, 20, 24, 40, 30, 15, 50, 18, 10, 80, 12, 25, 6, 200, 22, 11, 35)
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
+TRIPLES = ((2, 4, 8), (4, 7, 8))
+TILTED = ((0, 0), (4, 2), (7, 5))  # (category, integer)
+LATENT_DIM = 2
 CLICK_RATE = 0.22
 # Standard deviations of the parts of z; the interactions carry most of it, so a linear model falls short.
-MAIN, SLOPE, PAIR, TILT, TRIPLE = 0.12, 0.1, 0.4, 0.3, 0.4
+MAIN, SLOPE, PAIR, TILT, TRIPLE = 0.15, 0.12, 0.6, 0.15, 0.35
 
 
 @dataclass(frozen=True)

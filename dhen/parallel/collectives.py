@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -18,6 +19,18 @@ def all_to_all(
     received = tensor.new_empty(sum(receive_sizes))
     dist.all_to_all_single(received, tensor, list(receive_sizes), list(send_sizes), group=group)
     return received
+
+
+def all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """All ranks' flat tensors one after another, on the CPU; they may differ in length."""
+    world_size = dist.get_world_size(group)
+    sizes = torch.zeros(world_size, dtype=torch.int64, device=tensor.device)
+    dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(tensor)]), group=group)
+    longest = int(sizes.max())
+    everyone = tensor.new_empty(world_size * longest)
+    dist.all_gather_into_tensor(everyone, F.pad(tensor, (0, longest - len(tensor))), group=group)
+    parts = everyone.view(world_size, longest).cpu()
+    return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
 
 
 @dataclass(frozen=True)

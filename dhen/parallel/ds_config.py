@@ -191,7 +191,7 @@ def _check_by_deepspeed(path: str, raw: dict[str, Any]) -> None:
 
 
 def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy, because the parser changes what it reads; without the global batch, which it would take for one rank's."""
+    """A copy, because the parser changes what it reads; without the global batch, which it takes for one rank's."""
     return json.loads(json.dumps({key: value for key, value in raw.items() if key != "train_batch_size"}))
 
 

@@ -27,19 +27,18 @@ from dhen.parallel.topology import Topology
 
 
 @dataclass
-class ParallelDhen:
-    """DHEN spread over the ranks of `topology`.
+class ScoringDhen:
+    """DHEN spread over the ranks of `topology`, for predictions.
 
     tables: the embedding tables, model-parallel; None where the model has no sparse features.
-    engine: DeepSpeed's engine around the dense part, data-parallel under ZeRO.
+    dense: the dense part, data-parallel.
     """
 
     config: DhenConfig
     topology: Topology
-    ds_config: DsConfig
     placement: Placement
     tables: ShardedTables | None
-    engine: deepspeed.DeepSpeedEngine
+    dense: nn.Module
 
     def look_up(self, sparse: SparseIds) -> Tensor | None:
         """SparseIds of this rank's B examples -> embeddings_BFD, None without tables. Communicates over all ranks."""
@@ -47,7 +46,31 @@ class ParallelDhen:
 
     def score(self, embeddings_BFD: Tensor | None, dense_BN: Tensor) -> Tensor:
         """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3."""
-        return self.engine(inputs_embeds=embeddings_BFD, dense=dense_BN).logits
+        return self.dense(inputs_embeds=embeddings_BFD, dense=dense_BN).logits
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within it nothing is trained: no gradients, dropout off, batch norm fixed."""
+        module = getattr(self.dense, "module", self.dense)
+        was_training = module.training
+        module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            module.train(was_training)
+
+
+@dataclass
+class ParallelDhen(ScoringDhen):
+    """The same, for training: `dense` is DeepSpeed's engine around the dense part, under ZeRO."""
+
+    ds_config: DsConfig
+
+    @property
+    def engine(self) -> deepspeed.DeepSpeedEngine:
+        """DeepSpeed's engine."""
+        return self.dense
 
     def set_learning_rates(self, dense: float, tables: float) -> None:
         """Learning rates of the steps to come. Call it before `look_up`: FBGEMM's backward uses the forward's."""
@@ -65,17 +88,6 @@ class ParallelDhen:
         """
         self.engine.backward(loss)
         self.engine.step()
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within it nothing is trained: no gradients, dropout off, batch norm fixed."""
-        was_training = self.engine.module.training
-        self.engine.module.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.engine.module.train(was_training)
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """All weights of the dense part in fp32, whole, and its buffers, on the CPU. Communicates under ZeRO 1 to 3."""
@@ -107,7 +119,15 @@ def parallelize(
         config=ds_config.deepspeed,
         dist_init_required=False,
     )
-    return ParallelDhen(config, topology, ds_config, placement, tables, engine)
+    return ParallelDhen(config, topology, placement, tables, engine, ds_config)
+
+
+def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
+    """The tables over all ranks, to be loaded by the caller, and the whole dense part on each. No DeepSpeed."""
+    tables, placement = shard_tables(config, topology, "sgd", seed=0)
+    dense = DhenForClickPrediction(config, with_tables=False)
+    dense.load_state_dict(dense_weights)
+    return ScoringDhen(config, topology, placement, tables, dense.to(topology.device).eval())
 
 
 def shard_tables(

@@ -16,7 +16,8 @@ from dhen.model.names import unknown_name
 from dhen.parallel.ds_config import Recipe
 
 
-def _option(default: Any, meaning: str, **more: Any) -> Any:
+def option(default: Any, meaning: str, **more: Any) -> Any:
+    """A field with its default and its line of --help."""
     metadata = {"help": meaning, **more}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default, metadata=metadata)
@@ -27,29 +28,29 @@ def _option(default: Any, meaning: str, **more: Any) -> Any:
 class DataArguments:
     """Where the click log is and how it becomes ids and numbers."""
 
-    dataset_name: str | None = _option(
+    dataset_name: str | None = option(
         None, "Prepared folder, raw file, glob or Hugging Face data set. Without one, a small click log is generated."
     )
-    dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = _option(
+    dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = option(
         "auto", "Format of raw files; auto goes by the file's name."
     )
-    dataset_schema: str | None = _option(
+    dataset_schema: str | None = option(
         None, "YAML that says which column is label, dense, sparse (csv, parquet, hub)."
     )
-    train_file: str | None = _option(None, "Raw file or glob of the training split, in place of dataset_name.")
-    validation_file: str | None = _option(None, "Raw file or glob of the validation split.")
-    test_file: str | None = _option(None, "Raw file or glob of the test split.")
-    split_fractions: list[float] = _option(
+    train_file: str | None = option(None, "Raw file or glob of the training split, in place of dataset_name.")
+    validation_file: str | None = option(None, "Raw file or glob of the validation split.")
+    test_file: str | None = option(None, "Raw file or glob of the test split.")
+    split_fractions: list[float] = option(
         [0.8, 0.1, 0.1], "Shares of train, validation and test where one file holds all."
     )
-    split_order: Literal["random", "sequential"] = _option(
+    split_order: Literal["random", "sequential"] = option(
         "random", "Rows of each split: random by seed, or in the order of the file, the last for test."
     )
-    id_encoding: Literal["hash", "vocabulary"] = _option("hash", "How sparse values become ids.")
-    hash_size: int = _option(100_000, "Rows of a table under id_encoding hash.")
-    min_count: int = _option(1, "Under id_encoding vocabulary, keys seen less often in train share id 0.")
-    bad_rows: Literal["error", "skip"] = _option("error", "Stop at a malformed row, or skip, count and list it.")
-    cache_dir: str | None = _option(
+    id_encoding: Literal["hash", "vocabulary"] = option("hash", "How sparse values become ids.")
+    hash_size: int = option(100_000, "Rows of a table under id_encoding hash.")
+    min_count: int = option(1, "Under id_encoding vocabulary, keys seen less often in train share id 0.")
+    bad_rows: Literal["error", "skip"] = option("error", "Stop at a malformed row, or skip, count and list it.")
+    cache_dir: str | None = option(
         None, "Where raw files are kept once prepared; the default is output_dir/../prepared."
     )
 
@@ -58,53 +59,53 @@ class DataArguments:
 class TrainingArguments:
     """How the model is trained. Names follow Hugging Face's TrainingArguments where they mean the same."""
 
-    output_dir: str = _option("runs/quickstart", "Run folder.")
-    per_device_train_batch_size: int = _option(2048, "Examples of one rank in one micro step.")
-    per_device_eval_batch_size: int = _option(4096, "Examples of one rank in one evaluation step.")
-    gradient_accumulation_steps: int = _option(1, "Micro steps for one update of the dense part.")
-    num_train_epochs: int = _option(1, "Passes over the training split.")
-    max_steps: int = _option(-1, "Stop after this many updates; -1 leaves it to num_train_epochs.")
-    learning_rate: float = _option(1e-3, "Peak learning rate of the dense part.")
-    table_learning_rate: float = _option(0.02, "Peak learning rate of the embedding tables.")
-    learning_rate_scaling: Literal["none", "linear", "sqrt"] = _option(
+    output_dir: str = option("runs/quickstart", "Run folder.")
+    per_device_train_batch_size: int = option(2048, "Examples of one rank in one micro step.")
+    per_device_eval_batch_size: int = option(4096, "Examples of one rank in one evaluation step.")
+    gradient_accumulation_steps: int = option(1, "Micro steps for one update of the dense part.")
+    num_train_epochs: int = option(1, "Passes over the training split.")
+    max_steps: int = option(-1, "Stop after this many updates; -1 leaves it to num_train_epochs.")
+    learning_rate: float = option(1e-3, "Peak learning rate of the dense part.")
+    table_learning_rate: float = option(0.02, "Peak learning rate of the embedding tables.")
+    learning_rate_scaling: Literal["none", "linear", "sqrt"] = option(
         "none", "Scale both learning rates by global batch / base_batch_size, or by its square root."
     )
-    base_batch_size: int = _option(
+    base_batch_size: int = option(
         2048, "Global batch for which the learning rates are given, for learning_rate_scaling."
     )
-    warmup_steps: int = _option(0, "Updates over which the learning rates rise from 0.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"] = _option(
+    warmup_steps: int = option(0, "Updates over which the learning rates rise from 0.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"] = option(
         "constant", "Shape of the learning rates after warm-up."
     )
-    min_lr_ratio: float = _option(0.0, "Lowest learning rate, as a share of the peak.")
-    plateau_factor: float = _option(0.1, "reduce_lr_on_plateau: factor at each drop.")
-    plateau_patience: int = _option(0, "reduce_lr_on_plateau: evaluations without improvement that are let pass.")
-    weight_decay: float = _option(0.0, "AdamW's decoupled weight decay of the dense part.")
-    adam_beta1: float = _option(0.9, "Adam's beta1.")
-    adam_beta2: float = _option(0.999, "Adam's beta2.")
-    adam_epsilon: float = _option(1e-8, "Adam's epsilon.")
-    max_grad_norm: float = _option(0.0, "Clip the dense part's gradient norm (not the tables'); 0 is off.")
-    whole_table_l2: float = _option(
+    min_lr_ratio: float = option(0.0, "Lowest learning rate, as a share of the peak.")
+    plateau_factor: float = option(0.1, "reduce_lr_on_plateau: factor at each drop.")
+    plateau_patience: int = option(0, "reduce_lr_on_plateau: evaluations without improvement that are let pass.")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay of the dense part.")
+    adam_beta1: float = option(0.9, "Adam's beta1.")
+    adam_beta2: float = option(0.999, "Adam's beta2.")
+    adam_epsilon: float = option(1e-8, "Adam's epsilon.")
+    max_grad_norm: float = option(0.0, "Clip the dense part's gradient norm (not the tables'); 0 is off.")
+    whole_table_l2: float = option(
         0.0, "Decay every row of every table by table learning rate times this, each update. For small tables."
     )
-    looked_up_l2: float = _option(
+    looked_up_l2: float = option(
         0.0, "Add this / 2 times the mean over examples of the squared looked-up embeddings to the loss."
     )
-    freeze: Literal["none", "tables", "dense"] = _option("none", "Part of the model that keeps its weights.")
-    dataloader_drop_last: bool = _option(False, "Leave out the last, smaller update of each epoch.")
-    overwrite_output_dir: bool = _option(False, "Delete the run that output_dir holds, and start anew.")
-    model_name_or_path: str | None = _option(None, "Start from this trained model: a run folder or an exported model.")
-    resume_from_checkpoint: str | None = _option(
+    freeze: Literal["none", "tables", "dense"] = option("none", "Part of the model that keeps its weights.")
+    dataloader_drop_last: bool = option(False, "Leave out the last, smaller update of each epoch.")
+    overwrite_output_dir: bool = option(False, "Delete the run that output_dir holds, and start anew.")
+    model_name_or_path: str | None = option(None, "Start from this trained model: a run folder or an exported model.")
+    resume_from_checkpoint: str | None = option(
         None, "Go on from a checkpoint folder, or with 'true' from the newest one of output_dir."
     )
-    logging_steps: int = _option(20, "Updates between two lines of progress.")
-    eval_steps: int = _option(0, "Updates between two evaluations on the validation split; 0: after every epoch.")
-    save_steps: int = _option(0, "Updates between two checkpoints; 0: after every evaluation.")
-    save_total_limit: int = _option(2, "Checkpoints that are kept, the best one aside.")
-    metric_for_best_model: Literal["auc", "ne", "logloss"] = _option("ne", "Validation metric that says which is best.")
-    load_best_model_at_end: bool = _option(True, "Test and export the best checkpoint rather than the last weights.")
-    early_stopping_patience: int = _option(0, "Stop after this many evaluations without a better metric; 0 is off.")
-    seed: int = _option(0, "Seed of weights, tables, shuffling and dropout.")
+    logging_steps: int = option(20, "Updates between two lines of progress.")
+    eval_steps: int = option(0, "Updates between two evaluations on the validation split; 0: after every epoch.")
+    save_steps: int = option(0, "Updates between two checkpoints; 0: after every evaluation.")
+    save_total_limit: int = option(2, "Checkpoints that are kept, the best one aside.")
+    metric_for_best_model: Literal["auc", "ne", "logloss"] = option("ne", "Validation metric that says which is best.")
+    load_best_model_at_end: bool = option(True, "Test and export the best checkpoint rather than the last weights.")
+    early_stopping_patience: int = option(0, "Stop after this many evaluations without a better metric; 0 is off.")
+    seed: int = option(0, "Seed of weights, tables, shuffling and dropout.")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def parse_arguments(command_line: Sequence[str] | None = None, *, quickstart: Pa
     if known.config is None and not names_data and quickstart is not None:
         known.config = str(quickstart)
     parser = HfArgumentParser(
-        [_copy_of(part) for part in _PARTS],
+        [copy_for_parser(part) for part in _PARTS],
         parents=[_launcher_parser(add_help=False)],
         allow_abbrev=False,
         description="Train DHEN. YAML says what is trained, the ds_config how it fits; the command line wins.",
@@ -158,12 +159,17 @@ def parse_arguments(command_line: Sequence[str] | None = None, *, quickstart: Pa
         command_line, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        flags = {f"--{f.name}" for part in _PARTS for f in dataclasses.fields(part)} | {"--config", "--ds_config"}
-        raise ArgumentError(unknown_name("argument", unknown[0].split("=")[0], flags))
-    checked = [_checked(part, dataclasses.asdict(given), where) for part, given in zip(_PARTS, parts, strict=True)]
+        raise unknown_argument(unknown[0], _PARTS)
+    checked = [check_types(part, dataclasses.asdict(given), where) for part, given in zip(_PARTS, parts, strict=True)]
     arguments = Arguments(known.ds_config, *checked)
     _check_values(arguments)
     return arguments
+
+
+def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
+    """The error about a flag that isn't a field of `parts`, with the nearest that is."""
+    flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config"}
+    return ArgumentError(unknown_name("argument", flag.split("=")[0], flags))
 
 
 def _launcher_parser(**kwargs: Any) -> argparse.ArgumentParser:
@@ -192,7 +198,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _copy_of(part: type) -> type:
+def copy_for_parser(part: type) -> type:
     """The same dataclass for HfArgumentParser, which overwrites the fields' types with those of their flags."""
     hints = get_type_hints(part)
     return dataclasses.make_dataclass(
@@ -204,7 +210,7 @@ def _fresh(given: dataclasses.Field) -> Any:
     return field(default=given.default, default_factory=given.default_factory, metadata=given.metadata)
 
 
-def _checked(part: type, values: dict[str, Any], where: str) -> Any:
+def check_types(part: type, values: dict[str, Any], where: str) -> Any:
     """The dataclass with every value of its declared type: argparse checks flags, this checks YAML."""
     try:
         return TypeAdapter(part).validate_python(values)

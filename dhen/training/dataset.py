@@ -18,7 +18,7 @@ from dhen.training.arguments import DataArguments
 logger = logging.getLogger(__name__)
 
 QUICKSTART = "quickstart"
-QUICKSTART_ROWS = {"train": 300_000, "validation": 30_000, "test": 60_000}
+QUICKSTART_ROWS = {"train": 800_000, "validation": 30_000, "test": 60_000}
 
 
 def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema_from: Path | None = None) -> Path:
@@ -71,7 +71,7 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
             if have.get(column.name) != column:
                 raise ValueError(
                     f"{folder}: {kind} feature {column.name!r} is {have.get(column.name, 'missing')}, the model at "
-                    f"{trained} was trained on {column}. Give the raw files instead, and they are prepared by the model's schema."
+                    f"{trained} was trained on {column}. Give the raw files: they are prepared by its schema."
                 )
         if extra := set(have) - {column.name for column in want}:
             raise ValueError(f"{folder}: {kind} features {sorted(extra)} are unknown to the model at {trained}.")
@@ -81,6 +81,6 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
             if not mine.keys.equals(its.keys):
                 raise ValueError(
                     f"{folder}: the vocabulary of {column.name!r} is not the one of the model at {trained}, so its ids "
-                    "mean other keys. Give the raw files instead, and they are prepared by the model's schema."
+                    "mean other keys. Give the raw files: they are prepared by its schema."
                 )
     return replace(schema, dense=wanted.dense, sparse=wanted.sparse)

@@ -4,11 +4,10 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.data.batches import Batch, BatchLoader
-from dhen.parallel.parallelize import ParallelDhen
+from dhen.parallel.parallelize import ParallelDhen, ScoringDhen
 from dhen.training.arguments import TrainingArguments
 from dhen.training.checkpoint import TrainerState, delete_old_checkpoints, save_checkpoint
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_learning_rate
@@ -16,7 +15,7 @@ from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.progress import ProgressReporter
 
 
-def evaluate(model: ParallelDhen, loader: BatchLoader) -> MetricValues:
+def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
     """Metrics over all examples of all ranks. Communicates; all ranks call it."""
     metrics = ClickMetrics()
     with model.evaluating():
@@ -68,8 +67,9 @@ class Trainer:
         self._schedule.load_state_dict(state.schedule)
         self._best.load_state_dict(state.best_metric)
 
-    def train(self) -> None:
+    def train(self, progress: ProgressReporter) -> None:
         """Train to the end. Communicates; all ranks call it."""
+        self._progress = progress
         self.model.engine.module.train(not self._is_dense_frozen)
         accumulation = self.arguments.gradient_accumulation_steps
         while not self._is_done():
@@ -116,7 +116,7 @@ class Trainer:
         is_epoch_end = state.step_in_epoch == len(self.train_loader)
         if is_epoch_end:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
-        self.progress.advance(state.step, rows)
+        self._progress.advance(state.step, rows)
         is_last = state.step == self.total_steps
         if state.step % arguments.logging_steps == 0 or is_last:
             self._log(factor)
@@ -135,11 +135,11 @@ class Trainer:
                 f"The loss is {loss} at step {self.state.step}. Lower learning_rate or table_learning_rate, add "
                 "warmup_steps, or clip by max_grad_norm; the last checkpoint in output_dir is from before."
             )
-        self.progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
+        self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; returns whether it is the best so far."""
-        with self.progress.paused():
+        with self._progress.paused():
             values = evaluate(self.model, self.validation_loader)
         self.model.engine.module.train(not self._is_dense_frozen)
         self.last_evaluation = values
@@ -147,14 +147,14 @@ class Trainer:
         if improved:
             self.state.best_step = self.state.step
         self._schedule.after_evaluation(improved)
-        self.progress.log_evaluation("validation", self.state.step, self.state.samples_seen, asdict(values))
+        self._progress.log_evaluation("validation", self.state.step, self.state.samples_seen, asdict(values))
         return improved
 
     def _save(self) -> None:
         state = self.state
         state.schedule = self._schedule.state_dict()
         state.best_metric = self._best.state_dict()
-        with self.progress.paused():
+        with self._progress.paused():
             save_checkpoint(self.model, self.output_dir, state)
             if self.model.topology.is_main:
                 delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
@@ -163,10 +163,3 @@ class Trainer:
 def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
     """Updates of the whole run."""
     return arguments.max_steps if arguments.max_steps > 0 else arguments.num_train_epochs * steps_per_epoch
-
-
-def predict(model: ParallelDhen, batch: Batch) -> Tensor:
-    """Click probabilities of a batch, (B,) float32. Communicates; all ranks call it."""
-    batch = batch.to(model.topology.device)
-    with model.evaluating():
-        return model.score(model.look_up(batch.sparse), batch.dense_BN).sigmoid()

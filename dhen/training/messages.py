@@ -25,7 +25,7 @@ def log_to_stderr() -> None:
 
 @contextmanager
 def user_errors(topology: Topology | None = None) -> Iterator[None]:
-    """Around setting up: print a mistake's message with its rank and exit with status 1. DHEN_TRACEBACK=1 shows where."""
+    """Around setting up: print a mistake's message and exit with status 1; DHEN_TRACEBACK=1 shows where."""
     try:
         yield
     except MISTAKES as error:

@@ -15,8 +15,8 @@ def model_card(config: DhenConfig, schema: Schema, summary: dict[str, Any]) -> s
         for index, layer in enumerate(config.layer_specs)
     )
     rows = "\n".join(
-        f"| {name} | {values['auc']:.5f} | {values['ne']:.5f} | {values['logloss']:.5f} | {values['calibration']:.4f} | "
-        f"{values['examples']:,} |"
+        f"| {name} | {values['auc']:.5f} | {values['ne']:.5f} | {values['logloss']:.5f} | "
+        f"{values['calibration']:.4f} | {values['examples']:,} |"
         for name, values in summary.items()
         if isinstance(values, dict)
     )

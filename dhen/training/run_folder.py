@@ -19,6 +19,7 @@ from dhen.training.checkpoint import checkpoints
 from dhen.training.metrics import MetricValues
 
 SUMMARY_FILE = "summary.json"
+ARGUMENTS_FILE = "arguments.yaml"
 logger = logging.getLogger(__name__)
 
 
@@ -37,7 +38,7 @@ def open_run_folder(path: Path, *, resumes: bool, overwrite: bool) -> None:
 
 def write_setup(path: Path, arguments: Arguments, model: ParallelDhen) -> None:
     """arguments.yaml, ds_config.json and placement.json: all as resolved, so that the run can be repeated."""
-    write_yaml(arguments.as_dict(), path / "arguments.yaml")
+    write_yaml(arguments.as_dict(), path / ARGUMENTS_FILE)
     write_json(path / "ds_config.json", model.ds_config.as_dict())
     write_json(path / "placement.json", model.placement.as_dict())
 

@@ -1,0 +1,37 @@
+"""Evaluate a trained model: AUC, normalized entropy, log loss, calibration.
+
+    deepspeed recipes/evaluate.py --model_name_or_path runs/frappe
+    deepspeed recipes/evaluate.py --model_name_or_path runs/frappe/model --dataset_name more_rows.csv \\
+        --dataset_schema recipes/configs/schemas/frappe.yaml --output metrics.json
+
+Without --dataset_name it takes the test split of the run's own data. Runs on any number of ranks.
+"""
+
+from pathlib import Path
+
+from dhen.parallel import topology as job
+from dhen.training.loop import evaluate
+from dhen.training.messages import log_to_stderr, user_errors
+from dhen.training.run_folder import metrics_of, print_metrics, write_json
+from dhen.training.scoring import load_for_scoring, parse_scoring_arguments
+
+
+def main() -> None:
+    """Read the arguments, join the job, evaluate."""
+    log_to_stderr()
+    with user_errors():
+        arguments = parse_scoring_arguments(None, "Evaluate a trained DHEN.")
+    topology = job.start()
+    with user_errors(topology):
+        model, loader = load_for_scoring(arguments, topology)
+        values = evaluate(model, loader)
+    metrics = metrics_of(values, loader.schema.best_possible_ne.get(loader.split))
+    if topology.is_main:
+        print_metrics({loader.split: metrics})
+        if arguments.output:
+            write_json(Path(arguments.output), metrics)
+    job.stop()
+
+
+if __name__ == "__main__":
+    main()

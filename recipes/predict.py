@@ -1,0 +1,62 @@
+"""Score rows with a trained model: click probabilities to a Parquet file.
+
+    deepspeed recipes/predict.py --model_name_or_path runs/frappe --dataset_name rows.csv \\
+        --dataset_schema recipes/configs/schemas/frappe.yaml --output scores.parquet
+
+The file has one line a row, in the order of the rows: `row` (its number, from 0), `prediction` (probability of a
+click), and `label` where the rows have labels; they need none. Runs on any number of ranks.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from dhen.data.batches import BatchLoader
+from dhen.parallel import topology as job
+from dhen.parallel.collectives import all_gather_uneven
+from dhen.parallel.parallelize import ScoringDhen
+from dhen.training.messages import log_to_stderr, user_errors
+from dhen.training.scoring import load_for_scoring, parse_scoring_arguments
+
+COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label", pa.float32())])
+
+
+def main() -> None:
+    """Read the arguments, join the job, score."""
+    log_to_stderr()
+    with user_errors():
+        arguments = parse_scoring_arguments(None, "Score rows with a trained DHEN.")
+    topology = job.start()
+    with user_errors(topology):
+        model, loader = load_for_scoring(arguments, topology)
+        rows = write_predictions(model, loader, Path(arguments.output or "predictions.parquet"))
+    if topology.is_main:
+        print(f"{rows:,} rows scored: {arguments.output or 'predictions.parquet'}")
+    job.stop()
+
+
+def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> int:
+    """Score all rows; rank 0 writes them, in order, into `path`, whole or not at all. Communicates."""
+    topology = model.topology
+    draft = path.with_name(f".{path.name}.draft")
+    writer = pyarrow.parquet.ParquetWriter(draft, COLUMNS, compression="zstd") if topology.is_main else None
+    with model.evaluating():
+        for batch in loader.epoch(0):
+            batch = batch.to(topology.device)
+            scores = model.score(model.look_up(batch.sparse), batch.dense_BN).sigmoid()
+            # The ranks' shares of a step are consecutive, so in the order of the ranks the rows are in order.
+            columns = [
+                all_gather_uneven(values.to(topology.device), topology.world).numpy()
+                for values in (batch.rows_B, scores, batch.labels_B)
+            ]
+            if writer is not None:
+                writer.write_table(pa.table([pa.array(column, from_pandas=True) for column in columns], schema=COLUMNS))
+    if writer is not None:
+        writer.close()
+        draft.replace(path)
+    return loader.num_rows
+
+
+if __name__ == "__main__":
+    main()
