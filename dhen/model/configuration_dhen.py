@@ -6,7 +6,7 @@ The words: M embeddings enter a layer, each of its interactions yields L (`num_e
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
 from dhen.model.mlp import Activation
-from dhen.model.names import check_names
+from dhen.model.names import check_names, check_type
 
 EnsembleKind = Literal["concat", "sum", "weighted_sum"]
 NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
@@ -179,7 +179,7 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         try:
             check_names("key of a layer:", entry, _LAYER_KEYS)
             settings = {key: entry.get(key, getattr(self, key)) for key in _LAYER_KEYS}
-            _check_choices(settings)
+            _check_layer_settings(settings)
             entries = _entries("interactions", settings.pop("interactions"))
             default_size = settings.pop("num_embeddings_out")
             specs = tuple(spec for item in entries for spec in _interaction_specs(item, default_size))
@@ -244,8 +244,7 @@ def _interaction_specs(entry: str | dict[str, Any], default_size: int) -> list[I
         raise ValueError(f"an interaction is a kind or an object with 'kind', not {entry!r}.")
     options = {key: value for key, value in entry.items() if key not in ("kind", "num_embeddings")}
     size = entry.get("num_embeddings", default_size)
-    if not isinstance(size, int):
-        raise ValueError(f"interaction {entry['kind']!r}: num_embeddings is {size!r}. Use a whole number.")
+    check_type(f"interaction {entry['kind']!r}: num_embeddings", size, int)
     kinds = PRESETS.get(entry["kind"])
     if kinds and options:
         raise ValueError(
@@ -266,11 +265,11 @@ def _sparse_feature(entry: dict[str, Any]) -> SparseFeature:
     return SparseFeature(**entry)
 
 
-def _check_choices(settings: dict[str, Any]) -> None:
-    """Check a layer's own settings, which no dataclass does. Raises ValueError naming the key."""
-    hints = DhenArchitecture.__annotations__
-    for key in ("ensemble", "norm", "norm_position", "activation"):
-        check_names(key, [settings[key]], hints[key].__args__)
+def _check_layer_settings(settings: dict[str, Any]) -> None:
+    """Check one layer's own settings, which no dataclass does. Raises ValueError naming the key."""
+    for key, annotation in get_type_hints(DhenArchitecture).items():
+        if key in settings:
+            check_type(key, settings[key], annotation)
     if not 0 <= settings["dropout"] < 1:
         raise ValueError(f"dropout is {settings['dropout']}. Use a share from 0 up to, but not including, 1.")
     _at_least("num_embeddings_out", settings["num_embeddings_out"], 1)

@@ -49,11 +49,11 @@ def init_table(
 ) -> Tensor:
     """Initial values of some columns of a table: float32, (num_embeddings, len(columns)), on the CPU.
 
-    Each column has a generator of its own, seeded by (seed, name, column), so any cut by columns and any placement gives
+    Each column has a generator of its own, seeded by (seed, name, column), so any cut by columns and any placement give
     the same numbers. std None: uniform within +-1/sqrt(num_embeddings); else normal with mean 0 and that deviation.
     Raises ValueError if a column is outside the table.
     """
-    if columns and not (0 <= min(columns) and max(columns) < embedding_dim):
+    if any(column not in range(embedding_dim) for column in columns):
         raise ValueError(f"table {name!r} has columns 0 to {embedding_dim - 1}, not all of {columns}.")
     table = torch.empty(num_embeddings, len(columns), dtype=torch.float32, device="cpu")
     values = torch.empty(num_embeddings, dtype=torch.float32, device="cpu")

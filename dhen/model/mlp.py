@@ -6,7 +6,6 @@ Shapes: B batch.
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
 from dhen.model.names import check_names
@@ -33,6 +32,7 @@ class BatchNorm(nn.BatchNorm1d):
 
     Such a batch has no variance, so it is normalised by the running statistics and leaves them as they are.
 
+    >>> import torch
     >>> BatchNorm(3).train()(torch.ones(1, 3)).shape
     torch.Size([1, 3])
     """
@@ -49,6 +49,7 @@ class BatchNorm(nn.BatchNorm1d):
 class MLP(nn.Sequential):
     """Hidden layers act(BatchNorm(W x + b)), without BatchNorm by default, then a last linear layer.
 
+    >>> import torch
     >>> MLP(8, [16, 16], 4)(torch.ones(2, 8)).shape
     torch.Size([2, 4])
     """

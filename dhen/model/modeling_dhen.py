@@ -4,7 +4,7 @@ Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ class DhenPreTrainedModel(PreTrainedModel):
 
     config_class = DhenConfig
     base_model_prefix = "model"
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
+        """transformers' from_pretrained, after which the weights lie as those of a model just built."""
+        result = super().from_pretrained(*args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        for tensor in [*model.parameters(), *model.buffers()]:
+            # On CPU they are views into the mapped file, at any address; off a cache line some kernels sum in another
+            # order, so that the same weights would give logits that differ in the last bit.
+            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
+        return result
 
     def init_weights(self) -> None:
         """Do nothing: transformers calls this at the end of construction."""

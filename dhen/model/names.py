@@ -1,7 +1,10 @@
-"""What an error says about a name that isn't known: the nearest right one, and the list."""
+"""Checks of the names and values that users write: an error says the nearest right name, or the right type."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, get_args
+
+from huggingface_hub.dataclasses import type_validator
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
@@ -22,3 +25,14 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
     for name in names:
         if name not in allowed:
             raise ValueError(unknown_name(what, name, allowed))
+
+
+def check_type(what: str, value: Any, expected: Any) -> None:
+    """Raise ValueError if `value` isn't of the annotation `expected`. A whole number is a float, a bool isn't."""
+    is_whole_float = type(value) is int and float in (expected, *get_args(expected))
+    try:
+        type_validator(what, float(value) if is_whole_float else value, expected)
+    except TypeError as error:
+        name = expected.__name__ if isinstance(expected, type) else str(expected)
+        name = name.replace("collections.abc.", "").replace("typing.", "")
+        raise ValueError(f"{what} is {value!r}. Use {name}.") from error

@@ -1,5 +1,9 @@
 """The interactions of paper 2.3, Wukong's factorization machine, and the registry for a user's own."""
 
+from dhen.model.interactions.attention import SelfAttention
+from dhen.model.interactions.convolution import Convolution
+from dhen.model.interactions.deep_cross import DeepCross, FlattenedDeepCross
+from dhen.model.interactions.dot_products import AdvancedDlrm, FactorizationMachine
 from dhen.model.interactions.linear import Linear, MixEmbeddings
 from dhen.model.interactions.registry import (
     PRESETS,
@@ -15,11 +19,17 @@ from dhen.model.interactions.registry import (
 
 __all__ = [
     "PRESETS",
+    "AdvancedDlrm",
+    "Convolution",
+    "DeepCross",
+    "FactorizationMachine",
+    "FlattenedDeepCross",
     "Interaction",
     "InteractionContext",
     "InteractionSpec",
     "Linear",
     "MixEmbeddings",
+    "SelfAttention",
     "build_interaction",
     "check_interaction",
     "interaction_kinds",

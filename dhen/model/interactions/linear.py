@@ -31,7 +31,8 @@ class MixEmbeddings(nn.Module):
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """Return u_BLD."""
-        u_BLD = torch.matmul(self.weight, x_BMD)
+        # bmm of a view, because matmul would copy x_BMD to fold its batch, which is three times slower on CPU.
+        u_BLD = torch.bmm(self.weight.expand(x_BMD.shape[0], -1, -1), x_BMD)
         return u_BLD if self.bias is None else u_BLD + self.bias
 
 

@@ -6,13 +6,13 @@ Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N den
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from dhen.model.mlp import Activation
-from dhen.model.names import check_names, unknown_name
+from dhen.model.names import check_names, check_type, unknown_name
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ machine block beside a linear compression block, concatenated, added to the shor
 def register_interaction(kind: str) -> Callable[[type[Interaction]], type[Interaction]]:
     """Class decorator: makes an Interaction available to configs as `kind`.
 
-    Its options are the keyword-only arguments of its __init__. Import the file before the config that names it is made.
+    Its options are the keyword-only arguments of its __init__, with annotations of JSON's types. Import the file before
+    the config that names it is made. Raises ValueError if the name is taken.
 
     >>> @register_interaction("double")
     ... class Double(Interaction):
@@ -107,28 +108,41 @@ def interaction_kinds() -> tuple[str, ...]:
     return tuple(sorted(_INTERACTIONS))
 
 
-def interaction_options(kind: str) -> dict[str, Any]:
-    """The options of a kind and their defaults. Raises ValueError with the nearest right kind."""
+@dataclass(frozen=True)
+class InteractionOption:
+    """A keyword-only argument of an interaction's __init__."""
+
+    default: Any
+    annotation: Any
+
+
+def interaction_options(kind: str) -> dict[str, InteractionOption]:
+    """The options of a kind by name. Raises ValueError with the nearest right kind."""
     if kind not in _INTERACTIONS:
         message = unknown_name("interaction kind", kind, [*_INTERACTIONS, *PRESETS])
-        raise ValueError(f"{message} One of your own is known after its file is imported.")
-    # A class without an __init__ of its own has its parent's; one that takes **options adds its parents' to its own.
-    options: dict[str, Any] = {}
+        raise ValueError(f"{message} One of your own is known once its file is imported.")
+    options: dict[str, InteractionOption] = {}
+    # A class without an __init__ has its parent's; one whose __init__ takes **options has its parent's options too.
     for cls in _INTERACTIONS[kind].__mro__:
         if "__init__" not in cls.__dict__:
             continue
         parameters = inspect.signature(cls.__init__).parameters.values()
-        options.update(
-            {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in options},
-        )
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        hints = get_type_hints(cls.__init__)
+        for parameter in parameters:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                option = InteractionOption(parameter.default, hints.get(parameter.name, Any))
+                options.setdefault(parameter.name, option)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return options
 
 
 def check_interaction(spec: InteractionSpec) -> None:
-    """Raise ValueError if the spec's kind or one of its options is unknown, or it yields no embeddings."""
-    check_names(f"option of interaction {spec.kind!r}:", spec.options, interaction_options(spec.kind))
+    """Raise ValueError if the kind or an option is unknown, an option's type is wrong, or L is below 1."""
+    known = interaction_options(spec.kind)
+    check_names(f"option of interaction {spec.kind!r}:", spec.options, known)
+    for name, value in spec.options.items():
+        check_type(f"interaction {spec.kind!r}: {name}", value, known[name].annotation)
     if spec.num_embeddings < 1:
         raise ValueError(f"interaction {spec.kind!r}: num_embeddings is {spec.num_embeddings}. Use 1 or more.")
 
@@ -138,5 +152,5 @@ def build_interaction(spec: InteractionSpec, context: InteractionContext) -> Int
     check_interaction(spec)
     try:
         return _INTERACTIONS[spec.kind](context, **spec.options)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"interaction {spec.kind!r}: {error}") from error

@@ -1,0 +1,51 @@
+"""The convolution interaction (paper 2.3): Conv2d over the plane of embeddings, then W.
+
+Shapes: B batch, C channels, M embeddings in, L embeddings out, D embedding dimension.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from dhen.model.interactions.linear import MixEmbeddings
+from dhen.model.interactions.registry import Interaction, InteractionContext, register_interaction
+from dhen.model.mlp import Activation, activation_module
+
+
+@register_interaction("convolution")
+class Convolution(Interaction):
+    """u = W act(Conv2d(X)): X as an image of one channel, M by D; C channels out, of the same size; W in R^(L x C M).
+
+    >>> import torch
+    >>> convolution = Convolution(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
+    >>> convolution(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(
+        self,
+        context: InteractionContext,
+        *,
+        num_channels: int = 1,
+        kernel_size: Sequence[int] = (3, 3),
+        activation: Activation = "identity",
+        use_dense: bool = False,
+    ) -> None:
+        """num_channels: C. kernel_size: over M, over D; edges are padded with zeros. activation: the paper has none.
+
+        Raises ValueError if a size is below 1, or kernel_size isn't two numbers.
+        """
+        super().__init__(context, use_dense=use_dense)
+        if len(kernel_size) != 2 or min(kernel_size) < 1 or num_channels < 1:
+            raise ValueError(
+                f"kernel_size is {list(kernel_size)}, num_channels {num_channels}. Use two sizes, and a count, of 1 or "
+                "more."
+            )
+        self.convolution = nn.Conv2d(1, num_channels, tuple(kernel_size), padding="same")
+        self.activation = activation_module(activation)
+        self.mix = MixEmbeddings(num_channels * self.num_rows, context.num_outputs)
+
+    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
+        """Return u_BLD."""
+        image_BCMD = self.convolution(self.rows(x_BMD, dense_BN).unsqueeze(1))
+        return self.mix(self.activation(image_BCMD).flatten(1, 2))

@@ -1,0 +1,102 @@
+"""Deep cross in both kinds (paper 2.3): eq. 7 as printed, and DCN-V2's cross of the flattened embeddings.
+
+Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from dhen.model.interactions.linear import MixEmbeddings
+from dhen.model.interactions.registry import Interaction, InteractionContext, register_interaction
+
+
+@register_interaction("deep_cross")
+class DeepCross(Interaction):
+    """u = (X X^T) W + b (eq. 7) for the paper's X in R^(D x M), so X X^T is D x D, W and b in R^(D x L).
+
+    We store x_BMD = X^T, so X X^T = x^T x, which is symmetric, and u_BLD = u^T = W^T (x^T x) + b^T.
+
+    >>> cross = DeepCross(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
+    >>> cross(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(self, context: InteractionContext, *, use_dense: bool = False) -> None:
+        """W is initialised as Glorot, b as 0."""
+        super().__init__(context, use_dense=use_dense)
+        self.weight = nn.Parameter(torch.empty(context.embedding_dim, context.num_outputs))
+        self.bias = nn.Parameter(torch.empty(context.embedding_dim, context.num_outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W again, and set b to 0."""
+        nn.init.xavier_uniform_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
+        """Return u_BLD."""
+        x_BMD = self.rows(x_BMD, dense_BN)
+        products_BDD = torch.bmm(x_BMD.transpose(1, 2), x_BMD)
+        weight_BLD = self.weight.t().expand(x_BMD.shape[0], -1, -1)
+        return torch.baddbmm(self.bias.t(), weight_BLD, products_BDD)
+
+
+class CrossNet(nn.Module):
+    """x_(l+1) = x_0 * (W_l x_l + b_l) + x_l over vectors of a width (DCN-V2); W_l = U_l V_l where it is low rank.
+
+    >>> CrossNet(6, num_cross_layers=2, cross_width=3)(torch.ones(2, 6)).shape
+    torch.Size([2, 6])
+    """
+
+    def __init__(self, width: int, num_cross_layers: int, cross_width: int | None = None) -> None:
+        """cross_width: of the low rank, U_l (width, cross_width), V_l (cross_width, width); None: W_l is full.
+
+        Raises ValueError if either number is below 1.
+        """
+        super().__init__()
+        if num_cross_layers < 1 or (cross_width is not None and cross_width < 1):
+            raise ValueError(f"num_cross_layers is {num_cross_layers}, cross_width {cross_width}. Use 1 or more.")
+        self.layers = nn.ModuleList()
+        for _ in range(num_cross_layers):
+            if cross_width is None:
+                self.layers.append(nn.Linear(width, width))
+            else:
+                down, up = nn.Linear(width, cross_width, bias=False), nn.Linear(cross_width, width)
+                self.layers.append(nn.Sequential(down, up))
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """Return (B, width)."""
+        x = x0
+        for layer in self.layers:
+            x = torch.addcmul(x, x0, layer(x))
+        return x
+
+
+@register_interaction("deep_cross_flattened")
+class FlattenedDeepCross(Interaction):
+    """u = W reshape(cross(flatten(X))): DCN-V2's cross layers over all M * D numbers, then W over the M embeddings.
+
+    The crossed vector is M embeddings still, so W in R^(L x M) leads to L, as in eq. 6.
+
+    >>> cross = FlattenedDeepCross(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4), cross_width=2)
+    >>> cross(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(
+        self,
+        context: InteractionContext,
+        *,
+        num_cross_layers: int = 1,
+        cross_width: int | None = None,
+        use_dense: bool = False,
+    ) -> None:
+        """num_cross_layers, cross_width: of the CrossNet; cross_width None: full weights, (M * D) x (M * D) each."""
+        super().__init__(context, use_dense=use_dense)
+        self.cross = CrossNet(self.num_rows * context.embedding_dim, num_cross_layers, cross_width)
+        self.mix = MixEmbeddings(self.num_rows, context.num_outputs)
+
+    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
+        """Return u_BLD."""
+        x_BMD = self.rows(x_BMD, dense_BN)
+        return self.mix(self.cross(x_BMD.flatten(1)).view_as(x_BMD))

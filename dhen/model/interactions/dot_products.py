@@ -1,0 +1,164 @@
+"""AdvancedDlrm (paper 2.3, whose formula it omits) and Wukong's factorization machine: dots, then an over arch.
+
+Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N dense features, K compressed embeddings.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dhen.model.interactions.deep_cross import CrossNet
+from dhen.model.interactions.registry import Interaction, InteractionContext, register_interaction
+from dhen.model.mlp import MLP, Activation
+
+
+class PairwiseDots(nn.Module):
+    """The dot product x_i . x_j of each pair i < j, row by row of the upper triangle of X X^T: M (M - 1) / 2 numbers.
+
+    >>> PairwiseDots(3)(torch.ones(2, 3, 4))
+    tensor([[4., 4., 4.],
+            [4., 4., 4.]])
+    """
+
+    def __init__(self, num_inputs: int) -> None:
+        """num_inputs: M."""
+        super().__init__()
+        self.num_inputs = num_inputs
+        self.num_dots = num_inputs * (num_inputs - 1) // 2
+        self.register_buffer("triangle", torch.empty(self.num_dots, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the places of the upper triangle in the flattened (M, M); from_pretrained leaves them unset."""
+        row, column = torch.triu_indices(self.num_inputs, self.num_inputs, offset=1, device=self.triangle.device)
+        self.triangle.copy_(row * self.num_inputs + column)
+
+    def forward(self, x_BMD: Tensor) -> Tensor:
+        """Return (B, num_dots)."""
+        dots_BMM = torch.bmm(x_BMD, x_BMD.transpose(1, 2))
+        return dots_BMM.flatten(1).index_select(1, self.triangle)
+
+
+class CompressedDots(nn.Module):
+    """X (X^T W) with W in R^(M x K): the dots of each embedding with K mixtures of all, at cost M K D, not M M D.
+
+    With `example_weights`, X (X^T (a * W)) where a_m = 2 sigmoid(x_m . v_m + c_m): each example weighs its own
+    embeddings. V and c start at 0, and so a at 1.
+
+    >>> CompressedDots(num_inputs=3, embedding_dim=4, compress_to=2)(torch.ones(5, 3, 4)).shape
+    torch.Size([5, 6])
+    """
+
+    def __init__(self, num_inputs: int, embedding_dim: int, compress_to: int, example_weights: bool = False) -> None:
+        """num_inputs: M. compress_to: K."""
+        super().__init__()
+        self.num_dots = num_inputs * compress_to
+        self.weight = nn.Parameter(torch.empty(num_inputs, compress_to))
+        self.gate = nn.Parameter(torch.empty(num_inputs, embedding_dim)) if example_weights else None
+        self.gate_bias = nn.Parameter(torch.empty(num_inputs)) if example_weights else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W again, and set V and c to 0."""
+        nn.init.xavier_uniform_(self.weight)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate)
+            nn.init.zeros_(self.gate_bias)
+
+    def forward(self, x_BMD: Tensor) -> Tensor:
+        """Return (B, M * K)."""
+        weighed_BMD = x_BMD
+        if self.gate is not None:
+            a_BM = 2 * torch.sigmoid((x_BMD * self.gate).sum(dim=2) + self.gate_bias)
+            weighed_BMD = x_BMD * a_BM.unsqueeze(2)
+        mixtures_BDK = torch.bmm(weighed_BMD.transpose(1, 2), self.weight.expand(x_BMD.shape[0], -1, -1))
+        return torch.bmm(x_BMD, mixtures_BDK).flatten(1)
+
+
+@register_interaction("advanced_dlrm")
+class AdvancedDlrm(Interaction):
+    """v = [dots(X), dense], u = W_m MLP(v): DLRM's pairwise dots, through the over arch, back to L embeddings.
+
+    dots: x_i . x_j for i < j, or X (X^T W) with `compress_to`. The options follow v on its way: dots are normalised,
+    joined with the dense vector (`use_dense`), crossed (v <- v0 * (U V v + b) + v), and enter the over arch.
+
+    >>> dlrm = AdvancedDlrm(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
+    >>> dlrm(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    append_dense = False
+
+    def __init__(
+        self,
+        context: InteractionContext,
+        *,
+        over_arch: Sequence[int] = (64,),
+        compress_to: int | None = None,
+        example_weights: bool = False,
+        normalize: bool = False,
+        num_cross_layers: int = 0,
+        cross_width: int | None = None,
+        batch_norm: bool | None = None,
+        activation: Activation | None = None,
+        use_dense: bool = False,
+    ) -> None:
+        """over_arch: hidden sizes; W_m is the linear layer after them. compress_to: K; None takes all pairs.
+
+        example_weights: weigh the embeddings per example before they are compressed. normalize: layer norm of the dots.
+        num_cross_layers, cross_width: low-rank cross layers and their width; None: 32. batch_norm, activation: None
+        takes the layer's. use_dense: join the raw dense features. Raises ValueError if there is nothing to multiply, or
+        an option has nothing to act on.
+        """
+        super().__init__(context, use_dense=use_dense)
+        if example_weights and compress_to is None:
+            raise ValueError("example_weights weighs what is compressed, but compress_to is not set. Set it too.")
+        if cross_width is not None and num_cross_layers == 0:
+            raise ValueError("cross_width is set, but num_cross_layers is 0. Set it too.")
+        if compress_to is not None and compress_to < 1:
+            raise ValueError(f"compress_to is {compress_to}. Use 1 or more.")
+        if compress_to is None:
+            if context.num_inputs < 2:
+                raise ValueError("one embedding alone has no pairs. Set compress_to, or use another interaction.")
+            self.dots: nn.Module = PairwiseDots(context.num_inputs)
+        else:
+            self.dots = CompressedDots(context.num_inputs, context.embedding_dim, compress_to, example_weights)
+        self.norm = nn.LayerNorm(self.dots.num_dots) if normalize else None
+        width = self.dots.num_dots + (context.num_dense_features if use_dense else 0)
+        self.cross = CrossNet(width, num_cross_layers, cross_width or 32) if num_cross_layers else None
+        self.over_arch = MLP(
+            width,
+            over_arch,
+            context.num_outputs * context.embedding_dim,
+            context.activation if activation is None else activation,
+            context.batch_norm if batch_norm is None else batch_norm,
+        )
+
+    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
+        """Return u_BLD."""
+        v = self.dots(x_BMD)
+        if self.norm is not None:
+            v = self.norm(v)
+        if self.use_dense:
+            v = torch.cat([v, dense_BN], dim=1)
+        if self.cross is not None:
+            v = self.cross(v)
+        return self.over_arch(v).unflatten(1, (self.context.num_outputs, self.context.embedding_dim))
+
+
+@register_interaction("factorization_machine")
+class FactorizationMachine(AdvancedDlrm):
+    """u = W_m MLP(LayerNorm(X (X^T W))): Wukong's factorization machine block, which is a setting of AdvancedDlrm.
+
+    >>> machine = FactorizationMachine(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
+    >>> machine(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def __init__(
+        self, context: InteractionContext, *, compress_to: int = 8, normalize: bool = True, **options: Any
+    ) -> None:
+        """The options of AdvancedDlrm, of which these two have other defaults."""
+        super().__init__(context, compress_to=compress_to, normalize=normalize, **options)
