@@ -15,7 +15,7 @@ _context.set_forkserver_preload(["dhen.parallel.parallelize"])
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """`function(topology, *args)` on each rank; returns the results by rank. Raises what a rank raised, as text."""
     results = _context.Queue()
-    port = _free_port()
+    port = free_port()
     ranks = [
         _context.Process(target=_one_rank, args=(rank, world_size, port, results, function, args))
         for rank in range(world_size)
@@ -40,15 +40,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
 def _one_rank(
     rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    os.environ |= rank_environment(rank, world_size, port)
     try:
         import torch
 
@@ -63,7 +55,21 @@ def _one_rank(
         raise
 
 
-def _free_port() -> int:
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher sets for a rank of a job on one machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

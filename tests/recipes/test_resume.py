@@ -1,0 +1,106 @@
+"""Checkpoints: a killed run goes on as if nothing had happened, and a save that is cut off is never picked up."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dhen.training import checkpoint
+from dhen.training.checkpoint import CheckpointError, checkpoints, find_checkpoint, is_whole
+from tests.recipes.launch import TINY, last_step, losses, run_script, summary
+
+STEPS = 40
+SETTINGS = (*TINY, "--per_device_train_batch_size=12", "--dropout=0.1", "--lr_scheduler_type=cosine", "--save_steps=20")
+
+
+def flags(run: Path, click_log: Path, stage: int, *more: str) -> list[str]:
+    return [
+        f"--ds_config=ds_configs/zero{stage}.json", f"--dataset_name={click_log}", f"--output_dir={run}",
+        f"--max_steps={STEPS}", "--eval_steps=20", *SETTINGS, *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, click_log, stage):
+    # 640 rows, 24 a step: the kill falls into the second epoch, and the checkpoint into the first.
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert run_script("train.py", *flags(straight, click_log, stage), ranks=2).status == 0
+    killed = run_script(
+        "train.py", *flags(broken, click_log, stage), ranks=2, kill_when=lambda: last_step(broken) >= 25
+    )
+    assert killed.status != 0
+    assert [folder.name for folder in checkpoints(broken)] == ["checkpoint-20"]
+    resumed = run_script("train.py", *flags(broken, click_log, stage, "--resume_from_checkpoint=true"), ranks=2)
+    assert resumed.status == 0, resumed.output
+    assert "step 20 of 40" in resumed.output
+    assert losses(broken) == losses(straight)
+    assert sorted(losses(straight)) == list(range(1, STEPS + 1))
+    assert summary(broken)["test"] == summary(straight)["test"]
+
+
+def test_a_forgotten_random_state_is_caught(tmp_path, click_log):
+    """Negative control: without the random state dropout differs, and the losses with it."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    run_script("train.py", *flags(straight, click_log, 0))
+    run_script("train.py", *flags(broken, click_log, 0), kill_when=lambda: last_step(broken) >= 25)
+    run_script("train.py", *flags(broken, click_log, 0, "--resume_from_checkpoint=true"), patch=forget_random_state)
+    assert losses(broken) != losses(straight)
+
+
+def forget_random_state() -> None:
+    checkpoint._set_random_state = lambda state: None
+
+
+def die_in(name: str, call: int):
+    """A patch: the process dies at the call-th call of that function of the checkpoint module."""
+    return _Die(name, call)
+
+
+class _Die:
+    def __init__(self, name: str, call: int) -> None:
+        self.name, self.left = name, call
+
+    def __call__(self) -> None:
+        right = getattr(checkpoint, self.name)
+
+        def dies(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                os._exit(9)
+            return right(*args, **kwargs)
+
+        setattr(checkpoint, self.name, dies)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("save_tables", 2), ("_random_state", 2), ("_write_atomically", 3), ("_write_atomically", 4)]
+)
+def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path, click_log, name, call):
+    run = tmp_path / "run"
+    cut = run_script("train.py", *flags(run, click_log, 2), patch=die_in(name, call))
+    assert cut.status == 9
+    assert (run / "checkpoint-40").is_dir(), "it died before the second save, so this shows nothing"
+    # Whole but not yet named by `latest` is whole; anything less is never found.
+    is_finished = (name, call) == ("_write_atomically", 4)
+    assert is_whole(run / "checkpoint-40") == is_finished
+    assert find_checkpoint("true", run).name == "checkpoint-20"
+    resumed = run_script("train.py", *flags(run, click_log, 2, "--resume_from_checkpoint=true"))
+    assert resumed.status == 0, resumed.output
+    assert find_checkpoint("true", run).name == "checkpoint-40"
+
+
+def test_an_unfinished_folder_is_refused_by_name(tmp_path):
+    (tmp_path / "checkpoint-5").mkdir()
+    with pytest.raises(CheckpointError, match="isn't a whole checkpoint"):
+        find_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path)
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        find_checkpoint("true", tmp_path)
+
+
+def test_another_number_of_ranks_is_refused_with_a_way_out(tmp_path, click_log):
+    run = tmp_path / "run"
+    run_script("train.py", *flags(run, click_log, 2), kill_when=lambda: last_step(run) >= 21)
+    other = run_script("train.py", *flags(run, click_log, 2, "--resume_from_checkpoint=true"), ranks=2)
+    assert other.status != 0
+    assert "saved by 1 ranks" in other.output
+    assert "--model_name_or_path" in other.output
