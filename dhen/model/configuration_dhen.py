@@ -8,7 +8,6 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
@@ -115,6 +114,8 @@ _LAYER_KEYS = (
     "activation",
 )
 
+_DATA_FIELDS = {"num_dense_features": int, "sparse_features": list[dict[str, Any]]}
+
 # What PreTrainedConfig takes besides its fields; generation parameters are dropped by it from older files.
 _TRANSFORMERS_KEYS = {
     "attn_implementation",
@@ -128,11 +129,10 @@ _TRANSFORMERS_KEYS = {
 }
 
 
-@strict
 class DhenConfig(DhenArchitecture, PreTrainedConfig):
     """All that a model needs to be built: the architecture, and the features of the data.
 
-    Raises ValueError or TypeError naming the field, its value and what is allowed; an unknown field is an error.
+    Raises ValueError naming the field, its value and what is allowed; an unknown field is an error.
 
     >>> config = DhenConfig(num_dense_features=13, sparse_features=[{"name": "site", "num_embeddings": 100}])
     >>> config.tables[0].pooling
@@ -147,10 +147,14 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Check keys and values. transformers keeps unknown keys in silence, so they are refused here."""
         extra = [key for key in kwargs if not key.startswith("_") and key not in _TRANSFORMERS_KEYS]
-        own = {item.name for item in fields(DhenArchitecture)} | {"num_dense_features", "sparse_features"}
+        own = [*(item.name for item in fields(DhenArchitecture)), *_DATA_FIELDS]
         generation = GenerationConfig().to_dict()
         if unknown := [key for key in extra if key not in generation]:
             check_names("field of DhenConfig", unknown, own)
+        # Not by transformers' @strict: its errors are no ValueError, it takes no whole number for a float, and it reads
+        # the types from the parent's Field objects, where HfArgumentParser(DhenArchitecture) rewrites them.
+        for name, annotation in (get_type_hints(DhenArchitecture) | _DATA_FIELDS).items():
+            check_type(name, getattr(self, name), annotation)
         self.interactions = _entries("interactions", self.interactions)
         self.layers = None if self.layers is None else _entries("layers", self.layers)
         PreTrainedConfig.__post_init__(self, **kwargs)
@@ -266,7 +270,7 @@ def _sparse_feature(entry: dict[str, Any]) -> SparseFeature:
 
 
 def _check_layer_settings(settings: dict[str, Any]) -> None:
-    """Check one layer's own settings, which no dataclass does. Raises ValueError naming the key."""
+    """Raise ValueError naming the key of one layer's settings whose value is wrong."""
     for key, annotation in get_type_hints(DhenArchitecture).items():
         if key in settings:
             check_type(key, settings[key], annotation)

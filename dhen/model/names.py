@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from huggingface_hub.dataclasses import type_validator
 
@@ -29,6 +29,10 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
 
 def check_type(what: str, value: Any, expected: Any) -> None:
     """Raise ValueError if `value` isn't of the annotation `expected`. A whole number is a float, a bool isn't."""
+    if get_origin(expected) is Literal and isinstance(value, str):
+        if value not in get_args(expected):
+            raise ValueError(unknown_name(what, value, get_args(expected)))
+        return
     is_whole_float = type(value) is int and float in (expected, *get_args(expected))
     try:
         type_validator(what, float(value) if is_whole_float else value, expected)

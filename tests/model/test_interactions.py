@@ -22,7 +22,7 @@ CASES = [
     ("self_attention", {"num_heads": 3, "feedforward_dim": 5, "norm_first": True, "activation": "gelu"}),
     ("self_attention", {"num_heads": 2, "use_dense": True}),
     ("convolution", {}),
-    ("convolution", {"num_channels": 2, "kernel_size": [2, 5], "activation": "relu", "use_dense": True}),
+    ("convolution", {"num_channels": 2, "kernel_size": [1, 5], "activation": "relu", "use_dense": True}),
     ("advanced_dlrm", {}),
     ("advanced_dlrm", {"use_dense": True, "over_arch": [7, 4], "normalize": True, "activation": "tanh"}),
     ("advanced_dlrm", {"compress_to": 2, "example_weights": True, "use_dense": True}),

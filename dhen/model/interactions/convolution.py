@@ -33,15 +33,15 @@ class Convolution(Interaction):
     ) -> None:
         """num_channels: C. kernel_size: over M, over D; edges are padded with zeros. activation: the paper has none.
 
-        Raises ValueError if a size is below 1, or kernel_size isn't two numbers.
+        Raises ValueError if kernel_size isn't two odd numbers: only those have a middle, which keeps the size.
         """
         super().__init__(context, use_dense=use_dense)
-        if len(kernel_size) != 2 or min(kernel_size) < 1 or num_channels < 1:
-            raise ValueError(
-                f"kernel_size is {list(kernel_size)}, num_channels {num_channels}. Use two sizes, and a count, of 1 or "
-                "more."
-            )
-        self.convolution = nn.Conv2d(1, num_channels, tuple(kernel_size), padding="same")
+        if len(kernel_size) != 2 or any(size < 1 or size % 2 == 0 for size in kernel_size):
+            raise ValueError(f"kernel_size is {list(kernel_size)}. Use two odd numbers, over M and over D.")
+        if num_channels < 1:
+            raise ValueError(f"num_channels is {num_channels}. Use 1 or more.")
+        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+        self.convolution = nn.Conv2d(1, num_channels, tuple(kernel_size), padding=padding)
         self.activation = activation_module(activation)
         self.mix = MixEmbeddings(num_channels * self.num_rows, context.num_outputs)
 
