@@ -18,7 +18,7 @@ from dhen.training.arguments import DataArguments
 logger = logging.getLogger(__name__)
 
 QUICKSTART = "quickstart"
-QUICKSTART_ROWS = {"train": 800_000, "validation": 30_000, "test": 60_000}
+QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
 
 
 def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema_from: Path | None = None) -> Path:
