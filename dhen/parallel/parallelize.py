@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -88,6 +89,17 @@ class ParallelDhen(ScoringDhen):
         """
         self.engine.backward(loss)
         self.engine.step()
+
+    def average_buffers(self) -> None:
+        """Give all ranks the mean of their batch norms' running statistics, which nothing else keeps together.
+
+        Communicates. Call it before an evaluation, so that all ranks score with one model, and before a save, which
+        keeps rank 0's.
+        """
+        for buffer in self.engine.module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer, group=self.topology.world)
+                buffer /= self.topology.world_size
 
     def dense_state_dict(self) -> dict[str, Tensor]:
         """All weights of the dense part in fp32, whole, and its buffers, on the CPU. Communicates under ZeRO 1 to 3."""

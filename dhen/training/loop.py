@@ -59,7 +59,6 @@ class Trainer:
         self._best = BestMetric(arguments.metric_for_best_model)
         self._running_loss = RunningLoss(model.topology.device)
         self.state = TrainerState()
-        self.last_evaluation: MetricValues | None = None
 
     def restore(self, state: TrainerState) -> None:
         """Go on from `state`, which came with the checkpoint that the model was loaded from."""
@@ -140,9 +139,8 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; returns whether it is the best so far."""
         with self._progress.paused():
+            self.model.average_buffers()
             values = evaluate(self.model, self.validation_loader)
-        self.model.engine.module.train(not self._is_dense_frozen)
-        self.last_evaluation = values
         improved = self._best.update(getattr(values, self._best.name))
         if improved:
             self.state.best_step = self.state.step
@@ -155,6 +153,7 @@ class Trainer:
         state.schedule = self._schedule.state_dict()
         state.best_metric = self._best.state_dict()
         with self._progress.paused():
+            self.model.average_buffers()
             save_checkpoint(self.model, self.output_dir, state)
             if self.model.topology.is_main:
                 delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
