@@ -1,0 +1,252 @@
+"""Rows of a prepared split as arrays: its row groups, checked against the schema, and their decoding.
+
+Shapes: R rows, N dense features, S single-valued sparse features.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from dhen.data.schema import LABEL, Schema, SparseColumn, weights_column
+
+_DAMAGED = "Prepare the data again."
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A row group of a Parquet file. first_row: number of its first row within the split."""
+
+    path: Path
+    index: int
+    first_row: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Bags:
+    """A multi-valued feature: row r has ids[offsets[r]:offsets[r + 1]], and as many weights, or None for weight 1."""
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray | None = None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Ids of each row, int64."""
+        return np.diff(self.offsets)
+
+    def take(self, index: np.ndarray) -> "Bags":
+        """The rows `index`, copied."""
+        starts = self.offsets[index]
+        lengths = self.offsets[index + 1] - starts
+        offsets = _offsets(lengths)
+        at = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return Bags(offsets, self.ids[at], None if self.weights is None else self.weights[at])
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Decoded rows. rows_R: their numbers within the split. bags: of the multi-valued features in the schema's order.
+
+    The single-valued ids lie row by row, so that gathering a row touches few cache lines.
+    """
+
+    rows_R: np.ndarray
+    labels_R: np.ndarray
+    dense_RN: np.ndarray
+    single_RS: np.ndarray
+    bags: tuple[Bags, ...]
+
+    def take(self, index: np.ndarray) -> "Rows":
+        """The rows `index`, copied."""
+        return Rows(
+            self.rows_R[index],
+            self.labels_R[index],
+            self.dense_RN[index],
+            self.single_RS[index],
+            tuple(bags.take(index) for bags in self.bags),
+        )
+
+
+def empty_rows(schema: Schema, count: int = 0) -> Rows:
+    """`count` rows not yet filled in, their bags without ids."""
+    num_single = sum(not column.is_multi_valued for column in schema.sparse)
+    # By the tables' sizes, not the files' types: the same for all files, and half the memory for all but huge tables.
+    is_small = all(column.num_embeddings <= 2**31 for column in schema.sparse)
+    bags = [
+        Bags(np.zeros(count + 1, np.int64), np.empty(0, np.int64), np.empty(0, np.float32) if c.is_weighted else None)
+        for c in schema.sparse
+        if c.is_multi_valued
+    ]
+    return Rows(
+        np.empty(count, np.int64),
+        np.empty(count, np.float32),
+        np.empty((count, len(schema.dense)), np.float32),
+        np.empty((count, num_single), np.int32 if is_small else np.int64),
+        tuple(bags),
+    )
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """One part after another; at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(
+        np.concatenate([part.rows_R for part in parts]),
+        np.concatenate([part.labels_R for part in parts]),
+        np.concatenate([part.dense_RN for part in parts]),
+        np.concatenate([part.single_RS for part in parts]),
+        tuple(_joined(bags) for bags in zip(*(part.bags for part in parts), strict=True)),
+    )
+
+
+def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
+    """The row groups of a split, in the order of its rows, empty ones left out.
+
+    Raises FileNotFoundError or ValueError that name the file and column where the folder isn't what the schema says.
+    """
+    if split not in schema.splits:
+        raise FileNotFoundError(f"{folder}: there is no split {split!r}, it has {', '.join(schema.splits)}.")
+    groups, first_row = [], 0
+    for path in sorted((folder / split).glob("*.parquet")):
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                columns, metadata = file.schema_arrow, file.metadata
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{path}: not readable as Parquet: {error}. {_DAMAGED}") from error
+        _check_columns(path, columns, schema)
+        for index in range(metadata.num_row_groups):
+            num_rows = metadata.row_group(index).num_rows
+            if num_rows:
+                groups.append(RowGroup(path, index, first_row, num_rows))
+            first_row += num_rows
+    if first_row != schema.splits[split].rows:
+        raise ValueError(
+            f"{folder / split}: its Parquet files have {first_row:,} rows, schema.json says "
+            f"{schema.splits[split].rows:,}. The folder is damaged. {_DAMAGED}"
+        )
+    return groups
+
+
+def decode(groups: Sequence[RowGroup], schema: Schema) -> Rows:
+    """The rows of some row groups, one group after another; beside the result, memory holds one group in Arrow's form.
+
+    Raises ValueError that names the file and column: for what can't be read, blanks, and ids outside their table.
+    """
+    rows = empty_rows(schema, sum(group.num_rows for group in groups))
+    bags: list[tuple[Bags, ...]] = []
+    first = 0
+    for group in groups:
+        here = slice(first, first + group.num_rows)
+        columns = _Columns(group, schema)
+        rows.rows_R[here] = np.arange(group.first_row, group.first_row + group.num_rows)
+        rows.labels_R[here] = columns.values(LABEL)
+        for at, column in enumerate(schema.dense):
+            rows.dense_RN[here, at] = columns.values(column.name)
+        for at, column in enumerate(column for column in schema.sparse if not column.is_multi_valued):
+            rows.single_RS[here, at] = columns.ids(column)
+        bags.append(tuple(columns.bags(column) for column in schema.sparse if column.is_multi_valued))
+        first = here.stop
+    return Rows(
+        rows.rows_R,
+        rows.labels_R,
+        rows.dense_RN,
+        rows.single_RS,
+        tuple(_joined(parts) for parts in zip(*bags, strict=True)),
+    )
+
+
+class _Columns:
+    """One row group in memory, column by column."""
+
+    def __init__(self, group: RowGroup, schema: Schema) -> None:
+        self._path = group.path
+        try:
+            with pyarrow.parquet.ParquetFile(group.path) as file:
+                self._table = file.read_row_group(group.index, columns=list(_wanted(schema)))
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{group.path}: row group {group.index} can't be read: {error}. {_DAMAGED}") from error
+
+    def values(self, name: str) -> np.ndarray:
+        return self._without_blanks(name, self._table[name]).to_numpy()
+
+    def ids(self, column: SparseColumn) -> np.ndarray:
+        return self._inside_table(column, self.values(column.name))
+
+    def bags(self, column: SparseColumn) -> Bags:
+        offsets, ids = self._lists(column.name)
+        ids = self._inside_table(column, ids)
+        if not column.is_weighted:
+            return Bags(offsets, ids)
+        weight_offsets, weights = self._lists(weights_column(column.name))
+        if not np.array_equal(weight_offsets, offsets):
+            raise ValueError(
+                f"{self._path}: column {column.name!r} has rows whose ids and weights differ in number. {_DAMAGED}"
+            )
+        return Bags(offsets, ids, weights)
+
+    def _lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        column = self._without_blanks(name, self._table[name])
+        lists = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+        offsets = lists.offsets.to_numpy().astype(np.int64)
+        return offsets - offsets[0], self._without_blanks(name, lists.flatten()).to_numpy()
+
+    def _without_blanks(self, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+        if values.null_count:
+            raise ValueError(f"{self._path}: column {name!r} has {values.null_count} blanks. {_DAMAGED}")
+        return values
+
+    def _inside_table(self, column: SparseColumn, ids: np.ndarray) -> np.ndarray:
+        """`ids` themselves. FBGEMM would take an id outside its table for row 0 and say nothing."""
+        if len(ids) and (ids.min() < 0 or ids.max() >= column.num_embeddings):
+            wrong = ids[(ids < 0) | (ids >= column.num_embeddings)][0]
+            raise ValueError(
+                f"{self._path}: column {column.name!r} has the id {wrong}, its table has rows 0 to "
+                f"{column.num_embeddings - 1}. {_DAMAGED}"
+            )
+        return ids
+
+
+def _wanted(schema: Schema) -> dict[str, tuple[str, Callable[[pa.DataType], bool]]]:
+    """Columns to be read: what each must be, in words and as a check."""
+
+    def is_id(found: pa.DataType) -> bool:
+        return pa.types.is_int32(found) or pa.types.is_int64(found)
+
+    def is_list(kind: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
+        return lambda found: (pa.types.is_list(found) or pa.types.is_large_list(found)) and kind(found.value_type)
+
+    wanted = {LABEL: ("float32", pa.types.is_float32)}
+    wanted |= {column.name: ("float32", pa.types.is_float32) for column in schema.dense}
+    for column in schema.sparse:
+        if column.is_multi_valued:
+            wanted[column.name] = ("a list of int32 or int64", is_list(is_id))
+        else:
+            wanted[column.name] = ("int32 or int64", is_id)
+        if column.is_weighted:
+            wanted[weights_column(column.name)] = ("a list of float32", is_list(pa.types.is_float32))
+    return wanted
+
+
+def _check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
+    for name, (kind, fits) in _wanted(schema).items():
+        if name not in columns.names or not fits(columns.field(name).type):
+            found = columns.field(name).type if name in columns.names else "missing"
+            raise ValueError(f"{path}: column {name!r} must be {kind}, it is {found}. {_DAMAGED}")
+
+
+def _joined(parts: Sequence[Bags]) -> Bags:
+    weights = [part.weights for part in parts if part.weights is not None]
+    return Bags(
+        _offsets(np.concatenate([part.lengths for part in parts])),
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate(weights) if weights else None,
+    )
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
