@@ -6,8 +6,8 @@ The click probability is sigmoid(z) with
       + sum_(f,g) <u_f[c_f], v_g[c_g]> + sum_(f,j) tilt_f[c_f] t(x_j)          second order
       + sum_(f,g,h) sum_k p_f[c_f]_k q_g[c_g]_k r_h[c_h]_k                     third order
 
-where c_f is the f-th category, x_j the j-th integer and t its signed log1p, standardised; a blank adds nothing. So the best
-log loss that any model can reach on the drawn labels is known: it is that of the true probabilities.
+where c_f is the f-th category, x_j the j-th integer and t its signed log1p, standardised; a blank adds nothing. So the
+best log loss that any model can reach on the drawn labels is known: it is that of the true probabilities.
 """
 
 import gzip
@@ -86,7 +86,8 @@ class ClickModel:
         integers[:, 1] -= 2  # one feature goes below zero, as Criteo's second does
         integers[rng.random((rows, NUM_INTEGERS)) < self._blank_integer] = np.nan
         uniform = rng.random((rows, NUM_CATEGORIES))
-        categories = np.stack([np.searchsorted(p, uniform[:, f]) for f, p in enumerate(self._popularity)], axis=1)
+        # The last bound is left out: sums of shares end a little below or above 1.
+        categories = np.stack([np.searchsorted(p[:-1], uniform[:, f]) for f, p in enumerate(self._popularity)], axis=1)
         categories[rng.random((rows, NUM_CATEGORIES)) < self._blank_category] = -1
         return integers, categories
 
@@ -126,30 +127,37 @@ class ClickModel:
 def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> dict[str, FileTruth]:
     """Write `<split>.tsv.gz` for each split of `rows`, and truth.json. Returns the truth by file name.
 
-    truth.json, {"seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}, is written last: a folder without it is
-    unfinished. Memory: 100,000 rows at a time.
+    truth.json, {"seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}, is written last: a folder without it
+    is unfinished. The same rows and seed give the same bytes. Memory: 100,000 rows at a time.
+
+    Raises ValueError for a split with so few rows that all or none of them are clicks.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRUTH_FILE).unlink(missing_ok=True)
     model = ClickModel(seed)
     truths = {
         f"{split}.tsv.gz": _write_file(folder / f"{split}.tsv.gz", model, count, number)
         for number, (split, count) in enumerate(rows.items())
     }
     text = json.dumps({"seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}, indent=2)
-    (folder / TRUTH_FILE).write_text(text + "\n", encoding="utf-8")
+    draft = folder / f".{TRUTH_FILE}.draft"
+    draft.write_text(text + "\n", encoding="utf-8")
+    draft.replace(folder / TRUTH_FILE)
     return truths
 
 
 def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTruth:
     logloss, clicks = 0.0, 0
-    with gzip.open(path, "wb", compresslevel=1) as file:
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
         for chunk, first in enumerate(range(0, rows, CHUNK_ROWS)):
             drawn = model.draw(min(CHUNK_ROWS, rows - first), number, chunk)
             file.write(_as_tsv(drawn))
             click_chance = np.where(drawn.labels == 1, drawn.probabilities, 1 - drawn.probabilities)
             logloss -= float(np.log(click_chance).sum())
             clicks += int(drawn.labels.sum())
+    if not 0 < clicks < rows:
+        raise ValueError(f"{path.name}: {clicks} of its {rows} rows are clicks, so it has no NE. Ask for more rows.")
     return FileTruth(rows, clicks, best_possible_ne(logloss, clicks, rows))
 
 
