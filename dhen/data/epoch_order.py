@@ -70,25 +70,24 @@ class EpochReader:
         parts = []
         while first < last:
             window = int(np.searchsorted(self._ends, first, side="right"))
-            rows = self._at(window)
-            begin, end = int(self._ends[window]) - len(self._order_of_rows), int(self._ends[window])
-            upto = min(last, end)
-            parts.append(rows.take(self._order_of_rows[first - begin : upto - begin]))
-            del rows  # nothing but self._rows may hold a window
+            self._go_to(window)
+            end = int(self._ends[window])
+            begin, upto = end - len(self._order_of_rows), min(last, end)
+            parts.append(self._rows.take(self._order_of_rows[first - begin : upto - begin]))
             first = upto
         return concatenate(parts) if parts else empty_rows(self._schema)
 
-    def _at(self, window: int) -> Rows:
-        """A window, the one of the last call or a later one."""
+    def _go_to(self, window: int) -> None:
+        """Have a window at hand: that of the last call or a later one. Nothing but self._rows ever holds it."""
         assert window >= self._window, "an epoch is read forward"
-        if window > self._window or self._rows is None:
-            decoding = self._next if window == self._window + 1 else None
-            self._rows = self._next = None
-            self._rows = (decoding or self._decode(window)).result()
-            self._window = window
-            self._order_of_rows = self._order.within(window, len(self._rows.rows_R))
-            self._next = self._decode(window + 1) if window + 1 < len(self._windows) else None
-        return self._rows
+        if window == self._window:
+            return
+        decoding = self._next if window == self._window + 1 else None
+        self._rows = self._next = None
+        self._rows = (decoding or self._decode(window)).result()
+        self._window = window
+        self._order_of_rows = self._order.within(window, len(self._rows.rows_R))
+        self._next = self._decode(window + 1) if window + 1 < len(self._windows) else None
 
     def _decode(self, window: int) -> Future[Rows]:
         return self._decoder.submit(decode, self._windows[window], self._schema)
