@@ -22,14 +22,13 @@ def main() -> None:
     with user_errors():
         arguments = parse_scoring_arguments(None, "Evaluate a trained DHEN.")
     topology = job.start()
-    with user_errors(topology):
+    with user_errors():
         model, loader = load_for_scoring(arguments, topology)
-        values = evaluate(model, loader)
-    metrics = metrics_of(values, loader.schema.best_possible_ne.get(loader.split))
-    if topology.is_main:
-        print_metrics({loader.split: metrics})
-        if arguments.output:
-            write_json(Path(arguments.output), metrics)
+        metrics = metrics_of(evaluate(model, loader), loader.schema.best_possible_ne.get(loader.split))
+        if topology.is_main:
+            print_metrics({loader.split: metrics})
+            if arguments.output:
+                write_json(Path(arguments.output), metrics)
     job.stop()
 
 

@@ -3,8 +3,9 @@
     deepspeed recipes/predict.py --model_name_or_path runs/frappe --dataset_name rows.csv \\
         --dataset_schema recipes/configs/schemas/frappe.yaml --output scores.parquet
 
-The file has one line a row, in the order of the rows: `row` (its number, from 0), `prediction` (probability of a
-click), and `label` where the rows have labels; they need none. Runs on any number of ranks.
+The file has one line a row, in the order of the rows: `row` (its number, from 0, not counting bad rows that were
+skipped), `prediction` (probability of a click), and `label`, null where the rows have none; they need none. Runs on any
+number of ranks.
 """
 
 from pathlib import Path
@@ -28,7 +29,7 @@ def main() -> None:
     with user_errors():
         arguments = parse_scoring_arguments(None, "Score rows with a trained DHEN.")
     topology = job.start()
-    with user_errors(topology):
+    with user_errors():
         model, loader = load_for_scoring(arguments, topology)
         rows = write_predictions(model, loader, Path(arguments.output or "predictions.parquet"))
     if topology.is_main:
@@ -39,6 +40,7 @@ def main() -> None:
 def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> int:
     """Score all rows; rank 0 writes them, in order, into `path`, whole or not at all. Communicates."""
     topology = model.topology
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     writer = pyarrow.parquet.ParquetWriter(draft, COLUMNS, compression="zstd") if topology.is_main else None
     with model.evaluating():

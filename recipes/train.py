@@ -16,11 +16,11 @@ from dhen.parallel import topology as job
 from dhen.parallel.ds_config import read_ds_config
 from dhen.parallel.parallelize import ParallelDhen, parallelize
 from dhen.parallel.topology import Topology
-from dhen.training.arguments import Arguments, parse_arguments
-from dhen.training.checkpoint import checkpoint_of, find_checkpoint, load_checkpoint
+from dhen.training.arguments import ArgumentError, Arguments, parse_arguments
+from dhen.training.checkpoint import checkpoint_of, find_checkpoint, is_whole, load_checkpoint
 from dhen.training.curves import draw_curves
-from dhen.training.dataset import prepare_dataset
-from dhen.training.fine_tuning import StartingPoint, config_for, start_from
+from dhen.training.dataset import prepare_dataset, settings_without_effect
+from dhen.training.fine_tuning import StartingPoint, config_for, ignored_architecture, start_from
 from dhen.training.loop import Trainer, evaluate
 from dhen.training.messages import log_to_stderr, user_errors
 from dhen.training.model_card import model_card
@@ -28,8 +28,9 @@ from dhen.training.progress import ProgressReporter
 from dhen.training.run_folder import (
     SUMMARY_FILE,
     announce,
+    check_run_folder,
+    clear_run_folder,
     metrics_of,
-    open_run_folder,
     print_metrics,
     write_json,
     write_setup,
@@ -46,24 +47,23 @@ def main() -> None:
     with user_errors():
         arguments = parse_arguments(quickstart=QUICKSTART)
     topology = job.start()
-    with user_errors(topology):
-        model, loaders, start, prepared = set_up(arguments, topology)
-        trainer, progress = make_trainer(arguments, model, loaders, start)
-    trainer.train(progress)
-    finish(arguments, trainer, progress, loaders, start, prepared)
+    with user_errors():
+        model, loaders, prepared = set_up(arguments, topology)
+        trainer, progress = make_trainer(arguments, model, loaders)
+    with user_errors(FloatingPointError):
+        try:
+            trainer.train(progress)
+        finally:
+            progress.close()
+    finish(arguments, trainer, progress, loaders, prepared)
     job.stop()
 
 
-def set_up(
-    arguments: Arguments, topology: Topology
-) -> tuple[ParallelDhen, dict[str, BatchLoader], StartingPoint | None, Path]:
-    """Run folder, data, model. Communicates; all ranks call it."""
+def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict[str, BatchLoader], Path]:
+    """Data and model; leaves the run folder as it is. Communicates; all ranks call it."""
     training = arguments.training
     output_dir = Path(training.output_dir)
-    if topology.is_main:
-        resumes = training.resume_from_checkpoint is not None
-        open_run_folder(output_dir, resumes=resumes, overwrite=training.overwrite_output_dir)
-    topology.barrier()
+    check_run_folder(output_dir, training)
     ds_config = read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size))
     cache = Path(arguments.data.cache_dir) if arguments.data.cache_dir else output_dir.parent / "prepared"
     prepared = prepare_dataset(arguments.data, cache, topology)
@@ -72,6 +72,7 @@ def set_up(
     if training.model_name_or_path:
         start = start_from(TrainedModel.open(training.model_name_or_path), prepared, schema)
         schema = start.schema
+    warn_of_ignored(arguments, start, topology)
     config = start.config if start else config_for(arguments.architecture, schema)
     model = parallelize(
         config, topology, ds_config, seed=training.seed, dense_weights=start.dense_weights if start else None
@@ -80,14 +81,23 @@ def set_up(
         start.load_tables(model.tables)
     loaders = make_loaders(arguments, topology, prepared, schema)
     if topology.is_main:
-        write_setup(output_dir, arguments, model)
         announce(arguments, model, schema, start.report() if start else None)
-    return model, loaders, start, prepared
+    return model, loaders, prepared
+
+
+def warn_of_ignored(arguments: Arguments, start: StartingPoint | None, topology: Topology) -> None:
+    """Say what the user set and nothing will read."""
+    if topology.is_main:
+        for name in settings_without_effect(arguments.data):
+            logger.warning("%s has no effect: %s is prepared already", name, arguments.data.dataset_name)
+        for sentence in ignored_architecture(arguments.architecture, start) if start else ():
+            logger.warning("%s", sentence)
 
 
 def make_loaders(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:
     """A loader for each split: train is shuffled and cut into micro steps, the others are read in order."""
     training = arguments.training
+    check_splits(arguments, schema)
     place = {"rank": topology.rank, "world_size": topology.world_size, "pin_memory": topology.device.type == "cuda"}
     loaders = {
         split: BatchLoader(prepared, split, batch_size=training.per_device_eval_batch_size, schema=schema, **place)
@@ -103,10 +113,22 @@ def make_loaders(arguments: Arguments, topology: Topology, prepared: Path, schem
     return loaders
 
 
+def check_splits(arguments: Arguments, schema: Schema) -> None:
+    """Raise ArgumentError where the data hasn't what the arguments rely on."""
+    training = arguments.training
+    if schema.splits.keys() >= {"train"} and schema.splits["train"].unlabelled:
+        raise ArgumentError(f"{schema.splits['train'].unlabelled:,} rows of the train split have no label.")
+    if "validation" not in schema.splits:
+        if training.early_stopping_patience:
+            raise ArgumentError("early_stopping_patience needs a validation split, and the data has none.")
+        if training.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise ArgumentError("lr_scheduler_type reduce_lr_on_plateau needs a validation split; the data has none.")
+
+
 def make_trainer(
-    arguments: Arguments, model: ParallelDhen, loaders: dict[str, BatchLoader], start: StartingPoint | None
+    arguments: Arguments, model: ParallelDhen, loaders: dict[str, BatchLoader]
 ) -> tuple[Trainer, ProgressReporter]:
-    """The trainer, at the first step or at that of the checkpoint. Communicates; all ranks call it."""
+    """The trainer, at step 0 or at the checkpoint's, and its run folder. Communicates; all ranks call it."""
     training, topology = arguments.training, model.topology
     output_dir = Path(training.output_dir)
     trainer = Trainer(model, training, loaders["train"], loaders.get("validation"), output_dir)
@@ -115,6 +137,11 @@ def make_trainer(
         trainer.restore(load_checkpoint(model, folder))
         if topology.is_main:
             logger.info("resuming from %s: step %d of %d", folder, trainer.state.step, trainer.total_steps)
+    elif topology.is_main:
+        clear_run_folder(output_dir)
+    if topology.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_setup(output_dir, arguments, model)
     progress = ProgressReporter(
         output_dir, trainer.total_steps, topology.device, is_main=topology.is_main, resumed_at=trainer.state.step
     )
@@ -126,17 +153,13 @@ def finish(
     trainer: Trainer,
     progress: ProgressReporter,
     loaders: dict[str, BatchLoader],
-    start: StartingPoint | None,
     prepared: Path,
 ) -> None:
     """Best weights back, test, export, summary. Communicates; all ranks call it."""
     training, model = arguments.training, trainer.model
     output_dir, schema = Path(training.output_dir), loaders["train"].schema
     seconds = progress.watch.seconds
-    best_step = trainer.state.best_step
-    if training.load_best_model_at_end and best_step not in (None, trainer.state.step):
-        load_checkpoint(model, checkpoint_of(output_dir, best_step), with_random_state=False)
-    tested_step = best_step if training.load_best_model_at_end and best_step is not None else trainer.state.step
+    tested_step = load_best(trainer, output_dir) if training.load_best_model_at_end else trainer.state.step
     results = {
         name: metrics_of(evaluate(model, loaders[split]), schema.best_possible_ne.get(split))
         for name, split in (("eval", "validation"), ("test", "test"))
@@ -154,7 +177,6 @@ def finish(
     }
     export_model(model, output_dir / MODEL_FOLDER, schema, prepared, model_card(model.config, schema, summary))
     if model.topology.is_main:
-        progress.close()
         write_json(output_dir / SUMMARY_FILE, summary)
         draw_curves(output_dir, schema.best_possible_ne.get("validation"))
         print_metrics(results)
@@ -167,6 +189,20 @@ def finish(
         logger.info(
             "everything is in %s: curves.png, metrics.csv, summary.json, the model in %s/", output_dir, MODEL_FOLDER
         )
+
+
+def load_best(trainer: Trainer, output_dir: Path) -> int:
+    """Bring back the weights of the best checkpoint; returns its step. Communicates; all ranks call it."""
+    state = trainer.state
+    if state.best_step in (None, state.step):
+        return state.step
+    folder = checkpoint_of(output_dir, state.best_step)
+    if not is_whole(folder):  # resumed from elsewhere, or from before a better one took its place
+        if trainer.model.topology.is_main:
+            logger.warning("%s is the best checkpoint but isn't there: the last weights are tested", folder)
+        return state.step
+    load_checkpoint(trainer.model, folder, with_random_state=False)
+    return state.best_step
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -29,7 +30,7 @@ class DataArguments:
     """Where the click log is and how it becomes ids and numbers."""
 
     dataset_name: str | None = option(
-        None, "Prepared folder, raw file, glob or Hugging Face data set. Without one, a small click log is generated."
+        None, "Prepared folder, raw file, glob or Hugging Face data set; 'quickstart' is a click log that is generated."
     )
     dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = option(
         "auto", "Format of raw files; auto goes by the file's name."
@@ -141,39 +142,50 @@ def parse_arguments(command_line: Sequence[str] | None = None, *, quickstart: Pa
 
     quickstart: the YAML that is used where neither --config nor any data is named.
     """
+    command_line = sys.argv[1:] if command_line is None else command_line
     known, rest = _launcher_parser(add_help=False).parse_known_args(command_line)
     names_data = any(flag.split("=")[0].replace("-", "_") in ("__dataset_name", "__train_file") for flag in rest)
     if known.config is None and not names_data and quickstart is not None:
         known.config = str(quickstart)
-    parser = HfArgumentParser(
+    parser = Parser(
         [copy_for_parser(part) for part in _PARTS],
         parents=[_launcher_parser(add_help=False)],
         allow_abbrev=False,
         description="Train DHEN. YAML says what is trained, the ds_config how it fits; the command line wins.",
     )
-    where = "command line"
     if known.config:
-        where = f"{known.config} and the command line"
         parser.set_defaults(**_read_yaml(Path(known.config)))
     *parts, _launch, unknown = parser.parse_args_into_dataclasses(
         command_line, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise unknown_argument(unknown[0], _PARTS)
-    checked = [check_types(part, dataclasses.asdict(given), where) for part, given in zip(_PARTS, parts, strict=True)]
+    checked = [check_types(part, vars(given), "command line") for part, given in zip(_PARTS, parts, strict=True)]
     arguments = Arguments(known.ds_config, *checked)
     _check_values(arguments)
     return arguments
 
 
+class Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are one sentence, not a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ArgumentError."""
+        raise ArgumentError(f"command line: {message}. --help lists all arguments.")
+
+
 def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
-    """The error about a flag that isn't a field of `parts`, with the nearest that is."""
+    """The error about a word of the command line that is no flag of `parts`, with the nearest flag that is."""
+    if not flag.startswith("-"):
+        return ArgumentError(
+            f"command line: {flag!r} belongs to no flag. Several interactions are one word: linear,attention, or JSON."
+        )
     flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config"}
     return ArgumentError(unknown_name("argument", flag.split("=")[0], flags))
 
 
 def _launcher_parser(**kwargs: Any) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(allow_abbrev=False, **kwargs)
+    parser = Parser([], allow_abbrev=False, **kwargs)
     parser.add_argument("--config", help="YAML of a recipe, for example recipes/configs/frappe.yaml.")
     parser.add_argument(
         "--ds_config", "--deepspeed_config", default="ds_configs/zero2.json", help="JSON: how the run fits the machine."
@@ -187,14 +199,21 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ArgumentError(f"{path}: no such file. --config takes the YAML of a recipe.")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ArgumentError(f"{path}: not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path}: not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ArgumentError(f"{path}: a recipe is a mapping of arguments to values, this is a {type(values).__name__}.")
     allowed = {f.name for part in _PARTS for f in dataclasses.fields(part)}
     for key in values:
         if key not in allowed:
             raise ArgumentError(f"{path}: {unknown_name('argument', str(key), allowed)}")
+    if values.get("resume_from_checkpoint") is True:  # a flag takes the word, YAML has a value for it
+        values["resume_from_checkpoint"] = "true"
+    # Here and not only at the end, where nobody knows what came from the file.
+    for part in _PARTS:
+        own = {f.name for f in dataclasses.fields(part)} & values.keys()
+        checked = check_types(part, {name: values[name] for name in own}, str(path))
+        values |= {name: getattr(checked, name) for name in own}
     return values
 
 
@@ -212,6 +231,9 @@ def _fresh(given: dataclasses.Field) -> Any:
 
 def check_types(part: type, values: dict[str, Any], where: str) -> Any:
     """The dataclass with every value of its declared type: argparse checks flags, this checks YAML."""
+    for name, hint in get_type_hints(part).items():
+        if hint in (int, float) and isinstance(values.get(name), bool):
+            raise ArgumentError(f"{where}: {name} is {values[name]}. Input should be a number.")
     try:
         return TypeAdapter(part).validate_python(values)
     except ValidationError as error:
@@ -233,6 +255,16 @@ def _check_values(arguments: Arguments) -> None:
     for name in not_negative:
         if getattr(training, name) < 0:
             raise ArgumentError(f"{name} is {getattr(training, name)}. Use 0 or more.")
+    if training.max_steps != -1 and training.max_steps < 1:
+        raise ArgumentError(f"max_steps is {training.max_steps}. Use 1 or more, or -1 for num_train_epochs.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(training, name) < 1:
+            raise ArgumentError(f"{name} is {getattr(training, name)}. Use 0 up to, but not including, 1.")
+    if training.resume_from_checkpoint and training.overwrite_output_dir:
+        raise ArgumentError(
+            "resume_from_checkpoint and overwrite_output_dir are both given: one goes on with the run in output_dir, "
+            "the other deletes it."
+        )
     if training.save_total_limit < 1:
         raise ArgumentError(f"save_total_limit is {training.save_total_limit}. Use 1 or more.")
     if data.train_file and data.dataset_name:

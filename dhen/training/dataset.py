@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dhen.data.caching import prepare_cached
-from dhen.data.schema import Schema
+from dhen.data.schema import SCHEMA_FILE, Schema
 from dhen.data.settings import PreparationSettings
 from dhen.data.synthetic import TRUTH_FILE, generate_click_log
 from dhen.data.vocabulary import load_vocabulary
@@ -31,6 +31,15 @@ def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema
     dist.broadcast_object_list(folder, src=0, group=topology.world)
     assert folder[0] is not None
     return folder[0]
+
+
+def settings_without_effect(data: DataArguments) -> list[str]:
+    """What the user set, other than the default, about preparing data that is prepared already."""
+    if data.dataset_name is None or not (Path(data.dataset_name) / SCHEMA_FILE).is_file():
+        return []
+    default, elsewhere = DataArguments(), ("dataset_name", "cache_dir")
+    names = [item.name for item in fields(DataArguments) if item.name not in elsewhere]
+    return [name for name in names if getattr(data, name) != getattr(default, name)]
 
 
 def _prepare(data: DataArguments, cache: Path, schema_from: Path | None) -> Path:

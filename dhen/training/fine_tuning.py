@@ -118,6 +118,17 @@ def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
     return DhenConfig(**values, num_dense_features=len(schema.dense), sparse_features=tables)
 
 
+def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[str]:
+    """What the user set, other than the default, and the trained model has otherwise: its architecture counts."""
+    wanted, default = (config_for(architecture, start.schema) for architecture in (asked, DhenArchitecture()))
+    return [
+        f"{item.name} {getattr(wanted, item.name)!r} has no effect: fine-tuning keeps the trained model's "
+        f"{getattr(start.config, item.name)!r}"
+        for item in fields(DhenArchitecture)
+        if getattr(wanted, item.name) not in (getattr(default, item.name), getattr(start.config, item.name))
+    ]
+
+
 def _architecture_of(config: DhenConfig) -> DhenArchitecture:
     return DhenArchitecture(**{item.name: getattr(config, item.name) for item in fields(DhenArchitecture)})
 

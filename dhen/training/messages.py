@@ -3,14 +3,16 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dhen.parallel.environment import EnvironmentMismatchError
-from dhen.parallel.topology import Topology
 
-MISTAKES = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, EnvironmentMismatchError)
+MISTAKES = (ValueError, OSError, EnvironmentMismatchError)
 """ValueError is for the user's mistakes, assert for ours: so the errors of set-up are of these kinds."""
+SECONDS_TO_BE_ENDED = 5.0
+"""Launchers look after their processes once a second or more often."""
 
 
 def log_to_stderr() -> None:
@@ -24,15 +26,20 @@ def log_to_stderr() -> None:
 
 
 @contextmanager
-def user_errors(topology: Topology | None = None) -> Iterator[None]:
-    """Around setting up: print a mistake's message and exit with status 1; DHEN_TRACEBACK=1 shows where."""
+def user_errors(*also: type[Exception]) -> Iterator[None]:
+    """Around setting up: print a mistake's message and exit with status 1; DHEN_TRACEBACK=1 shows where.
+
+    also: kinds of errors that are a user's mistake here. The ranks of a node mostly meet the same mistake, or lose the
+    rank that met it: so its first rank speaks, and the others only if nobody has ended them after a while.
+    """
     try:
         yield
-    except MISTAKES as error:
-        if os.environ.get("DHEN_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(SECONDS_TO_BE_ENDED)
+        if not isinstance(error, (*MISTAKES, *also)) or os.environ.get("DHEN_TRACEBACK"):
             raise
-        rank = int(os.environ.get("RANK", "0")) if topology is None else topology.rank
-        many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        print(f"[rank {rank}] error: {error}" if many else f"error: {error}", file=sys.stderr, flush=True)
-        sys.stderr.flush()
+        is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        who = f"[rank {os.environ['RANK']}] " if is_one_of_many else ""
+        print(f"{who}error: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # no waiting for other ranks: the launcher ends them

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,57 @@ from rich.console import Console
 from rich.table import Table
 
 from dhen.data.schema import Schema
+from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.parallel.parallelize import ParallelDhen
-from dhen.training.arguments import ArgumentError, Arguments, write_yaml
+from dhen.training.arguments import ArgumentError, Arguments, TrainingArguments, write_yaml
 from dhen.training.checkpoint import checkpoints
 from dhen.training.metrics import MetricValues
+from dhen.training.trained_model import MODEL_FOLDER
 
 SUMMARY_FILE = "summary.json"
 ARGUMENTS_FILE = "arguments.yaml"
+OF_A_RUN = (
+    SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "latest", "ds_config.json", "placement.json",
+    "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py",
+)  # fmt: skip
+"""What a run writes into its folder."""
 logger = logging.getLogger(__name__)
 
 
-def open_run_folder(path: Path, *, resumes: bool, overwrite: bool) -> None:
-    """Make the folder. Raises ArgumentError where an earlier run's work in it would be lost. Rank 0 calls it."""
-    has_run = (path / SUMMARY_FILE).is_file() or bool(checkpoints(path))
-    if has_run and overwrite and not resumes:
-        shutil.rmtree(path)
-    elif has_run and not resumes:
+def check_run_folder(path: Path, training: TrainingArguments) -> None:
+    """Raise ArgumentError where a run in the folder would lose an earlier one's work unasked. Changes nothing."""
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(f"output_dir {path} is a file. Choose another --output_dir.")
+    has_run = any((path / name).exists() for name in (SUMMARY_FILE, MODEL_FOLDER)) or bool(checkpoints(path))
+    if not has_run or training.resume_from_checkpoint:
+        return
+    if not training.overwrite_output_dir:
         raise ArgumentError(
             f"output_dir {path} holds a run already. Choose another --output_dir, go on from its last checkpoint with "
             "--resume_from_checkpoint true, or replace it with --overwrite_output_dir."
         )
+    origin = training.model_name_or_path
+    if origin and Path(origin).resolve().is_relative_to(path.resolve()):
+        raise ArgumentError(
+            f"model_name_or_path {origin} is the run that overwrite_output_dir would delete. Choose another "
+            "--output_dir."
+        )
+
+
+def clear_run_folder(path: Path) -> None:
+    """Make the folder, without what an earlier run wrote; other files stay. Rank 0 calls it, once nothing can fail."""
     path.mkdir(parents=True, exist_ok=True)
+    for pattern in OF_A_RUN:
+        for found in path.glob(pattern):
+            if found.is_dir() and not found.is_symlink():
+                shutil.rmtree(found)
+            else:
+                found.unlink()
 
 
 def write_setup(path: Path, arguments: Arguments, model: ParallelDhen) -> None:
     """arguments.yaml, ds_config.json and placement.json: all as resolved, so that the run can be repeated."""
-    write_yaml(arguments.as_dict(), path / ARGUMENTS_FILE)
+    write_yaml(_resolved(arguments, model.config), path / ARGUMENTS_FILE)
     write_json(path / "ds_config.json", model.ds_config.as_dict())
     write_json(path / "placement.json", model.placement.as_dict())
 
@@ -50,7 +75,8 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
     rows = ", ".join(
         f"{split} {counts.rows:,} ({counts.clicks / counts.rows:.1%} clicks)" for split, counts in schema.splits.items()
     )
-    logger.info("arguments: %s", yaml.safe_dump(arguments.as_dict(), default_flow_style=True, width=10**6).strip())
+    values = _resolved(arguments, config)
+    logger.info("arguments: %s", yaml.safe_dump(values, default_flow_style=True, width=10**6).strip())
     logger.info("data: %d dense and %d sparse features; %s", len(schema.dense), len(schema.sparse), rows)
     skipped = sum(counts.bad_rows for counts in schema.splits.values())
     if skipped:
@@ -70,6 +96,11 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
         logger.info(fine_tuning)
 
 
+def _resolved(arguments: Arguments, config: DhenConfig) -> dict[str, Any]:
+    """The arguments with the architecture that is built: in fine-tuning it is the trained model's."""
+    return arguments.as_dict() | {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
+
+
 def num_dense_weights(model: ParallelDhen) -> int:
     """Weights of the dense part, whole, however ZeRO shards them."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.engine.module.parameters())
@@ -83,6 +114,7 @@ def metrics_of(values: MetricValues, best_possible_ne: float | None = None) -> d
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Strict JSON (NaN as null), whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)

@@ -1,21 +1,31 @@
 """Scoring with a trained model: what evaluate.py and predict.py share."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from transformers import HfArgumentParser
 
 from dhen.data.batches import BatchLoader
 from dhen.data.schema import SCHEMA_FILE
 from dhen.parallel.parallelize import ScoringDhen, parallelize_for_scoring
 from dhen.parallel.topology import Topology
-from dhen.training.arguments import ArgumentError, DataArguments, check_types, copy_for_parser, option, unknown_argument
+from dhen.training.arguments import (
+    ArgumentError,
+    DataArguments,
+    Parser,
+    check_types,
+    copy_for_parser,
+    option,
+    unknown_argument,
+)
 from dhen.training.dataset import check_prepared_for, prepare_dataset
 from dhen.training.run_folder import ARGUMENTS_FILE
 from dhen.training.trained_model import TrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,19 +40,21 @@ class ScoringArguments:
         "auto", "Format of raw files."
     )
     dataset_schema: str | None = option(None, "YAML of the columns (csv, parquet, hub).")
-    split: Literal["train", "validation", "test"] = option(
-        "test", "Split of the run's own data or of a prepared folder; all rows of raw files are scored."
+    split: Literal["train", "validation", "test"] | None = option(
+        None, "Split of the run's own data or of a prepared folder, test by default; of raw files all rows are scored."
     )
     bad_rows: Literal["error", "skip"] = option("error", "Stop at a malformed row, or skip, count and list it.")
     per_device_eval_batch_size: int = option(4096, "Examples of one rank in one step.")
-    cache_dir: str | None = option(None, "Where raw files are kept once prepared; default: beside the model.")
+    cache_dir: str | None = option(
+        None, "Where raw files are kept once prepared; default: as in training, or beside the exported model."
+    )
     output: str | None = option(None, "File to write: JSON from evaluate.py, Parquet from predict.py.")
     local_rank: int = option(0, "Set by DeepSpeed's launcher; not used.")
 
 
 def parse_scoring_arguments(command_line: Sequence[str] | None, description: str) -> ScoringArguments:
     """Arguments from the command line. Raises ArgumentError."""
-    parser = HfArgumentParser([copy_for_parser(ScoringArguments)], description=description, allow_abbrev=False)
+    parser = Parser([copy_for_parser(ScoringArguments)], description=description, allow_abbrev=False)
     given, unknown = parser.parse_args_into_dataclasses(
         command_line, return_remaining_strings=True, look_for_args_file=False
     )
@@ -59,6 +71,12 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
     trained = TrainedModel.open(arguments.model_name_or_path)
     folder, split = _prepared(arguments, trained, topology)
     schema = check_prepared_for(folder, trained.folder)
+    if topology.is_main and split in schema.splits and schema.splits[split].bad_rows:
+        logger.warning(
+            "%s bad rows were skipped and have no number; %s lists them",
+            f"{schema.splits[split].bad_rows:,}",
+            folder / "bad_rows.csv",
+        )
     loader = BatchLoader(
         folder,
         split,
@@ -75,13 +93,19 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
 
 def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topology) -> tuple[Path, str]:
     """The prepared folder and the split of it to score."""
-    name = arguments.dataset_name
-    if name is not None and (Path(name) / SCHEMA_FILE).is_file():
-        return Path(name), arguments.split
-    run = trained.folder.parent
-    cache = Path(arguments.cache_dir) if arguments.cache_dir else run.parent / "prepared"
+    name, of_run = arguments.dataset_name, _data_of_run(trained)
+    is_prepared = name is not None and (Path(name) / SCHEMA_FILE).is_file()
+    _refuse_ignored(arguments, is_raw=name is not None and not is_prepared)
+    split = arguments.split or "test"
+    if is_prepared:
+        return Path(name), split
+    cache = _cache_folder(arguments, trained, of_run)
     if name is None:
-        return prepare_dataset(_data_of_run(run), cache, topology), arguments.split
+        if of_run is None:
+            raise ArgumentError(
+                f"{trained.folder} doesn't lie in the folder of its run, so its data isn't known. Give --dataset_name."
+            )
+        return prepare_dataset(of_run, cache, topology), split
     data = DataArguments(
         dataset_name=name,
         dataset_format=arguments.dataset_format,
@@ -92,11 +116,34 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
     return prepare_dataset(data, cache, topology, schema_from=trained.folder), "test"
 
 
-def _data_of_run(run: Path) -> DataArguments:
-    """What the run was trained on. Raises ArgumentError where the model doesn't lie in its run folder."""
-    path = run / ARGUMENTS_FILE
+def _refuse_ignored(arguments: ScoringArguments, *, is_raw: bool) -> None:
+    """Raise ArgumentError for an argument that has no effect on the data that is scored."""
+    given = {
+        "split": arguments.split is not None and is_raw,
+        "dataset_format": arguments.dataset_format != "auto" and not is_raw,
+        "dataset_schema": arguments.dataset_schema is not None and not is_raw,
+        "bad_rows": arguments.bad_rows != "error" and not is_raw,
+    }
+    data = "all rows of raw files are scored" if is_raw else "the data is prepared already"
+    for name, is_given in given.items():
+        if is_given:
+            raise ArgumentError(f"--{name} has no effect here: {data}. Leave it out.")
+
+
+def _data_of_run(trained: TrainedModel) -> DataArguments | None:
+    """What the run was trained on; None where the model doesn't lie in its run folder."""
+    path = trained.folder.parent / ARGUMENTS_FILE
     if not path.is_file():
-        raise ArgumentError(f"{path}: no such file, so the model's own data isn't known. Give --dataset_name.")
+        return None
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = DataArguments.__dataclass_fields__
-    return replace(DataArguments(), **{key: value for key, value in values.items() if key in names})
+    return DataArguments(**{key: value for key, value in values.items() if key in names})
+
+
+def _cache_folder(arguments: ScoringArguments, trained: TrainedModel, of_run: DataArguments | None) -> Path:
+    if arguments.cache_dir:
+        return Path(arguments.cache_dir)
+    if of_run is not None and of_run.cache_dir:
+        return Path(of_run.cache_dir)
+    beside = trained.folder if of_run is None else trained.folder.parent
+    return beside.resolve().parent / "prepared"

@@ -73,10 +73,6 @@ class TrainedModel:
         """Columns [first, last) of a feature's table: (rows, columns)."""
         return self._read(f"{_TABLES}{feature}.weight", first_column, last_column)
 
-    def has_table(self, feature: str) -> bool:
-        """Whether it has a table of that name."""
-        return f"{_TABLES}{feature}.weight" in self._files
-
     def _read(self, name: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
         with safe_open(self.folder / self._files[name], framework="pt") as file:
             if first_column is None:
