@@ -145,11 +145,11 @@ def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weight
 def shard_tables(
     config: DhenConfig, topology: Topology, optimizer: str, seed: int
 ) -> tuple[ShardedTables | None, Placement]:
-    """Place the model's tables over the ranks and build this rank's share. Raises ValueError if D is no multiple of 4."""
+    """Place the model's tables over the ranks and build this rank's share. Raises ValueError unless 4 divides D."""
     if config.embedding_dim % 4:
         below = config.embedding_dim // 4 * 4
         raise ValueError(
-            f"embedding_dim is {config.embedding_dim}; FBGEMM needs a multiple of 4. Use {max(below, 4)} or {below + 4}."
+            f"embedding_dim is {config.embedding_dim}; FBGEMM needs a multiple of 4, {max(below, 4)} or {below + 4}."
         )
     placement = place_tables(config.tables, config.embedding_dim, topology.world_size)
     if not config.tables:
