@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,36 @@ def normalized_entropy(logloss_sum: float, clicks: float, examples: float) -> fl
 def _sums(logits_B: Tensor, labels_B: Tensor) -> Tensor:
     """Of logloss, of predictions, of labels, and the number of examples: float64, (4,)."""
     logits_B, labels_B = logits_B.detach().double(), labels_B.double()
-    logloss = softplus(logits_B).sum() - (labels_B * logits_B).sum()
-    return torch.stack([logloss, logits_B.sigmoid().sum(), labels_B.sum(), logits_B.new_tensor(float(len(labels_B)))])
+    # One term an example, none of them a difference of large numbers, so a confident logit keeps its digits.
+    logloss = -logsigmoid((2 * labels_B - 1) * logits_B).sum()
+    # `new_full` fills on the device; a tensor from a Python number would be copied to it, which waits for it.
+    examples = labels_B.new_full((), len(labels_B))
+    return torch.stack([logloss, logits_B.sigmoid().sum(), labels_B.sum(), examples])
 
 
 class RunningLoss:
-    """Sums for the lines of progress: kept on the device, read only when a line is due."""
+    """Sums for the lines of progress: kept on the device, read only when a line is due.
+
+    >>> running = RunningLoss(torch.device("cpu"))
+    >>> running.update(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
+    >>> loss, ne = running.take()
+    >>> round(loss, 4), ne
+    (0.6931, 1.0)
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Add a batch. Doesn't communicate or wait for the device."""
+        """Add a batch: logits_B, and labels_B of 0 and 1. Doesn't communicate or wait for the device."""
         self._sums += _sums(logits_B, labels_B)
 
-    def take(self, group: dist.ProcessGroup) -> tuple[float, float]:
-        """(logloss, ne) since the last call. Communicates over `group`; all its ranks call it."""
-        dist.all_reduce(self._sums, group=group)
-        logloss, _, clicks, examples = self._sums.tolist()
+    def take(self, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
+        """(logloss, ne) since the last call, NaN without examples; the next window starts empty.
+
+        Communicates over `group`, all its ranks call it; None: this process alone.
+        """
+        logloss, _, clicks, examples = _sum_over(self._sums, group).tolist()
         self._sums.zero_()
         return (logloss / examples if examples else math.nan), normalized_entropy(logloss, clicks, examples)
 
@@ -71,27 +83,36 @@ class ClickMetrics:
     """
 
     def __init__(self) -> None:
-        self._logits: list[Tensor] = []
-        self._labels: list[Tensor] = []
-        self._sums: Tensor | None = None
+        self._logits: list[Tensor] = [torch.empty(0, dtype=torch.float32)]
+        self._labels: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
+        self._sums = torch.zeros(4, dtype=torch.float64)
 
     def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Add this rank's examples: logits_B, and labels_B of 0 and 1. Raises ValueError for a label that is NaN."""
-        if labels_B.isnan().any():
+        """Add this rank's examples, of which there may be none: logits_B, and labels_B of 0 and 1.
+
+        Raises ValueError for shapes that differ and for another label; NaN is that of rows without one.
+        """
+        if logits_B.shape != labels_B.shape or logits_B.dim() != 1:
+            raise ValueError(f"logits {tuple(logits_B.shape)} and labels {tuple(labels_B.shape)} must both be (B,).")
+        wrong = labels_B[(labels_B != 0) & (labels_B != 1)]
+        if wrong.isnan().any():
             raise ValueError("The data has no labels, so it can't be evaluated. Score it with recipes/predict.py.")
-        sums = _sums(logits_B, labels_B)
-        self._sums = sums if self._sums is None else self._sums + sums
+        if len(wrong):
+            raise ValueError(f"A label is {wrong[0].item():g}. Labels are 0 or 1: prepare the data again.")
+        self._sums = self._sums.to(logits_B.device) + _sums(logits_B, labels_B)
         self._logits.append(logits_B.detach().float())
-        self._labels.append(labels_B.detach().to(torch.uint8))
+        self._labels.append(labels_B.to(torch.uint8))
 
     def compute(self, group: dist.ProcessGroup | None = None) -> MetricValues:
-        """The metrics of all examples. Communicates over `group`, all its ranks call it; None: this process alone."""
-        assert self._sums is not None, "compute before update"
-        sums, logits, labels = self._sums, torch.cat(self._logits), torch.cat(self._labels)
+        """The metrics of all examples so far. Communicates over `group`, all its ranks call it, also those without
+        examples, and all get the same values; None: this process alone.
+        """
+        device = self._sums.device
+        logits = torch.cat([part.to(device) for part in self._logits])
+        labels = torch.cat([part.to(device) for part in self._labels])
+        logloss, predictions, clicks, examples = _sum_over(self._sums, group).tolist()
         if group is not None:
-            dist.all_reduce(sums, group=group)
             logits, labels = _gather(logits, group), _gather(labels, group)
-        logloss, predictions, clicks, examples = sums.tolist()
         return MetricValues(
             auc=exact_auc(logits, labels),
             ne=normalized_entropy(logloss, clicks, examples),
@@ -102,14 +123,15 @@ class ClickMetrics:
 
 
 def exact_auc(scores: Tensor, labels: Tensor) -> float:
-    """Share of (click, other) pairs that the scores rank rightly, ties counting half; NaN without both kinds.
+    """Share of (click, other) pairs that the scores rank rightly, ties counting half (Mann-Whitney).
 
-    In whole numbers up to the last division. torchmetrics' exact AUROC divides in float32, which is off in the seventh
-    digit where there are many examples.
+    NaN without both kinds of labels, and where a score is NaN: a model that has diverged has no ranking.
     """
+    # Not torchmetrics' binary_auroc: it divides and integrates in float32, also for float64 scores, and is off by 5e-8
+    # at a million examples. Here all is whole numbers up to the last division.
     clicks = int(labels.sum())
     others = len(labels) - clicks
-    if not clicks or not others:
+    if not clicks or not others or scores.isnan().any():
         return math.nan
     order = scores.argsort()
     scores, is_click = scores[order], labels[order].long()
@@ -123,8 +145,25 @@ def exact_auc(scores: Tensor, labels: Tensor) -> float:
     return twice_right / (2 * clicks * others)
 
 
+def _communication_device(group: dist.ProcessGroup) -> torch.device:
+    """Where tensors must lie for the group's backend."""
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else torch.device("cpu")
+    )
+
+
+def _sum_over(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the ranks; `sums` keeps this rank's own. Communicates over `group`."""
+    if group is None:
+        return sums
+    total = sums.to(_communication_device(group), copy=True)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All ranks' values one after another, on the CPU. Communicates; the ranks may have different numbers of them."""
+    values = values.to(_communication_device(group))
     world_size = dist.get_world_size(group)
     sizes = torch.zeros(world_size, dtype=torch.int64, device=values.device)
     dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(values)]), group=group)
