@@ -1,10 +1,11 @@
 """Learning rates over a run, the same factor for the dense part and the tables; and when to stop."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"]
 ScalingRule = Literal["none", "linear", "sqrt"]
+MetricName = Literal["auc", "ne", "logloss"]
 
 
 def scale_learning_rate(learning_rate: float, global_batch: int, base_batch: int, rule: ScalingRule) -> float:
@@ -18,10 +19,16 @@ def scale_learning_rate(learning_rate: float, global_batch: int, base_batch: int
 
 
 class LearningRateSchedule:
-    """Factor of the peak learning rate: linear warm-up from 0, then by `kind`.
+    """Factor of the peak learning rate: linear warm-up from 0, then by `kind`, named as in Hugging Face.
 
-    reduce_lr_on_plateau multiplies it by `plateau_factor` when more than `plateau_patience` evaluations in a row have
-    not improved the metric. No factor falls below `min_lr_ratio` once warmed up.
+    constant: 1. linear, cosine: down to `min_lr_ratio` at `total_steps`. inverse_sqrt: sqrt(t / (t + updates since
+    warm-up)) with t = `warmup_steps`, or 10,000 without warm-up. reduce_lr_on_plateau: times `plateau_factor` whenever
+    more than `plateau_patience` evaluations in a row have not improved the metric. `min_lr_ratio` bounds all of them.
+    Raises ValueError for a number out of its range.
+
+    >>> schedule = LearningRateSchedule("linear", total_steps=8, warmup_steps=4)
+    >>> [schedule.factor(step) for step in range(8)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
 
     def __init__(
@@ -34,6 +41,12 @@ class LearningRateSchedule:
         plateau_factor: float = 0.1,
         plateau_patience: int = 0,
     ) -> None:
+        if kind not in get_args(ScheduleKind):
+            raise ValueError(f"lr_scheduler_type is {kind!r}. Use one of {', '.join(get_args(ScheduleKind))}.")
+        if not 0 <= min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio is {min_lr_ratio}. Use 0 to 1: it is a share of the peak learning rate.")
+        if not 0 < plateau_factor < 1:
+            raise ValueError(f"plateau_factor is {plateau_factor}. Use a number between 0 and 1: each drop multiplies.")
         self.kind, self.total_steps, self.warmup_steps = kind, total_steps, warmup_steps
         self.min_lr_ratio = min_lr_ratio
         self.plateau_factor, self.plateau_patience = plateau_factor, plateau_patience
@@ -41,22 +54,21 @@ class LearningRateSchedule:
         self._without_improvement = 0
 
     def factor(self, step: int) -> float:
-        """Factor for the update after `step` updates."""
+        """Factor for the update after `step` updates. The first is not 0, which would waste it."""
         warm_up = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return warm_up * max(self._decay(step), self.min_lr_ratio)
+        return warm_up * self._decay(max(0, step - self.warmup_steps))
 
-    def _decay(self, step: int) -> float:
-        done = step - self.warmup_steps
-        if done <= 0:
-            return self._dropped
+    def _decay(self, done: int) -> float:
+        """After `done` updates since warm-up."""
         share = min(1.0, done / max(1, self.total_steps - self.warmup_steps))
         if self.kind == "linear":
-            return 1.0 - share
+            return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * (1.0 - share)
         if self.kind == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * share))
+            return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * share))
         if self.kind == "inverse_sqrt":
-            return math.sqrt(max(1, self.warmup_steps) / (max(1, self.warmup_steps) + done))
-        return self._dropped
+            timescale = self.warmup_steps or 10_000
+            return max(self.min_lr_ratio, math.sqrt(timescale / (timescale + done)))
+        return max(self.min_lr_ratio, self._dropped)
 
     def after_evaluation(self, improved: bool) -> None:
         """Take note of an evaluation; reduce_lr_on_plateau drops the factor here."""
@@ -75,22 +87,43 @@ class LearningRateSchedule:
 
 
 class BestMetric:
-    """The best value of a validation metric so far, and how many evaluations ago it was."""
+    """The best value of a validation metric so far, and how many evaluations ago it last improved.
 
-    def __init__(self, name: Literal["auc", "ne", "logloss"]) -> None:
-        self.name = name
+    Serves the best checkpoint (`update`'s result), the plateau (`has_improved`) and early stopping (`has_stalled`). To
+    the latter two a value is better only by more than `threshold` (absolute) over the value that last was; small steps
+    add up until they reach it.
+
+    >>> best = BestMetric("auc", threshold=0.01)
+    >>> [(best.update(auc), best.has_improved) for auc in (0.700, 0.705, 0.712, 0.690)]
+    [(True, True), (True, False), (True, True), (False, False)]
+    """
+
+    def __init__(self, name: MetricName, threshold: float = 0.0) -> None:
+        self.name, self.threshold = name, threshold
         self.value: float | None = None
         self.evaluations_since = 0
+        self._mark: float | None = None
 
     def update(self, value: float) -> bool:
-        """Take note of an evaluation; returns whether it is the best. NaN never is."""
-        greater_is_better = self.name == "auc"
-        improved = not math.isnan(value) and (
-            self.value is None or (value > self.value if greater_is_better else value < self.value)
-        )
-        self.value = value if improved else self.value
-        self.evaluations_since = 0 if improved else self.evaluations_since + 1
-        return improved
+        """Take note of an evaluation; returns whether it is the best. NaN and infinity never are."""
+        is_best = self._is_better(value, self.value, by=0.0)
+        if is_best:
+            self.value = value
+        if self._is_better(value, self._mark, by=self.threshold):
+            self._mark, self.evaluations_since = value, 0
+        else:
+            self.evaluations_since += 1
+        return is_best
+
+    def _is_better(self, value: float, than: float | None, by: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        return than is None or (value - than if self.name == "auc" else than - value) > by
+
+    @property
+    def has_improved(self) -> bool:
+        """Whether the last evaluation was better by more than `threshold`."""
+        return self._mark is not None and self.evaluations_since == 0
 
     def has_stalled(self, patience: int) -> bool:
         """Whether `patience` evaluations in a row have not improved it; never for patience 0."""
@@ -98,8 +131,8 @@ class BestMetric:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"value": self.value, "evaluations_since": self.evaluations_since}
+        return {"value": self.value, "mark": self._mark, "evaluations_since": self.evaluations_since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s result."""
-        self.value, self.evaluations_since = state["value"], state["evaluations_since"]
+        self.value, self._mark, self.evaluations_since = state["value"], state["mark"], state["evaluations_since"]

@@ -1,0 +1,202 @@
+"""The schedule against its formulas and Hugging Face's schedulers; plateau and early stopping, resumed exactly."""
+
+import doctest
+import json
+import math
+import random
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+import dhen.training.learning_rate
+from dhen.training.learning_rate import BestMetric, LearningRateSchedule, ScheduleKind, scale_learning_rate
+
+TOTAL = 100
+KINDS: tuple[ScheduleKind, ...] = ("constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau")
+
+
+def hugging_face(kind: str, warmup: int) -> list[float]:
+    """The factors of transformers' own scheduler of that name."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=TOTAL)
+    factors = []
+    for _ in range(TOTAL):
+        factors.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 20])
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "inverse_sqrt"])
+def test_after_warm_up_the_factor_is_hugging_faces_of_that_name(kind: ScheduleKind, warmup: int) -> None:
+    schedule = LearningRateSchedule(kind, total_steps=TOTAL, warmup_steps=warmup)
+    ours = [schedule.factor(step) for step in range(warmup, TOTAL)]
+    assert ours == pytest.approx(hugging_face(kind, warmup)[warmup:], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warm_up_is_a_line_that_does_not_waste_the_first_update(kind: ScheduleKind) -> None:
+    schedule = LearningRateSchedule(kind, total_steps=TOTAL, warmup_steps=8)
+    assert [schedule.factor(step) for step in range(9)] == [(step + 1) / 8 for step in range(8)] + [1.0]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_decay_ends_at_min_lr_ratio_and_never_rises(kind: ScheduleKind) -> None:
+    schedule = LearningRateSchedule(kind, total_steps=TOTAL, warmup_steps=10, min_lr_ratio=0.2)
+    factors = [schedule.factor(step) for step in range(10, TOTAL + 50)]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[TOTAL - 10 :] == pytest.approx([0.2] * 50)
+    assert schedule.factor(55) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("kind", ["inverse_sqrt", "reduce_lr_on_plateau"])
+def test_min_lr_ratio_is_a_floor(kind: ScheduleKind) -> None:
+    schedule = LearningRateSchedule(kind, total_steps=10**6, warmup_steps=1, min_lr_ratio=0.3)
+    for _ in range(5):
+        schedule.after_evaluation(improved=False)
+    assert schedule.factor(10**5) == 0.3
+
+
+def test_a_warm_up_longer_than_the_run_stays_finite() -> None:
+    schedule = LearningRateSchedule("cosine", total_steps=10, warmup_steps=40)
+    assert [schedule.factor(step) for step in (0, 9)] == [1 / 40, 10 / 40]
+
+
+@pytest.mark.parametrize(("patience", "factor_after"), [(0, [1, 0.5, 0.25, 0.25]), (1, [1, 1, 0.5, 0.5])])
+def test_plateau_drops_after_more_than_patience_evaluations(patience: int, factor_after: list[float]) -> None:
+    schedule = LearningRateSchedule(
+        "reduce_lr_on_plateau", total_steps=TOTAL, plateau_factor=0.5, plateau_patience=patience
+    )
+    factors = []
+    for improved in (True, False, False, True):
+        schedule.after_evaluation(improved)
+        factors.append(schedule.factor(50))
+    assert factors == factor_after
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.01])
+def test_plateau_equals_torchs(threshold: float) -> None:
+    values = random.Random(0)
+    metric = [0.9 + 0.1 * math.exp(-n / 10) + values.uniform(-0.005, 0.005) for n in range(60)]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=2, threshold=threshold, threshold_mode="abs"
+    )
+    best = BestMetric("ne", threshold=threshold)
+    ours = LearningRateSchedule("reduce_lr_on_plateau", total_steps=TOTAL, plateau_factor=0.5, plateau_patience=2)
+    drops = set()
+    for value in metric:
+        theirs.step(value)
+        best.update(value)
+        ours.after_evaluation(best.has_improved)
+        assert ours.factor(0) == theirs.get_last_lr()[0]
+        drops.add(ours.factor(0))
+    assert len(drops) > 3, "the metric gave the plateau nothing to do"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "reduce_lr_on_plateau"])
+def test_other_kinds_do_not_drop(kind: ScheduleKind) -> None:
+    schedule = LearningRateSchedule(kind, total_steps=TOTAL)
+    before = schedule.factor(30)
+    schedule.after_evaluation(improved=False)
+    assert schedule.factor(30) == before
+
+
+def test_resumed_anywhere_plateau_and_stopping_go_on_exactly() -> None:
+    values = random.Random(1)
+    metric = [values.uniform(0.7, 0.8) for _ in range(30)]
+
+    def fresh() -> tuple[BestMetric, LearningRateSchedule]:
+        schedule = LearningRateSchedule(
+            "reduce_lr_on_plateau", total_steps=TOTAL, plateau_factor=0.3, plateau_patience=1
+        )
+        return BestMetric("auc", threshold=0.01), schedule
+
+    def run(best: BestMetric, schedule: LearningRateSchedule, values: list[float]) -> list[tuple[object, ...]]:
+        seen = []
+        for value in values:
+            is_best = best.update(value)
+            schedule.after_evaluation(best.has_improved)
+            seen.append((is_best, best.value, best.evaluations_since, best.has_stalled(3), schedule.factor(40)))
+        return seen
+
+    whole = run(*fresh(), metric)
+    assert len({row[-1] for row in whole}) > 3
+    for cut in range(len(metric)):
+        first = fresh()
+        start = run(*first, metric[:cut])
+        states = [json.loads(json.dumps(part.state_dict())) for part in first]  # as a checkpoint keeps them
+        second = fresh()
+        for part, state in zip(second, states, strict=True):
+            part.load_state_dict(state)
+        assert start + run(*second, metric[cut:]) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "best"), [("auc", [0.7, 0.8, 0.75], 0.8), ("ne", [0.9, 0.8, 0.85], 0.8), ("logloss", [5], 5)]
+)
+def test_best_goes_by_the_metrics_direction(name: str, values: list[float], best: float) -> None:
+    tracker = BestMetric(name)
+    for value in values:
+        tracker.update(value)
+    assert tracker.value == best
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_no_number_is_never_best(value: float) -> None:
+    best = BestMetric("auc")
+    assert not best.update(value)
+    assert not best.has_improved
+    assert best.update(0.5)
+    assert not best.update(value)
+    assert (best.value, best.evaluations_since) == (0.5, 1)
+
+
+def test_an_equal_value_is_no_improvement() -> None:
+    best = BestMetric("ne")
+    assert [best.update(0.8), best.update(0.8)] == [True, False]
+
+
+def test_small_steps_add_up_to_the_threshold() -> None:
+    best = BestMetric("auc", threshold=0.01)
+    improved = []
+    for value in (0.700, 0.706, 0.712, 0.718):
+        assert best.update(value), "each is the best checkpoint"
+        improved.append(best.has_improved)
+    assert improved == [True, False, True, False]
+
+
+def test_early_stopping_after_patience_evaluations_and_never_at_patience_0() -> None:
+    best = BestMetric("ne")
+    stalled = []
+    for value in (0.9, 0.91, 0.89, 0.95, 0.94):
+        best.update(value)
+        stalled.append((best.has_stalled(2), best.has_stalled(0)))
+    assert stalled == [(False, False)] * 4 + [(True, False)]
+
+
+def test_learning_rate_scaling_rules() -> None:
+    assert scale_learning_rate(0.1, 8192, 512, "none") == 0.1
+    assert scale_learning_rate(0.1, 8192, 512, "linear") == pytest.approx(1.6)
+    assert scale_learning_rate(0.1, 8192, 512, "sqrt") == pytest.approx(0.4)
+    assert scale_learning_rate(0.1, 128, 512, "linear") == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "polynomial"}, "lr_scheduler_type is 'polynomial'. Use one of constant"),
+        ({"min_lr_ratio": 1.5}, "min_lr_ratio is 1.5"),
+        ({"plateau_factor": 1.0}, "plateau_factor is 1.0"),
+        ({"plateau_factor": 0.0}, "plateau_factor is 0.0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LearningRateSchedule(**options, total_steps=TOTAL)
+
+
+def test_examples_of_the_docstrings() -> None:
+    assert doctest.testmod(dhen.training.learning_rate).failed == 0
