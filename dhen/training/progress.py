@@ -4,6 +4,7 @@ A logging step's line, its row of metrics.csv and its TensorBoard points hold th
 number of samples seen.
 """
 
+import atexit
 import contextlib
 import csv
 import sys
@@ -15,10 +16,12 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 
 METRICS_FILE = "metrics.csv"
 TENSORBOARD_FOLDER = "tensorboard"
+SECONDS_BETWEEN_CURVES = 30.0
+"""Drawing takes about a second, and the other ranks wait for it; the end of a run draws in any case."""
 COLUMNS = (
     "step", "samples_seen", "split", "loss", "ne", "auc", "calibration", "learning_rate", "samples_per_second",
     "memory_gib", "seconds",
@@ -26,11 +29,11 @@ COLUMNS = (
 
 
 class Stopwatch:
-    """Seconds of training, without what happens while it is paused."""
+    """Seconds of training, without what happens while it is paused. Goes on from `before` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: float = 0.0) -> None:
         self._since: float | None = time.perf_counter()
-        self._before = 0.0
+        self._before = before
 
     @property
     def seconds(self) -> float:
@@ -39,57 +42,63 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Not counting within it."""
+        """Not counting within it; a pause within a pause changes nothing."""
+        was_running = self._since is not None
         self._before, self._since = self.seconds, None
         try:
             yield
         finally:
-            self._since = time.perf_counter()
+            if was_running:
+                self._since = time.perf_counter()
 
 
 class ProgressReporter:
     """Reports the run to terminal and files. On other ranks than 0 (is_main False) it keeps time and says nothing.
 
-    resumed_at: the step at which the run goes on; later rows of an earlier metrics.csv are dropped, so that each step
-    stands in it once.
+    resumed_at: the step at which the run goes on; what an earlier session wrote about later steps is dropped, so that
+    metrics.csv and TensorBoard have each step once, and the clock goes on from there. best_possible_ne: of the
+    validation split, where the data knows it; a line in curves.png.
     """
 
     def __init__(
-        self, output_dir: Path, total_steps: int, device: torch.device, *, is_main: bool, resumed_at: int = 0
+        self,
+        output_dir: Path,
+        total_steps: int,
+        device: torch.device,
+        *,
+        is_main: bool,
+        resumed_at: int = 0,
+        best_possible_ne: float | None = None,
     ) -> None:
         self.watch = Stopwatch()
         self.total_steps = total_steps
         self._device, self._is_main = device, is_main
         self._samples = self._samples_at_line = 0
-        self._seconds_at_line = 0.0
-        self._first_step = self._step = resumed_at
-        if not is_main:
-            return
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._csv_path = output_dir / METRICS_FILE
-        _keep_rows_until(self._csv_path, resumed_at)
-        self._writer = _summary_writer(output_dir / TENSORBOARD_FOLDER)
-        self._bar = self._start_bar() if sys.stderr.isatty() else None
-
-    def _start_bar(self) -> Progress:
-        bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), console=self._console, transient=True
-        )
-        bar.start()
-        bar.add_task("starting", total=self.total_steps, completed=self._step)
-        return bar
+        self._first_step = resumed_at
+        self._best_possible_ne = best_possible_ne
+        self._bar: Progress | None = None
+        if is_main:
+            self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+            self._output_dir, self._csv_path = output_dir, output_dir / METRICS_FILE
+            samples_seen, seconds = _keep_rows_until(self._csv_path, resumed_at)
+            self._writer = _summary_writer(output_dir / TENSORBOARD_FOLDER, purge_step=samples_seen + 1)
+            self.watch = Stopwatch(seconds)
+            if sys.stderr.isatty():
+                self._bar = _start_bar(self._console, total_steps, resumed_at)
+        self._first_seconds = self._seconds_at_line = self._seconds_at_update = self.watch.seconds
+        self._started = self._drawn = time.perf_counter()
 
     def advance(self, step: int, rows: int) -> None:
         """An update is done: the `step`-th of the run, on `rows` examples of all ranks."""
-        self._step = step
         self._samples += rows
-        if self._is_main and self._bar is not None:
+        self._seconds_at_update = self.watch.seconds
+        if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
 
     @property
     def samples_per_second(self) -> float:
-        """Over the whole session, evaluations and checkpoints not counted."""
-        return self._samples / self.watch.seconds if self.watch.seconds else 0.0
+        """From the start or the resume to the last update, evaluations and checkpoints not counted."""
+        return self._samples / max(self._seconds_at_update - self._first_seconds, 1e-9)
 
     def log_step(self, step: int, samples_seen: int, loss: float, ne: float, learning_rate: float) -> None:
         """A line of progress; loss and NE are of the updates since the last one."""
@@ -97,21 +106,26 @@ class ProgressReporter:
             return
         seconds = self.watch.seconds
         rate = (self._samples - self._samples_at_line) / max(seconds - self._seconds_at_line, 1e-9)
-        self._samples_at_line, self._seconds_at_line = self._samples, seconds
+        self._samples_at_line = self._samples
+        self._seconds_at_line = self._seconds_at_update = seconds
         used, total = _memory_gib(self._device)
-        eta = seconds / max(step - self._first_step, 1) * (self.total_steps - step)
+        # By the clock on the wall: what is left has its evaluations and checkpoints too.
+        elapsed = time.perf_counter() - self._started
+        eta = duration(elapsed / max(step - self._first_step, 1) * (self.total_steps - step))
         line = (
             f"step {step}/{self.total_steps} {step / self.total_steps:.1%} | loss {loss:.4f} | ne {ne:.4f} | "
-            f"lr {learning_rate:.1e} | {rate:,.0f} samples/s | {used:.1f}/{total:.1f} GiB | eta {duration(eta)}"
+            f"lr {short(learning_rate)} | {rate:,.0f} samples/s | {used:.1f}/{total:.1f} GiB | eta {eta}"
         )
         self._say(line)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], description=f"{rate:,.0f} samples/s | eta {eta}")
         numbers = {
             "loss": loss, "ne": ne, "learning_rate": learning_rate, "samples_per_second": rate, "memory_gib": used
         }  # fmt: skip
         self._record("train", step, samples_seen, numbers)
 
     def log_evaluation(self, split: str, step: int, samples_seen: int, values: dict[str, Any]) -> None:
-        """A line of metrics of a split."""
+        """A line of metrics of a split; now and then curves.png is drawn anew."""
         if not self._is_main:
             return
         self._say(
@@ -120,12 +134,24 @@ class ProgressReporter:
         )
         numbers = {"loss": values["logloss"]} | {key: values[key] for key in ("ne", "auc", "calibration")}
         self._record(split, step, samples_seen, numbers)
+        if time.perf_counter() - self._drawn > SECONDS_BETWEEN_CURVES:
+            with self.watch.paused():
+                self._draw_curves()
+
+    def _draw_curves(self) -> None:
+        # Imported here, because matplotlib takes a second and only rank 0 needs it.
+        from dhen.training.curves import draw_curves
+
+        draw_curves(self._output_dir, self._best_possible_ne)
+        self._drawn = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Within it the clock of samples/s stands still: for evaluations and checkpoints."""
+        _finish_queued_work(self._device)
         with self.watch.paused():
             yield
+            _finish_queued_work(self._device)
 
     def close(self) -> None:
         """End the bar and write what is still in memory."""
@@ -137,8 +163,6 @@ class ProgressReporter:
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], description=line)
 
     def _record(self, split: str, step: int, samples_seen: int, numbers: dict[str, float]) -> None:
         row = {"step": step, "samples_seen": samples_seen, "split": split, "seconds": round(self.watch.seconds, 3)}
@@ -151,6 +175,12 @@ class ProgressReporter:
         for name, value in numbers.items():
             self._writer.add_scalar(f"{split}/{name}", value, global_step=samples_seen)
         self._writer.flush()
+
+
+def short(value: float) -> str:
+    """Two digits and a power of ten, without the zeros of Python's own: 1.0e-3."""
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits}e{int(power)}"
 
 
 def duration(seconds: float) -> str:
@@ -169,25 +199,45 @@ def _memory_gib(device: torch.device) -> tuple[float, float]:
     return psutil.Process().memory_info().rss / 2**30, psutil.virtual_memory().total / 2**30
 
 
-def _keep_rows_until(path: Path, step: int) -> None:
-    """Drop the rows of later steps, which a resumed run will write again; without a resume, all."""
+def _finish_queued_work(device: torch.device) -> None:
+    """On CUDA, wait for the work that Python has only queued: it belongs to what was timed before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _start_bar(console: Console, total_steps: int, step: int) -> Progress:
+    columns = (MofNCompleteColumn(), TaskProgressColumn(), BarColumn(bar_width=None), TextColumn("{task.description}"))
+    bar = Progress(*columns, console=console, transient=True, expand=True)
+    bar.start()
+    atexit.register(bar.stop)  # the cursor comes back after a failure too
+    bar.add_task("starting", total=total_steps, completed=step)
+    return bar
+
+
+def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
+    """Drop the rows of later steps, which a resumed run will write again; without a resume, all.
+
+    Returns samples_seen and seconds of the last row that stays, (0, 0.0) without one.
+    """
     if not path.is_file():
-        return
+        return 0, 0.0
     if step == 0:
         path.unlink()
-        return
+        return 0, 0.0
     with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-    draft = path.with_suffix(".draft")
+        # A run that was killed while it wrote leaves a last row without its last columns, maybe with half a step.
+        rows = [row for row in csv.DictReader(file) if row.get(COLUMNS[-1]) and int(row["step"]) <= step]
+    draft = path.with_name(f".{path.name}.draft")
     with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     draft.replace(path)
+    return (int(rows[-1]["samples_seen"]), float(rows[-1]["seconds"])) if rows else (0, 0.0)
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: Path, purge_step: int) -> Any:
     # Imported here, because TensorBoard takes a second and only rank 0 needs it.
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=purge_step)
