@@ -5,13 +5,13 @@ done here. What a recipe decides (batch size, learning rate, clipping) is "auto"
 with the recipe.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-from deepspeed.runtime import constants
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dhen.model.names import unknown_name
@@ -19,16 +19,6 @@ from dhen.parallel.sharded_tables import TableOptimizer
 
 SECTION = "dhen"
 AUTO = "auto"
-# Top-level sections that DeepSpeed reads by a literal or by a constant of another module.
-_OTHER_TOP_LEVEL_KEYS = frozenset(
-    {
-        "zero_optimization", "bf16", "bfloat16", "fp16", "torch_autocast", "activation_checkpointing", "comms_logger",
-        "tensorboard", "wandb", "csv_monitor", "comet", "flops_profiler", "autotuning", "hybrid_engine", "pipeline",
-        "data_efficiency", "curriculum_learning", "checkpoint", "data_types", "aio", "compile", "timers",
-        "tensor_parallel", "expert_parallel", "elasticity", "compression_training", "progressive_layer_drop",
-        "eigenvalue", "weight_quantization", "datastates", "log_level",
-    }
-)  # fmt: skip
 
 
 class DsConfigError(ValueError):
@@ -137,23 +127,44 @@ def _check_section(path: str, section: Any) -> DhenSection:
 
 
 def _check_top_level(path: str, raw: dict[str, Any]) -> None:
-    known = _OTHER_TOP_LEVEL_KEYS | {
-        value for name, value in vars(constants).items() if name.isupper() and isinstance(value, str) and value
-    }
+    known = _keys_that_deepspeed_reads()
     for key in raw:
         if key not in known:
-            likely = _OTHER_TOP_LEVEL_KEYS | {SECTION} | set(_keys_of_deepspeed())
-            raise DsConfigError(f"{path}: {unknown_name('key', key, likely)}")
+            raise DsConfigError(f"{path}: {unknown_name('key', key, known | {SECTION})}")
 
 
-def _keys_of_deepspeed() -> list[str]:
-    """The names that DeepSpeed's constants give to top-level keys: those which have a default beside them."""
-    names = vars(constants)
-    return [
-        value
-        for name, value in names.items()
-        if name.isupper() and isinstance(value, str) and f"{name}_DEFAULT" in names
-    ]
+class _Recorder(dict):
+    """A config that notes which of its keys are asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> "_Recorder":  # some of the parser asks `key in config.keys()`
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Recorder":
+        return self
+
+
+@functools.cache
+def _keys_that_deepspeed_reads() -> frozenset[str]:
+    """The top-level keys of the DeepSpeed that is installed: those that its parser looks for."""
+    recorder = _Recorder({"train_micro_batch_size_per_gpu": 1})
+    deepspeed.DeepSpeedConfig(recorder)
+    return frozenset(recorder.asked)
 
 
 def _resolve_auto(path: str, raw: dict[str, Any], values: dict[str, Any], prefix: str = "") -> None:

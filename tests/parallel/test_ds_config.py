@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dhen.parallel.ds_config import DsConfigError, Recipe, read_ds_config
+from dhen.parallel.ds_config import DsConfigError, Recipe, _keys_that_deepspeed_reads, read_ds_config
 from tests import ROOT
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -57,6 +57,12 @@ def test_a_mistake_is_named_with_its_file(tmp_path, change, says):
     with pytest.raises(DsConfigError, match=says) as caught:
         read_ds_config(path, RECIPE)
     assert str(path) in str(caught.value)
+
+
+def test_the_keys_are_those_that_deepspeed_reads():
+    known = _keys_that_deepspeed_reads()
+    assert {"optimizer", "zero_optimization", "activation_checkpointing", "flops_profiler", "torch_autocast"} <= known
+    assert not {"enabled", "stage", "lr"} & known, "keys of sections are no top-level keys"
 
 
 def test_clipping_must_be_said(tmp_path):
