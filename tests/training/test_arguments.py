@@ -1,0 +1,130 @@
+"""Arguments: the command line over the YAML over the defaults, each of its declared type, errors that say where."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from dhen.training.arguments import ArgumentError, parse_arguments, write_yaml
+
+EVERY_KIND = {
+    "dataset_name": "rows.csv", "split_fractions": [0.5, 0.25, 0.25], "num_layers": 2, "head_mlp": [8, 4],
+    "interactions": ["linear", {"kind": "attention", "num_embeddings": 3}],
+    "layers": [{"interactions": ["linear"]}, {"interactions": ["advanced_dlrm"], "dropout": 0.5}],
+    "embedding_init_std": 0.01, "batch_norm": True, "learning_rate": 0.5, "load_best_model_at_end": False,
+    "freeze": "tables", "resume_from_checkpoint": "true", "seed": 7,
+}  # fmt: skip
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def values(*flags):
+    return parse_arguments(list(flags)).as_dict()
+
+
+def test_the_command_line_wins_over_yaml_and_yaml_over_the_defaults(tmp_path):
+    got = values(recipe(tmp_path, "num_layers: 5\nseed: 3\n"), "--seed", "4", "--dataset_name=x")
+    assert (got["num_layers"], got["seed"], got["logging_steps"]) == (5, 4, 20)
+    # Also where the flag says what the default says anyway.
+    assert values(recipe(tmp_path, "num_layers: 5\n"), "--num_layers=3")["num_layers"] == 3
+
+
+@pytest.mark.parametrize("flag", ["--ds_config", "--deepspeed_config"])
+def test_the_ds_config_has_deepspeeds_name_for_it_too(flag):
+    assert parse_arguments([flag, "ds_configs/zero3.json", "--local_rank=1"]).ds_config == "ds_configs/zero3.json"
+    assert parse_arguments([]).ds_config == "ds_configs/zero2.json"
+
+
+@pytest.mark.parametrize("as_flags", [False, True])
+def test_every_kind_of_value_by_yaml_and_by_flags(tmp_path, as_flags):
+    if as_flags:
+        texts = {name: json.dumps(EVERY_KIND[name]) for name in ("interactions", "layers")}
+        several = ("split_fractions", "head_mlp")
+        flags = [f"--{name}={texts.get(name, value)}" for name, value in EVERY_KIND.items() if name not in several]
+        for name in several:
+            flags += [f"--{name}", *(str(number) for number in EVERY_KIND[name])]
+        got = values(*flags)
+        got |= {name: json.loads(got[name]) for name in texts}  # DhenConfig reads the text
+    else:
+        got = values(recipe(tmp_path, yaml.safe_dump(EVERY_KIND)))
+    assert {name: got[name] for name in EVERY_KIND} == EVERY_KIND
+    assert {name: type(got[name]) for name in EVERY_KIND} == {name: type(value) for name, value in EVERY_KIND.items()}
+
+
+def test_written_arguments_read_back_the_same(tmp_path):
+    arguments = parse_arguments([recipe(tmp_path, yaml.safe_dump(EVERY_KIND))])
+    write_yaml(arguments.as_dict(), tmp_path / "arguments.yaml")
+    again = parse_arguments([f"--config={tmp_path / 'arguments.yaml'}"])
+    assert again == arguments
+    other = replace(arguments, training=replace(arguments.training, seed=8))
+    assert again != other
+
+
+def test_yaml_numbers_as_people_write_them(tmp_path):
+    # YAML 1.1 reads 1e-3, without a dot, as text.
+    got = values(recipe(tmp_path, "learning_rate: 1e-3\ntable_learning_rate: 1\nresume_from_checkpoint: true\n"))
+    assert (got["learning_rate"], got["table_learning_rate"]) == (0.001, 1.0)
+    assert got["resume_from_checkpoint"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rates: 1", ["recipe.yaml", "'learning_rates'", "Did you mean 'learning_rate'?"]),
+        ("num_layers: many", ["recipe.yaml: num_layers is 'many'", "integer"]),
+        ("save_steps: 1.5", ["recipe.yaml: save_steps is 1.5", "integer"]),
+        ("seed: true", ["recipe.yaml: seed is True", "number"]),
+        ("freeze: all", ["recipe.yaml: freeze is 'all'", "'tables' or 'dense'"]),
+        ("head_mlp: [a]", ["recipe.yaml: head_mlp.0 is 'a'"]),
+        ("dataset_name: 5", ["recipe.yaml: dataset_name is 5", "string"]),
+        ("- linear", ["recipe.yaml", "mapping", "list"]),
+        ("a: [", ["recipe.yaml: not YAML", "line 1"]),
+    ],
+)
+def test_a_mistake_in_yaml_names_file_key_and_value(tmp_path, text, words):
+    with pytest.raises(ArgumentError) as error:
+        values(recipe(tmp_path, text))
+    assert [word for word in words if word not in str(error.value)] == []
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--learning_rates=1"], ["'--learning_rates'", "Did you mean '--learning_rate'?"]),
+        (["--learning_rate=fast"], ["command line", "learning_rate", "'fast'"]),
+        (["--freeze=all"], ["command line", "freeze", "'all'", "dense"]),
+        (["--interactions", "linear", "attention"], ["'attention'", "one word"]),
+        (["--config"], ["command line", "--config", "expected one argument"]),
+        (["--config=none.yaml"], ["none.yaml", "no such file"]),
+        (["--per_device_train_batch_size=0"], ["per_device_train_batch_size is 0", "1 or more"]),
+        (["--max_steps=0"], ["max_steps is 0", "-1"]),
+        (["--weight_decay=-1"], ["weight_decay is -1.0", "0 or more"]),
+        (["--adam_beta1=1"], ["adam_beta1 is 1.0"]),
+        (["--dataset_name=a", "--train_file=b"], ["dataset_name and train_file"]),
+        (["--test_file=a"], ["without train_file"]),
+        (["--resume_from_checkpoint=true", "--overwrite_output_dir"], ["both given"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_names_flag_and_value(flags, words):
+    with pytest.raises(ArgumentError) as error:
+        values(*flags)
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_the_quickstart_is_for_those_who_name_nothing(tmp_path):
+    quickstart = tmp_path / "quickstart.yaml"
+    quickstart.write_text("dataset_name: quickstart\n")
+
+    def name(*flags):
+        return parse_arguments(list(flags), quickstart=quickstart).data.dataset_name
+
+    assert name() == name("--seed=3") == "quickstart"
+    assert name("--train_file=a") is None
+    assert name("--dataset-name", "b") == "b"
+    assert name(recipe(tmp_path, "seed: 1")) is None
