@@ -1,0 +1,161 @@
+"""How many rows a second the batch loader delivers, beside how many the model of a recipe trains on one rank.
+
+Each runs on one core, with all its threads. Rounds alternate between the two, so that what else the machine does hits
+both; the ratio is that of the medians. The loader reads a whole shuffled epoch from files; training repeats batches in
+memory, so it never waits for the loader.
+
+Example:
+    python tools/bench_loader.py --config recipes/configs/quickstart.yaml --rounds 5 --json
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pyarrow
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dhen.data.batches import Batch, BatchLoader
+from dhen.parallel import topology as job
+from dhen.parallel.ds_config import read_ds_config
+from dhen.parallel.parallelize import ParallelDhen, parallelize
+from dhen.parallel.topology import Topology
+from dhen.training.arguments import Arguments, parse_arguments
+from dhen.training.dataset import prepare_dataset
+from dhen.training.fine_tuning import config_for
+from dhen.training.messages import log_to_stderr, user_errors
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+QUICKSTART = REPOSITORY / "recipes" / "configs" / "quickstart.yaml"
+ZERO2 = REPOSITORY / "ds_configs" / "zero2.json"
+WARM_UP_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Round:
+    """Rows a second, each by the clock on the wall."""
+
+    loader: float
+    training: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured. The medians are over the rounds, and the ratio is that of the medians."""
+
+    config: str
+    batch_size: int
+    rounds: list[Round]
+    loader_rows_per_second: float
+    training_rows_per_second: float
+    ratio: float
+
+
+def main() -> int:
+    """Exit status: 0, or 1 where the ratio is below --at_least."""
+    options = parse_options()
+    log_to_stderr()
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    topology = job.start()
+    torch.set_num_threads(1)
+    pyarrow.set_cpu_count(1)
+    with user_errors(topology):
+        arguments = parse_arguments(["--config", options.config, "--ds_config", options.ds_config])
+        result = measure(arguments, options, topology)
+    job.stop()
+    if options.json:
+        print(json.dumps(asdict(result), indent=2))
+    else:
+        print_result(result)
+    if result.ratio < options.at_least:
+        print(f"bench_loader: the ratio {result.ratio:.1f} is below {options.at_least:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", default=str(QUICKSTART), help="recipe; default: the quickstart")
+    add("--ds_config", default=str(ZERO2), help="default: ds_configs/zero2.json")
+    add("--cache_dir", default="runs/prepared", help="where prepared data is kept; default: runs/prepared")
+    add("--rounds", type=int, default=5, help="default: 5")
+    add("--steps", type=int, default=60, help="updates of training in each round; default: 60")
+    add("--at_least", type=float, default=0.0, metavar="RATIO", help="exit with status 1 where the ratio is lower")
+    add("--json", action="store_true", help="write the result as JSON")
+    options = parser.parse_args()
+    for name in ("rounds", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; use 1 or more")
+    return options
+
+
+def measure(arguments: Arguments, options: argparse.Namespace, topology: Topology) -> Result:
+    """Alternate between loader and training."""
+    training = arguments.training
+    prepared = prepare_dataset(arguments.data, Path(options.cache_dir), topology)
+    batch_size = training.per_device_train_batch_size
+    loader = BatchLoader(prepared, "train", batch_size=batch_size, shuffle=True, seed=training.seed)
+    ds_config = read_ds_config(arguments.ds_config, replace(arguments.recipe(1), gradient_accumulation_steps=1))
+    model = parallelize(config_for(arguments.architecture, loader.schema), topology, ds_config, seed=training.seed)
+    model.set_learning_rates(training.learning_rate, training.table_learning_rate)
+    batches = list(itertools.islice(loader.epoch(0), options.steps))
+    train(model, batches[:WARM_UP_STEPS])
+    rounds = [
+        Round(loader=rate_of_loader(loader, epoch), training=rate_of_training(model, batches))
+        for epoch in range(1, options.rounds + 1)
+    ]
+    medians = [statistics.median(getattr(one, name) for one in rounds) for name in ("loader", "training")]
+    return Result(options.config, batch_size, rounds, *medians, ratio=medians[0] / medians[1])
+
+
+def rate_of_loader(loader: BatchLoader, epoch: int) -> float:
+    """Rows a second of one whole epoch, the start of its thread and the first window included."""
+    started = time.perf_counter()
+    rows = sum(len(batch.labels_B) for batch in loader.epoch(epoch))
+    return rows / (time.perf_counter() - started)
+
+
+def rate_of_training(model: ParallelDhen, batches: list[Batch]) -> float:
+    """Rows a second of look-up, forward, backward and update."""
+    started = time.perf_counter()
+    train(model, batches)
+    if model.topology.device.type == "cuda":
+        torch.cuda.synchronize()
+    return sum(len(batch.labels_B) for batch in batches) / (time.perf_counter() - started)
+
+
+def train(model: ParallelDhen, batches: list[Batch]) -> None:
+    """One update a batch."""
+    for batch in batches:
+        batch = batch.to(model.topology.device)
+        logits_B = model.score(model.look_up(batch.sparse), batch.dense_BN)
+        model.step(binary_cross_entropy_with_logits(logits_B, batch.labels_B))
+
+
+def print_result(result: Result) -> None:
+    """A table of the rounds, medians last."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("round", "loader rows/s", "training rows/s", "ratio"):
+        table.add_column(column, justify="right")
+    for number, one in enumerate(result.rounds, start=1):
+        table.add_row(str(number), f"{one.loader:,.0f}", f"{one.training:,.0f}", f"{one.loader / one.training:.1f}")
+    medians = (result.loader_rows_per_second, result.training_rows_per_second)
+    table.add_row("median", *(f"{rate:,.0f}" for rate in medians), f"{result.ratio:.1f}", style="bold")
+    print(f"{result.config}, batches of {result.batch_size:,} rows, one core")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
