@@ -75,7 +75,12 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     warn_of_ignored(arguments, start, topology)
     config = start.config if start else config_for(arguments.architecture, schema)
     model = parallelize(
-        config, topology, ds_config, seed=training.seed, dense_weights=start.dense_weights if start else None
+        config,
+        topology,
+        ds_config,
+        seed=training.seed,
+        table_epsilon=training.table_epsilon,
+        dense_weights=start.dense_weights if start else None,
     )
     if start and model.tables is not None:
         start.load_tables(model.tables)

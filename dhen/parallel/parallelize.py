@@ -23,7 +23,7 @@ from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.parallel.ds_config import DsConfig
 from dhen.parallel.placement import Placement, place_tables
-from dhen.parallel.sharded_tables import ShardedTables
+from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, ShardedTables
 from dhen.parallel.topology import Topology
 
 
@@ -115,13 +115,14 @@ def parallelize(
     ds_config: DsConfig,
     *,
     seed: int = 0,
+    table_epsilon: float = ADAGRAD_EPSILON,
     dense_weights: Mapping[str, Tensor] | None = None,
 ) -> ParallelDhen:
     """Build `config`'s model over all ranks of `topology` as `ds_config` says. Communicates; all ranks call it.
 
     dense_weights: weights of the dense part that replace the initial ones, by name; what is left out keeps its own.
     """
-    tables, placement = shard_tables(config, topology, ds_config.dhen.table_optimizer, seed)
+    tables, placement = shard_tables(config, topology, ds_config.dhen.table_optimizer, table_epsilon, seed)
     dense = _dense_part(config, ds_config, seed)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
@@ -136,14 +137,14 @@ def parallelize(
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
     """The tables over all ranks, to be loaded by the caller, and the whole dense part on each. No DeepSpeed."""
-    tables, placement = shard_tables(config, topology, "sgd", seed=0)
+    tables, placement = shard_tables(config, topology, "sgd", ADAGRAD_EPSILON, seed=0)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
     return ScoringDhen(config, topology, placement, tables, dense.to(topology.device).eval())
 
 
 def shard_tables(
-    config: DhenConfig, topology: Topology, optimizer: str, seed: int
+    config: DhenConfig, topology: Topology, optimizer: str, epsilon: float, seed: int
 ) -> tuple[ShardedTables | None, Placement]:
     """Place the model's tables over the ranks and build this rank's share. Raises ValueError unless 4 divides D."""
     if config.embedding_dim % 4:
@@ -160,6 +161,7 @@ def shard_tables(
         placement,
         topology,
         optimizer=optimizer,
+        epsilon=epsilon,
         seed=seed,
         init_std=config.embedding_init_std,
     )

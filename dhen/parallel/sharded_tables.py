@@ -37,7 +37,7 @@ _FBGEMM_OPTIMIZERS = {
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
 }
-ADAGRAD_EPS = 1e-8
+ADAGRAD_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,9 @@ class ShardedTables(nn.Module):
     followed by a backward updates the tables with the learning rate set before it. Forward and backward communicate
     over `topology.world`; all ranks call them in step, and may bring batches of different sizes.
 
+    epsilon: Adagrad's: an update is learning rate * g / (sqrt(sum of g^2) + epsilon). A larger one makes the first updates
+    of a row small, so rows that are rarely seen stay near their start.
+
     Never hand this module to DeepSpeed, which would broadcast rank 0's shards over everyone's.
     """
 
@@ -72,6 +75,7 @@ class ShardedTables(nn.Module):
         topology: Topology,
         *,
         optimizer: TableOptimizer = "rowwise_adagrad",
+        epsilon: float = ADAGRAD_EPSILON,
         seed: int = 0,
         init_std: float | None = None,
     ) -> None:
@@ -86,13 +90,13 @@ class ShardedTables(nn.Module):
         self._world_size = topology.world_size
         self.shards = placement.of_rank(topology.rank)
         self._layout = _layout(placement, len(self.tables), embedding_dim, topology.rank)
-        self._lookup = self._make_lookup(optimizer)
+        self._lookup = self._make_lookup(optimizer, epsilon)
         self._register_feature_order()
         for shard, weight in zip(self.shards, self._weights(), strict=True):
             columns = range(shard.first_column, shard.last_column)
             weight.copy_(init_table(shard.name, shard.num_embeddings, embedding_dim, columns, seed, init_std))
 
-    def _make_lookup(self, optimizer: TableOptimizer) -> SplitTableBatchedEmbeddingBagsCodegen | None:
+    def _make_lookup(self, optimizer: TableOptimizer, epsilon: float) -> SplitTableBatchedEmbeddingBagsCodegen | None:
         if not self.shards:
             return None
         on_gpu = self._device.type == "cuda"
@@ -105,7 +109,7 @@ class ShardedTables(nn.Module):
             output_dtype=SparseType.FP32,
             optimizer=_FBGEMM_OPTIMIZERS[optimizer],
             learning_rate=0.0,
-            eps=ADAGRAD_EPS,
+            eps=epsilon,
             stochastic_rounding=False,
             pooling_mode=PoolingMode.SUM,
             bounds_check_mode=BoundsCheckMode.NONE,  # ids are checked in `forward`, before they travel

@@ -68,6 +68,9 @@ class TrainingArguments:
     max_steps: int = option(-1, "Stop after this many updates; -1 leaves it to num_train_epochs.")
     learning_rate: float = option(1e-3, "Peak learning rate of the dense part.")
     table_learning_rate: float = option(0.02, "Peak learning rate of the embedding tables.")
+    table_epsilon: float = option(
+        1e-8, "Adagrad's epsilon of the tables; 1e-4 and more hold rows back that are rarely seen, against overfitting."
+    )
     learning_rate_scaling: Literal["none", "linear", "sqrt"] = option(
         "none", "Scale both learning rates by global batch / base_batch_size, or by its square root."
     )

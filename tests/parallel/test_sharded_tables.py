@@ -10,7 +10,7 @@ from torch import Tensor
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
 from dhen.parallel.placement import place_tables
-from dhen.parallel.sharded_tables import ADAGRAD_EPS, ShardedTables
+from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, ShardedTables
 from dhen.parallel.table_storage import TableStorageError, load_tables, save_tables
 from dhen.parallel.topology import Topology
 from tests.ranks import run_ranks
@@ -52,7 +52,7 @@ class Reference:
             else:
                 # Row-wise Adagrad keeps the mean square of a row's gradient, Adagrad each square.
                 total += grad.square() if optimizer == "adagrad" else grad.square().mean(1, keepdim=True)
-                weight -= LEARNING_RATE * grad / (total.sqrt() + ADAGRAD_EPS)
+                weight -= LEARNING_RATE * grad / (total.sqrt() + ADAGRAD_EPSILON)
             weight.grad = None
 
 
