@@ -1,0 +1,168 @@
+"""evaluate.py and predict.py give what the run itself found, wherever the model and the rows come from."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from transformers import AutoModel
+
+import dhen.model.modeling_dhen  # noqa: F401 (registers the architecture)
+from dhen.data.batches import Batch, BatchLoader
+from dhen.data.caching import prepare_cached
+from dhen.data.schema import Schema
+from dhen.data.settings import PreparationSettings
+from dhen.training.dataset import check_prepared_for
+from tests.recipes.launch import run_script, summary
+
+TOLERANCE = 1e-6
+"""Relative: float32 logits summed in another order; DeepSpeed's engine and the plain module round alike."""
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory) -> Path:
+    """The exported model alone, away from its run."""
+    return Path(shutil.copytree(trained.folder / "model", tmp_path_factory.mktemp("export") / "model"))
+
+
+@pytest.fixture(scope="module")
+def test_rows(trained) -> Batch:
+    (batch,) = BatchLoader(trained.prepared, "test", batch_size=300).epoch(0)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def expected(trained, test_rows) -> np.ndarray:
+    """Predictions of the exported model as transformers loads it: plain tables, no DeepSpeed, no FBGEMM."""
+    model = AutoModel.from_pretrained(trained.folder / "model").eval()
+    with torch.no_grad():
+        return model(test_rows.sparse, test_rows.dense_BN).logits.sigmoid().numpy()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("source", ["run", "export and prepared", "export and raw"])
+def test_evaluate_gives_the_runs_own_metrics(trained, exported, tmp_path, source, ranks):
+    flags = {
+        "run": [f"--model_name_or_path={trained.folder}"],
+        "export and prepared": [f"--model_name_or_path={exported}", f"--dataset_name={trained.prepared}"],
+        "export and raw": [f"--model_name_or_path={exported}", f"--dataset_name={trained.raw / 'test.tsv.gz'}"],
+    }[source]
+    # 300 rows in steps of 128: the last one is smaller.
+    batch = ["--per_device_eval_batch_size", str(128 // ranks)]
+    output = tmp_path / "new folder" / "metrics.json"
+    done = run_script("evaluate.py", *flags, *batch, f"--output={output}", ranks=ranks)
+    assert done.status == 0, done.output
+    metrics = json.loads(output.read_text())
+    assert metrics == pytest.approx(summary(trained.folder)["test"], rel=TOLERANCE)
+    assert metrics["examples"] == 300
+    assert f"{metrics['auc']:.5f}" in done.output
+    assert "prepared earlier" in done.output if source == "run" else True  # not prepared anew
+
+
+def test_evaluate_takes_another_split(trained, tmp_path):
+    flags = [f"--model_name_or_path={trained.folder}", "--split=validation", f"--output={tmp_path / 'metrics.json'}"]
+    assert run_script("evaluate.py", *flags).status == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics == pytest.approx(summary(trained.folder)["eval"], rel=TOLERANCE)
+    assert metrics != pytest.approx(summary(trained.folder)["test"], rel=0.001)  # or the splits can't be told apart
+
+
+def raw_labels(trained) -> list[float]:
+    with gzip.open(trained.raw / "test.tsv.gz", "rt") as file:
+        return [float(line[0]) for line in file]
+
+
+def test_predict_writes_rows_in_order_as_transformers_predicts_them(trained, tmp_path, expected):
+    output = tmp_path / "scores.parquet"
+    flags = [f"--model_name_or_path={trained.folder}", f"--output={output}", "--per_device_eval_batch_size=64"]
+    done = run_script("predict.py", *flags, ranks=2)
+    assert done.status == 0, done.output
+    table = pyarrow.parquet.read_table(output)
+    assert table.column_names == ["row", "prediction", "label"]
+    assert table["row"].to_pylist() == list(range(300))
+    assert table["label"].to_pylist() == raw_labels(trained)
+    np.testing.assert_allclose(table["prediction"].to_numpy(), expected, rtol=TOLERANCE)
+    assert np.abs(np.roll(expected, 1) - expected).max() > 0.01  # one row off would be seen
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_predict_needs_no_labels(trained, exported, tmp_path, expected, ranks):
+    raw = tmp_path / "unlabelled.tsv"
+    with gzip.open(trained.raw / "test.tsv.gz", "rt") as file:
+        raw.write_text("".join(line.partition("\t")[2] for line in file))
+    output = tmp_path / "scores" / "scores.parquet"
+    flags = [f"--model_name_or_path={exported}", f"--dataset_name={raw}", f"--output={output}"]
+    done = run_script("predict.py", *flags, "--per_device_eval_batch_size=70", ranks=ranks)
+    assert done.status == 0, done.output
+    table = pyarrow.parquet.read_table(output)
+    assert table["label"].null_count == table.num_rows == 300
+    np.testing.assert_allclose(table["prediction"].to_numpy(), expected, rtol=TOLERANCE)
+    assert (exported.parent / "prepared").is_dir()
+
+
+def test_rows_without_labels_are_not_evaluated(trained, exported, tmp_path):
+    with gzip.open(trained.raw / "test.tsv.gz", "rt") as file:
+        (tmp_path / "unlabelled.tsv").write_text("".join(line.partition("\t")[2] for line in file))
+    flags = [f"--model_name_or_path={exported}", f"--dataset_name={tmp_path / 'unlabelled.tsv'}"]
+    done = run_script("evaluate.py", *flags)
+    assert done.status == 1
+    assert done.output.splitlines()[-1].startswith("error: The data has no labels"), done.output
+
+
+def test_skipped_rows_are_reported(trained, exported, tmp_path):
+    with gzip.open(trained.raw / "test.tsv.gz", "rt") as file:
+        lines = file.readlines()
+    (tmp_path / "rows.tsv").write_text("".join([lines[0], "9" + lines[1][1:], *lines[2:50]]))
+    flags = [f"--model_name_or_path={exported}", f"--dataset_name={tmp_path / 'rows.tsv'}", "--bad_rows=skip"]
+    done = run_script("predict.py", *flags, f"--output={tmp_path / 'scores.parquet'}")
+    assert done.status == 0, done.output
+    assert "1 bad rows were skipped" in done.output
+    assert "49 rows scored" in done.output
+
+
+def prepared_otherwise(trained, folder: Path, **settings) -> Path:
+    """The run's data with other settings."""
+    files = {f"{split}_file": str(trained.raw / f"{split}.tsv.gz") for split in ("train", "validation", "test")}
+    return prepare_cached(PreparationSettings(**files, dataset_format="criteo", **settings), folder)
+
+
+def test_another_vocabulary_or_schema_is_refused(trained, exported, tmp_path):
+    assert check_prepared_for(trained.prepared, exported).sparse == Schema.load(exported).sparse
+    hashed = prepared_otherwise(trained, tmp_path, id_encoding="hash", hash_size=50)
+    done = run_script("evaluate.py", f"--model_name_or_path={exported}", f"--dataset_name={hashed}")
+    assert done.status == 1
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert all(word in line for word in ("'C1'", "hash", "Give the raw files")), line
+    # A vocabulary of the same size with other keys: the schemas are equal.
+    other = Path(shutil.copytree(trained.prepared, tmp_path / "other"))
+    path = other / "vocabulary" / "C3.parquet"
+    table = pyarrow.parquet.read_table(path)
+    keys = table["key"].to_pylist()
+    pyarrow.parquet.write_table(table.set_column(0, "key", [[keys[1], keys[0], *keys[2:]]]), path)
+    with pytest.raises(ValueError, match="vocabulary of 'C3' is not the one of the model"):
+        check_prepared_for(other, exported)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model_name_or_path=none"], "none: no trained model here"),
+        ([], "--model_name_or_path is missing"),
+        (["--model_name_or_path={exported}"], "Give --dataset_name"),
+        (["--model_name_or_path={exported}", "--dataset_name=none.tsv"], "none.tsv: no such file"),
+        (["--model_name_or_path={exported}", "--dataset_name={raw}", "--split=test"], "--split has no effect"),
+        (["--model_name_or_path={run}", "--bad_rows=skip"], "--bad_rows has no effect"),
+        (["--model_name_or_path={run}", "--splits=test"], "Did you mean '--split'?"),
+    ],
+)
+def test_mistakes_are_one_line(trained, exported, flags, words):
+    places = {"exported": exported, "raw": trained.raw / "test.tsv.gz", "run": trained.folder}
+    done = run_script("predict.py", *[flag.format(**places) for flag in flags])
+    assert done.status == 1
+    (line,) = done.output.strip().splitlines()
+    assert line.startswith("error: ")
+    assert words in line
