@@ -148,7 +148,12 @@ def make_trainer(
         output_dir.mkdir(parents=True, exist_ok=True)
         write_setup(output_dir, arguments, model)
     progress = ProgressReporter(
-        output_dir, trainer.total_steps, topology.device, is_main=topology.is_main, resumed_at=trainer.state.step
+        output_dir,
+        trainer.total_steps,
+        topology.device,
+        is_main=topology.is_main,
+        resumed_at=trainer.state.step,
+        best_possible_ne=loaders["train"].schema.best_possible_ne.get("validation"),
     )
     return trainer, progress
 

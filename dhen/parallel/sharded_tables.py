@@ -61,8 +61,8 @@ class ShardedTables(nn.Module):
     followed by a backward updates the tables with the learning rate set before it. Forward and backward communicate
     over `topology.world`; all ranks call them in step, and may bring batches of different sizes.
 
-    epsilon: Adagrad's: an update is learning rate * g / (sqrt(sum of g^2) + epsilon). A larger one makes the first updates
-    of a row small, so rows that are rarely seen stay near their start.
+    epsilon: Adagrad's: an update is learning rate * g / (sqrt(sum of g^2) + epsilon). A larger one makes the first
+    updates of a row small, so rows that are rarely seen stay near their start.
 
     Never hand this module to DeepSpeed, which would broadcast rank 0's shards over everyone's.
     """

@@ -3,11 +3,9 @@
 import csv
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from dhen.training.progress import METRICS_FILE
 
@@ -20,21 +18,23 @@ def draw_curves(run: Path, best_possible_ne: float | None = None) -> Path:
     """Draw `run`/curves.png. best_possible_ne: a line in the NE panel, where the data knows it. Returns the path."""
     with (run / METRICS_FILE).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, (column, title) in zip(axes.flat, _PANELS, strict=True):
         _draw(axis, rows, column)
         axis.set_title(title, loc="left", fontsize=11)
         axis.set_xlabel("samples seen")
+        axis.set_xlim(left=0)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     if best_possible_ne is not None:
         axes.flat[1].axhline(best_possible_ne, color="#3a7d44", linestyle="--", linewidth=1, label="best possible")
     for axis in axes.flat:
-        if axis.get_legend_handles_labels()[0]:
+        if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(frameon=False)
     path = run / CURVES_FILE
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 

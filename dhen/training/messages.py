@@ -22,6 +22,8 @@ def log_to_stderr() -> None:
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     project = logging.getLogger("dhen")
     project.handlers, project.propagate = [handler], False
+    # A home without a writable cache is no trouble for one picture, so matplotlib needn't say so.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     project.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
