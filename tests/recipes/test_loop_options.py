@@ -1,0 +1,194 @@
+"""Options of the training loop: each does what its line of --help says, seen in what a run leaves behind."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dhen.data.batches import BatchLoader
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.training.checkpoint import checkpoints
+from dhen.training.trained_model import TrainedModel
+from tests import ROOT
+from tests.recipes.launch import TINY, run_script, summary
+
+SEED = 4
+
+
+def train(log: Path, run: Path, *flags: str, ranks: int = 1, ds_config: str = "ds_configs/zero0.json") -> str:
+    """Train on the click log; returns what was printed."""
+    given = [f"--dataset_name={log}", f"--output_dir={run}", f"--ds_config={ds_config}", f"--seed={SEED}", *TINY]
+    done = run_script("train.py", *given, *flags, ranks=ranks)
+    assert done.status == 0, done.output
+    return done.output
+
+
+def rows(run: Path, split: str, column: str) -> dict[int, float]:
+    """Step -> value of metrics.csv."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row["split"] == split}
+
+
+def steps_of_checkpoints(run: Path) -> list[int]:
+    return [int(folder.name.removeprefix("checkpoint-")) for folder in checkpoints(run)]
+
+
+@pytest.fixture(scope="module")
+def stopped_early(click_log, tmp_path_factory) -> Path:
+    """Learning far too fast, so that validation soon gets worse: NE every 2 steps, 3 worse ones are enough."""
+    run = tmp_path_factory.mktemp("loop") / "stopped"
+    train(
+        click_log, run, "--per_device_train_batch_size=64", "--num_train_epochs=20", "--learning_rate=0.03",
+        "--table_learning_rate=0.3", "--eval_steps=2", "--early_stopping_patience=3", "--save_total_limit=1",
+        "--learning_rate_scaling=linear", "--base_batch_size=32", ranks=2,
+    )  # fmt: skip
+    return run
+
+
+def best_and_end(by_step: dict[int, float], patience: int) -> tuple[int, int]:
+    """The step of the lowest value, and that of the evaluation at which `patience` have not gone below it."""
+    best = None
+    for step in sorted(by_step):
+        if best is None or by_step[step] < by_step[best]:
+            best, since = step, 0
+        else:
+            since += 1
+        if since == patience:
+            return best, step
+    raise AssertionError(f"never stalled: {by_step}")
+
+
+def test_early_stopping_ends_the_run_after_so_many_worse_evaluations(stopped_early):
+    evaluations = rows(stopped_early, "validation", "ne")
+    best, end = best_and_end(evaluations, patience=3)
+    assert max(evaluations) == end == summary(stopped_early)["steps"] < 100
+    assert 0 < best < end
+
+
+def test_the_best_checkpoint_and_the_newest_are_kept(stopped_early):
+    best, end = best_and_end(rows(stopped_early, "validation", "ne"), patience=3)
+    assert steps_of_checkpoints(stopped_early) == [best, end]
+
+
+def test_the_best_weights_are_tested_and_exported(stopped_early, click_log):
+    evaluations = rows(stopped_early, "validation", "ne")
+    best, end = best_and_end(evaluations, patience=3)
+    results = summary(stopped_early)
+    assert results["tested_step"] == best
+    assert results["eval"]["ne"] == pytest.approx(evaluations[best], rel=1e-12)
+    assert evaluations[end] > evaluations[best] + 0.001
+    # The export: NE of the validation split by the plain model.
+    (batch,) = BatchLoader(click_log, "validation", batch_size=200).epoch(0)
+    model = DhenForClickPrediction.from_pretrained(stopped_early / "model").eval()
+    with torch.no_grad():
+        logits_B = model(batch.sparse, batch.dense_BN).logits.double()
+    rate = batch.labels_B.double().mean()
+    entropy = binary_cross_entropy_with_logits(torch.logit(rate).expand(200), batch.labels_B.double())
+    ne = binary_cross_entropy_with_logits(logits_B, batch.labels_B.double()) / entropy
+    assert ne.item() == pytest.approx(evaluations[best], rel=1e-5)
+
+
+def test_linear_scaling_multiplies_the_learning_rate_by_the_batch(stopped_early):
+    # 2 ranks of 64 against base_batch_size 32; the first two steps warm up.
+    got = rows(stopped_early, "train", "learning_rate")
+    assert [got[step] for step in (1, 2, 3)] == pytest.approx([0.06, 0.12, 0.12])
+
+
+def test_a_plateau_drops_the_learning_rate(click_log, tmp_path):
+    train(
+        click_log, tmp_path / "run", "--per_device_train_batch_size=64", "--max_steps=24", "--learning_rate=0.02",
+        "--table_learning_rate=0.3", "--lr_scheduler_type=reduce_lr_on_plateau", "--plateau_factor=0.5",
+        "--plateau_patience=1", "--eval_steps=2", "--warmup_steps=0", "--learning_rate_scaling=sqrt",
+        "--base_batch_size=16",
+    )  # fmt: skip
+    evaluations = rows(tmp_path / "run", "validation", "ne")
+    expected, factor, best, since = {}, 1.0, math.inf, 0
+    for step in range(1, 25):
+        expected[step] = 0.02 * 2 * factor  # sqrt(64 / 16)
+        if step % 2 == 0:
+            is_better = evaluations[step] < best
+            best, since = min(best, evaluations[step]), 0 if is_better else since + 1
+            if since == 2:
+                factor, since = factor / 2, 0
+    assert factor <= 0.25, f"it should have dropped twice: {evaluations}"
+    assert rows(tmp_path / "run", "train", "learning_rate") == pytest.approx(expected)
+
+
+def test_evaluations_and_checkpoints_come_when_asked_for(click_log, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--per_device_train_batch_size=60", "--dataloader_drop_last", "--eval_steps=3", "--save_steps=4"]
+    train(click_log, run, *flags, "--no_load_best_model_at_end", "--save_total_limit=100")
+    # 640 rows, 60 a step: 10 steps and 40 rows left out.
+    assert summary(run)["steps"] == summary(run)["tested_step"] == 10
+    assert summary(run)["samples_seen"] == 600
+    assert sorted(rows(run, "validation", "ne")) == [3, 6, 9, 10]
+    assert steps_of_checkpoints(run) == [4, 8, 10]
+    assert summary(run)["eval"]["ne"] == pytest.approx(rows(run, "validation", "ne")[10], rel=1e-12)
+
+
+def test_without_drop_last_the_smaller_step_is_taken(click_log, tmp_path):
+    run = tmp_path / "run"
+    train(click_log, run, "--per_device_train_batch_size=60", "--save_total_limit=2", "--save_steps=3")
+    assert (summary(run)["steps"], summary(run)["samples_seen"]) == (11, 640)
+    assert sorted(rows(run, "validation", "ne")) == [11]  # eval_steps 0: after every epoch
+    assert steps_of_checkpoints(run) == [9, 11]
+
+
+def test_accumulation_changes_no_loss_of_the_dense_part(click_log, tmp_path):
+    """Frozen tables: with 4 micro steps they would take 4 smaller updates. Relative tolerance 1e-5 over 12 steps."""
+    flags = ["--freeze=tables", "--max_steps=12", "--learning_rate=0.01"]
+    train(click_log, tmp_path / "whole", *flags, "--per_device_train_batch_size=56")
+    micro = ["--per_device_train_batch_size=7", "--gradient_accumulation_steps=4"]
+    train(click_log, tmp_path / "pieces", *flags, *micro, ranks=2)
+    whole, pieces = (rows(tmp_path / name, "train", "loss") for name in ("whole", "pieces"))
+    assert list(whole) == list(range(1, 13))  # the 12th is the epoch's last, of 24 rows
+    assert pieces == pytest.approx(whole, rel=1e-5)
+    # Negative control: the steps aren't all alike.
+    assert pieces != pytest.approx({step: whole[max(step - 1, 1)] for step in whole}, rel=1e-2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["whole_table_l2", "looked_up_l2"])
+def test_regularisation_is_its_formula(click_log, tmp_path, kind, ranks):
+    """One SGD step on 32 rows, against plain torch: tolerance 1e-6."""
+    learning_rate, l2 = 0.5, 0.3
+    path = tmp_path / "sgd.json"
+    values = json.loads((ROOT / "ds_configs" / "zero0.json").read_text())
+    path.write_text(json.dumps(values | {"dhen": {"table_optimizer": "sgd"}}))
+    train(
+        click_log, tmp_path / "run", f"--{kind}={l2}", f"--table_learning_rate={learning_rate}", "--max_steps=1",
+        f"--per_device_train_batch_size={32 // ranks}", "--warmup_steps=0", ranks=ranks, ds_config=str(path),
+    )  # fmt: skip
+    trained = TrainedModel.open(tmp_path / "run")
+    got = {table.name: trained.table(table.name, 0, 4) for table in trained.config.tables}
+    differences = {
+        other: max((plain[name] - got[name]).abs().max().item() for name in got)
+        for other in ("whole_table_l2", "looked_up_l2", "none")
+        for plain in [one_plain_step(click_log, trained, other, learning_rate, l2)]
+    }
+    assert differences.pop(kind) < 1e-6
+    assert min(differences.values()) > 1e-4  # the other one, and none, are something else
+
+
+def one_plain_step(log: Path, trained: TrainedModel, kind: str, learning_rate: float, l2: float) -> dict:
+    """The tables after one SGD step on the epoch's first 32 rows, by torch alone."""
+    batch = next(iter(BatchLoader(log, "train", batch_size=32, shuffle=True, seed=SEED).epoch(0)))
+    torch.manual_seed(SEED)
+    model = DhenForClickPrediction(trained.config, table_seed=SEED)
+    embeddings_BFD = model.tables(batch.sparse)
+    logits_B = model(inputs_embeds=embeddings_BFD, dense=batch.dense_BN).logits
+    loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B)
+    if kind == "looked_up_l2":
+        loss = loss + l2 / 2 * embeddings_BFD.square().sum(dim=(1, 2)).mean()
+    loss.backward()
+    weights = {}
+    for name, weight in model.tables.named_parameters():
+        stepped = weight.detach() - learning_rate * weight.grad
+        if kind == "whole_table_l2":
+            stepped = stepped * (1 - learning_rate * l2)
+        weights[name.removesuffix(".weight")] = stepped
+    return weights
