@@ -49,7 +49,7 @@ def prepared(tmp_path):
     return write_prepared(tmp_path / "prepared", 83)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     num_rows=st.integers(1, 70),
     group_rows=st.integers(1, 20),

@@ -114,5 +114,5 @@ def test_the_loader_leaves_no_thread_behind(tmp_path, taken):
     prepared = write_prepared(tmp_path / "p", 83)
     batches = BatchLoader(prepared.folder, "train", batch_size=5, shuffle=True, window_rows=20).epoch(0)
     for _ in zip(range(taken), batches, strict=False):
-        assert 1 <= len(threads()) <= 2
+        assert len(threads()) <= 2
     del batches

@@ -58,15 +58,16 @@ def test_splits_do_not_repeat_one_another(click_log):
 
 def test_the_stated_best_ne_is_that_of_the_drawn_probabilities(tmp_path, monkeypatch, click_log):
     _, truths = click_log
+    model = ClickModel(seed=3)
     for number, split in enumerate(ROWS):
-        rows = ClickModel(seed=3).draw(ROWS[split], number, 0)
+        rows = model.draw(ROWS[split], number, 0)
         best = log_loss(rows.labels, rows.probabilities) / entropy(rows.labels)
         truth = truths[f"{split}.tsv.gz"]
         assert truth.best_possible_ne == pytest.approx(best, rel=1e-12)
         assert (truth.rows, truth.clicks) == (ROWS[split], rows.labels.sum())
     monkeypatch.setattr(synthetic, "CHUNK_ROWS", 170)
     truth = generate_click_log(tmp_path, {"test": 400}, seed=3)["test.tsv.gz"]
-    chunks = [ClickModel(seed=3).draw(count, 0, chunk) for chunk, count in enumerate((170, 170, 60))]
+    chunks = [model.draw(count, 0, chunk) for chunk, count in enumerate((170, 170, 60))]
     labels = np.concatenate([chunk.labels for chunk in chunks])
     best = log_loss(labels, np.concatenate([chunk.probabilities for chunk in chunks])) / entropy(labels)
     assert truth.best_possible_ne == pytest.approx(best, rel=1e-12)
