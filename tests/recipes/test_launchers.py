@@ -25,7 +25,9 @@ LAUNCHERS = {
     "python": ([sys.executable], 1),
 }  # fmt: skip
 # What the launchers say on their own account, before and after our script runs.
-OF_THE_LAUNCHER = re.compile(r"\[(runner|launch|real_accelerator)\.py|OMP_NUM_THREADS|^\W*$|torch/distributed/run\.py|To avoid this warning")
+OF_THE_LAUNCHER = re.compile(
+    r"\[(runner|launch|real_accelerator)\.py|OMP_NUM_THREADS|^\W*$|torch/distributed/run\.py|To avoid this warning"
+)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
