@@ -2,8 +2,12 @@
 
 import json
 import logging
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import fields, replace
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import torch.distributed as dist
 
@@ -17,20 +21,39 @@ from dhen.training.arguments import DataArguments
 
 logger = logging.getLogger(__name__)
 
+HEARTBEAT_SECONDS = 30.0
 QUICKSTART = "quickstart"
 QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
 
 
 def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema_from: Path | None = None) -> Path:
-    """The prepared folder for `data`. Rank 0 prepares it, the others wait; all ranks call it.
+    """The prepared folder for `data`. Rank 0 prepares it, the others wait, however long. All ranks call it.
 
     schema_from: a trained model whose features, ids and transforms are to be used; labels may then be missing. Raises
     DataError, ValueError or FileNotFoundError about what the user named.
     """
-    folder = [_prepare(data, cache, schema_from) if topology.is_main else None]
-    dist.broadcast_object_list(folder, src=0, group=topology.world)
-    assert folder[0] is not None
-    return folder[0]
+    work = _in_background(_prepare, data, cache, schema_from) if topology.is_main else None
+    answer: list[Path | None] = [None]
+    while answer[0] is None:
+        # A word now and then: the process group takes a rank that is silent for half an hour for dead.
+        if work is not None and wait([work], HEARTBEAT_SECONDS).done:
+            answer = [work.result()]
+        dist.broadcast_object_list(answer, src=0, group=topology.world)
+    return answer[0]
+
+
+def _in_background(function: Callable[..., Path], *arguments: Any) -> Future[Path]:
+    """Call it in a thread that doesn't outlive the process, as those of an executor would after Ctrl-C."""
+    result: Future[Path] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function(*arguments))
+        except BaseException as error:
+            result.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return result
 
 
 def settings_without_effect(data: DataArguments) -> list[str]:

@@ -1,0 +1,44 @@
+"""Preparing data in a job of several ranks."""
+
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from dhen.data.raw_rows import DataError
+from dhen.parallel.topology import Topology
+from dhen.training import dataset
+from dhen.training.arguments import DataArguments
+from tests.ranks import run_ranks
+
+FOLDER = Path("prepared")
+
+
+def prepare_slowly(topology: Topology, heartbeat_seconds: float) -> Path:
+    """Preparation of 5 s in a process group that gives up after 2 s of silence."""
+    dataset.HEARTBEAT_SECONDS = heartbeat_seconds
+    dataset._prepare = lambda *_: time.sleep(5) or FOLDER
+    impatient = replace(topology, world=dist.new_group(timeout=timedelta(seconds=2)))
+    return dataset.prepare_dataset(DataArguments(), Path("cache"), impatient)
+
+
+def test_ranks_wait_longer_for_the_data_than_their_process_group_would():
+    assert run_ranks(2, prepare_slowly, 0.2) == [FOLDER, FOLDER]
+    with pytest.raises(AssertionError, match=r"rank \d of 2"):  # negative control: no word meanwhile
+        run_ranks(2, prepare_slowly, 60.0)
+
+
+def prepare_nothing(topology: Topology, folder: Path) -> str:
+    (folder / "rows.tsv").write_text("no row of Criteo's\n")
+    named = DataArguments(dataset_name=str(folder / "rows.tsv"), dataset_format="criteo")
+    with pytest.raises(DataError) as error:
+        dataset.prepare_dataset(named, folder / "cache", topology)
+    return str(error.value)
+
+
+def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
+    (message,) = run_ranks(1, prepare_nothing, tmp_path)
+    assert "rows.tsv: row 1" in message
