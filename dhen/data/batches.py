@@ -95,6 +95,13 @@ class BatchLoader:
         pin_memory: bool = False,
         schema: Schema | None = None,
     ) -> None:
+        _check_at_least(1, "batch_size", batch_size)
+        _check_at_least(1, "world_size", world_size)
+        _check_at_least(1, "accumulation_steps", accumulation_steps)
+        _check_at_least(1, "window_rows", window_rows)
+        _check_at_least(0, "seed", seed)
+        if rank not in range(world_size):
+            raise ValueError(f"rank is {rank}, but world_size is {world_size}. Use 0 to {world_size - 1}.")
         self.schema, self.split = schema or Schema.load(Path(folder)), split
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.accumulation_steps = accumulation_steps
@@ -103,10 +110,6 @@ class BatchLoader:
         self._pieces = world_size * accumulation_steps
         self._own_pieces = [micro * world_size + rank for micro in range(accumulation_steps)]
         self._global_batch = batch_size * self._pieces
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}. Use 1 or more.")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}. Use 0 or more.")
         self._groups = find_row_groups(Path(folder), split, self.schema)
         self.num_rows = sum(group.num_rows for group in self._groups)
         if not self.num_rows:
@@ -125,8 +128,15 @@ class BatchLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's micro batches of steps first_step, first_step + 1, … of an epoch, `accumulation_steps` a step.
 
-        They are read ahead by a thread, which ends with the iterator.
+        They are read ahead by a thread, which ends with the iterator. first_step len(self) gives none; beyond it, and
+        below 0, ValueError.
         """
+        _check_at_least(0, "epoch", epoch)
+        if first_step not in range(len(self) + 1):
+            raise ValueError(
+                f"first_step is {first_step}, but an epoch of {self.split} has {len(self)} steps. "
+                "Resume with the data and batch sizes of the run that is resumed."
+            )
         return read_ahead(lambda: self._batches(epoch, first_step), READ_AHEAD_BATCHES)
 
     def _batches(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
@@ -143,6 +153,11 @@ class BatchLoader:
                     yield batch.pin_memory() if self._pin_memory else batch
         finally:
             decoder.shutdown(cancel_futures=True)
+
+
+def _check_at_least(least: int, name: str, value: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} is {value}. Use {least} or more.")
 
 
 def _as_batch(rows: Rows, schema: Schema, global_rows: int) -> Batch:

@@ -22,6 +22,8 @@ import polars as pl
 
 NUM_INTEGERS, NUM_CATEGORIES = 13, 26
 TRUTH_FILE = "truth.json"
+VERSION = 1
+"""Of the generator: another one where the same seed and rows give another log."""
 CHUNK_ROWS = 100_000
 CARDINALITIES = (8, 12, 6, 10, 5, 9, 14, 7, 4, 16, 20, 24, 40, 30, 15, 50, 18, 10, 80, 12, 25, 6, 200, 22, 11, 35)
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
@@ -127,8 +129,8 @@ class ClickModel:
 def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> dict[str, FileTruth]:
     """Write `<split>.tsv.gz` for each split of `rows`, and truth.json. Returns the truth by file name.
 
-    truth.json, {"seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}, is written last: a folder without it
-    is unfinished. The same rows and seed give the same bytes. Memory: 100,000 rows at a time.
+    truth.json, {"version", "seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}, is written last: a folder
+    without it is unfinished. The same rows and seed give the same bytes. Memory: 100,000 rows at a time.
 
     Raises ValueError for a split with so few rows that all or none of them are clicks.
     """
@@ -140,11 +142,23 @@ def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 
         f"{split}.tsv.gz": _write_file(folder / f"{split}.tsv.gz", model, count, number)
         for number, (split, count) in enumerate(rows.items())
     }
-    text = json.dumps({"seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}, indent=2)
+    said = {"version": VERSION, "seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}
+    text = json.dumps(said, indent=2)
     draft = folder / f".{TRUTH_FILE}.draft"
     draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(folder / TRUTH_FILE)
     return truths
+
+
+def holds_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> bool:
+    """Whether `folder` holds, finished, what this version of `generate_click_log` would write there."""
+    try:
+        said = json.loads((Path(folder) / TRUTH_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    generated = [(name, truth["rows"]) for name, truth in said["files"].items()]  # in order: it seeds each file
+    wanted = [(f"{split}.tsv.gz", count) for split, count in rows.items()]
+    return (said.get("version"), said["seed"], generated) == (VERSION, seed, wanted)
 
 
 def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTruth:

@@ -213,11 +213,27 @@ def test_drop_last_leaves_out_the_smaller_step(prepared):
         ({"batch_size": 42, "world_size": 2, "drop_last": True}, "Use a smaller batch"),
         ({"batch_size": 0}, "batch_size is 0. Use 1 or more."),
         ({"batch_size": 5, "seed": -1}, "seed is -1. Use 0 or more."),
+        ({"batch_size": 5, "world_size": 0}, "world_size is 0. Use 1 or more."),
+        ({"batch_size": 5, "accumulation_steps": 0}, "accumulation_steps is 0. Use 1 or more."),
+        ({"batch_size": 5, "window_rows": 0}, "window_rows is 0. Use 1 or more."),
+        # With accumulation this rank's pieces would be those of others, and their rows come twice.
+        ({"batch_size": 5, "rank": 2, "world_size": 2, "accumulation_steps": 2}, "rank is 2, but world_size is 2. Use"),
+        ({"batch_size": 5, "rank": -1, "world_size": 2}, "rank is -1, but world_size is 2. Use 0 to 1."),
     ],
 )
-def test_options_that_give_no_batches_are_refused(prepared, options, message):
+def test_options_that_give_no_batches_or_wrong_ones_are_refused(prepared, options, message):
     with pytest.raises(ValueError, match=message):
         BatchLoader(prepared.folder, "train", **options)
+
+
+@pytest.mark.parametrize("first_step", [-1, 18])
+def test_a_step_outside_the_epoch_is_refused(prepared, first_step):
+    loader = BatchLoader(prepared.folder, "train", batch_size=5)
+    assert (len(loader), list(loader.epoch(0, first_step=17))) == (17, [])
+    with pytest.raises(ValueError, match=f"first_step is {first_step}, but an epoch of train has 17 steps"):
+        loader.epoch(0, first_step=first_step)
+    with pytest.raises(ValueError, match=r"epoch is -1\. Use 0 or more"):
+        loader.epoch(-1)
 
 
 def test_batches_move_to_a_device(prepared):

@@ -1,6 +1,7 @@
 """The generated click log: reproducible, in Criteo's format, and what it says about its best NE is true."""
 
 import gzip
+import hashlib
 import json
 import math
 
@@ -16,7 +17,15 @@ from dhen.data import synthetic
 from dhen.data.batches import BatchLoader
 from dhen.data.preprocessing import prepare
 from dhen.data.settings import PreparationSettings
-from dhen.data.synthetic import CARDINALITIES, CLICK_RATE, TRUTH_FILE, ClickModel, generate_click_log
+from dhen.data.synthetic import (
+    CARDINALITIES,
+    CLICK_RATE,
+    TRUTH_FILE,
+    VERSION,
+    ClickModel,
+    generate_click_log,
+    holds_click_log,
+)
 
 ROWS = {"train": 1500, "validation": 300, "test": 400}
 
@@ -76,8 +85,36 @@ def test_the_stated_best_ne_is_that_of_the_drawn_probabilities(tmp_path, monkeyp
 def test_truth_json_says_the_same(click_log):
     folder, truths = click_log
     said = json.loads((folder / TRUTH_FILE).read_text())
-    assert said["seed"] == 3
+    assert (said["version"], said["seed"]) == (VERSION, 3)
     assert said["files"] == {name: vars(truth) for name, truth in truths.items()}
+
+
+def test_a_log_of_other_rows_seed_or_version_is_not_taken_for_the_one_wanted(tmp_path, monkeypatch):
+    rows = {"train": 300, "test": 200}
+    assert not holds_click_log(tmp_path, rows)
+    generate_click_log(tmp_path, rows)
+    assert holds_click_log(tmp_path, rows)
+    others = {"more": {"train": 301, "test": 200}, "fewer": {"train": 300}, "order": {"test": 200, "train": 300}}
+    assert [name for name, other in others.items() if holds_click_log(tmp_path, other)] == []
+    assert not holds_click_log(tmp_path, rows, seed=1)
+    monkeypatch.setattr(synthetic, "VERSION", VERSION + 1)
+    assert not holds_click_log(tmp_path, rows)
+
+
+def test_a_log_from_before_versions_is_not_taken_for_this_one(tmp_path):
+    generate_click_log(tmp_path, {"test": 200})
+    said = json.loads((tmp_path / TRUTH_FILE).read_text())
+    del said["version"]
+    (tmp_path / TRUTH_FILE).write_text(json.dumps(said))
+    assert not holds_click_log(tmp_path, {"test": 200})
+
+
+def test_the_version_stands_for_this_log(tmp_path):
+    """Where this fails, the generator has changed: raise VERSION, so that logs kept from before aren't used, and put
+    the new digest here."""
+    generate_click_log(tmp_path, {"test": 500})
+    digest = hashlib.blake2b(gzip.decompress((tmp_path / "test.tsv.gz").read_bytes()), digest_size=8).hexdigest()
+    assert (VERSION, digest) == (1, "5c47ccfc5a1abb21")
 
 
 def test_clicks_follow_the_probabilities(drawn):
