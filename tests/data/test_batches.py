@@ -285,7 +285,8 @@ class Forgetful(list):
 
 
 def test_two_windows_are_held_and_no_third(monkeypatch, prepared):
-    assert windows_alive(monkeypatch, prepared.folder, kept=Forgetful()) == 2
+    # One where the reader is done with a window before the decoder's thread gets its turn.
+    assert windows_alive(monkeypatch, prepared.folder, kept=Forgetful()) <= 2
 
 
 def test_the_count_of_windows_would_see_a_third(monkeypatch, prepared):
