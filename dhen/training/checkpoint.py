@@ -116,9 +116,9 @@ def checkpoint_of(output_dir: Path, step: int) -> Path:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The whole checkpoints of a run in the order they were saved: after a resume from an earlier one not by step."""
     found = [folder for folder in output_dir.glob(f"{_PREFIX}*") if is_whole(folder)]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix(_PREFIX)))
+    return sorted(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns)
 
 
 def is_whole(folder: Path) -> bool:

@@ -104,3 +104,13 @@ def test_another_number_of_ranks_is_refused_with_a_way_out(tmp_path, click_log):
     assert other.status != 0
     assert "saved by 1 ranks" in other.output
     assert "--model_name_or_path" in other.output
+
+
+def test_a_save_after_a_resume_from_an_earlier_checkpoint_is_kept(tmp_path):
+    for number, step in enumerate([20, 40, 60, 30]):  # resumed from 20, saved at 30
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / checkpoint.STATE_FILE).write_text("{}")
+        os.utime(folder / checkpoint.STATE_FILE, (number, number))
+    checkpoint.delete_old_checkpoints(tmp_path, 2, best_step=20)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-60", "checkpoint-30"]
