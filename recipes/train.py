@@ -121,8 +121,9 @@ def make_loaders(arguments: Arguments, topology: Topology, prepared: Path, schem
 def check_splits(arguments: Arguments, schema: Schema) -> None:
     """Raise ArgumentError where the data hasn't what the arguments rely on."""
     training = arguments.training
-    if schema.splits.keys() >= {"train"} and schema.splits["train"].unlabelled:
-        raise ArgumentError(f"{schema.splits['train'].unlabelled:,} rows of the train split have no label.")
+    for split, counts in schema.splits.items():
+        if counts.unlabelled:
+            raise ArgumentError(f"{counts.unlabelled:,} rows of the {split} split have no label. Give labelled rows.")
     if "validation" not in schema.splits:
         if training.early_stopping_patience:
             raise ArgumentError("early_stopping_patience needs a validation split, and the data has none.")
@@ -139,7 +140,7 @@ def make_trainer(
     trainer = Trainer(model, training, loaders["train"], loaders.get("validation"), output_dir)
     if training.resume_from_checkpoint:
         folder = find_checkpoint(training.resume_from_checkpoint, output_dir)
-        trainer.restore(load_checkpoint(model, folder))
+        trainer.restore(load_checkpoint(model, folder, trainer.data_order))
         if topology.is_main:
             logger.info("resuming from %s: step %d of %d", folder, trainer.state.step, trainer.total_steps)
     elif topology.is_main:

@@ -84,9 +84,10 @@ class Schema:
     best_possible_ne: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write schema.json into `folder`."""
-        text = json.dumps(asdict(self), indent=2)
-        (folder / SCHEMA_FILE).write_text(text + "\n", encoding="utf-8")
+        """Write schema.json into `folder`, whole or not at all."""
+        draft = folder / f".{SCHEMA_FILE}.draft"
+        draft.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        draft.replace(folder / SCHEMA_FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "Schema":

@@ -6,6 +6,7 @@ Shapes: B batch.
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from dhen.model.names import check_names
@@ -38,12 +39,22 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each of the width columns over the batch."""
-        if self.training and x.shape[0] < 2:
-            return nn.functional.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-            )
-        return super().forward(x)
+        """Normalise each of the width columns over the batch. Statistics are kept and used in float32 at least."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        self.running_mean, self.running_var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        updates = self.training and x.shape[0] > 1
+        if updates:
+            self.num_batches_tracked += 1
+        return nn.functional.batch_norm(
+            x.to(dtype),
+            self.running_mean,
+            self.running_var,
+            self.weight.to(dtype),
+            self.bias.to(dtype),
+            training=updates,
+            momentum=self.momentum,
+            eps=self.eps,
+        ).to(x.dtype)
 
 
 class MLP(nn.Sequential):

@@ -111,8 +111,8 @@ class PooledExchange(torch.autograd.Function):
         send = [padded_batch * widths[layout.rank]] * len(widths)
         receive = [padded_batch * width for width in widths]
         received = all_to_all(pooled.contiguous().view(-1), send, receive, group)
-        parts = [part.view(padded_batch, -1)[:batch_size] for part in received.split(receive)]
-        return layout.join([part.view(batch_size, width) for part, width in zip(parts, widths, strict=True)])
+        parts = [part.view(padded_batch, width) for part, width in zip(received.split(receive), widths, strict=True)]
+        return layout.join([part[:batch_size] for part in parts])
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_BFD: Tensor) -> tuple[Tensor | None, ...]:

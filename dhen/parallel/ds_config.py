@@ -19,6 +19,18 @@ from dhen.parallel.sharded_tables import TableOptimizer
 
 SECTION = "dhen"
 AUTO = "auto"
+_PARAMS = "optimizer.params."
+_SECTION_KEYS = {
+    "optimizer": {"type", "params", "legacy_fusion"},
+    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
+}
+_WITHOUT_EFFECT = {
+    "activation_checkpointing": "turns nothing on in DeepSpeed 0.19. Remove it.",
+    "bfloat16": 'is the old name of "bf16". Use that.',
+    "gradient_allreduce_op": "would change the dense gradients' scale with the number of ranks. Remove it.",
+    "prescale_gradients": "is not supported: the tables' gradients would be scaled otherwise. Remove it.",
+    "gradient_predivide_factor": "is not supported: the tables' gradients would be scaled otherwise. Remove it.",
+}
 
 
 class DsConfigError(ValueError):
@@ -85,7 +97,9 @@ def read_ds_config(path: str | Path, recipe: Recipe) -> DsConfig:
     raw = _read_json(Path(path))
     section = _check_section(str(path), raw.pop(SECTION, {}))
     _check_top_level(str(path), raw)
+    _check_sections(str(path), raw)
     _resolve_auto(str(path), raw, recipe.values())
+    _add_what_is_missing(raw, recipe.values())
     _check_by_deepspeed(str(path), raw)
     config = DsConfig(str(path), raw, section)
     _refuse_known_faults(config)
@@ -131,6 +145,30 @@ def _check_top_level(path: str, raw: dict[str, Any]) -> None:
     for key in raw:
         if key not in known:
             raise DsConfigError(f"{path}: {unknown_name('key', key, known | {SECTION})}")
+
+
+def _check_sections(path: str, raw: dict[str, Any]) -> None:
+    """Check what DeepSpeed doesn't: sections whose keys it takes or leaves in silence."""
+    if not isinstance(raw.get("optimizer"), dict) or "type" not in raw["optimizer"]:
+        raise DsConfigError(f'{path}: optimizer is missing. Use {{"type": "AdamW", "params": {{"lr": "auto"}}}}.')
+    for section, known in _SECTION_KEYS.items():
+        for key in raw.get(section, {}):
+            if key not in known:
+                raise DsConfigError(f"{path}: {section}: {unknown_name('key', key, known)}")
+    for key, reason in _WITHOUT_EFFECT.items():
+        if key in raw:
+            raise DsConfigError(f"{path}: {key} {reason}")
+
+
+def _add_what_is_missing(raw: dict[str, Any], values: dict[str, Any]) -> None:
+    """Whatever the recipe decides is said, so that no default of DeepSpeed's or of its optimizer takes its place."""
+    optimizer = raw["optimizer"]
+    params = optimizer.setdefault("params", {})
+    for key, value in values.items():
+        if not key.startswith(_PARAMS):
+            raw.setdefault(key, value)
+        elif key.removeprefix(_PARAMS) in ("lr", "weight_decay") or "adam" in optimizer["type"].lower():
+            params.setdefault(key.removeprefix(_PARAMS), value)
 
 
 class _Recorder(dict):
@@ -183,12 +221,6 @@ def _resolve_auto(path: str, raw: dict[str, Any], values: dict[str, Any], prefix
 
 
 def _check_by_deepspeed(path: str, raw: dict[str, Any]) -> None:
-    missing = [key for key in ("train_micro_batch_size_per_gpu", "gradient_clipping", "optimizer") if key not in raw]
-    if missing:
-        raise DsConfigError(
-            f'{path}: {", ".join(missing)} missing. Batch size and clipping may be "auto"; without gradient_clipping '
-            "DeepSpeed would clip at 1.0 unasked."
-        )
     try:
         deepspeed.DeepSpeedConfig(_copy_without_total(raw))
     except ValidationError as error:
@@ -213,6 +245,12 @@ def _refuse_known_faults(config: DsConfig) -> None:
         raise DsConfigError(
             f"{path}: fp16 is not supported: the tables are updated inside the backward, so a step that overflows "
             "can't be taken back. Use bf16 (ZeRO 1 to 3) or torch_autocast with bfloat16."
+        )
+    autocast = raw.get("torch_autocast", {})
+    if autocast.get("enabled") and autocast.get("dtype") != "bfloat16":
+        raise DsConfigError(
+            f'{path}: torch_autocast.dtype is {autocast.get("dtype")!r}; only "bfloat16" is supported. float16 needs a '
+            "loss scale, and the tables would be updated with scaled gradients."
         )
     if raw.get("bf16", {}).get("enabled") and config.zero_stage == 0:
         raise DsConfigError(

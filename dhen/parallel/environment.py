@@ -24,7 +24,7 @@ def prepare_environment() -> None:
     """Set what DeepSpeed reads at import, check the FBGEMM build, quieten what a user can't act on. No effect twice."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     _put_scripts_on_path()
-    _check_fbgemm(_installed_versions(), torch.__version__)
+    _check_fbgemm(_installed_versions(), torch.__version__, os.environ["DS_ACCELERATOR"])
     _silence()
 
 
@@ -45,8 +45,8 @@ def _installed_versions() -> dict[str, str]:
     return found
 
 
-def _check_fbgemm(installed: dict[str, str], torch_version: str) -> None:
-    """Raise EnvironmentMismatchError unless exactly one FBGEMM is there, and it is the one built for this torch."""
+def _check_fbgemm(installed: dict[str, str], torch_version: str, accelerator: str) -> None:
+    """Raise EnvironmentMismatchError unless exactly one FBGEMM is there, built for this torch and this device."""
     torch_minor = int(torch_version.split(".")[1])
     wanted = f"1.{torch_minor - FIRST_MINOR_OFFSET}"
     advice = f"Use fbgemm-gpu-cpu=={wanted}.0 (CPU) or fbgemm-gpu=={wanted}.0 (GPU), one of them, with this torch."
@@ -59,6 +59,11 @@ def _check_fbgemm(installed: dict[str, str], torch_version: str) -> None:
     ((package, version),) = installed.items()
     if not version.startswith(wanted + "."):
         raise EnvironmentMismatchError(f"{package} {version} was not built for torch {torch_version}. {advice}")
+    if accelerator == "cuda" and package == "fbgemm-gpu-cpu":
+        raise EnvironmentMismatchError(
+            f"This machine has a GPU, and {package} computes on CPU. Install requirements-cuda.txt in a new "
+            "environment, or set DS_ACCELERATOR=cpu to leave the GPU alone."
+        )
 
 
 def _silence() -> None:

@@ -102,11 +102,20 @@ class ParallelDhen(ScoringDhen):
                 buffer /= self.topology.world_size
 
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """All weights of the dense part in fp32, whole, and its buffers, on the CPU. Communicates under ZeRO 1 to 3."""
+        """All weights of the dense part in fp32, whole, and its buffers, on rank 0's CPU; empty on the other ranks.
+
+        Communicates under ZeRO 1 to 3, weight by weight, so no device holds them all.
+        """
         parameters = dict(self.engine.module.named_parameters())
-        weights = {name: _whole_weight(parameter) for name, parameter in parameters.items()}
-        buffers = {name: tensor for name, tensor in self.engine.module.state_dict().items() if name not in parameters}
-        return {name: tensor.detach().cpu().clone() for name, tensor in (weights | buffers).items()}
+        state = {}
+        for name, parameter in parameters.items():
+            whole = _whole_weight(parameter)
+            if self.topology.is_main:
+                state[name] = whole.detach().cpu().clone()
+        if self.topology.is_main:
+            buffers = self.engine.module.state_dict().items()
+            state |= {name: tensor.detach().cpu().clone() for name, tensor in buffers if name not in parameters}
+        return state
 
 
 def parallelize(
@@ -132,6 +141,8 @@ def parallelize(
         config=ds_config.deepspeed,
         dist_init_required=False,
     )
+    # Weights came from one seed; dropout draws from another on each rank.
+    torch.manual_seed(seed + topology.rank)
     return ParallelDhen(config, topology, placement, tables, engine, ds_config)
 
 
@@ -178,11 +189,11 @@ def _dense_part(config: DhenConfig, ds_config: DsConfig, seed: int) -> DhenForCl
 
 def _load_dense_weights(dense: nn.Module, weights: Mapping[str, Tensor]) -> None:
     targets = dict(dense.named_parameters()) | dict(dense.named_buffers())
-    chosen = {name: targets[name] for name in weights}
-    sharded = [tensor for tensor in chosen.values() if hasattr(tensor, "ds_id")]
-    with torch.no_grad(), deepspeed.zero.GatheredParameters(sharded, modifier_rank=0, enabled=bool(sharded)):
-        for name, tensor in chosen.items():
-            tensor.copy_(weights[name])
+    for name, weight in weights.items():
+        target = targets[name]
+        is_sharded = hasattr(target, "ds_id")
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([target], modifier_rank=0, enabled=is_sharded):
+            target.copy_(weight)
 
 
 def _whole_weight(parameter: nn.Parameter) -> Tensor:

@@ -7,6 +7,7 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Topology:
 
     def barrier(self) -> None:
         """Wait for all ranks of the world."""
-        dist.barrier(group=self.world)
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        dist.barrier(group=self.world, device_ids=devices)
 
 
 def start(timeout_minutes: float = 30.0) -> Topology:
@@ -40,12 +42,12 @@ def start(timeout_minutes: float = 30.0) -> Topology:
         _become_the_only_rank()
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
-    on_gpu = torch.cuda.is_available()
+    on_gpu = get_accelerator().device_name() == "cuda"
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     deepspeed.init_distributed(
         dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
     )

@@ -21,7 +21,7 @@ def option(default: Any, meaning: str, **more: Any) -> Any:
     """A field with its default and its line of --help."""
     metadata = {"help": meaning, **more}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: default, metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -45,7 +45,7 @@ class DataArguments:
         [0.8, 0.1, 0.1], "Shares of train, validation and test where one file holds all."
     )
     split_order: Literal["random", "sequential"] = option(
-        "random", "Rows of each split: random by seed, or in the order of the file, the last for test."
+        "random", "Rows of each split: by a hash of the row's number, or in the order of the file, the last for test."
     )
     id_encoding: Literal["hash", "vocabulary"] = option("hash", "How sparse values become ids.")
     hash_size: int = option(100_000, "Rows of a table under id_encoding hash.")
@@ -253,8 +253,8 @@ def _check_values(arguments: Arguments) -> None:
         if getattr(training, name) < 1:
             raise ArgumentError(f"{name} is {getattr(training, name)}. Use 1 or more.")
     not_negative = ("learning_rate", "table_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
-                    "whole_table_l2", "looked_up_l2", "eval_steps", "save_steps", "early_stopping_patience",
-                    "plateau_patience", "min_lr_ratio")  # fmt: skip
+                    "whole_table_l2", "looked_up_l2", "table_epsilon", "adam_epsilon", "eval_steps", "save_steps",
+                    "early_stopping_patience", "plateau_patience", "min_lr_ratio")  # fmt: skip
     for name in not_negative:
         if getattr(training, name) < 0:
             raise ArgumentError(f"{name} is {getattr(training, name)}. Use 0 or more.")
@@ -267,6 +267,10 @@ def _check_values(arguments: Arguments) -> None:
         raise ArgumentError(
             "resume_from_checkpoint and overwrite_output_dir are both given: one goes on with the run in output_dir, "
             "the other deletes it."
+        )
+    if training.freeze == "tables" and (training.looked_up_l2 or training.whole_table_l2):
+        raise ArgumentError(
+            "looked_up_l2 and whole_table_l2 have no effect on tables that freeze keeps. Set them to 0."
         )
     if training.save_total_limit < 1:
         raise ArgumentError(f"save_total_limit is {training.save_total_limit}. Use 1 or more.")

@@ -22,6 +22,8 @@ from dhen.parallel.table_storage import load_tables, save_tables
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
+NEWEST = ("true", LATEST)
+"""What --resume_from_checkpoint says for the newest checkpoint of output_dir."""
 STATE_FILE = "trainer_state.json"
 _PREFIX = "checkpoint-"
 
@@ -43,8 +45,13 @@ class TrainerState:
     best_metric: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) -> Path:
-    """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it."""
+def save_checkpoint(
+    model: ParallelDhen, output_dir: Path, state: TrainerState, data_order: dict[str, Any] | None = None
+) -> Path:
+    """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it.
+
+    data_order: what decides which rows a step takes; a resume must have the same.
+    """
     topology = model.topology
     folder = checkpoint_of(output_dir, state.step)
     if topology.is_main:
@@ -57,27 +64,40 @@ def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) 
     torch.save(_random_state(), folder / f"random-{topology.rank:05d}.pt")
     topology.barrier()
     if topology.is_main:
-        facts = {"world_size": topology.world_size, "zero_stage": model.ds_config.zero_stage}
+        facts = _set_up(model) | {"data_order": data_order or {}}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         _write_atomically(output_dir / LATEST, folder.name + "\n")
     topology.barrier()
     return folder
 
 
-def load_checkpoint(model: ParallelDhen, folder: Path, *, with_random_state: bool = True) -> TrainerState:
+def load_checkpoint(
+    model: ParallelDhen,
+    folder: Path,
+    data_order: dict[str, Any] | None = None,
+    *,
+    with_random_state: bool = True,
+) -> TrainerState:
     """Bring model, optimizers and random state back to `folder`. Communicates; all ranks call it.
 
     Raises CheckpointError where the folder isn't a whole checkpoint or was saved by another set-up.
     """
     values = _read_state(folder)
-    saved = (values.pop("world_size"), values.pop("zero_stage"))
     topology = model.topology
-    if saved != (topology.world_size, model.ds_config.zero_stage):
+    saved = {name: values.pop(name) for name in _set_up(model)}
+    if saved != _set_up(model):
         raise CheckpointError(
-            f"{folder}: saved by {saved[0]} ranks under ZeRO stage {saved[1]}; this job has {topology.world_size} "
-            f"ranks and stage {model.ds_config.zero_stage}. Resume with the same, or start from the exported model "
-            "with --model_name_or_path."
+            f"{folder}: saved by {saved['world_size']} ranks under ZeRO stage {saved['zero_stage']}; this job has "
+            f"{topology.world_size} ranks and stage {model.ds_config.zero_stage}. Resume with the same, or start "
+            "from the exported model with --model_name_or_path."
         )
+    saved_order = values.pop("data_order")
+    for name, value in (data_order or {}).items():
+        if saved_order.get(name, value) != value:
+            raise CheckpointError(
+                f"{folder}: saved with {name} {saved_order[name]}, now it is {value}. Rows would be learned twice or "
+                "never. Resume with the same, or start from the exported model with --model_name_or_path."
+            )
     loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint of its own in it.")
@@ -90,7 +110,7 @@ def load_checkpoint(model: ParallelDhen, folder: Path, *, with_random_state: boo
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path:
     """The folder that --resume_from_checkpoint means: a path, or 'true' for the newest whole one of output_dir."""
-    if wanted.lower() not in ("true", "latest"):
+    if wanted.lower() not in NEWEST:
         folder = Path(wanted)
         if not is_whole(folder):
             raise CheckpointError(
@@ -131,6 +151,10 @@ def delete_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) 
     for folder in checkpoints(output_dir)[:-limit]:
         if best_step is None or folder != checkpoint_of(output_dir, best_step):
             _remove(folder)
+
+
+def _set_up(model: ParallelDhen) -> dict[str, int]:
+    return {"world_size": model.topology.world_size, "zero_stage": model.ds_config.zero_stage}
 
 
 def _have(output_dir: Path) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dhen.data.caching import prepare_cached
 from dhen.data.schema import SCHEMA_FILE, Schema
 from dhen.data.settings import PreparationSettings
-from dhen.data.synthetic import TRUTH_FILE, generate_click_log
+from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
 from dhen.data.vocabulary import load_vocabulary
 from dhen.parallel.topology import Topology
 from dhen.training.arguments import DataArguments
@@ -77,7 +77,7 @@ def _prepare(data: DataArguments, cache: Path, schema_from: Path | None) -> Path
 def _prepare_quickstart(data: DataArguments, cache: Path) -> Path:
     """Generate the quickstart's click log, prepare it, and note the best NE that its truth allows."""
     raw = cache / QUICKSTART
-    if not (raw / TRUTH_FILE).is_file():
+    if not holds_click_log(raw, QUICKSTART_ROWS):
         logger.info("generating %s rows of click log in %s", f"{sum(QUICKSTART_ROWS.values()):,}", raw)
         generate_click_log(raw, QUICKSTART_ROWS)
     files = {split: f"{raw}/{split}.tsv.gz" for split in QUICKSTART_ROWS}

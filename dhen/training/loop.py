@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -65,6 +66,17 @@ class Trainer:
         self.state = state
         self._schedule.load_state_dict(state.schedule)
         self._best.load_state_dict(state.best_metric)
+
+    @property
+    def data_order(self) -> dict[str, Any]:
+        """What decides which rows each step takes."""
+        arguments = self.arguments
+        return {
+            "seed": arguments.seed,
+            "global batch": arguments.per_device_train_batch_size * self._shares,
+            "rows": self.train_loader.num_rows,
+            "dataloader_drop_last": arguments.dataloader_drop_last,
+        }
 
     def train(self, progress: ProgressReporter) -> None:
         """Train to the end. Communicates; all ranks call it."""
@@ -129,12 +141,16 @@ class Trainer:
 
     def _log(self, factor: float) -> None:
         loss, ne = self._running_loss.take(self.model.topology.world)
+        self._check_finite(loss)
+        self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
+
+    def _check_finite(self, loss: float) -> None:
+        """Stop at a loss that isn't a number, before anything of it is saved."""
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss} at step {self.state.step}. Lower learning_rate or table_learning_rate, add "
                 "warmup_steps, or clip by max_grad_norm; the last checkpoint in output_dir is from before."
             )
-        self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; returns whether it is the best so far."""
@@ -149,12 +165,13 @@ class Trainer:
         return improved
 
     def _save(self) -> None:
+        self._check_finite(self._running_loss.peek(self.model.topology.world))
         state = self.state
         state.schedule = self._schedule.state_dict()
         state.best_metric = self._best.state_dict()
         with self._progress.paused():
             self.model.average_buffers()
-            save_checkpoint(self.model, self.output_dir, state)
+            save_checkpoint(self.model, self.output_dir, state, self.data_order)
             if self.model.topology.is_main:
                 delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
 

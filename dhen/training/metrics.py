@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dhen.parallel.collectives import all_gather_uneven
+
 
 @dataclass(frozen=True)
 class MetricValues:
@@ -63,6 +65,10 @@ class RunningLoss:
         """Add a batch: logits_B, and labels_B of 0 and 1. Doesn't communicate or wait for the device."""
         self._sums += _sums(logits_B, labels_B)
 
+    def peek(self, group: dist.ProcessGroup | None = None) -> float:
+        """Sum of the log loss since the last `take`, 0 without examples. Communicates over `group` as `take` does."""
+        return _sum_over(self._sums, group)[0].item()
+
     def take(self, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
         """(logloss, ne) since the last call, NaN without examples; the next window starts empty.
 
@@ -112,7 +118,8 @@ class ClickMetrics:
         labels = torch.cat([part.to(device) for part in self._labels])
         logloss, predictions, clicks, examples = _sum_over(self._sums, group).tolist()
         if group is not None:
-            logits, labels = _gather(logits, group), _gather(labels, group)
+            device = _communication_device(group)
+            logits, labels = (all_gather_uneven(values.to(device), group) for values in (logits, labels))
         return MetricValues(
             auc=exact_auc(logits, labels),
             ne=normalized_entropy(logloss, clicks, examples),
@@ -159,17 +166,3 @@ def _sum_over(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     total = sums.to(_communication_device(group), copy=True)
     dist.all_reduce(total, group=group)
     return total
-
-
-def _gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' values one after another, on the CPU. Communicates; the ranks may have different numbers of them."""
-    values = values.to(_communication_device(group))
-    world_size = dist.get_world_size(group)
-    sizes = torch.zeros(world_size, dtype=torch.int64, device=values.device)
-    dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(values)]), group=group)
-    longest = int(sizes.max())
-    padded = torch.nn.functional.pad(values, (0, longest - len(values)))
-    everyone = values.new_empty(world_size * longest)
-    dist.all_gather_into_tensor(everyone, padded, group=group)
-    parts = everyone.view(world_size, longest).cpu()
-    return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])

@@ -16,7 +16,7 @@ from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.parallel.parallelize import ParallelDhen
 from dhen.training.arguments import ArgumentError, Arguments, TrainingArguments, write_yaml
-from dhen.training.checkpoint import checkpoints
+from dhen.training.checkpoint import NEWEST, checkpoints
 from dhen.training.metrics import MetricValues
 from dhen.training.trained_model import MODEL_FOLDER
 
@@ -35,7 +35,7 @@ def check_run_folder(path: Path, training: TrainingArguments) -> None:
     if path.exists() and not path.is_dir():
         raise ArgumentError(f"output_dir {path} is a file. Choose another --output_dir.")
     has_run = any((path / name).exists() for name in (SUMMARY_FILE, MODEL_FOLDER)) or bool(checkpoints(path))
-    if not has_run or training.resume_from_checkpoint:
+    if not has_run or _resumes_its_own(training.resume_from_checkpoint, path):
         return
     if not training.overwrite_output_dir:
         raise ArgumentError(
@@ -48,6 +48,13 @@ def check_run_folder(path: Path, training: TrainingArguments) -> None:
             f"model_name_or_path {origin} is the run that overwrite_output_dir would delete. Choose another "
             "--output_dir."
         )
+
+
+def _resumes_its_own(checkpoint: str | None, path: Path) -> bool:
+    """Whether the run goes on from a checkpoint of this very folder."""
+    if checkpoint is None:
+        return False
+    return checkpoint.lower() in NEWEST or Path(checkpoint).resolve().is_relative_to(path.resolve())
 
 
 def clear_run_folder(path: Path) -> None:
@@ -98,7 +105,9 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
 
 def _resolved(arguments: Arguments, config: DhenConfig) -> dict[str, Any]:
     """The arguments with the architecture that is built: in fine-tuning it is the trained model's."""
-    return arguments.as_dict() | {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
+    asked_once = ("overwrite_output_dir", "resume_from_checkpoint")  # not part of what would be repeated
+    values = {name: value for name, value in arguments.as_dict().items() if name not in asked_once}
+    return values | {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
 
 
 def num_dense_weights(model: ParallelDhen) -> int:

@@ -112,8 +112,12 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
         if (prepared / VOCABULARY_FOLDER).is_dir():
             shutil.copytree(prepared / VOCABULARY_FOLDER, draft / VOCABULARY_FOLDER)
         (draft / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        aside = folder.with_name(f".{folder.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            folder.replace(aside)
         draft.replace(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     topology.barrier()
 
 

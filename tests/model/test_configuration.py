@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoConfig, HfArgumentParser
 
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.training.arguments import copy_for_parser
 
 FEATURES = [{"name": "site", "num_embeddings": 10}, {"name": "words", "num_embeddings": 7, "pooling": "mean"}]
 
@@ -125,9 +126,9 @@ def test_transformers_own_arguments_pass():
 
 
 def test_the_architecture_makes_a_command_line():
-    parser = HfArgumentParser(DhenArchitecture)
+    parser = HfArgumentParser(copy_for_parser(DhenArchitecture))  # it would overwrite the class's own types
     (plain,) = parser.parse_args_into_dataclasses([])
-    assert plain == DhenArchitecture()
+    assert DhenArchitecture(**vars(plain)) == DhenArchitecture()
     words = [
         "--interactions",
         "linear,deep_cross",

@@ -58,9 +58,9 @@ def recipe(world_size: int, per_rank: int, accumulation: int = 1, max_grad_norm:
 
 
 def plain_losses(
-    batches: Sequence[GlobalBatch], accumulation: int = 1, max_grad_norm: float = 0.0
+    batches: Sequence[GlobalBatch], accumulation: int = 1, max_grad_norm: float = 0.0, optimizer: str = "AdamW"
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Mean loss of each step and the final weights: dense AdamW, tables SGD.
+    """Mean loss of each step and the final weights: the dense part by `optimizer`, tables by SGD.
 
     With accumulation the tables step after every micro batch, on gradients divided by the number of micro batches, as
     FBGEMM does.
@@ -68,7 +68,7 @@ def plain_losses(
     torch.manual_seed(SEED)
     model = DhenForClickPrediction(DhenConfig(**CONFIG), table_seed=SEED)
     dense = [parameter for name, parameter in model.named_parameters() if not name.startswith("tables.")]
-    adam = torch.optim.AdamW(dense, lr=LEARNING_RATE, weight_decay=0.0)
+    dense_optimizer = getattr(torch.optim, optimizer)(dense, lr=LEARNING_RATE, weight_decay=0.0)
     sgd = torch.optim.SGD(model.tables.parameters(), lr=TABLE_LEARNING_RATE)
     losses = []
     for batch in batches:
@@ -83,7 +83,7 @@ def plain_losses(
             total += loss.item()
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(dense, max_grad_norm)
-        adam.step()
-        adam.zero_grad()
+        dense_optimizer.step()
+        dense_optimizer.zero_grad()
         losses.append(total)
     return losses, model.state_dict()

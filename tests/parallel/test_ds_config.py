@@ -48,6 +48,13 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"steps_per_print": "auto"}, 'steps_per_print is "auto"'),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16 under ZeRO stage 0"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'only "bfloat16" is supported'),
+        ({"torch_autocast": {"enable": True}}, "Did you mean 'enabled'"),
+        ({"optimizer": {"parms": {}, "type": "AdamW"}}, "Did you mean 'params'"),
+        ({"optimizer": {}}, "optimizer is missing"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "turns nothing on"),
+        ({"gradient_allreduce_op": "sum"}, "number of ranks"),
+        ({"bfloat16": {"enabled": True}}, "old name of"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "lr_scheduler_type"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
     ],
@@ -65,9 +72,21 @@ def test_the_keys_are_those_that_deepspeed_reads():
     assert not {"enabled", "stage", "lr"} & known, "keys of sections are no top-level keys"
 
 
-def test_clipping_must_be_said(tmp_path):
-    with pytest.raises(DsConfigError, match="gradient_clipping missing"):
-        read_ds_config(written(tmp_path, {}, drop=("gradient_clipping",)), RECIPE)
+def test_what_the_recipe_decides_is_always_said(tmp_path):
+    """Else DeepSpeed would clip at 1.0 and step in every micro step, and AdamW decay by its own 0.01."""
+    left_out = (
+        "gradient_clipping",
+        "gradient_accumulation_steps",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+    )
+    path = written(tmp_path, {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, drop=left_out)
+    resolved = read_ds_config(path, RECIPE).deepspeed
+    assert resolved["gradient_clipping"] == 1.5
+    assert resolved["gradient_accumulation_steps"] == 2
+    assert resolved["optimizer"]["params"] == {
+        "torch_adam": True, "lr": 1e-3, "weight_decay": 0.01, "betas": [0.9, 0.98], "eps": 1e-7
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -33,13 +33,20 @@ def with_sgd_tables(config: DsConfig) -> DsConfig:
     return DsConfig(config.path, config.deepspeed, config.dhen.model_copy(update={"table_optimizer": "sgd"}))
 
 
+def with_sgd_dense(config: DsConfig) -> DsConfig:
+    """Plain SGD shows a wrong scale of the gradients, to which Adam is blind."""
+    sgd = {"optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}}, "zero_allow_untested_optimizer": True}
+    return DsConfig(config.path, config.deepspeed | sgd, config.dhen)
+
+
 def train(
-    topology: Topology, name: str, accumulation: int = 1, max_grad_norm: float = 0.0
+    topology: Topology, name: str, accumulation: int = 1, max_grad_norm: float = 0.0, optimizer: str = "AdamW"
 ) -> tuple[list[float], ParallelDhen]:
     micro = GLOBAL_BATCH // topology.world_size // accumulation
     config = read_ds_config(
         ROOT / f"ds_configs/{name}.json", recipe(topology.world_size, micro, accumulation, max_grad_norm)
     )
+    config = with_sgd_dense(config) if optimizer == "SGD" else config
     model = parallelize(DhenConfig(**CONFIG), topology, with_sgd_tables(config), seed=SEED)
     model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
     losses = []
@@ -59,6 +66,8 @@ def train(
 
 def train_all(topology: Topology) -> dict[str, list[float]]:
     losses = {name: train(topology, name)[0] for name in NAMES}
+    for stage in ("zero0", "zero1", "zero2", "zero3"):
+        losses[f"{stage} SGD"] = train(topology, stage, accumulation=2, optimizer="SGD")[0]
     losses["zero2 clipped, 2 micro steps"] = train(topology, "zero2", accumulation=2, max_grad_norm=0.05)[0]
     losses["zero3 clipped, 2 micro steps"] = train(topology, "zero3", accumulation=2, max_grad_norm=0.05)[0]
     return losses
@@ -106,8 +115,8 @@ def losses_by_name(world_size: int) -> dict[str, list[float]]:
 
 
 @functools.cache
-def reference(accumulation: int = 1, max_grad_norm: float = 0.0) -> list[float]:
-    return plain_losses(global_batches(STEPS, GLOBAL_BATCH), accumulation, max_grad_norm)[0]
+def reference(accumulation: int = 1, max_grad_norm: float = 0.0, optimizer: str = "AdamW") -> list[float]:
+    return plain_losses(global_batches(STEPS, GLOBAL_BATCH), accumulation, max_grad_norm, optimizer)[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -125,13 +134,33 @@ def test_clipping_and_accumulation_equal_plain_torch(world_size, name):
     assert difference(losses, reference(2)) > 100 * FP32_TOLERANCE, "clipping had no effect, so this showed nothing"
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+def test_the_scale_of_dense_gradients_equals_plain_torch(world_size, stage):
+    losses = losses_by_name(world_size)[f"{stage} SGD"]
+    assert difference(losses, reference(2, 0.0, "SGD")) < FP32_TOLERANCE
+
+
+def with_summed_dense_gradients(topology: Topology) -> list[float]:
+    """As if DeepSpeed summed over ranks: twice the learning rate, on two of them."""
+    right = ParallelDhen.set_learning_rates
+    ParallelDhen.set_learning_rates = lambda self, dense, tables: right(self, dense * topology.world_size, tables)
+    return train(topology, "zero2", accumulation=2, optimizer="SGD")[0]
+
+
+def test_a_wrong_scale_of_dense_gradients_is_caught():
+    losses = run_ranks(2, with_summed_dense_gradients)[0]
+    assert difference(losses, reference(2, 0.0, "SGD")) > 100 * FP32_TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["zero0", "zero2", "zero3_offload"])
 def test_the_whole_dense_weights_equal_plain_torch(name):
     _, expected = plain_losses(global_batches(STEPS, GLOBAL_BATCH))
-    for weights in run_ranks(2, weights_after, name):
-        assert set(weights) == {name for name in expected if not name.startswith("tables.")}
-        for key, tensor in weights.items():
-            torch.testing.assert_close(tensor, expected[key], atol=1e-4, rtol=1e-4)
+    weights, none = run_ranks(2, weights_after, name)
+    assert set(weights) == {name for name in expected if not name.startswith("tables.")}
+    assert not none, "rank 0 alone holds them"
+    for key, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[key], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("fault", [without_the_division, with_two_tables_swapped])

@@ -14,7 +14,7 @@ from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.training.checkpoint import checkpoints
 from dhen.training.trained_model import TrainedModel
 from tests import ROOT
-from tests.recipes.launch import TINY, run_script, summary
+from tests.recipes.launch import TINY, prepared_click_log, run_script, summary
 
 SEED = 4
 
@@ -192,3 +192,16 @@ def one_plain_step(log: Path, trained: TrainedModel, kind: str, learning_rate: f
             stepped = stepped * (1 - learning_rate * l2)
         weights[name.removesuffix(".weight")] = stepped
     return weights
+
+
+def test_a_last_step_of_fewer_rows_than_pieces_is_learned(tmp_path):
+    """641 rows, 64 a step in 4 micro steps: the last step has one row, so three of its micro steps have none."""
+    data = prepared_click_log(tmp_path, rows=641)
+    run = tmp_path / "run"
+    done = run_script(
+        "train.py", f"--dataset_name={data}", f"--output_dir={run}", "--per_device_train_batch_size=16",
+        "--gradient_accumulation_steps=4", *TINY,
+    )  # fmt: skip
+    assert done.status == 0, done.output
+    assert summary(run)["samples_seen"] == 641
+    assert summary(run)["steps"] == 11
