@@ -142,7 +142,7 @@ def expected_start(old: Path, new: Path, feature: str) -> tuple[torch.Tensor, in
 @pytest.mark.parametrize("stage", [0, 3])
 def test_frozen_tables_are_those_of_the_trained_model_by_name_and_key(old_run, new_log, tmp_path, stage):
     run = tmp_path / "run"
-    flags = [f"--model_name_or_path={old_run}", "--freeze=tables", "--whole_table_l2=0.1"]
+    flags = [f"--model_name_or_path={old_run}", "--freeze=tables"]
     output = train(new_log.flags, run, *flags, ranks=2, stage=stage)
     # All rows have kept their bits since the start, so they show the start.
     taken_in_all = 0

@@ -109,6 +109,8 @@ def test_a_mistake_in_yaml_names_file_key_and_value(tmp_path, text, words):
         (["--dataset_name=a", "--train_file=b"], ["dataset_name and train_file"]),
         (["--test_file=a"], ["without train_file"]),
         (["--resume_from_checkpoint=true", "--overwrite_output_dir"], ["both given"]),
+        (["--freeze=tables", "--whole_table_l2=0.1"], ["no effect on tables that freeze keeps"]),
+        (["--table_epsilon=-1"], ["table_epsilon is -1"]),
     ],
 )
 def test_a_mistake_on_the_command_line_names_flag_and_value(flags, words):
