@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser
 
 from dhen.model.configuration_dhen import DhenArchitecture
+from dhen.model.interactions import import_interactions
 from dhen.model.names import unknown_name
 from dhen.parallel.ds_config import Recipe
 
@@ -110,6 +111,7 @@ class TrainingArguments:
     load_best_model_at_end: bool = option(True, "Test and export the best checkpoint rather than the last weights.")
     early_stopping_patience: int = option(0, "Stop after this many evaluations without a better metric; 0 is off.")
     seed: int = option(0, "Seed of weights, tables, shuffling and dropout.")
+    interaction_files: list[str] = option([], "Python files that register interactions of your own.")
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def parse_arguments(command_line: Sequence[str] | None = None, *, quickstart: Pa
     checked = [check_types(part, vars(given), "command line") for part, given in zip(_PARTS, parts, strict=True)]
     arguments = Arguments(known.ds_config, *checked)
     _check_values(arguments)
+    import_interaction_files(arguments.training.interaction_files)
     return arguments
 
 
@@ -185,6 +188,15 @@ def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
         )
     flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config"}
     return ArgumentError(unknown_name("argument", flag.split("=")[0], flags))
+
+
+def import_interaction_files(paths: Sequence[str]) -> None:
+    """Make the user's own interactions known. Raises ArgumentError naming the file."""
+    for path in paths:
+        try:
+            import_interactions(path)
+        except ValueError as error:
+            raise ArgumentError(f"interaction_files: {error}") from error
 
 
 def _launcher_parser(**kwargs: Any) -> argparse.ArgumentParser:

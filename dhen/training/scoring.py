@@ -18,6 +18,7 @@ from dhen.training.arguments import (
     Parser,
     check_types,
     copy_for_parser,
+    import_interaction_files,
     option,
     unknown_argument,
 )
@@ -49,6 +50,7 @@ class ScoringArguments:
         None, "Where raw files are kept once prepared; default: as in training, or beside the exported model."
     )
     output: str | None = option(None, "File to write: JSON from evaluate.py, Parquet from predict.py.")
+    interaction_files: list[str] = option([], "Python files that register the model's own interactions.")
     local_rank: int = option(0, "Set by DeepSpeed's launcher; not used.")
 
 
@@ -63,6 +65,7 @@ def parse_scoring_arguments(command_line: Sequence[str] | None, description: str
     arguments = check_types(ScoringArguments, vars(given), "command line")
     if arguments.model_name_or_path is None:
         raise ArgumentError("--model_name_or_path is missing. Give a run folder or an exported model.")
+    import_interaction_files(arguments.interaction_files)
     return arguments
 
 

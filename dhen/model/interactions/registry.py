@@ -3,9 +3,12 @@
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N dense features.
 """
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -103,6 +106,20 @@ def register_interaction(kind: str) -> Callable[[type[Interaction]], type[Intera
     return register
 
 
+def import_interactions(path: str | Path) -> None:
+    """Run a user's Python file, so that what it registers is known. Raises ValueError naming the file."""
+    path = Path(path)
+    if not path.is_file() or path.suffix != ".py":
+        raise ValueError(f"{path}: no such Python file. Give one whose classes are decorated by register_interaction.")
+    known = dict(_INTERACTIONS)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    if known == _INTERACTIONS:
+        raise ValueError(f"{path}: registers no interaction. Known without it: {', '.join(sorted(known))}.")
+
+
 def interaction_kinds() -> tuple[str, ...]:
     """All registered kinds, sorted."""
     return tuple(sorted(_INTERACTIONS))
@@ -120,7 +137,7 @@ def interaction_options(kind: str) -> dict[str, InteractionOption]:
     """The options of a kind by name. Raises ValueError with the nearest right kind."""
     if kind not in _INTERACTIONS:
         message = unknown_name("interaction kind", kind, [*_INTERACTIONS, *PRESETS])
-        raise ValueError(f"{message} One of your own is known once its file is imported.")
+        raise ValueError(f"{message} One of your own is known once its file is imported (--interaction_files).")
     options: dict[str, InteractionOption] = {}
     # A class without an __init__ has its parent's; one whose __init__ takes **options has its parent's options too.
     for cls in _INTERACTIONS[kind].__mro__:

@@ -1,0 +1,43 @@
+"""A user's own interaction, as recipes/README.md writes it, trains, and scores where it is named."""
+
+import json
+
+import pytest
+
+from tests.recipes.launch import TINY, run_script, summary
+from tests.recipes.test_documentation import blocks
+
+
+@pytest.fixture
+def users_file(tmp_path):
+    (text,) = [block for _, block in blocks("python") if "register_interaction" in block]
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return path
+
+
+def test_an_interaction_of_the_users_file_trains_and_is_evaluated(tmp_path, users_file, click_log):
+    run = tmp_path / "run"
+    flags = [f"--dataset_name={click_log}", *TINY, f"--output_dir={run}", "--ds_config=ds_configs/zero3.json"]
+    model = ("--interactions", json.dumps(["linear", {"kind": "squares", "scale": 0.5}]))
+    named = f"--interaction_files={users_file}"
+    done = run_script("train.py", *flags, *model, named)
+    assert done.status == 0, done.output
+    output = tmp_path / "metrics.json"
+    scored = (f"--model_name_or_path={run}", f"--output={output}")
+    done = run_script("evaluate.py", *scored, named)
+    assert done.status == 0, done.output
+    assert json.loads(output.read_text()) == pytest.approx(summary(run)["test"], rel=1e-6)
+    done = run_script("evaluate.py", *scored)
+    assert done.status != 0
+    assert "--interaction_files" in done.output
+
+
+@pytest.mark.parametrize(("text", "words"), [(None, "no such Python file"), ("import math\n", "registers no")])
+def test_a_file_without_an_interaction_is_refused(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    if text:
+        path.write_text(text)
+    done = run_script("train.py", f"--interaction_files={path}", f"--output_dir={tmp_path / 'run'}")
+    assert done.status != 0
+    assert f"{path}: {words}" in done.output
