@@ -12,12 +12,20 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["dhen.parallel.parallelize"])
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
-    """`function(topology, *args)` on each rank; returns the results by rank. Raises what a rank raised, as text."""
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300, local_size: int | None = None
+) -> list[Any]:
+    """`function(topology, *args)` on each rank; returns the results by rank. Raises what a rank raised, as text.
+
+    local_size: ranks of one node, where they shall take themselves for several nodes' ranks.
+    """
     results = _context.Queue()
     port = free_port()
     ranks = [
-        _context.Process(target=_one_rank, args=(rank, world_size, port, results, function, args))
+        _context.Process(
+            target=_one_rank,
+            args=(rank_environment(rank, world_size, port, local_size or world_size), results, function, args),
+        )
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -37,10 +45,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     return [by_rank[rank] for rank in range(world_size)]
 
 
-def _one_rank(
-    rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
-) -> None:
-    os.environ |= rank_environment(rank, world_size, port)
+def _one_rank(environment: dict[str, str], results: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= environment
+    rank = int(environment["RANK"])
     try:
         import torch
 
@@ -55,13 +62,14 @@ def _one_rank(
         raise
 
 
-def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What a launcher sets for a rank of a job on one machine."""
+def rank_environment(rank: int, world_size: int, port: int, local_size: int | None = None) -> dict[str, str]:
+    """What a launcher sets for a rank of a job on nodes of `local_size` ranks, one node by default."""
+    local_size = local_size or world_size
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % local_size),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",

@@ -9,10 +9,10 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from dhen.model.names import unknown_name
 from dhen.parallel.sharded_tables import TableOptimizer
@@ -25,7 +25,7 @@ _SECTION_KEYS = {
     "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
 }
 _WITHOUT_EFFECT = {
-    "activation_checkpointing": "turns nothing on in DeepSpeed 0.19. Remove it.",
+    "activation_checkpointing": "turns nothing on in DeepSpeed 0.19. Use dhen.activation_checkpointing.",
     "bfloat16": 'is the old name of "bf16". Use that.',
     "gradient_allreduce_op": "would change the dense gradients' scale with the number of ranks. Remove it.",
     "prescale_gradients": "is not supported: the tables' gradients would be scaled otherwise. Remove it.",
@@ -43,6 +43,16 @@ class DhenSection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     table_optimizer: TableOptimizer = Field("rowwise_adagrad", description="Optimizer fused into the tables' backward.")
+    activation_checkpointing: Literal["none", "all"] | NonNegativeInt = Field(
+        "none", description="Layers, counted from the input, whose activations are computed again in the backward."
+    )
+    shard_group: Literal["world", "node"] | PositiveInt = Field(
+        "world", description="Ranks that ZeRO shards over: all, those of a node (HSDP), or a number of ranks."
+    )
+    all_reduce_dtype: Literal["bf16", "fp16"] | None = Field(
+        None, description="HSDP: what crosses nodes in the all-reduce of gradient shards; null is their own."
+    )
+    async_all_reduce: bool = Field(True, description="HSDP: the all-reduce across nodes runs under the backward.")
 
 
 @dataclass(frozen=True)
@@ -264,3 +274,33 @@ def _refuse_known_faults(config: DsConfig) -> None:
     for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size", "mics_shard_size"):
         if zero.get(key, 0) not in (0, 1, False, -1):
             raise DsConfigError(f"{path}: zero_optimization.{key} is not supported here.")
+    _refuse_impossible_hsdp(config)
+
+
+def _refuse_impossible_hsdp(config: DsConfig) -> None:
+    """What hybrid sharding can't be combined with. Whether the ranks can be divided is known only in the job."""
+    raw, path, zero = config.deepspeed, config.path, config.deepspeed.get("zero_optimization", {})
+    section = config.dhen
+    if section.shard_group == "world":
+        for key, default in (("all_reduce_dtype", None), ("async_all_reduce", True)):
+            if getattr(section, key) != default:
+                raise DsConfigError(
+                    f'{path}: dhen.{key} has no effect with dhen.shard_group "world", where nothing is replicated. '
+                    'Remove it, or set dhen.shard_group to "node".'
+                )
+        return
+    if config.zero_stage == 0:
+        raise DsConfigError(
+            f"{path}: dhen.shard_group is {section.shard_group!r}, but zero_optimization.stage is 0, which shards "
+            "nothing. Use stage 1, 2 or 3."
+        )
+    if config.zero_stage == 1 and raw.get("bf16", {}).get("enabled"):
+        raise DsConfigError(
+            f"{path}: dhen.shard_group under bf16 and stage 1: DeepSpeed 0.19 has another optimizer there, which "
+            "reduces over all ranks. Use stage 2 or 3."
+        )
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if zero.get(key) is False:
+            raise DsConfigError(
+                f"{path}: zero_optimization.{key} is false, which dhen.shard_group can't have. Remove it."
+            )

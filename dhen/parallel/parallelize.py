@@ -5,7 +5,8 @@ In this order, each step relying on the one before:
    broadcasts every parameter that it is given and would overwrite the ranks' different shards;
 2. the dense part is built from the same seed on all ranks, under zero.Init where ZeRO stage 3 shards its parameters;
 3. weights of a trained model, where there are any, replace the initial ones;
-4. deepspeed.initialize wraps the dense part.
+4. activation checkpointing wraps the layers that it is asked for;
+5. DeepSpeed's engine wraps the dense part, over all ranks, or in hybrid shards by hsdp.py.
 """
 
 import contextlib
@@ -21,10 +22,14 @@ from torch import Tensor, nn
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel.ds_config import DsConfig
+from dhen.parallel import hsdp
+from dhen.parallel.activation_checkpointing import checkpoint_layers
+from dhen.parallel.ds_config import DsConfig, DsConfigError
 from dhen.parallel.placement import Placement, place_tables
 from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, ShardedTables
-from dhen.parallel.topology import Topology
+from dhen.parallel.topology import ShardGroups, Topology
+
+WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -64,9 +69,13 @@ class ScoringDhen:
 
 @dataclass
 class ParallelDhen(ScoringDhen):
-    """The same, for training: `dense` is DeepSpeed's engine around the dense part, under ZeRO."""
+    """The same, for training: `dense` is DeepSpeed's engine around the dense part, under ZeRO.
+
+    shard_size: the number of ranks that ZeRO shards over, all or those of a shard group.
+    """
 
     ds_config: DsConfig
+    shard_size: int
 
     @property
     def engine(self) -> deepspeed.DeepSpeedEngine:
@@ -131,19 +140,20 @@ def parallelize(
 
     dense_weights: weights of the dense part that replace the initial ones, by name; what is left out keeps its own.
     """
+    groups = _shard_groups(topology, ds_config)
     tables, placement = shard_tables(config, topology, ds_config.dhen.table_optimizer, table_epsilon, seed)
-    dense = _dense_part(config, ds_config, seed)
+    dense = _dense_part(config, ds_config, seed, groups)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
-    engine, *_ = deepspeed.initialize(
-        model=dense,
-        model_parameters=[parameter for parameter in dense.parameters() if parameter.requires_grad],
-        config=ds_config.deepspeed,
-        dist_init_required=False,
-    )
+    try:
+        checkpoint_layers(dense, ds_config.dhen.activation_checkpointing)
+    except ValueError as error:
+        raise DsConfigError(f"{ds_config.path}: dhen.activation_checkpointing is {error}") from error
+    engine = _engine(dense, ds_config, groups)
     # Weights came from one seed; dropout draws from another on each rank.
     torch.manual_seed(seed + topology.rank)
-    return ParallelDhen(config, topology, placement, tables, engine, ds_config)
+    shard_size = topology.world_size if groups is None else groups.shard_size
+    return ParallelDhen(config, topology, placement, tables, engine, ds_config, shard_size)
 
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
@@ -179,12 +189,36 @@ def shard_tables(
     return tables, placement
 
 
-def _dense_part(config: DhenConfig, ds_config: DsConfig, seed: int) -> DhenForClickPrediction:
+def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None:
+    """The groups of hybrid sharding; None where ZeRO shards over all ranks anyway."""
+    try:
+        size = topology.shard_size(ds_config.dhen.shard_group)
+    except ValueError as error:
+        raise DsConfigError(f"{ds_config.path}: dhen.shard_group is {error}") from error
+    return None if size == topology.world_size else topology.shard_groups(size)
+
+
+def _dense_part(
+    config: DhenConfig, ds_config: DsConfig, seed: int, groups: ShardGroups | None
+) -> DhenForClickPrediction:
     torch.manual_seed(seed)
     if ds_config.zero_stage < 3:
         return DhenForClickPrediction(config, with_tables=False)
-    with deepspeed.zero.Init(config_dict_or_path=ds_config.deepspeed):
+    shard = None if groups is None else groups.shard
+    with deepspeed.zero.Init(config_dict_or_path=ds_config.deepspeed, data_parallel_group=shard):
         return DhenForClickPrediction(config, with_tables=False)
+
+
+def _engine(dense: nn.Module, ds_config: DsConfig, groups: ShardGroups | None) -> deepspeed.DeepSpeedEngine:
+    parameters = [parameter for parameter in dense.parameters() if parameter.requires_grad]
+    if groups is not None:
+        wire_dtype = WIRE_DTYPES.get(ds_config.dhen.all_reduce_dtype)
+        reduction = hsdp.ReplicaReduction(groups, wire_dtype, is_async=ds_config.dhen.async_all_reduce)
+        return hsdp.initialize(dense, parameters, ds_config.deepspeed, groups, reduction)
+    engine, *_ = deepspeed.initialize(
+        model=dense, model_parameters=parameters, config=ds_config.deepspeed, dist_init_required=False
+    )
+    return engine
 
 
 def _load_dense_weights(dense: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -197,6 +231,9 @@ def _load_dense_weights(dense: nn.Module, weights: Mapping[str, Tensor]) -> None
 
 
 def _whole_weight(parameter: nn.Parameter) -> Tensor:
-    """The fp32 weight that the optimizer holds where ZeRO shards it, else the parameter itself."""
+    """The fp32 weight that the optimizer holds where ZeRO shards it, else the parameter itself, as a frozen one's."""
     whole = safe_get_full_fp32_param(parameter)
-    return parameter.float() if whole is None else whole
+    if whole is not None:
+        return whole
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.detach().float().clone()

@@ -1,18 +1,41 @@
 """Which process this is, and the process groups (paper 3.2): one object, made once, handed to whoever communicates."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+ShardGroup = Literal["world", "node"] | int
+"""Which ranks hold one replica of the dense part together: all, those of a node, or that many neighbours."""
+
+
+@dataclass(frozen=True)
+class ShardGroups:
+    """The process groups of hybrid sharding (paper figure 5).
+
+    shard: the ranks that hold one replica together, this one among them. replica: the ranks that hold the same shard of
+    all replicas. replica_index: which replica this rank belongs to.
+    """
+
+    shard: dist.ProcessGroup
+    replica: dist.ProcessGroup
+    shard_size: int
+    num_replicas: int
+    replica_index: int
+
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's place in the job. `world` is the group of all ranks; `device` is where this rank computes."""
+    """This process's place in the job. `world` is the group of all ranks; `device` is where this rank computes.
+
+    Ranks are numbered node by node, as every launcher does: rank = node * local_size + local_rank.
+    """
 
     rank: int
     world_size: int
@@ -26,10 +49,54 @@ class Topology:
         """Whether this rank speaks for the job: rank 0."""
         return self.rank == 0
 
+    def shard_size(self, shard_group: ShardGroup) -> int:
+        """Number of ranks in a shard group. Communicates over all ranks unless it is "world".
+
+        Raises ValueError where the job's ranks can't be divided so.
+        """
+        if shard_group == "world":
+            return self.world_size
+        here = torch.tensor([self.local_size, self.local_rank], device=self.device)
+        everyone = here.new_empty(2 * self.world_size)
+        dist.all_gather_into_tensor(everyone, here, group=self.world)
+        return shard_size(shard_group, everyone.view(-1, 2).tolist())
+
+    def shard_groups(self, size: int) -> ShardGroups:
+        """Make the groups for shards over `size` neighbouring ranks. Communicates; all ranks call it, once."""
+        shards = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+        replicas = [list(range(first, self.world_size, size)) for first in range(size)]
+        shard = [dist.new_group(ranks) for ranks in shards][self.rank // size]
+        replica = [dist.new_group(ranks) for ranks in replicas][self.rank % size]
+        return ShardGroups(shard, replica, size, len(shards), self.rank // size)
+
     def barrier(self) -> None:
         """Wait for all ranks of the world."""
         devices = [self.device.index] if self.device.type == "cuda" else None
         dist.barrier(group=self.world, device_ids=devices)
+
+
+def shard_size(shard_group: Literal["node"] | int, places: Sequence[Sequence[int]]) -> int:
+    """Ranks of a shard group; places: (ranks on its node, local rank) of each rank. Raises ValueError."""
+    world_size = len(places)
+    sizes = [local_size for local_size, _ in places]
+    local_size = sizes[0]
+    if len(set(sizes)) > 1:
+        unequal = ", ".join(map(str, sorted(set(sizes))))
+        raise ValueError(
+            f"{shard_group!r}, but the nodes have {unequal} ranks. Replicas must be cut alike: start as many ranks on "
+            'every node, or use "world".'
+        )
+    if [local_rank for _, local_rank in places] != [rank % local_size for rank in range(world_size)]:
+        raise ValueError(f'{shard_group!r}, but the launcher numbers the ranks across nodes. Use "world".')
+    size = local_size if shard_group == "node" else shard_group
+    fits = [n for n in range(2, world_size + 1) if world_size % n == 0 and (local_size % n == 0 or n % local_size == 0)]
+    if size != world_size and size not in fits:
+        allowed = ", ".join(map(str, fits))
+        raise ValueError(
+            f"{shard_group!r}, which is {size} ranks, but this job has {world_size} ranks, {local_size} on each node. "
+            f'Use one of {allowed}, or "world"; one rank alone would shard nothing (that is ZeRO stage 0).'
+        )
+    return size
 
 
 def start(timeout_minutes: float = 30.0) -> Topology:

@@ -26,7 +26,8 @@ def test_shipped_files_are_read_and_resolved(path):
     assert config.deepspeed["train_batch_size"] == 64 * 2 * 4
     assert config.deepspeed["gradient_clipping"] == 1.5
     assert config.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.98]
-    assert str(config.zero_stage) in path.stem
+    assert f"zero{config.zero_stage}" in path.stem or (path.stem.startswith("hsdp") and config.zero_stage == 3)
+    assert (config.dhen.shard_group == "node") == path.stem.startswith("hsdp")
 
 
 def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
@@ -57,6 +58,20 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"bfloat16": {"enabled": True}}, "old name of"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "lr_scheduler_type"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+        ({"dhen": {"shard_group": "nodes"}}, "shard_group"),
+        ({"dhen": {"shard_group": 0}}, "shard_group"),
+        ({"dhen": {"all_reduce_dtype": "bf16"}}, 'no effect with dhen.shard_group "world"'),
+        ({"dhen": {"async_all_reduce": False}}, 'no effect with dhen.shard_group "world"'),
+        ({"dhen": {"shard_group": "node"}, "zero_optimization": {"stage": 0}}, "shards nothing"),
+        (
+            {"dhen": {"shard_group": 2}, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+            "Use stage 2 or 3",
+        ),
+        (
+            {"dhen": {"shard_group": 2}, "zero_optimization": {"stage": 2, "contiguous_gradients": False}},
+            "contiguous_gradients is false",
+        ),
+        ({"dhen": {"activation_checkpointing": "some"}}, "activation_checkpointing"),
     ],
 )
 def test_a_mistake_is_named_with_its_file(tmp_path, change, says):

@@ -4,64 +4,17 @@ import functools
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import DsConfig, read_ds_config
-from dhen.parallel.parallelize import ParallelDhen, parallelize
+from dhen.parallel.parallelize import ParallelDhen
 from dhen.parallel.topology import Topology
 from tests import ROOT
-from tests.parallel.plain import (
-    CONFIG,
-    LEARNING_RATE,
-    SEED,
-    TABLE_LEARNING_RATE,
-    global_batches,
-    plain_losses,
-    recipe,
-)
+from tests.parallel.plain import global_batches, plain_losses
+from tests.parallel.training import GLOBAL_BATCH, STEPS, difference, train
 from tests.ranks import run_ranks
 
-STEPS, GLOBAL_BATCH = 20, 32
 FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 0.05  # bf16 keeps 8 bits: after 20 Adam steps losses are within a few per cent
 NAMES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
-
-
-def with_sgd_tables(config: DsConfig) -> DsConfig:
-    return DsConfig(config.path, config.deepspeed, config.dhen.model_copy(update={"table_optimizer": "sgd"}))
-
-
-def with_sgd_dense(config: DsConfig) -> DsConfig:
-    """Plain SGD shows a wrong scale of the gradients, to which Adam is blind."""
-    sgd = {"optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}}, "zero_allow_untested_optimizer": True}
-    return DsConfig(config.path, config.deepspeed | sgd, config.dhen)
-
-
-def train(
-    topology: Topology, name: str, accumulation: int = 1, max_grad_norm: float = 0.0, optimizer: str = "AdamW"
-) -> tuple[list[float], ParallelDhen]:
-    micro = GLOBAL_BATCH // topology.world_size // accumulation
-    config = read_ds_config(
-        ROOT / f"ds_configs/{name}.json", recipe(topology.world_size, micro, accumulation, max_grad_norm)
-    )
-    config = with_sgd_dense(config) if optimizer == "SGD" else config
-    model = parallelize(DhenConfig(**CONFIG), topology, with_sgd_tables(config), seed=SEED)
-    model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
-    losses = []
-    for batch in global_batches(STEPS, GLOBAL_BATCH):
-        total = torch.zeros(1)
-        for step in range(accumulation):
-            first = (step * topology.world_size + topology.rank) * micro
-            sparse, dense_BN, labels_B = batch.rows(first, first + micro)
-            logits_B = model.score(model.look_up(sparse), dense_BN)
-            loss = binary_cross_entropy_with_logits(logits_B, labels_B)
-            model.step(loss)
-            total += loss.detach()
-        dist.all_reduce(total)
-        losses.append(total.item() / topology.world_size / accumulation)
-    return losses, model
 
 
 def train_all(topology: Topology) -> dict[str, list[float]]:
@@ -102,11 +55,6 @@ def with_two_tables_swapped(topology: Topology) -> list[float]:
 
     PooledLayout.join = wrong
     return train(topology, "zero2")[0]
-
-
-def difference(losses: list[float], reference: list[float]) -> float:
-    """Largest relative difference of a step's loss."""
-    return max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
 
 
 @functools.cache

@@ -1,0 +1,258 @@
+"""Hybrid sharded data parallel (paper 3.2.2, figure 5) on DeepSpeed's ZeRO.
+
+The ranks of a shard group, a node's, hold one replica of the dense part together. ZeRO runs inside the group: its
+all-gathers and reduce-scatters never leave it. As soon as a bucket's gradient shards are reduced there, an asynchronous
+all-reduce of them starts over the replica group, the ranks that hold the same shard on all nodes, and the backward goes
+on under it. Before the optimizer steps, all of them are waited for. With gradient accumulation only the last micro step
+communicates across nodes.
+
+DeepSpeed has no such stage, but its ZeRO optimizers take the process group that they shard over. So an engine hands
+them the shard group, and a subclass takes over each of them at the place where a reduced shard is put away. That place
+is private to DeepSpeed: all such names stand in this file, are those of DeepSpeed 0.19.8, and are guarded by
+`tests/parallel/test_hsdp.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor, nn
+
+from dhen.parallel.topology import ShardGroups
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """An all-reduce under way: the shards' gradients side by side on the wire, and what to do with the result."""
+
+    on_wire: Tensor
+    like: list[Tensor]
+    handle: dist.Work
+    put_away: Callable[[list[Tensor]], None]
+
+
+class ReplicaReduction:
+    """Averages gradient shards over the replica group, while the backward goes on.
+
+    wire_dtype: what travels; None is the gradients' own. is_async: False waits at once, to compare with.
+    """
+
+    def __init__(self, groups: ShardGroups, wire_dtype: torch.dtype | None = None, *, is_async: bool = True) -> None:
+        self._groups, self._wire_dtype, self._is_async = groups, wire_dtype, is_async
+        self._pending: list[_Pending] = []
+
+    def start(self, shards: Sequence[Tensor], put_away: Callable[[list[Tensor]], None]) -> None:
+        """Begin to average `shards` in one message. Communicates over the replica group.
+
+        put_away: called by `finish` with the averages, of the shapes and dtypes of `shards`.
+        """
+        on_wire = torch.cat([shard.reshape(-1) for shard in shards]).div_(self._groups.num_replicas)
+        if self._wire_dtype is not None:
+            on_wire = saturate(on_wire, self._wire_dtype, self._groups.num_replicas).to(self._wire_dtype)
+        handle = dist.all_reduce(on_wire, group=self._groups.replica, async_op=True)
+        # Only what tells shapes and dtypes apart is kept of the shards, not their memory.
+        like = [torch.empty_like(shard, device="meta") for shard in shards]
+        self._pending.append(_Pending(on_wire, like, handle, put_away))
+        if not self._is_async:
+            handle.wait()
+
+    def finish(self) -> None:
+        """Wait for all that was started, and put it away in the order of its start."""
+        for pending in self._pending:
+            pending.handle.wait()
+            parts = pending.on_wire.split([shard.numel() for shard in pending.like])
+            pending.put_away(
+                [part.view(shard.shape).to(shard.dtype) for part, shard in zip(parts, pending.like, strict=True)]
+            )
+        self._pending.clear()
+
+
+def saturate(values: Tensor, dtype: torch.dtype, num_terms: int) -> Tensor:
+    """`values` within what `dtype` can hold of a sum of `num_terms` of them; NaN stays NaN."""
+    largest = torch.finfo(dtype).max / num_terms
+    return values.clamp_(-largest, largest) if largest < torch.finfo(values.dtype).max else values
+
+
+class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
+    """ZeRO stage 3 inside the shard group: parameters, gradients and optimizer states are sharded over it."""
+
+    def take_over(self, reduction: ReplicaReduction) -> None:
+        """What __init__ would do, had this class been constructed."""
+        self.hsdp_reduction = reduction
+
+    def partition_grads(self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]) -> list[Tensor]:
+        """DeepSpeed's hook for a bucket's reduced shards. In the last micro step they go across nodes first."""
+        parent = super().partition_grads
+        if not self.is_gradient_accumulation_boundary():
+            return parent(params_to_release, grad_partitions)
+        params = list(params_to_release)  # the caller clears its list
+        if self.micro_step_id > 0:
+            for param, shard in zip(params, grad_partitions, strict=True):
+                # What the earlier micro steps summed up crosses with the last one, so it isn't added again.
+                earlier = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[param.ds_id]
+                shard.add_(earlier.narrow(0, 0, shard.numel()).to(shard.device))
+                earlier.zero_()
+        for param in params:
+            if not get_accelerator().is_synchronized_device():
+                param.grad.record_stream(get_accelerator().current_stream())
+            param.grad = None
+        self.hsdp_reduction.start(grad_partitions, lambda averages: parent(params, averages))
+        return []
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """DeepSpeed's end of a backward: the last bucket has started, so all can be waited for."""
+        super().independent_gradient_partition_epilogue()
+        with get_accelerator().stream(self.reduce_and_partition_stream):
+            self.hsdp_reduction.finish()
+        if not get_accelerator().resolves_data_dependency():
+            self.reduce_and_partition_stream.synchronize()
+
+
+class HsdpStages1And2(DeepSpeedZeroOptimizer):
+    """ZeRO stages 1 and 2 inside the shard group: optimizer states, and gradients, are sharded over it."""
+
+    def take_over(self, reduction: ReplicaReduction) -> None:
+        """What __init__ would do, had this class been constructed."""
+        self.hsdp_reduction = reduction
+        self.hsdp_bucket: list[tuple[nn.Parameter, int, Tensor]] = []
+
+    def copy_grads_in_partition(self, param: nn.Parameter, group_idx: int | None = None) -> None:
+        """DeepSpeed's hook for one reduced gradient of this rank's shard. In the last micro step it crosses nodes."""
+        if not self.is_gradient_accumulation_boundary():
+            super().copy_grads_in_partition(param, group_idx)
+            return
+        group = self._get_param_group_idx(param) if group_idx is None else group_idx
+        # A copy, because the bucket is filled anew meanwhile.
+        self.hsdp_bucket.append((param, group, self._reduced_slice(param, group).clone()))
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        """DeepSpeed's reduction of a full bucket inside the shard group; what it leaves here then crosses nodes."""
+        super().reduce_ipg_grads(comm_dtype)
+        if not self.hsdp_bucket:
+            return
+        bucket, self.hsdp_bucket = self.hsdp_bucket, []
+        with get_accelerator().stream(self._reduction_stream()):
+            for param, group, shard in bucket:
+                self._take_earlier_micro_steps(param, group, shard)
+            self.hsdp_reduction.start(
+                [shard for _, _, shard in bucket],
+                lambda averages: self._put_away([(p, g, a) for (p, g, _), a in zip(bucket, averages, strict=True)]),
+            )
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """DeepSpeed's end of a backward: start the last bucket, wait for all, then let it collect the gradients."""
+        self.reduce_ipg_grads()
+        with get_accelerator().stream(self._reduction_stream()):
+            self.hsdp_reduction.finish()
+        super().independent_gradient_partition_epilogue()
+
+    def _reduction_stream(self) -> Any:
+        return self.reduction_stream if self.overlap_comm else get_accelerator().current_stream()
+
+    def _bounds(self, param: nn.Parameter, group: int) -> tuple[int, int]:
+        """First element and number of elements of `param` that lie in this rank's shard."""
+        rank, param_id = dist.get_rank(group=self.real_dp_process_group[group]), self.get_param_id(param)
+        first = int(self.grad_start_offset[group][rank][param_id])
+        at = int(self.grad_partition_insertion_offset[group][rank][param_id])
+        return first, int(min(param.numel() - first, self.partition_size[group] - at))
+
+    def _reduced_slice(self, param: nn.Parameter, group: int) -> Tensor:
+        """This rank's share of `param`'s gradient, reduced inside the shard group; a view of where DeepSpeed has it."""
+        first, size = self._bounds(param, group)
+        if self._use_compact_grad_partition_buffer(group):  # bf16 weights: all micro steps are summed there in fp32
+            rank = dist.get_rank(group=self.real_dp_process_group[group])
+            return self._get_compact_grad_partition_slice(group, rank, self.get_param_id(param), size)
+        return self.get_gradient_for_reduction(param).view(-1)[first : first + size]
+
+    def _take_earlier_micro_steps(self, param: nn.Parameter, group: int, shard: Tensor) -> None:
+        """Add what earlier micro steps summed up to `shard`, and clear it, so that it isn't added again."""
+        if self._use_compact_grad_partition_buffer(group):
+            return
+        if self.cpu_offload:
+            earlier = self.accumulated_grads_in_cpu.get(self.get_param_id(param)) if self.micro_step_id > 0 else None
+        else:
+            sums = self.all_grad_tensors.get(group)
+            index = next(i for i, other in enumerate(self.params_in_partition[group]) if other is param)
+            earlier = sums[index] if sums else None
+        if earlier is not None:
+            first, size = self._bounds(param, group)
+            shard.add_(earlier.view(-1)[first : first + size].to(shard.device))
+            earlier.zero_()
+
+    def _put_away(self, averages: list[tuple[nn.Parameter, int, Tensor]]) -> None:
+        for param, group, average in averages:
+            if not self._use_compact_grad_partition_buffer(group):
+                # The bucket that held the gradient is long used again: a new one, of which only the slice is read.
+                gradient = self.get_gradient_for_reduction(param)
+                gradient.data = torch.zeros_like(gradient)
+            self._reduced_slice(param, group).copy_(average.view(-1))
+            super().copy_grads_in_partition(param, group)
+
+
+class HsdpEngine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed's engine whose ZeRO optimizer shards over `groups.shard` and averages over `groups.replica`."""
+
+    def __init__(self, groups: ShardGroups, reduction: ReplicaReduction, **arguments: Any) -> None:
+        """Communicates over all ranks. `arguments` are DeepSpeedEngine's."""
+        # Past nn.Module's own __setattr__, which doesn't work before its __init__.
+        self.__dict__["hsdp_groups"], self.__dict__["hsdp_reduction"] = groups, reduction
+        super().__init__(**arguments)
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        super()._configure_distributed_model(model)  # gives rank 0's weights to all ranks under stages 1 and 2
+        self.seq_data_parallel_group = self.hsdp_groups.shard
+        self.seq_dp_world_size = self.hsdp_groups.shard_size
+        for parameter in model.parameters():
+            if hasattr(parameter, "ds_tensor"):
+                self._equalise(parameter.ds_tensor)
+
+    def _equalise(self, shard: Tensor) -> None:
+        """Give all replicas the first one's shard; they have drawn it from one seed, perhaps on unlike devices."""
+        on_device = shard.data.to(self.device)
+        dist.broadcast(on_device, dist.get_global_rank(self.hsdp_groups.replica, 0), group=self.hsdp_groups.replica)
+        shard.data.copy_(on_device)
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
+        zero = super()._configure_zero_optimizer(optimizer)
+        takers = {DeepSpeedZeroOptimizer_Stage3: HsdpStage3, DeepSpeedZeroOptimizer: HsdpStages1And2}
+        assert type(zero) in takers, f"no HSDP for DeepSpeed's {type(zero).__name__}"
+        zero.__class__ = takers[type(zero)]
+        zero.take_over(self.hsdp_reduction)
+        return zero
+
+    def _configure_checkpointing(self) -> None:
+        super()._configure_checkpointing()
+        if self.hsdp_groups.replica_index > 0:  # replicas are equal, and one writes
+            self.save_non_zero_checkpoint = self.save_zero_checkpoint = False
+
+
+def initialize(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    config: dict[str, Any],
+    groups: ShardGroups,
+    reduction: ReplicaReduction,
+) -> HsdpEngine:
+    """deepspeed.initialize for HSDP. Communicates; all ranks call it.
+
+    Under ZeRO stage 3 `model` was built under zero.Init with `data_parallel_group=groups.shard`.
+    """
+    deepspeed.zero.partition_parameters.shutdown_init_context()
+    engine = HsdpEngine(
+        groups,
+        reduction,
+        args=None,
+        model=model,
+        model_parameters=parameters,
+        config=config,
+        config_class=deepspeed.DeepSpeedConfig(config),
+        dist_init_required=False,
+    )
+    deepspeed.zero.partition_parameters.restore_init_context()
+    return engine

@@ -1,0 +1,70 @@
+"""A tiny DHEN trained in parallel for a few steps, by any ds_config: what the tests of this room compare."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.ds_config import DsConfig, read_ds_config
+from dhen.parallel.parallelize import ParallelDhen, parallelize
+from dhen.parallel.topology import Topology
+from tests import ROOT
+from tests.parallel.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe
+
+STEPS, GLOBAL_BATCH = 20, 32
+
+
+def train(
+    topology: Topology,
+    name: str,
+    accumulation: int = 1,
+    max_grad_norm: float = 0.0,
+    optimizer: str = "AdamW",
+    *,
+    global_batch: int = GLOBAL_BATCH,
+    dhen: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
+) -> tuple[list[float], ParallelDhen]:
+    """Mean loss of each of STEPS steps, the same on all ranks, and the model.
+
+    dhen, zero: keys that change that section of ds_configs/<name>.json.
+    """
+    micro = global_batch // topology.world_size // accumulation
+    config = read_ds_config(
+        ROOT / f"ds_configs/{name}.json", recipe(topology.world_size, micro, accumulation, max_grad_norm)
+    )
+    config = _changed(config, {"table_optimizer": "sgd"} | (dhen or {}), zero or {})
+    config = with_sgd_dense(config) if optimizer == "SGD" else config
+    model = parallelize(DhenConfig(**CONFIG), topology, config, seed=SEED)
+    model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
+    losses = []
+    for batch in global_batches(STEPS, global_batch):
+        total = torch.zeros(1)
+        for step in range(accumulation):
+            first = (step * topology.world_size + topology.rank) * micro
+            sparse, dense_BN, labels_B = batch.rows(first, first + micro)
+            logits_B = model.score(model.look_up(sparse), dense_BN)
+            loss = binary_cross_entropy_with_logits(logits_B, labels_B)
+            model.step(loss)
+            total += loss.detach()
+        dist.all_reduce(total)
+        losses.append(total.item() / topology.world_size / accumulation)
+    return losses, model
+
+
+def _changed(config: DsConfig, dhen: dict[str, Any], zero: dict[str, Any]) -> DsConfig:
+    deepspeed = config.deepspeed | {"zero_optimization": config.deepspeed.get("zero_optimization", {}) | zero}
+    return DsConfig(config.path, deepspeed, config.dhen.model_copy(update=dhen))
+
+
+def with_sgd_dense(config: DsConfig) -> DsConfig:
+    """Plain SGD shows a wrong scale of the gradients, to which Adam is blind."""
+    sgd = {"optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}}, "zero_allow_untested_optimizer": True}
+    return DsConfig(config.path, config.deepspeed | sgd, config.dhen)
+
+
+def difference(losses: list[float], reference: list[float]) -> float:
+    """Largest relative difference of a step's loss."""
+    return max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
