@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: all that a run needs to go on as if it had never stopped, on the same ranks or on others.
 
 `output_dir/checkpoint-<step>/` holds DeepSpeed's files (dense weights and optimizer), `tables-<rank>.safetensors`,
 `random-<rank>.pt` and `trainer_state.json`. The last is written when all ranks are done, so a folder with it is whole
@@ -18,6 +18,7 @@ import torch
 
 from dhen.parallel.parallelize import ParallelDhen
 from dhen.parallel.table_storage import load_tables, save_tables
+from dhen.training.resharding import load_resharded
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +85,15 @@ def load_checkpoint(
     """
     values = _read_state(folder)
     topology = model.topology
-    saved = {name: values.pop(name) for name in _set_up(model)}
-    if saved != _set_up(model):
+    here = _set_up(model)
+    saved = {name: values.pop(name) for name in here}
+    is_same_cut = saved["shard_size"] == here["shard_size"]
+    if saved["zero_stage"] != here["zero_stage"] or not (is_same_cut or _can_be_resharded(model)):
         raise CheckpointError(
-            f"{folder}: saved by {saved['world_size']} ranks under ZeRO stage {saved['zero_stage']}; this job has "
-            f"{topology.world_size} ranks and stage {model.ds_config.zero_stage}. Resume with the same, or start "
-            "from the exported model with --model_name_or_path."
+            f"{folder}: saved by {saved['world_size']} ranks, {saved['shard_size']} to a replica, under ZeRO stage "
+            f"{saved['zero_stage']}; this job has {here['world_size']}, {here['shard_size']} to a replica, and stage "
+            f"{here['zero_stage']}. Resume with the same stage (with Adam under stages 1 to 3 the number of ranks may "
+            "differ), or start from the exported model with --model_name_or_path."
         )
     saved_order = values.pop("data_order")
     for name, value in (data_order or {}).items():
@@ -98,12 +102,15 @@ def load_checkpoint(
                 f"{folder}: saved with {name} {saved_order[name]}, now it is {value}. Rows would be learned twice or "
                 "never. Resume with the same, or start from the exported model with --model_name_or_path."
             )
-    loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
-    if loaded is None:
-        raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint of its own in it.")
+    if is_same_cut or here["zero_stage"] == 0:
+        loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint of its own in it.")
+    else:
+        load_resharded(model, folder)
     if model.tables is not None:
         load_tables(model.tables, folder)
-    if with_random_state:
+    if with_random_state and saved["world_size"] == here["world_size"]:
         _set_random_state(torch.load(folder / f"random-{topology.rank:05d}.pt", weights_only=True))
     return TrainerState(**values)
 
@@ -154,7 +161,17 @@ def delete_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) 
 
 
 def _set_up(model: ParallelDhen) -> dict[str, int]:
-    return {"world_size": model.topology.world_size, "zero_stage": model.ds_config.zero_stage}
+    """What the ranks' files depend on. shard_size: ranks that hold one replica of the dense part together."""
+    return {
+        "world_size": model.topology.world_size,
+        "shard_size": model.shard_size,
+        "zero_stage": model.ds_config.zero_stage,
+    }
+
+
+def _can_be_resharded(model: ParallelDhen) -> bool:
+    """Stage 0 has nothing to cut; the loader of DeepSpeed's universal form knows Adam's states."""
+    return model.ds_config.zero_stage == 0 or "adam" in model.ds_config.deepspeed["optimizer"]["type"].lower()
 
 
 def _have(output_dir: Path) -> str:

@@ -1,13 +1,17 @@
 """Checkpoints: a killed run goes on as if nothing had happened, and a save that is cut off is never picked up."""
 
+import functools
+import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from dhen.training import checkpoint
 from dhen.training.checkpoint import CheckpointError, checkpoints, find_checkpoint, is_whole
-from tests.recipes.launch import TINY, last_step, losses, run_script, summary
+from tests import ROOT
+from tests.recipes.launch import TINY, Finished, last_step, losses, run_script, summary
 
 STEPS = 40
 SETTINGS = (*TINY, "--per_device_train_batch_size=12", "--dropout=0.1", "--lr_scheduler_type=cosine", "--save_steps=20")
@@ -97,12 +101,82 @@ def test_an_unfinished_folder_is_refused_by_name(tmp_path):
         find_checkpoint("true", tmp_path)
 
 
-def test_another_number_of_ranks_is_refused_with_a_way_out(tmp_path, click_log):
-    run = tmp_path / "run"
-    run_script("train.py", *flags(run, click_log, 2), kill_when=lambda: last_step(run) >= 21)
-    other = run_script("train.py", *flags(run, click_log, 2, "--resume_from_checkpoint=true"), ranks=2)
+@dataclass(frozen=True)
+class SetUp:
+    """A way to run: ZeRO stage, ranks, and ranks of a shard group."""
+
+    stage: int
+    ranks: int
+    shard_group: int | str = "world"
+
+    def __str__(self) -> str:
+        return f"zero{self.stage} {self.ranks} ranks {self.shard_group}"
+
+    def run(self, run: Path, click_log: Path, *more: str) -> Finished:
+        raw = json.loads((ROOT / f"ds_configs/zero{self.stage}.json").read_text())
+        raw["dhen"] = {"shard_group": self.shard_group, "table_optimizer": "adagrad"}
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "set_up.json").write_text(json.dumps(raw))
+        own = (f"--ds_config={run / 'set_up.json'}", f"--per_device_train_batch_size={24 // self.ranks}")
+        return run_script("train.py", *flags(run, click_log, 0, "--dropout=0", *own, *more), ranks=self.ranks)
+
+
+HSDP = SetUp(3, 4, 2)
+
+
+@pytest.fixture(scope="module")
+def saved(click_log, tmp_path_factory):
+    """A run by a set-up, 40 steps with a checkpoint at 20; one for all tests that ask for it."""
+
+    @functools.cache
+    def make(set_up: SetUp, *more: str) -> Path:
+        run = tmp_path_factory.mktemp("saved") / "run"
+        done = set_up.run(run, click_log, *more)
+        assert done.status == 0, done.output
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (HSDP, SetUp(3, 4)),
+        (HSDP, SetUp(3, 2)),  # the same cut, fewer replicas
+        (HSDP, SetUp(3, 6, 3)),
+        (SetUp(3, 4), HSDP),
+        (SetUp(3, 4), SetUp(3, 2)),
+        (SetUp(2, 2), SetUp(2, 4, 2)),
+        (SetUp(2, 2), SetUp(2, 4)),
+        (SetUp(1, 2), SetUp(1, 3)),
+        (SetUp(0, 2), SetUp(0, 3)),
+    ],
+    ids=lambda set_up: str(set_up),
+)
+def test_other_ranks_and_shard_groups_go_on_with_the_same_losses(tmp_path, click_log, saved, before, after):
+    source = saved(before)
+    resumed = tmp_path / "resumed"
+    done = after.run(resumed, click_log, f"--resume_from_checkpoint={source / 'checkpoint-20'}")
+    assert done.status == 0, done.output
+    expected = {step: float(loss) for step, loss in losses(source).items() if step > 20}
+    assert {step: float(loss) for step, loss in losses(resumed).items()} == pytest.approx(expected, rel=2e-5)
+    assert not list(source.glob("checkpoint-20/*universal*")), "what was converted is left behind"
+
+
+def test_batch_norms_statistics_are_resharded_too(tmp_path, click_log, saved):
+    source, resumed = saved(HSDP, "--batch_norm"), tmp_path / "resumed"
+    checkpoint = source / "checkpoint-20"
+    done = SetUp(3, 4).run(resumed, click_log, "--batch_norm", f"--resume_from_checkpoint={checkpoint}")
+    assert done.status == 0, done.output
+    # Batch norm over 6 examples a rank makes more of rounding; without the statistics ne is far off.
+    assert summary(resumed)["test"]["ne"] == pytest.approx(summary(source)["test"]["ne"], rel=1e-3)
+
+
+def test_another_zero_stage_is_refused_with_a_way_out(tmp_path, click_log, saved):
+    checkpoint = saved(SetUp(2, 2)) / "checkpoint-20"
+    other = SetUp(3, 2).run(tmp_path / "other", click_log, f"--resume_from_checkpoint={checkpoint}")
     assert other.status != 0
-    assert "saved by 1 ranks" in other.output
+    assert "saved by 2 ranks, 2 to a replica, under ZeRO stage 2" in other.output
     assert "--model_name_or_path" in other.output
 
 
