@@ -89,13 +89,14 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
     if skipped:
         logger.info("data: %s bad rows were skipped; bad_rows.csv beside the prepared data lists them", f"{skipped:,}")
     logger.info(
-        "model: %d layers, %s dense weights, %s table weights; %d ranks on %s, ZeRO stage %d (%s)",
+        "model: %d layers, %s dense weights, %s table weights; %d ranks on %s, ZeRO stage %d%s (%s)",
         len(config.layer_specs),
         f"{num_dense_weights(model):,}",
         f"{table_weights:,}",
         model.topology.world_size,
         model.topology.device.type,
         model.ds_config.zero_stage,
+        "" if model.shard_size == model.topology.world_size else f" in shard groups of {model.shard_size}",
         arguments.ds_config,
     )
     logger.info("tables:\n%s", model.placement.as_table())

@@ -1,0 +1,231 @@
+"""A cluster on one machine: network namespaces as nodes, links as slow as you say, the real launcher in each.
+
+    python tools/cluster.py --nodes 2 --ranks_per_node 2 recipes/train.py --ds_config ds_configs/hsdp.json
+
+Every node is a network namespace with its own address, joined to the others by veth pairs and a bridge. `tc tbf` limits
+the link of each node, both ways, and its loopback, over which the ranks of one node talk: by default 24 times faster,
+as the paper's NVLink and RoCE are. All ranks of a node share its link, as on a real host. Each node runs DeepSpeed's
+launcher (`deepspeed --no_ssh --hostfile …`), as it would on a real one. Needs root, iproute2 (ip, tc), and the kernel's
+veth, bridge and tbf. All is taken down again, also after a signal; what a killed one left is taken down by the next.
+"""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+PREFIX = "dhen"
+INTERFACE = "eth0"
+_GRACE_SECONDS = 20.0
+_LINK = "burst 128kb limit 4mb"
+_LOCAL = "burst 1mb limit 16mb"
+
+
+class ClusterError(RuntimeError):
+    """The cluster can't be set up here; the message says what is missing."""
+
+
+class Cluster:
+    """Nodes 0..n-1, up between `with` and its end. Rates in Mbit/s; 0 leaves a link unlimited."""
+
+    def __init__(self, nodes: int, *, link_mbit: float = 100, local_mbit: float = 2400) -> None:
+        self.num_nodes, self.link_mbit, self.local_mbit = nodes, link_mbit, local_mbit
+        self._name = f"{PREFIX}{os.getpid()}"
+        self._hosts = Path(tempfile.gettempdir()) / f"{self._name}-hostfile"
+
+    @property
+    def names(self) -> list[str]:
+        """The namespaces of the nodes."""
+        return [f"{self._name}-node{node}" for node in range(self.num_nodes)]
+
+    def address(self, node: int) -> str:
+        """The node's address."""
+        return f"10.77.0.{node + 1}"
+
+    def __enter__(self) -> "Cluster":
+        """Build it. Raises ClusterError where root, a tool or a kernel module is missing."""
+        check_machine()
+        remove_stale()
+        try:
+            self._build()
+        except subprocess.CalledProcessError as error:
+            self.__exit__()
+            raise ClusterError(f"`{' '.join(error.cmd)}` failed: {error.stderr.strip()}") from error
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End what still runs in the nodes, and take them down."""
+        for name in [*self.names, self._hub]:
+            remove_namespace(name)
+        self._hosts.unlink(missing_ok=True)
+
+    @property
+    def _hub(self) -> str:
+        return f"{self._name}-hub"
+
+    def _build(self) -> None:
+        run("ip", "netns", "add", self._hub)
+        run("ip", "-n", self._hub, "link", "add", "bridge", "type", "bridge")
+        run("ip", "-n", self._hub, "link", "set", "bridge", "up")
+        for node, name in enumerate(self.names):
+            port = f"node{node}"
+            run("ip", "netns", "add", name)
+            run("ip", "link", "add", port, "netns", self._hub, "type", "veth", "peer", "name", INTERFACE, "netns", name)
+            run("ip", "-n", self._hub, "link", "set", port, "master", "bridge", "up")
+            run("ip", "-n", name, "addr", "add", f"{self.address(node)}/24", "dev", INTERFACE)
+            for interface in (INTERFACE, "lo"):
+                run("ip", "-n", name, "link", "set", interface, "up")
+            limit(self._hub, port, self.link_mbit, _LINK)
+            limit(name, INTERFACE, self.link_mbit, _LINK)
+            limit(name, "lo", self.local_mbit, _LOCAL)
+
+    def bytes_sent(self, node: int) -> int:
+        """Bytes that have left the node over its link, by the interface's counter."""
+        path = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
+        return int(run("ip", "netns", "exec", self.names[node], "cat", path))
+
+    def start(self, ranks_per_node: int, script: Sequence[str]) -> list[subprocess.Popen]:
+        """Start DeepSpeed's launcher on every node; each is the leader of its own process group."""
+        nodes = range(self.num_nodes)
+        slots = "".join(f"{self.address(node)} slots={ranks_per_node}\n" for node in nodes)
+        self._hosts.write_text(slots, encoding="utf-8")
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--hostfile", str(self._hosts), "--no_ssh"]
+        launcher += ["--master_addr", self.address(0), "--master_port", "29500"]
+        environment = os.environ | {
+            "GLOO_SOCKET_IFNAME": INTERFACE,
+            "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu"),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # else torch says at each start that the nodes have no host names
+        }
+        return [
+            subprocess.Popen(
+                ["ip", "netns", "exec", name, *launcher, "--node_rank", str(node), *script],
+                env=environment,
+                start_new_session=True,
+            )
+            for node, name in enumerate(self.names)
+        ]
+
+
+def wait(launchers: Sequence[subprocess.Popen]) -> int:
+    """Wait for all nodes. Once one fails, the others have some seconds to end by themselves; then they are ended."""
+    first_failure = None
+    deadline = None
+    try:
+        while any(launcher.poll() is None for launcher in launchers):
+            failed = [node for node, launcher in enumerate(launchers) if launcher.poll() not in (None, 0)]
+            if failed and first_failure is None:
+                first_failure, deadline = failed[0], time.monotonic() + _GRACE_SECONDS
+                print(
+                    f"cluster: node {failed[0]} failed with status {launchers[failed[0]].returncode}", file=sys.stderr
+                )
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+    finally:
+        for launcher in launchers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+    return next((launcher.returncode for launcher in launchers if launcher.returncode), 0)
+
+
+def check_machine() -> None:
+    """Raise ClusterError unless this machine can make network namespaces."""
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        raise ClusterError(f"{' and '.join(missing)} not found. Install iproute2.")
+    if os.geteuid() != 0:
+        raise ClusterError("network namespaces need root. Run as root, or in a container with CAP_NET_ADMIN.")
+
+
+def run(*command: str) -> str:
+    """Run a command; returns what it printed. Raises CalledProcessError."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def limit(namespace: str, interface: str, mbit: float, buffers: str) -> None:
+    """Let `interface` send `mbit` Mbit/s at most; 0 is no limit."""
+    if mbit:
+        rate = ["rate", f"{mbit}mbit", *buffers.split()]
+        run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", "tbf", *rate)
+
+
+def remove_namespace(name: str) -> None:
+    """End the processes in a namespace of ours, and delete it. No error if it is gone already."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+    for pid in found.stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+
+def remove_stale() -> None:
+    """Remove the namespaces of clusters whose process is gone."""
+    for line in run("ip", "netns", "list").splitlines():
+        name = line.split()[0]
+        owner = name.removeprefix(PREFIX).split("-")[0]
+        if name.startswith(PREFIX) and owner.isdigit() and not Path(f"/proc/{owner}").exists():
+            remove_namespace(name)
+
+
+@contextlib.contextmanager
+def signals_end_it() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into an exception, so that `with` blocks are left in order."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """The cluster's own arguments, then the script and its arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=2, help="number of nodes (default: %(default)s)")
+    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each (default: %(default)s)")
+    parser.add_argument("--link_mbit", type=float, default=100, help="a node's link, Mbit/s; 0: no limit")
+    parser.add_argument("--local_mbit", type=float, default=2400, help="inside a node, Mbit/s; 0: no limit")
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="what every rank runs, and its arguments")
+    arguments = parser.parse_args(command_line)
+    if not arguments.script:
+        parser.error("name the script to run, for example recipes/train.py")
+    for name in ("nodes", "ranks_per_node"):
+        if not 1 <= getattr(arguments, name) <= 200:
+            parser.error(f"--{name} is {getattr(arguments, name)}. Use 1 to 200.")
+    return arguments
+
+
+def main() -> int:
+    """Build the cluster, run the script on it, take it down."""
+    arguments = parse_arguments()
+    try:
+        with (
+            signals_end_it(),
+            Cluster(arguments.nodes, link_mbit=arguments.link_mbit, local_mbit=arguments.local_mbit) as cluster,
+        ):
+            return wait(cluster.start(arguments.ranks_per_node, arguments.script))
+    except ClusterError as error:
+        print(f"cluster: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
