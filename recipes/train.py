@@ -14,6 +14,7 @@ from dhen.data.batches import BatchLoader
 from dhen.data.schema import Schema
 from dhen.parallel import topology as job
 from dhen.parallel.ds_config import read_ds_config
+from dhen.parallel.lost_ranks import answer_when_asked, naming_lost_ranks
 from dhen.parallel.parallelize import ParallelDhen, parallelize
 from dhen.parallel.topology import Topology
 from dhen.training.arguments import ArgumentError, Arguments, parse_arguments
@@ -50,7 +51,8 @@ def main() -> None:
     with user_errors():
         model, loaders, prepared = set_up(arguments, topology)
         trainer, progress = make_trainer(arguments, model, loaders)
-    with user_errors(FloatingPointError):
+    answer_when_asked(topology)
+    with user_errors(FloatingPointError), naming_lost_ranks(topology):
         try:
             trainer.train(progress)
         finally:

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
 import math
 import os
@@ -237,6 +238,25 @@ def trace(step: Callable, dense_BN: Any, labels_B: Any, path: Path, topology: An
     topology.barrier()
     if topology.is_main:
         profiler.export_chrome_trace(str(path))
+        under, total = overlap(json.loads(path.read_text()))
+        print(f"{path}: {under:.0f} of the all-reduces' {total:.0f} ms run while a layer's backward computes")
+
+
+def overlap(trace: dict[str, Any]) -> tuple[float, float]:
+    """Milliseconds in which an all-reduce and a layer's backward (its pause) run at once, and of all all-reduces."""
+    spans = {"gloo:all_reduce": [], "PauseBackward": []}
+    for event in trace["traceEvents"]:
+        if event.get("name") in spans and event.get("ph") == "X":
+            spans[event["name"]].append((event["ts"], event["ts"] + event["dur"]))
+    # Those of more than a number: the last one is the job's own barrier or norm.
+    reduces = [(first, last) for first, last in spans["gloo:all_reduce"] if first < spans["PauseBackward"][-1][1] + 1e5]
+    marks = sorted({mark for span in (*reduces, *spans["PauseBackward"]) for mark in span})
+    total = under = 0.0
+    for first, last in itertools.pairwise(marks):
+        if any(start <= first and last <= end for start, end in reduces):
+            total += last - first
+            under += any(start <= first and last <= end for start, end in spans["PauseBackward"]) * (last - first)
+    return under / 1e3, total / 1e3
 
 
 def model_config(depth: int, embeddings: int) -> Any:

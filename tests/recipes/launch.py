@@ -35,9 +35,14 @@ class Finished:
 
 
 def run_script(
-    script: str, *flags: str, ranks: int = 1, kill_when: Callable[[], bool] | None = None, patch: Callable | None = None
+    script: str,
+    *flags: str,
+    ranks: int = 1,
+    kill_when: Callable[[], bool] | None = None,
+    killed_rank: int | None = None,
+    patch: Callable | None = None,
 ) -> Finished:
-    """Run recipes/<script> to its end, or until `kill_when` says to kill all ranks (SIGKILL).
+    """Run recipes/<script> to its end, or until `kill_when` says to kill all ranks (SIGKILL), or `killed_rank` alone.
 
     patch: called in each process before the script.
     """
@@ -50,8 +55,13 @@ def run_script(
         process.start()
     deadline = time.monotonic() + 240
     while any(process.is_alive() for process in processes):
+        if killed_rank is not None and kill_when():
+            processes[killed_rank].kill()
+            processes[killed_rank].join()
+            for process in processes:  # the others shall end by themselves
+                process.join(60)
         failed = any(process.exitcode not in (None, 0) for process in processes)
-        if failed or time.monotonic() > deadline or (kill_when is not None and kill_when()):
+        if failed or time.monotonic() > deadline or (kill_when is not None and killed_rank is None and kill_when()):
             time.sleep(0.5 if failed else 0)  # let the others print their errors
             for process in processes:
                 process.kill()

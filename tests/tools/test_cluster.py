@@ -1,0 +1,191 @@
+"""The cluster on one machine: real launchers on several nodes train as one node does; what is built is taken down."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.recipes.launch import TINY, losses, prepared_click_log, run_script
+
+TOOL = str(ROOT / "tools" / "cluster.py")
+NODES = ["--nodes", "2", "--ranks_per_node", "2", "--link_mbit", "0", "--local_mbit", "0"]
+FLAGS = [*TINY, "--per_device_train_batch_size=6", "--max_steps=20", "--save_steps=10", "--seed=3"]
+
+
+def why_not() -> str | None:
+    """Why this machine can't make network namespaces; None if it can."""
+    if os.geteuid() != 0:
+        return "needs root"
+    if not (shutil.which("ip") and shutil.which("tc")):
+        return "needs iproute2"
+    done = subprocess.run([sys.executable, TOOL, "--nodes", "1", "/dev/null"], capture_output=True, text=True)
+    return done.stderr.strip() or "the kernel refuses" if done.returncode == 2 else None
+
+
+REASON = why_not()
+needs_namespaces = pytest.mark.skipif(REASON is not None, reason=f"no cluster on this machine: {REASON}")
+
+
+@pytest.fixture(scope="module")
+def click_log(tmp_path_factory) -> Path:
+    os.environ.setdefault("PYTEST_TMP", str(tmp_path_factory.mktemp("output")))
+    return prepared_click_log(tmp_path_factory.mktemp("click_log"))
+
+
+@pytest.fixture(scope="module")
+def on_one_node(click_log, tmp_path_factory) -> Path:
+    """The same training by four ranks of one node, with shards over two of them."""
+    folder = tmp_path_factory.mktemp("one_node")
+    raw = json.loads((ROOT / "ds_configs/hsdp.json").read_text())
+    raw["dhen"]["shard_group"] = 2
+    (folder / "hsdp.json").write_text(json.dumps(raw))
+    flags = [f"--ds_config={folder / 'hsdp.json'}", f"--dataset_name={click_log}", f"--output_dir={folder / 'run'}"]
+    done = run_script("train.py", *flags, *FLAGS, ranks=4)
+    assert done.status == 0, done.output
+    return folder / "run"
+
+
+def train(run: Path, click_log: Path, *more: str) -> list[str]:
+    """The command that trains on the cluster, by shards within its nodes."""
+    script = ["recipes/train.py", "--ds_config=ds_configs/hsdp.json", f"--dataset_name={click_log}"]
+    return [sys.executable, TOOL, *NODES, *script, f"--output_dir={run}", *FLAGS, *more]
+
+
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
+@needs_namespaces
+def test_nodes_train_as_one_machine_does(tmp_path, click_log, on_one_node):
+    before = namespaces()
+    done = subprocess.run(train(tmp_path, click_log), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "4 ranks on cpu, ZeRO stage 3 in shard groups of 2" in done.stderr
+    ours = {step: float(loss) for step, loss in losses(tmp_path).items()}
+    assert ours == pytest.approx({step: float(loss) for step, loss in losses(on_one_node).items()}, rel=1e-6)
+    assert namespaces() == before
+
+
+@needs_namespaces
+def test_the_slurm_script_starts_every_node(tmp_path, click_log, on_one_node):
+    """With an srun that starts the tasks in the cluster's nodes, and the addresses for host names."""
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    write_stub(stubs / "scontrol", 'printf "10.77.0.1\\n10.77.0.2\\n"')
+    write_stub(
+        stubs / "srun",
+        'shift\nfor node in 0 1; do SLURM_NODEID=$node ip netns exec "$CLUSTER-node$node" "$@" & done\n'
+        "wait -n && wait -n",
+    )
+    program = (
+        "import os, subprocess, sys; sys.path.insert(0, 'tools'); from cluster import Cluster\n"
+        "with Cluster(2, link_mbit=0, local_mbit=0) as cluster:\n"
+        "    os.environ['CLUSTER'] = cluster.names[0].removesuffix('-node0')\n"
+        "    sys.exit(subprocess.run(['bash', 'recipes/launch.slurm', *sys.argv[1:]]).returncode)\n"
+    )
+    environment = os.environ | {
+        "PATH": os.pathsep.join([str(stubs), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(tmp_path), "RANKS_PER_NODE": "2",
+        "DS_CONFIG": "ds_configs/hsdp.json", "GLOO_SOCKET_IFNAME": "eth0", "DS_ACCELERATOR": "cpu",
+    }  # fmt: skip
+    flags = [f"--dataset_name={click_log}", f"--output_dir={tmp_path / 'run'}", *FLAGS]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    ours = {step: float(loss) for step, loss in losses(tmp_path / "run").items()}
+    assert ours == pytest.approx({step: float(loss) for step, loss in losses(on_one_node).items()}, rel=1e-6)
+    assert not list(tmp_path.glob(".hostfile*"))
+
+
+def write_stub(path: Path, text: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+@needs_namespaces
+def test_a_rank_killed_on_one_node_ends_the_job_on_all(tmp_path, click_log, on_one_node):
+    before = namespaces()
+    job = subprocess.Popen(
+        train(tmp_path, click_log, "--logging_steps=1"),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    output = ""
+    for line in job.stdout:
+        output += line
+        if line.startswith("step 13/"):
+            os.kill(rank_on_node(job.pid, node=1), signal.SIGKILL)
+            break
+    killed_at = time.monotonic()
+    output += job.stdout.read()
+    assert job.wait(timeout=60) != 0
+    assert time.monotonic() - killed_at < 60
+    assert "is gone, so the job ends" in output, output
+    assert namespaces() == before
+    resumed = subprocess.run(
+        train(tmp_path, click_log, "--resume_from_checkpoint=true"),
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    ours = {step: float(loss) for step, loss in losses(tmp_path).items()}
+    assert ours == pytest.approx({step: float(loss) for step, loss in losses(on_one_node).items()}, rel=1e-6)
+
+
+def rank_on_node(cluster_pid: int, node: int) -> int:
+    """The process of the node's second rank."""
+    name = f"dhen{cluster_pid}-node{node}"
+    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout.split()
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in environments}
+    return next(
+        pid for pid, values in environments.items() if b"LOCAL_RANK=1" in values and b"train.py" in commands[pid]
+    )
+
+
+@needs_namespaces
+def test_a_signal_takes_the_cluster_down(tmp_path, click_log):
+    before = namespaces()
+    job = subprocess.Popen(
+        train(tmp_path, click_log, "--max_steps=100000"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    while f"dhen{job.pid}-node1" not in namespaces():
+        time.sleep(0.1)
+    time.sleep(2)
+    job.terminate()
+    job.stderr.close()
+    assert job.wait(timeout=30) == 128 + signal.SIGTERM
+    assert namespaces() == before
+
+
+@needs_namespaces
+def test_bytes_between_nodes_are_those_of_the_theory(tmp_path):
+    """Every scheme within 2 per cent, by the interfaces' counters."""
+    command = [sys.executable, "tools/bench_sharding.py", "--depths", "2", "--rounds", "1", "--compute_ms", "0"]
+    limits = ["--link_mbit", "0", "--local_mbit", "0", "--output", str(tmp_path)]
+    done = subprocess.run([*command, *limits], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sys.path.insert(0, str(ROOT / "tools"))
+    from bench_sharding import SCHEMES, read
+
+    results = {result.scheme: result for result in read(tmp_path / "measured.json")}
+    assert set(results) == set(SCHEMES)
+    for name, result in results.items():
+        assert result.bytes_sent == pytest.approx(result.bytes_in_theory, rel=0.02), name
+    assert results["hsdp"].bytes_sent < 0.6 * results["fsdp"].bytes_sent
+    assert (tmp_path / "figure6.png").stat().st_size > 10_000
+
+
+def test_what_is_missing_is_said():
+    done = subprocess.run(
+        [sys.executable, TOOL, "recipes/train.py"], cwd=ROOT, capture_output=True, text=True, env={"PATH": ""}
+    )
+    assert done.returncode == 2
+    assert "Install iproute2" in done.stderr
