@@ -26,6 +26,7 @@ import resource
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
@@ -111,6 +112,8 @@ class Measured:
 
 def work(arguments: argparse.Namespace) -> None:
     """Measure all depths on this rank; rank 0 writes measured.json. Communicates; all ranks call it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop on every rank
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # that the logit is a view: nobody writes to it
     from dhen.parallel import topology as job
 
     topology = job.start(timeout_minutes=5)
@@ -520,7 +523,7 @@ def main() -> int:
         peaks = peaks_of_all(arguments)
         results = [replace(result, peak_mib=peaks[result.scheme, result.depth]) for result in results]
         (output / "measured.json").write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
-    show(results, Console())
+    show(results, Console(width=None if sys.stdout.isatty() else 100))
     plot(results, output / "figure6.png")
     print(f"measured.json and figure6.png are in {output}")
     return 0

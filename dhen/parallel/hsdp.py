@@ -86,6 +86,17 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
         """What __init__ would do, had this class been constructed."""
         self.hsdp_reduction = reduction
 
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: nn.Parameter) -> None:
+        """DeepSpeed's hook for one gradient of the backward: the bucket leaves when the next one doesn't fit.
+
+        Here it leaves once three quarters full, so that a large layer crosses nodes under the backward of the very
+        next one.
+        """
+        super().reduce_independent_p_g_buckets_and_remove_grads(param)
+        dtype = self.get_param_comm_dtype(param)
+        if 4 * self.ipg_buckets[dtype].elements >= 3 * self.reduce_bucket_size:
+            self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+
     def partition_grads(self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]) -> list[Tensor]:
         """DeepSpeed's hook for a bucket's reduced shards. In the last micro step they go across nodes first."""
         parent = super().partition_grads
