@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from dhen.data.batches import BatchLoader
+from dhen.data.prepared_rows import mean_bag_sizes
 from dhen.data.schema import Schema
 from dhen.parallel import topology as job
-from dhen.parallel.ds_config import read_ds_config
-from dhen.parallel.lost_ranks import answer_when_asked, naming_lost_ranks
+from dhen.parallel.ds_config import DsConfig, read_ds_config
+from dhen.parallel.lost_ranks import naming_lost_ranks
 from dhen.parallel.parallelize import ParallelDhen, parallelize
 from dhen.parallel.topology import Topology
-from dhen.training.arguments import ArgumentError, Arguments, parse_arguments
-from dhen.training.checkpoint import checkpoint_of, find_checkpoint, is_whole, load_checkpoint
+from dhen.training.arguments import ArgumentError, Arguments, TrainingArguments, parse_arguments
+from dhen.training.checkpoint import checkpoint_of, find_checkpoint, is_whole, load_checkpoint, saved_table_cuts
 from dhen.training.curves import draw_curves
 from dhen.training.dataset import prepare_dataset, settings_without_effect
 from dhen.training.fine_tuning import StartingPoint, config_for, ignored_architecture, start_from
@@ -51,7 +52,6 @@ def main() -> None:
     with user_errors():
         model, loaders, prepared = set_up(arguments, topology)
         trainer, progress = make_trainer(arguments, model, loaders)
-    answer_when_asked(topology)
     with user_errors(FloatingPointError), naming_lost_ranks(topology):
         try:
             trainer.train(progress)
@@ -83,6 +83,8 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
         seed=training.seed,
         table_epsilon=training.table_epsilon,
         dense_weights=start.dense_weights if start else None,
+        ids_per_bag=mean_bag_sizes(prepared, schema),
+        table_cuts=fixed_table_cuts(ds_config, training),
     )
     if start and model.tables is not None:
         start.load_tables(model.tables)
@@ -90,6 +92,13 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     if topology.is_main:
         announce(arguments, model, schema, start.report() if start else None)
     return model, loaders, prepared
+
+
+def fixed_table_cuts(ds_config: DsConfig, training: TrainingArguments) -> dict[str, int] | None:
+    """The column shards that a resumed run must keep: row-wise Adagrad's state is one number a row and shard."""
+    if not training.resume_from_checkpoint or ds_config.dhen.table_optimizer != "rowwise_adagrad":
+        return None
+    return saved_table_cuts(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)))
 
 
 def warn_of_ignored(arguments: Arguments, start: StartingPoint | None, topology: Topology) -> None:

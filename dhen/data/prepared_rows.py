@@ -132,6 +132,23 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
     return groups
 
 
+def mean_bag_sizes(folder: Path, schema: Schema) -> dict[str, float]:
+    """Mean ids of a multi-valued feature's bags in train, by the files' metadata; an empty bag counts 1."""
+    names = [column.name for column in schema.sparse if column.is_multi_valued]
+    if not names:
+        return {}
+    values, rows = dict.fromkeys(names, 0), 0
+    for path in sorted((folder / "train").glob("*.parquet")):
+        metadata = pyarrow.parquet.read_metadata(path)
+        rows += metadata.num_rows
+        for group in (metadata.row_group(index) for index in range(metadata.num_row_groups)):
+            for column in (group.column(index) for index in range(group.num_columns)):
+                name = column.path_in_schema.split(".list.")[0]
+                if name in values:
+                    values[name] += column.num_values
+    return {name: count / max(rows, 1) for name, count in values.items()}
+
+
 def decode(groups: Sequence[RowGroup], schema: Schema) -> Rows:
     """The rows of some row groups, one group after another; beside the result, memory holds one group in Arrow's form.
 

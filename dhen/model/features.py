@@ -3,6 +3,7 @@
 Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -175,9 +176,10 @@ class FeatureProcessing(nn.Module):
             MLP(config.num_dense_features, config.dense_mlp, width, config.activation) if has_dense else None
         )
 
-    def forward(self, embeddings_BFD: Tensor, dense_BN: Tensor) -> Tensor:
-        """Return x0_BMD."""
-        if self.dense_mlp is None:
-            return embeddings_BFD
-        dense_BMD = self.dense_mlp(dense_BN).unflatten(1, self.shape)
-        return torch.cat([embeddings_BFD, dense_BMD], dim=1)
+    def forward(self, embeddings_BFD: Tensor | Callable[[], Tensor], dense_BN: Tensor) -> Tensor:
+        """Return x0_BMD. Embeddings that are still on their way, as a function, are asked for after the dense MLP."""
+        dense_BMD = None if self.dense_mlp is None else self.dense_mlp(dense_BN).unflatten(1, self.shape)
+        if callable(embeddings_BFD):
+            embeddings_BFD = embeddings_BFD()
+        embeddings_BFD = embeddings_BFD.to(dense_BN.dtype)
+        return embeddings_BFD if dense_BMD is None else torch.cat([embeddings_BFD, dense_BMD], dim=1)

@@ -3,6 +3,7 @@
 Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -97,19 +98,21 @@ class DhenModel(DhenPreTrainedModel):
         self.norm = make_norm(specs[-1].norm, num_embeddings, config.embedding_dim) if is_pre else None
         self.post_init()
 
-    def forward(self, inputs_embeds: Tensor, dense: Tensor | None = None) -> DhenModelOutput:
-        """inputs_embeds: (B, F, D), looked-up embeddings. dense: (B, N), or None where N is 0.
+    def forward(self, inputs_embeds: Tensor | Callable[[], Tensor], dense: Tensor | None = None) -> DhenModelOutput:
+        """inputs_embeds: (B, F, D), looked-up embeddings, or a function that waits for them. dense: (B, N), or None
+        where N is 0.
 
         Raises ValueError naming the argument whose shape doesn't fit the config.
         """
-        dtype = self.dtype
-        batch_size = inputs_embeds.shape[0]
+        shape = (len(self.config.sparse_features), self.config.embedding_dim)
         if dense is None:
-            dense = inputs_embeds.new_empty(batch_size, 0)
-        _check_shape("inputs_embeds", inputs_embeds, (len(self.config.sparse_features), self.config.embedding_dim))
+            inputs_embeds = inputs_embeds() if callable(inputs_embeds) else inputs_embeds
+            dense = inputs_embeds.new_empty(inputs_embeds.shape[0], 0)
+        if not callable(inputs_embeds):
+            _check_shape("inputs_embeds", inputs_embeds, shape)
         _check_shape("dense", dense, (self.config.num_dense_features,))
-        dense_BN = dense.to(dtype)
-        x_BMD = self.features(inputs_embeds.to(dtype), dense_BN)
+        dense_BN = dense.to(self.dtype)
+        x_BMD = self.features(inputs_embeds, dense_BN)
         for layer in self.layers:
             x_BMD = layer(x_BMD, dense_BN)
         if self.norm is not None:
@@ -147,11 +150,12 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         sparse: SparseIds | None = None,
         dense: Tensor | None = None,
         labels: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        inputs_embeds: Tensor | Callable[[], Tensor] | None = None,
     ) -> DhenOutput:
         """Predict clicks. Floating inputs are cast to the weights' dtype; logits_B are float32 (float64 from float64).
 
-        Either sparse or inputs_embeds (B, F, D) gives the sparse features; neither where there are none. dense: (B, N).
+        Either sparse or inputs_embeds (B, F, D), or a function that waits for them, gives the sparse features; neither
+        where there are none. dense: (B, N).
         labels: (B,), 0 or 1, for the loss, which is 0 for a batch of no rows. Raises ValueError naming the argument.
         """
         if inputs_embeds is None:

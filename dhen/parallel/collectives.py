@@ -5,11 +5,14 @@ Every function here communicates over the group it is given; all ranks of that g
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from dhen.parallel.wire import Wire
 
 
 def all_to_all(
@@ -59,25 +62,28 @@ class PooledLayout:
     embedding_dim: int
     rank: int
 
-    def width(self, rank: int) -> int:
-        """Columns that `rank` computes for each example."""
-        return sum(block.width for block in self.blocks_by_rank[rank])
+    @cached_property
+    def widths_by_rank(self) -> tuple[tuple[int, ...], ...]:
+        """Columns of each block that a rank computes for each example, by rank."""
+        return tuple(tuple(block.width for block in blocks) for blocks in self.blocks_by_rank)
 
-    @property
-    def widths(self) -> list[int]:
-        """`width` of all ranks."""
-        return [self.width(rank) for rank in range(len(self.blocks_by_rank))]
+    @cached_property
+    def _is_one_part_in_order(self) -> bool:
+        """Whether a single rank computes all, in the features' order."""
+        (blocks, *others) = self.blocks_by_rank
+        return not others and list(blocks) == sorted(blocks, key=lambda block: (block.feature, block.first))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """parts[r]: (B, width of r) -> embeddings_BFD, in one copy."""
-        pieces = []
-        for part, blocks in zip(parts, self.blocks_by_rank, strict=True):
-            at = 0
-            for block in blocks:
-                pieces.append((block.feature, block.first, part[:, at : at + block.width]))
-                at += block.width
+        """parts[r]: (B, width of r) -> embeddings_BFD, in one copy, or none where one part is all in order."""
+        if self._is_one_part_in_order:
+            return parts[0].view(-1, self.num_features, self.embedding_dim)
+        pieces = [
+            (block.feature, block.first, piece)
+            for part, blocks in zip(parts, self.blocks_by_rank, strict=True)
+            for block, piece in zip(blocks, part.split([block.width for block in blocks], dim=1), strict=True)
+        ]
         pieces.sort(key=lambda piece: piece[:2])
-        joined = torch.cat([piece[2] for piece in pieces], dim=1)
+        joined = torch.cat([piece for *_, piece in pieces], dim=1)
         return joined.view(-1, self.num_features, self.embedding_dim)
 
     def split(self, x_BFD: Tensor, out: Sequence[Tensor]) -> None:
@@ -87,46 +93,132 @@ class PooledLayout:
                 torch.cat([x_BFD[:, block.feature, block.first : block.last] for block in blocks], dim=1, out=part)
 
 
-class PooledExchange(torch.autograd.Function):
+@dataclass(frozen=True)
+class Wires:
+    """What pooled embeddings travel as, and their gradients in the backward."""
+
+    forward: Wire = Wire("fp32")
+    backward: Wire = Wire("fp32")
+
+
+class PooledExchange:
     """The bridge for pooled embeddings: from table owners to the data-parallel batch, and gradients the other way.
 
-    forward: pooled, (world_size * padded_batch, own width), grouped by the rank whose examples they are, every rank's
+    One batch: pooled, (world_size * padded_batch, own width), grouped by the rank whose examples they are, every rank's
     batch padded to the largest -> embeddings_BFD of this rank's own `batch_size` examples.
-    backward: the loss is a mean over each rank's batch, and the dense gradients are averaged over ranks; table
-    gradients arrive as a sum over ranks, so they are divided by the world size here, and nowhere else.
+
+    `start` begins the all-to-all and `finish` waits for it, so that what is computed in between runs under it. In the
+    backward it is the other way round: the gradients leave where `finish` was, and are waited for where `start` was.
+    overlap False waits at once, both ways.
+
+    The loss is a mean over each rank's batch, and the dense gradients are averaged over ranks; table gradients arrive
+    as a sum over ranks, so they are divided by the world size here, and nowhere else.
     """
 
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        pooled: Tensor,
+    def __init__(
+        self,
         layout: PooledLayout,
         batch_size: int,
         padded_batch: int,
         group: dist.ProcessGroup,
-    ) -> Tensor:
-        """Communicates over `group`. Returns embeddings_BFD."""
-        ctx.layout, ctx.padded_batch, ctx.group = layout, padded_batch, group
-        widths = layout.widths
-        send = [padded_batch * widths[layout.rank]] * len(widths)
-        receive = [padded_batch * width for width in widths]
-        received = all_to_all(pooled.contiguous().view(-1), send, receive, group)
-        parts = [part.view(padded_batch, width) for part, width in zip(received.split(receive), widths, strict=True)]
-        return layout.join([part[:batch_size] for part in parts])
+        wires: Wires,
+        *,
+        overlap: bool = True,
+    ) -> None:
+        self._layout, self._batch_size, self._padded_batch = layout, batch_size, padded_batch
+        self._group, self._wires, self._overlap = group, wires, overlap
+        self._under_way: _UnderWay | None = None
+
+    def start(self, pooled: Tensor) -> Tensor:
+        """Begin to send. Communicates over the group. Returns a ticket for `finish`, which carries the gradient."""
+        return _Start.apply(pooled, self)
+
+    def finish(self, ticket: Tensor) -> Tensor:
+        """Wait for the others' embeddings: embeddings_BFD."""
+        return _Finish.apply(ticket, self)
+
+    def send_pooled(self, pooled: Tensor) -> None:
+        """Forward, first half."""
+        wire, blocks = self._wires.forward, self._layout.widths_by_rank
+        own = blocks[self._layout.rank]
+        sent = wire.encode(pooled, own)
+        self._send(sent.reshape(-1), [wire.row_size(own)] * len(blocks), [wire.row_size(w) for w in blocks])
+
+    def receive_embeddings(self) -> Tensor:
+        """Forward, second half."""
+        wire, blocks = self._wires.forward, self._layout.widths_by_rank
+        parts = self._receive([wire.row_size(widths) for widths in blocks])
+        return self._layout.join(
+            [wire.decode(part[: self._batch_size], widths) for part, widths in zip(parts, blocks, strict=True)]
+        )
+
+    def send_gradient(self, grad_BFD: Tensor) -> None:
+        """Backward, first half."""
+        wire, blocks = self._wires.backward, self._layout.widths_by_rank
+        rows, padded = grad_BFD.shape[0], self._padded_batch
+        buffer = grad_BFD.new_zeros if rows < padded else grad_BFD.new_empty
+        sizes = [padded * sum(widths) for widths in blocks]
+        flat = buffer(sum(sizes), dtype=torch.float32)
+        parts = [part.view(padded, sum(widths)) for part, widths in zip(flat.split(sizes), blocks, strict=True)]
+        self._layout.split(grad_BFD, [part[:rows] for part in parts])
+        if wire.dtype != "fp32":
+            encoded = [wire.encode(part, widths).reshape(-1) for part, widths in zip(parts, blocks, strict=True)]
+            flat = torch.cat(encoded)
+        own = wire.row_size(blocks[self._layout.rank])
+        self._send(flat, [wire.row_size(widths) for widths in blocks], [own] * len(blocks))
+
+    def receive_gradient(self) -> Tensor:
+        """Backward, second half: the gradient of `pooled`, averaged over ranks."""
+        wire, blocks = self._wires.backward, self._layout.widths_by_rank
+        own = blocks[self._layout.rank]
+        (rows,) = self._receive([wire.row_size(own)], count=len(blocks))
+        return wire.decode(rows, own).div_(len(blocks))
+
+    def _send(self, flat: Tensor, send_widths: Sequence[int], receive_widths: Sequence[int]) -> None:
+        send, receive = ([self._padded_batch * width for width in widths] for widths in (send_widths, receive_widths))
+        received = flat.new_empty(sum(receive))
+        handle = dist.all_to_all_single(received, flat, receive, send, group=self._group, async_op=True)
+        self._under_way = _UnderWay(handle, received, flat)
+        if not self._overlap:
+            handle.wait()
+
+    def _receive(self, widths: Sequence[int], count: int = 1) -> list[Tensor]:
+        """What came, in matrices of these widths and `count` padded batches of rows."""
+        under_way, self._under_way = self._under_way, None
+        under_way.handle.wait()
+        rows = count * self._padded_batch
+        parts = under_way.received.split([rows * width for width in widths])
+        return [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """An all-to-all that was begun. sent: kept until it is over."""
+
+    handle: dist.Work
+    received: Tensor
+    sent: Tensor
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, pooled: Tensor, exchange: PooledExchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.send_pooled(pooled)
+        return pooled.new_empty(0)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_BFD: Tensor) -> tuple[Tensor | None, ...]:
-        """Communicates over the same group. Returns the gradient of `pooled`, averaged over ranks."""
-        layout, padded_batch = ctx.layout, ctx.padded_batch
-        widths = layout.widths
-        batch_size = grad_BFD.shape[0]
-        send = [padded_batch * width for width in widths]
-        buffer = grad_BFD.new_zeros if batch_size < padded_batch else grad_BFD.new_empty
-        flat = buffer(sum(send))
-        parts = [
-            part.view(padded_batch, width)[:batch_size] for part, width in zip(flat.split(send), widths, strict=True)
-        ]
-        layout.split(grad_BFD, parts)
-        receive = [padded_batch * widths[layout.rank]] * len(widths)
-        received = all_to_all(flat, send, receive, ctx.group).div_(len(widths))
-        return received.view(padded_batch * len(widths), widths[layout.rank]), None, None, None, None
+    def backward(ctx: torch.autograd.function.FunctionCtx, _: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.receive_gradient(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, ticket: Tensor, exchange: PooledExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.receive_embeddings()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_BFD: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.send_gradient(grad_BFD)
+        return grad_BFD.new_empty(0), None

@@ -12,10 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import deepspeed
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from dhen.model.names import unknown_name
-from dhen.parallel.sharded_tables import TableOptimizer
+from dhen.parallel.sharded_tables import TableDtype, TableOptimizer, TableRounding
+from dhen.parallel.wire import WireDtype
 
 SECTION = "dhen"
 AUTO = "auto"
@@ -37,12 +47,54 @@ class DsConfigError(ValueError):
     """A ds_config that can't be used; the message names the file and the key."""
 
 
+class PlacementSection(BaseModel):
+    """Where the embedding tables go, as far as the user decides it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    costs: str | None = Field(
+        None, description='Costs of lookups and links: "cpu", "gpu", or a file of tools/calibrate_costs.py.'
+    )
+    max_column_shards: PositiveInt | None = Field(
+        None, description="Most column shards of a table; null is as many as its columns allow."
+    )
+    tables: dict[str, NonNegativeInt | list[NonNegativeInt]] = Field(
+        {}, description="Tables placed by hand: the rank, or the ranks of its column shards."
+    )
+    memory_gib: PositiveFloat | None = Field(
+        None, description="Memory of a rank for tables and their optimizer's state; null is 0.8 of what it has."
+    )
+
+
+class WireSection(BaseModel):
+    """What the tables' all-to-all carries."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    forward: WireDtype = Field("fp32", description="Of pooled embeddings.")
+    backward: WireDtype = Field("fp32", description="Of their gradients.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_for_both(cls, value: Any) -> Any:
+        return {"forward": value, "backward": value} if isinstance(value, str) else value
+
+
 class DhenSection(BaseModel):
     """The "dhen" section of a ds_config: what DeepSpeed has no word for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     table_optimizer: TableOptimizer = Field("rowwise_adagrad", description="Optimizer fused into the tables' backward.")
+    table_dtype: TableDtype = Field("fp32", description="Dtype of the tables' weights.")
+    table_rounding: TableRounding = Field(
+        "stochastic", description="How updates of fp16 tables are rounded; nearest loses small ones."
+    )
+    all_to_all_dtype: WireSection = Field(
+        WireSection(), description="What the tables' all-to-all carries, both ways or each: fp32, fp16, bf16, int8."
+    )
+    overlap_tables: bool = Field(True, description="The tables' all-to-all runs under what is computed meanwhile.")
+    placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
     activation_checkpointing: Literal["none", "all"] | NonNegativeInt = Field(
         "none", description="Layers, counted from the input, whose activations are computed again in the backward."
     )
@@ -146,7 +198,10 @@ def _check_section(path: str, section: Any) -> DhenSection:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise DsConfigError(f"{path}: {SECTION}: {unknown_name('key', key, DhenSection.model_fields)}") from error
+            sections = {"placement": PlacementSection, "all_to_all_dtype": WireSection}
+            known = sections.get(str(first["loc"][-2]) if len(first["loc"]) > 1 else "", DhenSection)
+            unknown = unknown_name("key", str(first["loc"][-1]), known.model_fields)
+            raise DsConfigError(f"{path}: {'.'.join([SECTION, *map(str, first['loc'][:-1])])}: {unknown}") from error
         raise DsConfigError(f"{path}: {SECTION}.{key} is {first.get('input')!r}. {first['msg']}.") from error
 
 

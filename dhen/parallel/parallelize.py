@@ -10,6 +10,7 @@ In this order, each step relying on the one before:
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -24,11 +25,17 @@ from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.parallel import hsdp
 from dhen.parallel.activation_checkpointing import checkpoint_layers
-from dhen.parallel.ds_config import DsConfig, DsConfigError
-from dhen.parallel.placement import Placement, place_tables
-from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, ShardedTables
+from dhen.parallel.collectives import Wires
+from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
+from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
+from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, PendingEmbeddings, SentIds, ShardedTables
+from dhen.parallel.table_costs import Costs, CostsError, StepSetting, read_costs
 from dhen.parallel.topology import ShardGroups, Topology
+from dhen.parallel.wire import Wire
 
+_TABLE_SHARE = 0.8
+"""Of a rank's memory, for tables."""
+_SCORING_BATCH = 4096
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,11 +53,20 @@ class ScoringDhen:
     tables: ShardedTables | None
     dense: nn.Module
 
-    def look_up(self, sparse: SparseIds) -> Tensor | None:
-        """SparseIds of this rank's B examples -> embeddings_BFD, None without tables. Communicates over all ranks."""
-        return None if self.tables is None else self.tables(sparse)
+    def send_ids(self, sparse: SparseIds) -> SentIds | None:
+        """Begin to bring the ids of a batch to their tables; None without tables. Communicates over all ranks."""
+        return None if self.tables is None else self.tables.send_ids(sparse)
 
-    def score(self, embeddings_BFD: Tensor | None, dense_BN: Tensor) -> Tensor:
+    def settle(self) -> None:
+        """Wait for ids that are on their way and that nobody will look up."""
+        if self.tables is not None:
+            self.tables.settle()
+
+    def look_up(self, sparse: SparseIds | SentIds | None) -> PendingEmbeddings | None:
+        """Begin to look up this rank's B examples; None without tables. Communicates over all ranks."""
+        return None if self.tables is None else self.tables.look_up(sparse)
+
+    def score(self, embeddings_BFD: PendingEmbeddings | Tensor | None, dense_BN: Tensor) -> Tensor:
         """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3."""
         return self.dense(inputs_embeds=embeddings_BFD, dense=dense_BN).logits
 
@@ -135,13 +151,18 @@ def parallelize(
     seed: int = 0,
     table_epsilon: float = ADAGRAD_EPSILON,
     dense_weights: Mapping[str, Tensor] | None = None,
+    ids_per_bag: Mapping[str, float] | None = None,
+    table_cuts: Mapping[str, int] | None = None,
 ) -> ParallelDhen:
     """Build `config`'s model over all ranks of `topology` as `ds_config` says. Communicates; all ranks call it.
 
     dense_weights: weights of the dense part that replace the initial ones, by name; what is left out keeps its own.
+    ids_per_bag: mean number of ids by sparse feature, for the cost of its table; 1 where it is left out. table_cuts:
+    number of column shards by table, where a checkpoint fixes them.
     """
     groups = _shard_groups(topology, ds_config)
-    tables, placement = shard_tables(config, topology, ds_config.dhen.table_optimizer, table_epsilon, seed)
+    placement = _place(config, topology, ds_config, ids_per_bag, table_cuts)
+    tables = shard_tables(config, topology, placement, ds_config.dhen, table_epsilon, seed)
     dense = _dense_part(config, ds_config, seed, groups)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
@@ -158,35 +179,81 @@ def parallelize(
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
     """The tables over all ranks, to be loaded by the caller, and the whole dense part on each. No DeepSpeed."""
-    tables, placement = shard_tables(config, topology, "sgd", ADAGRAD_EPSILON, seed=0)
+    options = PlacementOptions(memory_bytes=_memory_bytes(topology))
+    setting = StepSetting(topology.world_size, topology.local_size, _SCORING_BATCH, optimizer="sgd")
+    placement = place_tables(config.tables, config.embedding_dim, setting, _costs(None, topology), options=options)
+    tables = shard_tables(config, topology, placement, DhenSection(table_optimizer="sgd"), ADAGRAD_EPSILON, seed=0)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
     return ScoringDhen(config, topology, placement, tables, dense.to(topology.device).eval())
 
 
 def shard_tables(
-    config: DhenConfig, topology: Topology, optimizer: str, epsilon: float, seed: int
-) -> tuple[ShardedTables | None, Placement]:
-    """Place the model's tables over the ranks and build this rank's share. Raises ValueError unless 4 divides D."""
-    if config.embedding_dim % 4:
-        below = config.embedding_dim // 4 * 4
-        raise ValueError(
-            f"embedding_dim is {config.embedding_dim}; FBGEMM needs a multiple of 4, {max(below, 4)} or {below + 4}."
-        )
-    placement = place_tables(config.tables, config.embedding_dim, topology.world_size)
+    config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, epsilon: float, seed: int
+) -> ShardedTables | None:
+    """This rank's share of the model's tables; None where the model has none. Communicates; all ranks call it."""
     if not config.tables:
-        return None, placement
-    tables = ShardedTables(
+        return None
+    return ShardedTables(
         config.tables,
         config.embedding_dim,
         placement,
         topology,
-        optimizer=optimizer,
+        optimizer=section.table_optimizer,
+        table_dtype=section.table_dtype,
+        table_rounding=section.table_rounding,
         epsilon=epsilon,
         seed=seed,
         init_std=config.embedding_init_std,
+        wires=Wires(Wire(section.all_to_all_dtype.forward), Wire(section.all_to_all_dtype.backward)),
+        overlap=section.overlap_tables,
     )
-    return tables, placement
+
+
+def _place(
+    config: DhenConfig,
+    topology: Topology,
+    ds_config: DsConfig,
+    ids_per_bag: Mapping[str, float] | None,
+    table_cuts: Mapping[str, int] | None,
+) -> Placement:
+    """The tables' placement as the ds_config has it. Communicates: no rank's memory may be overrun."""
+    section, asked = ds_config.dhen, ds_config.dhen.placement
+    setting = StepSetting(
+        topology.world_size,
+        topology.local_size,
+        ds_config.deepspeed["train_micro_batch_size_per_gpu"],
+        optimizer=section.table_optimizer,
+        table_dtype=section.table_dtype,
+        wire_forward=section.all_to_all_dtype.forward,
+        wire_backward=section.all_to_all_dtype.backward,
+    )
+    options = PlacementOptions(
+        max_column_shards=asked.max_column_shards,
+        by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
+        memory_bytes=int(asked.memory_gib * 2**30) if asked.memory_gib else _memory_bytes(topology),
+        cuts=table_cuts or {},
+    )
+    try:
+        costs = _costs(asked.costs, topology)
+        return place_tables(config.tables, config.embedding_dim, setting, costs, ids_per_bag, options)
+    except (PlacementError, CostsError) as error:
+        raise DsConfigError(f"{ds_config.path}: {error}") from error
+
+
+def _costs(name: str | None, topology: Topology) -> Costs:
+    return read_costs(name or ("gpu" if topology.device.type == "cuda" else "cpu"))
+
+
+def _memory_bytes(topology: Topology) -> int:
+    """What a rank may fill with tables: most of its device's memory, or its share of the machine's. Communicates."""
+    if topology.device.type == "cuda":
+        has = torch.cuda.get_device_properties(topology.device).total_memory
+    else:
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // topology.local_size
+    least = torch.tensor(has, dtype=torch.int64, device=topology.device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=topology.world)
+    return int(_TABLE_SHARE * int(least))
 
 
 def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None:
@@ -234,6 +301,6 @@ def _whole_weight(parameter: nn.Parameter) -> Tensor:
     """The fp32 weight that the optimizer holds where ZeRO shards it, else the parameter itself, as a frozen one's."""
     whole = safe_get_full_fp32_param(parameter)
     if whole is not None:
-        return whole
+        return whole.float()  # bf16 where the masters are
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         return parameter.detach().float().clone()

@@ -41,7 +41,7 @@ def save_tables(tables: ShardedTables, folder: Path, rank: int) -> None:
         for shard, of_shard in tables.shard_tensors()
         for kind, tensor in of_shard.items()
     }
-    save_file(tensors, folder / f"tables-{rank:05d}.safetensors", metadata={"optimizer": tables.optimizer})
+    save_file(tensors, folder / f"tables-{rank:05d}.safetensors", metadata=_kind(tables))
 
 
 def load_tables(tables: ShardedTables, folder: Path) -> None:
@@ -49,26 +49,32 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
 
     Doesn't communicate. Raises TableStorageError for a missing table, other sizes or another optimizer.
     """
-    stored = _index(folder, tables.optimizer)
+    stored = _index(folder, _kind(tables))
     for shard, of_shard in tables.shard_tensors():
         for kind, tensor in of_shard.items():
             pieces = stored.get((shard.name, kind), [])
             tensor.copy_(_columns(pieces, shard, tuple(tensor.shape), f"{folder}: table {shard.name!r}, {kind}"))
 
 
-def _index(folder: Path, optimizer: str) -> dict[tuple[str, str], list[_Stored]]:
+def _kind(tables: ShardedTables) -> dict[str, str]:
+    """What a save must share with the run that loads it, by key of the ds_config."""
+    return {"table_optimizer": tables.optimizer, "table_dtype": tables.table_dtype}
+
+
+def _index(folder: Path, kind: dict[str, str]) -> dict[tuple[str, str], list[_Stored]]:
     files = sorted(folder.glob("tables-*.safetensors"))
     if not files:
         raise TableStorageError(f"{folder}: no tables-*.safetensors in it, so these are not a checkpoint's tables.")
     index: dict[tuple[str, str], list[_Stored]] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            saved_with = (file.metadata() or {}).get("optimizer")
-            if saved_with != optimizer:
-                raise TableStorageError(
-                    f"{path}: saved with table_optimizer {saved_with!r}, this run has {optimizer!r}. Set "
-                    "dhen.table_optimizer back, or start from the exported model with --model_name_or_path."
-                )
+            saved_with = file.metadata() or {}
+            for name, value in kind.items():
+                if saved_with.get(name) != value:
+                    raise TableStorageError(
+                        f"{path}: saved with {name} {saved_with.get(name)!r}, this run has {value!r}. Set dhen.{name} "
+                        "back, or start from the exported model with --model_name_or_path."
+                    )
             for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                 match = _KEY.fullmatch(key)
                 assert match, f"{path}: key {key!r}"

@@ -65,7 +65,7 @@ def save_checkpoint(
     torch.save(_random_state(), folder / f"random-{topology.rank:05d}.pt")
     topology.barrier()
     if topology.is_main:
-        facts = _set_up(model) | {"data_order": data_order or {}}
+        facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         _write_atomically(output_dir / LATEST, folder.name + "\n")
     topology.barrier()
@@ -95,6 +95,7 @@ def load_checkpoint(
             f"{here['zero_stage']}. Resume with the same stage (with Adam under stages 1 to 3 the number of ranks may "
             "differ), or start from the exported model with --model_name_or_path."
         )
+    values.pop("table_cuts")
     saved_order = values.pop("data_order")
     for name, value in (data_order or {}).items():
         if saved_order.get(name, value) != value:
@@ -113,6 +114,11 @@ def load_checkpoint(
     if with_random_state and saved["world_size"] == here["world_size"]:
         _set_random_state(torch.load(folder / f"random-{topology.rank:05d}.pt", weights_only=True))
     return TrainerState(**values)
+
+
+def saved_table_cuts(folder: Path) -> dict[str, int]:
+    """Number of column shards of each table, as the checkpoint has them."""
+    return _read_state(folder)["table_cuts"]
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path:

@@ -2,12 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from dataclasses import fields, replace
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import torch.distributed as dist
 
@@ -16,6 +13,7 @@ from dhen.data.schema import SCHEMA_FILE, Schema
 from dhen.data.settings import PreparationSettings
 from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
 from dhen.data.vocabulary import load_vocabulary
+from dhen.parallel.background import in_background
 from dhen.parallel.topology import Topology
 from dhen.training.arguments import DataArguments
 
@@ -32,7 +30,7 @@ def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema
     schema_from: a trained model whose features, ids and transforms are to be used; labels may then be missing. Raises
     DataError, ValueError or FileNotFoundError about what the user named.
     """
-    work = _in_background(_prepare, data, cache, schema_from) if topology.is_main else None
+    work = in_background(_prepare, data, cache, schema_from) if topology.is_main else None
     answer: list[Path | None] = [None]
     while answer[0] is None:
         # A word now and then: the process group takes a rank that is silent for half an hour for dead.
@@ -40,20 +38,6 @@ def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema
             answer = [work.result()]
         dist.broadcast_object_list(answer, src=0, group=topology.world)
     return answer[0]
-
-
-def _in_background(function: Callable[..., Path], *arguments: Any) -> Future[Path]:
-    """Call it in a thread that doesn't outlive the process, as those of an executor would after Ctrl-C."""
-    result: Future[Path] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(function(*arguments))
-        except BaseException as error:
-            result.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return result
 
 
 def settings_without_effect(data: DataArguments) -> list[str]:

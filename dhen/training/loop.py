@@ -1,6 +1,7 @@
 """The training loop: batches in, updates, evaluations and checkpoints; it ends at the last step or stops early."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.data.batches import Batch, BatchLoader
 from dhen.parallel.parallelize import ParallelDhen, ScoringDhen
+from dhen.parallel.sharded_tables import SentIds
 from dhen.training.arguments import TrainingArguments
 from dhen.training.checkpoint import TrainerState, delete_old_checkpoints, save_checkpoint
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_learning_rate
@@ -85,15 +87,17 @@ class Trainer:
         accumulation = self.arguments.gradient_accumulation_steps
         while not self._is_done():
             micro_steps = 0
-            for batch in self.train_loader.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
+            batches = self.train_loader.epoch(self.state.epoch, first_step=self.state.step_in_epoch)
+            for batch, sent_ids in with_ids_ahead(self.model, batches):
                 if micro_steps == 0:
                     factor = self._set_learning_rates()
-                self._micro_step(batch)
+                self._micro_step(batch, sent_ids)
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
                     self._after_update(batch.global_rows, factor)
                     if self._is_done():
-                        return
+                        break
+        self.model.settle()
 
     def _is_done(self) -> bool:
         return self.state.step >= self.total_steps or self._best.has_stalled(self.arguments.early_stopping_patience)
@@ -104,13 +108,12 @@ class Trainer:
         self.model.set_learning_rates(dense, self._table_learning_rate * factor)
         return factor
 
-    def _micro_step(self, batch: Batch) -> None:
-        batch = batch.to(self.model.topology.device)
-        embeddings_BFD = self.model.look_up(batch.sparse)
+    def _micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
+        embeddings_BFD = self.model.look_up(sent_ids)
         logits_B = self.model.score(embeddings_BFD, batch.dense_BN)
         loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")
         if self.arguments.looked_up_l2 and embeddings_BFD is not None:
-            loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD.square().sum()
+            loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()
         # Summed over all ranks and micro steps this is the mean over the step's rows, however unevenly they are shared:
         # DeepSpeed and the bridge average over ranks, and DeepSpeed divides by the accumulation steps.
         self.model.step(loss * (self._shares / batch.global_rows))
@@ -174,6 +177,19 @@ class Trainer:
             save_checkpoint(self.model, self.output_dir, state, self.data_order)
             if self.model.topology.is_main:
                 delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
+
+
+def with_ids_ahead(model: ParallelDhen, batches: Iterator[Batch]) -> Iterator[tuple[Batch, SentIds | None]]:
+    """Each batch on the device with its ids on the way: the next one's leave before this one is computed on."""
+    ahead = None
+    for batch in batches:
+        on_device = batch.to(model.topology.device)
+        following = on_device, model.send_ids(on_device.sparse)
+        if ahead is not None:
+            yield ahead
+        ahead = following
+    if ahead is not None:
+        yield ahead
 
 
 def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:

@@ -1,15 +1,18 @@
 """A trained model on disk: what `save_pretrained` would write, plus what turns raw click logs into its inputs.
 
 The folder holds config.json, the weights as safetensors with an index (each rank writes the tables that it owns, so no
-rank ever holds them all), the data's schema.json and vocabulary/, and a model card. Transformers loads it as it is:
-`AutoModel.from_pretrained(folder)`.
+rank ever holds them all, and a table that is cut by columns comes together some rows at a time), the data's schema.json
+and vocabulary/, and a model card. Transformers loads it as it is: `AutoModel.from_pretrained(folder)`.
 """
 
+import contextlib
 import json
 import shutil
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -20,13 +23,17 @@ from torch import Tensor
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel.parallelize import ParallelDhen
+from dhen.parallel.placement import TableShard
 from dhen.parallel.sharded_tables import ShardedTables
+from dhen.parallel.topology import Topology
 
 MODEL_FOLDER = "model"
 VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TABLES = "tables."
+_ROWS_BYTES = 64 * 2**20
+"""Of a cut table, at once in memory."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     topology.barrier()
-    written = _write_tables(model.tables, draft, topology.rank) if model.tables is not None else {}
+    written = _write_tables(model.tables, draft, topology) if model.tables is not None else {}
     dense = model.dense_state_dict()
     if topology.is_main:
         save_file(dense, draft / "model-dense.safetensors", metadata={"format": "pt"})
@@ -121,16 +128,79 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     topology.barrier()
 
 
-def _write_tables(tables: ShardedTables, folder: Path, rank: int) -> dict[str, tuple[str, int]]:
-    """This rank's whole tables. Returns name -> (file, bytes)."""
-    name = f"model-tables-{rank:05d}.safetensors"
-    weights: dict[str, Tensor] = {}
-    for shard, tensors in tables.shard_tensors():
-        assert shard.num_columns == tables.embedding_dim, f"{shard.name} is cut by columns"
-        weights[f"{_TABLES}{shard.name}.weight"] = tensors["weight"].detach().to("cpu", torch.float32).contiguous()
-    if weights:
-        save_file(weights, folder / name, metadata={"format": "pt"})
-    return {key: (name, _bytes(tensor)) for key, tensor in weights.items()}
+def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> dict[str, tuple[str, int]]:
+    """All tables, each by the rank that holds its first columns. Communicates for those that are cut by columns.
+
+    Returns what this rank wrote: name -> (file, bytes).
+    """
+    whole_file, rank = f"model-tables-{topology.rank:05d}.safetensors", topology.rank
+    weights = {shard.name: tensors["weight"] for shard, tensors in tables.shard_tensors() if not _is_cut(shard, tables)}
+    whole = {
+        f"{_TABLES}{name}.weight": weight.detach().to("cpu", torch.float32).contiguous()
+        for name, weight in weights.items()
+    }
+    if whole:
+        save_file(whole, folder / whole_file, metadata={"format": "pt"})
+    written = {key: (whole_file, _bytes(tensor)) for key, tensor in whole.items()}
+    for shards in _cut_tables(tables):
+        key, cut_file = f"{_TABLES}{shards[0].name}.weight", f"model-table-{shards[0].table:05d}.safetensors"
+        size = _write_cut_table(tables, shards, key, folder / cut_file, topology)
+        if rank == shards[0].rank:
+            written[key] = (cut_file, size)
+    return written
+
+
+def _is_cut(shard: TableShard, tables: ShardedTables) -> bool:
+    return shard.num_columns < tables.embedding_dim
+
+
+def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
+    """The shards of each table that is cut, by their columns; the same on all ranks."""
+    by_table: dict[int, list[TableShard]] = {}
+    for shard in tables.placement.shards:
+        if _is_cut(shard, tables):
+            by_table.setdefault(shard.table, []).append(shard)
+    return [sorted(by_table[table], key=lambda shard: shard.first_column) for table in sorted(by_table)]
+
+
+def _write_cut_table(tables: ShardedTables, shards: list[TableShard], key: str, path: Path, topology: Topology) -> int:
+    """Bring a table's columns together, some rows at a time, and write them: no rank ever holds the table.
+
+    Communicates among the ranks of `shards`; all ranks may call it. Returns the file's bytes of weights.
+    """
+    owner, rows = shards[0].rank, shards[0].num_embeddings
+    own = {shard.first_column: tensors["weight"] for shard, tensors in tables.shard_tensors() if shard in shards}
+    num_bytes = rows * tables.embedding_dim * 4
+    with path.open("wb") if topology.rank == owner else contextlib.nullcontext() as file:
+        if file is not None:
+            _write_header(file, key, (rows, tables.embedding_dim), num_bytes)
+        step = max(1, _ROWS_BYTES // (tables.embedding_dim * 4))
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            pieces = []
+            for shard in shards:
+                if shard.first_column in own:
+                    piece = own[shard.first_column][first : first + count].detach().float().contiguous()
+                    if topology.rank != owner:
+                        dist.send(piece, owner, group=topology.world)
+                elif topology.rank == owner:
+                    piece = torch.empty(count, shard.num_columns, device=topology.device)
+                    dist.recv(piece, shard.rank, group=topology.world)
+                else:
+                    continue
+                pieces.append(piece)
+            if file is not None:
+                file.write(torch.cat(pieces, dim=1).cpu().numpy().tobytes())
+    return num_bytes
+
+
+def _write_header(file: BinaryIO, key: str, shape: tuple[int, int], num_bytes: int) -> None:
+    """The head of a safetensors file of one float32 tensor, whose rows follow; the library writes whole files only."""
+    header = {"__metadata__": {"format": "pt"}}
+    header |= {key: {"dtype": "F32", "shape": list(shape), "data_offsets": [0, num_bytes]}}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
 
 
 def _write_index(entries: dict[str, tuple[str, int]], folder: Path) -> None:

@@ -66,6 +66,7 @@ ROUNDED = {
     "zero3 bf16 across nodes": 0.02,
     "zero3 fp16 across nodes": 0.005,
     "zero2 bf16 across nodes": 0.02,
+    "paper": 0.05,
 }
 """What is rounded somewhere, and the relative difference of a loss that is allowed."""
 ROUNDED_CHANGES: dict[str, dict[str, Any]] = {
@@ -95,7 +96,7 @@ def train_hsdp(topology: Topology, name: str, changes: dict[str, Any], shard_gro
 def hash_of_shard(model: ParallelDhen) -> str:
     optimizer = model.engine.optimizer
     flat = getattr(optimizer, "fp32_partitioned_groups_flat", None) or optimizer.single_partition_of_fp32_groups
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in flat)).hexdigest()
+    return hashlib.sha256(b"".join(tensor.detach().float().numpy().tobytes() for tensor in flat)).hexdigest()
 
 
 def train_all(topology: Topology, combinations: dict[str, dict[str, Any]]) -> dict[str, Trained]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
-from dhen.parallel.placement import place_tables
+from dhen.parallel.placement import PlacementOptions, place_tables
 from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, ShardedTables
+from dhen.parallel.table_costs import StepSetting, read_costs
 from dhen.parallel.table_storage import TableStorageError, load_tables, save_tables
 from dhen.parallel.topology import Topology
 from tests.ranks import run_ranks
@@ -19,13 +20,23 @@ DIM, SEED, LEARNING_RATE, STEPS = 8, 5, 0.3, 4
 TABLES = (SparseFeature("sums", 40), SparseFeature("means", 9, "mean"), SparseFeature("more", 25))
 WORLD_SIZES = (1, 2, 4)  # 4 is more than there are tables
 KINDS = ("single", "bags", "weighted")
+WHOLE: dict[str, int] = {}
+CUT = {"sums": 2, "more": 2}
+"""Column shards by table."""
+CASES = (
+    *((kind, "sgd", "whole") for kind in KINDS),
+    *(("bags", optimizer, "whole") for optimizer in ("adagrad", "rowwise_adagrad")),
+    *((kind, "sgd", "cut") for kind in KINDS),
+    *(("bags", optimizer, "cut") for optimizer in ("adagrad", "rowwise_adagrad")),
+)
 
 
 class Reference:
     """All tables as plain tensors; bags by a loop over rows; each optimizer by its formula."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuts: dict[str, int]) -> None:
         columns = range(DIM)
+        self.cuts = [cuts.get(table.name, 1) for table in TABLES]
         self.weights = [init_table(t.name, t.num_embeddings, DIM, columns, SEED).requires_grad_(True) for t in TABLES]
         self.sums = [torch.zeros_like(weight) for weight in self.weights]
 
@@ -45,13 +56,14 @@ class Reference:
 
     @torch.no_grad()
     def update(self, optimizer: str) -> None:
-        for weight, total in zip(self.weights, self.sums, strict=True):
+        for weight, total, cut in zip(self.weights, self.sums, self.cuts, strict=True):
             grad = weight.grad
             if optimizer == "sgd":
                 weight -= LEARNING_RATE * grad
             else:
-                # Row-wise Adagrad keeps the mean square of a row's gradient, Adagrad each square.
-                total += grad.square() if optimizer == "adagrad" else grad.square().mean(1, keepdim=True)
+                # Row-wise Adagrad keeps the mean square of a row's gradient, shard by shard; Adagrad each square.
+                of_shards = grad.square().unflatten(1, (cut, -1)).mean(2, keepdim=True).expand(-1, -1, DIM // cut)
+                total += grad.square() if optimizer == "adagrad" else of_shards.flatten(1)
                 weight -= LEARNING_RATE * grad / (total.sqrt() + ADAGRAD_EPSILON)
             weight.grad = None
 
@@ -84,42 +96,56 @@ def target_of(step: int, rank: int, size: int) -> Tensor:
     return torch.randn(size, len(TABLES), DIM, generator=torch.Generator().manual_seed(99 + 1000 * step + rank))
 
 
-def make_tables(topology: Topology, optimizer: str) -> ShardedTables:
-    placement = place_tables(TABLES, DIM, topology.world_size)
+def make_tables(topology: Topology, optimizer: str, cuts: dict[str, int] = WHOLE) -> ShardedTables:
+    setting = StepSetting(topology.world_size, topology.world_size, 6, optimizer)
+    options = PlacementOptions(cuts={table.name: cuts.get(table.name, 1) for table in TABLES})
+    placement = place_tables(TABLES, DIM, setting, read_costs("cpu"), options=options)
     tables = ShardedTables(TABLES, DIM, placement, topology, optimizer=optimizer, seed=SEED)
     tables.set_learning_rate(LEARNING_RATE)
     return tables
 
 
-def train_sharded(topology: Topology, kind: str, optimizer: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+def columns_of(tables: ShardedTables) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """This rank's tensors by table and first column."""
+    return {
+        (shard.name, shard.first_column): {kind: tensor.clone() for kind, tensor in tensors.items()}
+        for shard, tensors in tables.shard_tensors()
+    }
+
+
+def joined(by_rank: list[dict[tuple[str, int], dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """All tables' weights, whole."""
+    shards = {key: tensors["weight"] for of_rank in by_rank for key, tensors in of_rank.items()}
+    return {t.name: torch.cat([shards[key] for key in sorted(shards) if key[0] == t.name], dim=1) for t in TABLES}
+
+
+def train_sharded(topology: Topology, kind: str, optimizer: str, cut: str) -> tuple[list[Tensor], dict]:
     """This rank's looked-up embeddings of each step, and its tables in the end. Loss: sum of embeddings * target."""
-    tables = make_tables(topology, optimizer)
+    tables = make_tables(topology, optimizer, CUT if cut == "cut" else WHOLE)
     outputs = []
     for step in range(STEPS):
         size = rank_sizes(step, topology.world_size)[topology.rank]
         embeddings_BFD = tables(batch_of(kind, step, topology.rank, size))
         outputs.append(embeddings_BFD.detach().clone())
         (embeddings_BFD * target_of(step, topology.rank, size)).sum().backward()
-    return outputs, {shard.name: tensors["weight"].clone() for shard, tensors in tables.shard_tensors()}
+    return outputs, columns_of(tables)
 
 
-def train_all(topology: Topology) -> dict[tuple[str, str], tuple[list[Tensor], dict[str, Tensor]]]:
-    kinds = [(kind, "sgd") for kind in KINDS] + [("bags", "adagrad"), ("bags", "rowwise_adagrad")]
-    return {(kind, optimizer): train_sharded(topology, kind, optimizer) for kind, optimizer in kinds}
+def train_all(topology: Topology) -> dict[tuple[str, str, str], tuple[list[Tensor], dict]]:
+    return {case: train_sharded(topology, *case) for case in CASES}
 
 
 @functools.cache
-def sharded(world_size: int) -> list[dict[tuple[str, str], tuple[list[Tensor], dict[str, Tensor]]]]:
+def sharded(world_size: int) -> list[dict[tuple[str, str, str], tuple[list[Tensor], dict]]]:
     return run_ranks(world_size, train_all)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize(
-    ("kind", "optimizer"), [*((kind, "sgd") for kind in KINDS), ("bags", "adagrad"), ("bags", "rowwise_adagrad")]
-)
-def test_lookups_and_updates_equal_the_formula(world_size, kind, optimizer):
-    reference = Reference()
-    by_rank = [of_rank[kind, optimizer] for of_rank in sharded(world_size)]
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_lookups_and_updates_equal_the_formula(world_size, case):
+    kind, optimizer, cut = case
+    reference = Reference(CUT if cut == "cut" else WHOLE)
+    by_rank = [of_rank[case] for of_rank in sharded(world_size)]
     for step in range(STEPS):
         losses = []
         for rank, size in enumerate(rank_sizes(step, world_size)):
@@ -129,9 +155,31 @@ def test_lookups_and_updates_equal_the_formula(world_size, kind, optimizer):
         # The bridge averages over ranks, as DeepSpeed does the dense gradients.
         (sum(losses) / world_size).backward()
         reference.update(optimizer)
-    final = {name: weight for _, tables in by_rank for name, weight in tables.items()}
+    final = joined([tables for _, tables in by_rank])
     for table, weight in zip(TABLES, reference.weights, strict=True):
         torch.testing.assert_close(final[table.name], weight.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_cut_tables_train_as_whole_ones_do(world_size, optimizer):
+    whole, cut = ([of_rank["bags", optimizer, how] for of_rank in sharded(world_size)] for how in ("whole", "cut"))
+    assert max(len(tables) for _, tables in cut) > 0
+    for (ours, _), (theirs, _) in zip(cut, whole, strict=True):
+        for step in range(STEPS):
+            torch.testing.assert_close(ours[step], theirs[step], atol=1e-6, rtol=1e-6)
+    ours, theirs = joined([tables for _, tables in cut]), joined([tables for _, tables in whole])
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=1e-6)
+
+
+def test_row_wise_adagrad_keeps_a_state_a_row_and_shard():
+    """So cut by columns it is another algorithm, which the docs say and a checkpoint's cuts take care of."""
+    whole, cut = (
+        joined([sharded(2)[rank]["bags", "rowwise_adagrad", how][1] for rank in range(2)]) for how in ("whole", "cut")
+    )
+    assert (whole["sums"] - cut["sums"]).abs().max() > 1e-3
+    assert torch.equal(whole["means"], cut["means"]), "this one wasn't cut"
 
 
 def try_bad_ids(topology: Topology) -> list[str]:
@@ -161,21 +209,18 @@ def test_an_id_outside_its_table_is_named_and_never_looked_up():
     assert "2 sparse features, the model 3" in messages[3]
 
 
-def save_after_training(topology: Topology, folder, optimizer: str) -> None:
-    tables = make_tables(topology, optimizer)
+def save_after_training(topology: Topology, folder, optimizer: str, cuts: dict[str, int] = WHOLE) -> None:
+    tables = make_tables(topology, optimizer, cuts)
     for step in range(2):
         (tables(batch_of("bags", step, topology.rank, 6)) * target_of(step, topology.rank, 6)).sum().backward()
     save_tables(tables, folder, topology.rank)
     dist.barrier()
 
 
-def load_and_read(topology: Topology, folder, optimizer: str) -> dict[str, dict[str, Tensor]]:
-    tables = make_tables(topology, optimizer)
+def load_and_read(topology: Topology, folder, optimizer: str, cuts: dict[str, int] = WHOLE) -> dict:
+    tables = make_tables(topology, optimizer, cuts)
     load_tables(tables, folder)
-    return {
-        shard.name: {kind: tensor.clone() for kind, tensor in tensors.items()}
-        for shard, tensors in tables.shard_tensors()
-    }
+    return columns_of(tables)
 
 
 def merged(by_rank: list[dict]) -> dict:
@@ -187,13 +232,31 @@ def test_saved_tables_load_at_any_number_of_ranks(tmp_path, optimizer):
     run_ranks(2, save_after_training, tmp_path, optimizer)
     same = merged(run_ranks(2, load_and_read, tmp_path, optimizer))
     initial = init_table("sums", 40, DIM, range(DIM), SEED)
-    assert not torch.equal(same["sums"]["weight"], initial), "nothing was trained, so this shows nothing"
+    assert not torch.equal(same["sums", 0]["weight"], initial), "nothing was trained, so this shows nothing"
     for world_size in (1, 3):
         other = merged(run_ranks(world_size, load_and_read, tmp_path, optimizer))
         assert other.keys() == same.keys()
         for name, tensors in same.items():
             for kind, tensor in tensors.items():
                 assert torch.equal(other[name][kind], tensor), (name, kind)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(CUT, WHOLE), (WHOLE, CUT)], ids=["cut to whole", "whole to cut"])
+def test_saved_tables_load_under_any_cut(tmp_path, saved, loaded):
+    """With Adagrad, whose state is cut as the weights are."""
+    run_ranks(2, save_after_training, tmp_path, "adagrad", saved)
+    before = merged(run_ranks(2, load_and_read, tmp_path, "adagrad", saved))
+    after = merged(run_ranks(3, load_and_read, tmp_path, "adagrad", loaded))
+    for name in ("sums", "means", "more"):
+        for kind in ("weight", "sum"):
+            pieces = [[s[key][kind] for key in sorted(s) if key[0] == name] for s in (before, after)]
+            assert torch.equal(*(torch.cat(of_side, dim=1) for of_side in pieces)), (name, kind)
+
+
+def test_row_wise_state_is_not_moved_to_another_cut(tmp_path):
+    run_ranks(1, save_after_training, tmp_path, "rowwise_adagrad", CUT)
+    (message,) = run_ranks(1, load_fails, tmp_path, "rowwise_adagrad")
+    assert "columns 0:8 is needed, saved are 0:4, 4:8" in message
 
 
 def load_fails(topology: Topology, folder, optimizer: str) -> str:
