@@ -26,8 +26,33 @@ def test_shipped_files_are_read_and_resolved(path):
     assert config.deepspeed["train_batch_size"] == 64 * 2 * 4
     assert config.deepspeed["gradient_clipping"] == 1.5
     assert config.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.98]
-    assert f"zero{config.zero_stage}" in path.stem or (path.stem.startswith("hsdp") and config.zero_stage == 3)
-    assert (config.dhen.shard_group == "node") == path.stem.startswith("hsdp")
+    is_hybrid = path.stem.startswith("hsdp") or path.stem == "paper"
+    assert f"zero{config.zero_stage}" in path.stem or (is_hybrid and config.zero_stage == 3)
+    assert (config.dhen.shard_group == "node") == is_hybrid
+
+
+def test_the_wire_is_said_once_or_for_each_way(tmp_path):
+    both = read_ds_config(written(tmp_path, {"dhen": {"all_to_all_dtype": "int8"}}), RECIPE).dhen.all_to_all_dtype
+    assert (both.forward, both.backward) == ("int8", "int8")
+    each = {"dhen": {"all_to_all_dtype": {"backward": "bf16"}}}
+    forward_only = read_ds_config(written(tmp_path, each), RECIPE).dhen.all_to_all_dtype
+    assert (forward_only.forward, forward_only.backward) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"all_to_all_dtype": "fp8"}, "dhen.all_to_all_dtype.forward is 'fp8'"),
+        ({"all_to_all_dtype": {"forwards": "fp16"}}, "dhen.all_to_all_dtype: unknown key 'forwards'"),
+        ({"placement": {"max_shards": 2}}, "dhen.placement: unknown key 'max_shards'"),
+        ({"placement": {"memory_gib": -1}}, "dhen.placement.memory_gib is -1"),
+        ({"table_dtype": "bf16"}, "dhen.table_dtype is 'bf16'"),
+    ],
+)
+def test_mistakes_about_tables_name_the_key(tmp_path, section, words):
+    with pytest.raises(DsConfigError) as caught:
+        read_ds_config(written(tmp_path, {"dhen": section}), RECIPE)
+    assert words in str(caught.value).replace("no key", "unknown key"), caught.value
 
 
 def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
