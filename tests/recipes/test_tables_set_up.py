@@ -1,0 +1,147 @@
+"""Tables cut by columns, half precision, quantized wires and overlap, through the recipe: train, resume, export."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import dhen.model.modeling_dhen  # noqa: F401 (registers the model)
+from tests import ROOT
+from tests.recipes.launch import Finished, losses, run_script, summary
+
+STEPS, BATCH = 40, 24
+FLAGS = (
+    "--embedding_dim=16", "--num_layers=1", "--num_embeddings_out=4", "--logging_steps=1", "--warmup_steps=2",
+    f"--max_steps={STEPS}", "--eval_steps=20", "--save_steps=20", "--table_learning_rate=0.1",
+)  # fmt: skip
+CUT = {"C1": [0, 1], "C3": [1, 0, 1, 0], "C20": [1, 1]}
+"""Ranks of column shards; some of one table on one rank."""
+
+
+def train(run: Path, click_log: Path, section: dict, *more: str, ranks: int = 2, stage: int = 0) -> Finished:
+    """The same steps on any number of ranks, under this "dhen" section."""
+    raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "set_up.json").write_text(json.dumps(raw | {"dhen": section}))
+    own = (f"--ds_config={run / 'set_up.json'}", f"--per_device_train_batch_size={BATCH // ranks}")
+    done = run_script(
+        "train.py", f"--dataset_name={click_log}", f"--output_dir={run}", *FLAGS, *own, *more, ranks=ranks
+    )
+    assert done.status == 0, done.output
+    return done
+
+
+def cuts(run: Path) -> dict[str, int]:
+    shards = json.loads((run / "placement.json").read_text())["shards"]
+    return {name: sum(shard["name"] == name for shard in shards) for name in {shard["name"] for shard in shards}}
+
+
+def numbers(run: Path, after: int = 0) -> dict[int, float]:
+    return {step: float(loss) for step, loss in losses(run).items() if step > after}
+
+
+@pytest.fixture(scope="module")
+def whole(click_log, tmp_path_factory) -> Path:
+    """Adagrad tables, none cut, on two ranks."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(run, click_log, {"table_optimizer": "adagrad", "placement": {"max_column_shards": 1}})
+    assert set(cuts(run).values()) == {1}
+    return run
+
+
+@pytest.fixture(scope="module")
+def cut(click_log, tmp_path_factory) -> Path:
+    """The same with three tables cut."""
+    run = tmp_path_factory.mktemp("cut") / "run"
+    train(run, click_log, {"table_optimizer": "adagrad", "placement": {"tables": CUT}})
+    assert {name: cuts(run)[name] for name in CUT} == {"C1": 2, "C3": 4, "C20": 2}
+    return run
+
+
+def test_cut_tables_train_as_whole_ones_do(whole, cut):
+    assert numbers(cut) == pytest.approx(numbers(whole), rel=1e-6)
+
+
+def test_cut_tables_are_exported_whole(whole, cut):
+    ours, theirs = (AutoModel.from_pretrained(run / "model").state_dict() for run in (cut, whole))
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
+    scored = run_script("evaluate.py", f"--model_name_or_path={cut}", f"--output={cut / 'again.json'}", ranks=3)
+    assert scored.status == 0, scored.output
+    again = json.loads((cut / "again.json").read_text())
+    assert again["ne"] == pytest.approx(summary(cut)["test"]["ne"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("before", "ranks", "section"),
+    [
+        ("cut", 4, {"placement": {"max_column_shards": 1}}),
+        ("cut", 1, {"placement": {"max_column_shards": 1}}),
+        ("whole", 3, {"placement": {"tables": {"C1": [0, 1], "C3": [2, 1, 0, 0]}}}),
+        ("whole", 4, {"placement": {"tables": {"C1": [3, 2, 1, 0]}}}),
+    ],
+    ids=["cut on 2 to whole on 4", "cut on 2 to whole on 1", "whole on 2 to cut on 3", "whole on 2 to cut on 4"],
+)
+def test_a_checkpoint_goes_on_under_any_placement(tmp_path, click_log, request, before, ranks, section):
+    source = request.getfixturevalue(before)
+    resume = f"--resume_from_checkpoint={source / 'checkpoint-20'}"
+    train(tmp_path, click_log, {"table_optimizer": "adagrad"} | section, resume, ranks=ranks)
+    assert numbers(tmp_path) == pytest.approx(numbers(source, after=20), rel=2e-5)
+
+
+def test_row_wise_adagrad_keeps_its_checkpoints_cuts(tmp_path, click_log):
+    source, resumed = tmp_path / "source", tmp_path / "resumed"
+    train(source, click_log, {"placement": {"tables": CUT}})
+    train(resumed, click_log, {}, f"--resume_from_checkpoint={source / 'checkpoint-20'}", ranks=4)
+    assert {name: cuts(resumed)[name] for name in CUT} == {"C1": 2, "C3": 4, "C20": 2}
+    assert numbers(resumed) == pytest.approx(numbers(source, after=20), rel=2e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_overlap_changes_no_number(tmp_path, click_log, stage):
+    """Not the last bit of a loss or a metric: the same is computed, only when it travels differs."""
+    for overlap in (True, False):
+        train(tmp_path / str(overlap), click_log, {"overlap_tables": overlap}, stage=stage)
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+    assert summary(tmp_path / "True")["test"] == summary(tmp_path / "False")["test"]
+
+
+@pytest.mark.parametrize(
+    ("section", "tolerance"),
+    [
+        ({"all_to_all_dtype": "bf16"}, 0.02),
+        ({"all_to_all_dtype": {"forward": "fp16", "backward": "int8"}}, 0.02),
+        ({"table_dtype": "fp16"}, 0.02),
+        ({"table_dtype": "fp16", "table_rounding": "nearest"}, 0.05),
+    ],
+    ids=str,
+)
+def test_half_precision_trains_evaluates_and_resumes(tmp_path, click_log, whole, section, tolerance):
+    """Close to fp32, yet not it; and to the bit the same when it is broken off and resumed."""
+    section = {"table_optimizer": "adagrad", "placement": {"max_column_shards": 1}} | section
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    train(run, click_log, section)
+    assert numbers(run) != numbers(whole)
+    assert summary(run)["test"]["ne"] == pytest.approx(summary(whole)["test"]["ne"], rel=tolerance)
+    train(resumed, click_log, section, f"--resume_from_checkpoint={run / 'checkpoint-20'}")
+    assert {step: loss for step, loss in losses(run).items() if step > 20} == losses(resumed)
+
+
+def test_tables_of_another_dtype_are_not_resumed(tmp_path, click_log, whole):
+    raw = json.loads((ROOT / "ds_configs/zero0.json").read_text())
+    (tmp_path / "set_up.json").write_text(
+        json.dumps(raw | {"dhen": {"table_optimizer": "adagrad", "table_dtype": "fp16"}})
+    )
+    flags = [
+        f"--dataset_name={click_log}",
+        f"--output_dir={tmp_path / 'run'}",
+        *FLAGS,
+        f"--per_device_train_batch_size={BATCH // 2}",
+    ]
+    resume = f"--resume_from_checkpoint={whole / 'checkpoint-20'}"
+    done = run_script("train.py", f"--ds_config={tmp_path / 'set_up.json'}", *flags, resume, ranks=2)
+    assert done.status != 0
+    assert "saved with table_dtype 'fp32', this run has 'fp16'" in done.output
