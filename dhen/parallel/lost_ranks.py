@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dhen.parallel.topology import Topology
 
 _QUESTION, _ANSWER, _LOST = "dhen/are_you_there/{}", "dhen/here/{}", "dhen/lost"
-_LEAVING = b"leaving"
+_LEAVING, _LEFT = b"leaving", "dhen/left/{}"
 _SECONDS_TO_ANSWER, _SECONDS_TO_READ = 3.0, 2.0
 _OF_A_CONNECTION = re.compile(r"connection|timed out|broken pipe|gloo|nccl|socket|store", re.IGNORECASE)
 _ending = threading.Lock()
@@ -28,7 +28,8 @@ _ending = threading.Lock()
 @contextlib.contextmanager
 def naming_lost_ranks(topology: Topology) -> Iterator[None]:
     """Around training: where a collective fails because a rank is gone, say which, and end this rank with status 1."""
-    threading.Thread(target=_answer, args=(topology, _store().clone()), daemon=True, name="answer_when_asked").start()
+    answering = threading.Thread(target=_answer, args=(topology, _store().clone()), daemon=True)
+    answering.start()
     try:
         yield
     except RuntimeError as error:
@@ -38,7 +39,18 @@ def naming_lost_ranks(topology: Topology) -> Iterator[None]:
         _end(topology, lost)
     finally:
         with contextlib.suppress(RuntimeError):
-            _store().set(_QUESTION.format(topology.rank), _LEAVING)
+            _leave(topology, answering)
+
+
+def _leave(topology: Topology, answering: threading.Thread) -> None:
+    """End the thread. Rank 0, which holds the store, lets the others do so first: they would report a lost store."""
+    store = _store()
+    store.set(_QUESTION.format(topology.rank), _LEAVING)
+    answering.join(_SECONDS_TO_READ)
+    store.set(_LEFT.format(topology.rank), "")
+    if topology.is_main:
+        everyone = [_LEFT.format(rank) for rank in range(topology.world_size)]
+        store.wait(everyone, timedelta(seconds=_SECONDS_TO_READ))
 
 
 def _answer(topology: Topology, store: dist.Store) -> None:
