@@ -46,7 +46,7 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
     with model.evaluating():
         for batch in loader.epoch(0):
             batch = batch.to(topology.device)
-            scores = model.score(model.look_up(batch.sparse), batch.dense_BN).sigmoid()
+            scores = model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse).sigmoid()
             # The ranks' shares of a step are consecutive, so in the order of the ranks the rows are in order.
             columns = [
                 all_gather_uneven(values.to(topology.device), topology.world).numpy()

@@ -84,8 +84,10 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
         table_epsilon=training.table_epsilon,
         dense_weights=start.dense_weights if start else None,
         ids_per_bag=mean_bag_sizes(prepared, schema),
-        table_cuts=fixed_table_cuts(ds_config, training),
+        fill_table=start.fill_table if start else None,
+        **fixed_placement(ds_config, training),
     )
+    check_replicated(training, model)
     if start and model.tables is not None:
         start.load_tables(model.tables)
     loaders = make_loaders(arguments, topology, prepared, schema)
@@ -94,11 +96,29 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     return model, loaders, prepared
 
 
-def fixed_table_cuts(ds_config: DsConfig, training: TrainingArguments) -> dict[str, int] | None:
-    """The column shards that a resumed run must keep: row-wise Adagrad's state is one number a row and shard."""
-    if not training.resume_from_checkpoint or ds_config.dhen.table_optimizer != "rowwise_adagrad":
-        return None
-    return saved_table_cuts(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)))
+def fixed_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[str, Any]:
+    """What a resumed run must keep of its placement: which tables the dense optimizer has, and under row-wise Adagrad,
+    whose state is one number a row and shard, the column shards of the others."""
+    if not training.resume_from_checkpoint:
+        return {}
+    cuts = saved_table_cuts(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)))
+    kept = {name: shards for name, shards in cuts.items() if shards}
+    return {
+        "replicated": [name for name in cuts if name not in kept],
+        "table_cuts": kept if ds_config.dhen.table_optimizer == "rowwise_adagrad" else None,
+    }
+
+
+def check_replicated(training: TrainingArguments, model: ParallelDhen) -> None:
+    """Raise ArgumentError for what is done to sharded tables alone, where tables are replicated."""
+    replicated = model.placement.replicated
+    asked = {name: getattr(training, name) for name in ("freeze", "looked_up_l2", "whole_table_l2")}
+    for name, value in asked.items():
+        if replicated and value and value != "none":
+            raise ArgumentError(
+                f"{name} is {value}, but {model.ds_config.path} replicates tables ({', '.join(replicated)}), which are "
+                f"trained as the dense part is. Leave out {name}, or set dhen.placement.replicate_below_rows to 0."
+            )
 
 
 def warn_of_ignored(arguments: Arguments, start: StartingPoint | None, topology: Topology) -> None:

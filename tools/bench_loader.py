@@ -140,7 +140,7 @@ def train(model: ParallelDhen, batches: list[Batch]) -> None:
     """One update a batch."""
     for batch in batches:
         batch = batch.to(model.topology.device)
-        logits_B = model.score(model.look_up(batch.sparse), batch.dense_BN)
+        logits_B = model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse)
         model.step(binary_cross_entropy_with_logits(logits_B, batch.labels_B))
 
 

@@ -3,7 +3,7 @@
 Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -35,6 +35,19 @@ class SparseIds:
         if self.lengths_FB is not None:
             return self.lengths_FB.shape[1]
         return self.ids.numel() // self.num_features if self.num_features else 0
+
+    def select(self, features: Sequence[int]) -> "SparseIds":
+        """The bags of some features, in that order."""
+        if list(features) == list(range(self.num_features)):
+            return self
+        if self.lengths_FB is None:
+            weights = None if self.weights is None else self.weights.view(self.num_features, -1)[features].flatten()
+            return SparseIds(self.ids.view(self.num_features, -1)[features].flatten(), len(features), None, weights)
+        bags = _bags_by_feature(self)
+        chosen = [bags[feature] for feature in features]
+        weights = None if self.weights is None else torch.cat([self.weights[:0], *(of_bag[2] for of_bag in chosen)])
+        ids = torch.cat([self.ids[:0], *(of_bag[0] for of_bag in chosen)])
+        return SparseIds(ids, len(features), self.lengths_FB[features], weights)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SparseIds":
         """The same bags on `device`."""
@@ -120,11 +133,16 @@ class PlainTables(nn.Module):
     torch.Size([2, 1, 4])
     """
 
-    def __init__(self, config: DhenConfig, seed: int) -> None:
-        """One table a sparse feature of `config`, initialised from `seed`, whatever torch's own random state."""
+    def __init__(self, config: DhenConfig, seed: int, names: Collection[str] | None = None) -> None:
+        """One table a sparse feature of `config`, initialised from `seed`, whatever torch's own random state.
+
+        names: only the tables of these features.
+        """
         super().__init__()
         self.embedding_dim = config.embedding_dim
         for feature in config.tables:
+            if names is not None and feature.name not in names:
+                continue
             self.add_module(
                 feature.name, PlainTable(feature, config.embedding_dim, seed, std=config.embedding_init_std)
             )

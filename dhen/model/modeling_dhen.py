@@ -3,7 +3,7 @@
 Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding dimension.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -129,16 +129,25 @@ class DhenForClickPrediction(DhenPreTrainedModel):
     torch.Size([2])
     """
 
-    def __init__(self, config: DhenConfig, with_tables: bool = True, table_seed: int | None = None) -> None:
-        """with_tables False: the looked-up embeddings are passed in, from tables that live elsewhere.
+    def __init__(
+        self, config: DhenConfig, with_tables: bool | Collection[str] = True, table_seed: int | None = None
+    ) -> None:
+        """with_tables False: the looked-up embeddings are passed in, from tables that live elsewhere; names: of all but
+        these features.
 
         table_seed: of `init_table`; None: the seed that torch.manual_seed was last given.
         """
         super().__init__(config)
+        names = [table.name for table in config.tables]
+        chosen = (names if with_tables else ()) if isinstance(with_tables, bool) else with_tables
+        own = [name for name in names if name in chosen]
         self.tables: PlainTables | None = None
-        if with_tables:
-            self.tables = PlainTables(config, torch.initial_seed() if table_seed is None else table_seed)
-        else:
+        if own or with_tables is True:
+            self.tables = PlainTables(config, torch.initial_seed() if table_seed is None else table_seed, own)
+        order = [name for name in names if name not in own] + own
+        places = torch.tensor([order.index(name) for name in names]) if 0 < len(own) < len(names) else None
+        self.register_buffer("_order", places, persistent=False)
+        if not own and with_tables is not True:
             self._keys_to_ignore_on_load_unexpected = [r"^tables\."]
         self.model = DhenModel(config)
         width = self.model.num_embeddings * config.embedding_dim
@@ -155,11 +164,13 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         """Predict clicks. Floating inputs are cast to the weights' dtype; logits_B are float32 (float64 from float64).
 
         Either sparse or inputs_embeds (B, F, D), or a function that waits for them, gives the sparse features; neither
-        where there are none. dense: (B, N).
+        where there are none, and both where only some tables are this model's. dense: (B, N).
         labels: (B,), 0 or 1, for the loss, which is 0 for a batch of no rows. Raises ValueError naming the argument.
         """
         if inputs_embeds is None:
             inputs_embeds = self._look_up(sparse, dense)
+        elif self._order is not None:
+            inputs_embeds = self._join(inputs_embeds, sparse)
         elif sparse is not None:
             raise ValueError("pass sparse or inputs_embeds, not both.")
         x_BMD = self.model(inputs_embeds, dense).last_hidden_state
@@ -171,6 +182,18 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             total = nn.functional.binary_cross_entropy_with_logits(logits_B, labels.to(logits_B.dtype), reduction="sum")
             loss = total / max(labels.shape[0], 1)
         return DhenOutput(loss=loss, logits=logits_B)
+
+    def _join(self, inputs_embeds: Tensor | Callable[[], Tensor], sparse: SparseIds | None) -> Callable[[], Tensor]:
+        """embeddings_BFD of both, in the features' order, once those that are passed in have come."""
+        if sparse is None:
+            raise ValueError("some of the tables are this model's: pass their sparse beside inputs_embeds.")
+        own_BFD = self.tables(sparse)
+
+        def join() -> Tensor:
+            others_BFD = inputs_embeds() if callable(inputs_embeds) else inputs_embeds
+            return torch.cat([others_BFD, own_BFD], dim=1).index_select(1, self._order)
+
+        return join
 
     def _look_up(self, sparse: SparseIds | None, dense: Tensor | None) -> Tensor:
         """embeddings_BFD of `sparse`, (B, 0, D) where the config has no sparse features."""

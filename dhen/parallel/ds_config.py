@@ -61,6 +61,9 @@ class PlacementSection(BaseModel):
     tables: dict[str, NonNegativeInt | list[NonNegativeInt]] = Field(
         {}, description="Tables placed by hand: the rank, or the ranks of its column shards."
     )
+    replicate_below_rows: NonNegativeInt = Field(
+        0, description="Smaller tables join the dense part on every rank, under its optimizer, where that is cheaper."
+    )
     memory_gib: PositiveFloat | None = Field(
         None, description="Memory of a rank for tables and their optimizer's state; null is 0.8 of what it has."
     )

@@ -11,7 +11,7 @@ In this order, each step relying on the one before:
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import deepspeed
@@ -28,7 +28,7 @@ from dhen.parallel.activation_checkpointing import checkpoint_layers
 from dhen.parallel.collectives import Wires
 from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
-from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, PendingEmbeddings, SentIds, ShardedTables
+from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, PendingEmbeddings, SentIds, ShardedTables, check_ids
 from dhen.parallel.table_costs import Costs, CostsError, StepSetting, read_costs
 from dhen.parallel.topology import ShardGroups, Topology
 from dhen.parallel.wire import Wire
@@ -39,12 +39,35 @@ _SCORING_BATCH = 4096
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class ReplicatedFeatures:
+    """Parts a batch's ids between the tables that the dense part holds on every rank, and the others."""
+
+    def __init__(self, config: DhenConfig, names: Collection[str], device: torch.device) -> None:
+        """names: of the features whose tables are replicated."""
+        self._own = [index for index, table in enumerate(config.tables) if table.name in names]
+        self._others = [index for index, table in enumerate(config.tables) if table.name not in names]
+        self._tables = [config.tables[index] for index in self._own]
+        self._num_embeddings_F = torch.tensor([table.num_embeddings for table in self._tables], device=device)
+
+    def own(self, sparse: SparseIds | None) -> SparseIds | None:
+        """Ids of the replicated tables; None where none is. Raises IndexError for an id outside its table."""
+        if not self._own:
+            return None
+        own = sparse.select(self._own)
+        check_ids(own, self._num_embeddings_F, self._tables)
+        return own
+
+    def others(self, sparse: SparseIds) -> SparseIds:
+        """Ids of the tables that are spread over the ranks."""
+        return sparse.select(self._others) if self._own else sparse
+
+
 @dataclass
 class ScoringDhen:
     """DHEN spread over the ranks of `topology`, for predictions.
 
-    tables: the embedding tables, model-parallel; None where the model has no sparse features.
-    dense: the dense part, data-parallel.
+    tables: the embedding tables, model-parallel; None where there are none, or all are replicated.
+    dense: the dense part, data-parallel, with the tables that `placement` replicates.
     """
 
     config: DhenConfig
@@ -53,9 +76,12 @@ class ScoringDhen:
     tables: ShardedTables | None
     dense: nn.Module
 
+    def __post_init__(self) -> None:
+        self._replicated = ReplicatedFeatures(self.config, self.placement.replicated, self.topology.device)
+
     def send_ids(self, sparse: SparseIds) -> SentIds | None:
         """Begin to bring the ids of a batch to their tables; None without tables. Communicates over all ranks."""
-        return None if self.tables is None else self.tables.send_ids(sparse)
+        return None if self.tables is None else self.tables.send_ids(self._replicated.others(sparse))
 
     def settle(self) -> None:
         """Wait for ids that are on their way and that nobody will look up."""
@@ -64,11 +90,19 @@ class ScoringDhen:
 
     def look_up(self, sparse: SparseIds | SentIds | None) -> PendingEmbeddings | None:
         """Begin to look up this rank's B examples; None without tables. Communicates over all ranks."""
-        return None if self.tables is None else self.tables.look_up(sparse)
+        if self.tables is None:
+            return None
+        return self.tables.look_up(self._replicated.others(sparse) if isinstance(sparse, SparseIds) else sparse)
 
-    def score(self, embeddings_BFD: PendingEmbeddings | Tensor | None, dense_BN: Tensor) -> Tensor:
-        """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3."""
-        return self.dense(inputs_embeds=embeddings_BFD, dense=dense_BN).logits
+    def score(
+        self, embeddings_BFD: PendingEmbeddings | Tensor | None, dense_BN: Tensor, sparse: SparseIds | None = None
+    ) -> Tensor:
+        """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3.
+
+        sparse: the batch's ids, for the tables that are replicated; not read where none is.
+        """
+        own = self._replicated.own(sparse)
+        return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN).logits
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -153,19 +187,24 @@ def parallelize(
     dense_weights: Mapping[str, Tensor] | None = None,
     ids_per_bag: Mapping[str, float] | None = None,
     table_cuts: Mapping[str, int] | None = None,
+    replicated: Collection[str] | None = None,
+    fill_table: Callable[[str, Tensor], None] | None = None,
 ) -> ParallelDhen:
     """Build `config`'s model over all ranks of `topology` as `ds_config` says. Communicates; all ranks call it.
 
     dense_weights: weights of the dense part that replace the initial ones, by name; what is left out keeps its own.
     ids_per_bag: mean number of ids by sparse feature, for the cost of its table; 1 where it is left out. table_cuts:
-    number of column shards by table, where a checkpoint fixes them.
+    number of column shards by table, and replicated: the tables that are, where a checkpoint fixes them. fill_table:
+    writes a trained model's rows over the initial weight of the replicated table of that name.
     """
     groups = _shard_groups(topology, ds_config)
-    placement = _place(config, topology, ds_config, ids_per_bag, table_cuts)
+    placement = _place(config, topology, ds_config, ids_per_bag, table_cuts, replicated)
     tables = shard_tables(config, topology, placement, ds_config.dhen, table_epsilon, seed)
-    dense = _dense_part(config, ds_config, seed, groups)
+    dense = _dense_part(config, ds_config, placement.replicated, seed, groups)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
+    if fill_table:
+        _fill_tables(dense, placement.replicated, fill_table)
     try:
         checkpoint_layers(dense, ds_config.dhen.activation_checkpointing)
     except ValueError as error:
@@ -192,10 +231,11 @@ def shard_tables(
     config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, epsilon: float, seed: int
 ) -> ShardedTables | None:
     """This rank's share of the model's tables; None where the model has none. Communicates; all ranks call it."""
-    if not config.tables:
+    sharded = [table for table in config.tables if table.name not in placement.replicated]
+    if not sharded:
         return None
     return ShardedTables(
-        config.tables,
+        sharded,
         config.embedding_dim,
         placement,
         topology,
@@ -216,6 +256,7 @@ def _place(
     ds_config: DsConfig,
     ids_per_bag: Mapping[str, float] | None,
     table_cuts: Mapping[str, int] | None,
+    replicated: Collection[str] | None,
 ) -> Placement:
     """The tables' placement as the ds_config has it. Communicates: no rank's memory may be overrun."""
     section, asked = ds_config.dhen, ds_config.dhen.placement
@@ -233,6 +274,8 @@ def _place(
         by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
         memory_bytes=int(asked.memory_gib * 2**30) if asked.memory_gib else _memory_bytes(topology),
         cuts=table_cuts or {},
+        replicate_below_rows=asked.replicate_below_rows,
+        replicated=replicated,
     )
     try:
         costs = _costs(asked.costs, topology)
@@ -266,14 +309,15 @@ def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None
 
 
 def _dense_part(
-    config: DhenConfig, ds_config: DsConfig, seed: int, groups: ShardGroups | None
+    config: DhenConfig, ds_config: DsConfig, replicated: Collection[str], seed: int, groups: ShardGroups | None
 ) -> DhenForClickPrediction:
     torch.manual_seed(seed)
-    if ds_config.zero_stage < 3:
-        return DhenForClickPrediction(config, with_tables=False)
-    shard = None if groups is None else groups.shard
-    with deepspeed.zero.Init(config_dict_or_path=ds_config.deepspeed, data_parallel_group=shard):
-        return DhenForClickPrediction(config, with_tables=False)
+    init: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if ds_config.zero_stage == 3:
+        shard = None if groups is None else groups.shard
+        init = deepspeed.zero.Init(config_dict_or_path=ds_config.deepspeed, data_parallel_group=shard)
+    with init:
+        return DhenForClickPrediction(config, with_tables=replicated, table_seed=seed)
 
 
 def _engine(dense: nn.Module, ds_config: DsConfig, groups: ShardGroups | None) -> deepspeed.DeepSpeedEngine:
@@ -291,10 +335,22 @@ def _engine(dense: nn.Module, ds_config: DsConfig, groups: ShardGroups | None) -
 def _load_dense_weights(dense: nn.Module, weights: Mapping[str, Tensor]) -> None:
     targets = dict(dense.named_parameters()) | dict(dense.named_buffers())
     for name, weight in weights.items():
-        target = targets[name]
-        is_sharded = hasattr(target, "ds_id")
-        with torch.no_grad(), deepspeed.zero.GatheredParameters([target], modifier_rank=0, enabled=is_sharded):
+        with _changing(targets[name]) as target:
             target.copy_(weight)
+
+
+def _fill_tables(dense: DhenForClickPrediction, names: Collection[str], fill_table: Callable) -> None:
+    for name in names:
+        with _changing(dense.get_parameter(f"tables.{name}.weight")) as weight:
+            fill_table(name, weight)
+
+
+@contextlib.contextmanager
+def _changing(weight: Tensor) -> Iterator[Tensor]:
+    """The whole weight, to be written, also where ZeRO stage 3 has it in shards."""
+    is_sharded = hasattr(weight, "ds_id")
+    with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_sharded):
+        yield weight
 
 
 def _whole_weight(parameter: nn.Parameter) -> Tensor:

@@ -7,13 +7,13 @@ cut into more equal column shards, until cutting helps no more.
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.names import unknown_name
-from dhen.parallel.table_costs import Costs, StepSetting, shard_seconds
+from dhen.parallel.table_costs import Costs, StepSetting, replicated_seconds, shard_seconds
 
 _COLUMNS = 4
 """FBGEMM wants multiples of so many columns."""
@@ -51,10 +51,14 @@ class TableShard:
 
 @dataclass(frozen=True)
 class Placement:
-    """Every shard of every table, by rank and then by table. The same on all ranks."""
+    """Every shard of every table, by rank and then by table. The same on all ranks.
+
+    replicated: tables that every rank has whole, in its dense part.
+    """
 
     shards: tuple[TableShard, ...]
     world_size: int
+    replicated: tuple[str, ...] = ()
 
     def of_rank(self, rank: int) -> tuple[TableShard, ...]:
         """The shards that `rank` holds."""
@@ -80,8 +84,8 @@ class Placement:
         return max(math.fsum(seconds) / self.world_size, *seconds, 0.0)
 
     def cuts(self) -> dict[str, int]:
-        """Number of column shards of each table."""
-        cuts: dict[str, int] = {}
+        """Number of column shards of each table, 0 where it is replicated."""
+        cuts = dict.fromkeys(self.replicated, 0)
         for shard in self.shards:
             cuts[shard.name] = cuts.get(shard.name, 0) + 1
         return cuts
@@ -104,6 +108,8 @@ class Placement:
                 f"{rank:>4} {len(own):>7} {self.bytes_of_rank(rank) / 2**20:>9.2f} {1e3 * seconds:>10.3f} "
                 f"{seconds / mean if mean else 0:>8.2f}  {', '.join(names) or '-'}"
             )
+        if self.replicated:
+            lines.append(f" all {len(self.replicated):>7}  in the dense part, replicated: {', '.join(self.replicated)}")
         if self.lower_bound:
             lines.append(f"the longest rank is {self.makespan / self.lower_bound:.2f} times the lower bound")
         return "\n".join(lines)
@@ -115,13 +121,16 @@ class PlacementOptions:
 
     max_column_shards: of one table; None: as many as its columns allow. by_hand: ranks of a table by its name, one for
     each of its column shards. memory_bytes: of a rank, for weights and optimizer states; None: no limit. cuts: number
-    of column shards by table, fixed, as those of a checkpoint.
+    of column shards by table, fixed, as those of a checkpoint. replicate_below_rows: smaller tables are replicated
+    where that is cheaper. replicated: the tables that are, fixed; None: the plan decides.
     """
 
     max_column_shards: int | None = None
     by_hand: Mapping[str, Sequence[int]] = field(default_factory=dict)
     memory_bytes: int | None = None
     cuts: Mapping[str, int] = field(default_factory=dict)
+    replicate_below_rows: int = 0
+    replicated: Collection[str] | None = None
 
 
 class NoRoomError(Exception):
@@ -313,13 +322,36 @@ def place_tables(
 ) -> Placement:
     """Cut tables by columns and place the shards. Deterministic.
 
+    What is replicated is left out of the shards, and of the tables that `TableShard.table` counts.
     ids_per_bag: mean number of ids by feature, 1 where it is left out. Raises PlacementError where the tables don't fit
     or an option can't be, ValueError unless 4 divides embedding_dim.
     """
     options = options or PlacementOptions()
     _check(tables, embedding_dim, setting, options)
-    planner = _Planner(tables, embedding_dim, setting, costs, ids_per_bag or {}, options)
-    return planner.placement(planner.search())
+    replicated = _replicated(tables, embedding_dim, setting, costs, ids_per_bag or {}, options)
+    sharded = [table for table in tables if table.name not in replicated]
+    planner = _Planner(sharded, embedding_dim, setting, costs, ids_per_bag or {}, options)
+    return replace(planner.placement(planner.search()), replicated=replicated)
+
+
+def _replicated(
+    tables: Sequence[SparseFeature],
+    embedding_dim: int,
+    setting: StepSetting,
+    costs: Costs,
+    ids_per_bag: Mapping[str, float],
+    options: PlacementOptions,
+) -> tuple[str, ...]:
+    """The tables whose all-reduce costs a rank less than its share of their all-to-all, among the small ones."""
+    if options.replicated is not None:
+        return tuple(table.name for table in tables if table.name in options.replicated)
+    chosen = []
+    for table in tables:
+        if table.num_embeddings < options.replicate_below_rows and table.name not in options.by_hand:
+            what = (costs, setting, table.num_embeddings, embedding_dim, ids_per_bag.get(table.name, 1.0))
+            if replicated_seconds(*what) < shard_seconds(*what).total / setting.world_size:
+                chosen.append(table.name)
+    return tuple(chosen)
 
 
 def _check(

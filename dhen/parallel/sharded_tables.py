@@ -271,7 +271,7 @@ class ShardedTables(nn.Module):
             return replace(own, on_device=self._ids_stream.record_event())
 
     def _send_checked_ids(self, sparse: SparseIds) -> _OwnIds:
-        _check_ids(sparse, self._num_embeddings_F, self.tables)
+        check_ids(sparse, self._num_embeddings_F, self.tables)
         weights = self._pooling_weights(sparse)
         facts = self._compare_batches(sparse, weights is not None)
         own = self._send_bags(sparse, weights, facts) if facts.has_lengths else (*self._send_single_ids(sparse), None)
@@ -385,7 +385,7 @@ def _layout(placement: Placement, num_features: int, embedding_dim: int, rank: i
     return PooledLayout(blocks_by_rank, num_features, embedding_dim, rank)
 
 
-def _check_ids(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence[SparseFeature]) -> None:
+def check_ids(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence[SparseFeature]) -> None:
     """Raise IndexError for an id outside its table: FBGEMM would train row 0 in its stead, or read foreign memory."""
     if sparse.num_features != len(tables):
         raise ValueError(f"The batch has {sparse.num_features} sparse features, the model {len(tables)}.")

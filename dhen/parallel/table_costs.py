@@ -7,7 +7,7 @@ measures on a machine; the third is bytes over the links, those inside a node an
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -171,3 +171,16 @@ def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, i
         ),
         exchange=seconds_per_byte * (bags * columns * wire + ids * _ID_BYTES),
     )
+
+
+def replicated_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> float:
+    """Seconds a step of a table that every rank has: its own bags looked up, all gradients all-reduced in a ring.
+
+    Beside them the dense part's optimizer goes over all rows, at the rate of what isn't in the cache.
+    """
+    alone = replace(setting, world_size=1, local_size=1, table_dtype="fp32", optimizer="adagrad")
+    own = shard_seconds(costs, alone, rows, columns, ids_per_bag)
+    world, weight_bytes = setting.world_size, rows * columns * WEIGHT_BYTES["fp32"]
+    rate = costs.intra_node_bytes_per_second if world == setting.local_size else costs.inter_node_bytes_per_second
+    states = 8 * weight_bytes * costs.update["adagrad/fp32"].seconds_per_row_byte  # weight, gradient, Adam's two
+    return own.lookup + own.update + states + 2 * (world - 1) / world * weight_bytes / rate

@@ -51,12 +51,16 @@ class StartingPoint:
     def load_tables(self, tables: ShardedTables) -> None:
         """Copy the rows that carry over into this rank's shards. Doesn't communicate."""
         for shard, tensors in tables.shard_tensors():
-            old_rows = self._rows.get(shard.name)
-            if old_rows is None:
-                continue
-            source = self.trained.table(shard.name, shard.first_column, shard.last_column)
+            self.fill_table(shard.name, tensors["weight"], shard.first_column, shard.last_column)
+
+    def fill_table(
+        self, name: str, weight: Tensor, first_column: int | None = None, last_column: int | None = None
+    ) -> None:
+        """Copy the rows that carry over into these columns of a table, by default all."""
+        old_rows = self._rows.get(name)
+        if old_rows is not None:
+            source = self.trained.table(name, first_column, last_column)
             is_kept = old_rows >= 0
-            weight = tensors["weight"]
             weight[is_kept.to(weight.device)] = source[old_rows[is_kept]].to(weight)
 
     def report(self) -> str:

@@ -24,7 +24,7 @@ def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
     with model.evaluating():
         for batch in loader.epoch(0):
             batch = batch.to(model.topology.device)
-            metrics.update(model.score(model.look_up(batch.sparse), batch.dense_BN), batch.labels_B)
+            metrics.update(model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse), batch.labels_B)
     return metrics.compute(model.topology.world)
 
 
@@ -110,7 +110,7 @@ class Trainer:
 
     def _micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
         embeddings_BFD = self.model.look_up(sent_ids)
-        logits_B = self.model.score(embeddings_BFD, batch.dense_BN)
+        logits_B = self.model.score(embeddings_BFD, batch.dense_BN, batch.sparse)
         loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")
         if self.arguments.looked_up_l2 and embeddings_BFD is not None:
             loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()

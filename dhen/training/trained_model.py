@@ -76,8 +76,8 @@ class TrainedModel:
         """All weights of the dense part, by name."""
         return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
 
-    def table(self, feature: str, first_column: int, last_column: int) -> Tensor:
-        """Columns [first, last) of a feature's table: (rows, columns)."""
+    def table(self, feature: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
+        """Columns [first, last) of a feature's table, by default all: (rows, columns)."""
         return self._read(f"{_TABLES}{feature}.weight", first_column, last_column)
 
     def _read(self, name: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:

@@ -148,3 +148,15 @@ def test_dense_features_become_the_last_embeddings():
     assert torch.equal(x0[:, :3], embeddings)
     torch.testing.assert_close(x0[:, 3], by_hand[:, :D], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(x0[:, 4], by_hand[:, D:], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2], [2, 0], [1], []])
+@pytest.mark.parametrize("kind", ["weighted bags", "bags", "one id each"])
+def test_selected_features_pool_as_among_all(chosen, kind):
+    sparse = SparseIds(torch.randint(0, 5, (18,)), 3) if kind == "one id each" else bags(has_weights="w" in kind)
+    tables = make_tables()
+    own = make_tables([FEATURES[feature] for feature in chosen])
+    selected = sparse.select(chosen)
+    assert selected.num_features == len(chosen)
+    if chosen:
+        torch.testing.assert_close(own(selected), tables(sparse)[:, chosen], rtol=0, atol=0)

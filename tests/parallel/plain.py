@@ -1,6 +1,6 @@
 """The same model trained by torch alone, on one process: what the parallel one is compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,18 +58,28 @@ def recipe(world_size: int, per_rank: int, accumulation: int = 1, max_grad_norm:
 
 
 def plain_losses(
-    batches: Sequence[GlobalBatch], accumulation: int = 1, max_grad_norm: float = 0.0, optimizer: str = "AdamW"
+    batches: Sequence[GlobalBatch],
+    accumulation: int = 1,
+    max_grad_norm: float = 0.0,
+    optimizer: str = "AdamW",
+    replicated: Collection[str] = (),
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Mean loss of each step and the final weights: the dense part by `optimizer`, tables by SGD.
+    """Mean loss of each step and the final weights: the dense part and replicated tables by `optimizer`, others by SGD.
 
     With accumulation the tables step after every micro batch, on gradients divided by the number of micro batches, as
     FBGEMM does.
     """
     torch.manual_seed(SEED)
     model = DhenForClickPrediction(DhenConfig(**CONFIG), table_seed=SEED)
-    dense = [parameter for name, parameter in model.named_parameters() if not name.startswith("tables.")]
+    sharded = [
+        parameter
+        for name, table in model.tables.named_children()
+        if name not in replicated
+        for parameter in table.parameters()
+    ]
+    dense = [parameter for parameter in model.parameters() if all(parameter is not other for other in sharded)]
     dense_optimizer = getattr(torch.optim, optimizer)(dense, lr=LEARNING_RATE, weight_decay=0.0)
-    sgd = torch.optim.SGD(model.tables.parameters(), lr=TABLE_LEARNING_RATE)
+    sgd = torch.optim.SGD([{"params": sharded}], lr=TABLE_LEARNING_RATE)
     losses = []
     for batch in batches:
         micro = len(batch.labels_B) // accumulation

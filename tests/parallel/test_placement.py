@@ -217,3 +217,17 @@ def test_a_file_of_costs_is_checked(tmp_path):
         read_costs(str(path))
     with pytest.raises(CostsError, match="calibrate_costs"):
         read_costs(str(tmp_path / "none.json"))
+
+
+def test_small_tables_are_replicated_where_their_all_reduce_is_cheaper_than_their_all_to_all():
+    tables = features(*CRITEO_1TB)
+    assert place(tables, 16, 16).replicated == ()
+    plan = place(tables, 16, 16, replicate_below_rows=2_000)
+    small = {table.name for table in tables if table.num_embeddings < 2_000}
+    assert set(plan.replicated) == small
+    assert small.isdisjoint(shard.name for shard in plan.shards)
+    assert plan.makespan < place(tables, 16, 16).makespan
+    everything = place(tables, 16, 16, replicate_below_rows=10**9).replicated
+    assert small < set(everything) < {table.name for table in tables}, "large ones aren't worth it"
+    by_hand = place(tables, 16, 16, replicate_below_rows=2_000, by_hand={"C5": [3]})
+    assert set(by_hand.replicated) == small - {"C5"}

@@ -127,3 +127,23 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+SOME, ALL = ("C1", "C3"), ("C0", "C1", "C2", "C3", "C4")
+
+
+def with_replicated_tables(topology: Topology) -> dict[str, list[float]]:
+    losses = {name: train(topology, name, replicated=SOME)[0] for name in ("zero0", "zero1", "zero2", "zero3")}
+    losses["hsdp"] = train(topology, "hsdp", replicated=SOME, dhen={"shard_group": 2})[0]
+    return losses | {"all": train(topology, "zero2", replicated=ALL)[0]}
+
+
+def test_replicated_tables_train_as_part_of_the_dense_part():
+    """In plain torch they are under AdamW, the other tables under SGD."""
+    batches = global_batches(STEPS, GLOBAL_BATCH)
+    some, every = (plain_losses(batches, replicated=names)[0] for names in (SOME, ALL))
+    losses = run_ranks(4, with_replicated_tables)[0]
+    assert difference(losses.pop("all"), every) < FP32_TOLERANCE
+    for name, of_name in losses.items():
+        assert difference(of_name, some) < FP32_TOLERANCE, name
+    assert difference(some, reference()) > 100 * FP32_TOLERANCE, "replication had no effect, so this showed nothing"

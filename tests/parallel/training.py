@@ -1,5 +1,6 @@
 """A tiny DHEN trained in parallel for a few steps, by any ds_config: what the tests of this room compare."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ def train(
     global_batch: int = GLOBAL_BATCH,
     dhen: dict[str, Any] | None = None,
     zero: dict[str, Any] | None = None,
+    replicated: Collection[str] | None = None,
 ) -> tuple[list[float], ParallelDhen]:
     """Mean loss of each of STEPS steps, the same on all ranks, and the model.
 
-    dhen, zero: keys that change that section of ds_configs/<name>.json.
+    dhen, zero: keys that change that section of ds_configs/<name>.json. replicated: tables of the dense part.
     """
     micro = global_batch // topology.world_size // accumulation
     config = read_ds_config(
@@ -37,7 +39,7 @@ def train(
     )
     config = _changed(config, {"table_optimizer": "sgd"} | (dhen or {}), zero or {})
     config = with_sgd_dense(config) if optimizer == "SGD" else config
-    model = parallelize(DhenConfig(**CONFIG), topology, config, seed=SEED)
+    model = parallelize(DhenConfig(**CONFIG), topology, config, seed=SEED, replicated=replicated)
     model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
     losses = []
     for batch in global_batches(STEPS, global_batch):
@@ -45,7 +47,7 @@ def train(
         for step in range(accumulation):
             first = (step * topology.world_size + topology.rank) * micro
             sparse, dense_BN, labels_B = batch.rows(first, first + micro)
-            logits_B = model.score(model.look_up(sparse), dense_BN)
+            logits_B = model.score(model.look_up(sparse), dense_BN, sparse)
             loss = binary_cross_entropy_with_logits(logits_B, labels_B)
             model.step(loss)
             total += loss.detach()

@@ -20,17 +20,24 @@ CUT = {"C1": [0, 1], "C3": [1, 0, 1, 0], "C20": [1, 1]}
 """Ranks of column shards; some of one table on one rank."""
 
 
-def train(run: Path, click_log: Path, section: dict, *more: str, ranks: int = 2, stage: int = 0) -> Finished:
+def try_to_train(run: Path, click_log: Path, section: dict, *more: str, ranks: int = 2, stage: int = 0) -> Finished:
     """The same steps on any number of ranks, under this "dhen" section."""
     raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
     run.mkdir(parents=True, exist_ok=True)
     (run / "set_up.json").write_text(json.dumps(raw | {"dhen": section}))
     own = (f"--ds_config={run / 'set_up.json'}", f"--per_device_train_batch_size={BATCH // ranks}")
-    done = run_script(
+    return run_script(
         "train.py", f"--dataset_name={click_log}", f"--output_dir={run}", *FLAGS, *own, *more, ranks=ranks
     )
+
+
+def train(run: Path, click_log: Path, section: dict, *more: str, ranks: int = 2, stage: int = 0) -> None:
+    done = try_to_train(run, click_log, section, *more, ranks=ranks, stage=stage)
     assert done.status == 0, done.output
-    return done
+
+
+def config(run: Path) -> dict:
+    return json.loads((run / "model" / "config.json").read_text())
 
 
 def cuts(run: Path) -> dict[str, int]:
@@ -131,17 +138,64 @@ def test_half_precision_trains_evaluates_and_resumes(tmp_path, click_log, whole,
 
 
 def test_tables_of_another_dtype_are_not_resumed(tmp_path, click_log, whole):
-    raw = json.loads((ROOT / "ds_configs/zero0.json").read_text())
-    (tmp_path / "set_up.json").write_text(
-        json.dumps(raw | {"dhen": {"table_optimizer": "adagrad", "table_dtype": "fp16"}})
-    )
-    flags = [
-        f"--dataset_name={click_log}",
-        f"--output_dir={tmp_path / 'run'}",
-        *FLAGS,
-        f"--per_device_train_batch_size={BATCH // 2}",
-    ]
     resume = f"--resume_from_checkpoint={whole / 'checkpoint-20'}"
-    done = run_script("train.py", f"--ds_config={tmp_path / 'set_up.json'}", *flags, resume, ranks=2)
+    done = try_to_train(tmp_path, click_log, {"table_optimizer": "adagrad", "table_dtype": "fp16"}, resume)
     assert done.status != 0
     assert "saved with table_dtype 'fp32', this run has 'fp16'" in done.output
+
+
+@pytest.fixture(scope="module")
+def costs_of_a_slow_machine(tmp_path_factory) -> Path:
+    """Where gradients of small tables are cheap to reduce, and every lookup takes a while."""
+    raw = json.loads((ROOT / "dhen/parallel/costs/cpu.json").read_text())
+    free = dict.fromkeys(raw["lookup"]["fp32"], 0.0)
+    raw["update"]["adagrad/fp32"], raw["lookup"]["fp32"] = free, free
+    raw["update"]["rowwise_adagrad/fp32"] = free | {"seconds_per_id": 1e-3}
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    path.write_text(json.dumps(raw))
+    return path
+
+
+@pytest.fixture(scope="module")
+def replicated(click_log, costs_of_a_slow_machine, tmp_path_factory) -> Path:
+    """Tables of fewer than 60 rows in the dense part, under ZeRO 3, on two ranks."""
+    run = tmp_path_factory.mktemp("replicated") / "run"
+    section = {"placement": {"replicate_below_rows": 60, "costs": str(costs_of_a_slow_machine)}}
+    train(run, click_log, section, stage=3)
+    return run
+
+
+def test_small_tables_are_replicated(replicated):
+    placement = json.loads((replicated / "placement.json").read_text())
+    rows = {table["name"]: table["num_embeddings"] for table in config(replicated)["sparse_features"]}
+    assert set(placement["replicated"]) == {name for name in rows if rows[name] < 60}
+    assert {shard["name"] for shard in placement["shards"]} == {name for name in rows if rows[name] >= 60}
+    assert len(placement["replicated"]) not in (0, len(rows))
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_replicated_tables_are_resumed_as_such_exported_and_scored(tmp_path, click_log, replicated, ranks):
+    resume = f"--resume_from_checkpoint={replicated / 'checkpoint-20'}"
+    train(tmp_path / "run", click_log, {}, resume, stage=3, ranks=ranks)
+    assert numbers(tmp_path / "run") == pytest.approx(numbers(replicated, after=20), rel=2e-5)
+    scored = run_script("evaluate.py", f"--model_name_or_path={replicated}", f"--output={tmp_path / 'again.json'}")
+    assert scored.status == 0, scored.output
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["ne"] == pytest.approx(summary(replicated)["test"]["ne"], rel=1e-6)
+
+
+def test_replicated_tables_start_from_a_trained_model(tmp_path, click_log, replicated, costs_of_a_slow_machine):
+    section = {"placement": {"replicate_below_rows": 60, "costs": str(costs_of_a_slow_machine)}}
+    more = (f"--model_name_or_path={replicated}", "--max_steps=1", "--learning_rate=1e-12", "--warmup_steps=0")
+    train(tmp_path / "run", click_log, section, *more, stage=3)
+    before, after = (AutoModel.from_pretrained(run / "model").state_dict() for run in (replicated, tmp_path / "run"))
+    for name in json.loads((tmp_path / "run" / "placement.json").read_text())["replicated"]:
+        torch.testing.assert_close(after[f"tables.{name}.weight"], before[f"tables.{name}.weight"], rtol=0, atol=1e-9)
+
+
+def test_what_is_for_sharded_tables_alone_is_refused(tmp_path, click_log, costs_of_a_slow_machine):
+    section = {"placement": {"replicate_below_rows": 60, "costs": str(costs_of_a_slow_machine)}}
+    done = try_to_train(tmp_path, click_log, section, "--whole_table_l2=0.1")
+    assert done.status != 0
+    assert "whole_table_l2 is 0.1, but" in done.output
+    assert "or set dhen.placement.replicate_below_rows to 0." in done.output
