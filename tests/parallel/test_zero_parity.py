@@ -14,7 +14,8 @@ from tests.ranks import run_ranks
 
 FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 0.05  # bf16 keeps 8 bits: after 20 Adam steps losses are within a few per cent
-NAMES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+NAMES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json") if not path.stem.startswith("hsdp"))
+"""Hybrid sharding needs nodes: test_hsdp.py has them."""
 
 
 def train_all(topology: Topology) -> dict[str, list[float]]:

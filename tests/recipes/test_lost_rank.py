@@ -1,25 +1,33 @@
 """A rank that is killed in the middle of training ends the job on all others, which name it; the run goes on after."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.recipes.launch import TINY, last_step, losses, run_script
 
 
+def flags(run: Path, click_log: Path) -> list[str]:
+    return [f"--dataset_name={click_log}", *TINY, f"--output_dir={run}", "--ds_config=ds_configs/zero3.json",
+            "--per_device_train_batch_size=6", "--max_steps=40", "--save_steps=10"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(click_log, tmp_path_factory) -> Path:
+    """A run that nobody kills."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    done = run_script("train.py", *flags(run, click_log), ranks=4)
+    assert done.status == 0, done.output
+    return run
+
+
 @pytest.mark.parametrize("killed", [0, 2])
-def test_the_others_name_a_killed_rank_and_end(tmp_path, click_log, killed):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-
-    def flags(run):
-        return [f"--dataset_name={click_log}", *TINY, f"--output_dir={run}", "--ds_config=ds_configs/zero3.json",
-                "--per_device_train_batch_size=6", "--max_steps=60", "--save_steps=10"]  # fmt: skip
-
-    assert run_script("train.py", *flags(straight), ranks=4).status == 0
-    done = run_script(
-        "train.py", *flags(broken), ranks=4, kill_when=lambda: last_step(broken) >= 15, killed_rank=killed
-    )
+def test_the_others_name_a_killed_rank_and_end(tmp_path, click_log, straight, killed):
+    broken, arguments = tmp_path / "broken", flags(tmp_path / "broken", click_log)
+    done = run_script("train.py", *arguments, ranks=4, kill_when=lambda: last_step(broken) >= 15, killed_rank=killed)
     assert done.status != 0
     others = {rank for rank in range(4) if f"[rank {rank}] error: rank {killed} of 4 is gone" in done.output}
     assert others == {0, 1, 2, 3} - {killed}, done.output
-    resumed = run_script("train.py", *flags(broken), "--resume_from_checkpoint=true", ranks=4)
+    resumed = run_script("train.py", *arguments, "--resume_from_checkpoint=true", ranks=4)
     assert resumed.status == 0, resumed.output
     assert losses(broken) == losses(straight)
