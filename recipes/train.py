@@ -13,6 +13,7 @@ from typing import Any
 from dhen.data.batches import BatchLoader
 from dhen.data.prepared_rows import mean_bag_sizes
 from dhen.data.schema import Schema
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel import topology as job
 from dhen.parallel.ds_config import DsConfig, read_ds_config
 from dhen.parallel.lost_ranks import naming_lost_ranks
@@ -66,7 +67,7 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     training = arguments.training
     output_dir = Path(training.output_dir)
     check_run_folder(output_dir, training)
-    ds_config = read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size))
+    ds_config = read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size), num_layers(arguments))
     cache = Path(arguments.data.cache_dir) if arguments.data.cache_dir else output_dir.parent / "prepared"
     prepared = prepare_dataset(arguments.data, cache, topology)
     schema = Schema.load(prepared)
@@ -94,6 +95,13 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     if topology.is_main:
         announce(arguments, model, schema, start.report() if start else None)
     return model, loaders, prepared
+
+
+def num_layers(arguments: Arguments) -> int:
+    """Depth of the model that is trained: in fine-tuning the trained model's."""
+    if arguments.training.model_name_or_path:
+        return len(TrainedModel.open(arguments.training.model_name_or_path).config.layer_specs)
+    return len(DhenConfig(**vars(arguments.architecture)).layer_specs)
 
 
 def fixed_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[str, Any]:

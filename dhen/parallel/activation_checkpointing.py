@@ -1,22 +1,46 @@
-"""Activation checkpointing by depth (paper 3.1): the first layers keep their inputs alone and compute again."""
+"""Activation checkpointing by depth or by interaction (paper 3.1): only inputs are kept, the rest is computed again."""
 
 import functools
+from collections.abc import Iterator, Sequence
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.model.names import unknown_name
 
 
-def checkpoint_layers(model: DhenForClickPrediction, layers: str | int) -> int:
-    """Recompute the first `layers` layers, counted from the input, in the backward: "none", "all" or how many.
+def checkpoint_layers(model: DhenForClickPrediction, what: str | int | Sequence[str]) -> int:
+    """Recompute in the backward: "none", "all", the first so many layers, or all interactions of some kinds.
 
-    Returns how many they are. Losses stay the same to the bit. Raises ValueError if the model has fewer.
+    Returns how many layers or interactions they are. Losses stay the same to the bit. Raises ValueError if the model
+    has fewer layers, or none of a kind.
     """
+    recomputed = list(_modules(model, what))
+    for module in recomputed:
+        # Non-reentrant: DeepSpeed's stage 3 then gathers the weights again by the hooks of the layer's modules.
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+    return len(recomputed)
+
+
+def first_layers(model: DhenForClickPrediction, layers: str | int) -> Sequence[nn.Module]:
+    """The first `layers` layers, counted from the input: "none", "all" or how many. Raises ValueError for too many."""
     depth = len(model.model.layers)
     count = {"none": 0, "all": depth}[layers] if isinstance(layers, str) else layers
     if count > depth:
         raise ValueError(f'{layers}, but the model has {depth} layers. Use "none", "all" or up to {depth}.')
-    for layer in model.model.layers[:count]:
-        # Non-reentrant: DeepSpeed's stage 3 then gathers the weights again by the hooks of the layer's modules.
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    return count
+    return model.model.layers[:count]
+
+
+def _modules(model: DhenForClickPrediction, what: str | int | Sequence[str]) -> Iterator[nn.Module]:
+    if isinstance(what, str | int):
+        yield from first_layers(model, what)
+        return
+    of_layers = [[spec.kind for spec in layer.interactions] for layer in model.config.layer_specs]
+    for kind in what:
+        if not any(kind in kinds for kinds in of_layers):
+            raise ValueError(
+                f"{list(what)}: {unknown_name('interaction of this model:', kind, set().union(*of_layers))}"
+            )
+    for layer, kinds in zip(model.model.layers, of_layers, strict=True):
+        yield from (module for module, kind in zip(layer.interactions, kinds, strict=True) if kind in what)

@@ -7,7 +7,7 @@ with the recipe.
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from dhen.parallel.sharded_tables import TableDtype, TableOptimizer, TableRoundi
 from dhen.parallel.wire import WireDtype
 
 SECTION = "dhen"
+_RUNGS = "by_depth"
 AUTO = "auto"
 _PARAMS = "optimizer.params."
 _SECTION_KEYS = {
@@ -98,8 +99,13 @@ class DhenSection(BaseModel):
     )
     overlap_tables: bool = Field(True, description="The tables' all-to-all runs under what is computed meanwhile.")
     placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
-    activation_checkpointing: Literal["none", "all"] | NonNegativeInt = Field(
-        "none", description="Layers, counted from the input, whose activations are computed again in the backward."
+    activation_checkpointing: Literal["none", "all"] | NonNegativeInt | list[str] = Field(
+        "none",
+        description="Layers, counted from the input, or interactions of all layers, that are computed again in the "
+        "backward.",
+    )
+    activation_offload: Literal["none", "all"] | NonNegativeInt = Field(
+        "none", description="Layers, counted from the input, whose activations wait in the host's memory, on GPUs."
     )
     shard_group: Literal["world", "node"] | PositiveInt = Field(
         "world", description="Ranks that ZeRO shards over: all, those of a node (HSDP), or a number of ranks."
@@ -146,6 +152,8 @@ class DsConfig:
     path: str
     deepspeed: dict[str, Any]
     dhen: DhenSection
+    rung: str = ""
+    """Which entry of by_depth was taken, and why, in words."""
 
     @property
     def zero_stage(self) -> int:
@@ -157,18 +165,76 @@ class DsConfig:
         return self.deepspeed | {SECTION: self.dhen.model_dump()}
 
 
-def read_ds_config(path: str | Path, recipe: Recipe) -> DsConfig:
-    """Read, check and resolve the ds_config at `path`. Raises DsConfigError, which names the file and the key."""
+def read_ds_config(path: str | Path, recipe: Recipe, num_layers: int = 1) -> DsConfig:
+    """Read, check and resolve the ds_config at `path`. Raises DsConfigError, which names the file and the key.
+
+    num_layers: of the model, by which a rung of by_depth is taken; the other rungs are checked too.
+    """
     raw = _read_json(Path(path))
-    section = _check_section(str(path), raw.pop(SECTION, {}))
-    _check_top_level(str(path), raw)
-    _check_sections(str(path), raw)
-    _resolve_auto(str(path), raw, recipe.values())
+    rungs = _take_rungs(str(path), raw)
+    if not rungs:
+        return _checked(str(path), raw, recipe)
+    every = [
+        _checked(f"{path}: {_rung_name(i)}", _merged(raw, changes), recipe) for i, (_, changes) in enumerate(rungs)
+    ]
+    index = next((i for i, (most, _) in enumerate(rungs) if most is None or num_layers <= most), None)
+    if index is None:
+        raise DsConfigError(
+            f"{path}: the model has {num_layers} layers, and the last rung of dhen.by_depth has max_layers "
+            f"{rungs[-1][0]}. Add a rung for more; without max_layers it is for any depth."
+        )
+    most, changes = rungs[index]
+    size = "any depth" if most is None else f"up to {most} layers"
+    rung = f"{_rung_name(index)} ({size}) for {num_layers} layers: {json.dumps(changes)}"
+    return replace(every[index], path=str(path), rung=rung)
+
+
+def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
+    section = _check_section(path, raw.pop(SECTION, {}))
+    _check_top_level(path, raw)
+    _check_sections(path, raw)
+    _resolve_auto(path, raw, recipe.values())
     _add_what_is_missing(raw, recipe.values())
-    _check_by_deepspeed(str(path), raw)
-    config = DsConfig(str(path), raw, section)
+    _check_by_deepspeed(path, raw)
+    config = DsConfig(path, raw, section)
     _refuse_known_faults(config)
     return config
+
+
+def _rung_name(index: int) -> str:
+    return f"{SECTION}.{_RUNGS}[{index}]"
+
+
+def _take_rungs(path: str, raw: dict[str, Any]) -> list[tuple[int | None, dict[str, Any]]]:
+    """Take by_depth out of `raw`: for each rung the most layers that it is for, and what it changes."""
+    section = raw.get(SECTION)
+    rungs = section.pop(_RUNGS, []) if isinstance(section, dict) else []
+    if not isinstance(rungs, list) or not all(isinstance(rung, dict) for rung in rungs):
+        raise DsConfigError(f'{path}: {SECTION}.{_RUNGS} is a list of objects like {{"max_layers": 8, …changes…}}.')
+    taken = [(rung.pop("max_layers", None), rung) for rung in rungs]
+    before = 0
+    for index, (most, _) in enumerate(taken):
+        is_last = index == len(taken) - 1
+        if (most is None and not is_last) or (most is not None and (type(most) is not int or most <= before)):
+            raise DsConfigError(
+                f"{path}: {_rung_name(index)}.max_layers is {json.dumps(most)}. Rungs stand in the order of "
+                f"max_layers, whole numbers above {before} here; only the last may leave it out."
+            )
+        before = most or before
+    return taken
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A deep copy of `base` with `changes`, object by object; null takes a key away."""
+    result = json.loads(json.dumps(base))
+    for key, value in changes.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _merged(result[key], value)
+        else:
+            result[key] = json.loads(json.dumps(value))
+    return result
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ In this order, each step relying on the one before:
    broadcasts every parameter that it is given and would overwrite the ranks' different shards;
 2. the dense part is built from the same seed on all ranks, under zero.Init where ZeRO stage 3 shards its parameters;
 3. weights of a trained model, where there are any, replace the initial ones;
-4. activation checkpointing wraps the layers that it is asked for;
+4. activation checkpointing and offload wrap the layers that they are asked for;
 5. DeepSpeed's engine wraps the dense part, over all ranks, or in hybrid shards by hsdp.py.
 """
 
@@ -25,6 +25,7 @@ from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.parallel import hsdp
 from dhen.parallel.activation_checkpointing import checkpoint_layers
+from dhen.parallel.activation_offload import offload_layers
 from dhen.parallel.collectives import Wires
 from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
@@ -205,10 +206,7 @@ def parallelize(
         _load_dense_weights(dense, dense_weights)
     if fill_table:
         _fill_tables(dense, placement.replicated, fill_table)
-    try:
-        checkpoint_layers(dense, ds_config.dhen.activation_checkpointing)
-    except ValueError as error:
-        raise DsConfigError(f"{ds_config.path}: dhen.activation_checkpointing is {error}") from error
+    _save_activations(dense, ds_config, topology.device)
     engine = _engine(dense, ds_config, groups)
     # Weights came from one seed; dropout draws from another on each rank.
     torch.manual_seed(seed + topology.rank)
@@ -318,6 +316,17 @@ def _dense_part(
         init = deepspeed.zero.Init(config_dict_or_path=ds_config.deepspeed, data_parallel_group=shard)
     with init:
         return DhenForClickPrediction(config, with_tables=replicated, table_seed=seed)
+
+
+def _save_activations(dense: DhenForClickPrediction, ds_config: DsConfig, device: torch.device) -> None:
+    """Checkpointing first, so that offload takes what it keeps."""
+    section, key = ds_config.dhen, "activation_checkpointing"
+    try:
+        checkpoint_layers(dense, section.activation_checkpointing)
+        key = "activation_offload"
+        offload_layers(dense, section.activation_offload, device)
+    except ValueError as error:
+        raise DsConfigError(f"{ds_config.path}: dhen.{key} is {error}") from error
 
 
 def _engine(dense: nn.Module, ds_config: DsConfig, groups: ShardGroups | None) -> deepspeed.DeepSpeedEngine:

@@ -99,6 +99,8 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
         "" if model.shard_size == model.topology.world_size else f" in shard groups of {model.shard_size}",
         arguments.ds_config,
     )
+    if model.ds_config.rung:
+        logger.info("ds_config: %s", model.ds_config.rung)
     logger.info("tables:\n%s", model.placement.as_table())
     if fine_tuning:
         logger.info(fine_tuning)

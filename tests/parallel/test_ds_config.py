@@ -142,3 +142,48 @@ def test_json_must_be_strict(tmp_path, text, says):
 def test_a_missing_file_is_answered_with_those_that_exist():
     with pytest.raises(DsConfigError, match="zero2_offload"):
         read_ds_config(ROOT / "ds_configs/zero4.json", RECIPE)
+
+
+RUNGS = [
+    {"max_layers": 4, "zero_optimization": {"stage": 0}},
+    {"max_layers": 8, "dhen": {"activation_checkpointing": "all"}},
+    {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False},
+]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "stage", "recomputed", "words"),
+    [
+        (1, 0, "none", "dhen.by_depth[0] (up to 4 layers) for 1 layers"),
+        (4, 0, "none", "dhen.by_depth[0]"),
+        (5, 2, "all", "dhen.by_depth[1] (up to 8 layers) for 5 layers"),
+        (9, 3, "none", "dhen.by_depth[2] (any depth) for 9 layers"),
+    ],
+)
+def test_the_depth_takes_the_first_rung_that_it_fits_under(tmp_path, num_layers, stage, recomputed, words):
+    path = written(tmp_path, {"dhen": {"table_optimizer": "sgd", "by_depth": RUNGS}})
+    config = read_ds_config(path, RECIPE, num_layers)
+    assert (config.zero_stage, config.dhen.activation_checkpointing) == (stage, recomputed)
+    assert config.dhen.table_optimizer == "sgd", "a rung changes what it names, and nothing else"
+    assert words in config.rung
+    assert "by_depth" not in config.as_dict()["dhen"]
+
+
+@pytest.mark.parametrize(
+    ("rungs", "words"),
+    [
+        ([{"max_layers": 4}], "the model has 9 layers, and the last rung of dhen.by_depth has max_layers 4"),
+        ([{"max_layers": 4}, {"max_layers": 4}], "dhen.by_depth[1].max_layers is 4. Rungs stand in the order"),
+        ([{}, {"max_layers": 20}], "dhen.by_depth[0].max_layers is null"),
+        ([{"max_layers": "8"}], 'dhen.by_depth[0].max_layers is "8"'),
+        ([{"max_layers": 2, "zero_optimisation": {}}, {}], "dhen.by_depth[0]: unknown key 'zero_optimisation'"),
+        ([{"max_layers": 2, "dhen": {"table_dtype": "bf16"}}, {}], "dhen.by_depth[0]: dhen.table_dtype is 'bf16'"),
+        ({"max_layers": 4}, "dhen.by_depth is a list of objects"),
+    ],
+)
+def test_mistakes_in_rungs_are_named(tmp_path, rungs, words):
+    path = written(tmp_path, {"dhen": {"by_depth": rungs}})
+    with pytest.raises(DsConfigError) as caught:
+        read_ds_config(path, RECIPE, 9)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
