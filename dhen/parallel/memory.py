@@ -1,0 +1,340 @@
+"""How much memory a rank needs at most, before anything is built (paper 3.1).
+
+A micro step is replayed event by event: activations come from the trace of the model on fake tensors, weights and
+gradients from what DeepSpeed 0.19.8 does with them under each ZeRO stage. The peak is the worst moment of the backward
+or of the optimizer's step; its parts say what to shrink.
+
+Left out: workspaces inside kernels, NCCL's own buffers, the CUDA context, and fragments of the allocator.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dhen.parallel.ds_config import DsConfig
+from dhen.parallel.gathering import Gathering, Limits
+from dhen.parallel.step_trace import Event, StepTrace, layer_name
+
+_ALL_REDUCE_ELEMENTS = 500_000_000
+"""Stage 0 reduces so many gradients in one flat copy, whatever the ds_config says."""
+_DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class MemorySetting:
+    """What of a ds_config and a job counts for memory. Sizes of an element are in bytes, buckets in elements.
+
+    shard_size: ranks that ZeRO shards over. num_replicas: of the dense part, above 1 under HSDP. master_bytes: of the
+    optimizer's own copy of the weights. state_bytes: of Adam's two states. wire_bytes: of HSDP's all-reduce.
+    is_foreach: whether the optimizer takes all weights at once, as on GPUs, rather than one after the other.
+    """
+
+    stage: int
+    shard_size: int
+    num_replicas: int = 1
+    weight_bytes: int = 4
+    gradient_bytes: int = 4
+    master_bytes: int = 4
+    state_bytes: int = 8
+    wire_bytes: int = 4
+    reduce_bucket: int = 25_000_000
+    sub_group: int = 1_000_000_000
+    limits: Limits = field(default_factory=Limits)
+    overlap_comm: bool = False
+    offload_optimizer: float = 0.0
+    offload_param: bool = False
+    offload_activations: int = 0
+    is_foreach: bool = False
+
+    @classmethod
+    def of(cls, ds_config: DsConfig, shard_size: int, world_size: int, *, is_gpu: bool) -> "MemorySetting":
+        """The setting of a checked ds_config in a job of `world_size` ranks."""
+        raw, zero = ds_config.deepspeed, ds_config.deepspeed.get("zero_optimization", {})
+        stage = ds_config.zero_stage
+        bf16 = raw.get("bf16", {})
+        weight_bytes = 2 if bf16.get("enabled") else 4
+        small_master = bool(bf16.get("bf16_master_weights_and_grads"))
+        small_states = bool(bf16.get("bf16_optimizer_states"))
+        offload = zero.get("offload_optimizer") or {}
+        own = "torch_adam" in raw["optimizer"].get("params", {}) or "torch" in raw["optimizer"]["type"].lower()
+        return cls(
+            stage=stage,
+            shard_size=1 if stage == 0 else shard_size,
+            num_replicas=world_size // shard_size,
+            weight_bytes=weight_bytes,
+            gradient_bytes=weight_bytes,
+            master_bytes=2 if small_master else 4,
+            state_bytes=4 if small_states else 8,
+            wire_bytes=_DTYPE_BYTES.get(ds_config.dhen.all_reduce_dtype or "", weight_bytes),
+            reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
+            sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
+            limits=Limits.of(zero),
+            overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+            offload_optimizer=float(offload.get("ratio", 1.0)) if offload.get("device", "none") != "none" else 0.0,
+            offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
+            is_foreach=is_gpu and own,
+        )
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of a rank at its worst moment, by what they are for. host: on the host, where there is a device beside it.
+
+    moment: "backward of model.layers.3…", "optimizer step", …
+    """
+
+    parts: dict[str, int]
+    host: int
+    moment: str
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the device."""
+        return sum(self.parts.values())
+
+
+def predict_memory(
+    trace: StepTrace, setting: MemorySetting, table_bytes: int = 0, *, is_gpu: bool = False
+) -> MemoryUse:
+    """The worst moment of a rank's training. Without a GPU, what is offloaded counts like the rest.
+
+    table_bytes: of the rank's shards of the embedding tables, with their optimizer's states.
+    """
+    rank = _Rank(trace, setting)
+    parts, moment = max((rank.micro_step(), rank.optimizer_step()), key=lambda worst: sum(worst[0].values()))
+    parts = {"tables": table_bytes, **parts}
+    if not is_gpu:
+        parts["offloaded"] = rank.host
+    return MemoryUse({name: size for name, size in parts.items() if size}, rank.host if is_gpu else 0, moment)
+
+
+class _Rank:
+    """What one rank holds between steps, and what comes on top within a step."""
+
+    def __init__(self, trace: StepTrace, setting: MemorySetting) -> None:
+        self._trace, self._setting = trace, setting
+        size = setting.shard_size
+        self._shard = sum(-(-elements // size) for elements in trace.weights.values())
+        self._largest = max(trace.weights.values())
+        self._shares = _shares(trace.weights, size)
+        whole = setting.stage == 0
+        optimizer = self._shard * (setting.state_bytes + (0 if whole else setting.master_bytes))
+        on_host = int(optimizer * setting.offload_optimizer)
+        self.host = on_host
+        self.rest = {"optimizer": optimizer - on_host}
+        if setting.stage < 3:
+            self.rest["weights"] = trace.num_weights * setting.weight_bytes
+            if (
+                on_host
+            ):  # gradients of the shard, once as they come and once as the optimizer takes them; one to pass on
+                self.host += self._shard * (setting.gradient_bytes + setting.master_bytes)
+                self.host += self._largest * setting.gradient_bytes
+                self.rest["buckets"] = self._largest * setting.gradient_bytes
+            return
+        gradients, weights = self._shard * setting.gradient_bytes, self._shard * setting.weight_bytes
+        self.rest["buckets"] = setting.reduce_bucket * setting.gradient_bytes
+        if on_host:
+            self.host += gradients + int(self._shard * setting.offload_optimizer) * setting.master_bytes
+        else:
+            self.rest["gradients"] = gradients
+        if setting.offload_param:
+            self.host += weights
+        else:
+            self.rest["weights"] = weights
+
+    def micro_step(self) -> tuple[dict[str, int], str]:
+        """The worst moment of forward and backward: what is held then, and its name."""
+        setting = self._setting
+        flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._shares)
+        activations = _Activations(self._trace, setting.offload_activations)
+        gathering = _gathering(self._trace, setting) if setting.stage == 3 else None
+        owner = {weight: module for module, own in self._trace.modules.items() for weight in own}
+        missing = {module: len(own) for module, own in self._trace.modules.items()}
+        worst: tuple[int, dict[str, int], str] = (0, {}, "")
+
+        def note(moment: str, activations: int, gathered: int, flow_bytes: tuple[int, int]) -> None:
+            nonlocal worst
+            gradients, buckets = flow_bytes
+            total = activations + gathered + gradients + buckets
+            if total > worst[0]:
+                parts = {"activations": activations, "gathered": gathered, "gradients": gradients, "buckets": buckets}
+                worst = (total, parts, moment)
+
+        is_backward, left = False, []
+        for event in self._trace.events:
+            is_backward |= event.kind == "loss"
+            peak = activations.pass_by(event, is_backward=is_backward)
+            gathered = gathering.elements * setting.weight_bytes if gathering else 0
+            where = "backward" if is_backward else "forward"
+            note(f"{where}, {event.name or event.kind}", peak, gathered, flow.held)
+            if event.kind == "gradient":
+                note(
+                    f"reduction, {event.name}",
+                    activations.now,
+                    gathered,
+                    flow.take(event.name, self._trace.weights[event.name]),
+                )
+            if gathering:
+                module = owner[event.name] if event.kind == "gradient" else event.name
+                missing[module] = missing.get(module, 0) - (event.kind == "gradient")
+                if left:  # a backward's end is seen after the next gradient has come
+                    gathering.leave(left.pop())
+                if event.kind == "enter" and module in self._trace.modules:
+                    gathering.enter(module)
+                elif event.kind == "leave":
+                    gathering.leave(module)
+                elif event.kind == "gradient" and not missing[module]:
+                    left.append(module)
+                note(f"gathering, {module}", activations.now, gathering.peak * setting.weight_bytes, flow.held)
+        gathered = gathering.elements * setting.weight_bytes if gathering else 0
+        note("reduction of the last gradients", activations.now, gathered, flow.finish())
+        return _sum(self.rest, worst[1]), worst[2]
+
+    def optimizer_step(self) -> tuple[dict[str, int], str]:
+        """The worst moment of the optimizer's step."""
+        setting = self._setting
+        at_once = min(self._shard, setting.sub_group) if setting.stage == 3 else self._shard
+        if setting.stage == 0:
+            gradients, temporary = self._shard * 4, (self._shard if setting.is_foreach else 2 * self._largest) * 4
+        elif setting.offload_optimizer:
+            gradients, temporary = 0, 2 * at_once * setting.master_bytes
+        else:
+            gradients = at_once * setting.master_bytes
+            temporary = (1 if setting.is_foreach else 2) * at_once * setting.master_bytes
+            if setting.stage < 3:  # until the gradients are in one piece
+                temporary = max(temporary, max(self._shares.values()) * setting.gradient_bytes)
+        return _sum(self.rest, {"gradients": gradients, "optimizer": temporary}), "optimizer step"
+
+
+def _sum(*parts: dict[str, int]) -> dict[str, int]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
+
+
+def _shares(weights: Mapping[str, int], shard_size: int) -> dict[str, int]:
+    """By weight, the most elements of whole weights that a rank has a part of, among the ranks that have part of it."""
+    shard = -(-sum(weights.values()) // shard_size)
+    spans, first = {}, 0
+    for name, elements in weights.items():
+        spans[name] = range(first // shard, (first + elements - 1) // shard + 1)
+        first += elements
+    of_rank = [0] * shard_size
+    for name, ranks in spans.items():
+        for rank in ranks:
+            of_rank[rank] += weights[name]
+    return {name: max(of_rank[rank] for rank in ranks) for name, ranks in spans.items()}
+
+
+def _gathering(trace: StepTrace, setting: MemorySetting) -> Gathering:
+    visits = [event.name for event in trace.events if event.kind == "enter" and event.name in trace.modules]
+    return Gathering(trace.weights, trace.modules, visits, setting.limits, setting.shard_size)
+
+
+class _Activations:
+    """Bytes of activations on the device; those of the first `offloaded` layers are there for their backward alone."""
+
+    def __init__(self, trace: StepTrace, offloaded: int) -> None:
+        self.now = 0
+        self._offloaded = offloaded
+        self._kept: dict[int, int] = {}
+        for event in trace.events[: trace.loss_at]:
+            if event.layer is not None and event.layer < offloaded:
+                self._kept[event.layer] = self._kept.get(event.layer, 0) + event.kept
+        self.on_host = sum(self._kept.values())
+
+    def pass_by(self, event: Event, *, is_backward: bool) -> int:
+        """The peak on the way to the event."""
+        if is_backward and event.kind == "enter" and event.layer is not None:
+            for layer in (event.layer, event.layer - 1):  # this one's, and those of the one after it in the backward
+                self.now += self._kept.pop(layer, 0)
+        peak = self.now + event.peak
+        self.now += event.kept
+        if not is_backward and event.kind == "leave" and event.name == layer_name(event.layer):
+            self.now -= self._kept.get(event.layer, 0)
+        return peak
+
+
+class _Accumulated:
+    """Gradients of stages 0 and 1: all are kept until the backward is done, then reduced."""
+
+    def __init__(self, setting: MemorySetting, shares: dict[str, int]) -> None:
+        self._setting, self._share, self._elements = setting, max(shares.values()), 0
+        self._bucket = setting.reduce_bucket * (2 if setting.overlap_comm else 1) if setting.stage else 0
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of gradients, and of what reduces them."""
+        buckets = self._bucket if self._elements else 0
+        return self._elements * self._setting.gradient_bytes, buckets * self._setting.gradient_bytes
+
+    def take(self, name: str, elements: int) -> tuple[int, int]:
+        """One gradient more; what is held while it is dealt with."""
+        del name
+        self._elements += elements
+        return self.held
+
+    def finish(self) -> tuple[int, int]:
+        """What is held while the last gradients are reduced."""
+        gradients, buckets = self.held
+        extra = self._share if self._setting.stage else min(self._elements, _ALL_REDUCE_ELEMENTS)
+        return gradients, buckets + extra * self._setting.gradient_bytes
+
+
+class _Stage2:
+    """Gradients of stage 2: copied into a bucket; a full one is reduced by way of another copy.
+
+    shares: by weight, elements of all weights that the ranks who own a part of it keep gradients of: a rank makes room
+    for them at the first one. Ranks differ; here it is the one that needs most at the time.
+    """
+
+    def __init__(self, setting: MemorySetting, shares: dict[str, int]) -> None:
+        self._setting, self._shares = setting, shares
+        self._filled: dict[str, int] = {}
+        self._large = self._share = self._reduced = 0
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of gradients, and of buckets."""
+        buckets = (2 if self._setting.overlap_comm else 1) * self._setting.reduce_bucket
+        share = 0 if self._setting.offload_optimizer else self._share
+        return (self._large + share) * self._bytes, buckets * self._bytes
+
+    @property
+    def _bytes(self) -> int:
+        return self._setting.gradient_bytes
+
+    def take(self, name: str, elements: int) -> tuple[int, int]:
+        """One gradient more; what is held while it is dealt with."""
+        held = self.held
+        if self._filled and sum(self._filled.values()) + elements > self._setting.reduce_bucket:
+            held = self.finish()
+        if elements > self._setting.reduce_bucket:
+            self._large = elements
+        self._filled[name] = elements
+        return held
+
+    def finish(self) -> tuple[int, int]:
+        """Reduce what the bucket holds; what is held meanwhile."""
+        filled = sum(self._filled.values())
+        gradients, buckets = self.held
+        self._reduced += filled
+        self._share = max([self._share, *(self._shares[name] for name in self._filled)])
+        self._filled, self._large = {}, 0
+        return max((gradients, buckets + filled * self._bytes), self.held, key=sum)
+
+
+class _Stage3(_Stage2):
+    """Gradients of stage 3: the bucket is always there. Under HSDP reduced shards wait on the wire for replicas'."""
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of gradients, and of what is on the wire."""
+        setting = self._setting
+        wire = self._reduced // setting.shard_size * setting.wire_bytes if setting.num_replicas > 1 else 0
+        return self._large * self._bytes, wire
+
+    def take(self, name: str, elements: int) -> tuple[int, int]:
+        """Under HSDP a bucket leaves once three quarters full."""
+        held = super().take(name, elements)
+        if self._setting.num_replicas > 1 and 4 * sum(self._filled.values()) >= 3 * self._setting.reduce_bucket:
+            held = max(held, self.finish(), key=sum)
+        return held

@@ -1,0 +1,275 @@
+"""What one micro step computes and keeps, found by running the model on fake tensors (paper 3.1).
+
+The dense part runs forward and backward on tensors that have shapes and no memory, so the activations that autograd
+keeps are exact, also for interactions of a user's own, and a model of any size can be traced anywhere. Of a run of
+equal layers three are traced and the middle one stands for the others, so the time doesn't grow with depth.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.model.layer import DhenLayer
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.parallel.activation_checkpointing import checkpoint_layers
+from dhen.parallel.live_memory import LiveMemory
+
+_ALIKE = 3
+"""So many of a run of equal layers are traced: the middle one has equal neighbours on both sides."""
+_LAYERS = "model.layers."
+EventKind = Literal["enter", "leave", "gradient", "loss", "end"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One operation: floating-point operations, and bytes read and written."""
+
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """A moment of the step, and what came since the one before.
+
+    kind: "enter" and "leave" of a layer, or of a module that owns weights, in the forward and when it is recomputed;
+    "enter" also when its backward begins; "gradient" of a weight is there; "loss", where the forward turns round;
+    "end". name: of the module or the weight. kept: bytes that became alive, less those freed; gradients of weights are
+    freed at once. peak: the most bytes at once, over those alive at the event before.
+    """
+
+    kind: EventKind
+    name: str
+    kept: int
+    peak: int
+    work: tuple[Work, ...]
+
+    @property
+    def layer(self) -> int | None:
+        """The layer that the module or weight belongs to."""
+        return _layer_of(self.name)
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One micro step. weights: elements by name; modules: names of the weights that a module itself owns."""
+
+    events: tuple[Event, ...]
+    weights: dict[str, int]
+    modules: dict[str, tuple[str, ...]]
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all weights."""
+        return sum(self.weights.values())
+
+    @property
+    def loss_at(self) -> int:
+        """Index of the event where the forward turns round."""
+        return next(index for index, event in enumerate(self.events) if event.kind == "loss")
+
+    @property
+    def kept_bytes(self) -> int:
+        """Activations alive when the forward is done."""
+        return sum(event.kept for event in self.events[: self.loss_at + 1])
+
+
+@dataclass(frozen=True)
+class Precision:
+    """weights: dtype of the dense part. autocast: of torch.autocast, None where it is off."""
+
+    weights: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+
+
+FP32 = Precision()
+
+
+def trace_step(
+    config: DhenConfig,
+    batch_size: int,
+    precision: Precision = FP32,
+    checkpointing: str | int | Sequence[str] = "none",
+) -> StepTrace:
+    """Trace one micro step of `config`'s dense part over `batch_size` examples.
+
+    checkpointing: `dhen.activation_checkpointing` of a ds_config. Raises ValueError as `checkpoint_layers` does.
+    """
+    by_kind = not isinstance(checkpointing, str | int)
+    depth = len(config.layer_specs)
+    recomputed = 0 if by_kind else {"none": 0, "all": depth}.get(checkpointing, checkpointing)
+    if recomputed > depth:
+        raise ValueError(f"{checkpointing}, but the model has {depth} layers.")
+    entries, places = _shortened(config, recomputed)
+    values = {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
+    values |= {"num_dense_features": config.num_dense_features, "sparse_features": config.sparse_features}
+    what = tuple(checkpointing) if by_kind else sum(place < recomputed for place, _ in places)
+    trace = _trace(json.dumps(values | {"layers": entries}), batch_size, precision, what)
+    return _lengthened(trace, places)
+
+
+def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
+    """The layers to trace, and for each the first layer of the model that it stands for, and how many."""
+    raw = [{}] * config.num_layers if config.layers is None else config.layers
+    num_inputs, keys = config.num_input_embeddings, []
+    for index, (entry, spec) in enumerate(zip(raw, config.layer_specs, strict=True)):
+        keys.append((json.dumps(entry, sort_keys=True), num_inputs, index < recomputed))
+        sizes = [interaction.num_embeddings for interaction in spec.interactions]
+        num_inputs = sum(sizes) if spec.ensemble == "concat" else sizes[0]
+    entries, places, first = [], [], 0
+    for _, group in itertools.groupby(keys):
+        count = len(list(group))
+        counts = [1] * count if count < _ALIKE else [1, count - 2, 1]
+        for size in counts:
+            entries.append(raw[first])
+            places.append((first, size))
+            first += size
+    return entries, places
+
+
+@functools.lru_cache(maxsize=64)
+def _trace(config: str, batch_size: int, precision: Precision, what: int | tuple[str, ...]) -> StepTrace:
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _default_dtype(precision.weights):  # .to() can't change fake weights
+            model = DhenForClickPrediction(DhenConfig(**json.loads(config)), with_tables=False)
+        checkpoint_layers(model, what)
+        inputs = model.config
+        embeddings_BFD = torch.empty(
+            batch_size, len(inputs.sparse_features), inputs.embedding_dim, requires_grad=bool(inputs.sparse_features)
+        )
+        dense_BN = torch.empty(batch_size, inputs.num_dense_features)
+        labels_B = torch.empty(batch_size)
+        external = [*model.parameters(), *model.buffers(), embeddings_BFD, dense_BN, labels_B]
+        with _Recorder(external) as recorder:
+            recorder.watch(model)
+            with torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None):
+                loss = model(inputs_embeds=embeddings_BFD, dense=dense_BN, labels=labels_B).loss
+            recorder.record("loss", "")
+            loss.backward()
+            recorder.record("end", "")
+    weights = {name: weight.numel() for name, weight in model.named_parameters()}
+    owned = {
+        name: tuple(f"{name}.{weight}" for weight, _ in module.named_parameters(recurse=False))
+        for name, module in model.named_modules()
+    }
+    return StepTrace(tuple(recorder.events), weights, {name: own for name, own in owned.items() if own})
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Recorder(LiveMemory):
+    """Live memory cut into events, with the operations between them."""
+
+    def __init__(self, external: Sequence[Tensor]) -> None:
+        super().__init__(external)
+        self.events: list[Event] = []
+        self._work: list[Work] = []
+        self._before = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        count = flop_registry.get(func.overloadpacket)
+        flops = count(*args, **(kwargs or {}), out_val=result) if count else 0
+        moved = 0 if func.is_view else _bytes_of(args) + _bytes_of(kwargs) + _bytes_of(result)
+        if flops or moved:
+            self._work.append(Work(flops, moved))
+        return result
+
+    def record(self, kind: EventKind, name: str) -> None:
+        """An event: all that came since the last one is its."""
+        work = tuple(self._work)
+        self.events.append(Event(kind, name, self.bytes - self._before, self.peak - self._before, work))
+        self._work, self._before = [], self.bytes
+        self.reset_peak()
+
+    def watch(self, model: nn.Module) -> None:
+        """Record an event at each layer, at each module that owns weights, and at each weight's gradient."""
+        for name, module in model.named_modules():
+            if isinstance(module, DhenLayer) or next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(functools.partial(self._enter, name))
+                module.register_forward_hook(functools.partial(self._leave, name))
+        for name, weight in model.named_parameters():
+            weight.register_post_accumulate_grad_hook(functools.partial(self._gradient, name))
+
+    def _enter(self, name: str, *_: Any) -> None:
+        self.record("enter", name)
+
+    def _leave(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.record("leave", name)
+        if output.requires_grad:
+            output.register_hook(functools.partial(self._enter, name))
+
+    def _gradient(self, name: str, weight: Tensor) -> None:
+        weight.grad = None
+        self.record("gradient", name)
+
+
+def _bytes_of(values: Any) -> int:
+    return sum(v.numel() * v.element_size() for v in tree_iter(values) if isinstance(v, Tensor))
+
+
+def _lengthened(trace: StepTrace, places: Sequence[tuple[int, int]]) -> StepTrace:
+    """The trace of the whole model: what a traced layer stands for is repeated, in the forward and in the backward."""
+    events: list[Event] = []
+    is_backward = False
+    for short, group in itertools.groupby(trace.events, key=lambda event: event.layer):
+        segment = list(group)
+        is_backward |= any(event.kind == "loss" for event in segment)
+        layers = [None] if short is None else _stands_for(places[short])
+        for layer in reversed(layers) if is_backward else layers:
+            events += [replace(event, name=_renamed(event.name, layer)) for event in segment]
+    weights = {new: size for name, size in trace.weights.items() for new in _names(name, places)}
+    modules = {
+        new: tuple(own)
+        for name, weights_of in trace.modules.items()
+        for new, *own in zip(_names(name, places), *(_names(weight, places) for weight in weights_of), strict=True)
+    }
+    return StepTrace(tuple(events), weights, modules)
+
+
+def _stands_for(place: tuple[int, int]) -> list[int]:
+    first, count = place
+    return list(range(first, first + count))
+
+
+def _names(name: str, places: Sequence[tuple[int, int]]) -> list[str]:
+    """The names in the whole model of what is called so in the traced one."""
+    short = _layer_of(name)
+    return [name] if short is None else [_renamed(name, layer) for layer in _stands_for(places[short])]
+
+
+def layer_name(layer: int | None) -> str:
+    """The name of the module that is that layer."""
+    return f"{_LAYERS}{layer}"
+
+
+def _layer_of(name: str) -> int | None:
+    return int(name.removeprefix(_LAYERS).partition(".")[0]) if name.startswith(_LAYERS) else None
+
+
+def _renamed(name: str, layer: int | None) -> str:
+    if layer is None:
+        return name
+    _, dot, rest = name.removeprefix(_LAYERS).partition(".")
+    return f"{_LAYERS}{layer}{dot}{rest}"
