@@ -1,26 +1,22 @@
-"""Which rank holds which part of which embedding table (paper 3.1). Pure Python; the same on all ranks.
+"""Which rank holds which part of which embedding table (paper 3.1). Pure Python; deterministic.
 
-Every shard has a cost in seconds a step (table_costs.py). Shards go to ranks by longest processing time first (LPT,
-Graham 1969), within a limit of memory. Where that leaves one rank far above the others, the table that holds it back is
-cut into more equal column shards, until cutting helps no more.
+Every shard has a cost in seconds a step (table_costs.py); how tables are cut and shards dealt out to the ranks is
+table_packing.py's. Here are what a user may decide, what else a rank's memory must hold, and the plan to be read.
 """
 
-import heapq
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.names import unknown_name
-from dhen.parallel.table_costs import Costs, StepSetting, replicated_seconds, shard_seconds
+from dhen.parallel.table_costs import Costs, StepSetting, replicated_bytes, replicated_seconds, shard_seconds
+from dhen.parallel.table_packing import Cut, CuttableTable, NoRoomError, Packer, Packing
 
 _COLUMNS = 4
 """FBGEMM wants multiples of so many columns."""
-_TOLERANCE = 1.05
-"""Cutting stops when the longest rank is within this of the lower bound."""
-_GAIN = 0.99
-"""Cuts are kept if they bring the longest rank down to this."""
+_GIB = 2**30
 
 
 class PlacementError(ValueError):
@@ -53,12 +49,14 @@ class TableShard:
 class Placement:
     """Every shard of every table, by rank and then by table. The same on all ranks.
 
-    replicated: tables that every rank has whole, in its dense part.
+    replicated: tables that every rank has whole, in its dense part. unsliceable: seconds of the longest shard that a
+    table must have, cut as often as it can be.
     """
 
     shards: tuple[TableShard, ...]
     world_size: int
     replicated: tuple[str, ...] = ()
+    unsliceable: float = 0.0
 
     def of_rank(self, rank: int) -> tuple[TableShard, ...]:
         """The shards that `rank` holds."""
@@ -79,9 +77,11 @@ class Placement:
 
     @property
     def lower_bound(self) -> float:
-        """Seconds that no placement of these shards can be below: the mean rank, or the longest shard."""
-        seconds = [shard.seconds for shard in self.shards]
-        return max(math.fsum(seconds) / self.world_size, *seconds, 0.0)
+        """Seconds that no placement can be below: the mean rank's, or the longest shard's that can't be cut further.
+
+        The mean is of these shards; fewer have a smaller one, because every cut costs something.
+        """
+        return max(math.fsum(shard.seconds for shard in self.shards) / self.world_size, self.unsliceable)
 
     def cuts(self) -> dict[str, int]:
         """Number of column shards of each table, 0 where it is replicated."""
@@ -122,7 +122,7 @@ class PlacementOptions:
     max_column_shards: of one table; None: as many as its columns allow. by_hand: ranks of a table by its name, one for
     each of its column shards. memory_bytes: of a rank, for weights and optimizer states; None: no limit. cuts: number
     of column shards by table, fixed, as those of a checkpoint. replicate_below_rows: smaller tables are replicated
-    where that is cheaper. replicated: the tables that are, fixed; None: the plan decides.
+    where that is cheaper and there is memory. replicated: the tables that are, fixed; None: the plan decides.
     """
 
     max_column_shards: int | None = None
@@ -133,183 +133,50 @@ class PlacementOptions:
     replicated: Collection[str] | None = None
 
 
-class NoRoomError(Exception):
-    """Item number `item` fits on no rank."""
-
-    def __init__(self, item: int) -> None:
-        super().__init__(item)
-        self.item = item
-
-
-def longest_first(
-    costs: Sequence[float],
-    num_ranks: int,
-    sizes: Sequence[int] | None = None,
-    limit: int | None = None,
-    fixed: Mapping[int, int] | None = None,
-) -> list[int]:
-    """LPT: the rank of each item. The costliest item first, each to the rank with the least cost so far that has room.
-
-    sizes, limit: of memory, an item's and a rank's. fixed: items whose rank is given. Its longest rank is at most
-    4/3 - 1/(3 num_ranks) times the best possible (Graham 1969), where memory and fixed items don't interfere. Raises
-    NoRoomError.
-    """
-    ranks, fixed = [-1] * len(costs), fixed or {}
-    load, used = [0.0] * num_ranks, [0] * num_ranks
-    for item, rank in fixed.items():
-        ranks[item] = rank
-        load[rank] += costs[item]
-        used[rank] += sizes[item] if sizes else 0
-    least = [(load[rank], rank) for rank in range(num_ranks)]
-    heapq.heapify(least)
-    for item in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        if ranks[item] >= 0:
-            continue
-        full = []
-        while least and limit is not None and used[least[0][1]] + sizes[item] > limit:
-            full.append(heapq.heappop(least))
-        if not least:
-            raise NoRoomError(item)
-        of_rank, rank = least[0]
-        ranks[item] = rank
-        used[rank] += sizes[item] if sizes else 0
-        heapq.heapreplace(least, (of_rank + costs[item], rank))
-        for entry in full:
-            heapq.heappush(least, entry)
-    return ranks
-
-
 @dataclass(frozen=True)
-class _Assignment:
-    """Shards and their ranks, before they are made into a Placement. pieces: (table, number of its shard)."""
+class _Problem:
+    """What is to be placed, and by which costs."""
 
-    cuts: tuple[int, ...]
-    pieces: list[tuple[int, int]]
-    ranks: list[int]
-    loads: list[float]
+    tables: Sequence[SparseFeature]
+    dim: int
+    setting: StepSetting
+    costs: Costs
+    ids_per_bag: Mapping[str, float]
+    options: PlacementOptions
 
-    @property
-    def makespan(self) -> float:
-        return max(self.loads)
+    def cuttable(self, table: SparseFeature) -> CuttableTable:
+        """Its cuts into equal shards, or the one that is fixed."""
+        units, options = self.dim // _COLUMNS, self.options
+        ranks = options.by_hand.get(table.name)
+        fixed = len(ranks) if ranks else options.cuts.get(table.name)
+        most = min(units, options.max_column_shards or units)
+        counts = [fixed] if fixed else [count for count in range(1, most + 1) if units % count == 0]
+        return CuttableTable(tuple(self._cut(table, count) for count in counts), tuple(ranks) if ranks else None)
 
+    def _cut(self, table: SparseFeature, count: int) -> Cut:
+        columns, ids = self.dim // count, self.ids_per_bag.get(table.name, 1.0)
+        seconds = shard_seconds(self.costs, self.setting, table.num_embeddings, columns, ids).total
+        return Cut(count, seconds, self.setting.shard_bytes(table.num_embeddings, columns))
 
-class _Planner:
-    """Cuts and places; keeps what a table costs at each number of column shards."""
-
-    def __init__(
-        self,
-        tables: Sequence[SparseFeature],
-        embedding_dim: int,
-        setting: StepSetting,
-        costs: Costs,
-        ids_per_bag: Mapping[str, float],
-        options: PlacementOptions,
-    ) -> None:
-        self.tables, self.dim, self.setting, self.options = tables, embedding_dim, setting, options
-        self._costs, self._ids_per_bag = costs, ids_per_bag
-        self._fixed = dict(options.cuts) | {name: len(ranks) for name, ranks in options.by_hand.items()}
-        self._seconds: dict[tuple[int, int], float] = {}
-
-    def seconds(self, table: int, cut: int) -> float:
-        """Of one of `cut` column shards of a table."""
-        if (table, cut) not in self._seconds:
-            feature, columns = self.tables[table], self.dim // cut
-            ids = self._ids_per_bag.get(feature.name, 1.0)
-            found = shard_seconds(self._costs, self.setting, feature.num_embeddings, columns, ids)
-            self._seconds[table, cut] = found.total
-        return self._seconds[table, cut]
-
-    def num_bytes(self, table: int, cut: int) -> int:
-        """Of one of `cut` column shards of a table."""
-        return self.setting.shard_bytes(self.tables[table].num_embeddings, self.dim // cut)
-
-    def next_cut(self, table: int, cut: int) -> int | None:
-        """The next number of equal shards of a table; None where it can't be cut further."""
-        if self.tables[table].name in self._fixed:
-            return None
-        units = self.dim // _COLUMNS
-        most = min(units, self.options.max_column_shards or units)
-        return next((more for more in range(cut + 1, most + 1) if units % more == 0), None)
-
-    def assign(self, cuts: Sequence[int]) -> _Assignment:
-        """LPT of these shards. Raises NoRoomError with the table's number."""
-        pieces = [(table, piece) for table, cut in enumerate(cuts) for piece in range(cut)]
-        seconds = [self.seconds(table, cuts[table]) for table, _ in pieces]
-        sizes = [self.num_bytes(table, cuts[table]) for table, _ in pieces]
-        by_hand = self.options.by_hand
-        fixed = {
-            item: by_hand[self.tables[table].name][piece]
-            for item, (table, piece) in enumerate(pieces)
-            if self.tables[table].name in by_hand
-        }
-        try:
-            ranks = longest_first(seconds, self.setting.world_size, sizes, self.options.memory_bytes, fixed)
-        except NoRoomError as error:
-            raise NoRoomError(pieces[error.item][0]) from None
-        loads = [0.0] * self.setting.world_size
-        for rank, cost in zip(ranks, seconds, strict=True):
-            loads[rank] += cost
-        return _Assignment(tuple(cuts), pieces, ranks, loads)
-
-    def assign_within_memory(self, cuts: list[int]) -> _Assignment:
-        """`assign`, with tables cut further, in `cuts`, where they must be to fit. Raises PlacementError."""
-        while True:
-            try:
-                return self.assign(cuts)
-            except NoRoomError as error:
-                table = error.item
-                more = self.next_cut(table, cuts[table])
-                if more is None:
-                    raise PlacementError(self._no_room(table, cuts)) from None
-                cuts[table] = more
-
-    def search(self) -> _Assignment:
-        """Cut the table that holds the longest rank back, while that brings the longest rank down."""
-        cuts = [self._fixed.get(table.name, 1) for table in self.tables]
-        best = plan = self.assign_within_memory(cuts)
-        patience = most = 2 * self.setting.world_size + 16
-        while patience and best.makespan > _TOLERANCE * self._bound(best):
-            longest = plan.loads.index(plan.makespan)
-            tables = [table for (table, _), rank in zip(plan.pieces, plan.ranks, strict=True) if rank == longest]
-            tables.sort(key=lambda table: (-self.seconds(table, cuts[table]), table))
-            table = next((table for table in tables if self.next_cut(table, cuts[table])), None)
-            if table is None:
-                break
-            cuts[table] = self.next_cut(table, cuts[table])
-            plan = self.assign_within_memory(cuts)
-            if plan.makespan < _GAIN * best.makespan:
-                best, patience = plan, most
-            else:
-                patience -= 1
-        return best
-
-    def _bound(self, plan: _Assignment) -> float:
-        """Below which no cutting and placing brings the longest rank: the mean, or a shard that can't be cut."""
-        uncut = [self.seconds(t, cut) for t, cut in enumerate(plan.cuts) if self.next_cut(t, cut) is None]
-        return max(math.fsum(plan.loads) / len(plan.loads), *uncut, 0.0)
-
-    def placement(self, plan: _Assignment) -> Placement:
-        """The same, for others to read."""
-        shards = []
-        for (table, piece), rank in zip(plan.pieces, plan.ranks, strict=True):
-            cut, feature = plan.cuts[table], self.tables[table]
-            first, last = (self.dim // cut * n for n in (piece, piece + 1))
-            size, seconds = self.num_bytes(table, cut), self.seconds(table, cut)
-            shards.append(TableShard(table, feature.name, feature.num_embeddings, first, last, rank, size, seconds))
-        shards.sort(key=lambda shard: (shard.rank, shard.table, shard.first_column))
-        return Placement(tuple(shards), self.setting.world_size)
-
-    def _no_room(self, table: int, cuts: Sequence[int]) -> str:
-        name, world, gib = self.tables[table].name, self.setting.world_size, 2**30
-        size = self.num_bytes(table, cuts[table])
-        need = sum(cut * self.num_bytes(t, cut) for t, cut in enumerate(cuts))
-        return (
-            f"table {name!r} fits on no rank: it has {cuts[table]} shards of {size / gib:.3f} GiB. All "
-            f"tables need {need / gib:.3f} GiB with their optimizer's state; {world} ranks of "
-            f"{self.options.memory_bytes / gib:.3f} GiB have {world * self.options.memory_bytes / gib:.3f}. Possible "
-            'solutions: more ranks; a larger dhen.placement.memory_gib; dhen.table_dtype "fp16"; dhen.table_optimizer '
-            '"rowwise_adagrad" or "sgd"; a larger dhen.placement.max_column_shards; fewer rows in the data\'s schema.'
+    def place(self, replicated: Collection[str]) -> Placement:
+        """All tables but the replicated ones. Raises PlacementError where they don't fit beside these."""
+        tables = [table for table in self.tables if table.name not in replicated]
+        of_replicated = sum(
+            replicated_bytes(table.num_embeddings, self.dim) for table in self.tables if table.name in replicated
         )
+        limit, world = self.options.memory_bytes, self.setting.world_size
+        room = None if limit is None else limit - of_replicated
+        cuttable = [self.cuttable(table) for table in tables]
+        if room is not None:
+            _check_by_hand(tables, cuttable, room)
+        packer = Packer(cuttable, world, room)
+        try:
+            packing = packer.pack()
+        except NoRoomError as error:
+            message = _no_room(tables[error.item].name, cuttable, error.item, world, limit, of_replicated)
+            raise PlacementError(message) from None
+        names = tuple(table.name for table in self.tables if table.name in replicated)
+        return Placement(_shards(tables, self.dim, packing), world, names, packer.unsliceable)
 
 
 def place_tables(
@@ -328,30 +195,72 @@ def place_tables(
     """
     options = options or PlacementOptions()
     _check(tables, embedding_dim, setting, options)
-    replicated = _replicated(tables, embedding_dim, setting, costs, ids_per_bag or {}, options)
-    sharded = [table for table in tables if table.name not in replicated]
-    planner = _Planner(sharded, embedding_dim, setting, costs, ids_per_bag or {}, options)
-    return replace(planner.placement(planner.search()), replicated=replicated)
-
-
-def _replicated(
-    tables: Sequence[SparseFeature],
-    embedding_dim: int,
-    setting: StepSetting,
-    costs: Costs,
-    ids_per_bag: Mapping[str, float],
-    options: PlacementOptions,
-) -> tuple[str, ...]:
-    """The tables whose all-reduce costs a rank less than its share of their all-to-all, among the small ones."""
+    problem = _Problem(tables, embedding_dim, setting, costs, ids_per_bag or {}, options)
     if options.replicated is not None:
-        return tuple(table.name for table in tables if table.name in options.replicated)
-    chosen = []
-    for table in tables:
+        return problem.place(options.replicated)
+    replicated = _worth_replicating(problem)
+    try:
+        return problem.place(replicated)
+    except PlacementError:
+        if not replicated:
+            raise
+        return problem.place(())  # replicated for speed alone, they take memory that the others need
+
+
+def _worth_replicating(problem: _Problem) -> list[str]:
+    """The tables whose all-reduce costs a rank less than its share of their all-to-all, among the small ones."""
+    setting, options, chosen = problem.setting, problem.options, []
+    for table in problem.tables:
         if table.num_embeddings < options.replicate_below_rows and table.name not in options.by_hand:
-            what = (costs, setting, table.num_embeddings, embedding_dim, ids_per_bag.get(table.name, 1.0))
+            ids = problem.ids_per_bag.get(table.name, 1.0)
+            what = (problem.costs, setting, table.num_embeddings, problem.dim, ids)
             if replicated_seconds(*what) < shard_seconds(*what).total / setting.world_size:
                 chosen.append(table.name)
-    return tuple(chosen)
+    return chosen
+
+
+def _shards(tables: Sequence[SparseFeature], dim: int, packing: Packing) -> tuple[TableShard, ...]:
+    """The packing, for others to read: by rank, and then by table."""
+    shards = []
+    for number, (table, cut, ranks) in enumerate(zip(tables, packing.cuts, packing.ranks, strict=True)):
+        columns = dim // cut.count
+        for piece, rank in enumerate(ranks):
+            first, last = piece * columns, (piece + 1) * columns
+            what = (number, table.name, table.num_embeddings, first, last, rank, cut.num_bytes, cut.seconds)
+            shards.append(TableShard(*what))
+    return tuple(sorted(shards, key=lambda shard: (shard.rank, shard.table, shard.first_column)))
+
+
+def _check_by_hand(tables: Sequence[SparseFeature], cuttable: Sequence[CuttableTable], room: int) -> None:
+    """Raise PlacementError where what the user puts on a rank is more than it holds."""
+    needs: dict[int, int] = {}
+    names: dict[int, list[str]] = {}
+    for table, of_table in zip(tables, cuttable, strict=True):
+        for rank in of_table.ranks or ():
+            needs[rank] = needs.get(rank, 0) + of_table.cuts[0].num_bytes
+            names.setdefault(rank, []).append(table.name)
+    for rank, need in sorted(needs.items()):
+        if need > room:
+            raise PlacementError(
+                f"dhen.placement.tables puts {', '.join(dict.fromkeys(names[rank]))} on rank {rank}, {need / _GIB:.3f} "
+                f"GiB with their optimizer's state, but it has {max(room, 0) / _GIB:.3f} GiB. Name more ranks for a "
+                "table, move one, leave one to the plan, or set a larger dhen.placement.memory_gib."
+            )
+
+
+def _no_room(
+    name: str, cuttable: Sequence[CuttableTable], table: int, world: int, limit: int, of_replicated: int
+) -> str:
+    cut = cuttable[table].cuts[-1]
+    need = sum(whole.count * whole.num_bytes for whole in (of_table.cuts[0] for of_table in cuttable))
+    beside = f" beside {of_replicated / _GIB:.3f} GiB of replicated tables" if of_replicated else ""
+    return (
+        f"table {name!r} fits on no rank: it has {cut.count} shards of {cut.num_bytes / _GIB:.3f} GiB. All "
+        f"tables need {need / _GIB:.3f} GiB with their optimizer's state; {world} ranks of "
+        f"{limit / _GIB:.3f} GiB have {world * limit / _GIB:.3f}{beside}. Possible "
+        'solutions: more ranks; a larger dhen.placement.memory_gib; dhen.table_dtype "fp16"; dhen.table_optimizer '
+        '"rowwise_adagrad" or "sgd"; a larger dhen.placement.max_column_shards; fewer rows in the data\'s schema.'
+    )
 
 
 def _check(
@@ -368,6 +277,11 @@ def _check(
     for name, ranks in options.by_hand.items():
         if name not in names:
             raise PlacementError(f"dhen.placement.tables: {unknown_name('table', name, names)}")
+        if name in (options.replicated or ()):
+            raise PlacementError(
+                f"dhen.placement.tables.{name}: the checkpoint has this table replicated, in the dense part on every "
+                "rank, and its optimizer's state with it. Leave it out of dhen.placement.tables, or start a new run."
+            )
         last = setting.world_size - 1
         outside = [rank for rank in ranks if not 0 <= rank <= last]
         if outside:

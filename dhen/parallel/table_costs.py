@@ -63,7 +63,7 @@ class WorkRate:
 class Costs:
     """The rates of one kind of machine. Bytes a second are a rank's, in one direction.
 
-    machine, source: what was measured, and how. lookup: by dtype of the table. update: by "<optimizer>/<dtype>".
+    machine, source: what was measured, and how. lookup: by dtype of the table. update: by `StepSetting.update_key`.
     """
 
     machine: str
@@ -78,8 +78,11 @@ class Costs:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def read_costs(name: str) -> Costs:
-    """The costs that ship under `name` ("cpu", "gpu"), or those of a file. Raises CostsError."""
+def read_costs(name: str, *needed_for: "StepSetting") -> Costs:
+    """The costs that ship under `name` ("cpu", "gpu"), or those of a file.
+
+    Raises CostsError, also where the file lacks a rate that one of the settings needs.
+    """
     shipped = {path.stem: path for path in _FOLDER.glob("*.json")}
     path = shipped.get(name, Path(name))
     if not path.is_file():
@@ -88,13 +91,25 @@ def read_costs(name: str) -> Costs:
             "`python tools/calibrate_costs.py`."
         )
     try:
-        return TypeAdapter(Costs).validate_json(path.read_text(encoding="utf-8"))
+        costs = TypeAdapter(Costs).validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise CostsError(
             f"{path}: {key or 'the file'}: {first['msg']}. Write it anew with `python tools/calibrate_costs.py`."
         ) from error
+    for setting in needed_for:
+        for part, rates, key in (
+            ("lookup", costs.lookup, setting.table_dtype),
+            ("update", costs.update, setting.update_key),
+        ):
+            if key not in rates:
+                raise CostsError(
+                    f"{path}: {part} has no {key!r}, which this run's tables need, only "
+                    f"{', '.join(map(repr, sorted(rates))) or 'nothing'}. Write it anew with "
+                    "`python tools/calibrate_costs.py`, or take other tables."
+                )
+    return costs
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,8 @@ class StepSetting:
     """What a step asks of the tables.
 
     batch_size: examples a rank. wire_forward, wire_backward: dtypes of the all-to-all, keys of WIRE_BYTES.
+    table_rounding: of fp16 tables' updates. zero_stage, shard_size: of the dense part, which replicated tables belong
+    to; the ranks that ZeRO shards over, None for all.
     """
 
     world_size: int
@@ -111,11 +128,25 @@ class StepSetting:
     table_dtype: str = "fp32"
     wire_forward: str = "fp32"
     wire_backward: str = "fp32"
+    table_rounding: str = "stochastic"
+    zero_stage: int = 0
+    shard_size: int | None = None
 
     @property
     def global_batch(self) -> int:
         """Examples of all ranks."""
         return self.batch_size * self.world_size
+
+    @property
+    def update_key(self) -> str:
+        """Of `Costs.update`: "<optimizer>/<dtype>", and " rounded" where fp16 is rounded stochastically."""
+        rounded = self.table_dtype == "fp16" and self.table_rounding == "stochastic"
+        return f"{self.optimizer}/{self.table_dtype}{' rounded' if rounded else ''}"
+
+    @property
+    def of_replicated(self) -> "StepSetting":
+        """The setting of one rank's own lookups in replicated tables, whose states are of the dense optimizer."""
+        return replace(self, world_size=1, local_size=1, table_dtype="fp32", optimizer="adagrad")
 
     def shard_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a shard's weights and of its optimizer's state."""
@@ -166,21 +197,36 @@ def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, i
     wire = WIRE_BYTES[setting.wire_forward] + WIRE_BYTES[setting.wire_backward]
     return ShardSeconds(
         lookup=costs.lookup[setting.table_dtype].seconds(lookup_work(ids, bags, rows, columns, setting)),
-        update=costs.update[f"{setting.optimizer}/{setting.table_dtype}"].seconds(
-            update_work(ids, bags, rows, columns, setting)
-        ),
+        update=costs.update[setting.update_key].seconds(update_work(ids, bags, rows, columns, setting)),
         exchange=seconds_per_byte * (bags * columns * wire + ids * _ID_BYTES),
     )
 
 
 def replicated_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> float:
-    """Seconds a step of a table that every rank has: its own bags looked up, all gradients all-reduced in a ring.
+    """Seconds a step of a table that every rank has: its own bags looked up, all gradients reduced by the dense part.
 
     Beside them the dense part's optimizer goes over all rows, at the rate of what isn't in the cache.
     """
-    alone = replace(setting, world_size=1, local_size=1, table_dtype="fp32", optimizer="adagrad")
-    own = shard_seconds(costs, alone, rows, columns, ids_per_bag)
-    world, weight_bytes = setting.world_size, rows * columns * WEIGHT_BYTES["fp32"]
-    rate = costs.intra_node_bytes_per_second if world == setting.local_size else costs.inter_node_bytes_per_second
+    own = shard_seconds(costs, setting.of_replicated, rows, columns, ids_per_bag)
+    weight_bytes = rows * columns * WEIGHT_BYTES["fp32"]
     states = 8 * weight_bytes * costs.update["adagrad/fp32"].seconds_per_row_byte  # weight, gradient, Adam's two
-    return own.lookup + own.update + states + 2 * (world - 1) / world * weight_bytes / rate
+    return own.lookup + own.update + states + _dense_traffic_seconds(costs, setting, weight_bytes)
+
+
+def _dense_traffic_seconds(costs: Costs, setting: StepSetting, weight_bytes: int) -> float:
+    """Of a weight of the dense part, in rings: reduced and gathered once a step over the ranks that ZeRO shards over,
+    under stage 3 gathered once more; then, in hybrid shards, the shard all-reduced over the replicas."""
+    world, shard = setting.world_size, setting.shard_size or setting.world_size
+
+    def rate(ranks: int) -> float:
+        within = ranks <= setting.local_size
+        return costs.intra_node_bytes_per_second if within else costs.inter_node_bytes_per_second
+
+    passes = 3 if setting.zero_stage == 3 else 2
+    inside = passes * (shard - 1) / shard * weight_bytes / rate(shard)
+    return inside + 2 * (world - shard) / world * weight_bytes / shard / rate(world)
+
+
+def replicated_bytes(rows: int, columns: int) -> int:
+    """Of a replicated table on every rank: fp32 weight, gradient, Adam's two. ZeRO shards some of it; this is most."""
+    return 4 * rows * columns * WEIGHT_BYTES["fp32"]
