@@ -6,7 +6,8 @@
 Then name the file in a ds_config: {"dhen": {"placement": {"costs": "costs.json"}}}. Lookups and updates are FBGEMM's
 own, of tables of several sizes, widths and bag sizes, on all ranks at once; the seconds are linear in ids,
 rows and bytes. The all-to-all is that of the job: inside its nodes, and between them where it has several.
-Started by itself it makes a job of two ranks. What the job can't measure keeps the rate that ships with the project.
+Started by itself it makes a job of a rank for each GPU, or of two ranks where there is none. What the job can't measure
+keeps the rate that ships with the project, and `source` in the file says so.
 """
 
 import argparse
@@ -28,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from dhen.parallel import topology as job
-from dhen.parallel.sharded_tables import make_lookup
+from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, make_lookup
+from dhen.parallel.stochastic_rounding import RoundedTables
 from dhen.parallel.table_costs import (
-    WEIGHT_BYTES,
     Costs,
     StepSetting,
     Work,
@@ -46,7 +47,11 @@ TABLES = 4
 """In one lookup, as a rank's tables are, so that what a call costs by itself counts little."""
 GRID = tuple(itertools.product((1_000, 300_000), (4, 16, 64), (1, 10)))
 """Rows, columns and ids a bag of the tables that are timed."""
+SECONDS_A_TABLE = 0.3
+"""After which no further round of it begins: all tables take well under a minute, also on a machine with other work."""
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
+PRECISIONS = (("fp32", "nearest"), ("fp16", "nearest"), ("fp16", "stochastic"))
+"""Dtypes of the tables, and how updates are rounded to them."""
 EXCHANGE_BYTES = 8 * 2**20
 
 
@@ -64,69 +69,112 @@ def main() -> int:
     """Measure, print, write."""
     arguments = parse_arguments()
     if "RANK" not in os.environ:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | os.environ
-        return subprocess.run([*launcher, __file__, *sys.argv[1:]], env=environment).returncode
-    topology = job.start()
-    default = read_costs("gpu" if topology.device.type == "cuda" else "cpu")
+        return start_ranks(torch.cuda.device_count())
+    start, topology = time.perf_counter(), job.start()
     lookup, update = {}, {}
-    for dtype in WEIGHT_BYTES:
+    for dtype, rounding in PRECISIONS:
         for optimizer in OPTIMIZERS:
-            lookups, updates = time_tables(topology, dtype, optimizer, arguments.rounds)
-            update[f"{optimizer}/{dtype}"] = shown(f"update, {optimizer}, {dtype}", updates, topology)
-        lookup[dtype] = shown(f"lookup, {dtype}", lookups, topology)
-    intra, inter = time_links(topology, arguments.rounds)
+            setting = StepSetting(1, 1, BATCH, optimizer, dtype, table_rounding=rounding)
+            lookups, updates = time_tables(topology, setting, arguments.rounds)
+            update[setting.update_key] = shown(f"update, {setting.update_key}", updates, topology)
+        if rounding == "nearest":
+            lookup[dtype] = shown(f"lookup, {dtype}", lookups, topology)
+    default = read_costs("gpu" if topology.device.type == "cuda" else "cpu")
+    links, not_measured = with_defaults(time_links(topology, arguments.rounds), default)
+    nodes = topology.world_size // topology.local_size
     costs = Costs(
         machine=arguments.machine or f"{platform.machine()}, {topology.device.type}",
-        source=f"tools/calibrate_costs.py, {topology.world_size} ranks, {topology.local_size} on a node",
+        source=f"tools/calibrate_costs.py; ranks on each of {nodes} nodes: {topology.local_size}{not_measured}",
         lookup=lookup,
         update=update,
-        intra_node_bytes_per_second=intra or default.intra_node_bytes_per_second,
-        inter_node_bytes_per_second=inter or default.inter_node_bytes_per_second,
+        intra_node_bytes_per_second=links[0],
+        inter_node_bytes_per_second=links[1],
     )
     if topology.is_main:
         costs.save(Path(arguments.output))
         print(json.dumps(asdict(costs), indent=2))
-        print(f"written to {arguments.output}", file=sys.stderr)
+        seconds = time.perf_counter() - start
+        print(f"written to {arguments.output} after {seconds:.0f} seconds", file=sys.stderr)
     job.stop()
     return 0
 
 
-def time_tables(topology: Topology, dtype: str, optimizer: str, rounds: int) -> tuple[list[Sample], list[Sample]]:
+def start_ranks(gpus: int) -> int:
+    """This tool again, a rank for each GPU, or two on the CPU; the exit status."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus or 2)]
+    environment = {"OMP_NUM_THREADS": "1"} | ({} if gpus else {"DS_ACCELERATOR": "cpu"}) | os.environ
+    return subprocess.run([*launcher, __file__, *sys.argv[1:]], env=environment).returncode
+
+
+def with_defaults(measured: tuple[float | None, float | None], default: Costs) -> tuple[tuple[float, float], str]:
+    """Bytes a second inside a node and between nodes, and for `source`, which of them wasn't measured.
+
+    A rate that wasn't is the default's, yet no link between nodes is faster than one inside.
+    """
+    intra, inter = measured
+    unmeasured = [name for name, rate in (("intra_node", intra), ("inter_node", inter)) if rate is None]
+    note = f"; not measured: {' and '.join(unmeasured)}_bytes_per_second" if unmeasured else ""
+    if intra is None:
+        intra = max(default.intra_node_bytes_per_second, inter or 0.0)
+    if inter is None:
+        inter = min(default.inter_node_bytes_per_second, intra)
+    return (intra, inter), note
+
+
+def time_tables(topology: Topology, setting: StepSetting, rounds: int) -> tuple[list[Sample], list[Sample]]:
     """Lookups and updates over the grid, the slowest rank's medians. Communicates; all ranks call it."""
-    setting = StepSetting(1, 1, BATCH, optimizer=optimizer, table_dtype=dtype)
     lookups, updates = [], []
     for rows, columns, ids_per_bag in GRID:
         ids = BATCH * ids_per_bag
-        forward, backward = time_table(topology, rows, columns, ids_per_bag, optimizer, dtype, rounds)
+        forward, backward = time_table(topology, rows, columns, ids_per_bag, setting, rounds)
         lookups.append(Sample(rows, columns, lookup_work(ids, BATCH, rows, columns, setting), forward))
         updates.append(Sample(rows, columns, update_work(ids, BATCH, rows, columns, setting), backward))
     return lookups, updates
 
 
 def time_table(
-    topology: Topology, rows: int, columns: int, ids_per_bag: int, optimizer: str, dtype: str, rounds: int
+    topology: Topology, rows: int, columns: int, ids_per_bag: int, setting: StepSetting, rounds: int
 ) -> tuple[float, float]:
     """Seconds of one table's lookup, and of its backward with the update. Communicates; all ranks call it."""
-    lookup = make_lookup([(rows, columns)] * TABLES, topology.device, optimizer, dtype)
+    optimizer = setting.optimizer
+    rounds_up_and_down = setting.update_key.endswith("rounded")
+    lookup = make_lookup(
+        [(rows, columns)] * TABLES,
+        topology.device,
+        optimizer,
+        setting.table_dtype,
+        rounds_stochastically=rounds_up_and_down,
+    )
     lookup.set_learning_rate(0.01)
+    look_up = lookup
+    if rounds_up_and_down and topology.device.type == "cpu":
+        look_up = RoundedTables(lookup, [columns] * TABLES, optimizer, ADAGRAD_EPSILON)
+        look_up.learning_rate = 0.01
     states = [state for of_table in lookup.split_optimizer_states() for state in of_table] if optimizer != "sgd" else []
     for tensor in [*lookup.split_embedding_weights(), *states]:
         tensor.fill_(0.01)  # memory that was never written isn't there yet
     offsets = torch.arange(0, TABLES * BATCH * ids_per_bag + 1, ids_per_bag, device=topology.device)
     forward, backward = [], []
+    begin = time.perf_counter()
     for _ in range(rounds + 1):  # the first is for warming up
         ids = torch.randint(0, rows, (TABLES * BATCH * ids_per_bag,), device=topology.device)
-        topology.barrier()
+        if slowest(topology, time.perf_counter() - begin) > SECONDS_A_TABLE and forward[1:]:
+            break
         start = clock(topology)
-        pooled = lookup(ids, offsets)
+        pooled = look_up(ids, offsets)
         middle = clock(topology)
         pooled.backward(pooled.detach())
         backward.append(clock(topology) - middle)
         forward.append(middle - start)
-    seconds = torch.tensor([statistics.median(forward[1:]), statistics.median(backward[1:])], device=topology.device)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX, group=topology.world)
-    return float(seconds[0]) / TABLES, float(seconds[1]) / TABLES
+    medians = (statistics.median(forward[1:]), statistics.median(backward[1:]))
+    return slowest(topology, medians[0]) / TABLES, slowest(topology, medians[1]) / TABLES
+
+
+def slowest(topology: Topology, seconds: float) -> float:
+    """The largest of the ranks' seconds; all wait for it. Communicates; all ranks call it."""
+    largest = torch.tensor(seconds, dtype=torch.float64, device=topology.device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=topology.world)
+    return float(largest)
 
 
 def fit(samples: Sequence[Sample]) -> WorkRate:
@@ -184,9 +232,7 @@ def time_all_to_all(topology: Topology, group: dist.ProcessGroup, size: int, rou
         start = clock(topology)
         dist.all_to_all_single(received, sent, group=group)
         seconds.append(clock(topology) - start)
-    slowest = torch.tensor(statistics.median(seconds[1:]), device=topology.device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX, group=topology.world)
-    return sent.numel() * 4 * (size - 1) / size / float(slowest)
+    return sent.numel() * 4 * (size - 1) / size / slowest(topology, statistics.median(seconds[1:]))
 
 
 def clock(topology: Topology) -> float:

@@ -30,7 +30,7 @@ from dhen.parallel.collectives import Wires
 from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
 from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, PendingEmbeddings, SentIds, ShardedTables, check_ids
-from dhen.parallel.table_costs import Costs, CostsError, StepSetting, read_costs
+from dhen.parallel.table_costs import CostsError, StepSetting, read_costs
 from dhen.parallel.topology import ShardGroups, Topology
 from dhen.parallel.wire import Wire
 
@@ -199,7 +199,8 @@ def parallelize(
     writes a trained model's rows over the initial weight of the replicated table of that name.
     """
     groups = _shard_groups(topology, ds_config)
-    placement = _place(config, topology, ds_config, ids_per_bag, table_cuts, replicated)
+    shard_size = topology.world_size if groups is None else groups.shard_size
+    placement = _place(config, topology, ds_config, shard_size, ids_per_bag, table_cuts, replicated)
     tables = shard_tables(config, topology, placement, ds_config.dhen, table_epsilon, seed)
     dense = _dense_part(config, ds_config, placement.replicated, seed, groups)
     if dense_weights:
@@ -210,7 +211,6 @@ def parallelize(
     engine = _engine(dense, ds_config, groups)
     # Weights came from one seed; dropout draws from another on each rank.
     torch.manual_seed(seed + topology.rank)
-    shard_size = topology.world_size if groups is None else groups.shard_size
     return ParallelDhen(config, topology, placement, tables, engine, ds_config, shard_size)
 
 
@@ -218,7 +218,9 @@ def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weight
     """The tables over all ranks, to be loaded by the caller, and the whole dense part on each. No DeepSpeed."""
     options = PlacementOptions(memory_bytes=_memory_bytes(topology))
     setting = StepSetting(topology.world_size, topology.local_size, _SCORING_BATCH, optimizer="sgd")
-    placement = place_tables(config.tables, config.embedding_dim, setting, _costs(None, topology), options=options)
+    costs = read_costs(_costs_name(None, topology), setting)
+    what = (config.tables, config.embedding_dim, setting, costs)
+    placement = rank_zeros(topology, lambda: place_tables(*what, options=options))
     tables = shard_tables(config, topology, placement, DhenSection(table_optimizer="sgd"), ADAGRAD_EPSILON, seed=0)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
@@ -252,11 +254,12 @@ def _place(
     config: DhenConfig,
     topology: Topology,
     ds_config: DsConfig,
+    shard_size: int,
     ids_per_bag: Mapping[str, float] | None,
     table_cuts: Mapping[str, int] | None,
     replicated: Collection[str] | None,
 ) -> Placement:
-    """The tables' placement as the ds_config has it. Communicates: no rank's memory may be overrun."""
+    """The tables' placement as the ds_config has it. Communicates: no rank's memory may be overrun, rank 0 plans."""
     section, asked = ds_config.dhen, ds_config.dhen.placement
     setting = StepSetting(
         topology.world_size,
@@ -266,6 +269,9 @@ def _place(
         table_dtype=section.table_dtype,
         wire_forward=section.all_to_all_dtype.forward,
         wire_backward=section.all_to_all_dtype.backward,
+        table_rounding=section.table_rounding,
+        zero_stage=ds_config.zero_stage,
+        shard_size=shard_size,
     )
     options = PlacementOptions(
         max_column_shards=asked.max_column_shards,
@@ -275,15 +281,39 @@ def _place(
         replicate_below_rows=asked.replicate_below_rows,
         replicated=replicated,
     )
-    try:
-        costs = _costs(asked.costs, topology)
+    needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
+
+    def plan() -> Placement:
+        costs = read_costs(_costs_name(asked.costs, topology), *needed_for)
         return place_tables(config.tables, config.embedding_dim, setting, costs, ids_per_bag, options)
+
+    try:
+        return rank_zeros(topology, plan)
     except (PlacementError, CostsError) as error:
         raise DsConfigError(f"{ds_config.path}: {error}") from error
 
 
-def _costs(name: str | None, topology: Topology) -> Costs:
-    return read_costs(name or ("gpu" if topology.device.type == "cuda" else "cpu"))
+def rank_zeros(topology: Topology, plan: Callable[[], Placement]) -> Placement:
+    """The plan that rank 0 makes, on all ranks, or its PlacementError or CostsError. Communicates over all ranks.
+
+    By itself a rank might come to another one: where its node holds another number of ranks, has another file of costs
+    or another math library.
+    """
+    answer: list[Placement | ValueError | None] = [None]
+    if topology.is_main:
+        try:
+            answer = [plan()]
+        except (PlacementError, CostsError) as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0, group=topology.world, device=topology.device)
+    (placement,) = answer
+    if isinstance(placement, ValueError):
+        raise placement
+    return placement
+
+
+def _costs_name(name: str | None, topology: Topology) -> str:
+    return name or ("gpu" if topology.device.type == "cuda" else "cpu")
 
 
 def _memory_bytes(topology: Topology) -> int:
