@@ -18,7 +18,7 @@ _GAIN = 0.99
 """One cut after the other is kept if the longest rank comes down to this."""
 _NEAR = 1.005
 """The search ends when the longest rank is within this of what no plan is below."""
-_TRIES, _TRIED_SHARDS = 1_500, 150_000
+_TRIES, _TRIED_SHARDS = 5_000, 400_000
 """Most plans that the search makes, and most shards in all of them: under a second."""
 _MOST_CHANGES = 3
 """Tables whose number of shards the search changes at once."""
