@@ -296,8 +296,7 @@ def _place(
 def rank_zeros(topology: Topology, plan: Callable[[], Placement]) -> Placement:
     """The plan that rank 0 makes, on all ranks, or its PlacementError or CostsError. Communicates over all ranks.
 
-    By itself a rank might come to another one: where its node holds another number of ranks, has another file of costs
-    or another math library.
+    By itself a rank might come to another: its node may hold more ranks, other files of costs, another math library.
     """
     answer: list[Placement | ValueError | None] = [None]
     if topology.is_main:
