@@ -43,7 +43,7 @@ class Gathering:
 
     weights: elements by name. modules: names of the weights that each owns. visits: the modules that are entered, in
     order, over a whole step. elements: gathered now, flat buffers included; peak: the most within the last call.
-    sent: elements that were gathered since the start.
+    sent: elements that were gathered since the start, in so many messages.
     """
 
     weights: Mapping[str, int]
@@ -54,6 +54,7 @@ class Gathering:
     elements: int = 0
     peak: int = 0
     sent: int = 0
+    messages: int = 0
     _step: int = 0
     _available: set[str] = field(default_factory=set)
     _in_flight: dict[str, _Gather] = field(default_factory=dict)
@@ -103,6 +104,7 @@ class Gathering:
         self._in_flight |= dict.fromkeys(names, gather)
         self._num_available += sum(self.weights[name] for name in names)
         self.sent += flat
+        self.messages += 1
         self._add(flat)
 
     def _wait(self, name: str) -> None:

@@ -146,7 +146,7 @@ class _Rank:
         setting = self._setting
         flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._shares)
         activations = _Activations(self._trace, setting.offload_activations)
-        gathering = _gathering(self._trace, setting) if setting.stage == 3 else None
+        gathering = gathering_of(self._trace, setting) if setting.stage == 3 else None
         owner = {weight: module for module, own in self._trace.modules.items() for weight in own}
         missing = {module: len(own) for module, own in self._trace.modules.items()}
         worst: tuple[int, dict[str, int], str] = (0, {}, "")
@@ -224,7 +224,8 @@ def _shares(weights: Mapping[str, int], shard_size: int) -> dict[str, int]:
     return {name: max(of_rank[rank] for rank in ranks) for name, ranks in spans.items()}
 
 
-def _gathering(trace: StepTrace, setting: MemorySetting) -> Gathering:
+def gathering_of(trace: StepTrace, setting: MemorySetting) -> Gathering:
+    """Stage 3's gathering of weights, at the start of a step that goes as `trace` does."""
     visits = [event.name for event in trace.events if event.kind == "enter" and event.name in trace.modules]
     return Gathering(trace.weights, trace.modules, visits, setting.limits, setting.shard_size)
 

@@ -1,0 +1,115 @@
+"""A kind of machine as the planner sees it: memory, rates and links, from a small YAML file."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from dhen.model.names import unknown_name
+
+_STRICT = ConfigDict(extra="forbid")
+_FOLDER = Path(__file__).parent / "machines"
+
+
+class MachineError(ValueError):
+    """A machine file that can't be used; the message names the file and the key."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Machine:
+    """One kind of node. Rates are those of data sheets or measurements; the efficiencies say what a step gets of them.
+
+    name, source: what it is, and where the figures are from. is_gpu: whether a rank has a device of its own beside the
+    host's memory. memory_gib: of a rank, without what the system needs. host_memory_gib: of a node's host. flops: of
+    matrix products in a second, by dtype ("fp32", "bf16"). memory_bytes_per_second: of a rank's memory.
+    seconds_per_operation: at least, of any kernel. local_bytes_per_second: one rank's, inside a node and in one
+    direction; node_bytes_per_second: a node's link. is_local_shared: all ranks of a node share the former.
+    host_bytes_per_second: a rank's, from and to the host. host_memory_bytes_per_second: of the host's memory, for a
+    rank's part of an offloaded optimizer. costs: of the tables, as dhen.placement.costs of a ds_config.
+    """
+
+    name: str
+    source: str
+    is_gpu: bool
+    ranks_per_node: int
+    memory_gib: float
+    host_memory_gib: float
+    flops: dict[str, float]
+    memory_bytes_per_second: float
+    local_bytes_per_second: float
+    node_bytes_per_second: float
+    seconds_per_operation: float = 0.0
+    seconds_per_collective: float = 0.0
+    is_local_shared: bool = False
+    host_bytes_per_second: float = 0.0
+    host_memory_bytes_per_second: float = 0.0
+    compute_efficiency: float = 1.0
+    link_efficiency: float = 1.0
+    costs: str = "gpu"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the key whose value can't be."""
+        positive = ("ranks_per_node", "memory_gib", "memory_bytes_per_second", "local_bytes_per_second",
+                    "node_bytes_per_second", "compute_efficiency", "link_efficiency")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}. Use a number above 0.")
+        if "fp32" not in self.flops:
+            raise ValueError(f"flops has {', '.join(self.flops) or 'nothing'}. Give fp32, and bf16 where it differs.")
+        if self.is_gpu and not (self.host_bytes_per_second and self.host_memory_bytes_per_second):
+            raise ValueError(
+                "host_bytes_per_second or host_memory_bytes_per_second is missing. A GPU's offload needs both."
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of a rank."""
+        return int(self.memory_gib * 2**30)
+
+    @property
+    def host_bytes(self) -> int:
+        """A rank's share of its node's host."""
+        return int(self.host_memory_gib * 2**30 / self.ranks_per_node)
+
+    def gathered(self, size: float, *, nodes: int, ranks: int) -> float:
+        """Seconds of an all-gather or reduce-scatter of `size` bytes in a ring of `ranks` on `nodes`, as a share of
+        what one message costs besides: none is counted here."""
+        passed = size * (ranks - 1) / ranks
+        sharers = ranks / nodes if self.is_local_shared else 1
+        local = sharers * passed / self.local_bytes_per_second if ranks > nodes else 0.0
+        between = passed / self.node_bytes_per_second if nodes > 1 else 0.0
+        return max(local, between) / self.link_efficiency
+
+    def replicated(self, size: float, *, nodes: int) -> float:
+        """Seconds of the all-reduces of a node's shards of `size` bytes together over `nodes`: they share its link."""
+        return 2 * size * (nodes - 1) / nodes / self.node_bytes_per_second / self.link_efficiency
+
+
+def shipped_machines() -> dict[str, Path]:
+    """The files that ship, by name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
+
+
+def read_machine(name: str, **changes: Any) -> Machine:
+    """The machine that ships under `name`, or that of a file; `changes` replace its values. Raises MachineError."""
+    path = shipped_machines().get(name, Path(name))
+    if not path.is_file():
+        raise MachineError(
+            f"{unknown_name('machine', name, shipped_machines())} Or name a YAML file like those in {_FOLDER}."
+        )
+    try:
+        machine = TypeAdapter(Machine).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return replace(machine, **changes)
+    except yaml.YAMLError as error:
+        raise MachineError(f"{path}: not YAML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise MachineError(f"{path}: {unknown_name('key', key, Machine.__dataclass_fields__)}") from error
+        raise MachineError(f"{path}: {key or 'the file'}: {first['msg']}.") from error
+    except ValueError as error:
+        raise MachineError(f"{path}: {error}") from error

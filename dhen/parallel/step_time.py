@@ -1,0 +1,172 @@
+"""How long a step takes: compute, communication by link, recomputation and offload, simulated layer by layer.
+
+Compute, the fabric inside a node and the link between nodes are three resources, each doing one thing at a time. Every
+operation of the trace takes as long as its floating-point operations or its bytes need, whichever is more. A layer's
+weights are gathered while the layer before it computes. It is meant to tell which technique is faster, not by how many
+milliseconds: congestion, stragglers and kernels that share the GPU with communication are left out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from dhen.parallel.gathering import Gathering
+from dhen.parallel.machine import Machine
+from dhen.parallel.memory import MemorySetting, gathering_of
+from dhen.parallel.step_trace import StepTrace, Work
+
+_ADAM_PASSES = 2
+"""Adam's masters and states are read and written."""
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """One step. compute: of forward, backward and recomputation. waiting: for communication, beyond what is hidden.
+
+    optimizer: with what it moves to and from the host. tables: lookups, updates and all-to-all of the slowest rank.
+    """
+
+    compute: float
+    waiting: float
+    optimizer: float
+    tables: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.compute + self.waiting + self.optimizer + self.tables
+
+
+@dataclass
+class Segment:
+    """A layer's forward or backward, or what is before and after the layers.
+
+    gathered: elements of weights that stage 3 asks for in it, in so many messages. gradients: elements that it yields.
+    """
+
+    is_backward: bool
+    work: list[Work] = field(default_factory=list)
+    gathered: int = 0
+    messages: int = 0
+    gradients: int = 0
+    kept: int = 0
+
+
+def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
+    """The trace layer by layer, forward and then backward."""
+    result: list[Segment] = []
+    owner = {weight: module for module, own in trace.modules.items() for weight in own}
+    at: tuple[int | None, bool] | None = None
+    is_backward = False
+    for event in trace.events:
+        if (event.layer, is_backward) != at:
+            at = (event.layer, is_backward)
+            result.append(Segment(is_backward))
+        segment = result[-1]
+        segment.work += event.work
+        segment.kept += event.kept
+        if event.kind == "gradient":
+            segment.gradients += trace.weights[event.name]
+        if gathering is not None and (owner.get(event.name) or event.name) in trace.modules:
+            before = gathering.sent, gathering.messages
+            if event.kind == "enter":
+                gathering.enter(event.name)
+            elif event.kind == "leave":
+                gathering.leave(event.name)
+            elif event.name == trace.modules[owner[event.name]][-1]:
+                gathering.leave(owner[event.name])
+            segment.gathered += gathering.sent - before[0]
+            segment.messages += gathering.messages - before[1]
+        is_backward |= event.kind == "loss"
+    return result
+
+
+def compute_seconds(work: Iterable[Work], machine: Machine, dtype: str = "fp32") -> float:
+    """Seconds of operations one after the other, matrix products in `dtype`."""
+    flops = machine.flops.get(dtype, machine.flops["fp32"]) * machine.compute_efficiency
+    rate = machine.memory_bytes_per_second
+    least = machine.seconds_per_operation
+    return sum(max(each.flops / flops, each.bytes / rate, least) for each in work)
+
+
+def step_seconds(
+    trace: StepTrace,
+    setting: MemorySetting,
+    machine: Machine,
+    nodes: int,
+    *,
+    dtype: str = "fp32",
+    table_seconds: float = 0.0,
+) -> StepSeconds:
+    """A step of one micro step on `nodes` of the machine, all of their ranks in the job."""
+    gathering = gathering_of(trace, setting) if setting.stage == 3 else None
+    parts = segments(trace, gathering)
+    links = _Links(machine, setting, nodes)
+    compute = fabric_free = link_free = now = 0.0
+    host_free = 0.0
+    offloaded = setting.offload_activations
+    for index, part in enumerate(parts):
+        seconds = compute_seconds(part.work, machine, dtype)
+        compute += seconds
+        if part.messages:  # asked for when the part before began to compute
+            asked = max(fabric_free, now - (compute_seconds(parts[index - 1].work, machine, dtype) if index else 0.0))
+            fabric_free = asked + links.gather(part.gathered * setting.weight_bytes, part.messages)
+            if setting.offload_param and machine.is_gpu:
+                fabric_free += part.gathered / setting.shard_size * setting.weight_bytes / machine.host_bytes_per_second
+            now = max(now, fabric_free)
+        if offloaded and not part.is_backward and part.kept > 0 and machine.is_gpu:
+            host_free = max(host_free, now) + part.kept / machine.host_bytes_per_second
+        now += seconds
+        if not part.gradients or setting.stage < 2:
+            continue
+        size = part.gradients * setting.gradient_bytes
+        begin = max(fabric_free, now)
+        fabric_free = begin + links.reduce(size)
+        if setting.stage == 2 and not setting.overlap_comm:
+            now = fabric_free
+        if setting.num_replicas > 1:
+            link_free = max(link_free, fabric_free) + links.replicate(part.gradients * setting.wire_bytes)
+    if setting.stage < 2:
+        now += links.reduce(trace.num_weights * setting.gradient_bytes)
+        if setting.num_replicas > 1 and setting.stage == 1:
+            now += links.replicate(trace.num_weights * setting.wire_bytes)
+    end = max(now, fabric_free, link_free, host_free)
+    optimizer = _optimizer_seconds(trace, setting, machine)
+    if setting.stage in (1, 2):
+        end += links.gather(trace.num_weights * setting.weight_bytes, 1)
+    return StepSeconds(compute, end - compute, optimizer, table_seconds)
+
+
+class _Links:
+    """Seconds of the dense part's collectives under a setting."""
+
+    def __init__(self, machine: Machine, setting: MemorySetting, nodes: int) -> None:
+        self._machine, self._nodes = machine, nodes
+        self._stage = setting.stage
+        ranks = nodes * machine.ranks_per_node
+        group = ranks if setting.stage == 0 or setting.num_replicas == 1 else setting.shard_size
+        self._ring = {"nodes": max(1, group // machine.ranks_per_node) if nodes > 1 else 1, "ranks": group}
+        self._replicas = {"nodes": max(1, nodes // self._ring["nodes"])}
+
+    def gather(self, size: float, messages: int) -> float:
+        return messages * self._machine.seconds_per_collective + self._machine.gathered(size, **self._ring)
+
+    def reduce(self, size: float) -> float:
+        """Stage 3 reduces and scatters; the others all-reduce, which is twice as much."""
+        passes = 1 if self._stage == 3 else 2
+        return self._machine.seconds_per_collective + passes * self._machine.gathered(size, **self._ring)
+
+    def replicate(self, size: float) -> float:
+        return self._machine.seconds_per_collective + self._machine.replicated(size, **self._replicas)
+
+
+def _optimizer_seconds(trace: StepTrace, setting: MemorySetting, machine: Machine) -> float:
+    elements = trace.num_weights / setting.shard_size
+    per_element = setting.gradient_bytes + setting.weight_bytes
+    per_element += _ADAM_PASSES * (setting.master_bytes + setting.state_bytes)
+    on_host = setting.offload_optimizer if machine.is_gpu else 0.0
+    seconds = (1 - on_host) * elements * per_element / machine.memory_bytes_per_second
+    if on_host:
+        moved = setting.gradient_bytes + setting.weight_bytes
+        seconds += on_host * elements * per_element / machine.host_memory_bytes_per_second
+        seconds += on_host * elements * moved / machine.host_bytes_per_second
+    return seconds
