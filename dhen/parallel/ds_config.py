@@ -418,10 +418,12 @@ def _refuse_impossible_hsdp(config: DsConfig) -> None:
             f"{path}: dhen.shard_group is {section.shard_group!r}, but zero_optimization.stage is 0, which shards "
             "nothing. Use stage 1, 2 or 3."
         )
-    if config.zero_stage == 1 and raw.get("bf16", {}).get("enabled"):
+    sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32", "float", "torch.float32")
+    is_on_device = (zero.get("offload_optimizer") or {}).get("device") != "cpu"
+    if config.zero_stage == 1 and raw.get("bf16", {}).get("enabled") and sums_in_fp32 and is_on_device:
         raise DsConfigError(
-            f"{path}: dhen.shard_group under bf16 and stage 1: DeepSpeed 0.19 has another optimizer there, which "
-            "reduces over all ranks. Use stage 2 or 3."
+            f"{path}: dhen.shard_group under bf16 and stage 1 with data_types.grad_accum_dtype fp32: DeepSpeed 0.19 "
+            "has another optimizer there, which reduces over all ranks. Use stage 2, or leave grad_accum_dtype out."
         )
     for key in ("contiguous_gradients", "reduce_scatter"):
         if zero.get(key) is False:

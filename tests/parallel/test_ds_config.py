@@ -89,8 +89,13 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"dhen": {"async_all_reduce": False}}, 'no effect with dhen.shard_group "world"'),
         ({"dhen": {"shard_group": "node"}, "zero_optimization": {"stage": 0}}, "shards nothing"),
         (
-            {"dhen": {"shard_group": 2}, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
-            "Use stage 2 or 3",
+            {
+                "dhen": {"shard_group": 2},
+                "zero_optimization": {"stage": 1},
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            },
+            "Use stage 2, or leave grad_accum_dtype out",
         ),
         (
             {"dhen": {"shard_group": 2}, "zero_optimization": {"stage": 2, "contiguous_gradients": False}},
@@ -104,6 +109,15 @@ def test_a_mistake_is_named_with_its_file(tmp_path, change, says):
     with pytest.raises(DsConfigError, match=says) as caught:
         read_ds_config(path, RECIPE)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("offload", [{}, {"offload_optimizer": {"device": "cpu"}}])
+def test_stage_1_in_bf16_may_have_a_shard_group(tmp_path, offload):
+    """Only with sums in fp32 on the device DeepSpeed takes its other optimizer."""
+    sums = {"data_types": {"grad_accum_dtype": "fp32"}} if offload else {}
+    zero = {"zero_optimization": {"stage": 1} | offload}
+    path = written(tmp_path, {"dhen": {"shard_group": 2}, "bf16": {"enabled": True}} | zero | sums)
+    assert read_ds_config(path, RECIPE).zero_stage == 1
 
 
 def test_the_keys_are_those_that_deepspeed_reads():
