@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from dhen.parallel.extensions_cache import keep_extensions_apart
+
 FBGEMM_PACKAGES = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 FIRST_MINOR_OFFSET = 5  # FBGEMM 1.m is built against torch 2.(m + 5): 1.6 with 2.11, 1.8 with 2.13
 
@@ -24,6 +26,7 @@ def prepare_environment() -> None:
     """Set what DeepSpeed reads at import, check the FBGEMM build, quieten what a user can't act on. No effect twice."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     _put_scripts_on_path()
+    keep_extensions_apart()
     _check_fbgemm(_installed_versions(), torch.__version__, os.environ["DS_ACCELERATOR"])
     _silence()
 
