@@ -3,6 +3,9 @@
 While it trains, every rank has a thread that waits on the job's store, without polling, for the question "are you
 there?" and answers it. A rank whose collective fails asks all, and writes down who doesn't answer; at that all threads
 end their ranks, also those that wait for a rank which is about to end.
+
+That is so under gloo, whose collectives fail with an exception in Python. NCCL's don't: on GPUs the launcher ends the
+ranks of the node where one was lost, and NCCL's watchdog the others after the job's timeout; their logs say which.
 """
 
 import contextlib

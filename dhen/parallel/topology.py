@@ -34,7 +34,8 @@ class ShardGroups:
 class Topology:
     """This process's place in the job. `world` is the group of all ranks; `device` is where this rank computes.
 
-    Ranks are numbered node by node, as every launcher does: rank = node * local_size + local_rank.
+    Ranks are numbered node by node, as every launcher does: rank = node * local_size + local_rank. timeout: of the
+    collectives of every group.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class Topology:
     local_size: int
     device: torch.device
     world: dist.ProcessGroup
+    timeout: timedelta
 
     @property
     def is_main(self) -> bool:
@@ -65,8 +67,9 @@ class Topology:
         """Make the groups for shards over `size` neighbouring ranks. Communicates; all ranks call it, once."""
         shards = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
         replicas = [list(range(first, self.world_size, size)) for first in range(size)]
-        shard = [dist.new_group(ranks) for ranks in shards][self.rank // size]
-        replica = [dist.new_group(ranks) for ranks in replicas][self.rank % size]
+        # Without a timeout of its own a new group takes torch's default, not the job's.
+        shard = [dist.new_group(ranks, timeout=self.timeout) for ranks in shards][self.rank // size]
+        replica = [dist.new_group(ranks, timeout=self.timeout) for ranks in replicas][self.rank % size]
         return ShardGroups(shard, replica, size, len(shards), self.rank // size)
 
     def barrier(self) -> None:
@@ -115,9 +118,8 @@ def start(timeout_minutes: float = 30.0) -> Topology:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -125,6 +127,7 @@ def start(timeout_minutes: float = 30.0) -> Topology:
         local_size=local_size,
         device=device,
         world=dist.group.WORLD,
+        timeout=timeout,
     )
 
 
