@@ -74,9 +74,14 @@ class ReplicaReduction:
 
 
 def saturate(values: Tensor, dtype: torch.dtype, num_terms: int) -> Tensor:
-    """`values` within what `dtype` can hold of a sum of `num_terms` of them; NaN stays NaN."""
+    """`values` within what `dtype` can hold of a sum of `num_terms` of them.
+
+    inf and NaN stay what they are: by them DeepSpeed sees an overflow and skips the step.
+    """
     largest = torch.finfo(dtype).max / num_terms
-    return values.clamp_(-largest, largest) if largest < torch.finfo(values.dtype).max else values
+    if largest >= torch.finfo(values.dtype).max:
+        return values
+    return torch.where(values.isinf(), values, values.clamp(-largest, largest))
 
 
 class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
@@ -176,7 +181,7 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
     def _reduced_slice(self, param: nn.Parameter, group: int) -> Tensor:
         """This rank's share of `param`'s gradient, reduced inside the shard group; a view of where DeepSpeed has it."""
         first, size = self._bounds(param, group)
-        if self._use_compact_grad_partition_buffer(group):  # bf16 weights: all micro steps are summed there in fp32
+        if self._use_compact_grad_partition_buffer(group):  # grad_accum_dtype fp32 of bf16 weights
             rank = dist.get_rank(group=self.real_dp_process_group[group])
             return self._get_compact_grad_partition_slice(group, rank, self.get_param_id(param), size)
         return self.get_gradient_for_reduction(param).view(-1)[first : first + size]
@@ -185,14 +190,17 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
         """Add what earlier micro steps summed up to `shard`, and clear it, so that it isn't added again."""
         if self._use_compact_grad_partition_buffer(group):
             return
+        first, size = self._bounds(param, group)
         if self.cpu_offload:
+            self._wait_for_offload_copies()
             earlier = self.accumulated_grads_in_cpu.get(self.get_param_id(param)) if self.micro_step_id > 0 else None
+            if self.low_precision_master_weights_and_grads:
+                first = 0  # the sums stand in the masters' gradient, which has this rank's share only
         else:
             sums = self.all_grad_tensors.get(group)
             index = next(i for i, other in enumerate(self.params_in_partition[group]) if other is param)
             earlier = sums[index] if sums else None
         if earlier is not None:
-            first, size = self._bounds(param, group)
             shard.add_(earlier.view(-1)[first : first + size].to(shard.device))
             earlier.zero_()
 

@@ -1,6 +1,6 @@
 """A tiny DHEN trained in parallel for a few steps, by any ds_config: what the tests of this room compare."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -27,25 +27,30 @@ def train(
     global_batch: int = GLOBAL_BATCH,
     dhen: dict[str, Any] | None = None,
     zero: dict[str, Any] | None = None,
+    others: dict[str, Any] | None = None,
     replicated: Collection[str] | None = None,
+    steps: int = STEPS,
+    before_step: Callable[[int, ParallelDhen], None] = lambda step, model: None,
 ) -> tuple[list[float], ParallelDhen]:
-    """Mean loss of each of STEPS steps, the same on all ranks, and the model.
+    """Mean loss of each step, the same on all ranks, and the model.
 
-    dhen, zero: keys that change that section of ds_configs/<name>.json. replicated: tables of the dense part.
+    dhen, zero: keys that change that section of ds_configs/<name>.json; others: sections in place of its own.
+    replicated: tables of the dense part.
     """
     micro = global_batch // topology.world_size // accumulation
     config = read_ds_config(
         ROOT / f"ds_configs/{name}.json", recipe(topology.world_size, micro, accumulation, max_grad_norm)
     )
-    config = _changed(config, {"table_optimizer": "sgd"} | (dhen or {}), zero or {})
+    config = _changed(config, {"table_optimizer": "sgd"} | (dhen or {}), zero or {}, others or {})
     config = with_sgd_dense(config) if optimizer == "SGD" else config
     model = parallelize(DhenConfig(**CONFIG), topology, config, seed=SEED, replicated=replicated)
     model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
     losses = []
-    for batch in global_batches(STEPS, global_batch):
+    for step, batch in enumerate(global_batches(steps, global_batch)):
+        before_step(step, model)
         total = torch.zeros(1)
-        for step in range(accumulation):
-            first = (step * topology.world_size + topology.rank) * micro
+        for micro_step in range(accumulation):
+            first = (micro_step * topology.world_size + topology.rank) * micro
             sparse, dense_BN, labels_B = batch.rows(first, first + micro)
             logits_B = model.score(model.look_up(sparse), dense_BN, sparse)
             loss = binary_cross_entropy_with_logits(logits_B, labels_B)
@@ -56,9 +61,9 @@ def train(
     return losses, model
 
 
-def _changed(config: DsConfig, dhen: dict[str, Any], zero: dict[str, Any]) -> DsConfig:
+def _changed(config: DsConfig, dhen: dict[str, Any], zero: dict[str, Any], others: dict[str, Any]) -> DsConfig:
     deepspeed = config.deepspeed | {"zero_optimization": config.deepspeed.get("zero_optimization", {}) | zero}
-    return DsConfig(config.path, deepspeed, config.dhen.model_copy(update=dhen))
+    return DsConfig(config.path, deepspeed | others, config.dhen.model_copy(update=dhen))
 
 
 def with_sgd_dense(config: DsConfig) -> DsConfig:
