@@ -9,7 +9,7 @@ that each takes besides; the other schemes and depths show how far the simulatio
 paper's machine: 32 nodes of 8 A100, 600 GB/s inside, 25 GB/s a node between. How much HSDP gains there depends on how
 long a layer computes, which the paper doesn't say: so a band is printed, beside its 1.2x.
 
-Left out: congestion, stragglers, kernels that share the GPU with communication, the optimizer's time.
+Rates and compute of the benchmark stand in measured.json. What is left out is printed with the projection.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_sharding import SCHEMES, Measured, read
 from rich.console import Console
 from rich.table import Table
+from sharding_schemes import SCHEMES, Measured, read
 
 PAPERS_GAIN = 1.2
+LEFT_OUT = "congestion, stragglers, kernels that share the GPU with communication, the optimizer's time"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def step_seconds(scheme: str, machine: Machine, depth: int, layer_bytes: float, 
 
 def fitted(machine: Machine, measured: Sequence[Measured], forward_seconds: float) -> Machine:
     """The efficiency and latency under which the measured times of "fsdp" and "hsdp_sync" come out best."""
-    known = [result for result in measured if result.scheme in ("fsdp", "hsdp_sync")]
+    known = [result for result in measured if result.scheme in ("fsdp", "hsdp_sync") and result.seconds]
 
     def error(candidate: Machine) -> float:
         return sum(abs(deviation(candidate, result, forward_seconds)) for result in known)
@@ -103,9 +104,8 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, required=True, help="measured.json of tools/bench_sharding.py")
-    parser.add_argument("--link_mbit", type=float, default=100, help="a node's link in that benchmark, Mbit/s")
-    parser.add_argument("--local_mbit", type=float, default=2400, help="inside a node in that benchmark, Mbit/s")
-    parser.add_argument("--compute_ms", type=float, default=40, help="a layer's forward in that benchmark")
+    parser.add_argument("--link_mbit", type=float, help="a node's link, where measured.json doesn't have it, Mbit/s")
+    parser.add_argument("--local_mbit", type=float, help="inside a node, likewise")
     parser.add_argument("--depth", type=int, default=8, help="layers of the projected model")
     parser.add_argument("--layer_mib", type=float, default=256, help="MiB of a layer's weights in the projected model")
     return parser.parse_args(command_line)
@@ -114,17 +114,24 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
 def main() -> int:
     """Fit, check, project."""
     arguments = parse_arguments()
-    measured = read(arguments.measured)
-    forward_seconds, first = arguments.compute_ms / 1e3, measured[0]
-    here = Machine(
-        first.nodes, first.ranks // first.nodes, arguments.link_mbit * 125e3, arguments.local_mbit * 125e3, True
-    )
+    benchmark = read(arguments.measured)
+    link_mbit, local_mbit = arguments.link_mbit or benchmark.link_mbit, arguments.local_mbit or benchmark.local_mbit
+    if not (link_mbit and local_mbit):
+        print(
+            f"sharding_projection: {arguments.measured} was measured on links of no known rate. Say --link_mbit and "
+            "--local_mbit.",
+            file=sys.stderr,
+        )
+        return 2
+    measured, forward_seconds = benchmark.results, benchmark.compute_ms / 1e3
+    first = measured[0]
+    here = Machine(first.nodes, first.ranks // first.nodes, link_mbit * 125e3, local_mbit * 125e3, True)
     here = fitted(here, measured, forward_seconds)
     console = Console()
     console.print(f"fitted: {here.efficiency:.0%} of the nominal rates, {here.latency * 1e3:.0f} ms a collective")
     check = Table("depth", "scheme", "measured s", "simulated s", "off by", box=None, pad_edge=False)
     for result in measured:
-        if result.scheme in ("fsdp", "hsdp_sync", "hsdp"):
+        if result.scheme in ("fsdp", "hsdp_sync", "hsdp") and result.seconds:
             off, seconds = deviation(here, result, forward_seconds), statistics.median(result.seconds)
             check.add_row(
                 str(result.depth), result.scheme, f"{seconds:.2f}", f"{seconds * (1 + off):.2f}", f"{off:+.0%}"
@@ -135,7 +142,7 @@ def main() -> int:
     flat = papers.flat_ring(size)
     console.print(
         f"\n32 x 8 A100 (paper 4.4), {arguments.depth} layers of {arguments.layer_mib:g} MiB, the efficiency above, no "
-        f"latency; gathering a layer over all ranks takes {flat * 1e3:.1f} ms"
+        f"latency; gathering a layer over all ranks takes {flat * 1e3:.1f} ms. Left out: {LEFT_OUT}"
     )
     band = Table("a layer's forward, ms", "hsdp / fsdp", "hsdp / hsdp_sync", box=None, pad_edge=False)
     for share in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0):

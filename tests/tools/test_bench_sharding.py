@@ -1,0 +1,100 @@
+"""The benchmark of sharding schemes, without a cluster: theory, table, figure, no memory, what is refused."""
+
+import io
+import sys
+from math import inf
+
+import pytest
+import torch
+from rich.console import Console
+
+from dhen.parallel.topology import Topology
+from tests import ROOT
+from tests.ranks import run_ranks
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import sharding_ranks
+from bench_sharding import parse_arguments, plot, show
+from sharding_schemes import SCHEMES, Measured
+
+
+def measured(scheme: str, depth: int, seconds: list[float], **more) -> Measured:
+    return Measured(scheme, depth, 2, 4, 1000, 100, seconds, **{"bytes_sent": None} | more)
+
+
+def test_what_leaves_a_node_in_theory():
+    sent = {name: scheme.bytes_sent(1000, 100, 2, 4) for name, scheme in SCHEMES.items()}
+    assert sent["dp"] == 2 * 1000 * 3 / 4
+    assert sent["zero2"] == sent["torch_fsdp"] == 3 * 1000 * 3 / 4
+    assert sent["fsdp"] == sent["zero2"] - 100 * 3 / 4, "where the forward turns round a matrix is there already"
+    assert sent["hsdp"] == sent["hsdp_sync"] == sent["torch_hsdp"] == 2 * 1000 / 2
+    assert sent["hpz"] == 2 * 1000 * 3 / 4, "its backward gathers within the node"
+
+
+def test_the_table_says_what_is_missing(tmp_path):
+    results = [
+        measured("fsdp", 4, [1.0, 1.2, 1.1], bytes_sent=2200.0),
+        measured("hsdp", 4, [0.5, 0.5, 0.6], peak_mib=7.0),
+        measured("dp", 4, []),
+        measured("zero2", 4, [1.0, 1.0, 1.0], peak_mib=inf),
+        measured("hpz", 4, [1.0, 1.0, 1.0]),
+    ]
+    console = Console(file=io.StringIO(), width=200)
+    show(results, console)
+    rows = {line.split()[1]: line.split() for line in console.file.getvalue().splitlines()[1:]}
+    assert rows["hsdp"][3:7] == ["2.20", "1.83", "2.40", "-"], "no interface, no bytes"
+    assert rows["dp"][2:4] == ["too", "much"]
+    assert rows["zero2"][-2:] == ["too", "much"]
+    assert rows["hpz"][2:4] == ["(not", "interleaved)"]
+    assert rows["hpz"][5:8] == ["1.10", "-", "-"]
+    plot(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_all_reduces_under_a_backward_are_counted():
+    def event(name: str, start: int, duration: int) -> dict:
+        return {"name": name, "ph": "X", "ts": start, "dur": duration}
+
+    reduces = [event("gloo:all_reduce", 0, 4000), event("gloo:all_reduce", 9000, 2000)]
+    backwards = [event("PauseBackward", 1000, 2000), event("PauseBackward", 10_000, 5000)]
+    assert sharding_ranks.overlap({"traceEvents": reduces + backwards}) == (3.0, 6.0)
+    assert sharding_ranks.overlap({"traceEvents": reduces}) == (0.0, 0.0), "--compute_ms 0 has no pauses"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--memory_cap_mib", "100"], "--memory_cap_mib needs a job for each scheme"),
+        (["--schemes", "hsdp", "hpz"], "hpz changes what else its process runs"),
+        (["--schemes", "hpz", "--depths", "2", "4"], "name it alone, with one depth"),
+    ],
+)
+def test_what_a_launcher_cannot_do_is_refused(monkeypatch, capsys, flags, words):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        parse_arguments(flags)
+    assert words in capsys.readouterr().err
+    assert "hpz" not in parse_arguments([]).schemes
+    assert "hpz" in parse_arguments(["--on_cluster"]).schemes
+
+
+def build_where_one_rank_has_no_memory(topology: Topology) -> list[bool]:
+    """Whether each of two schemes may be measured: the first fails on rank 1."""
+    build, kept = sharding_ranks.build, []
+
+    def failing(*arguments):
+        if topology.rank == 1 and not kept:
+            raise torch.OutOfMemoryError("out of memory")
+        return lambda dense_BN, labels_B: None
+
+    sharding_ranks.build = failing
+    for name in ("dp", "hsdp"):
+        step = sharding_ranks.build_and_warm(SCHEMES[name], None, topology, 0.0, None, None)
+        kept.append(step is not None)
+    sharding_ranks.build = build
+    return kept
+
+
+def test_all_ranks_leave_a_scheme_that_one_has_no_memory_for():
+    assert run_ranks(2, build_where_one_rank_has_no_memory) == [[False, True]] * 2
