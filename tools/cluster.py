@@ -26,6 +26,7 @@ INTERFACE = "eth0"
 _GRACE_SECONDS = 20.0
 _LINK = "burst 128kb limit 4mb"
 _LOCAL = "burst 1mb limit 16mb"
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class ClusterError(RuntimeError):
@@ -52,8 +53,8 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         """Build it. Raises ClusterError where root, a tool or a kernel module is missing."""
         check_machine()
-        remove_stale()
         try:
+            remove_stale()
             self._build()
         except subprocess.CalledProcessError as error:
             self.__exit__()
@@ -64,10 +65,14 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still runs in the nodes, and take them down."""
-        for name in [*self.names, self._hub]:
-            remove_namespace(name)
-        self._hosts.unlink(missing_ok=True)
+        """End what still runs in the nodes, and take them down. A signal meanwhile waits until that is done."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
+        try:
+            for name in [*self.names, self._hub]:
+                remove_namespace(name)
+            self._hosts.unlink(missing_ok=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @property
     def _hub(self) -> str:
@@ -118,17 +123,17 @@ class Cluster:
 
 
 def wait(launchers: Sequence[subprocess.Popen]) -> int:
-    """Wait for all nodes. Once one fails, the others have some seconds to end by themselves; then they are ended."""
-    first_failure = None
-    deadline = None
+    """Wait for all nodes; returns the status of the first that failed, else 0.
+
+    Once one fails, the others have some seconds to end by themselves; then they are ended.
+    """
+    status, deadline = 0, None
     try:
         while any(launcher.poll() is None for launcher in launchers):
             failed = [node for node, launcher in enumerate(launchers) if launcher.poll() not in (None, 0)]
-            if failed and first_failure is None:
-                first_failure, deadline = failed[0], time.monotonic() + _GRACE_SECONDS
-                print(
-                    f"cluster: node {failed[0]} failed with status {launchers[failed[0]].returncode}", file=sys.stderr
-                )
+            if failed and deadline is None:
+                status, deadline = launchers[failed[0]].returncode, time.monotonic() + _GRACE_SECONDS
+                print(f"cluster: node {failed[0]} failed with status {status}", file=sys.stderr)
             if deadline is not None and time.monotonic() > deadline:
                 break
             time.sleep(0.1)
@@ -137,7 +142,7 @@ def wait(launchers: Sequence[subprocess.Popen]) -> int:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
             launcher.wait()
-    return next((launcher.returncode for launcher in launchers if launcher.returncode), 0)
+    return status or next((launcher.returncode for launcher in launchers if launcher.returncode), 0)
 
 
 def check_machine() -> None:

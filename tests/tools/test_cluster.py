@@ -14,6 +14,11 @@ import pytest
 from tests import ROOT
 from tests.recipes.launch import TINY, losses, prepared_click_log, run_script
 
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cluster
+from sharding_schemes import SCHEMES, read
+
 TOOL = str(ROOT / "tools" / "cluster.py")
 NODES = ["--nodes", "2", "--ranks_per_node", "2", "--link_mbit", "0", "--local_mbit", "0"]
 FLAGS = [*TINY, "--per_device_train_batch_size=6", "--max_steps=20", "--save_steps=10", "--seed=3"]
@@ -52,10 +57,10 @@ def on_one_node(click_log, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def train(run: Path, click_log: Path, *more: str) -> list[str]:
+def train(run: Path, click_log: Path, *more: str, script: str = "recipes/train.py") -> list[str]:
     """The command that trains on the cluster, by shards within its nodes."""
-    script = ["recipes/train.py", "--ds_config=ds_configs/hsdp.json", f"--dataset_name={click_log}"]
-    return [sys.executable, TOOL, *NODES, *script, f"--output_dir={run}", *FLAGS, *more]
+    flags = ["--ds_config=ds_configs/hsdp.json", f"--dataset_name={click_log}"]
+    return [sys.executable, TOOL, *NODES, script, *flags, f"--output_dir={run}", *FLAGS, *more]
 
 
 def namespaces() -> str:
@@ -113,21 +118,21 @@ def write_stub(path: Path, text: str) -> None:
 @needs_namespaces
 def test_a_rank_killed_on_one_node_ends_the_job_on_all(tmp_path, click_log, on_one_node):
     before = namespaces()
+    script = tmp_path / "dying_train.py"
+    script.write_text(DYING)
     job = subprocess.Popen(
-        train(tmp_path, click_log, "--logging_steps=1"),
+        train(tmp_path, click_log, script=str(script)),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    output = ""
+    output, killed_at = "", None
     for line in job.stdout:
         output += line
-        if line.startswith("step 13/"):
-            os.kill(rank_on_node(job.pid, node=1), signal.SIGKILL)
-            break
-    killed_at = time.monotonic()
-    output += job.stdout.read()
+        if "killed in its backward" in line:
+            killed_at = time.monotonic()
     assert job.wait(timeout=60) != 0
+    assert killed_at is not None, output
     assert time.monotonic() - killed_at < 60
-    assert "is gone, so the job ends" in output, output
+    assert "rank 3 of 4 is gone, so the job ends" in output, output
     assert namespaces() == before
     resumed = subprocess.run(
         train(tmp_path, click_log, "--resume_from_checkpoint=true"),
@@ -138,15 +143,28 @@ def test_a_rank_killed_on_one_node_ends_the_job_on_all(tmp_path, click_log, on_o
     assert ours == pytest.approx({step: float(loss) for step, loss in losses(on_one_node).items()}, rel=1e-6)
 
 
-def rank_on_node(cluster_pid: int, node: int) -> int:
-    """The process of the node's second rank."""
-    name = f"dhen{cluster_pid}-node{node}"
-    pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout.split()
-    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
-    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in environments}
-    return next(
-        pid for pid, values in environments.items() if b"LOCAL_RANK=1" in values and b"train.py" in commands[pid]
-    )
+DYING = f"""
+import itertools, os, runpy, signal
+from dhen.parallel.parallelize import ParallelDhen
+
+step, calls = ParallelDhen.step, itertools.count(1)
+
+
+def die(gradient):
+    print("killed in its backward", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying_step(self, loss):
+    if self.topology.rank == 3 and next(calls) == 14:  # the first layer's gradients: others are on their way
+        next(self.engine.module.model.layers[0].parameters()).register_hook(die)
+    return step(self, loss)
+
+
+ParallelDhen.step = dying_step
+runpy.run_path({str(ROOT / "recipes/train.py")!r}, run_name="__main__")
+"""
+"""train.py whose last rank is killed in the middle of the backward of step 14."""
 
 
 @needs_namespaces
@@ -172,15 +190,34 @@ def test_bytes_between_nodes_are_those_of_the_theory(tmp_path):
     limits = ["--link_mbit", "0", "--local_mbit", "0", "--output", str(tmp_path)]
     done = subprocess.run([*command, *limits], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    sys.path.insert(0, str(ROOT / "tools"))
-    from bench_sharding import SCHEMES, read
-
-    results = {result.scheme: result for result in read(tmp_path / "measured.json")}
+    results = {result.scheme: result for result in read(tmp_path / "measured.json").results}
     assert set(results) == set(SCHEMES)
     for name, result in results.items():
         assert result.bytes_sent == pytest.approx(result.bytes_in_theory, rel=0.02), name
     assert results["hsdp"].bytes_sent < 0.6 * results["fsdp"].bytes_sent
     assert (tmp_path / "figure6.png").stat().st_size > 10_000
+
+
+def test_the_status_is_that_of_the_first_node_to_fail(monkeypatch):
+    """Not of those that are ended because of it."""
+    monkeypatch.setattr(cluster, "_GRACE_SECONDS", 0.2)
+    commands = ["sleep 60", "exit 3"]
+    launchers = [subprocess.Popen(["sh", "-c", command], start_new_session=True) for command in commands]
+    assert cluster.wait(launchers) == 3
+
+
+def test_a_second_signal_waits_until_all_is_taken_down(monkeypatch):
+    removed = []
+
+    def remove(name: str) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        removed.append(name)
+
+    monkeypatch.setattr(cluster, "remove_namespace", remove)
+    built = cluster.Cluster(2)
+    with cluster.signals_end_it(), pytest.raises(SystemExit):
+        built.__exit__()
+    assert len(removed) == 3, "two nodes and the bridge's"
 
 
 def test_what_is_missing_is_said():
