@@ -72,6 +72,15 @@ class ReplicaReduction:
             )
         self._pending.clear()
 
+    def agreed(self, norm: Tensor) -> Tensor:
+        """The first replica's `norm` on all of them. Communicates over the replica group.
+
+        A node's ranks may sum in another order than another node's, and clip to another last bit.
+        """
+        first = norm.to(get_accelerator().current_device_name(), copy=True)
+        dist.broadcast(first, dist.get_global_rank(self._groups.replica, 0), group=self._groups.replica)
+        return first.to(norm.device)
+
 
 def saturate(values: Tensor, dtype: torch.dtype, num_terms: int) -> Tensor:
     """`values` within what `dtype` can hold of a sum of `num_terms` of them.
@@ -129,6 +138,10 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
         if not get_accelerator().resolves_data_dependency():
             self.reduce_and_partition_stream.synchronize()
 
+    def _get_norm_groups(self) -> list[Tensor]:
+        """DeepSpeed's norms for clipping, of each group of parameters."""
+        return [self.hsdp_reduction.agreed(norm) for norm in super()._get_norm_groups()]
+
 
 class HsdpStages1And2(DeepSpeedZeroOptimizer):
     """ZeRO stages 1 and 2 inside the shard group: optimizer states, and gradients, are sharded over it."""
@@ -167,6 +180,10 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
         with get_accelerator().stream(self._reduction_stream()):
             self.hsdp_reduction.finish()
         super().independent_gradient_partition_epilogue()
+
+    def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
+        """DeepSpeed's norm for clipping, over all parameters."""
+        return self.hsdp_reduction.agreed(super().scaled_global_norm(norm_type))
 
     def _reduction_stream(self) -> Any:
         return self.reduction_stream if self.overlap_comm else get_accelerator().current_stream()
