@@ -10,6 +10,7 @@ In this order, each step relying on the one before:
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from dhen.parallel.wire import Wire
 _TABLE_SHARE = 0.8
 """Of a rank's memory, for tables."""
 _SCORING_BATCH = 4096
+logger = logging.getLogger(__name__)
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -332,7 +334,16 @@ def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None
         size = topology.shard_size(ds_config.dhen.shard_group)
     except ValueError as error:
         raise DsConfigError(f"{ds_config.path}: dhen.shard_group is {error}") from error
-    return None if size == topology.world_size else topology.shard_groups(size)
+    if size < topology.world_size:
+        return topology.shard_groups(size)
+    if ds_config.dhen.shard_group != "world":
+        logger.info(
+            "dhen.shard_group %r is all %d ranks of this job, one replica: plain ZeRO. all_reduce_dtype and "
+            "async_all_reduce have no effect.",
+            ds_config.dhen.shard_group,
+            size,
+        )
+    return None
 
 
 def _dense_part(
