@@ -18,7 +18,7 @@ import torch
 FOLDER = "TORCH_EXTENSIONS_DIR"
 _SECONDS_OF_A_START = 60.0
 """A younger lock is left alone: another run may have made it since this one looked."""
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def keep_extensions_apart() -> None:
@@ -34,9 +34,9 @@ def keep_extensions_apart() -> None:
     for lock in _dead_locks(folder):
         if folder == ours:
             lock.unlink(missing_ok=True)
-            _log.warning("%s: removed. It was left by a build that was killed, and every run would wait for it.", lock)
+            logger.warning("%s: removed. A build that was killed left it, and every run would wait for it.", lock)
         else:
-            _log.warning(
+            logger.warning(
                 "%s: no process of this machine holds this lock, so a run that needs the extension will wait for it. "
                 "Unless another machine builds there now, remove the file.",
                 lock,
