@@ -65,14 +65,15 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still runs in the nodes, and take them down. A signal meanwhile waits until that is done."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING_SIGNALS)
+        """End what still runs in the nodes, and take them down. Signals meanwhile are ignored: it ends anyway."""
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING_SIGNALS}
         try:
             for name in [*self.names, self._hub]:
                 remove_namespace(name)
             self._hosts.unlink(missing_ok=True)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @property
     def _hub(self) -> str:

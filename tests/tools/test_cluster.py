@@ -63,19 +63,25 @@ def train(run: Path, click_log: Path, *more: str, script: str = "recipes/train.p
     return [sys.executable, TOOL, *NODES, script, *flags, f"--output_dir={run}", *FLAGS, *more]
 
 
-def namespaces() -> str:
-    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+def namespaces() -> list[str]:
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return [line.split()[0] for line in listed.splitlines()]
+
+
+def left_behind() -> list[str]:
+    """Nodes of clusters whose process is gone; those of other runs on this machine may stand."""
+    owners = {name: name.removeprefix(cluster.PREFIX).split("-")[0] for name in namespaces() if "-" in name}
+    return [name for name, owner in owners.items() if owner.isdigit() and not Path(f"/proc/{owner}").exists()]
 
 
 @needs_namespaces
 def test_nodes_train_as_one_machine_does(tmp_path, click_log, on_one_node):
-    before = namespaces()
     done = subprocess.run(train(tmp_path, click_log), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "4 ranks on cpu, ZeRO stage 3 in shard groups of 2" in done.stderr
     ours = {step: float(loss) for step, loss in losses(tmp_path).items()}
     assert ours == pytest.approx({step: float(loss) for step, loss in losses(on_one_node).items()}, rel=1e-6)
-    assert namespaces() == before
+    assert not left_behind()
 
 
 @needs_namespaces
@@ -117,7 +123,6 @@ def write_stub(path: Path, text: str) -> None:
 
 @needs_namespaces
 def test_a_rank_killed_on_one_node_ends_the_job_on_all(tmp_path, click_log, on_one_node):
-    before = namespaces()
     script = tmp_path / "dying_train.py"
     script.write_text(DYING)
     job = subprocess.Popen(
@@ -133,7 +138,7 @@ def test_a_rank_killed_on_one_node_ends_the_job_on_all(tmp_path, click_log, on_o
     assert killed_at is not None, output
     assert time.monotonic() - killed_at < 60
     assert "rank 3 of 4 is gone, so the job ends" in output, output
-    assert namespaces() == before
+    assert not left_behind()
     resumed = subprocess.run(
         train(tmp_path, click_log, "--resume_from_checkpoint=true"),
         cwd=ROOT, capture_output=True, text=True, timeout=240,
@@ -169,7 +174,6 @@ runpy.run_path({str(ROOT / "recipes/train.py")!r}, run_name="__main__")
 
 @needs_namespaces
 def test_a_signal_takes_the_cluster_down(tmp_path, click_log):
-    before = namespaces()
     job = subprocess.Popen(
         train(tmp_path, click_log, "--max_steps=100000"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True,
@@ -180,7 +184,7 @@ def test_a_signal_takes_the_cluster_down(tmp_path, click_log):
     job.terminate()
     job.stderr.close()
     assert job.wait(timeout=30) == 128 + signal.SIGTERM
-    assert namespaces() == before
+    assert not left_behind()
 
 
 @needs_namespaces
@@ -188,7 +192,7 @@ def test_bytes_between_nodes_are_those_of_the_theory(tmp_path):
     """Every scheme within 2 per cent, by the interfaces' counters."""
     command = [sys.executable, "tools/bench_sharding.py", "--depths", "2", "--rounds", "1", "--compute_ms", "0"]
     limits = ["--link_mbit", "0", "--local_mbit", "0", "--output", str(tmp_path)]
-    done = subprocess.run([*command, *limits], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *limits], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     results = {result.scheme: result for result in read(tmp_path / "measured.json").results}
     assert set(results) == set(SCHEMES)
@@ -206,7 +210,7 @@ def test_the_status_is_that_of_the_first_node_to_fail(monkeypatch):
     assert cluster.wait(launchers) == 3
 
 
-def test_a_second_signal_waits_until_all_is_taken_down(monkeypatch):
+def test_a_second_signal_leaves_nothing_standing(monkeypatch):
     removed = []
 
     def remove(name: str) -> None:
@@ -214,9 +218,10 @@ def test_a_second_signal_waits_until_all_is_taken_down(monkeypatch):
         removed.append(name)
 
     monkeypatch.setattr(cluster, "remove_namespace", remove)
-    built = cluster.Cluster(2)
-    with cluster.signals_end_it(), pytest.raises(SystemExit):
-        built.__exit__()
+    with cluster.signals_end_it():
+        handler = signal.getsignal(signal.SIGTERM)
+        cluster.Cluster(2).__exit__()
+        assert signal.getsignal(signal.SIGTERM) is handler
     assert len(removed) == 3, "two nodes and the bridge's"
 
 
