@@ -11,6 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +35,14 @@ BYTES = 4  # of an fp32 weight
 OUT_OF_MEMORY = 12
 
 
+@dataclass(frozen=True)
+class Built:
+    """A scheme's model: `step` takes one step, `release` gives its memory back."""
+
+    step: Callable[[Any, Any], None]
+    release: Callable[[], None]
+
+
 def work(arguments: argparse.Namespace) -> list[Measured]:
     """Measure all depths on this rank; rank 0 returns what was measured. Communicates; all ranks call it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's start and stop on every rank
@@ -46,7 +55,6 @@ def work(arguments: argparse.Namespace) -> list[Measured]:
     results: list[Measured] = []
     for depth in arguments.depths:
         results += measure(topology, depth, arguments)
-        free()
     job.stop()
     return results if topology.is_main else []
 
@@ -57,26 +65,27 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> li
     generator = torch.Generator().manual_seed(topology.rank)
     dense_BN = torch.randn(BATCH, NUM_DENSE, generator=generator).to(topology.device)
     labels_B = torch.randint(0, 2, (BATCH,), generator=generator).float().to(topology.device)
-    steps: dict[str, Callable] = {}
+    built: dict[str, Built] = {}
     for name in arguments.schemes:
-        step = build_and_warm(SCHEMES[name], config, topology, arguments.compute_ms / 1e3, dense_BN, labels_B)
-        if step is not None:
-            steps[name] = step
+        one = build_and_warm(SCHEMES[name], config, topology, arguments.compute_ms / 1e3, dense_BN, labels_B)
+        if one is not None:
+            built[name] = one
     seconds: dict[str, list[float]] = {name: [] for name in arguments.schemes}
     sent: dict[str, list[int]] = {name: [] for name in arguments.schemes}
     for _ in range(arguments.rounds):
-        for name, step in steps.items():
+        for name, one in built.items():
             topology.barrier()
             before, start = bytes_sent(arguments.interface), time.perf_counter()
-            step(dense_BN, labels_B)
+            one.step(dense_BN, labels_B)
             if topology.device.type == "cuda":
                 torch.cuda.synchronize()
             topology.barrier()
             seconds[name].append(time.perf_counter() - start)
             if before is not None:
                 sent[name].append(bytes_sent(arguments.interface) - before)
-    if arguments.trace and "hsdp" in steps:
-        trace(steps["hsdp"], dense_BN, labels_B, Path(arguments.output) / f"trace-{depth}.json", topology)
+    if arguments.trace and "hsdp" in built:
+        trace(built["hsdp"].step, dense_BN, labels_B, Path(arguments.output) / f"trace-{depth}.json", topology)
+    free(*built.values())
     nodes, ranks = topology.world_size // topology.local_size, topology.world_size
     sizes = (model_bytes(config), matrix_size(config) * BYTES)
     return [
@@ -89,30 +98,31 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> li
 
 def build_and_warm(
     scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float, dense_BN: Any, labels_B: Any
-) -> Callable | None:
-    """A function that takes one step, after the first one; None where the GPUs' memory doesn't hold it.
+) -> Built | None:
+    """The scheme's model after its first step; None where the GPUs' memory doesn't hold it.
 
     Communicates; all ranks call it, and leave a scheme together. Shards are equal, so they run out of memory at the
     same place; should one do so alone, the others wait for it until the job's timeout ends them.
     """
     torch.manual_seed(0)
-    step, failed = None, False
+    built, failed = None, False
     try:
-        step = build(scheme, config, topology, compute_seconds)
-        step(dense_BN, labels_B)
+        built = build(scheme, config, topology, compute_seconds)
+        built.step(dense_BN, labels_B)
     except torch.OutOfMemoryError:
         failed = True
     flag = torch.tensor(float(failed), device=topology.device)
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=topology.world)
     if flag.item():
-        del step
-        free()
+        free(*([] if built is None else [built]))
         return None
-    return step
+    return built
 
 
-def free() -> None:
-    """Give back what nobody holds any more: engines and their hooks refer to each other."""
+def free(*left: Built) -> None:
+    """Give back the memory of what is left, and of what nobody holds any more."""
+    for built in left:
+        built.release()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -128,12 +138,12 @@ def measure_memory(topology: Topology, arguments: argparse.Namespace) -> NoRetur
     config = model_config(depth, arguments.embeddings)
     dense_BN, labels_B = (torch.rand(*shape, device=topology.device) for shape in ((BATCH, NUM_DENSE), (BATCH,)))
     # Warm: what libraries allocate once isn't the scheme's, and some hang rather than fail where they can't.
-    build(SCHEMES[name], model_config(1, 4), topology, 0.0)(dense_BN, labels_B)
+    build(SCHEMES[name], model_config(1, 4), topology, 0.0).step(dense_BN, labels_B)
     before = start_memory(arguments.memory_cap_mib, topology.device)
     try:
-        step = build(SCHEMES[name], config, topology, 0.0)
+        built = build(SCHEMES[name], config, topology, 0.0)
         for _ in range(3):
-            step(dense_BN, labels_B)
+            built.step(dense_BN, labels_B)
         peak = peak_memory(topology.device) - before
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
@@ -240,20 +250,20 @@ def model_bytes(config: DhenConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * BYTES
 
 
-def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float) -> Callable:
-    """A function that takes one step. Communicates; all ranks call it."""
+def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float) -> Built:
+    """The scheme's model. Communicates; all ranks call it."""
     make = build_torch if scheme.stage is None else build_deepspeed
-    model, score, update = make(scheme, config, topology)
+    model, score, update, release = make(scheme, config, topology)
     for layer in model.model.layers:
         add_pauses(layer, compute_seconds)
 
     def step(dense_BN: Any, labels_B: Any) -> None:
         update(binary_cross_entropy_with_logits(score(dense_BN), labels_B))
 
-    return step
+    return Built(step, release)
 
 
-def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable]:
+def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
     """The project's own way: ZeRO over all ranks, or HSDP."""
     layer = matrix_size(config)
     zero: dict[str, Any] = {"stage": scheme.stage, "reduce_bucket_size": layer + layer // 4}
@@ -278,10 +288,21 @@ def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> t
         model.engine.module,
         lambda dense_BN: model.score(dense_BN.new_empty(len(dense_BN), 0, config.embedding_dim), dense_BN),
         model.step,
+        lambda: release_engine(model.engine),
     )
 
 
-def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable]:
+def release_engine(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Free what the engine holds. Hooks still refer to its stage 3 afterwards, so that is emptied as far as it can be."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_tensor"):
+            parameter.data = parameter.ds_tensor.data = parameter.new_empty(0)
+    if engine.optimizer is not None:
+        vars(engine.optimizer).clear()
+
+
+def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
     """torch's own FSDP2, as its users apply it: each layer, then the whole."""
     nodes = topology.world_size // topology.local_size
     kind = topology.device.type
@@ -303,7 +324,7 @@ def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, score, update
+    return model, score, update, lambda: None
 
 
 def add_pauses(layer: Any, seconds: float) -> None:
