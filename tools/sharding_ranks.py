@@ -293,7 +293,7 @@ def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> t
 
 
 def release_engine(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Free what the engine holds. Hooks still refer to its stage 3 afterwards, so that is emptied as far as it can be."""
+    """Free what the engine holds. Hooks still refer to its stage 3 afterwards, so that is emptied."""
     engine.destroy()
     for parameter in engine.module.parameters():
         if hasattr(parameter, "ds_tensor"):

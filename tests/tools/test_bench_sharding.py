@@ -124,7 +124,7 @@ def bytes_of_tensors() -> int:
 
 
 def test_a_scheme_that_is_left_gives_its_memory_back():
-    """All of it but, under DeepSpeed's stage 3, sometimes weights that were gathered last: a third of this tiny model."""
+    """All of it, but under DeepSpeed's stage 3 sometimes a third of what this tiny model held."""
     held = run_ranks(4, build_and_leave, local_size=2)[0]
     for name, (with_it, after) in held.items():
         assert after < (0.5 if SCHEMES[name].stage == 3 else 0.05) * with_it, name
