@@ -16,7 +16,7 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel.ds_config import DhenSection, DsConfig
 from dhen.parallel.machine import Machine
 from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
-from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
+from dhen.parallel.placement import Placement, PlacementOptions, place_tables
 from dhen.parallel.step_time import StepSeconds, segments, step_seconds
 from dhen.parallel.step_trace import Precision, StepTrace, trace_step
 from dhen.parallel.table_costs import StepSetting, read_costs
@@ -143,7 +143,7 @@ class Planner:
         ranks = range(self.job.world_size)
         return max(map(self.placement.bytes_of_rank, ranks)) if self.placement else 0
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - lives as long as the planner
+    @functools.cache  # noqa: B019 - lives as long as the planner
     def predict(self, technique: Technique) -> Prediction:
         """Memory and speed under a technique."""
         job, machine = self.job, self.job.machine
