@@ -6,6 +6,7 @@ Without --config and without a data set it trains the quickstart: a click log th
 best possible normalized entropy is known. Also runs under torchrun, accelerate launch, and plain `python`.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from dhen.parallel.lost_ranks import naming_lost_ranks
 from dhen.parallel.parallelize import ParallelDhen, parallelize
 from dhen.parallel.topology import Topology
 from dhen.training.arguments import ArgumentError, Arguments, TrainingArguments, parse_arguments
-from dhen.training.checkpoint import checkpoint_of, find_checkpoint, is_whole, load_checkpoint, saved_table_cuts
+from dhen.training.checkpoint import (
+    check_same_model,
+    checkpoint_of,
+    find_checkpoint,
+    is_whole,
+    load_checkpoint,
+    point_latest_at,
+    saved_table_cuts,
+)
 from dhen.training.curves import draw_curves
 from dhen.training.dataset import prepare_dataset, settings_without_effect
 from dhen.training.fine_tuning import StartingPoint, config_for, ignored_architecture, start_from
@@ -58,7 +67,7 @@ def main() -> None:
             trainer.train(progress)
         finally:
             progress.close()
-    finish(arguments, trainer, progress, loaders, prepared)
+        finish(arguments, trainer, progress, loaders, prepared)
     job.stop()
 
 
@@ -77,6 +86,8 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
         schema = start.schema
     warn_of_ignored(arguments, start, topology)
     config = start.config if start else config_for(arguments.architecture, schema)
+    if training.resume_from_checkpoint:  # before the model is built: other tables can't be placed as the save's were
+        check_same_model(find_checkpoint(training.resume_from_checkpoint, output_dir), config)
     model = parallelize(
         config,
         topology,
@@ -181,6 +192,7 @@ def make_trainer(
         folder = find_checkpoint(training.resume_from_checkpoint, output_dir)
         trainer.restore(load_checkpoint(model, folder, trainer.data_order))
         if topology.is_main:
+            point_latest_at(folder, output_dir)
             logger.info("resuming from %s: step %d of %d", folder, trainer.state.step, trainer.total_steps)
     elif topology.is_main:
         clear_run_folder(output_dir)
@@ -215,8 +227,9 @@ def finish(
         for name, split in (("eval", "validation"), ("test", "test"))
         if split in loaders
     }
+    samples_per_second = progress.samples_per_second or earlier_rate(output_dir)
     summary = results | {
-        "samples_per_second": progress.samples_per_second,
+        "samples_per_second": samples_per_second,
         "seconds": seconds,
         "world_size": model.topology.world_size,
         "steps": trainer.state.step,
@@ -234,11 +247,17 @@ def finish(
             "%s steps in %.0f s, %s samples/s",
             f"{trainer.state.step:,}",
             seconds,
-            f"{progress.samples_per_second:,.0f}",
+            f"{samples_per_second:,.0f}",
         )
         logger.info(
             "everything is in %s: curves.png, metrics.csv, summary.json, the model in %s/", output_dir, MODEL_FOLDER
         )
+
+
+def earlier_rate(output_dir: Path) -> float:
+    """samples/s of an earlier session: one that resumes a finished run makes no update of its own."""
+    path = output_dir / SUMMARY_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["samples_per_second"] or 0.0 if path.is_file() else 0.0
 
 
 def load_best(trainer: Trainer, output_dir: Path) -> int:

@@ -7,9 +7,12 @@ steps, so what a step learns from doesn't depend on the number of ranks. Each ra
 Shapes: B rows of this rank and micro step, F sparse features, N dense features, S single-valued sparse features.
 """
 
+import hashlib
+import json
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dhen.data.epoch_order import EpochOrder, EpochReader
-from dhen.data.prepared_rows import Bags, Rows, find_row_groups
+from dhen.data.prepared_rows import Bags, Rows, decode, find_row_groups
 from dhen.data.read_ahead import read_ahead
 from dhen.data.schema import Schema
 from dhen.model.features import SparseIds
@@ -124,6 +127,20 @@ class BatchLoader:
         """Steps (updates) of an epoch."""
         full, rest = divmod(self.num_rows, self._global_batch)
         return full + (rest > 0 and not self.drop_last)
+
+    @cached_property
+    def digest(self) -> str:
+        """A text that differs where the data does: of the schema, and of the labels and ids of the first rows.
+
+        Where the files lie and how raw values were read is no part of it.
+        """
+        schema = {key: value for key, value in asdict(self.schema).items() if key in ("dense", "sparse", "splits")}
+        digest = hashlib.blake2b(json.dumps(schema).encode(), digest_size=16)
+        rows = decode(self._groups[:1], self.schema)
+        bags = [values for bag in rows.bags for values in (bag.offsets, bag.ids)]
+        for values in (rows.labels_R, rows.single_RS, *bags):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This rank's micro batches of steps first_step, first_step + 1, … of an epoch, `accumulation_steps` a step.

@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.parallel.parallelize import ParallelDhen
 from dhen.parallel.table_storage import load_tables, save_tables
 from dhen.training.resharding import load_resharded
@@ -27,6 +28,10 @@ NEWEST = ("true", LATEST)
 """What --resume_from_checkpoint says for the newest checkpoint of output_dir."""
 STATE_FILE = "trainer_state.json"
 _PREFIX = "checkpoint-"
+_WAY_OUT = (
+    "Resume with the same (and with the same --model_name_or_path, if the run started from a trained model), or start "
+    "anew from the exported model with --model_name_or_path."
+)
 
 
 class CheckpointError(ValueError):
@@ -66,8 +71,9 @@ def save_checkpoint(
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
+        facts |= {"model": _model_facts(model.config)}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
-        _write_atomically(output_dir / LATEST, folder.name + "\n")
+        point_latest_at(folder, output_dir)
     topology.barrier()
     return folder
 
@@ -81,8 +87,10 @@ def load_checkpoint(
 ) -> TrainerState:
     """Bring model, optimizers and random state back to `folder`. Communicates; all ranks call it.
 
-    Raises CheckpointError where the folder isn't a whole checkpoint or was saved by another set-up.
+    Raises CheckpointError, before anything is loaded, where the folder isn't a whole checkpoint or was saved by another
+    set-up, of another model or on other data.
     """
+    check_same_model(folder, model.config)
     values = _read_state(folder)
     topology = model.topology
     here = _set_up(model)
@@ -95,13 +103,12 @@ def load_checkpoint(
             f"{here['zero_stage']}. Resume with the same stage (with Adam under stages 1 to 3 the number of ranks may "
             "differ), or start from the exported model with --model_name_or_path."
         )
-    values.pop("table_cuts")
     saved_order = values.pop("data_order")
     for name, value in (data_order or {}).items():
         if saved_order.get(name, value) != value:
             raise CheckpointError(
-                f"{folder}: saved with {name} {saved_order[name]}, now it is {value}. Rows would be learned twice or "
-                "never. Resume with the same, or start from the exported model with --model_name_or_path."
+                f"{folder}: saved with {name} {_shown(saved_order[name], value)}. Rows would be learned twice or never "
+                f"or as others. {_WAY_OUT}"
             )
     if is_same_cut or here["zero_stage"] == 0:
         loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
@@ -113,7 +120,18 @@ def load_checkpoint(
         load_tables(model.tables, folder)
     if with_random_state and saved["world_size"] == here["world_size"]:
         _set_random_state(torch.load(folder / f"random-{topology.rank:05d}.pt", weights_only=True))
-    return TrainerState(**values)
+    return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})
+
+
+def check_same_model(folder: Path, config: DhenConfig) -> None:
+    """Raise CheckpointError that names what differs where `folder` was saved of another model than `config`'s.
+
+    Checkpoints that don't say what model they are of are let pass.
+    """
+    now = _model_facts(config)
+    for name, saved in _read_state(folder).get("model", {}).items():
+        if saved != now.get(name):
+            raise CheckpointError(f"{folder}: saved with {name} {_shown(saved, now.get(name))}. {_WAY_OUT}")
 
 
 def saved_table_cuts(folder: Path) -> dict[str, int]:
@@ -143,6 +161,13 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path:
     return whole[-1]
 
 
+def point_latest_at(folder: Path, output_dir: Path) -> None:
+    """Make `folder` the one that --resume_from_checkpoint true means, if it lies in output_dir. Rank 0 calls it: after
+    a save, and after a resume from an earlier checkpoint, which makes the later ones another history."""
+    if folder.resolve().parent == output_dir.resolve():
+        _write_atomically(output_dir / LATEST, folder.name + "\n")
+
+
 def checkpoint_of(output_dir: Path, step: int) -> Path:
     """Where the checkpoint of an update is kept."""
     return output_dir / f"{_PREFIX}{step}"
@@ -160,7 +185,13 @@ def is_whole(folder: Path) -> bool:
 
 
 def delete_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
-    """Keep the `limit` newest checkpoints, and the best one besides. Rank 0 calls it, after a save."""
+    """Keep the `limit` newest checkpoints, and the best one besides, and nothing of saves that were cut off.
+
+    Rank 0 calls it, after a save.
+    """
+    for folder in output_dir.glob(f"{_PREFIX}*"):
+        if not is_whole(folder):
+            _remove(folder)
     for folder in checkpoints(output_dir)[:-limit]:
         if best_step is None or folder != checkpoint_of(output_dir, best_step):
             _remove(folder)
@@ -173,6 +204,29 @@ def _set_up(model: ParallelDhen) -> dict[str, int]:
         "shard_size": model.shard_size,
         "zero_stage": model.ds_config.zero_stage,
     }
+
+
+def _model_facts(config: DhenConfig) -> dict[str, Any]:
+    """What the weights depend on, as JSON has it: the features, in their order, and the architecture."""
+    facts = {
+        "sparse features": [table.name for table in config.tables],
+        "rows of tables": {table.name: table.num_embeddings for table in config.tables},
+        "pooling": {table.name: table.pooling for table in config.tables},
+        "num_dense_features": config.num_dense_features,
+    }
+    facts |= {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
+    return json.loads(json.dumps(facts))
+
+
+def _shown(saved: Any, now: Any) -> str:
+    """Both values; of lists of one length and of mappings only the first place where they differ."""
+    if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
+        saved, now = dict(enumerate(saved, start=1)), dict(enumerate(now, start=1))
+    where = ""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        key = next(key for key in (*saved, *now) if saved.get(key) != now.get(key))
+        where, saved, now = f" (at {key!r})", saved.get(key), now.get(key)
+    return f"{saved!r:.300}, now {now!r:.300}{where}"
 
 
 def _can_be_resharded(model: ParallelDhen) -> bool:

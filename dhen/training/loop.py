@@ -71,13 +71,15 @@ class Trainer:
 
     @property
     def data_order(self) -> dict[str, Any]:
-        """What decides which rows each step takes."""
+        """What decides which rows each step takes, and what the model sees of them."""
         arguments = self.arguments
         return {
             "seed": arguments.seed,
             "global batch": arguments.per_device_train_batch_size * self._shares,
             "rows": self.train_loader.num_rows,
             "dataloader_drop_last": arguments.dataloader_drop_last,
+            "dense features": [column.name for column in self.train_loader.schema.dense],
+            "data": self.train_loader.digest,
         }
 
     def train(self, progress: ProgressReporter) -> None:

@@ -188,3 +188,11 @@ def test_a_save_after_a_resume_from_an_earlier_checkpoint_is_kept(tmp_path):
         os.utime(folder / checkpoint.STATE_FILE, (number, number))
     checkpoint.delete_old_checkpoints(tmp_path, 2, best_step=20)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-60", "checkpoint-30"]
+
+
+def test_what_a_cut_off_save_left_goes_with_the_next_save(tmp_path):
+    for step in (20, 40):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-40" / checkpoint.STATE_FILE).write_text("{}")
+    checkpoint.delete_old_checkpoints(tmp_path, 2, best_step=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-40"]
