@@ -14,8 +14,9 @@ def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
     "unknown interaction kind 'liner'. Did you mean 'linear'? Allowed: deep_cross, linear."
     """
     names = sorted(allowed)
-    nearest = get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    by_small_letters = {other.lower(): other for other in names}
+    nearest = get_close_matches(name.lower(), by_small_letters, n=1, cutoff=0.5)
+    hint = f" Did you mean {by_small_letters[nearest[0]]!r}?" if nearest else ""
     return f"unknown {what} {name!r}.{hint} Allowed: {', '.join(names) or 'none'}."
 
 

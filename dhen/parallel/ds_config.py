@@ -5,7 +5,6 @@ done here. What a recipe decides (batch size, learning rate, clipping) is "auto"
 with the recipe.
 """
 
-import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from pydantic import (
 )
 
 from dhen.model.names import unknown_name
+from dhen.parallel.deepspeed_keys import check_sections, refusal, top_level_keys
 from dhen.parallel.sharded_tables import TableDtype, TableOptimizer, TableRounding
 from dhen.parallel.wire import WireDtype
 
@@ -31,10 +31,6 @@ SECTION = "dhen"
 _RUNGS = "by_depth"
 AUTO = "auto"
 _PARAMS = "optimizer.params."
-_SECTION_KEYS = {
-    "optimizer": {"type", "params", "legacy_fusion"},
-    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
-}
 _WITHOUT_EFFECT = {
     "activation_checkpointing": "turns nothing on in DeepSpeed 0.19. Use dhen.activation_checkpointing.",
     "bfloat16": 'is the old name of "bf16". Use that.',
@@ -275,7 +271,7 @@ def _check_section(path: str, section: Any) -> DhenSection:
 
 
 def _check_top_level(path: str, raw: dict[str, Any]) -> None:
-    known = _keys_that_deepspeed_reads()
+    known = top_level_keys()
     for key in raw:
         if key not in known:
             raise DsConfigError(f"{path}: {unknown_name('key', key, known | {SECTION})}")
@@ -285,13 +281,13 @@ def _check_sections(path: str, raw: dict[str, Any]) -> None:
     """Check what DeepSpeed doesn't: sections whose keys it takes or leaves in silence."""
     if not isinstance(raw.get("optimizer"), dict) or "type" not in raw["optimizer"]:
         raise DsConfigError(f'{path}: optimizer is missing. Use {{"type": "AdamW", "params": {{"lr": "auto"}}}}.')
-    for section, known in _SECTION_KEYS.items():
-        for key in raw.get(section, {}):
-            if key not in known:
-                raise DsConfigError(f"{path}: {section}: {unknown_name('key', key, known)}")
     for key, reason in _WITHOUT_EFFECT.items():
         if key in raw:
             raise DsConfigError(f"{path}: {key} {reason}")
+    try:
+        check_sections(raw)
+    except ValueError as error:
+        raise DsConfigError(f"{path}: {error}") from error
 
 
 def _add_what_is_missing(raw: dict[str, Any], values: dict[str, Any]) -> None:
@@ -303,40 +299,6 @@ def _add_what_is_missing(raw: dict[str, Any], values: dict[str, Any]) -> None:
             raw.setdefault(key, value)
         elif key.removeprefix(_PARAMS) in ("lr", "weight_decay") or "adam" in optimizer["type"].lower():
             params.setdefault(key.removeprefix(_PARAMS), value)
-
-
-class _Recorder(dict):
-    """A config that notes which of its keys are asked for."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        super().__init__(values)
-        self.asked: set[str] = set()
-
-    def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
-        return super().__getitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        self.asked.add(str(key))
-        return super().__contains__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
-        return super().get(key, default)
-
-    def keys(self) -> "_Recorder":  # some of the parser asks `key in config.keys()`
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Recorder":
-        return self
-
-
-@functools.cache
-def _keys_that_deepspeed_reads() -> frozenset[str]:
-    """The top-level keys of the DeepSpeed that is installed: those that its parser looks for."""
-    recorder = _Recorder({"train_micro_batch_size_per_gpu": 1})
-    deepspeed.DeepSpeedConfig(recorder)
-    return frozenset(recorder.asked)
 
 
 def _resolve_auto(path: str, raw: dict[str, Any], values: dict[str, Any], prefix: str = "") -> None:
@@ -358,11 +320,7 @@ def _check_by_deepspeed(path: str, raw: dict[str, Any]) -> None:
     try:
         deepspeed.DeepSpeedConfig(_copy_without_total(raw))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DsConfigError(
-            f"{path}: {key} is {first.get('input')!r}: {first['msg']} (DeepSpeed's own check)."
-        ) from error
+        raise DsConfigError(f"{path}: {refusal(error, raw)}") from error
     except (AssertionError, ValueError, TypeError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
         raise DsConfigError(f"{path}: DeepSpeed refuses it: {error}") from error
 

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from dhen.parallel.ds_config import DsConfigError, Recipe, _keys_that_deepspeed_reads, read_ds_config
+from dhen.parallel.deepspeed_keys import top_level_keys
+from dhen.parallel.ds_config import DsConfigError, Recipe, read_ds_config
 from tests import ROOT
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 RECIPE = Recipe(64, 2, 4, 1.5, 1e-3, 0.01, 0.9, 0.98, 1e-7)
+
+
+def adam(**params: object) -> dict:
+    return {"optimizer": {"type": "AdamW", "params": params}}
 
 
 def written(folder: Path, change: dict, *, drop: tuple[str, ...] = ()) -> Path:
@@ -66,7 +71,28 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
     [
         ({"zero_optimisation": {"stage": 2}}, "Did you mean 'zero_optimization'"),
         ({"gradient_cliping": 1.0}, "Did you mean 'gradient_clipping'"),
-        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+        (
+            {"zero_optimization": {"stage": 2, "overlap_com": True}},
+            "zero_optimization: unknown key 'overlap_com'. Did you mean 'overlap_comm'",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
+            "zero_optimization.offload_optimizer: unknown key 'devise'. Did you mean 'device'",
+        ),
+        ({"bf16": {"enable": True}}, "bf16: unknown key 'enable'. Did you mean 'enabled'"),
+        ({"tensorboard": {"enable": True}}, "tensorboard: unknown key 'enable'. Did you mean 'enabled'"),
+        ({"comms_logger": {"verbos": True}}, "comms_logger: unknown key 'verbos'. Did you mean 'verbose'"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types: 'grad_acum_dtype'. Did you mean 'grad_accum_dtype'"),
+        ({"flops_profiler": {"profile_steps": 1}}, "flops_profiler: 'profile_steps'. Did you mean 'profile_step'"),
+        ({"checkpoint": {"tag_validations": "Warn"}}, "checkpoint: 'tag_validations'. Did you mean 'tag_validation'"),
+        ({"aio": {"blok_size": 1}}, "aio: 'blok_size'. Did you mean 'block_size'"),
+        ({"timers": {"throughputs": {}}}, "timers: 'throughputs'. Did you mean 'throughput'"),
+        (adam(bettas=[0.9, 0.9]), "optimizer.params for AdamW: 'bettas'. Did you mean 'betas'"),
+        (adam(amsgrd=True, torch_adam=True), "optimizer.params for AdamW: 'amsgrd'. Did you mean 'amsgrad'"),
+        (adam(max_grad_norm=1.0), "optimizer.params.max_grad_norm: clipping is the recipe's"),
+        ({"optimizer": {"type": "AdmaW", "params": {}}}, "optimizer.type 'AdmaW'. Did you mean 'AdamW'"),
+        ({"optimizer": {"type": "sgd", "params": {}}}, "optimizer.type 'sgd'. Did you mean 'SGD'"),
+        ({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}}, "for SGD: 'momentun'. Did you mean 'momentum'"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization|stage"),
         ({"dhen": {"table_optimiser": "sgd"}}, "Did you mean 'table_optimizer'"),
         ({"dhen": {"table_optimizer": "adam"}}, "table_optimizer is 'adam'"),
@@ -120,8 +146,27 @@ def test_stage_1_in_bf16_may_have_a_shard_group(tmp_path, offload):
     assert read_ds_config(path, RECIPE).zero_stage == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        adam(torch_adam=True, foreach=True, amsgrad=False),
+        adam(adam_w_mode=True, bias_correction=True),
+        {"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}, "zero_allow_untested_optimizer": True},
+        {"optimizer": {"type": "Lamb", "params": {"max_coeff": 10.0}}},
+        {"optimizer": {"type": "muon", "params": {"momentum": 0.9}}},
+        {
+            "aio": {"block_size": 1048576},
+            "flops_profiler": {"enabled": False},
+            "checkpoint": {"tag_validation": "Warn"},
+        },
+    ],
+)
+def test_what_deepspeed_knows_is_let_pass(tmp_path, change):
+    read_ds_config(written(tmp_path, change), RECIPE)
+
+
 def test_the_keys_are_those_that_deepspeed_reads():
-    known = _keys_that_deepspeed_reads()
+    known = top_level_keys()
     assert {"optimizer", "zero_optimization", "activation_checkpointing", "flops_profiler", "torch_autocast"} <= known
     assert not {"enabled", "stage", "lr"} & known, "keys of sections are no top-level keys"
 
