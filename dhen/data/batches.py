@@ -105,7 +105,7 @@ class BatchLoader:
         _check_at_least(0, "seed", seed)
         if rank not in range(world_size):
             raise ValueError(f"rank is {rank}, but world_size is {world_size}. Use 0 to {world_size - 1}.")
-        self.schema, self.split = schema or Schema.load(Path(folder)), split
+        self.schema, self.folder, self.split = schema or Schema.load(Path(folder)), Path(folder), split
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.accumulation_steps = accumulation_steps
         self._pin_memory = pin_memory

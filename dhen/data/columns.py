@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from dhen.data.raw_rows import RowChecks
 from dhen.data.roles import SparseRole
 
+A_NUMBER = "a finite number of at most 3.4e38"
 _HEX = np.zeros(256, dtype=bool)
 _HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
 
@@ -42,9 +43,14 @@ def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
 def number_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
     """Finite numbers as float64, null where blank or NaN."""
     numbers, unread = parse_numbers(values, pl.Float64)
-    is_bad = unread | np.isinf(numbers)
-    checks.refuse(is_bad, lambda i: f"column {name!r}: {_shown(values, i)} isn't a finite number; write one or a blank")
+    is_bad = unread | ~(fit_float32(numbers) | np.isnan(numbers))
+    checks.refuse(is_bad, lambda i: f"column {name!r}: {_shown(values, i)} isn't {A_NUMBER}; write one or a blank")
     return pa.array(numbers, from_pandas=True)
+
+
+def fit_float32(numbers: np.ndarray) -> np.ndarray:
+    """Mask of the numbers that stay finite in the prepared folder."""
+    return np.abs(numbers) <= np.finfo(np.float32).max
 
 
 def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
@@ -97,8 +103,8 @@ def sparse_columns(
     rows = np.repeat(np.arange(len(lengths)), lengths)
     numbers, _ = parse_numbers(pc.list_flatten(weight_lists), pl.Float64)
     keep = _is_present(keys)
-    is_bad = np.bincount(rows, weights=~np.isfinite(numbers) & keep, minlength=len(lengths)) > 0
-    checks.refuse(is_bad, lambda i: f"column {role.weights!r}: not every weight is a finite number")
+    is_bad = np.bincount(rows, weights=~fit_float32(numbers) & keep, minlength=len(lengths)) > 0
+    checks.refuse(is_bad, lambda i: f"column {role.weights!r}: not every weight is {A_NUMBER}")
     return (
         lists_of(lengths, keys, keep=keep),
         lists_of(lengths, pa.array(numbers.astype(np.float32), from_pandas=False), keep=keep),

@@ -10,7 +10,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from dhen.data import columns, text_blocks
-from dhen.data.raw_rows import RawChunk, RowChecks
+from dhen.data.raw_rows import Counted, RawChunk, RowChecks, say_nothing
 from dhen.data.roles import ColumnRoles, DenseRole, SparseRole
 from dhen.data.schema import LABEL
 
@@ -38,14 +38,16 @@ class CriteoReader:
     def chunks(self, file: str) -> Iterator[RawChunk]:
         """The rows of `file` in order. Raises FileNotFoundError or DataError."""
         names = [LABEL, *INTEGERS, *CATEGORIES]
-        if not self.is_label_required and text_blocks.first_line(file)[1].count("\t") == len(names) - 2:
-            names = names[1:]
+        if not self.is_label_required:
+            tabs = [line.count("\t") for _, line in text_blocks.first_lines(file)]
+            if tabs.count(len(names) - 2) > tabs.count(len(names) - 1):
+                names = names[1:]
         for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
             yield self._typed(block, names)
 
-    def count_rows(self, file: str) -> int:
+    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
         """Lines of `file`."""
-        return text_blocks.count_lines(file)
+        return text_blocks.count_lines(file, counted)
 
     def _typed(self, block: text_blocks.TextBlock, names: list[str]) -> RawChunk:
         strings, rows, bad = text_blocks.split_columns(block, names, delimiter="\t", quote=None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dhen.data import columns, text_blocks
-from dhen.data.raw_rows import DataError, RawChunk, RowChecks
+from dhen.data.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
 from dhen.data.roles import ColumnRoles
 from dhen.data.schema import LABEL, weights_column
 
@@ -42,10 +42,10 @@ class DelimitedReader:
             table = typed_table(raw, self.roles, checks, is_label_required=self.is_label_required)
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
-    def count_rows(self, file: str) -> int:
+    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
         """Lines of `file` after its header."""
         _, header_rows = self._column_names(file)
-        return text_blocks.count_lines(file) - header_rows
+        return text_blocks.count_lines(file, counted) - header_rows
 
     def _column_names(self, file: str) -> tuple[list[str], int]:
         """(names, rows up to the header's end)."""

@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 
 from dhen.data.parquet import BATCH_ROWS, check_types, typed_chunk, used_columns
-from dhen.data.raw_rows import DataError, RawChunk
+from dhen.data.raw_rows import Counted, DataError, RawChunk, say_nothing
 from dhen.data.roles import ColumnRoles
 
 _SPLIT_NAMES = {
@@ -46,9 +46,13 @@ class HubReader:
             yield typed_chunk(raw, self.roles, file, row, self.is_label_required)
             row += table.num_rows
 
-    def count_rows(self, file: str) -> int:
+    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
         """Rows of a split, by streaming through it once."""
-        return sum(table.num_rows for table in self._tables(file))
+        rows = 0
+        for table in self._tables(file):
+            rows += table.num_rows
+            counted(rows, 0)
+        return rows
 
     def _tables(self, file: str) -> Iterator[pa.Table]:
         name, split = file.rsplit(":", 1)
@@ -65,7 +69,16 @@ def hub_splits(name: str) -> dict[str, str]:
         present = datasets.get_dataset_split_names(*_path_and_configuration(name))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: {_reason(error)}") from error
-    found = {_SPLIT_NAMES[split]: f"{name}:{split}" for split in present if split in _SPLIT_NAMES}
+    found: dict[str, str] = {}
+    for split in present:
+        ours = _SPLIT_NAMES.get(split)
+        if ours in found:
+            raise DataError(
+                f"{name}: it has the splits {found[ours].rpartition(':')[2]} and {split}, which both mean {ours} here. "
+                "Save the right one as Parquet files and give those."
+            )
+        if ours is not None:
+            found[ours] = f"{name}:{split}"
     if not found:
         raise DataError(f"{name}: its splits are {', '.join(present)}; one of {', '.join(_SPLIT_NAMES)} is needed.")
     return found

@@ -1,12 +1,13 @@
 """libsvm, libfm and libffm text: a label and tokens, separated by blanks.
 
-Two forms, told apart by the first line of the first file:
+Two forms, told apart by what most of the first lines of the first file have:
 
     1 17:1 203:1 998:1        `id:value` (or a bare `id`): token i of a row is field i, from 1; every row has all fields
     1 0:17:1 2:203:1          `field:id:value` (libffm): fields may be left out, which means blank
 
-A sparse feature takes its ids; the value beside must be 1. Without a YAML schema the fields of the first line are
-single-valued sparse features named by their numbers. A schema (dhen/data/roles.py) refers to fields by number:
+A sparse feature takes its ids; the value beside must be 1. Without a YAML schema the fields of the first line of
+that form are single-valued sparse features named by their numbers. A schema (dhen/data/roles.py) refers to fields by
+number:
 
     sparse:
       - 1
@@ -28,10 +29,11 @@ import polars as pl
 import pyarrow as pa
 
 from dhen.data import columns, text_blocks
-from dhen.data.raw_rows import BadRow, DataError, RawChunk, RowChecks
+from dhen.data.raw_rows import BadRow, Counted, DataError, RawChunk, RowChecks, say_nothing
 from dhen.data.roles import ColumnRoles, DenseRole, SparseRole
 from dhen.data.schema import LABEL, weights_column
 
+_LIBFFM = 0
 VALUE = "value"
 """What `weights` of a sparse feature says where the values beside its ids are their weights."""
 
@@ -49,14 +51,8 @@ class LibsvmReader:
     def for_file(
         cls, file: str, roles: ColumnRoles | None, *, is_label_required: bool, block_bytes: int
     ) -> "LibsvmReader":
-        """A reader for the form of `file`. Raises DataError for a line without one, ValueError for wrong roles."""
-        row, line = text_blocks.first_line(file)
-        words = line.split()
-        tokens = words if ":" in words[0] else words[1:]
-        if not tokens:
-            raise DataError(str(BadRow(file, row, "there is a label and no token after it", line)))
-        is_libffm = tokens[0].count(":") == 2
-        fields = [t.split(":")[0] for t in tokens] if is_libffm else [str(i + 1) for i in range(len(tokens))]
+        """A reader for the form of `file`. Raises DataError where no line has one, ValueError for wrong roles."""
+        is_libffm, fields = _form(file)
         if roles is None:
             roles = ColumnRoles(sparse=tuple(SparseRole(field) for field in dict.fromkeys(fields)))
         else:
@@ -68,9 +64,9 @@ class LibsvmReader:
         for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
             yield self._typed(block)
 
-    def count_rows(self, file: str) -> int:
+    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
         """Lines of `file`."""
-        return text_blocks.count_lines(file)
+        return text_blocks.count_lines(file, counted)
 
     def _typed(self, block: text_blocks.TextBlock) -> RawChunk:
         lines = _lines(block)
@@ -85,7 +81,7 @@ class LibsvmReader:
             counts = np.bincount(tokens.rows, minlength=len(lines))
             checks.refuse(
                 counts != self.num_fields,
-                lambda i: f"it has {counts[i]} fields, not {self.num_fields} as the file's first row",
+                lambda i: f"it has {counts[i]} fields, not {self.num_fields} as most of the first rows",
             )
         self._refuse_unknown_fields(tokens, checks)
         typed = {LABEL: label}
@@ -143,8 +139,8 @@ class LibsvmReader:
         checks.refuse(
             is_bad,
             lambda i: (
-                f"it has a field other than {', '.join(known):.100}; the fields are those of the first row, or "
-                f"those that --dataset_schema lists"
+                f"it has a field other than {', '.join(known):.100}; the fields are those of the first good "
+                f"row, or those that --dataset_schema lists"
             ),
         )
 
@@ -173,7 +169,8 @@ class _Tokens:
         parts = [texts.str.split_exact(":", 2).struct.field(f"field_{i}") for i in range(3)]
         fields, keys, values = parts if is_libffm else (pl.Series(places + 1).cast(pl.String), parts[0], parts[1])
         numbers, unread = columns.parse_numbers(_arrow(values.fill_null("1")), pl.Float64)
-        _refuse_rows(rows[unread | ~np.isfinite(numbers)], "the value of a token isn't a finite number", checks)
+        is_bad = unread | ~columns.fit_float32(numbers)
+        _refuse_rows(rows[is_bad], f"the value of a token isn't {columns.A_NUMBER}", checks)
         keys = pl.select(pl.when(keys != "").then(keys)).to_series()
         return cls(rows, fields, _arrow(keys), numbers)
 
@@ -186,6 +183,29 @@ def _refuse_rows(rows: np.ndarray, reason: str, checks: RowChecks) -> None:
     is_bad = np.zeros(len(checks.rows), dtype=bool)
     is_bad[rows] = True
     checks.refuse(is_bad, lambda _: reason)
+
+
+def _form(file: str) -> tuple[bool, list[str]]:
+    """(whether tokens name their fields, the fields of the first line of the form that most of the first lines have).
+
+    Lines of libfm are of one form where they have as many tokens.
+    """
+    by_form: dict[int, list[list[str]]] = {}
+    rows = text_blocks.first_lines(file)
+    for _, line in rows:
+        words = line.split()
+        tokens = words if ":" in words[0] else words[1:]
+        colons = {token.count(":") for token in tokens}
+        if tokens and (colons == {2} or max(colons) < 2):
+            by_form.setdefault(_LIBFFM if colons == {2} else len(tokens), []).append(tokens)
+    if not by_form:
+        reason = "neither `id:value` nor `field:id:value` stands after the label, nor in any of the first rows"
+        raise DataError(str(BadRow(file, rows[0][0], reason, rows[0][1][: text_blocks.LONGEST_QUOTE])))
+    form = max(by_form, key=lambda form: len(by_form[form]))
+    tokens = by_form[form][0]
+    if form == _LIBFFM:
+        return True, [token.split(":")[0] for token in tokens]
+    return False, [str(i + 1) for i in range(len(tokens))]
 
 
 def _lines(block: text_blocks.TextBlock) -> pl.Series:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from dhen.data.delimited import typed_table
-from dhen.data.raw_rows import DataError, RawChunk, RowChecks
+from dhen.data.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
 from dhen.data.roles import ColumnRoles
 
 BATCH_ROWS = 65_536
@@ -46,7 +46,7 @@ class ParquetReader:
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(f"{file}: damaged after row {row} ({_line(error)}). Fetch the file again.") from error
 
-    def count_rows(self, file: str) -> int:
+    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
         """Rows of `file`, by its metadata."""
         with _open(file) as parquet:
             return parquet.metadata.num_rows

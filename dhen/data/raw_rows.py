@@ -13,6 +13,14 @@ LONGEST_QUOTE = 200
 """Characters of a bad row that are shown and kept."""
 
 
+Counted = Callable[[int, int], None]
+"""Is told rows and bytes of a file that were read so far."""
+
+
+def say_nothing(rows: int, bytes_read: int) -> None:
+    """For those who don't want to know."""
+
+
 class DataError(ValueError):
     """Something in the user's data, or in its description, is wrong. The message says where and what to do."""
 
@@ -63,8 +71,11 @@ class Reader(Protocol):
     def chunks(self, file: str) -> Iterator[RawChunk]:
         """The rows of `file`, in order, in chunks whose size doesn't depend on the file's."""
 
-    def count_rows(self, file: str) -> int:
-        """How many rows `file` has beside its header, good or bad, without parsing them."""
+    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
+        """How many rows `file` has beside its header, good or bad, without parsing them.
+
+        counted: told now and then how many there are so far.
+        """
 
 
 class RowChecks:

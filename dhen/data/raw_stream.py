@@ -13,6 +13,7 @@ from dhen.data.settings import PreparationSettings
 from dhen.data.sources import Source
 from dhen.data.splitting import SplitRule
 
+_COUNTING = "counting rows"
 logger = logging.getLogger(__name__)
 
 
@@ -49,9 +50,26 @@ class RawStream:
         self.roles = reader.roles
         self.splits = tuple(split for source in sources for split in source.splits)
         self._reader = reader
-        self._rules: dict[Source, SplitRule] = {source: source.rule(settings, reader) for source in sources}
         self._stops_at_bad_rows = settings.bad_rows == "error"
         self._progress = progress
+        self._rules: dict[Source, SplitRule] = {
+            source: source.rule(settings, self._count(source) if source.must_be_counted(settings) else None)
+            for source in sources
+        }
+
+    def _count(self, source: Source) -> int:
+        bytes_total = sum(_size(file) for file in source.files)
+        rows = bytes_before = 0
+
+        def counted(rows_of_file: int, bytes_read: int) -> None:
+            state = PreparationProgress(_COUNTING, rows + rows_of_file, bytes_before + bytes_read, bytes_total)
+            self._progress(state)
+
+        for file in source.files:
+            rows += self._reader.count_rows(file, counted)
+            bytes_before += _size(file)
+        self._progress(PreparationProgress(_COUNTING, rows, bytes_total, bytes_total, is_done=True))
+        return rows
 
     def chunks(self, stage: str, only: str | None = None) -> Iterator[SplitChunk]:
         """One pass over all rows; with `only`, over the sources that have rows of this split."""

@@ -22,13 +22,14 @@ import difflib
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.schema import LABEL
+from dhen.model.names import can_name_a_table
 
 _STRICT = ConfigDict(extra="forbid")
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]*")
@@ -65,8 +66,25 @@ class SparseRole:
     weights: str | None = None
     pooling: Literal["sum", "mean"] = "sum"
     encoding: Literal["hash", "vocabulary"] | None = None
-    hash_size: int | None = None
-    min_count: int | None = None
+    hash_size: Annotated[int, Field(ge=2)] | None = None
+    min_count: PositiveInt | None = None
+
+    def __post_init__(self) -> None:
+        if not can_name_a_table(self.name):
+            raise ValueError(
+                f"{self.name!r} can't name the feature's table: a dot, and the names of torch modules' own attributes "
+                f"('type', 'training', …) are not allowed. To rename it, write {{name: new, column: {self.source}}}."
+            )
+        if self.characters is not None and not 0 <= self.characters[0] < self.characters[1]:
+            raise ValueError(
+                f"the characters of {self.name!r} are {list(self.characters)}. Give the first, from 0, and the one "
+                f"after the last: [6, 8] are two."
+            )
+        for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
+            if getattr(self, key) is not None and self.encoding == encoding:
+                raise ValueError(
+                    f"{self.name!r} has a {key}, which the encoding {encoding} doesn't use. Drop one of the two."
+                )
 
     @property
     def is_multi_valued(self) -> bool:
@@ -115,6 +133,12 @@ class ColumnRoles:
                     f"{name!r} can't be the name of a feature: it becomes the name of a file and of a column. Use "
                     f"letters, digits, '_', '-', '.' and blanks, and not {LABEL!r}. To rename it, write "
                     f"{{name: new, column: {name}}}."
+                )
+        for feature in (*self.dense, *self.sparse):
+            if self.label in feature.columns:
+                raise ValueError(
+                    f"the feature {feature.name!r} is made of {self.label!r}, which is the label: the model would read "
+                    f"off what it is to predict. Remove the feature, or name another column as `label`."
                 )
         for key, letter in (("delimiter", self.delimiter), ("quote", self.quote)):
             if letter is not None and (len(letter) != 1 or not letter.isascii()):
@@ -183,4 +207,6 @@ def load_roles(path: str | Path) -> ColumnRoles:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] not in ("value_error", "extra_forbidden", "missing"):
+            reason = f"{reason}, not {first['input']!r}."
         raise ValueError(f"{path}: {f'{key}: ' if key else ''}{reason}") from error

@@ -29,6 +29,7 @@ class PreparationSettings:
     id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split.
     bad_rows: `error` stops at the first one, `skip` counts and lists them.
     is_label_required: False to prepare rows to predict: where labels are absent or blank, the label column holds NaN.
+    only_split: of a hub data set the one split that is read, whole; None reads all that it has.
     schema_from: prepared folder (or saved model) whose features, ids and transforms are used as they are; the
         encoding settings above have no effect then.
     block_bytes: how much of a text file is in memory at once; has no effect on the result.
@@ -48,6 +49,7 @@ class PreparationSettings:
     min_count: int = 1
     bad_rows: Literal["error", "skip"] = "error"
     is_label_required: bool = True
+    only_split: str | None = None
     schema_from: str | Path | None = None
     block_bytes: int = BLOCK_BYTES
 

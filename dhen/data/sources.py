@@ -26,6 +26,7 @@ _SUFFIXES = {
     ".libffm": "libsvm",
     ".ffm": "libsvm",
 }
+_LIBSVM_LINE = re.compile(r"\S+(\s+\d+(:\d+)?:\S+)+\s*$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)?")
 
 
@@ -36,19 +37,20 @@ class Source:
     files: tuple[str, ...]
     splits: tuple[str, ...]
 
-    def rule(self, settings: PreparationSettings, reader: Reader) -> SplitRule:
-        """Which row goes where. Counts the rows of all files where they are split in their order."""
+    def must_be_counted(self, settings: PreparationSettings) -> bool:
+        """Whether the rule needs the number of rows: where they are split in their order."""
+        return len(self.splits) > 1 and settings.split_order == "sequential"
+
+    def rule(self, settings: PreparationSettings, num_rows: int | None = None) -> SplitRule:
+        """Which row goes where. num_rows: of all files, where they `must_be_counted`."""
         if len(self.splits) == 1:
             return WholeSplit(self.splits)
-        num_rows = None
-        if settings.split_order == "sequential":
-            num_rows = sum(reader.count_rows(file) for file in self.files)
         return split_rule(settings.split_fractions, settings.split_order, settings.split_seed, num_rows)
 
 
 def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Source, ...]]:
     """(reader, its format's name, what it shall read). Raises FileNotFoundError, ValueError or DataError."""
-    format_name = _format_of(settings)
+    format_name = format_of(settings)
     if format_name == "hub":
         found = _on_the_hub(settings)
     else:
@@ -57,6 +59,13 @@ def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Sour
         for file in files:
             if files.count(file) > 1:
                 raise DataError(f"{file}: it is in two splits. Give each split its own files.")
+    if settings.only_split is not None:
+        if settings.only_split not in found:
+            raise DataError(
+                f"{settings.dataset_name}: there is no split {settings.only_split}; it has {', '.join(found)}."
+            )
+        split = settings.only_split
+        return _reader(format_name, settings, found[split][0]), format_name, (Source(found[split], (split,)),)
     is_split_by_us = not found or (format_name == "hub" and len(found) == 1)
     if is_split_by_us:
         files = next(iter(found.values())) if found else _files(as_tuple(settings.dataset_name))
@@ -126,7 +135,8 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _format_of(settings: PreparationSettings) -> str:
+def format_of(settings: PreparationSettings) -> str:
+    """The name of the format: what dataset_format says, or the files' names and first lines."""
     if settings.dataset_format != "auto":
         return settings.dataset_format
     patterns = as_tuple(settings.dataset_name) or tuple(p for some in settings.files_by_split().values() for p in some)
@@ -143,12 +153,12 @@ def _format_of(settings: PreparationSettings) -> str:
         return _SUFFIXES[suffix]
     if settings.dataset_schema is not None:
         return "csv"
-    _, line = text_blocks.first_line(file)
-    if line.count("\t") in (38, 39):
+    lines = [line for _, line in text_blocks.first_lines(file)]
+    if 2 * sum(line.count("\t") in (38, 39) for line in lines) > len(lines):
         return "criteo"
-    if re.match(r"\S+(\s+\d+(:\d+)?:\S+)+\s*$", line):
+    if 2 * sum(_LIBSVM_LINE.match(line) is not None for line in lines) > len(lines):
         return "libsvm"
     raise DataError(
-        f"{file}: neither its name nor its first line tells its format. Give --dataset_format, one of "
+        f"{file}: neither its name nor its first lines tell its format. Give --dataset_format, one of "
         f"{', '.join(FORMATS)}; csv, parquet and hub need --dataset_schema too."
     )

@@ -13,9 +13,12 @@ best log loss that any model can reach on the drawn labels is known: it is that 
 import gzip
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import polars as pl
@@ -163,16 +166,30 @@ def holds_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) 
 
 def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTruth:
     logloss, clicks = 0.0, 0
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
+    with _appearing_whole(path) as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
         for chunk, first in enumerate(range(0, rows, CHUNK_ROWS)):
             drawn = model.draw(min(CHUNK_ROWS, rows - first), number, chunk)
             file.write(_as_tsv(drawn))
             click_chance = np.where(drawn.labels == 1, drawn.probabilities, 1 - drawn.probabilities)
             logloss -= float(np.log(click_chance).sum())
             clicks += int(drawn.labels.sum())
-    if not 0 < clicks < rows:
-        raise ValueError(f"{path.name}: {clicks} of its {rows} rows are clicks, so it has no NE. Ask for more rows.")
+        if not 0 < clicks < rows:
+            raise ValueError(
+                f"{path.name}: {clicks} of its {rows} rows are clicks, so it has no NE. Ask for more rows."
+            )
     return FileTruth(rows, clicks, best_possible_ne(logloss, clicks, rows))
+
+
+@contextmanager
+def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which takes its name at the end, or goes if anything fails."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        with draft.open("wb") as file:
+            yield file
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def best_possible_ne(logloss_sum: float, clicks: int, rows: int) -> float:

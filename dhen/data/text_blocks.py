@@ -5,6 +5,7 @@ lines are left out, and lines that no parser should see (no UTF-8, a carriage re
 bad rows. What is left is valid UTF-8 with one row a line, so the parser's row i is line `rows[i]` of the file.
 """
 
+import contextlib
 import gzip
 import zlib
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from dhen.data.raw_rows import LONGEST_QUOTE, BadRow, DataError
+from dhen.data.raw_rows import LONGEST_QUOTE, BadRow, Counted, DataError, say_nothing
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20
+_FIRST_BYTES = 1 << 16
 _GZIP_MAGIC = b"\x1f\x8b"
 _OTHER_MAGICS = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 _MARK = b"\xef\xbb\xbf"
@@ -65,9 +67,22 @@ def text_blocks(
         yield TextBlock(file, text, rows, bad, line_number, bytes_read)
 
 
+def first_lines(file: str) -> list[tuple[int, str]]:
+    """The lines of the file's first block, without bad and blank ones: (number, text), by which to tell a form.
+
+    A bad one among them is a matter for whoever reads the rows. Raises DataError where no line is left.
+    """
+    for block in text_blocks(file, block_bytes=_FIRST_BYTES):
+        if block.text:
+            return list(zip(block.rows.tolist(), block.text[:-1].decode("utf-8").split("\n"), strict=True))
+        if block.bad:
+            raise DataError(str(block.bad[0]))
+    raise DataError(f"{file}: it holds blank lines only. Give a file with rows.")
+
+
 def first_line(file: str) -> tuple[int, str]:
     """The first line that isn't blank: (its number, its text). A header, or a row to recognise a form by."""
-    for block in text_blocks(file, block_bytes=1 << 16):
+    for block in text_blocks(file, block_bytes=_FIRST_BYTES):
         if block.bad and (not block.text or block.bad[0].row < block.rows[0]):
             raise DataError(str(block.bad[0]))
         if block.text:
@@ -75,9 +90,13 @@ def first_line(file: str) -> tuple[int, str]:
     raise DataError(f"{file}: it holds blank lines only. Give a file with rows.")
 
 
-def count_lines(file: str) -> int:
+def count_lines(file: str, counted: Counted = say_nothing) -> int:
     """Number of lines, blank ones too. A last line needs no line end."""
-    return sum(text.count(b"\n") for text, _ in _whole_lines(file, BLOCK_BYTES))
+    lines = 0
+    for text, bytes_read in _whole_lines(file, BLOCK_BYTES):
+        lines += text.count(b"\n")
+        counted(lines, bytes_read)
+    return lines
 
 
 def split_columns(
@@ -170,8 +189,18 @@ def _read(file: str, content: BinaryIO, size: int) -> bytes:
         return content.read(size)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{file}: the .gz is truncated or damaged ({error}). Fetch the file again; `gzip -t` checks it."
+            f"{file}: the .gz is truncated or damaged after row {_readable_rows(file)} ({error}). Fetch the file "
+            "again; `gzip -t` checks it."
         ) from error
+
+
+def _readable_rows(file: str) -> int:
+    """Whole lines before the place where a .gz is damaged."""
+    rows = 0
+    with gzip.open(file) as content, contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error):
+        while data := content.read1(1 << 16):
+            rows += data.count(b"\n")
+    return rows
 
 
 def _clean(

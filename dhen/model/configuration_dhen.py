@@ -8,12 +8,11 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_type_hints
 
-from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
 from dhen.model.mlp import Activation
-from dhen.model.names import check_names, check_type
+from dhen.model.names import can_name_a_table, check_names, check_type
 
 EnsembleKind = Literal["concat", "sum", "weighted_sum"]
 NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
@@ -35,7 +34,7 @@ class SparseFeature:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the feature: a table's name is also its key in the saved weights."""
-        if not self.name or "." in self.name or hasattr(nn.Module, self.name) or self.name in vars(nn.Module()):
+        if not can_name_a_table(self.name):
             raise ValueError(
                 f"sparse feature {self.name!r} can't name a table: an empty name, a dot, and the names of torch "
                 f"modules' own attributes ('type', 'training', …) are not allowed. Rename the feature."

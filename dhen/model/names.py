@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin
 
 from huggingface_hub.dataclasses import type_validator
+from torch import nn
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
@@ -26,6 +27,11 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
     for name in names:
         if name not in allowed:
             raise ValueError(unknown_name(what, name, allowed))
+
+
+def can_name_a_table(name: str) -> bool:
+    """Whether a feature may have this name: a table's is an attribute of a torch module, and a key of its weights."""
+    return bool(name) and "." not in name and not hasattr(nn.Module, name) and name not in vars(nn.Module())
 
 
 def check_type(what: str, value: Any, expected: Any) -> None:

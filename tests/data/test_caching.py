@@ -62,7 +62,34 @@ def test_two_at_once_end_with_one_folder(tmp_path, raw):
             inner[0] = prepare_cached(wanted, tmp_path / "cache")
 
     assert prepare_cached(wanted, tmp_path / "cache", progress=meanwhile) == inner[0]
-    assert list((tmp_path / "cache").iterdir()) == inner
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == inner
+
+
+def test_a_touched_copy_is_found_again_and_an_edit_in_the_middle_is_seen(tmp_path):
+    raw, copy = tmp_path / "raw.txt", tmp_path / "copy" / "other.txt"
+    raw.write_text("\n".join(criteo_lines(20_000)))
+    assert raw.stat().st_size > 3 << 20
+    wanted = PreparationSettings(str(raw), split_fractions=(1, 0, 0))
+    first = prepare_cached(wanted, tmp_path / "cache")
+    copy.parent.mkdir()
+    copy.write_bytes(raw.read_bytes())
+    os.utime(copy, (1, 1))
+    again = PreparationSettings(str(copy), split_fractions=(1, 0, 0))
+    assert prepare_cached(again, tmp_path / "cache", progress=must_not_prepare) == first
+    times, text = raw.stat(), raw.read_text().splitlines()
+    text[10_000] = ("1" if text[10_000][0] == "0" else "0") + text[10_000][1:]
+    raw.write_text("\n".join(text))
+    os.utime(raw, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert prepare_cached(wanted, tmp_path / "cache") != first
+
+
+def test_a_file_that_is_as_it_was_is_not_read_again(tmp_path, raw, monkeypatch):
+    first = prepare_cached(PreparationSettings(str(raw)), tmp_path / "cache")
+    monkeypatch.delattr("hashlib.file_digest")
+    assert prepare_cached(PreparationSettings(str(raw)), tmp_path / "cache") == first
+    (tmp_path / "cache" / ".digests.json").write_text("damaged")
+    with pytest.raises(AttributeError):
+        prepare_cached(PreparationSettings(str(raw)), tmp_path / "cache")
 
 
 def test_a_prepared_folder_is_taken_as_it_is(tmp_path, raw):

@@ -131,7 +131,7 @@ def bad_line(lines, index, kind):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    bad=st.dictionaries(st.integers(0, 19), st.sampled_from(["label", "integer", "hex", "short"]), max_size=12),
+    bad=st.dictionaries(st.integers(0, 19), st.sampled_from(["label", "integer", "hex", "short"]), max_size=10),
     block_bytes=st.integers(1, 6000),
 )
 def test_skipping_keeps_just_the_good_rows_whatever_the_blocks(tmp_path_factory, bad, block_bytes):
@@ -169,6 +169,8 @@ def test_rows_to_predict_may_lack_the_label_column_or_the_label(tmp_path):
     expected = reference.prepared_criteo(lines, 1000)
     actual = rows_of(tmp_path / "out", "test")
     assert [row["C3"] for row in actual] == [row["C3"] for row in expected] * 2
+    origins = [(row[":file"], row[":row"]) for row in actual]
+    assert origins == [(file, row) for file in (without, some) for row in range(1, 7)]
     labels = pl.read_parquet(tmp_path / "out" / "test" / "*.parquet")["label"]
     assert labels.is_nan().to_list() == [True] * 7 + [False] * 5
     assert labels.null_count() == 0

@@ -73,6 +73,7 @@ def test_labels_may_be_absent_where_they_are_not_required(tmp_path):
         ("0 7:1:1", FFM_SCHEMA, "it has a field other than"),
         ("0 0:1:1 0:2:1", FFM_SCHEMA, "field 0 stands there 2 times"),
         ("0 0:1", FFM_SCHEMA, "not every token reads field:id:value"),
+        ("0 1:1e39 2:1", None, "the value of a token isn't a finite number"),
         ("0 2:1:nan", FFM_SCHEMA, "the value of a token isn't a finite number"),
     ],
 )
@@ -84,6 +85,17 @@ def test_a_bad_row_is_named_or_skipped(tmp_path, line, schema, message):
     made, rows = prepared(tmp_path, text, schema, bad_rows="skip")
     assert len(rows) == 3
     assert made.splits["train"].bad_rows == 1
+
+
+@pytest.mark.parametrize("name", ["raw.libsvm", "raw.txt"])
+@pytest.mark.parametrize("first", ["1 5:1", "1 5:1 6:1:1", "1", "hello", "1 0:5:1 1:6:1"])
+def test_a_bad_first_row_is_a_row_like_any_other(tmp_path, name, first):
+    text = f"{first}\n1 5:1 6:1\n0 7:1 8:1\n1 5:1 8:1\n"
+    with pytest.raises(DataError, match=rf"{name}: row 1: "):
+        prepared(tmp_path, text, name=name)
+    made, rows = prepared(tmp_path, text, name=name, bad_rows="skip")
+    assert (len(rows), made.splits["train"].bad_rows) == (3, 1)
+    assert list(rows[0]) == ["label", "1", "2"]
 
 
 def test_a_schema_must_fit_the_number_of_fields(tmp_path):

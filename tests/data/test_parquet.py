@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from dhen.data.hub import hub_splits
 from dhen.data.parquet import ParquetReader
 from dhen.data.preprocessing import prepare
 from dhen.data.raw_rows import DataError
@@ -86,6 +87,23 @@ def test_a_hub_data_set_with_several_splits_keeps_them(tmp_path):
         pyarrow.parquet.write_table(TABLE.slice(0, rows), tmp_path / "set" / f"{split}.parquet")
     made = prepare(PreparationSettings(**where), tmp_path / "out")
     assert {split: counts.rows for split, counts in made.splits.items()} == {"train": 2, "test": 3}
+
+
+def test_one_split_of_a_hub_data_set_is_read_alone(tmp_path):
+    (tmp_path / "set").mkdir()
+    where = write(tmp_path, TABLE) | {"dataset_name": str(tmp_path / "set"), "dataset_format": "hub"}
+    for split, rows in (("train", 2), ("test", 3)):
+        pyarrow.parquet.write_table(TABLE.slice(0, rows), tmp_path / "set" / f"{split}.parquet")
+    made = prepare(PreparationSettings(**where, only_split="train"), tmp_path / "out")
+    assert {split: counts.rows for split, counts in made.splits.items()} == {"train": 2}
+    with pytest.raises(DataError, match="there is no split validation; it has train, test"):
+        prepare(PreparationSettings(**where, only_split="validation"), tmp_path / "never")
+
+
+def test_two_splits_of_a_hub_data_set_that_mean_the_same_are_refused(monkeypatch):
+    monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train", "validation", "dev"])
+    with pytest.raises(DataError, match="it has the splits validation and dev, which both mean validation here"):
+        hub_splits("owner/name")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """From raw files to a folder: splits, determinism, wholeness, memory, given schemas, and files that can't be read."""
 
 import gzip
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from dhen.data import writing
-from dhen.data.preprocessing import prepare
+from dhen.data.preprocessing import prepare, settings_without_effect
 from dhen.data.raw_rows import DataError
 from dhen.data.schema import Schema, SplitCounts
 from dhen.data.settings import PreparationSettings
@@ -195,7 +196,63 @@ def test_a_killed_preparation_leaves_nothing_that_looks_complete(tmp_path, raw):
     assert result.returncode == 9
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("schema.json"))
-    prepare(PreparationSettings(raw), tmp_path / "out")
+    assert list(tmp_path.glob(".out.unfinished-*"))
+    prepare(PreparationSettings(raw), tmp_path / "other")
+    assert not list(tmp_path.glob(".out.unfinished-*")), "what the killed one left is still there"
+
+
+def test_what_another_process_prepares_meanwhile_is_let_be(tmp_path, raw):
+    def meanwhile(state):
+        if not (tmp_path / "inner").exists():
+            prepare(PreparationSettings(raw), tmp_path / "inner")
+
+    assert prepare(PreparationSettings(raw), tmp_path / "outer", progress=meanwhile).splits["train"].rows
+    assert not list(tmp_path.glob(".*unfinished*"))
+
+
+def test_more_bad_rows_than_good_ones_is_no_success(tmp_path):
+    lines = [("9" + line[1:]) if i < 61 else line for i, line in enumerate(LINES[:120])]
+    wanted = PreparationSettings(write(tmp_path / "bad.txt", lines), bad_rows="skip")
+    with pytest.raises(DataError, match=r"61 of 120 rows are bad, more than half.*first is .*bad\.txt: row 1: .*label"):
+        prepare(wanted, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_count_before_a_sequential_split_shows_how_far_it_is(tmp_path, raw):
+    states = []
+    prepare(PreparationSettings(raw, split_order="sequential"), tmp_path / "out", progress=states.append)
+    counting = [state for state in states if state.stage == "counting rows"]
+    assert counting[0].bytes_total == counting[0].bytes_read > 0
+    assert counting[-1].is_done
+    assert counting[-1].rows == len(LINES)
+    assert states[-1].stage == "writing"
+
+
+def test_the_error_about_a_truncated_gz_says_how_far_it_could_be_read(tmp_path):
+    data = gzip.compress(("\n".join(LINES) + "\n").encode())
+    (tmp_path / "raw.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError) as caught:
+        prepare(PreparationSettings(str(tmp_path / "raw.gz"), dataset_format="criteo"), tmp_path / "out")
+    rows = int(re.search(r"after row (\d+)", str(caught.value))[1])
+    assert 0.3 * len(LINES) < rows < 0.7 * len(LINES)
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"min_count": 3}, ["min_count"]),
+        ({"id_encoding": "vocabulary", "hash_size": 77}, ["hash_size"]),
+        ({"split_order": "sequential", "split_seed": 3}, ["split_seed"]),
+        ({"train_file": True, "split_fractions": (0.5, 0.5, 0)}, ["split_fractions"]),
+        ({"hash_size": 77, "split_seed": 3, "split_fractions": (0.5, 0.2, 0.3)}, []),
+        ({"id_encoding": "vocabulary", "min_count": 2}, []),
+    ],
+)
+def test_settings_that_made_no_difference_are_named(tmp_path, raw, given, names):
+    where = {"train_file": raw} if given.pop("train_file", False) else {"dataset_name": raw}
+    wanted = PreparationSettings(**where, **given)
+    schema = prepare(wanted, tmp_path / "out")
+    assert [line.split(" has no effect: ")[0] for line in settings_without_effect(wanted, schema)] == names
 
 
 def test_an_existing_folder_is_not_touched(tmp_path, raw):
@@ -239,7 +296,7 @@ def test_a_truncated_gz_is_always_an_error(tmp_path, cut, bad_rows):
         ("empty.gz", gzip.compress(b""), r"empty\.gz: the file is empty"),
         ("blank.txt", b"\n\n", r"blank\.txt: it holds blank lines only"),
         ("raw.zip", b"PK\x03\x04....", r"raw\.zip: it is a zip archive"),
-        ("what.txt", b"hello world\n", r"what\.txt: neither its name nor its first line tells its format"),
+        ("what.txt", b"hello world\n", r"what\.txt: neither its name nor its first lines tell its format"),
     ],
 )
 def test_files_that_hold_no_rows_are_refused(tmp_path, name, content, message):

@@ -208,6 +208,7 @@ def test_truth_json_is_written_last_and_never_beside_unfinished_files(tmp_path, 
         generate_click_log(tmp_path, ROWS, seed=1)
     assert seen == [False] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test.tsv.gz", "train.tsv.gz", "validation.tsv.gz"]
+    assert gzip.decompress((tmp_path / f"{list(ROWS)[2]}.tsv.gz").read_bytes()), "a file is whole, or the one before"
 
 
 def test_too_few_rows_for_an_ne_are_refused(tmp_path):

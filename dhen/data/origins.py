@@ -1,0 +1,45 @@
+"""Where prepared rows came from: rows that a model is to score keep the file and the row that they stood in."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from dhen.data.raw_rows import RawChunk
+
+FILE, ROW = ":file", ":row"
+"""Columns of a prepared folder. The row is the 1-based line of a text file, or row of a Parquet file, as in
+bad_rows.csv. No feature's name starts with a colon."""
+_COLUMNS = pa.schema([(FILE, pa.string()), (ROW, pa.int64())])
+
+
+def add_origins(prepared: pa.Table, chunk: RawChunk) -> pa.Table:
+    """The prepared rows of a chunk with their file and row."""
+    files = pa.repeat(pa.scalar(chunk.file), prepared.num_rows)
+    return prepared.append_column(FILE, files).append_column(ROW, pa.array(chunk.rows))
+
+
+class Origins:
+    """Files and rows of a prepared split, in its order; null where the folder doesn't hold them."""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._tables = _tables(folder / split)
+        self._waiting = _COLUMNS.empty_table()
+
+    def take(self, count: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+        """(files, rows) of the next `count` rows."""
+        while self._waiting.num_rows < count:
+            self._waiting = pa.concat_tables([self._waiting, next(self._tables)])
+        taken, self._waiting = self._waiting.slice(0, count), self._waiting.slice(count)
+        return taken[FILE], taken[ROW]
+
+
+def _tables(folder: Path) -> Iterator[pa.Table]:
+    for path in sorted(folder.glob("*.parquet")):
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if FILE in file.schema_arrow.names:
+                for batch in file.iter_batches(columns=_COLUMNS.names):
+                    yield pa.Table.from_batches([batch]).cast(_COLUMNS)
+            else:
+                yield pa.table([pa.nulls(file.metadata.num_rows, kind) for kind in _COLUMNS.types], schema=_COLUMNS)
