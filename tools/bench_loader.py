@@ -4,6 +4,10 @@ Each runs on one core, with all its threads. Rounds alternate between the two, s
 both; the ratio is that of the medians. The loader reads a whole shuffled epoch from files; training repeats batches in
 memory, so it never waits for the loader.
 
+With --world_size W the loader is that of one rank of W. Every rank decodes all rows of the epoch, because the order is
+one for all ranks, and gathers its own share only: so the rows that a rank gets in a second fall as W grows, and with
+them the ratio. Where it is below 1, so many ranks would wait for their data.
+
 Example:
     python tools/bench_loader.py --config recipes/configs/quickstart.yaml --rounds 5 --json
 """
@@ -58,6 +62,7 @@ class Result:
     loader_rows_per_second: float
     training_rows_per_second: float
     ratio: float
+    world_size: int = 1
 
 
 def main() -> int:
@@ -69,7 +74,7 @@ def main() -> int:
     topology = job.start()
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
-    with user_errors(topology):
+    with user_errors():
         arguments = parse_arguments(["--config", options.config, "--ds_config", options.ds_config])
         result = measure(arguments, options, topology)
     job.stop()
@@ -90,12 +95,13 @@ def parse_options() -> argparse.Namespace:
     add("--config", default=str(QUICKSTART), help="recipe; default: the quickstart")
     add("--ds_config", default=str(ZERO2), help="default: ds_configs/zero2.json")
     add("--cache_dir", default="runs/prepared", help="where prepared data is kept; default: runs/prepared")
+    add("--world_size", type=int, default=1, help="ranks among which the loader shares out the rows; default: 1")
     add("--rounds", type=int, default=5, help="default: 5")
     add("--steps", type=int, default=60, help="updates of training in each round; default: 60")
     add("--at_least", type=float, default=0.0, metavar="RATIO", help="exit with status 1 where the ratio is lower")
     add("--json", action="store_true", help="write the result as JSON")
     options = parser.parse_args()
-    for name in ("rounds", "steps"):
+    for name in ("rounds", "steps", "world_size"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; use 1 or more")
     return options
@@ -106,7 +112,8 @@ def measure(arguments: Arguments, options: argparse.Namespace, topology: Topolog
     training = arguments.training
     prepared = prepare_dataset(arguments.data, Path(options.cache_dir), topology)
     batch_size = training.per_device_train_batch_size
-    loader = BatchLoader(prepared, "train", batch_size=batch_size, shuffle=True, seed=training.seed)
+    share = {"batch_size": batch_size, "world_size": options.world_size}
+    loader = BatchLoader(prepared, "train", shuffle=True, seed=training.seed, **share)
     ds_config = read_ds_config(arguments.ds_config, replace(arguments.recipe(1), gradient_accumulation_steps=1))
     model = parallelize(config_for(arguments.architecture, loader.schema), topology, ds_config, seed=training.seed)
     model.set_learning_rates(training.learning_rate, training.table_learning_rate)
@@ -117,7 +124,8 @@ def measure(arguments: Arguments, options: argparse.Namespace, topology: Topolog
         for epoch in range(1, options.rounds + 1)
     ]
     medians = [statistics.median(getattr(one, name) for one in rounds) for name in ("loader", "training")]
-    return Result(options.config, batch_size, rounds, *medians, ratio=medians[0] / medians[1])
+    ratio = medians[0] / medians[1]
+    return Result(options.config, batch_size, rounds, *medians, ratio, options.world_size)
 
 
 def rate_of_loader(loader: BatchLoader, epoch: int) -> float:
@@ -153,7 +161,8 @@ def print_result(result: Result) -> None:
         table.add_row(str(number), f"{one.loader:,.0f}", f"{one.training:,.0f}", f"{one.loader / one.training:.1f}")
     medians = (result.loader_rows_per_second, result.training_rows_per_second)
     table.add_row("median", *(f"{rate:,.0f}" for rate in medians), f"{result.ratio:.1f}", style="bold")
-    print(f"{result.config}, batches of {result.batch_size:,} rows, one core")
+    ranks = "" if result.world_size == 1 else f", a loader of one of {result.world_size} ranks"
+    print(f"{result.config}, batches of {result.batch_size:,} rows, one core{ranks}")
     Console().print(table)
 
 

@@ -28,14 +28,25 @@ def test_it_measures_both_and_compares_the_medians(tmp_path):
     values = {"dataset_name": str(prepared.folder), "per_device_train_batch_size": 16, "embedding_dim": 8}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     options = ("--config", tmp_path / "recipe.yaml", "--rounds", 3, "--steps", 2, "--json", "--at_least", 1e9)
+    options += ("--world_size", 2)
     result = subprocess.run([sys.executable, TOOL, *map(str, options)], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.strip().endswith("is below 1e+09")
     measured = json.loads(result.stdout)
+    assert measured["world_size"] == 2
     for name in ("loader", "training"):
         rates = sorted(one[name] for one in measured["rounds"])
         assert measured[f"{name}_rows_per_second"] == rates[1] > 0
     assert measured["ratio"] == measured["loader_rows_per_second"] / measured["training_rows_per_second"]
+
+
+def test_a_mistake_in_the_recipe_is_one_line(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset_name: none.tsv\n")
+    options = ("--config", tmp_path / "recipe.yaml")
+    result = subprocess.run([sys.executable, TOOL, *map(str, options)], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: none.tsv: no such file")
+    assert "Traceback" not in result.stderr
 
 
 def test_it_prints_a_table(tool, capsys):
