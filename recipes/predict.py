@@ -4,8 +4,9 @@
         --dataset_schema recipes/configs/schemas/frappe.yaml --output scores.parquet
 
 The file has one line a row, in the order of the rows: `row` (its number, from 0, not counting bad rows that were
-skipped), `prediction` (probability of a click), and `label`, null where the rows have none; they need none. Runs on any
-number of ranks.
+skipped), `prediction` (probability of a click), `label`, null where the rows have none (they need none), and `file` and
+`line`, where it stands: the raw file, and its line (of Parquet its row), from 1, as bad_rows.csv counts; null for data
+that was prepared before. Runs on any number of ranks.
 """
 
 from pathlib import Path
@@ -14,13 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from dhen.data.batches import BatchLoader
+from dhen.data.origins import Origins
 from dhen.parallel import topology as job
 from dhen.parallel.collectives import all_gather_uneven
 from dhen.parallel.parallelize import ScoringDhen
 from dhen.training.messages import log_to_stderr, user_errors
 from dhen.training.scoring import load_for_scoring, parse_scoring_arguments
 
-COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label", pa.float32())])
+COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label", pa.float32()),
+                     ("file", pa.string()), ("line", pa.int64())])  # fmt: skip
 
 
 def main() -> None:
@@ -43,6 +46,7 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     writer = pyarrow.parquet.ParquetWriter(draft, COLUMNS, compression="zstd") if topology.is_main else None
+    origins = Origins(loader.folder, loader.split)
     with model.evaluating():
         for batch in loader.epoch(0):
             batch = batch.to(topology.device)
@@ -53,7 +57,8 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
                 for values in (batch.rows_B, scores, batch.labels_B)
             ]
             if writer is not None:
-                writer.write_table(pa.table([pa.array(column, from_pandas=True) for column in columns], schema=COLUMNS))
+                columns = [pa.array(column, from_pandas=True) for column in columns]
+                writer.write_table(pa.table([*columns, *origins.take(len(columns[0]))], schema=COLUMNS))
     if writer is not None:
         writer.close()
         draft.replace(path)

@@ -32,7 +32,7 @@ from dhen.training.checkpoint import (
 )
 from dhen.training.curves import draw_curves
 from dhen.training.dataset import prepare_dataset, settings_without_effect
-from dhen.training.fine_tuning import StartingPoint, config_for, ignored_architecture, start_from
+from dhen.training.fine_tuning import StartingPoint, config_for, frozen_and_new, ignored_architecture, start_from
 from dhen.training.loop import Trainer, evaluate
 from dhen.training.messages import log_to_stderr, user_errors
 from dhen.training.model_card import model_card
@@ -84,7 +84,7 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     if training.model_name_or_path:
         start = start_from(TrainedModel.open(training.model_name_or_path), prepared, schema)
         schema = start.schema
-    warn_of_ignored(arguments, start, topology)
+    warn_of_ignored(arguments, schema, start, topology)
     config = start.config if start else config_for(arguments.architecture, schema)
     if training.resume_from_checkpoint:  # before the model is built: other tables can't be placed as the save's were
         check_same_model(find_checkpoint(training.resume_from_checkpoint, output_dir), config)
@@ -140,12 +140,14 @@ def check_replicated(training: TrainingArguments, model: ParallelDhen) -> None:
             )
 
 
-def warn_of_ignored(arguments: Arguments, start: StartingPoint | None, topology: Topology) -> None:
-    """Say what the user set and nothing will read."""
+def warn_of_ignored(arguments: Arguments, schema: Schema, start: StartingPoint | None, topology: Topology) -> None:
+    """Say what the user set and nothing will read, and what stays as it is drawn at random."""
     if topology.is_main:
-        for name in settings_without_effect(arguments.data):
-            logger.warning("%s has no effect: %s is prepared already", name, arguments.data.dataset_name)
-        for sentence in ignored_architecture(arguments.architecture, start) if start else ():
+        sentences = settings_without_effect(arguments.data, schema) + arguments.training.without_effect()
+        if start:
+            sentences += ignored_architecture(arguments.architecture, start)
+            sentences += frozen_and_new(arguments.training.freeze, start)
+        for sentence in sentences:
             logger.warning("%s", sentence)
 
 

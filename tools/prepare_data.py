@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dhen.data.preprocessing import prepare
+from dhen.data.preprocessing import prepare, settings_without_effect
 from dhen.data.raw_stream import PreparationProgress
 from dhen.data.schema import Schema
 from dhen.data.settings import FORMATS, PreparationSettings
@@ -43,6 +43,8 @@ def main() -> int:
         print("prepare_data: interrupted; nothing was written", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start
+    for sentence in [] if settings.schema_from else settings_without_effect(settings, schema):
+        print(f"prepare_data: {sentence}", file=sys.stderr)
     print(summary_json(schema, arguments.output, seconds) if arguments.json else summary(schema, arguments.output))
     return 0
 

@@ -17,6 +17,9 @@ from dhen.model.interactions import import_interactions
 from dhen.model.names import unknown_name
 from dhen.parallel.ds_config import Recipe
 
+Paths = str | list[str] | None
+"""One path, or several: a word, or several words after the flag; a text, or a list in YAML."""
+
 
 def option(default: Any, meaning: str, **more: Any) -> Any:
     """A field with its default and its line of --help."""
@@ -30,8 +33,9 @@ def option(default: Any, meaning: str, **more: Any) -> Any:
 class DataArguments:
     """Where the click log is and how it becomes ids and numbers."""
 
-    dataset_name: str | None = option(
-        None, "Prepared folder, raw file, glob or Hugging Face data set; 'quickstart' is a click log that is generated."
+    dataset_name: Paths = option(
+        None,
+        "Prepared folder, raw files, glob or Hugging Face data set; 'quickstart' is a click log that is generated.",
     )
     dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = option(
         "auto", "Format of raw files; auto goes by the file's name."
@@ -39,9 +43,9 @@ class DataArguments:
     dataset_schema: str | None = option(
         None, "YAML that says which column is label, dense, sparse (csv, parquet, hub)."
     )
-    train_file: str | None = option(None, "Raw file or glob of the training split, in place of dataset_name.")
-    validation_file: str | None = option(None, "Raw file or glob of the validation split.")
-    test_file: str | None = option(None, "Raw file or glob of the test split.")
+    train_file: Paths = option(None, "Raw files or glob of the training split, in place of dataset_name.")
+    validation_file: Paths = option(None, "Raw files or glob of the validation split.")
+    test_file: Paths = option(None, "Raw files or glob of the test split.")
     split_fractions: list[float] = option(
         [0.8, 0.1, 0.1], "Shares of train, validation and test where one file holds all."
     )
@@ -112,6 +116,20 @@ class TrainingArguments:
     early_stopping_patience: int = option(0, "Stop after this many evaluations without a better metric; 0 is off.")
     seed: int = option(0, "Seed of weights, tables, shuffling and dropout.")
     interaction_files: list[str] = option([], "Python files that register interactions of your own.")
+
+    def without_effect(self) -> list[str]:
+        """A sentence about each value, other than the default, that nothing reads because of another."""
+        is_unread = {
+            "plateau_factor": ("lr_scheduler_type", self.lr_scheduler_type != "reduce_lr_on_plateau"),
+            "plateau_patience": ("lr_scheduler_type", self.lr_scheduler_type != "reduce_lr_on_plateau"),
+            "base_batch_size": ("learning_rate_scaling", self.learning_rate_scaling == "none"),
+        }
+        default = TrainingArguments.__dataclass_fields__
+        return [
+            f"{name} has no effect: {other} is {getattr(self, other)}"
+            for name, (other, unread) in is_unread.items()
+            if unread and getattr(self, name) != default[name].default
+        ]
 
 
 @dataclass(frozen=True)
@@ -234,7 +252,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def copy_for_parser(part: type) -> type:
     """The same dataclass for HfArgumentParser, which overwrites the fields' types with those of their flags."""
-    hints = get_type_hints(part)
+    hints = {name: list[str] | None if hint == Paths else hint for name, hint in get_type_hints(part).items()}
     return dataclasses.make_dataclass(
         part.__name__, [(f.name, hints[f.name], _fresh(f)) for f in dataclasses.fields(part)]
     )
@@ -250,11 +268,16 @@ def check_types(part: type, values: dict[str, Any], where: str) -> Any:
         if hint in (int, float) and isinstance(values.get(name), bool):
             raise ArgumentError(f"{where}: {name} is {values[name]}. Input should be a number.")
     try:
-        return TypeAdapter(part).validate_python(values)
+        checked = TypeAdapter(part).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(step) for step in first["loc"] if not str(step).startswith(("list", "str")))
         raise ArgumentError(f"{where}: {key} is {first['input']!r}. {first['msg']}.") from error
+    for name, hint in get_type_hints(part).items():
+        value = getattr(checked, name)
+        if hint == Paths and isinstance(value, list) and len(value) == 1:  # a flag gives a list of any number
+            setattr(checked, name, value[0])
+    return checked
 
 
 def _check_values(arguments: Arguments) -> None:
@@ -283,6 +306,11 @@ def _check_values(arguments: Arguments) -> None:
     if training.freeze == "tables" and (training.looked_up_l2 or training.whole_table_l2):
         raise ArgumentError(
             "looked_up_l2 and whole_table_l2 have no effect on tables that freeze keeps. Set them to 0."
+        )
+    if training.freeze != "none" and not (training.model_name_or_path or training.resume_from_checkpoint):
+        raise ArgumentError(
+            f"freeze is {training.freeze!r}, but nothing is trained yet: that part would stay as it is drawn at "
+            "random. Give --model_name_or_path or --resume_from_checkpoint, or leave it out."
         )
     if training.save_total_limit < 1:
         raise ArgumentError(f"save_total_limit is {training.save_total_limit}. Use 1 or more.")

@@ -5,9 +5,11 @@ import logging
 from concurrent.futures import wait
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from dhen.data import preprocessing
 from dhen.data.caching import prepare_cached
 from dhen.data.schema import SCHEMA_FILE, Schema
 from dhen.data.settings import PreparationSettings
@@ -15,7 +17,7 @@ from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
 from dhen.data.vocabulary import load_vocabulary
 from dhen.parallel.background import in_background
 from dhen.parallel.topology import Topology
-from dhen.training.arguments import DataArguments
+from dhen.training.arguments import DataArguments, Paths
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +26,21 @@ QUICKSTART = "quickstart"
 QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
 
 
-def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema_from: Path | None = None) -> Path:
+def prepare_dataset(
+    data: DataArguments,
+    cache: Path,
+    topology: Topology,
+    schema_from: Path | None = None,
+    only_split: str | None = None,
+) -> Path:
     """The prepared folder for `data`. Rank 0 prepares it, the others wait, however long. All ranks call it.
 
-    schema_from: a trained model whose features, ids and transforms are to be used; labels may then be missing. Raises
-    DataError, ValueError or FileNotFoundError about what the user named.
+    schema_from: a trained model whose features, ids and transforms are to be used; labels may then be missing.
+    only_split: of a hub data set, whose other splits aren't read then.
+
+    Raises DataError, ValueError or FileNotFoundError about what the user named.
     """
-    work = in_background(_prepare, data, cache, schema_from) if topology.is_main else None
+    work = in_background(_prepare, data, cache, schema_from, only_split) if topology.is_main else None
     answer: list[Path | None] = [None]
     while answer[0] is None:
         # A word now and then: the process group takes a rank that is silent for half an hour for dead.
@@ -40,22 +50,35 @@ def prepare_dataset(data: DataArguments, cache: Path, topology: Topology, schema
     return answer[0]
 
 
-def settings_without_effect(data: DataArguments) -> list[str]:
-    """What the user set, other than the default, about preparing data that is prepared already."""
-    if data.dataset_name is None or not (Path(data.dataset_name) / SCHEMA_FILE).is_file():
-        return []
+def settings_without_effect(data: DataArguments, schema: Schema) -> list[str]:
+    """A sentence about each setting, other than the default, that made no difference to the data of `schema`."""
+    if not is_prepared(data.dataset_name):
+        return preprocessing.settings_without_effect(_settings(data), schema)
     default, elsewhere = DataArguments(), ("dataset_name", "cache_dir")
     names = [item.name for item in fields(DataArguments) if item.name not in elsewhere]
-    return [name for name in names if getattr(data, name) != getattr(default, name)]
+    return [
+        f"{name} has no effect: {data.dataset_name} is prepared already"
+        for name in names
+        if getattr(data, name) != getattr(default, name)
+    ]
 
 
-def _prepare(data: DataArguments, cache: Path, schema_from: Path | None) -> Path:
-    if data.dataset_name == QUICKSTART:
-        return _prepare_quickstart(data, cache)
+def is_prepared(name: Paths) -> bool:
+    """Whether it is a prepared folder, not raw data."""
+    return isinstance(name, str) and (Path(name) / SCHEMA_FILE).is_file()
+
+
+def _settings(data: DataArguments, **more: Any) -> PreparationSettings:
     own = {item.name for item in fields(PreparationSettings)}
     values = {item.name: getattr(data, item.name) for item in fields(DataArguments) if item.name in own}
-    settings = PreparationSettings(**values, schema_from=schema_from, is_label_required=schema_from is None)
-    return prepare_cached(settings, cache)
+    return PreparationSettings(**values, **more)
+
+
+def _prepare(data: DataArguments, cache: Path, schema_from: Path | None, only_split: str | None = None) -> Path:
+    if data.dataset_name == QUICKSTART:
+        return _prepare_quickstart(data, cache)
+    more = {"schema_from": schema_from, "is_label_required": schema_from is None, "only_split": only_split}
+    return prepare_cached(_settings(data, **more), cache)
 
 
 def _prepare_quickstart(data: DataArguments, cache: Path) -> Path:

@@ -74,12 +74,31 @@ class StartingPoint:
                 f"({match.how})"
             )
         lines.append(f"  tables dropped: {len(self.dropped_tables)} {', '.join(self.dropped_tables)}".rstrip())
+        lines += [f"    {sentence}" for sentence in (*self.places_taken(), *self.transforms_changed())]
         total = len(self.dense_weights) + len(self.new_dense_weights)
         lines.append(f"  dense weights: {len(self.dense_weights)} of {total} taken over")
         for words, names in (("new", self.new_dense_weights), ("dropped", self.dropped_dense_weights)):
             if names:
                 lines.append(f"    {words}: {', '.join(names)}")
         return "\n".join(lines)
+
+    def places_taken(self) -> list[str]:
+        """Features that stand where another one stood: the layers' weights there are that one's."""
+        return [
+            f"{new.name} takes the place of {old.name}"
+            for kind in ("sparse", "dense")
+            for old, new in zip(getattr(self.trained.schema, kind), getattr(self.schema, kind), strict=False)
+            if old.name != new.name
+        ]
+
+    def transforms_changed(self) -> list[str]:
+        """Dense features whose values reach the trained weights on another scale."""
+        before = {column.name: column.transform for column in self.trained.schema.dense}
+        return [
+            f"{column.name}: transform was {before[column.name]}, is {column.transform}"
+            for column in self.schema.dense
+            if before.get(column.name, column.transform) != column.transform
+        ]
 
 
 def start_from(trained: TrainedModel, prepared: Path, schema: Schema) -> StartingPoint:
@@ -133,6 +152,18 @@ def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[
     ]
 
 
+def frozen_and_new(freeze: str, start: StartingPoint) -> list[str]:
+    """What `freeze` keeps although the trained model doesn't have it: it stays as it is drawn at random."""
+    new_rows = {match.feature: match.rows - match.rows_kept for match in start.tables if match.rows > match.rows_kept}
+    if freeze == "tables" and new_rows:
+        counts = ", ".join(f"{count:,} of {name}" for name, count in new_rows.items())
+        return [f"freeze tables keeps rows that are new as they are drawn at random: {counts}"]
+    if freeze == "dense" and start.new_dense_weights:
+        names = ", ".join(start.new_dense_weights)
+        return [f"freeze dense keeps weights that are new as they are drawn at random: {names}"]
+    return []
+
+
 def _architecture_of(config: DhenConfig) -> DhenArchitecture:
     return DhenArchitecture(**{item.name: getattr(config, item.name) for item in fields(DhenArchitecture)})
 
@@ -163,14 +194,15 @@ def _match_table(
     if old.encoding != new.encoding:
         how = f"was encoded by {old.encoding}, is by {new.encoding}"
         return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
+    pooling = "" if old.pooling == new.pooling else f"; pooling was {old.pooling}, is {new.pooling}"
     if old.encoding == "hash":
         if old.num_embeddings != rows:
             how = f"hashed into {old.num_embeddings:,} rows before, {rows:,} now"
             return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
-        return TableMatch(new.name, rows, rows, 0, "same hash"), torch.arange(rows)
+        return TableMatch(new.name, rows, rows, 0, f"same hash{pooling}"), torch.arange(rows)
     old_rows = _rows_by_key(old_folder, new_folder, new.name, rows)
     kept = int((old_rows >= 0).sum())
-    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, "by key"), old_rows
+    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, f"by key{pooling}"), old_rows
 
 
 def _rows_by_key(old_folder: Path, new_folder: Path, feature: str, rows: int) -> Tensor:

@@ -9,20 +9,22 @@ from typing import Literal
 import yaml
 
 from dhen.data.batches import BatchLoader
-from dhen.data.schema import SCHEMA_FILE
+from dhen.data.settings import PreparationSettings
+from dhen.data.sources import format_of
 from dhen.parallel.parallelize import ScoringDhen, parallelize_for_scoring
 from dhen.parallel.topology import Topology
 from dhen.training.arguments import (
     ArgumentError,
     DataArguments,
     Parser,
+    Paths,
     check_types,
     copy_for_parser,
     import_interaction_files,
     option,
     unknown_argument,
 )
-from dhen.training.dataset import check_prepared_for, prepare_dataset
+from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
 from dhen.training.run_folder import ARGUMENTS_FILE
 from dhen.training.trained_model import TrainedModel
 
@@ -34,15 +36,15 @@ class ScoringArguments:
     """What to score, and with which model."""
 
     model_name_or_path: str | None = option(None, "Trained model: a run folder or an exported model.")
-    dataset_name: str | None = option(
-        None, "Raw file, glob, prepared folder or hub data set; default: the run's own data."
-    )
+    dataset_name: Paths = option(None, "Raw files, glob, prepared folder or hub data set; default: the run's own data.")
     dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = option(
         "auto", "Format of raw files."
     )
     dataset_schema: str | None = option(None, "YAML of the columns (csv, parquet, hub).")
     split: Literal["train", "validation", "test"] | None = option(
-        None, "Split of the run's own data or of a prepared folder, test by default; of raw files all rows are scored."
+        None,
+        "Split of the run's own data, of a prepared folder or of a hub data set, test by default; of raw files all "
+        "rows are scored.",
     )
     bad_rows: Literal["error", "skip"] = option("error", "Stop at a malformed row, or skip, count and list it.")
     per_device_eval_batch_size: int = option(4096, "Examples of one rank in one step.")
@@ -97,13 +99,13 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
 def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topology) -> tuple[Path, str]:
     """The prepared folder and the split of it to score."""
     name, of_run = arguments.dataset_name, _data_of_run(trained)
-    is_prepared = name is not None and (Path(name) / SCHEMA_FILE).is_file()
-    _refuse_ignored(arguments, is_raw=name is not None and not is_prepared)
     split = arguments.split or "test"
-    if is_prepared:
+    if is_prepared(name):
+        _refuse_ignored(arguments, is_raw=False)
         return Path(name), split
     cache = _cache_folder(arguments, trained, of_run)
     if name is None:
+        _refuse_ignored(arguments, is_raw=False)
         if of_run is None:
             raise ArgumentError(
                 f"{trained.folder} doesn't lie in the folder of its run, so its data isn't known. Give --dataset_name."
@@ -116,13 +118,17 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
         bad_rows=arguments.bad_rows,
         split_fractions=[0.0, 0.0, 1.0],
     )
-    return prepare_dataset(data, cache, topology, schema_from=trained.folder), "test"
+    settings = PreparationSettings(name, dataset_format=data.dataset_format, dataset_schema=data.dataset_schema)
+    is_on_hub = format_of(settings) == "hub"
+    _refuse_ignored(arguments, is_raw=True, is_on_hub=is_on_hub)
+    only_split = split if is_on_hub else None
+    return prepare_dataset(data, cache, topology, trained.folder, only_split), only_split or "test"
 
 
-def _refuse_ignored(arguments: ScoringArguments, *, is_raw: bool) -> None:
+def _refuse_ignored(arguments: ScoringArguments, *, is_raw: bool, is_on_hub: bool = False) -> None:
     """Raise ArgumentError for an argument that has no effect on the data that is scored."""
     given = {
-        "split": arguments.split is not None and is_raw,
+        "split": arguments.split is not None and is_raw and not is_on_hub,
         "dataset_format": arguments.dataset_format != "auto" and not is_raw,
         "dataset_schema": arguments.dataset_schema is not None and not is_raw,
         "bad_rows": arguments.bad_rows != "error" and not is_raw,

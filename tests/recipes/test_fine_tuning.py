@@ -19,7 +19,7 @@ from dhen.data.synthetic import generate_click_log
 from dhen.data.vocabulary import load_vocabulary
 from dhen.model.features import init_table
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.training.fine_tuning import start_from
+from dhen.training.fine_tuning import frozen_and_new, start_from
 from dhen.training.trained_model import TrainedModel
 from tests import SHARED_DATA
 from tests.recipes.launch import TINY, run_script, summary
@@ -73,7 +73,8 @@ class Log:
 def write_log(folder: Path, name: str, columns: dict, keys: range, seed: int, rows: int = 600) -> Log:
     """Random rows; the keys of sparse features are drawn from `keys`."""
     rng = np.random.default_rng(seed)
-    features = [*columns["dense"], *(entry["name"] for entry in columns["sparse"])]
+    entries = (*columns["dense"], *columns["sparse"])
+    features = [entry if isinstance(entry, str) else entry["name"] for entry in entries]
     lines = [",".join(["click", *features])]
     for _ in range(rows):
         dense = [f"{value:.3f}" for value in rng.normal(size=len(columns["dense"]))]
@@ -144,6 +145,8 @@ def test_frozen_tables_are_those_of_the_trained_model_by_name_and_key(old_run, n
     run = tmp_path / "run"
     flags = [f"--model_name_or_path={old_run}", "--freeze=tables"]
     output = train(new_log.flags, run, *flags, ranks=2, stage=stage)
+    assert "freeze tables keeps rows that are new as they are drawn at random: " in output
+    assert "    new takes the place of gone" in output
     # All rows have kept their bits since the start, so they show the start.
     taken_in_all = 0
     for feature in ("city", "app"):
@@ -206,6 +209,21 @@ def test_features_keep_their_places(old_run, new_log, tmp_path):
     assert [table.name for table in start.config.tables] == ["city", "new", "page", "app", "grown"]
     assert start.dropped_tables == ("gone",)
     assert start.new_dense_weights == start.dropped_dense_weights == ()
+
+
+def test_another_pooling_and_transform_are_said(tmp_path):
+    words = {"name": "words", "separator": "|", "encoding": "hash", "hash_size": 20}
+    before = {"label": "click", "dense": ["age"], "sparse": [words]}
+    mean, identity = words | {"pooling": "mean"}, {"name": "age", "transform": "identity"}
+    after = {"label": "click", "dense": [identity], "sparse": [mean]}
+    old, new = (write_log(tmp_path, name, it, range(9), seed=1) for name, it in (("old", before), ("new", after)))
+    train(old.flags, tmp_path / "run", "--max_steps=1")
+    prepared = new.prepared(tmp_path / "prepared")
+    start = start_from(TrainedModel.open(tmp_path / "run"), prepared, Schema.load(prepared))
+    report = start.report()
+    assert "words: 20 of 20 rows kept, 0 dropped (same hash; pooling was sum, is mean)" in report
+    assert "age: transform was log1p, is identity" in report
+    assert frozen_and_new("tables", start) == frozen_and_new("dense", start) == []
 
 
 def test_fewer_features_start_only_the_weights_of_other_shapes_anew(old_run, tmp_path):

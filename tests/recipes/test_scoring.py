@@ -17,7 +17,7 @@ from dhen.data.caching import prepare_cached
 from dhen.data.schema import Schema
 from dhen.data.settings import PreparationSettings
 from dhen.training.dataset import check_prepared_for
-from tests.recipes.launch import run_script, summary
+from tests.recipes.launch import TINY, run_script, summary
 
 TOLERANCE = 1e-6
 """Relative: float32 logits summed in another order; DeepSpeed's engine and the plain module round alike."""
@@ -82,7 +82,8 @@ def test_predict_writes_rows_in_order_as_transformers_predicts_them(trained, tmp
     done = run_script("predict.py", *flags, ranks=2)
     assert done.status == 0, done.output
     table = pyarrow.parquet.read_table(output)
-    assert table.column_names == ["row", "prediction", "label"]
+    assert table.column_names == ["row", "prediction", "label", "file", "line"]
+    assert table["file"].null_count == table["line"].null_count == 300  # the run's own data says no files
     assert table["row"].to_pylist() == list(range(300))
     assert table["label"].to_pylist() == raw_labels(trained)
     np.testing.assert_allclose(table["prediction"].to_numpy(), expected, rtol=TOLERANCE)
@@ -116,12 +117,40 @@ def test_rows_without_labels_are_not_evaluated(trained, exported, tmp_path):
 def test_skipped_rows_are_reported(trained, exported, tmp_path):
     with gzip.open(trained.raw / "test.tsv.gz", "rt") as file:
         lines = file.readlines()
-    (tmp_path / "rows.tsv").write_text("".join([lines[0], "9" + lines[1][1:], *lines[2:50]]))
-    flags = [f"--model_name_or_path={exported}", f"--dataset_name={tmp_path / 'rows.tsv'}", "--bad_rows=skip"]
+    files = [str(tmp_path / "rows.tsv"), str(tmp_path / "more.tsv")]
+    Path(files[0]).write_text("".join([lines[0], "9" + lines[1][1:], *lines[2:30]]))
+    Path(files[1]).write_text("".join(lines[30:50]))
+    flags = [f"--model_name_or_path={exported}", "--bad_rows=skip", "--dataset_name", *files]
     done = run_script("predict.py", *flags, f"--output={tmp_path / 'scores.parquet'}")
     assert done.status == 0, done.output
     assert "1 bad rows were skipped" in done.output
     assert "49 rows scored" in done.output
+    table = pyarrow.parquet.read_table(tmp_path / "scores.parquet")
+    assert table["file"].to_pylist() == [files[0]] * 29 + [files[1]] * 20
+    assert table["line"].to_pylist() == [1, *range(3, 31), *range(1, 21)]
+    assert table["row"].to_pylist() == list(range(49))
+
+
+def test_a_split_of_a_hub_data_set_is_scored_alone(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "set"
+    folder.mkdir()
+    for split, rows in (("train", 120), ("validation", 30), ("test", 40)):
+        columns = {"label": [0, 1] * (rows // 2), "a": rng.integers(0, 5, rows), "b": rng.integers(0, 5, rows)}
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{split}.parquet")
+    (tmp_path / "columns.yaml").write_text("sparse: [a, b]")
+    data = [f"--dataset_name={folder}", "--dataset_format=hub", f"--dataset_schema={tmp_path / 'columns.yaml'}"]
+    run = [f"--output_dir={tmp_path / 'run'}", "--ds_config=ds_configs/zero0.json", "--max_steps=1"]
+    done = run_script("train.py", *data, *run, *TINY, "--split_fractions", "0.5", "0.5", "0")
+    assert done.status == 0, done.output
+    assert "split_fractions has no effect: the data has splits of its own" in done.output
+    for split, rows in ((None, 40), ("validation", 30)):
+        output = tmp_path / "metrics.json"
+        flags = [f"--split={split}"] if split else []
+        done = run_script(
+            "evaluate.py", f"--model_name_or_path={tmp_path / 'run'}", *data, *flags, f"--output={output}"
+        )
+        assert done.status == 0, done.output
+        assert json.loads(output.read_text())["examples"] == rows
 
 
 def prepared_otherwise(trained, folder: Path, **settings) -> Path:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dhen.training.arguments import ArgumentError, parse_arguments, write_yaml
+from dhen.training.scoring import parse_scoring_arguments
 
 EVERY_KIND = {
     "dataset_name": "rows.csv", "split_fractions": [0.5, 0.25, 0.25], "num_layers": 2, "head_mlp": [8, 4],
@@ -110,6 +111,7 @@ def test_a_mistake_in_yaml_names_file_key_and_value(tmp_path, text, words):
         (["--test_file=a"], ["without train_file"]),
         (["--resume_from_checkpoint=true", "--overwrite_output_dir"], ["both given"]),
         (["--freeze=tables", "--whole_table_l2=0.1"], ["no effect on tables that freeze keeps"]),
+        (["--freeze=tables"], ["freeze is 'tables'", "nothing is trained yet", "--model_name_or_path"]),
         (["--table_epsilon=-1"], ["table_epsilon is -1"]),
     ],
 )
@@ -117,6 +119,25 @@ def test_a_mistake_on_the_command_line_names_flag_and_value(flags, words):
     with pytest.raises(ArgumentError) as error:
         values(*flags)
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_several_files_by_flags_and_by_yaml(tmp_path):
+    got = values("--train_file", "a.tsv", "b.tsv", "--test_file=c.tsv")
+    assert (got["train_file"], got["test_file"]) == (["a.tsv", "b.tsv"], "c.tsv")
+    got = values(recipe(tmp_path, "train_file: [a.tsv, b.tsv]\nvalidation_file: [c.tsv]\n"))
+    assert (got["train_file"], got["validation_file"]) == (["a.tsv", "b.tsv"], "c.tsv")
+    scoring = ["--model_name_or_path=m", "--dataset_name", "a.tsv", "b.tsv"]
+    assert parse_scoring_arguments(scoring, "").dataset_name == ["a.tsv", "b.tsv"]
+
+
+def test_values_that_another_leaves_unread_are_named():
+    flags = ["--plateau_factor=0.5", "--plateau_patience=2", "--base_batch_size=64"]
+    said = parse_arguments(flags).training.without_effect()
+    assert [line.split(" has no effect: ")[0] for line in said] == [
+        "plateau_factor", "plateau_patience", "base_batch_size"
+    ]  # fmt: skip
+    read = [*flags, "--lr_scheduler_type=reduce_lr_on_plateau", "--learning_rate_scaling=sqrt"]
+    assert parse_arguments(read).training.without_effect() == []
 
 
 def test_the_quickstart_is_for_those_who_name_nothing(tmp_path):
