@@ -6,7 +6,8 @@ memory, so it never waits for the loader.
 
 With --world_size W the loader is that of one rank of W. Every rank decodes all rows of the epoch, because the order is
 one for all ranks, and gathers its own share only: so the rows that a rank gets in a second fall as W grows, and with
-them the ratio. Where it is below 1, so many ranks would wait for their data.
+them the ratio (measured on a busy CPU: 64 for one rank, 13 for 4, 7 for 16, 1.6 for 64). Where it is below 1, so many
+ranks would wait for their data.
 
 Example:
     python tools/bench_loader.py --config recipes/configs/quickstart.yaml --rounds 5 --json

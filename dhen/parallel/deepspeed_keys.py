@@ -76,8 +76,11 @@ def check_sections(raw: dict[str, Any]) -> None:
             check_names(f"key of {section}:", raw[section], _keys_of(section))
     optimizer = raw["optimizer"]
     check_names("key of optimizer:", optimizer, _OPTIMIZER)
-    offload = raw.get("zero_optimization", {}).get("offload_optimizer") or {}
-    params = optimizer.get("params", {})
+    zero, params = raw.get("zero_optimization", {}), optimizer.get("params", {})
+    for name, section in (("zero_optimization", zero), ("optimizer.params", params)):
+        if not isinstance(section, dict):
+            raise ValueError(f"{name} is {section!r}. Give an object, such as {{}}.")
+    offload = zero.get("offload_optimizer")
     is_offloaded = isinstance(offload, dict) and offload.get("device", "none") != "none"
     known = _params_of(str(optimizer["type"]), is_offloaded, bool(params.get("torch_adam")))
     if "max_grad_norm" in params:

@@ -89,6 +89,8 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"timers": {"throughputs": {}}}, "timers: 'throughputs'. Did you mean 'throughput'"),
         (adam(bettas=[0.9, 0.9]), "optimizer.params for AdamW: 'bettas'. Did you mean 'betas'"),
         (adam(amsgrd=True, torch_adam=True), "optimizer.params for AdamW: 'amsgrd'. Did you mean 'amsgrad'"),
+        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is None. Give an object"),
+        ({"zero_optimization": True}, "zero_optimization is True. Give an object"),
         (adam(max_grad_norm=1.0), "optimizer.params.max_grad_norm: clipping is the recipe's"),
         ({"optimizer": {"type": "AdmaW", "params": {}}}, "optimizer.type 'AdmaW'. Did you mean 'AdamW'"),
         ({"optimizer": {"type": "sgd", "params": {}}}, "optimizer.type 'sgd'. Did you mean 'SGD'"),
