@@ -320,7 +320,7 @@ class _Stage2:
         self._reduced += filled
         self._share = max([self._share, *(self._shares[name] for name in self._filled)])
         self._filled, self._large = {}, 0
-        return max((gradients, buckets + filled * self._bytes), self.held, key=sum)
+        return gradients, max(buckets, self.held[1]) + filled * self._bytes
 
 
 class _Stage3(_Stage2):

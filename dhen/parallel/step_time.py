@@ -38,11 +38,13 @@ class StepSeconds:
 
 @dataclass
 class Segment:
-    """A layer's forward or backward, or what is before and after the layers.
+    """A layer's forward or backward, or, where layer is None, what is before and after the layers.
 
-    gathered: elements of weights that stage 3 asks for in it, in so many messages. gradients: elements that it yields.
+    work: its operations. kept: bytes of activations that became alive. gathered: elements of weights that stage 3 asks
+    for in it, in so many messages. gradients: elements that it yields.
     """
 
+    layer: int | None
     is_backward: bool
     work: list[Work] = field(default_factory=list)
     gathered: int = 0
@@ -60,7 +62,7 @@ def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
     for event in trace.events:
         if (event.layer, is_backward) != at:
             at = (event.layer, is_backward)
-            result.append(Segment(is_backward))
+            result.append(Segment(*at))
         segment = result[-1]
         segment.work += event.work
         segment.kept += event.kept
@@ -121,8 +123,8 @@ def step_seconds(
         size = part.gradients * setting.gradient_bytes
         begin = max(fabric_free, now)
         fabric_free = begin + links.reduce(size)
-        if setting.stage == 2 and not setting.overlap_comm:
-            now = fabric_free
+        if not machine.is_gpu or (setting.stage == 2 and not setting.overlap_comm):
+            now = fabric_free  # gloo's reduce-scatter is waited for
         if setting.num_replicas > 1:
             link_free = max(link_free, fabric_free) + links.replicate(part.gradients * setting.wire_bytes)
     if setting.stage < 2:
@@ -133,6 +135,9 @@ def step_seconds(
     optimizer = _optimizer_seconds(trace, setting, machine)
     if setting.stage in (1, 2):
         end += links.gather(trace.num_weights * setting.weight_bytes, 1)
+    elif gathering is not None:  # small weights stay, and are gathered once they are updated
+        small = sum(trace.weights[name] for name in gathering.persistent)
+        end += links.gather(small * setting.weight_bytes, 1)
     return StepSeconds(compute, end - compute, optimizer, table_seconds)
 
 

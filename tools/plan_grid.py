@@ -1,0 +1,86 @@
+"""The grid of tools/bench_plan.py: model, machine and techniques, and what was measured of each."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.machine import Machine
+from dhen.parallel.planner import Job, Technique
+
+BATCH, NUM_DENSE, TABLES, ROWS = 64, 13, 8, 1000
+_ALL = -1
+TECHNIQUES = {
+    "dp": Technique("dp"),
+    "dp+recompute": Technique("dp", checkpointing=_ALL),
+    "zero1": Technique("zero1"),
+    "zero1+recompute": Technique("zero1", checkpointing=_ALL),
+    "zero2": Technique("zero2"),
+    "zero2+recompute": Technique("zero2", checkpointing=_ALL),
+    "zero2+offload": Technique("zero2", offload="optimizer"),
+    "hsdp": Technique("hsdp"),
+    "hsdp+recompute": Technique("hsdp", checkpointing=_ALL),
+    "hsdp+offload": Technique("hsdp", offload="parameters"),
+    "zero3": Technique("zero3"),
+    "zero3+recompute": Technique("zero3", checkpointing=_ALL),
+    "zero3+offload": Technique("zero3", offload="parameters"),
+    "zero3+recompute+offload": Technique("zero3", checkpointing=_ALL, offload="parameters"),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One technique at one depth: bytes of the fullest rank and seconds of a step, measured and predicted."""
+
+    depth: int
+    technique: str
+    peak: int
+    seconds: float
+    predicted_peak: int
+    predicted_seconds: float
+
+    @property
+    def error(self) -> float:
+        """Of the predicted peak, relative."""
+        return self.predicted_peak / self.peak - 1
+
+
+def techniques(depth: int, names: Sequence[str]) -> Iterator[Technique]:
+    """Those of that name, all layers recomputed where any are."""
+    for name in names:
+        technique = TECHNIQUES[name]
+        recomputed = depth if technique.checkpointing == _ALL else 0
+        yield Technique(technique.scheme, recomputed, technique.offload)
+
+
+def machine_of(arguments: argparse.Namespace) -> Machine:
+    """The cluster of tools/cluster.py, with an accelerator that a pause stands for."""
+    return Machine(
+        name=f"{arguments.nodes} network namespaces",
+        source="tools/cluster.py",
+        is_gpu=False,
+        ranks_per_node=arguments.ranks_per_node,
+        memory_gib=(arguments.cap_mib or 1024) / 1024,
+        host_memory_gib=0,
+        flops={"fp32": arguments.gflops * 1e9},
+        memory_bytes_per_second=2e9,
+        local_bytes_per_second=(arguments.local_mbit or 1e5) * 125e3,
+        node_bytes_per_second=(arguments.link_mbit or 1e5) * 125e3,
+        is_local_shared=True,
+        seconds_per_collective=2e-3,
+        link_efficiency=0.8,
+        costs="cpu",
+    )
+
+
+def job_of(depth: int, arguments: argparse.Namespace) -> Job:
+    """The model of the grid at a depth."""
+    config = DhenConfig(
+        num_dense_features=NUM_DENSE,
+        sparse_features=[{"name": f"C{index}", "num_embeddings": ROWS} for index in range(TABLES)],
+        embedding_dim=arguments.embedding_dim,
+        num_layers=depth,
+        num_embeddings_out=arguments.num_embeddings_out,
+        interactions=["advanced_dlrm", "self_attention", "linear", "deep_cross_flattened"],
+    )
+    return Job(config, BATCH, machine_of(arguments), nodes=arguments.nodes)
