@@ -68,29 +68,52 @@ class PooledLayout:
         return tuple(tuple(block.width for block in blocks) for blocks in self.blocks_by_rank)
 
     @cached_property
-    def _is_one_part_in_order(self) -> bool:
-        """Whether a single rank computes all, in the features' order."""
-        (blocks, *others) = self.blocks_by_rank
-        return not others and list(blocks) == sorted(blocks, key=lambda block: (block.feature, block.first))
+    def _runs(self) -> tuple["_Run", ...]:
+        """Blocks in the features' order; those that are side by side on one rank too are one run."""
+        runs: list[_Run] = []
+        places = [
+            (block.feature * self.embedding_dim + block.first, rank, sum(widths[:index]), block.width)
+            for rank, (blocks, widths) in enumerate(zip(self.blocks_by_rank, self.widths_by_rank, strict=True))
+            for index, block in enumerate(blocks)
+        ]
+        for column, rank, start, width in sorted(places):
+            before = runs[-1] if runs else None
+            if before is not None and (before.rank, before.start + before.width) == (rank, start):
+                runs[-1] = _Run(before.column, rank, before.start, before.width + width)
+            else:
+                runs.append(_Run(column, rank, start, width))
+        return tuple(runs)
+
+    @cached_property
+    def _runs_by_rank(self) -> tuple[tuple["_Run", ...], ...]:
+        """The same in the order in which each rank has them."""
+        return tuple(
+            tuple(sorted((run for run in self._runs if run.rank == rank), key=lambda run: run.start))
+            for rank in range(len(self.blocks_by_rank))
+        )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """parts[r]: (B, width of r) -> embeddings_BFD, in one copy, or none where one part is all in order."""
-        if self._is_one_part_in_order:
-            return parts[0].view(-1, self.num_features, self.embedding_dim)
-        pieces = [
-            (block.feature, block.first, piece)
-            for part, blocks in zip(parts, self.blocks_by_rank, strict=True)
-            for block, piece in zip(blocks, part.split([block.width for block in blocks], dim=1), strict=True)
-        ]
-        pieces.sort(key=lambda piece: piece[:2])
-        joined = torch.cat([piece for *_, piece in pieces], dim=1)
+        pieces = [parts[run.rank].narrow(1, run.start, run.width) for run in self._runs]
+        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return joined.view(-1, self.num_features, self.embedding_dim)
 
     def split(self, x_BFD: Tensor, out: Sequence[Tensor]) -> None:
         """The reverse of `join`: copy x_BFD's columns into out[r]: (B, width of r)."""
-        for part, blocks in zip(out, self.blocks_by_rank, strict=True):
-            if blocks:
-                torch.cat([x_BFD[:, block.feature, block.first : block.last] for block in blocks], dim=1, out=part)
+        columns = x_BFD.reshape(-1, self.num_features * self.embedding_dim)
+        for part, runs in zip(out, self._runs_by_rank, strict=True):
+            if runs:
+                torch.cat([columns.narrow(1, run.column, run.width) for run in runs], dim=1, out=part)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Columns [column, column + width) of all features' embeddings side by side: from `start` of `rank`'s part."""
+
+    column: int
+    rank: int
+    start: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,9 @@ class PooledExchange:
 
     The loss is a mean over each rank's batch, and the dense gradients are averaged over ranks; table gradients arrive
     as a sum over ranks, so they are divided by the world size here, and nowhere else.
+
+    Gradients are about 1 / global batch; on an fp16 wire they are multiplied by the power of two at or below the global
+    batch, and divided by it where they arrive.
     """
 
     def __init__(
@@ -127,6 +153,8 @@ class PooledExchange:
     ) -> None:
         self._layout, self._batch_size, self._padded_batch = layout, batch_size, padded_batch
         self._group, self._wires, self._overlap = group, wires, overlap
+        global_batch = max(1, padded_batch * len(layout.blocks_by_rank))
+        self._gradient_scale = 2.0 ** (global_batch.bit_length() - 1)
         self._under_way: _UnderWay | None = None
 
     def start(self, pooled: Tensor) -> Tensor:
@@ -162,8 +190,10 @@ class PooledExchange:
         parts = [part.view(padded, sum(widths)) for part, widths in zip(flat.split(sizes), blocks, strict=True)]
         self._layout.split(grad_BFD, [part[:rows] for part in parts])
         if wire.dtype != "fp32":
-            encoded = [wire.encode(part, widths).reshape(-1) for part, widths in zip(parts, blocks, strict=True)]
-            flat = torch.cat(encoded)
+            encoded = [
+                wire.encode(part, widths, self._gradient_scale) for part, widths in zip(parts, blocks, strict=True)
+            ]
+            flat = torch.cat([part.reshape(-1) for part in encoded])
         own = wire.row_size(blocks[self._layout.rank])
         self._send(flat, [wire.row_size(widths) for widths in blocks], [own] * len(blocks))
 
@@ -172,7 +202,7 @@ class PooledExchange:
         wire, blocks = self._wires.backward, self._layout.widths_by_rank
         own = blocks[self._layout.rank]
         (rows,) = self._receive([wire.row_size(own)], count=len(blocks))
-        return wire.decode(rows, own).div_(len(blocks))
+        return wire.decode(rows, own, self._gradient_scale).div_(len(blocks))
 
     def _send(self, flat: Tensor, send_widths: Sequence[int], receive_widths: Sequence[int]) -> None:
         send, receive = ([self._padded_batch * width for width in widths] for widths in (send_widths, receive_widths))

@@ -24,7 +24,7 @@ from pydantic import (
 
 from dhen.model.names import unknown_name
 from dhen.parallel.deepspeed_keys import check_sections, refusal, top_level_keys
-from dhen.parallel.sharded_tables import TableDtype, TableOptimizer, TableRounding
+from dhen.parallel.table_lookup import TableDtype, TableOptimizer, TableRounding
 from dhen.parallel.wire import WireDtype
 
 SECTION = "dhen"

@@ -12,8 +12,8 @@ In this order, each step relying on the one before:
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import deepspeed
 import torch
@@ -29,14 +29,14 @@ from dhen.parallel.activation_checkpointing import checkpoint_layers
 from dhen.parallel.activation_offload import offload_layers
 from dhen.parallel.collectives import Wires
 from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
+from dhen.parallel.id_exchange import SentIds, check_ids
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
-from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, PendingEmbeddings, SentIds, ShardedTables, check_ids
+from dhen.parallel.sharded_tables import PendingEmbeddings, ShardedTables
 from dhen.parallel.table_costs import CostsError, StepSetting, read_costs
+from dhen.parallel.table_lookup import ADAGRAD_EPSILON, MEMORY_SHARE
 from dhen.parallel.topology import ShardGroups, Topology
 from dhen.parallel.wire import Wire
 
-_TABLE_SHARE = 0.8
-"""Of a rank's memory, for tables."""
 _SCORING_BATCH = 4096
 logger = logging.getLogger(__name__)
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -218,11 +218,13 @@ def parallelize(
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
     """The tables over all ranks, to be loaded by the caller, and the whole dense part on each. No DeepSpeed."""
-    options = PlacementOptions(memory_bytes=_memory_bytes(topology))
     setting = StepSetting(topology.world_size, topology.local_size, _SCORING_BATCH, optimizer="sgd")
-    costs = read_costs(_costs_name(None, topology), setting)
-    what = (config.tables, config.embedding_dim, setting, costs)
-    placement = rank_zeros(topology, lambda: place_tables(*what, options=options))
+    limits, what = _memory_bytes(topology), (config.tables, config.embedding_dim, setting)
+
+    def place(options: PlacementOptions) -> Placement:
+        return place_tables(*what, read_costs(_costs_name(None, topology), setting), options=options)
+
+    placement = rank_zeros(topology, lambda: _place_within(limits, PlacementOptions(), place))
     tables = shard_tables(config, topology, placement, DhenSection(table_optimizer="sgd"), ADAGRAD_EPSILON, seed=0)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
@@ -278,19 +280,19 @@ def _place(
     options = PlacementOptions(
         max_column_shards=asked.max_column_shards,
         by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
-        memory_bytes=int(asked.memory_gib * 2**30) if asked.memory_gib else _memory_bytes(topology),
         cuts=table_cuts or {},
         replicate_below_rows=asked.replicate_below_rows,
         replicated=replicated,
     )
+    limits = [int(asked.memory_gib * 2**30)] if asked.memory_gib else _memory_bytes(topology)
     needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
 
-    def plan() -> Placement:
+    def place(options: PlacementOptions) -> Placement:
         costs = read_costs(_costs_name(asked.costs, topology), *needed_for)
         return place_tables(config.tables, config.embedding_dim, setting, costs, ids_per_bag, options)
 
     try:
-        return rank_zeros(topology, plan)
+        return rank_zeros(topology, lambda: _place_within(limits, options, place))
     except (PlacementError, CostsError) as error:
         raise DsConfigError(f"{ds_config.path}: {error}") from error
 
@@ -317,15 +319,29 @@ def _costs_name(name: str | None, topology: Topology) -> str:
     return name or ("gpu" if topology.device.type == "cuda" else "cpu")
 
 
-def _memory_bytes(topology: Topology) -> int:
-    """What a rank may fill with tables: most of its device's memory, or its share of the machine's. Communicates."""
+def _place_within(
+    limits: Sequence[int], options: PlacementOptions, place: Callable[[PlacementOptions], Placement]
+) -> Placement:
+    """The placement under the first limit of a rank's memory that is enough. Raises PlacementError."""
+    *smaller, largest = limits
+    for limit in smaller:
+        with contextlib.suppress(PlacementError):
+            return place(replace(options, memory_bytes=limit))
+    return place(replace(options, memory_bytes=largest))
+
+
+def _memory_bytes(topology: Topology) -> list[int]:
+    """What a rank may fill with tables: most of its share of the host's memory. Communicates.
+
+    On GPUs most of the device's, and if that isn't enough, both: what is beyond the device is cached there.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // topology.local_size]
     if topology.device.type == "cuda":
-        has = torch.cuda.get_device_properties(topology.device).total_memory
-    else:
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // topology.local_size
-    least = torch.tensor(has, dtype=torch.int64, device=topology.device)
+        on_device = torch.cuda.get_device_properties(topology.device).total_memory
+        limits = [on_device, on_device + limits[0]]
+    least = torch.tensor(limits, dtype=torch.int64, device=topology.device)
     dist.all_reduce(least, dist.ReduceOp.MIN, group=topology.world)
-    return int(_TABLE_SHARE * int(least))
+    return [int(MEMORY_SHARE * limit) for limit in least.tolist()]
 
 
 def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None:

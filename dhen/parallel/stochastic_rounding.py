@@ -5,14 +5,15 @@ probability of the part that is lost, it is kept on average. FBGEMM does so on C
 there its lookup serves the forward, and the update is done here, in float32, for the rows of the batch.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
 
 _LARGEST = torch.finfo(torch.float16).max
-_LEAST_NORMAL, _LEAST_SUBNORMAL = 2.0**-14, 2.0**-24
+_LEAST_NORMAL = torch.finfo(torch.float16).smallest_normal
 _DROPPED_BITS = 13
 """Bits of float32's mantissa that float16 hasn't."""
 
@@ -20,32 +21,45 @@ _DROPPED_BITS = 13
 def round_stochastically(x: Tensor) -> Tensor:
     """float32 -> float16, to one of the two neighbours, so that the mean is x; beyond float16's range it saturates."""
     x = x.clamp(-_LARGEST, _LARGEST)
+    # Below its least normal number float16's are equally far apart, as far as those just above it: shifted there, they
+    # are rounded as all others are.
+    shift = torch.copysign((x.abs() < _LEAST_NORMAL).float().mul_(_LEAST_NORMAL), x)
+    bits = x.add_(shift).view(torch.int32)
     # Four draws of 16 random bits in one of 64; only 13 of each are used.
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_()
-    draws = draws.view(torch.int16)[: x.numel()].view(x.shape).to(torch.int32).bitwise_and_((1 << _DROPPED_BITS) - 1)
-    bits = x.view(torch.int32).add(draws).bitwise_and_(-1 << _DROPPED_BITS)
-    rounded = bits.view(torch.float32).clamp_(-_LARGEST, _LARGEST)
-    is_small = x.abs() < _LEAST_NORMAL  # there float16's numbers are equally far apart
-    if is_small.any():
-        small = x[is_small]
-        up = draws[is_small].float().div_(1 << _DROPPED_BITS)
-        rounded[is_small] = torch.floor(small / _LEAST_SUBNORMAL + up) * _LEAST_SUBNORMAL
-    return rounded.half()
+    draws = draws.view(torch.int16)[: x.numel()].view(x.shape).bitwise_and_((1 << _DROPPED_BITS) - 1)
+    bits.add_(draws).bitwise_and_(-1 << _DROPPED_BITS)
+    return x.sub_(shift).half()
+
+
+@dataclass(frozen=True)
+class _Width:
+    """Neighbouring tables of one width, as one: their rows one after another.
+
+    tables: numbers of the first and of the one behind the last; columns: of the lookup's output, likewise. first_rows:
+    number of each table's first row.
+    """
+
+    tables: tuple[int, int]
+    columns: tuple[int, int]
+    first_rows: Tensor
+    weight: Tensor
+    state: Tensor | None
 
 
 class RoundedTables:
     """Lookup by FBGEMM, update here. Serves the tables of one `lookup`, whose weights and states it works on.
 
-    optimizer: "rowwise_adagrad", "adagrad" or "sgd". columns: of each shard. epsilon: Adagrad's.
+    All tables of one width are updated together; those of one width should be neighbours. optimizer: "rowwise_adagrad",
+    "adagrad" or "sgd". epsilon: Adagrad's.
     """
 
-    def __init__(
-        self, lookup: SplitTableBatchedEmbeddingBagsCodegen, columns: Sequence[int], optimizer: str, epsilon: float
-    ) -> None:
+    def __init__(self, lookup: SplitTableBatchedEmbeddingBagsCodegen, optimizer: str, epsilon: float) -> None:
         self.learning_rate = 0.0
-        self._lookup, self._columns = lookup, list(columns)
+        self._lookup = lookup
         self._optimizer, self._epsilon = optimizer, epsilon
         self._leaf = torch.empty(0, requires_grad=True)  # of the graph: the weights aren't autograd's
+        self._widths = _by_width(lookup, has_state=optimizer != "sgd")
 
     def __call__(self, ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
         """Pooled embeddings, as the lookup gives them. Its backward updates the tables."""
@@ -57,23 +71,23 @@ class RoundedTables:
 
     def update(self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, learning_rate: float) -> None:
         """One step from the gradient of all pooled embeddings, (bags, sum of columns)."""
-        tables = self._lookup.split_embedding_weights()
-        states = self._lookup.split_optimizer_states() if self._optimizer != "sgd" else [[None]] * len(tables)
         num_bags = grad.shape[0]
-        ends = offsets[::num_bags].tolist()
-        lengths = offsets.diff()
-        for table, grad_of_bags in enumerate(grad.split(self._columns, dim=1)):
-            here = slice(ends[table], ends[table + 1])
-            bags = torch.arange(num_bags).repeat_interleave(
-                lengths[table * num_bags : (table + 1) * num_bags], output_size=here.stop - here.start
-            )
-            grad_of_ids = grad_of_bags[bags]
+        for of_width in self._widths:
+            first, last = of_width.tables
+            ends = offsets[first * num_bags : last * num_bags + 1]
+            here = slice(int(ends[0]), int(ends[-1]))
+            bag_of_id = torch.arange(len(ends) - 1).repeat_interleave(ends.diff(), output_size=here.stop - here.start)
+            table_of_id = bag_of_id // num_bags
+            # A row of `grads` is a bag's gradient for one table; bags are counted table by table.
+            grads = grad[:, slice(*of_width.columns)].reshape(-1, of_width.weight.shape[1])
+            grad_of_ids = grads[(bag_of_id - table_of_id * num_bags) * (last - first) + table_of_id]
             if weights is not None:
                 grad_of_ids = grad_of_ids * weights[here, None]
-            rows, row_of_id = torch.unique(ids[here], return_inverse=True)
-            grad_of_rows = grad.new_zeros(len(rows), grad_of_bags.shape[1]).index_add_(0, row_of_id, grad_of_ids)
-            step = self._step(rows, grad_of_rows, states[table][0])
-            tables[table][rows] = round_stochastically(tables[table][rows].float() - learning_rate * step)
+            rows, row_of_id = torch.unique(ids[here] + of_width.first_rows[table_of_id], return_inverse=True)
+            grad_of_rows = grad.new_zeros(len(rows), grads.shape[1]).index_add_(0, row_of_id, grad_of_ids)
+            step = self._step(rows, grad_of_rows, of_width.state)
+            before = of_width.weight[rows].float()
+            of_width.weight[rows] = round_stochastically(before.sub_(step, alpha=learning_rate))
 
     def _step(self, rows: Tensor, grad: Tensor, state: Tensor | None) -> Tensor:
         """What a learning rate of 1 would take off the rows."""
@@ -84,6 +98,35 @@ class RoundedTables:
         state[rows] = sums
         scale = sums.sqrt().add_(self._epsilon)
         return grad / (scale[:, None] if scale.dim() == 1 else scale)
+
+
+def _by_width(lookup: SplitTableBatchedEmbeddingBagsCodegen, *, has_state: bool) -> list[_Width]:
+    weights = lookup.split_embedding_weights()
+    states = [state for (state,) in lookup.split_optimizer_states()] if has_state else None
+    widths, column, first = [], 0, 0
+    for width, group in groupby(weights, key=lambda weight: weight.shape[1]):
+        tables = list(group)
+        last = first + len(tables)
+        rows = torch.tensor([0] + [len(table) for table in tables]).cumsum(0)
+        widths.append(
+            _Width(
+                tables=(first, last),
+                columns=(column, column + width * len(tables)),
+                first_rows=rows[:-1],
+                weight=_joined(tables),
+                state=None if states is None else _joined(states[first:last]),
+            )
+        )
+        column, first = column + width * len(tables), last
+    return widths
+
+
+def _joined(tables: list[Tensor]) -> Tensor:
+    """Tables that FBGEMM keeps one behind the other, as one: the same memory, all their rows."""
+    joined = tables[0].as_strided((sum(map(len, tables)), *tables[0].shape[1:]), tables[0].stride())
+    ends = [table.data_ptr() + table.nbytes for table in tables]
+    assert [table.data_ptr() for table in tables[1:]] == ends[:-1]
+    return joined
 
 
 class _LookUp(torch.autograd.Function):

@@ -1,8 +1,10 @@
 """What travels of a matrix of embeddings or their gradients: fewer bytes an element, for one all-to-all (paper 3.2.1).
 
-Rows are examples; a row is several blocks of columns, each of one table shard. fp16 saturates where a value is beyond
-what it can hold, and never becomes inf. int8 has one scale for each row and block, its largest magnitude over 127, so a
-large table doesn't cost a small one its digits; the scales travel in the row, behind its values. NaN stays NaN.
+Rows are examples; a row is several blocks of columns, each of one table shard. fp16 saturates where a number is beyond
+what it can hold; what was infinite before stays so, and shows that the training diverges. Gradients of a mean over many
+examples are smaller than what fp16 resolves, so they are multiplied by a power of two on the way. int8 has one scale
+for each row and block, its largest magnitude over 127, so a large table doesn't cost a small one its digits; the scales
+travel in the row, behind its values, and a block with an infinite value arrives as NaN. NaN stays NaN.
 """
 
 from collections.abc import Sequence
@@ -35,20 +37,23 @@ class Wire:
         """Elements that are sent of a row whose blocks have these widths."""
         return sum(widths) + (_SCALE_BYTES * len(widths) if self.dtype == "int8" else 0)
 
-    def encode(self, rows: Tensor, widths: Sequence[int]) -> Tensor:
-        """float32 (rows, sum of widths) -> what is sent: (rows, row_size)."""
+    def encode(self, rows: Tensor, widths: Sequence[int], scale: float = 1.0) -> Tensor:
+        """float32 (rows, sum of widths) -> what is sent: (rows, row_size). scale: fp16's, a power of two."""
         if self.dtype == "int8":
             return _to_int8(rows, widths)
-        if self.dtype == "fp16":
-            rows = rows.clamp(-_LARGEST_FP16, _LARGEST_FP16)
-        return rows.to(self.torch_dtype)
+        return _to_fp16(rows * scale if scale != 1.0 else rows) if self.dtype == "fp16" else rows.to(self.torch_dtype)
 
-    def decode(self, sent: Tensor, widths: Sequence[int]) -> Tensor:
-        """The reverse, but for what the dtype can't hold."""
-        return _from_int8(sent, widths) if self.dtype == "int8" else sent.float()
+    def decode(self, sent: Tensor, widths: Sequence[int], scale: float = 1.0) -> Tensor:
+        """The reverse, but for what the dtype can't hold; `scale` is the one it was encoded with."""
+        if self.dtype == "int8":
+            return _from_int8(sent, widths)
+        return sent.float().div_(scale) if self.dtype == "fp16" and scale != 1.0 else sent.float()
 
 
-_LARGEST_FP16 = torch.finfo(torch.float16).max
+def _to_fp16(rows: Tensor) -> Tensor:
+    sent = rows.to(torch.float16)
+    largest = torch.finfo(torch.float16).max
+    return torch.where(rows.isinf(), sent, sent.clamp(-largest, largest))
 
 
 def _to_int8(rows: Tensor, widths: Sequence[int]) -> Tensor:

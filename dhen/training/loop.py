@@ -9,8 +9,8 @@ from typing import Any
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.data.batches import Batch, BatchLoader
+from dhen.parallel.id_exchange import SentIds
 from dhen.parallel.parallelize import ParallelDhen, ScoringDhen
-from dhen.parallel.sharded_tables import SentIds
 from dhen.training.arguments import TrainingArguments
 from dhen.training.checkpoint import TrainerState, delete_old_checkpoints, save_checkpoint
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_learning_rate

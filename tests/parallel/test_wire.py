@@ -81,7 +81,7 @@ def bytes_of_a_step(topology: Topology, forward: str, backward: str) -> tuple[in
     right = dist.all_to_all_single
 
     def counted(received, flat, receive, send, **options):
-        if flat.dtype != torch.int64:
+        if flat.dtype not in (torch.int32, torch.int64):
             sent.append(send[1 - topology.rank] * flat.element_size())
         return right(received, flat, receive, send, **options)
 

@@ -1,0 +1,84 @@
+"""FBGEMM's tables of one rank: where their weights live, their dtype, their optimizer (paper 3.2.1)."""
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    BoundsCheckMode,
+    ComputeDevice,
+    EmbeddingLocation,
+    PoolingMode,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+
+TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+TableDtype = Literal["fp32", "fp16"]
+TableRounding = Literal["stochastic", "nearest"]
+
+ADAGRAD_EPSILON = 1e-8
+MEMORY_SHARE = 0.8
+"""Of a device's memory, for tables."""
+CACHED_SHARE = 0.2
+"""Of the rows of a table in the host's memory, how many the GPU caches: FBGEMM's default."""
+
+_OPTIMIZERS = {
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+}
+_DTYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16}
+
+
+def make_lookup(
+    sizes: Sequence[tuple[int, int]],
+    device: torch.device,
+    optimizer: TableOptimizer,
+    table_dtype: TableDtype = "fp32",
+    epsilon: float = ADAGRAD_EPSILON,
+    *,
+    rounds_stochastically: bool = False,
+    cached: Collection[int] = (),
+) -> SplitTableBatchedEmbeddingBagsCodegen:
+    """FBGEMM's tables of (rows, columns) each, on `device`, summed over bags, with the optimizer in their backward.
+
+    rounds_stochastically: fp16 updates; on the CPU FBGEMM ignores it, see `RoundedTables`. cached: numbers of the
+    tables that stay in the host's memory, on CUDA, behind a cache on the GPU.
+    """
+    return SplitTableBatchedEmbeddingBagsCodegen(
+        [(*size, *_location(device, index in cached)) for index, size in enumerate(sizes)],
+        weights_precision=_DTYPES[table_dtype],
+        output_dtype=SparseType.FP32,
+        optimizer=_OPTIMIZERS[optimizer],
+        learning_rate=0.0,
+        eps=epsilon,
+        stochastic_rounding=rounds_stochastically,
+        cache_load_factor=CACHED_SHARE,
+        pooling_mode=PoolingMode.SUM,
+        bounds_check_mode=BoundsCheckMode.NONE,  # ids are checked before they travel
+        device=device,
+    )
+
+
+def _location(device: torch.device, is_cached: bool) -> tuple[EmbeddingLocation, ComputeDevice]:
+    """FBGEMM refuses crossed pairs."""
+    if device.type == "cpu":
+        return EmbeddingLocation.HOST, ComputeDevice.CPU
+    return EmbeddingLocation.MANAGED_CACHING if is_cached else EmbeddingLocation.DEVICE, ComputeDevice.CUDA
+
+
+def beyond_device(num_bytes: Sequence[int], device_bytes: int) -> frozenset[int]:
+    """Which of the tables must leave the device for the rest, and the cache of those that left, to fit into it.
+
+    The largest leave first: fewest tables pay for the way over the bus.
+    """
+    left: set[int] = set()
+    by_size = sorted(range(len(num_bytes)), key=lambda index: (-num_bytes[index], index))
+    needed = float(sum(num_bytes))
+    for index in by_size:
+        if needed <= device_bytes:
+            break
+        needed -= (1.0 - CACHED_SHARE) * num_bytes[index]
+        left.add(index)
+    return frozenset(left)
