@@ -13,16 +13,22 @@ _context.set_forkserver_preload(["dhen.parallel.parallelize"])
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300, local_size: int | None = None
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 300,
+    local_size: int | None = None,
+    on_gpu: bool = False,
 ) -> list[Any]:
     """`function(topology, *args)` on each rank; returns the results by rank. Raises what a rank raised, as text.
 
-    local_size: ranks of one node, where they shall take themselves for several nodes' ranks.
+    local_size: ranks of one node, where they shall take themselves for several nodes' ranks. on_gpu: each on one.
     """
-    results = _context.Queue()
+    context = multiprocessing.get_context("spawn") if on_gpu else _context  # CUDA doesn't survive a fork
+    results = context.Queue()
     port = free_port()
     ranks = [
-        _context.Process(
+        context.Process(
             target=_one_rank,
             args=(rank_environment(rank, world_size, port, local_size or world_size), results, function, args),
         )

@@ -108,7 +108,7 @@ def make_tables(topology: Topology, optimizer: str, cuts: dict[str, int] = WHOLE
 def columns_of(tables: ShardedTables) -> dict[tuple[str, int], dict[str, Tensor]]:
     """This rank's tensors by table and first column."""
     return {
-        (shard.name, shard.first_column): {kind: tensor.clone() for kind, tensor in tensors.items()}
+        (shard.name, shard.first_column): {kind: tensor.cpu().clone() for kind, tensor in tensors.items()}
         for shard, tensors in tables.shard_tensors()
     }
 
@@ -125,9 +125,9 @@ def train_sharded(topology: Topology, kind: str, optimizer: str, cut: str) -> tu
     outputs = []
     for step in range(STEPS):
         size = rank_sizes(step, topology.world_size)[topology.rank]
-        embeddings_BFD = tables(batch_of(kind, step, topology.rank, size))
-        outputs.append(embeddings_BFD.detach().clone())
-        (embeddings_BFD * target_of(step, topology.rank, size)).sum().backward()
+        embeddings_BFD = tables(batch_of(kind, step, topology.rank, size).to(topology.device))
+        outputs.append(embeddings_BFD.detach().cpu().clone())
+        (embeddings_BFD * target_of(step, topology.rank, size).to(topology.device)).sum().backward()
     return outputs, columns_of(tables)
 
 
@@ -143,9 +143,12 @@ def sharded(world_size: int) -> list[dict[tuple[str, str, str], tuple[list[Tenso
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_lookups_and_updates_equal_the_formula(world_size, case):
+    assert_equal_to_formula(world_size, case, [of_rank[case] for of_rank in sharded(world_size)])
+
+
+def assert_equal_to_formula(world_size: int, case: tuple[str, str, str], by_rank: list[tuple[list[Tensor], dict]]):
     kind, optimizer, cut = case
     reference = Reference(CUT if cut == "cut" else WHOLE)
-    by_rank = [of_rank[case] for of_rank in sharded(world_size)]
     for step in range(STEPS):
         losses = []
         for rank, size in enumerate(rank_sizes(step, world_size)):

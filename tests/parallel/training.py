@@ -48,10 +48,10 @@ def train(
     losses = []
     for step, batch in enumerate(global_batches(steps, global_batch)):
         before_step(step, model)
-        total = torch.zeros(1)
+        total = torch.zeros(1, device=topology.device)
         for micro_step in range(accumulation):
             first = (micro_step * topology.world_size + topology.rank) * micro
-            sparse, dense_BN, labels_B = batch.rows(first, first + micro)
+            sparse, dense_BN, labels_B = (part.to(topology.device) for part in batch.rows(first, first + micro))
             logits_B = model.score(model.look_up(sparse), dense_BN, sparse)
             loss = binary_cross_entropy_with_logits(logits_B, labels_B)
             model.step(loss)

@@ -1,0 +1,80 @@
+"""Where FBGEMM's tables live, in which order a rank has its shards, and how many bytes an id takes on its way."""
+
+import torch
+
+from dhen.model.configuration_dhen import SparseFeature
+from dhen.model.features import SparseIds
+from dhen.parallel.collectives import ColumnBlock, PooledLayout
+from dhen.parallel.id_exchange import IdExchange
+from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, TableShard
+from dhen.parallel.sharded_tables import ShardedTables
+from dhen.parallel.table_lookup import CACHED_SHARE, beyond_device
+from dhen.parallel.topology import Topology
+from tests.ranks import run_ranks
+
+
+def test_tables_leave_the_device_only_where_they_do_not_fit():
+    assert beyond_device([10, 20, 30], 60) == frozenset()
+    assert beyond_device([10, 20, 30], 59) == {2}
+    assert beyond_device([10, 30, 30], 30) == {1, 2}, "of two equal ones the first"
+    assert beyond_device([100], 10) == {0}
+    assert beyond_device([], 0) == frozenset()
+    stays = 10 + 20 + CACHED_SHARE * 30
+    assert beyond_device([10, 20, 30], int(stays)) == {2}, "the cache of what left counts"
+
+
+def test_the_hosts_memory_is_used_where_the_devices_is_too_small():
+    from dhen.parallel.parallelize import _place_within
+
+    tried = []
+
+    def place(options: PlacementOptions) -> Placement:
+        tried.append(options.memory_bytes)
+        if options.memory_bytes < 50:
+            raise PlacementError("no room")
+        return Placement((), 1)
+
+    _place_within([60, 100], PlacementOptions(), place)
+    _place_within([40, 100], PlacementOptions(), place)
+    assert tried == [60, 40, 100]
+
+
+def test_neighbouring_blocks_are_joined_and_split_as_one():
+    blocks = ((ColumnBlock(1, 0, 4), ColumnBlock(2, 0, 4)), (ColumnBlock(0, 0, 4),))
+    layout = PooledLayout(blocks, num_features=3, embedding_dim=4, rank=0)
+    assert len(layout._runs) == 2
+    parts = [torch.arange(16.0).view(2, 8), torch.arange(100.0, 108.0).view(2, 4)]
+    joined = layout.join(parts)
+    assert joined[0].flatten().tolist() == [100, 101, 102, 103, *range(8)]
+    out = [torch.empty(2, 8), torch.empty(2, 4)]
+    layout.split(joined, out)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(out, parts, strict=True))
+
+
+def send_few_and_many(topology: Topology) -> dict[str, tuple]:
+    """Ids of a small table, and of one with more rows than 32 bits count."""
+    result = {}
+    for name, rows in (("small", 50), ("large", 2**31 + 10)):
+        shard = TableShard(0, name, rows, 0, 4, 0)
+        exchange = IdExchange((SparseFeature(name, rows),), [(shard,)], topology)
+        own = exchange.send(SparseIds(torch.tensor([rows - 1, 3]), 1)).result()
+        result[name] = (own.ids.dtype, own.offsets.dtype, own.ids.tolist())
+    return result
+
+
+def test_ids_travel_in_32_bits_where_every_table_has_fewer_rows():
+    (sent,) = run_ranks(1, send_few_and_many)
+    assert sent["small"] == (torch.int32, torch.int32, [49, 3])
+    assert sent["large"] == (torch.int64, torch.int64, [2**31 + 9, 3])
+
+
+def widths_of_own_shards(topology: Topology) -> list[int]:
+    shards = (TableShard(0, "a", 5, 0, 8, 0), TableShard(1, "b", 5, 0, 4, 0), TableShard(1, "b", 5, 4, 8, 0))
+    shards = (*shards, TableShard(2, "c", 5, 0, 8, 0))
+    features = tuple(SparseFeature(name, 5) for name in "abc")
+    tables = ShardedTables(features, 8, Placement(shards, 1), topology, table_dtype="fp16", table_rounding="stochastic")
+    return [shard.num_columns for shard in tables.shards]
+
+
+def test_shards_of_one_width_are_neighbours():
+    assert run_ranks(1, widths_of_own_shards) == [[4, 4, 8, 8]]
