@@ -2,25 +2,33 @@
 
     python tools/compare_precision.py --config recipes/configs/frappe.yaml --epochs 1
 
-Trains the recipe once a variant, on two nodes of this machine (tools/cluster.py), from the same seed, and prints what a
-node's interface sent, MiB of tables and of the dense part's states on rank 0, and the test split's NE beside that of
-plain fp32. Arguments that it doesn't know go to recipes/train.py.
+Trains the recipe once a variant and seed, on two nodes of this machine (tools/cluster.py), and prints: what node 0's
+interface sent in the training steps, by step (evaluation and tests not among them); MiB of rank 0's tables; MiB of the
+tensors that its engine holds between a backward and the optimizer's step; and the test split's NE over the seeds beside
+that of plain fp32. results.json has every run, and the engine's tensors by dtype. Arguments that it doesn't know go to
+recipes/train.py.
 """
 
 import argparse
+import functools
 import json
 import math
+import os
+import runpy
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import Cluster, ClusterError, signals_end_it, wait
+from cluster import INTERFACE, Cluster, ClusterError, signals_end_it, wait
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
+MEASURED_FILE = "measured.json"
 BF16_OPTIMIZER = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "fp32": ("zero2", {}),
@@ -38,115 +46,213 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """ds_config and what is changed in it."""
 
 
+ROLES = ("weights", "masters", "moments", "gradients", "buffers")
+
+
 @dataclass(frozen=True)
 class Result:
-    """One run. bytes_a_step: that left node 0. *_bytes: of rank 0; states are weights, masters and Adam's moments."""
+    """One run. bytes_a_step: that left node 0. table_bytes: of rank 0, with the optimizer's state.
+
+    dense_bytes: of rank 0's engine between backward and step, by "<role> <dtype>".
+    """
 
     variant: str
+    seed: int
     bytes_a_step: float
     table_bytes: int
-    dense_state_bytes: int
+    dense_bytes: dict[str, int]
     ne: float
     auc: float
 
 
-def train(variant: str, arguments: argparse.Namespace, cluster: Cluster, folder: Path) -> Result:
+def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Cluster, folder: Path) -> Result:
     """Train one variant on the cluster. Raises RuntimeError if it fails."""
     name, changes = VARIANTS[variant]
     config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
     for key, value in changes.items():
         config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
-    run = folder / variant.replace(" ", "_").replace(",", "")
+    run = folder / f"{variant.replace(' ', '_').replace(',', '')}-{seed}"
     ds_config = folder / f"{run.name}.json"
     ds_config.write_text(json.dumps(config), encoding="utf-8")
-    flags = [f"--config={arguments.config}", f"--ds_config={ds_config}", f"--output_dir={run}"]
+    flags = [f"--config={arguments.config}", f"--ds_config={ds_config}", f"--output_dir={run}", f"--seed={seed}"]
     flags += ["--overwrite_output_dir", f"--num_train_epochs={arguments.epochs}", "--lr_scheduler_type=constant"]
-    before = cluster.bytes_sent(0)
-    if wait(cluster.start(arguments.ranks_per_node, [str(ROOT / "recipes" / "train.py"), *flags, *arguments.more])):
-        raise RuntimeError(f"{variant} failed; what it printed stands above.")
-    sent = cluster.bytes_sent(0) - before
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    placement = json.loads((run / "placement.json").read_text(encoding="utf-8"))
+    if wait(cluster.start(arguments.ranks_per_node, [__file__, *flags, *arguments.more])):
+        raise RuntimeError(f"{variant} with seed {seed} failed; what it printed stands above.")
+    measured, summary, placement = (
+        json.loads((run / file).read_text(encoding="utf-8"))
+        for file in (MEASURED_FILE, "summary.json", "placement.json")
+    )
     tables = sum(shard["num_bytes"] for shard in placement["shards"] if shard["rank"] == 0)
     test = summary["test"]
-    return Result(variant, sent / summary["steps"], tables, dense_state_bytes(run), test["ne"], test["auc"])
+    return Result(variant, seed, measured["bytes_a_step"], tables, measured["dense_bytes"], test["ne"], test["auc"])
 
 
-def dense_state_bytes(run: Path) -> int:
-    """Weights, masters and optimizer states of rank 0, as its last checkpoint's tensors have them."""
-    import torch
+def train_here() -> None:
+    """One rank's part: recipes/train.py, with counters read around its steps. Communicates; all ranks call it."""
+    recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
+    recipe["log_to_stderr"]()
+    arguments = recipe["parse_arguments"](quickstart=recipe["QUICKSTART"])
+    topology = recipe["job"].start()
+    model, loaders, prepared = recipe["set_up"](arguments, topology)
+    trainer, progress = recipe["make_trainer"](arguments, model, loaders)
+    trainer.validation_loader = None  # its traffic is no step's
+    dense_bytes: dict[str, int] = {}
+    step = model.engine.step
 
-    folder = run / (run / "latest").read_text(encoding="utf-8").strip()
-    files = [path for path in folder.glob("*_states.pt") if "rank_0_" in path.name or "rank_00_" in path.name]
-    seen: dict[int, int] = {}
-    for path in files:
-        collect(torch.load(path, map_location="cpu", weights_only=False), seen)
-    return sum(seen.values())
+    def measure_once() -> None:
+        model.engine.step = step
+        dense_bytes.update(engine_bytes(model.engine))
+        step()
+
+    model.engine.step = measure_once
+    topology.barrier()
+    before = bytes_sent()
+    trainer.train(progress)
+    topology.barrier()
+    sent = bytes_sent() - before
+    progress.close()
+    recipe["finish"](arguments, trainer, progress, loaders, prepared)
+    if topology.is_main:
+        measured = {"bytes_a_step": sent / trainer.state.step, "dense_bytes": dense_bytes}
+        (Path(arguments.training.output_dir) / MEASURED_FILE).write_text(json.dumps(measured), encoding="utf-8")
+    recipe["job"].stop()
 
 
-def collect(value: Any, seen: dict[int, int]) -> None:
-    """Bytes of every tensor's storage in nested containers, each counted once."""
-    import torch
+def bytes_sent() -> int:
+    """Bytes that have left this node over its link."""
+    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
 
-    if isinstance(value, torch.Tensor):
-        storage = value.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(value, dict):
-        for item in value.values():
-            collect(item, seen)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            collect(item, seen)
+
+def engine_bytes(engine: Any) -> dict[str, int]:
+    """Bytes of the tensors that a DeepSpeed engine holds, by "<role> <dtype>", each storage once."""
+    optimizer = engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)  # ZeRO's wraps torch's
+    parameters = list(engine.module.parameters())
+    held = vars(optimizer) if optimizer is not inner else {}
+    by_role: dict[str, Iterable[Tensor]] = {
+        "weights": [getattr(p, "ds_tensor", p.data) for p in parameters],
+        "masters": tensors_in([group["params"] for group in inner.param_groups]),
+        "moments": tensors_in([*inner.state.values()]),
+        "gradients": [
+            *(p.grad for p in parameters if p.grad is not None),
+            *tensors_in([value for name, value in held.items() if "grad" in name]),
+        ],
+        "buffers": tensors_in([value for name, value in held.items() if "param" not in name]),
+    }
+    if optimizer is not inner:  # ZeRO keeps masters beside what torch's optimizer steps
+        masters = [value for name, value in held.items() if "fp32" in name]
+        by_role["masters"] = [*by_role["masters"], *tensors_in(masters)]
+    seen: set[int] = set()
+    total: dict[str, int] = {}
+    for role in ROLES:
+        for tensor in by_role[role]:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen and storage.nbytes():
+                seen.add(storage.data_ptr())
+                key = f"{role} {str(tensor.dtype).removeprefix('torch.')}"
+                total[key] = total.get(key, 0) + storage.nbytes()
+    return total
+
+
+@functools.singledispatch
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers, and in plain objects that hold them."""
+    if type(value).__module__.startswith("deepspeed.runtime.zero") and hasattr(value, "__dict__"):
+        yield from tensors_in(vars(value))
+
+
+@tensors_in.register
+def _(value: Tensor) -> Iterator[Tensor]:
+    yield value
+    if value.is_leaf and value.grad is not None:
+        yield value.grad
+
+
+@tensors_in.register
+def _(value: dict) -> Iterator[Tensor]:
+    for item in value.values():
+        yield from tensors_in(item)
+
+
+@tensors_in.register(list)
+@tensors_in.register(tuple)
+@tensors_in.register(set)
+def _(value: Iterable) -> Iterator[Tensor]:
+    for item in value:
+        yield from tensors_in(item)
 
 
 def show(results: Sequence[Result]) -> None:
-    """One row a variant."""
+    """One row a variant, over its seeds."""
     table = Table(box=None, pad_edge=False)
-    for column in ("variant", "KiB a step", "tables MiB", "dense MiB", "NE", "of fp32", "AUC"):
+    columns = ("variant", "KiB a step", "tables", *ROLES[:4], "NE", "from", "to", "of fp32", "AUC")
+    for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
-    base = next((result.ne for result in results if result.variant == "fp32"), math.nan)
-    for result in results:
+    ne = {v: [r.ne for r in results if r.variant == v] for v in dict.fromkeys(r.variant for r in results)}
+    base = statistics.mean(ne["fp32"]) if "fp32" in ne else math.nan
+    for variant, of_variant in ne.items():
+        first, *others = (result for result in results if result.variant == variant)
+        mean = statistics.mean(of_variant)
+        by_role = {
+            role: sum(size for key, size in first.dense_bytes.items() if key.split()[0] == role) for role in ROLES
+        }
         table.add_row(
-            result.variant,
-            f"{result.bytes_a_step / 2**10:.1f}",
-            f"{result.table_bytes / 2**20:.3f}",
-            f"{result.dense_state_bytes / 2**20:.3f}",
-            f"{result.ne:.5f}",
-            f"{result.ne / base - 1:+.2%}",
-            f"{result.auc:.5f}",
+            variant,
+            f"{first.bytes_a_step / 2**10:.1f}",
+            f"{first.table_bytes / 2**20:.3f}",
+            *(f"{by_role[role] / 2**20:.3f}" for role in ROLES[:4]),
+            f"{mean:.5f}",
+            f"{min(of_variant):.5f}",
+            f"{max(of_variant):.5f}",
+            f"{mean / base - 1:+.2%}",
+            f"{statistics.mean([first.auc, *(result.auc for result in others)]):.5f}",
         )
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    print("MiB of rank 0: tables with their state; weights, masters, Adam's moments and gradients of the dense part")
 
 
 def parse_arguments() -> argparse.Namespace:
     """The arguments; what isn't known goes to train.py."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="recipes/configs/frappe.yaml", help="recipe to train")
-    parser.add_argument("--epochs", type=int, default=1, help="epochs of each variant")
-    parser.add_argument("--ranks_per_node", type=int, default=1, help="ranks on each of the two nodes")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of each run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each variant for each")
+    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each of the two nodes, 2 or more")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="what is compared")
     parser.add_argument("--output", default="runs/precision", help="folder of the runs and of results.json")
     arguments, arguments.more = parser.parse_known_args()
+    if arguments.ranks_per_node < 2:
+        parser.error("--ranks_per_node: the paper's variant shards within a node, over two ranks at least.")
     return arguments
 
 
 def main() -> int:
-    """Train all variants and show them."""
+    """Train all variants and show them; one that fails is left out, and said at the end."""
     arguments = parse_arguments()
     folder = Path(arguments.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, failures = [], []
     try:
         with signals_end_it(), Cluster(2, link_mbit=0, local_mbit=0) as cluster:
-            for variant in arguments.variants:
-                results.append(train(variant, arguments, cluster, folder))
-    except (ClusterError, RuntimeError) as error:
+            for seed in arguments.seeds:
+                for variant in arguments.variants:
+                    try:
+                        results.append(train(variant, seed, arguments, cluster, folder))
+                    except RuntimeError as error:
+                        failures.append(str(error))
+                    text = json.dumps([asdict(result) for result in results], indent=2)
+                    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    except ClusterError as error:
         print(f"compare_precision: {error}", file=sys.stderr)
         return 2
-    (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
     show(results)
-    return 0
+    for failure in failures:
+        print(f"compare_precision: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if "RANK" in os.environ:
+        train_here()
+    else:
+        sys.exit(main())

@@ -11,8 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from dhen.parallel.wire import Wire
+
+EMBEDDINGS, GRADIENTS = "embeddings' all-to-all", "gradients' all-to-all"
+WAITING = "waiting for an all-to-all"
+"""Names in a profiler's trace."""
 
 
 def all_to_all(
@@ -170,7 +175,8 @@ class PooledExchange:
         wire, blocks = self._wires.forward, self._layout.widths_by_rank
         own = blocks[self._layout.rank]
         sent = wire.encode(pooled, own)
-        self._send(sent.reshape(-1), [wire.row_size(own)] * len(blocks), [wire.row_size(w) for w in blocks])
+        sizes = [wire.row_size(own)] * len(blocks), [wire.row_size(widths) for widths in blocks]
+        self._send(EMBEDDINGS, sent.reshape(-1), *sizes)
 
     def receive_embeddings(self) -> Tensor:
         """Forward, second half."""
@@ -195,7 +201,7 @@ class PooledExchange:
             ]
             flat = torch.cat([part.reshape(-1) for part in encoded])
         own = wire.row_size(blocks[self._layout.rank])
-        self._send(flat, [wire.row_size(widths) for widths in blocks], [own] * len(blocks))
+        self._send(GRADIENTS, flat, [wire.row_size(widths) for widths in blocks], [own] * len(blocks))
 
     def receive_gradient(self) -> Tensor:
         """Backward, second half: the gradient of `pooled`, averaged over ranks."""
@@ -204,18 +210,23 @@ class PooledExchange:
         (rows,) = self._receive([wire.row_size(own)], count=len(blocks))
         return wire.decode(rows, own, self._gradient_scale).div_(len(blocks))
 
-    def _send(self, flat: Tensor, send_widths: Sequence[int], receive_widths: Sequence[int]) -> None:
+    def _send(self, name: str, flat: Tensor, send_widths: Sequence[int], receive_widths: Sequence[int]) -> None:
         send, receive = ([self._padded_batch * width for width in widths] for widths in (send_widths, receive_widths))
         received = flat.new_empty(sum(receive))
-        handle = dist.all_to_all_single(received, flat, receive, send, group=self._group, async_op=True)
+        with record_function(name):
+            handle = dist.all_to_all_single(received, flat, receive, send, group=self._group, async_op=True)
         self._under_way = _UnderWay(handle, received, flat)
         if not self._overlap:
-            handle.wait()
+            self._wait()
+
+    def _wait(self) -> None:
+        with record_function(WAITING):
+            self._under_way.handle.wait()
 
     def _receive(self, widths: Sequence[int], count: int = 1) -> list[Tensor]:
         """What came, in matrices of these widths and `count` padded batches of rows."""
+        self._wait()
         under_way, self._under_way = self._under_way, None
-        under_way.handle.wait()
         rows = count * self._padded_batch
         parts = under_way.received.split([rows * width for width in widths])
         return [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]

@@ -349,6 +349,7 @@ def _refuse_known_faults(config: DsConfig) -> None:
             f"{path}: bf16 under ZeRO stage 0 takes a step with zero gradients at start (DeepSpeed 0.19). "
             "Use torch_autocast with bfloat16, or stage 1."
         )
+    _refuse_wrong_all_reduce(config)
     if raw.get("scheduler"):
         raise DsConfigError(
             f"{path}: scheduler: the schedule is the recipe's (lr_scheduler_type), so that the tables follow it."
@@ -357,6 +358,22 @@ def _refuse_known_faults(config: DsConfig) -> None:
         if zero.get(key, 0) not in (0, 1, False, -1):
             raise DsConfigError(f"{path}: zero_optimization.{key} is not supported here.")
     _refuse_impossible_hsdp(config)
+
+
+def _refuse_wrong_all_reduce(config: DsConfig) -> None:
+    """Dtypes of the dense gradients' reduction that overflow or do nothing."""
+    asked = config.deepspeed.get("communication_data_type")
+    if asked == "fp16":
+        raise DsConfigError(
+            f"{config.path}: communication_data_type is 'fp16', in which a sum of gradients beyond 65504 becomes inf, "
+            "and the loss stands still. Use 'bf16', which has the range of fp32 at the same size."
+        )
+    if asked and config.zero_stage and config.deepspeed.get("torch_autocast", {}).get("enabled"):
+        raise DsConfigError(
+            f"{config.path}: communication_data_type is {asked!r}, which DeepSpeed 0.19 ignores under torch_autocast "
+            "at ZeRO stages 1 to 3: gradients travel there in the autocast's dtype for lower_precision_safe_modules, "
+            "and in fp32 for others. Remove it."
+        )
 
 
 def _refuse_impossible_hsdp(config: DsConfig) -> None:

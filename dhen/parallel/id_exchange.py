@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
@@ -20,6 +21,9 @@ from dhen.parallel.background import in_background
 from dhen.parallel.collectives import all_to_all
 from dhen.parallel.placement import TableShard
 from dhen.parallel.topology import Topology
+
+IDS = "ids' all-to-all"
+"""Its name in a profiler's trace."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,10 @@ class IdExchange:
         if not self._tables:
             raise ValueError("This model has no sparse features, so there is nothing to look up.")
         if self._stream is None:
-            return self._send_checked(sparse)
+            with record_function(IDS):
+                return self._send_checked(sparse)
         torch.cuda.set_device(self._device)  # a thread has its own
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), record_function(IDS):
             self._stream.wait_event(ready)
             own = self._send_checked(sparse)
             return replace(own, on_device=self._stream.record_event())

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
-from dhen.parallel.collectives import ColumnBlock, PooledExchange, PooledLayout, Wires
+from dhen.parallel.collectives import WAITING, ColumnBlock, PooledExchange, PooledLayout, Wires
 from dhen.parallel.id_exchange import IdExchange, SentIds
 from dhen.parallel.placement import Placement, TableShard
 from dhen.parallel.stochastic_rounding import RoundedTables, round_stochastically
@@ -131,7 +132,9 @@ class ShardedTables(nn.Module):
     def look_up(self, sparse: SparseIds | SentIds) -> PendingEmbeddings:
         """`forward`, without waiting for the others' embeddings."""
         with torch.no_grad() if self.is_frozen else contextlib.nullcontext():
-            own = (self.send_ids(sparse) if isinstance(sparse, SparseIds) else sparse).result()
+            sent = self.send_ids(sparse) if isinstance(sparse, SparseIds) else sparse
+            with record_function(WAITING):
+                own = sent.result()
             own.wait()
             if self._lookup is None:
                 rows = self._world_size * own.padded_batch

@@ -10,6 +10,7 @@ from dhen.parallel.ds_config import DsConfigError, Recipe, read_ds_config
 from tests import ROOT
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
+AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
 RECIPE = Recipe(64, 2, 4, 1.5, 1e-3, 0.01, 0.9, 0.98, 1e-7)
 
 
@@ -104,6 +105,8 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16 under ZeRO stage 0"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'only "bfloat16" is supported'),
         ({"torch_autocast": {"enable": True}}, "Did you mean 'enabled'"),
+        ({"communication_data_type": "fp16"}, "Use 'bf16', which has the range of fp32"),
+        ({"communication_data_type": "bf16", "torch_autocast": AUTOCAST}, "ignores under torch_autocast"),
         ({"optimizer": {"parms": {}, "type": "AdamW"}}, "Did you mean 'params'"),
         ({"optimizer": {}}, "optimizer is missing"),
         ({"activation_checkpointing": {"partition_activations": True}}, "turns nothing on"),
@@ -165,6 +168,12 @@ def test_stage_1_in_bf16_may_have_a_shard_group(tmp_path, offload):
 )
 def test_what_deepspeed_knows_is_let_pass(tmp_path, change):
     read_ds_config(written(tmp_path, change), RECIPE)
+
+
+def test_a_bf16_all_reduce_is_taken(tmp_path):
+    for change in ({}, {"zero_optimization": {"stage": 0}, "torch_autocast": AUTOCAST}):
+        config = read_ds_config(written(tmp_path, change | {"communication_data_type": "bf16"}), RECIPE)
+        assert config.deepspeed["communication_data_type"] == "bf16"
 
 
 def test_the_keys_are_those_that_deepspeed_reads():

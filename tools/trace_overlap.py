@@ -1,0 +1,224 @@
+"""The tables' all-to-all under what is computed meanwhile: a trace of one rank, and a picture of it (paper 3.2.1).
+
+    python tools/trace_overlap.py --output runs/overlap
+
+Trains a model with 26 tables on two ranks of this machine, first with `overlap_tables`, then without, and traces some
+steps of rank 0 by torch.profiler. Writes trace-on.json and trace-off.json, for chrome://tracing or Perfetto,
+overlap.png with both, and overlap.json: the share of the all-to-alls' time in which the rank computed, not waited.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.profiler import record_function
+
+from dhen.data.batches import Batch
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.features import SparseIds
+from dhen.parallel import topology as job
+from dhen.parallel.collectives import EMBEDDINGS, GRADIENTS, WAITING
+from dhen.parallel.ds_config import Recipe, read_ds_config
+from dhen.parallel.id_exchange import IDS
+from dhen.parallel.parallelize import ParallelDhen, parallelize
+from dhen.parallel.topology import Topology
+from dhen.training.loop import with_ids_ahead
+
+ROOT = Path(__file__).resolve().parents[1]
+STEP, FORWARD, BACKWARD = "step", "dense forward", "backward"
+LANES = {
+    FORWARD: "#8aa1b4", BACKWARD: "#5b7489", WAITING: "#d9d9d9", IDS: "#3a7d44", EMBEDDINGS: "#c4502f",
+    GRADIENTS: "#e0a030",
+}  # fmt: skip
+"""What is drawn, from the top, and its colour."""
+EXCHANGES = (IDS, EMBEDDINGS, GRADIENTS)
+_ON_THE_WIRE = "gloo:all_to_all", "nccl:all_to_all"
+WARM_UP, TRACED = 3, 3
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that took from `first` to `last`, in microseconds of the trace, in a thread."""
+
+    name: str
+    first: float
+    last: float
+    thread: int
+
+
+def build(topology: Topology, arguments: argparse.Namespace, *, overlap: bool) -> ParallelDhen:
+    """The model. Communicates; all ranks call it."""
+    recipe = Recipe(arguments.batch_size, 1, topology.world_size, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
+    ds_config = read_ds_config(ROOT / "ds_configs/zero2.json", recipe)
+    section = ds_config.dhen.model_copy(update={"overlap_tables": overlap})
+    config = DhenConfig(
+        num_dense_features=13,
+        embedding_dim=arguments.dim,
+        num_layers=arguments.layers,
+        interactions=["linear", "advanced_dlrm"],
+        num_embeddings_out=16,
+        dense_mlp=[512, 256],
+        sparse_features=[{"name": f"C{i}", "num_embeddings": arguments.rows} for i in range(arguments.tables)],
+    )
+    model = parallelize(config, topology, type(ds_config)(ds_config.path, ds_config.deepspeed, section))
+    model.set_learning_rates(1e-3, 1e-2)
+    return model
+
+
+def batches(arguments: argparse.Namespace, rank: int) -> Iterator[Batch]:
+    """Uniform ids; none is looked at."""
+    generator = torch.Generator().manual_seed(rank)
+    size = arguments.batch_size
+    for _ in range(WARM_UP + TRACED + 1):
+        ids = torch.randint(0, arguments.rows, (arguments.tables * size,), generator=generator)
+        dense_BN, labels_B = torch.randn(size, 13, generator=generator), torch.rand(size, generator=generator).round()
+        yield Batch(labels_B, dense_BN, SparseIds(ids, arguments.tables), torch.arange(size), 2 * size)
+
+
+def traced_steps(model: ParallelDhen, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A Chrome trace of some steps. Communicates; all ranks call it."""
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # ids travel in another thread
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=config)
+    path = Path(arguments.output) / f"rank-{model.topology.rank}.json"
+    for number, (batch, sent_ids) in enumerate(with_ids_ahead(model, batches(arguments, model.topology.rank))):
+        if number == WARM_UP:
+            model.topology.barrier()
+            profiler.start()
+        if number == WARM_UP + TRACED:
+            profiler.stop()
+            profiler.export_chrome_trace(str(path))
+        with record_function(STEP):
+            with record_function(FORWARD):
+                logits_B = model.score(model.look_up(sent_ids), batch.dense_BN, batch.sparse)
+                loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B)
+            with record_function(BACKWARD):
+                model.engine.backward(loss)
+            model.engine.step()
+    model.settle()
+    trace = json.loads(path.read_text(encoding="utf-8"))
+    path.unlink()
+    return trace
+
+
+def spans_of(trace: dict[str, Any]) -> list[Span]:
+    """What is drawn of a trace; an all-to-all of gloo or NCCL is from its start until its bytes have come."""
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    origin = min((event["ts"] for event in events), default=0.0)
+    every = [
+        Span(event["name"], event["ts"] - origin, event["ts"] - origin + event["dur"], event["tid"]) for event in events
+    ]
+    named = [span for span in every if span.name in (STEP, FORWARD, BACKWARD, WAITING, IDS)]
+    for span in every:
+        if span.name in (EMBEDDINGS, GRADIENTS):
+            # The operation itself begins inside the call that has our name, and ends by itself.
+            inside = [s for s in every if s.name in _ON_THE_WIRE and span.first <= s.first <= span.last]
+            inside = [s for s in inside if s.thread == span.thread] or inside
+            named.append(Span(span.name, span.first, max([span.last, *(s.last for s in inside)]), span.thread))
+    return sorted(named, key=lambda span: span.first)
+
+
+def share_under_compute(spans: Sequence[Span]) -> dict[str, float]:
+    """Of each exchange's time within steps, and of all: the part in which the rank's main thread computed."""
+    steps = [span for span in spans if span.name == STEP]
+    main = steps[0].thread
+    waits = [s for s in spans if s.thread == main and s.name in (WAITING, IDS)]
+    free = _without([(s.first, s.last) for s in steps], [(s.first, s.last) for s in waits])
+    whole, under = dict.fromkeys(EXCHANGES, 0.0), dict.fromkeys(EXCHANGES, 0.0)
+    for span in spans:
+        if span.name in EXCHANGES and steps[0].first <= span.first <= steps[-1].last:
+            whole[span.name] += span.last - span.first
+            under[span.name] += sum(max(0.0, min(span.last, b) - max(span.first, a)) for a, b in free)
+    shares = {name: under[name] / whole[name] for name in EXCHANGES if whole[name]}
+    return shares | {"all": sum(under.values()) / max(sum(whole.values()), 1e-9)}
+
+
+def _without(spans: Sequence[tuple[float, float]], holes: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    left = list(spans)
+    for first, last in holes:
+        left = [part for a, b in left for part in ((a, min(b, first)), (max(a, last), b)) if part[1] > part[0]]
+    return left
+
+
+def draw(by_mode: dict[str, list[Span]], shares: dict[str, dict[str, float]], path: Path) -> None:
+    """A timeline for each, one below the other, over the same time."""
+    figure = Figure(figsize=(11, 2.6 * len(by_mode)), layout="constrained")
+    axes = figure.subplots(len(by_mode), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (mode, spans) in zip(axes, by_mode.items(), strict=True):
+        _draw_lanes(axis, spans)
+        title = f"overlap_tables {mode}: {shares[mode]['all']:.0%} of the all-to-alls' time is under compute"
+        axis.set_title(title, loc="left", fontsize=10)
+    axes[-1].set_xlabel("ms, rank 0 of 2")
+    figure.savefig(path, dpi=90)
+
+
+def _draw_lanes(axis: Axes, spans: Sequence[Span]) -> None:
+    start = next(span.first for span in spans if span.name == STEP)
+    for lane, (name, colour) in enumerate(LANES.items()):
+        bars = [((s.first - start) / 1e3, (s.last - s.first) / 1e3) for s in spans if s.name == name]
+        axis.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colour)
+    for span in spans:
+        if span.name == STEP:
+            axis.axvline((span.first - start) / 1e3, color="black", linewidth=0.6)
+    axis.set_yticks(range(len(LANES)), list(LANES), fontsize=8)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """One rank's part. Communicates; all ranks call it."""
+    topology = job.start()
+    output = Path(arguments.output)
+    spans: dict[str, list[Span]] = {}
+    for mode in ("on", "off"):
+        trace = traced_steps(build(topology, arguments, overlap=mode == "on"), arguments)
+        spans[mode] = spans_of(trace)
+        if topology.is_main:
+            (output / f"trace-{mode}.json").write_text(json.dumps(trace), encoding="utf-8")
+    if topology.is_main:
+        shares = {mode: share_under_compute(of_mode) for mode, of_mode in spans.items()}
+        draw(spans, shares, output / "overlap.png")
+        written = {"shares": shares, "spans": {mode: [asdict(s) for s in of_mode] for mode, of_mode in spans.items()}}
+        (output / "overlap.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        for mode, of_mode in shares.items():
+            print(f"overlap {mode}: " + ", ".join(f"{name} {share:.0%}" for name, share in of_mode.items()))
+        print(f"written to {output}")
+    job.stop()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The arguments; the ranks get the same."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/overlap", help="folder of the traces and of the picture")
+    parser.add_argument("--batch_size", type=int, default=2048, help="examples of a rank")
+    parser.add_argument("--dim", type=int, default=32, help="embedding dimension")
+    parser.add_argument("--layers", type=int, default=2, help="DHEN layers")
+    parser.add_argument("--tables", type=int, default=26, help="sparse features")
+    parser.add_argument("--rows", type=int, default=100_000, help="rows of each table")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Start two ranks."""
+    arguments = parse_arguments()
+    if "RANK" in os.environ:
+        work(arguments)
+        return 0
+    Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "KINETO_LOG_LEVEL": "99"} | os.environ
+    return subprocess.run([*launcher, __file__, *sys.argv[1:]], env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
