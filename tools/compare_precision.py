@@ -99,12 +99,12 @@ def train_here() -> None:
     dense_bytes: dict[str, int] = {}
     step = model.engine.step
 
-    def measure_once() -> None:
-        model.engine.step = step
-        dense_bytes.update(engine_bytes(model.engine))
+    def measure_and_step() -> None:
+        if trainer.state.step == 1 and not dense_bytes:  # before the first step Adam has no moments
+            dense_bytes.update(engine_bytes(model.engine))
         step()
 
-    model.engine.step = measure_once
+    model.engine.step = measure_and_step
     topology.barrier()
     before = bytes_sent()
     trainer.train(progress)

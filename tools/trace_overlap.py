@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ LANES = {
 }  # fmt: skip
 """What is drawn, from the top, and its colour."""
 EXCHANGES = (IDS, EMBEDDINGS, GRADIENTS)
-_ON_THE_WIRE = "gloo:all_to_all", "nccl:all_to_all"
+IDS_TYPE = ["int"]
+"""Of an all-to-all's input in the trace."""
 WARM_UP, TRACED = 3, 3
 
 
@@ -88,7 +89,9 @@ def batches(arguments: argparse.Namespace, rank: int) -> Iterator[Batch]:
 def traced_steps(model: ParallelDhen, arguments: argparse.Namespace) -> dict[str, Any]:
     """A Chrome trace of some steps. Communicates; all ranks call it."""
     config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # ids travel in another thread
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], experimental_config=config)
+    profiler = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, experimental_config=config
+    )
     path = Path(arguments.output) / f"rank-{model.topology.rank}.json"
     for number, (batch, sent_ids) in enumerate(with_ids_ahead(model, batches(arguments, model.topology.rank))):
         if number == WARM_UP:
@@ -111,20 +114,21 @@ def traced_steps(model: ParallelDhen, arguments: argparse.Namespace) -> dict[str
 
 
 def spans_of(trace: dict[str, Any]) -> list[Span]:
-    """What is drawn of a trace; an all-to-all of gloo or NCCL is from its start until its bytes have come."""
+    """What is drawn of a trace. An all-to-all of embeddings or gradients is from its call until its bytes have come."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     origin = min((event["ts"] for event in events), default=0.0)
-    every = [
-        Span(event["name"], event["ts"] - origin, event["ts"] - origin + event["dur"], event["tid"]) for event in events
-    ]
-    named = [span for span in every if span.name in (STEP, FORWARD, BACKWARD, WAITING, IDS)]
-    for span in every:
-        if span.name in (EMBEDDINGS, GRADIENTS):
-            # The operation itself begins inside the call that has our name, and ends by itself.
-            inside = [s for s in every if s.name in _ON_THE_WIRE and span.first <= s.first <= span.last]
-            inside = [s for s in inside if s.thread == span.thread] or inside
-            named.append(Span(span.name, span.first, max([span.last, *(s.last for s in inside)]), span.thread))
-    return sorted(named, key=lambda span: span.first)
+    on_the_wire, spans = [], []
+    for event in sorted(events, key=lambda event: event["ts"]):
+        first = event["ts"] - origin
+        span = Span(event["name"], first, first + event["dur"], event["tid"])
+        if span.name in LANES or span.name == STEP:
+            spans.append(span)
+        elif span.name == "gloo:all_to_all" and event["args"].get("Input type") != IDS_TYPE:
+            on_the_wire.append(span)
+    # gloo's thread does one after the other, so the operations are in the order of the calls.
+    calls = [span for span in spans if span.name in (EMBEDDINGS, GRADIENTS)]
+    arrived = {call: operation.last for call, operation in zip(calls, on_the_wire, strict=False)}
+    return [replace(span, last=max(span.last, arrived.get(span, 0.0))) for span in spans]
 
 
 def share_under_compute(spans: Sequence[Span]) -> dict[str, float]:

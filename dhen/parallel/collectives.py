@@ -24,6 +24,8 @@ def all_to_all(
     tensor: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor:
     """Send `send_sizes[r]` elements of a flat tensor to each rank r; returns what came, in the order of the senders."""
+    if len(send_sizes) == 1:
+        return tensor
     received = tensor.new_empty(sum(receive_sizes))
     dist.all_to_all_single(received, tensor, list(receive_sizes), list(send_sizes), group=group)
     return received
@@ -96,6 +98,11 @@ class PooledLayout:
             tuple(sorted((run for run in self._runs if run.rank == rank), key=lambda run: run.start))
             for rank in range(len(self.blocks_by_rank))
         )
+
+    @property
+    def is_one_part_in_order(self) -> bool:
+        """Whether a single rank computes all, in the features' order."""
+        return len(self.blocks_by_rank) == len(self._runs) == 1
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """parts[r]: (B, width of r) -> embeddings_BFD, in one copy, or none where one part is all in order."""
@@ -189,12 +196,7 @@ class PooledExchange:
     def send_gradient(self, grad_BFD: Tensor) -> None:
         """Backward, first half."""
         wire, blocks = self._wires.backward, self._layout.widths_by_rank
-        rows, padded = grad_BFD.shape[0], self._padded_batch
-        buffer = grad_BFD.new_zeros if rows < padded else grad_BFD.new_empty
-        sizes = [padded * sum(widths) for widths in blocks]
-        flat = buffer(sum(sizes), dtype=torch.float32)
-        parts = [part.view(padded, sum(widths)) for part, widths in zip(flat.split(sizes), blocks, strict=True)]
-        self._layout.split(grad_BFD, [part[:rows] for part in parts])
+        flat, parts = self._split(grad_BFD)
         if wire.dtype != "fp32":
             encoded = [
                 wire.encode(part, widths, self._gradient_scale) for part, widths in zip(parts, blocks, strict=True)
@@ -203,15 +205,33 @@ class PooledExchange:
         own = wire.row_size(blocks[self._layout.rank])
         self._send(GRADIENTS, flat, [wire.row_size(widths) for widths in blocks], [own] * len(blocks))
 
+    def _split(self, grad_BFD: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A gradient by the ranks that it goes to, padded: all of it side by side in memory, and each rank's part."""
+        rows, padded = grad_BFD.shape[0], self._padded_batch
+        widths = [sum(of_rank) for of_rank in self._layout.widths_by_rank]
+        if self._layout.is_one_part_in_order:
+            flat = grad_BFD.reshape(-1).float()
+            return flat, [flat.view(rows, *widths)]
+        buffer = grad_BFD.new_zeros if rows < padded else grad_BFD.new_empty
+        flat = buffer(padded * sum(widths), dtype=torch.float32)
+        sizes = [padded * width for width in widths]
+        parts = [part.view(padded, width) for part, width in zip(flat.split(sizes), widths, strict=True)]
+        self._layout.split(grad_BFD, [part[:rows] for part in parts])
+        return flat, parts
+
     def receive_gradient(self) -> Tensor:
         """Backward, second half: the gradient of `pooled`, averaged over ranks."""
         wire, blocks = self._wires.backward, self._layout.widths_by_rank
         own = blocks[self._layout.rank]
         (rows,) = self._receive([wire.row_size(own)], count=len(blocks))
-        return wire.decode(rows, own, self._gradient_scale).div_(len(blocks))
+        grad = wire.decode(rows, own, self._gradient_scale)
+        return grad.div_(len(blocks)) if len(blocks) > 1 else grad
 
     def _send(self, name: str, flat: Tensor, send_widths: Sequence[int], receive_widths: Sequence[int]) -> None:
         send, receive = ([self._padded_batch * width for width in widths] for widths in (send_widths, receive_widths))
+        if len(send) == 1:
+            self._under_way = _UnderWay(None, flat, flat)
+            return
         received = flat.new_empty(sum(receive))
         with record_function(name):
             handle = dist.all_to_all_single(received, flat, receive, send, group=self._group, async_op=True)
@@ -220,8 +240,9 @@ class PooledExchange:
             self._wait()
 
     def _wait(self) -> None:
-        with record_function(WAITING):
-            self._under_way.handle.wait()
+        if self._under_way.handle is not None:
+            with record_function(WAITING):
+                self._under_way.handle.wait()
 
     def _receive(self, widths: Sequence[int], count: int = 1) -> list[Tensor]:
         """What came, in matrices of these widths and `count` padded batches of rows."""
@@ -234,9 +255,9 @@ class PooledExchange:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """An all-to-all that was begun. sent: kept until it is over."""
+    """An all-to-all that was begun; one rank alone has no handle. sent: kept until it is over."""
 
-    handle: dist.Work
+    handle: dist.Work | None
     received: Tensor
     sent: Tensor
 

@@ -1,5 +1,6 @@
 """Tables cut by columns, half precision, quantized wires and overlap, through the recipe: train, resume, export."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -82,21 +83,52 @@ def test_cut_tables_are_exported_whole(whole, cut):
     assert again["ne"] == pytest.approx(summary(cut)["test"]["ne"], rel=1e-6)
 
 
+WHOLE = {"max_column_shards": 1}
+OVER_THREE = {"tables": {"C1": [0, 1], "C3": [2, 1, 0, 0]}}
+OVER_FOUR = {"tables": {"C1": [3, 2, 1, 0]}}
+ON_ONE = {"tables": {"C1": [0, 0], "C20": [0, 0, 0, 0]}}
+
+
+@pytest.fixture(scope="module")
+def resumed(click_log, tmp_path_factory, request):
+    """A run that goes on from step 20 of the fixture `before`, on other ranks and elsewhere placed; one for each."""
+
+    @functools.cache
+    def go_on(before: str, ranks: int, placement: str) -> Path:
+        source, run = request.getfixturevalue(before), tmp_path_factory.mktemp("resumed") / "run"
+        resume = f"--resume_from_checkpoint={source / 'checkpoint-20'}"
+        section = {"table_optimizer": "adagrad", "placement": json.loads(placement)}
+        train(run, click_log, section, resume, "--save_steps=10", ranks=ranks)
+        return run
+
+    return go_on
+
+
 @pytest.mark.parametrize(
-    ("before", "ranks", "section"),
-    [
-        ("cut", 4, {"placement": {"max_column_shards": 1}}),
-        ("cut", 1, {"placement": {"max_column_shards": 1}}),
-        ("whole", 3, {"placement": {"tables": {"C1": [0, 1], "C3": [2, 1, 0, 0]}}}),
-        ("whole", 4, {"placement": {"tables": {"C1": [3, 2, 1, 0]}}}),
-    ],
-    ids=["cut on 2 to whole on 4", "cut on 2 to whole on 1", "whole on 2 to cut on 3", "whole on 2 to cut on 4"],
+    ("before", "ranks", "placement"),
+    [("cut", 4, WHOLE), ("cut", 1, ON_ONE), ("whole", 3, OVER_THREE), ("whole", 4, OVER_FOUR)],
+    ids=["cut on 2 to whole on 4", "cut on 2 to cut on 1", "whole on 2 to cut on 3", "whole on 2 to cut on 4"],
 )
-def test_a_checkpoint_goes_on_under_any_placement(tmp_path, click_log, request, before, ranks, section):
-    source = request.getfixturevalue(before)
-    resume = f"--resume_from_checkpoint={source / 'checkpoint-20'}"
-    train(tmp_path, click_log, {"table_optimizer": "adagrad"} | section, resume, ranks=ranks)
-    assert numbers(tmp_path) == pytest.approx(numbers(source, after=20), rel=2e-5)
+def test_a_checkpoint_goes_on_under_any_placement(resumed, request, before, ranks, placement):
+    run = resumed(before, ranks, json.dumps(placement))
+    assert numbers(run) == pytest.approx(numbers(request.getfixturevalue(before), after=20), rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "ranks", "placement", "then", "anew"),
+    [("whole", 4, OVER_FOUR, 2, {"tables": CUT}), ("cut", 1, ON_ONE, 3, OVER_THREE)],
+    ids=["cut on 4 to cut on 2", "cut on 1 to cut on 3"],
+)
+def test_a_sliced_checkpoint_goes_on_on_fewer_and_on_more_ranks(
+    tmp_path, click_log, resumed, request, before, ranks, placement, then, anew
+):
+    """From step 30 of a run that was itself resumed on those ranks."""
+    source = resumed(before, ranks, json.dumps(placement))
+    assert max(cuts(source).values()) == 4
+    resume = f"--resume_from_checkpoint={source / 'checkpoint-30'}"
+    train(tmp_path, click_log, {"table_optimizer": "adagrad", "placement": anew}, resume, ranks=then)
+    assert cuts(tmp_path) != cuts(source)
+    assert numbers(tmp_path) == pytest.approx(numbers(request.getfixturevalue(before), after=30), rel=2e-5)
 
 
 def test_row_wise_adagrad_keeps_its_checkpoints_cuts(tmp_path, click_log):

@@ -12,7 +12,7 @@ from tests import ROOT
 from tests.recipes.launch import TINY, prepared_click_log
 from tests.tools.test_cluster import needs_namespaces
 
-VARIANTS = ("fp32", "tables fp16, to nearest", "paper")
+VARIANTS = ("fp32", "paper")
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
     command = [sys.executable, str(ROOT / "tools/compare_precision.py"), f"--output={folder / 'out'}", "--seeds", "0"]
     command += ["--config", "recipes/configs/criteo.yaml", "--variants", *VARIANTS]
     flags = [f"--dataset_name={click_log}", *TINY, "--embedding_dim=16", "--per_device_train_batch_size=16"]
-    done = subprocess.run([*command, *flags, "--max_steps=4"], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, *flags, "--max_steps=4"], cwd=ROOT, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr
     assert all(variant in done.stdout for variant in VARIANTS)
     return {result["variant"]: result for result in json.loads((folder / "out/results.json").read_text())}
@@ -38,7 +38,7 @@ def test_every_variant_has_its_metrics_and_its_bytes(results):
     assert results["paper"]["bytes_a_step"] < results["fp32"]["bytes_a_step"]
     # Row-wise Adagrad keeps 4 bytes a row beside 16 columns.
     halved = results["fp32"]["table_bytes"] * (16 * 2 + 4) / (16 * 4 + 4)
-    assert results["tables fp16, to nearest"]["table_bytes"] == halved
+    assert results["paper"]["table_bytes"] == halved
 
 
 @needs_namespaces
