@@ -11,6 +11,7 @@ from itertools import groupby
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 _LARGEST = torch.finfo(torch.float16).max
 _LEAST_NORMAL = torch.finfo(torch.float16).smallest_normal
@@ -76,15 +77,23 @@ class RoundedTables:
             first, last = of_width.tables
             ends = offsets[first * num_bags : last * num_bags + 1]
             here = slice(int(ends[0]), int(ends[-1]))
-            bag_of_id = torch.arange(len(ends) - 1).repeat_interleave(ends.diff(), output_size=here.stop - here.start)
+            count, num_tables = here.stop - here.start, last - first
+            bags = torch.arange(len(ends) - 1, dtype=ids.dtype)
+            bag_of_id = bags.repeat_interleave(ends.diff(), output_size=count)
             table_of_id = bag_of_id // num_bags
+            ids_by_row, order = (ids[here] + of_width.first_rows[table_of_id]).sort(stable=True)
+            rows, counts = ids_by_row.unique_consecutive(return_counts=True)
+            # A row's gradient is a sum over its ids of their bags' gradients: a lookup again, of bags in place of rows.
             # A row of `grads` is a bag's gradient for one table; bags are counted table by table.
             grads = grad[:, slice(*of_width.columns)].reshape(-1, of_width.weight.shape[1])
-            grad_of_ids = grads[(bag_of_id - table_of_id * num_bags) * (last - first) + table_of_id]
-            if weights is not None:
-                grad_of_ids = grad_of_ids * weights[here, None]
-            rows, row_of_id = torch.unique(ids[here] + of_width.first_rows[table_of_id], return_inverse=True)
-            grad_of_rows = grad.new_zeros(len(rows), grads.shape[1]).index_add_(0, row_of_id, grad_of_ids)
+            grad_rows = (bag_of_id - table_of_id * num_bags) * num_tables + table_of_id
+            grad_of_rows = embedding_bag(
+                grad_rows[order],
+                grads,
+                (counts.cumsum(0) - counts).to(ids.dtype),
+                mode="sum",
+                per_sample_weights=None if weights is None else weights[here][order],
+            )
             step = self._step(rows, grad_of_rows, of_width.state)
             before = of_width.weight[rows].float()
             of_width.weight[rows] = round_stochastically(before.sub_(step, alpha=learning_rate))
@@ -108,6 +117,7 @@ def _by_width(lookup: SplitTableBatchedEmbeddingBagsCodegen, *, has_state: bool)
         tables = list(group)
         last = first + len(tables)
         rows = torch.tensor([0] + [len(table) for table in tables]).cumsum(0)
+        rows = rows.to(torch.int32) if rows[-1] <= torch.iinfo(torch.int32).max else rows
         widths.append(
             _Width(
                 tables=(first, last),

@@ -45,9 +45,8 @@ def test_every_variant_has_its_metrics_and_its_bytes(results):
 def test_the_engines_tensors_are_measured_by_role_and_dtype(results):
     fp32, paper = results["fp32"]["dense_bytes"], results["paper"]["dense_bytes"]
     assert {key.split()[1] for key in fp32 if key.split()[0] != "buffers"} == {"float32"}
-    assert {key for key in paper if key.startswith(("weights", "masters", "gradients"))} == {
-        "weights bfloat16", "masters bfloat16", "gradients bfloat16",
-    }  # fmt: skip
+    for role in ("weights", "masters", "gradients"):  # a norm of the gradients is kept in float64
+        assert {key for key, size in paper.items() if key.startswith(role) and size > 8} == {f"{role} bfloat16"}
     # ZeRO 2 over 4 ranks: whole weights; masters, gradients and twice as much for Adam's moments in shards.
     padding = 4 * 64
     assert fp32["weights float32"] == pytest.approx(4 * fp32["masters float32"], abs=padding)
