@@ -164,7 +164,10 @@ def show(results: Sequence[Measured]) -> None:
         if FP16 in of_case and ROUNDED in of_case:
             whole, spread, *_ = ratios(of_case[ROUNDED], of_case[FP16])
             at = f"{case.ranks} ranks, dim {case.dim}, {case.ids_per_bag} ids a bag"
-            print(f"stochastic rounding, {at}: {whole} times ({spread}) the step that rounds to nearest")
+            cpu = of_case[ROUNDED].cpu_microseconds_a_sample / of_case[FP16].cpu_microseconds_a_sample
+            print(
+                f"stochastic rounding, {at}: {whole} times ({spread}) the step to nearest, {cpu:.2f} times its CPU time"
+            )
 
 
 def ratios(base: Measured, result: Measured) -> list[str]:

@@ -17,6 +17,8 @@ _LARGEST = torch.finfo(torch.float16).max
 _LEAST_NORMAL = torch.finfo(torch.float16).smallest_normal
 _DROPPED_BITS = 13
 """Bits of float32's mantissa that float16 hasn't."""
+_AT_ONCE = 1 << 16
+"""Numbers that are updated together: what is computed of them stays in the cache."""
 
 
 def round_stochastically(x: Tensor) -> Tensor:
@@ -77,26 +79,34 @@ class RoundedTables:
             first, last = of_width.tables
             ends = offsets[first * num_bags : last * num_bags + 1]
             here = slice(int(ends[0]), int(ends[-1]))
-            count, num_tables = here.stop - here.start, last - first
             bags = torch.arange(len(ends) - 1, dtype=ids.dtype)
-            bag_of_id = bags.repeat_interleave(ends.diff(), output_size=count)
+            bag_of_id = bags.repeat_interleave(ends.diff(), output_size=here.stop - here.start)
             table_of_id = bag_of_id // num_bags
-            ids_by_row, order = (ids[here] + of_width.first_rows[table_of_id]).sort(stable=True)
-            rows, counts = ids_by_row.unique_consecutive(return_counts=True)
-            # A row's gradient is a sum over its ids of their bags' gradients: a lookup again, of bags in place of rows.
+            by_row, order = (ids[here] + of_width.first_rows[table_of_id]).sort(stable=True)
+            rows, counts = by_row.unique_consecutive(return_counts=True)
             # A row of `grads` is a bag's gradient for one table; bags are counted table by table.
             grads = grad[:, slice(*of_width.columns)].reshape(-1, of_width.weight.shape[1])
-            grad_rows = (bag_of_id - table_of_id * num_bags) * num_tables + table_of_id
-            grad_of_rows = embedding_bag(
-                grad_rows[order],
-                grads,
-                (counts.cumsum(0) - counts).to(ids.dtype),
-                mode="sum",
-                per_sample_weights=None if weights is None else weights[here][order],
-            )
-            step = self._step(rows, grad_of_rows, of_width.state)
-            before = of_width.weight[rows].float()
-            of_width.weight[rows] = round_stochastically(before.sub_(step, alpha=learning_rate))
+            grad_of_id = ((bag_of_id - table_of_id * num_bags) * (last - first) + table_of_id)[order]
+            weight_of_id = None if weights is None else weights[here][order]
+            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(ids.dtype)
+            at_once = max(1, _AT_ONCE // grads.shape[1])
+            for row in range(0, len(rows), at_once):
+                of_rows = starts[row : row + at_once + 1]
+                of_ids = slice(int(of_rows[0]), int(of_rows[-1]))
+                # A row's gradient is a sum over its ids of their bags': a lookup again, of bags in place of rows.
+                grad_of_rows = embedding_bag(
+                    grad_of_id[of_ids],
+                    grads,
+                    of_rows[:-1] - of_rows[0],
+                    mode="sum",
+                    per_sample_weights=None if weight_of_id is None else weight_of_id[of_ids],
+                )
+                self._update_rows(of_width, rows[row : row + at_once], grad_of_rows, learning_rate)
+
+    def _update_rows(self, of_width: _Width, rows: Tensor, grad: Tensor, learning_rate: float) -> None:
+        before = of_width.weight[rows].float()
+        step = self._step(rows, grad, of_width.state)
+        of_width.weight[rows] = round_stochastically(before.sub_(step, alpha=learning_rate))
 
     def _step(self, rows: Tensor, grad: Tensor, state: Tensor | None) -> Tensor:
         """What a learning rate of 1 would take off the rows."""
