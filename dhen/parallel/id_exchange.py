@@ -205,8 +205,9 @@ class IdExchange:
             lengths_FB = ids.new_ones(len(self._tables), sparse.batch_size)
         else:
             lengths_FB = sparse.lengths_FB.to(self.wire_dtype)
-        lengths, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(self._order, lengths_FB, ids, weights)
-        lengths = F.pad(lengths, (0, batch - sparse.batch_size))
+        if not self._is_identity_order:
+            lengths_FB, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(self._order, lengths_FB, ids, weights)
+        lengths = F.pad(lengths_FB, (0, batch - sparse.batch_size))
 
         send, receive = facts.id_counts[self._rank], [row[self._rank] for row in facts.id_counts]
         bags = [n * batch for n in self._num_shards]
@@ -228,8 +229,12 @@ def check_ids(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence[Spar
     if sparse.lengths_FB is None:
         least_F, most_F = torch.aminmax(sparse.ids.view(len(tables), -1), dim=1)
         all_inside = ((least_F >= 0) & (most_F < num_embeddings_F)).all()
-    else:
+    elif sparse.ids.device.type == "cuda":  # the host needn't wait for the counts
         all_inside = _is_inside(sparse, num_embeddings_F).all()
+    else:
+        of_tables = zip(sparse.ids.split(sparse.lengths_FB.sum(1).tolist()), tables, strict=True)
+        ends = [(*ids.aminmax(), table.num_embeddings) for ids, table in of_tables if len(ids)]
+        all_inside = all(least >= 0 and most < rows for least, most, rows in ends)
     if sparse.ids.device.type == "cuda":
         torch._assert_async(all_inside)
     elif not all_inside:
