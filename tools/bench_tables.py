@@ -156,7 +156,7 @@ def show(results: Sequence[Measured]) -> None:
         for base in bases:
             cells += ratios(of_case[base], result) if base in of_case else ["", "", "", ""]
         table.add_row(*cells, f"{result.bandwidth_share:.0%}")
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     print("ms: median step; CPU us: of all ranks, an example; x: speed over the other's by median steps, from-to over")
     print("rounds, then of forward and backward alone; bandwidth: the tables' memory traffic over a plain copy's")
     for case in dict.fromkeys(result.case for result in results):
