@@ -14,13 +14,13 @@ from tests.ranks import run_ranks
 TOLERANCE = 0.05  # bf16 keeps 8 bits: after 20 Adam steps losses are within a few per cent
 HYBRID = {"shard_group": 2}
 BF16_OPTIMIZER = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
-ALL_REDUCE = {"more": {"communication_data_type": "bf16"}}
+ALL_REDUCE = {"others": {"communication_data_type": "bf16"}}
 SET_UPS = {
     **{f"zero{stage}, bf16 all-reduce": (f"zero{stage}", ALL_REDUCE) for stage in range(4)},
     "hsdp, bf16 reduction in the node": ("hsdp", ALL_REDUCE | {"dhen": HYBRID}),
     "hsdp, bf16 all-reduce": ("hsdp", {"dhen": HYBRID | {"all_reduce_dtype": "bf16"}}),
-    **{f"zero{stage}, bf16 optimizer": (f"zero{stage}_bf16", {"more": BF16_OPTIMIZER}) for stage in (1, 2, 3)},
-    "hsdp, bf16 optimizer": ("hsdp_bf16", {"more": BF16_OPTIMIZER, "dhen": HYBRID}),
+    **{f"zero{stage}, bf16 optimizer": (f"zero{stage}_bf16", {"others": BF16_OPTIMIZER}) for stage in (1, 2, 3)},
+    "hsdp, bf16 optimizer": ("hsdp_bf16", {"others": BF16_OPTIMIZER, "dhen": HYBRID}),
     "paper": ("paper", {"dhen": HYBRID}),
     "zero2": ("zero2", {}),
     "zero2, fp32 masters": ("zero2_bf16", {}),
