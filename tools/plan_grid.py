@@ -67,7 +67,8 @@ def machine_of(arguments: argparse.Namespace) -> Machine:
         local_bytes_per_second=(arguments.local_mbit or 1e5) * 125e3,
         node_bytes_per_second=(arguments.link_mbit or 1e5) * 125e3,
         is_local_shared=True,
-        seconds_per_collective=2e-3,
+        seconds_per_collective=1e-3,
+        seconds_per_module=1e-3,
         link_efficiency=0.8,
         costs="cpu",
     )

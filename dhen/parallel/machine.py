@@ -25,10 +25,12 @@ class Machine:
     name, source: what it is, and where the figures are from. is_gpu: whether a rank has a device of its own beside the
     host's memory. memory_gib: of a rank, without what the system needs. host_memory_gib: of a node's host. flops: of
     matrix products in a second, by dtype ("fp32", "bf16"). memory_bytes_per_second: of a rank's memory.
-    seconds_per_operation: at least, of any kernel. local_bytes_per_second: one rank's, inside a node and in one
-    direction; node_bytes_per_second: a node's link. is_local_shared: all ranks of a node share the former.
-    host_bytes_per_second: a rank's, from and to the host. host_memory_bytes_per_second: of the host's memory, for a
-    rank's part of an offloaded optimizer. costs: of the tables, as dhen.placement.costs of a ds_config.
+    local_bytes_per_second: one rank's, inside a node and in one direction; node_bytes_per_second: a node's link.
+    is_local_shared: all ranks of a node share the former. seconds_per_operation: at least, of any kernel.
+    seconds_per_collective: of each hop of a ring, besides its bytes. seconds_per_module: of the host, at each module
+    that stage 3 gathers weights for, where nothing hides it. host_bytes_per_second: a rank's, from and to the host.
+    host_memory_bytes_per_second: of the host's memory, for a rank's part of an offloaded optimizer. costs: of the
+    tables, as dhen.placement.costs of a ds_config.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Machine:
     node_bytes_per_second: float
     seconds_per_operation: float = 0.0
     seconds_per_collective: float = 0.0
+    seconds_per_module: float = 0.0
     is_local_shared: bool = False
     host_bytes_per_second: float = 0.0
     host_memory_bytes_per_second: float = 0.0
@@ -75,17 +78,18 @@ class Machine:
         return int(self.host_memory_gib * 2**30 / self.ranks_per_node)
 
     def gathered(self, size: float, *, nodes: int, ranks: int) -> float:
-        """Seconds of an all-gather or reduce-scatter of `size` bytes in a ring of `ranks` on `nodes`, as a share of
-        what one message costs besides: none is counted here."""
+        """Seconds of an all-gather or reduce-scatter of `size` bytes in a ring of `ranks` on `nodes`."""
+        hops = self.seconds_per_collective * (ranks - 1)
         passed = size * (ranks - 1) / ranks
         sharers = ranks / nodes if self.is_local_shared else 1
         local = sharers * passed / self.local_bytes_per_second if ranks > nodes else 0.0
         between = passed / self.node_bytes_per_second if nodes > 1 else 0.0
-        return max(local, between) / self.link_efficiency
+        return hops + max(local, between) / self.link_efficiency
 
     def replicated(self, size: float, *, nodes: int) -> float:
         """Seconds of the all-reduces of a node's shards of `size` bytes together over `nodes`: they share its link."""
-        return 2 * size * (nodes - 1) / nodes / self.node_bytes_per_second / self.link_efficiency
+        hops = 2 * self.seconds_per_collective * (nodes - 1)
+        return hops + 2 * size * (nodes - 1) / nodes / self.node_bytes_per_second / self.link_efficiency
 
 
 def shipped_machines() -> dict[str, Path]:

@@ -307,11 +307,16 @@ class _Stage2:
         """One gradient more; what is held while it is dealt with."""
         held = self.held
         if self._filled and sum(self._filled.values()) + elements > self._setting.reduce_bucket:
-            held = self.finish()
+            held = self._flush(elements)
         if elements > self._setting.reduce_bucket:
             self._large = elements
         self._filled[name] = elements
         return held
+
+    def _flush(self, elements: int) -> tuple[int, int]:
+        """Reduce what the bucket holds while a gradient is there that has just come."""
+        gradients, buckets = self.finish()
+        return gradients + elements * self._bytes, buckets
 
     def finish(self) -> tuple[int, int]:
         """Reduce what the bucket holds; what is held meanwhile."""
@@ -337,5 +342,5 @@ class _Stage3(_Stage2):
         """Under HSDP a bucket leaves once three quarters full."""
         held = super().take(name, elements)
         if self._setting.num_replicas > 1 and 4 * sum(self._filled.values()) >= 3 * self._setting.reduce_bucket:
-            held = max(held, self.finish(), key=sum)
+            held = max(held, self._flush(elements), key=sum)
         return held

@@ -41,7 +41,7 @@ class Segment:
     """A layer's forward or backward, or, where layer is None, what is before and after the layers.
 
     work: its operations. kept: bytes of activations that became alive. gathered: elements of weights that stage 3 asks
-    for in it, in so many messages. gradients: elements that it yields.
+    for in it, in so many messages, at so many entries of modules. gradients: elements that it yields.
     """
 
     layer: int | None
@@ -49,6 +49,7 @@ class Segment:
     work: list[Work] = field(default_factory=list)
     gathered: int = 0
     messages: int = 0
+    entries: int = 0
     gradients: int = 0
     kept: int = 0
 
@@ -71,6 +72,7 @@ def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
         if gathering is not None and (owner.get(event.name) or event.name) in trace.modules:
             before = gathering.sent, gathering.messages
             if event.kind == "enter":
+                segment.entries += 1
                 gathering.enter(event.name)
             elif event.kind == "leave":
                 gathering.leave(event.name)
@@ -117,7 +119,7 @@ def step_seconds(
             now = max(now, fabric_free)
         if offloaded and not part.is_backward and part.kept > 0 and machine.is_gpu:
             host_free = max(host_free, now) + part.kept / machine.host_bytes_per_second
-        now += seconds
+        now += seconds + part.entries * machine.seconds_per_module
         if not part.gradients or setting.stage < 2:
             continue
         size = part.gradients * setting.gradient_bytes
@@ -153,25 +155,28 @@ class _Links:
         self._replicas = {"nodes": max(1, nodes // self._ring["nodes"])}
 
     def gather(self, size: float, messages: int) -> float:
-        return messages * self._machine.seconds_per_collective + self._machine.gathered(size, **self._ring)
+        more = (messages - 1) * self._machine.gathered(0, **self._ring)
+        return more + self._machine.gathered(size, **self._ring)
 
     def reduce(self, size: float) -> float:
         """Stage 3 reduces and scatters; the others all-reduce, which is twice as much."""
         passes = 1 if self._stage == 3 else 2
-        return self._machine.seconds_per_collective + passes * self._machine.gathered(size, **self._ring)
+        return passes * self._machine.gathered(size, **self._ring)
 
     def replicate(self, size: float) -> float:
-        return self._machine.seconds_per_collective + self._machine.replicated(size, **self._replicas)
+        return self._machine.replicated(size, **self._replicas)
 
 
 def _optimizer_seconds(trace: StepTrace, setting: MemorySetting, machine: Machine) -> float:
     elements = trace.num_weights / setting.shard_size
     per_element = setting.gradient_bytes + setting.weight_bytes
     per_element += _ADAM_PASSES * (setting.master_bytes + setting.state_bytes)
-    on_host = setting.offload_optimizer if machine.is_gpu else 0.0
+    on_host = setting.offload_optimizer
+    # Without a device of its own a rank copies, within the one memory, what would move.
+    host, link = machine.host_memory_bytes_per_second, machine.host_bytes_per_second
+    host, link = (host, link) if machine.is_gpu else (machine.memory_bytes_per_second, machine.memory_bytes_per_second)
     seconds = (1 - on_host) * elements * per_element / machine.memory_bytes_per_second
     if on_host:
         moved = setting.gradient_bytes + setting.weight_bytes
-        seconds += on_host * elements * per_element / machine.host_memory_bytes_per_second
-        seconds += on_host * elements * moved / machine.host_bytes_per_second
+        seconds += on_host * elements * (per_element / host + moved / link)
     return seconds

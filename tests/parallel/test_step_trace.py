@@ -1,0 +1,112 @@
+"""The trace on fake tensors says exactly what a real step keeps, at any depth and without running it."""
+
+import gc
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.flop_counter import FlopCounterMode
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.parallel import step_trace
+from dhen.parallel.activation_checkpointing import checkpoint_layers
+from dhen.parallel.live_memory import LiveMemory
+from dhen.parallel.step_trace import Precision, StepTrace, trace_step
+
+KINDS = ["advanced_dlrm", "self_attention", "convolution", "linear", "deep_cross", "deep_cross_flattened"]
+BATCH = 32
+
+
+def config_of(depth: int, **more) -> DhenConfig:
+    features = [{"name": f"C{index}", "num_embeddings": 10} for index in range(5)]
+    values = {"num_dense_features": 3, "sparse_features": features, "embedding_dim": 8, "num_embeddings_out": 2}
+    return DhenConfig(**values | {"num_layers": depth, "interactions": KINDS, "dropout": 0.1} | more)
+
+
+def really(config: DhenConfig, checkpointing: object = "none", dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+    """Bytes that are alive after a real forward, and the most in forward and backward, gradients let go at once."""
+    model = DhenForClickPrediction(config, with_tables=False).to(dtype)
+    checkpoint_layers(model, checkpointing)
+    inputs = torch.randn(BATCH, 5, 8, requires_grad=True), torch.randn(BATCH, 3), torch.ones(BATCH)
+    for weight in model.parameters():
+        weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
+    gc.collect()
+    with LiveMemory([*model.parameters(), *model.buffers(), *inputs]) as memory:
+        loss = model(inputs_embeds=inputs[0], dense=inputs[1], labels=inputs[2]).loss
+        kept = memory.bytes
+        loss.backward()
+    return kept, memory.peak
+
+
+def peak_of(trace: StepTrace) -> int:
+    alive = peak = 0
+    for event in trace.events:
+        peak = max(peak, alive + event.peak)
+        alive += event.kept
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "all", 2, ["self_attention", "convolution"]], ids=str)
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_it_keeps_what_a_real_step_keeps(depth, checkpointing):
+    trace = trace_step(
+        config_of(depth), BATCH, checkpointing=min(checkpointing, depth) if checkpointing == 2 else checkpointing
+    )
+    kept, peak = really(config_of(depth), min(checkpointing, depth) if checkpointing == 2 else checkpointing)
+    assert trace.kept_bytes == kept
+    assert peak_of(trace) == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.parametrize("norm_position", ["post", "pre", "inner"])
+def test_other_layers_and_dtypes(norm_position):
+    config = config_of(4, norm_position=norm_position, ensemble="weighted_sum", norm="rms_norm")
+    assert trace_step(config, BATCH, Precision(torch.bfloat16)).kept_bytes == really(config, dtype=torch.bfloat16)[0]
+
+
+def test_layers_that_differ_are_traced_each():
+    layers = [{"interactions": ["linear"]}, *[{"interactions": ["self_attention", "linear"]}] * 5, {"norm": "none"}]
+    config = config_of(1, layers=layers)
+    assert trace_step(config, BATCH, checkpointing=3).kept_bytes == really(config, 3)[0]
+
+
+def test_repeating_a_layer_is_as_good_as_tracing_all(monkeypatch):
+    config, short = config_of(9), trace_step(config_of(9), BATCH, checkpointing=4)
+    monkeypatch.setattr(step_trace, "_ALIKE", 100)
+    step_trace._trace.cache_clear()
+    assert trace_step(config, BATCH, checkpointing=4) == short
+    assert [event.layer for event in short.events if event.kind == "leave" and event.name.count(".") == 2][:9] == [
+        *range(9)
+    ]
+
+
+def test_a_wrong_middle_layer_would_show(monkeypatch):
+    """Negative control: were the first layer to stand for the others, the sum would be wrong."""
+    monkeypatch.setattr(step_trace, "_ALIKE", 1)
+    monkeypatch.setattr(step_trace, "_stands_for", lambda place: list(range(place[0], place[0] + place[1])))
+    config = config_of(4, num_embeddings_out=5)
+    step_trace._trace.cache_clear()
+    monkeypatch.setattr(step_trace, "_shortened", lambda config, recomputed: ([{}], [(0, 4)]))
+    wrong = trace_step(config, BATCH).kept_bytes
+    step_trace._trace.cache_clear()
+    assert abs(wrong / really(config)[0] - 1) > 0.02
+
+
+def test_weights_and_operations_are_those_of_the_model():
+    config = config_of(5)
+    trace = trace_step(config, BATCH)
+    model = DhenForClickPrediction(config, with_tables=False)
+    assert trace.weights == {name: weight.numel() for name, weight in model.named_parameters()}
+    assert sorted(name for own in trace.modules.values() for name in own) == sorted(trace.weights)
+    with FlopCounterMode(display=False) as counter:
+        inputs = torch.randn(BATCH, 5, 8, requires_grad=True)
+        logits_B = model(inputs_embeds=inputs, dense=torch.randn(BATCH, 3)).logits
+        binary_cross_entropy_with_logits(logits_B, torch.ones(BATCH)).backward()
+    assert sum(work.flops for event in trace.events for work in event.work) == counter.get_total_flops()
+
+
+def test_too_many_layers_and_unknown_kinds_are_refused():
+    with pytest.raises(ValueError, match="9, but the model has 2 layers"):
+        trace_step(config_of(2), BATCH, checkpointing=9)
+    with pytest.raises(ValueError, match="unknown interaction of this model: 'linea'"):
+        trace_step(config_of(2), BATCH, checkpointing=["linea"])
