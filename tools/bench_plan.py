@@ -69,6 +69,23 @@ def show(points: Sequence[Point], console: Console) -> None:
             console.print(f"order by speed at {depth} layers: Kendall's tau {tau:.2f}")
 
 
+def show_savings(points: Sequence[Point], console: Console) -> None:
+    """What each technique saves and costs beside plain data parallel, at the deepest model of the grid."""
+    depth = max(point.depth for point in points)
+    of_depth = [point for point in points if point.depth == depth]
+    plain = of_depth[0]
+    table = Table(f"{depth} layers", "memory", "predicted", "step", "predicted", box=None, pad_edge=False)
+    for point in of_depth:
+        table.add_row(
+            point.technique,
+            f"{point.peak / plain.peak:.0%}",
+            f"{point.predicted_peak / plain.predicted_peak:.0%}",
+            f"{point.seconds / plain.seconds:.2f}x",
+            f"{point.predicted_seconds / plain.predicted_seconds:.2f}x",
+        )
+    console.print(table)
+
+
 def deepest_predicted(name: str, arguments: argparse.Namespace) -> int:
     """The deepest model that the planner lets this technique train under the cap."""
 
@@ -137,6 +154,7 @@ def measure_grid(arguments: argparse.Namespace, console: Console) -> None:
             points += [Point(**values) for values in json.loads(file.read_text())]
     file.write_text(json.dumps([vars(point) for point in points], indent=2) + "\n")
     show(points, console)
+    show_savings(points, console)
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:

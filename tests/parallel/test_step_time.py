@@ -1,0 +1,80 @@
+"""The time model by hand, on steps simple enough to add up."""
+
+from dataclasses import replace
+
+import pytest
+
+from dhen.parallel.gathering import Limits
+from dhen.parallel.machine import Machine
+from dhen.parallel.memory import MemorySetting
+from dhen.parallel.step_time import compute_seconds, segments, step_seconds
+from dhen.parallel.step_trace import StepTrace, Work, trace_step
+from tests.parallel.test_memory import planner_of
+
+BATCH, DEPTH = 64, 4
+MACHINE = Machine(
+    name="two nodes of two", source="made up", is_gpu=True, ranks_per_node=2, memory_gib=1, host_memory_gib=8,
+    flops={"fp32": 1e9, "bf16": 4e9}, memory_bytes_per_second=1e9, local_bytes_per_second=1e9,
+    node_bytes_per_second=1e7, host_bytes_per_second=1e8, host_memory_bytes_per_second=1e8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trace() -> StepTrace:
+    return trace_step(planner_of("fp32", DEPTH).job.config, BATCH)
+
+
+def test_an_operation_takes_what_it_needs_most():
+    work = [Work(flops=2 * 10**9, bytes=10**9), Work(flops=0, bytes=3 * 10**9), Work(flops=1, bytes=1)]
+    slow_start = replace(MACHINE, seconds_per_operation=0.5)
+    assert compute_seconds(work, slow_start) == pytest.approx(2 + 3 + 0.5)
+    assert compute_seconds(work, MACHINE, "bf16") == pytest.approx(1 + 3, abs=1e-6)
+    assert compute_seconds(work, replace(MACHINE, compute_efficiency=0.5)) == pytest.approx(4 + 3, abs=1e-6)
+
+
+def test_segments_are_the_layers_forward_and_backward(trace):
+    parts = segments(trace, None)
+    layers = [(part.layer, part.is_backward) for part in parts if part.layer is not None]
+    assert layers == [(n, False) for n in range(DEPTH)] + [(n, True) for n in reversed(range(DEPTH))]
+    assert sum(part.gradients for part in parts) == trace.num_weights
+    assert sum(len(part.work) for part in parts) == sum(len(event.work) for event in trace.events)
+
+
+@pytest.mark.parametrize(("stage", "passes"), [(0, 2), (1, 3), (2, 3)])
+def test_data_parallel_stages_wait_for_their_bytes(trace, stage, passes):
+    """A ring of four ranks over the nodes' links: passes x P x 3/4, at the links' pace."""
+    setting = MemorySetting(stage, 1 if stage == 0 else 4)
+    waiting = step_seconds(trace, setting, MACHINE, nodes=2).waiting
+    assert waiting == pytest.approx(passes * 4 * trace.num_weights * 3 / 4 / 1e7, rel=0.01)
+
+
+def test_hybrid_sharding_hides_what_crosses_nodes_under_the_backward(trace):
+    limits = Limits(param_persistence_threshold=0, prefetch_bucket_size=0, max_reuse_distance=0)
+    across = 2 * 4 * trace.num_weights * 1 / 2 / 1e7
+    inside = 3 * 4 * trace.num_weights * 1 / 2 / 1e9
+    hybrid = MemorySetting(3, 2, num_replicas=2, limits=limits)
+    instant = replace(MACHINE, flops={"fp32": 1e15}, memory_bytes_per_second=1e15)
+    hidden, shown = (step_seconds(trace, hybrid, machine, nodes=2).waiting for machine in (MACHINE, instant))
+    assert shown == pytest.approx(across + inside, rel=0.05)
+    assert hidden < 0.4 * shown  # all but the last layer's
+    flat = step_seconds(trace, MemorySetting(3, 4, limits=limits), instant, nodes=2).waiting
+    assert flat == pytest.approx(3 * 4 * trace.num_weights * 3 / 4 / 1e7, rel=0.05)
+
+
+def test_recomputation_costs_a_forward(trace):
+    config = planner_of("fp32", DEPTH).job.config
+    setting = MemorySetting(0, 1)
+    plain, recomputed = (
+        step_seconds(each, setting, MACHINE, nodes=1).compute
+        for each in (trace, trace_step(config, BATCH, checkpointing="all"))
+    )
+    forward = sum(compute_seconds(part.work, MACHINE) for part in segments(trace, None) if not part.is_backward)
+    assert recomputed == pytest.approx(plain + forward, rel=0.1)
+
+
+def test_an_offloaded_optimizer_pays_for_the_host(trace):
+    plain = step_seconds(trace, MemorySetting(2, 4), MACHINE, nodes=2).optimizer
+    offloaded = step_seconds(trace, MemorySetting(2, 4, offload_optimizer=1.0), MACHINE, nodes=2).optimizer
+    shard = trace.num_weights / 4
+    assert plain == pytest.approx(shard * (4 + 4 + 2 * 12) / 1e9)
+    assert offloaded == pytest.approx(shard * (4 + 4 + 2 * 12 + 4 + 4) / 1e8)

@@ -1,0 +1,99 @@
+"""The benchmark of the planner: its ranks' part for real, how it counts what agrees, and its search for depths."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from dhen.parallel.machine import read_machine
+from dhen.parallel.topology import Topology
+from tests import ROOT
+from tests.ranks import run_ranks
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import bench_plan
+import plan_ranks
+from plan_grid import TECHNIQUES, Point
+
+CAN_MAKE_A_CLUSTER = hasattr(os, "geteuid") and os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc")))
+
+
+def test_order_is_compared_by_pairs():
+    assert bench_plan.kendall_tau([1, 2, 3, 4], [10, 20, 30, 40]) == 1
+    assert bench_plan.kendall_tau([1, 2, 3, 4], [40, 30, 20, 10]) == -1
+    assert bench_plan.kendall_tau([1, 2, 3], [1, 3, 2]) == pytest.approx(1 / 3)
+    assert bench_plan.kendall_tau([1, 2, 3], [1, 1, 3]) == pytest.approx(2 / 3), "a tie is no agreement"
+
+
+def test_the_table_says_how_far_off():
+    points = [Point(4, "dp", 100 << 20, 1.0, 97 << 20, 1.1), Point(4, "zero1", 50 << 20, 2.0, 51 << 20, 2.1)]
+    console = Console(file=io.StringIO(), width=120)
+    bench_plan.show(points, console)
+    bench_plan.show_savings(points, console)
+    text = console.file.getvalue()
+    assert "-3.0%" in text
+    assert "2 points: median error 2.5%, worst 3.0%" in text
+    assert "Kendall's tau 1.00" in text
+    assert "2.00x" in text
+
+
+@pytest.mark.parametrize("deepest", [0, 1, 7, 20])
+def test_the_deepest_is_found(deepest):
+    assert bench_plan._deepest(lambda depth: depth <= deepest, 20) == deepest
+
+
+def measured(topology: Topology) -> list[Point]:
+    arguments = bench_plan.parse_arguments(["--rounds", "1", "--gflops", "1000", "--techniques", "dp", "hsdp"])
+    torch.manual_seed(0)
+    return plan_ranks.measure(topology, 2, arguments)
+
+
+def test_points_are_measured_beside_predictions():
+    points = run_ranks(4, measured, local_size=2)[0]
+    assert [point.technique for point in points] == ["dp", "hsdp"]
+    for point in points:
+        assert abs(point.error) < 0.05
+        assert point.seconds > 0
+
+
+@pytest.mark.skipif(not CAN_MAKE_A_CLUSTER, reason="needs root and iproute2 for network namespaces")
+def test_under_a_cap_the_deepest_model_is_found(tmp_path):
+    """A cap that holds a few layers: as many are predicted as train, but for one."""
+    command = [sys.executable, "tools/bench_plan.py", "--cap_mib", "60", "--deepest", "3", "--techniques", "dp"]
+    command += ["--embedding_dim", "32", "--num_embeddings_out", "12", "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    row = next(line.split() for line in done.stdout.splitlines() if line.startswith("dp"))
+    assert 1 <= int(row[1]) <= 3
+    assert abs(int(row[1]) - int(row[2])) <= 1
+
+
+def test_every_technique_is_another():
+    assert len(set(TECHNIQUES.values())) == len(TECHNIQUES) >= 10
+
+
+def test_a_machine_is_measured_and_read_again(tmp_path):
+    output = tmp_path / "machine.yaml"
+    command = [
+        sys.executable,
+        "tools/calibrate_machine.py",
+        "--size",
+        "128",
+        "--batch_size",
+        "16",
+        "--output",
+        str(output),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    machine = read_machine(str(output))
+    assert machine.flops.keys() == {"fp32", "bf16"}
+    assert machine.compute_efficiency > 0
+    assert machine.local_bytes_per_second == read_machine("cpu").local_bytes_per_second
+    assert "links and host as in" in yaml.safe_load(output.read_text())["source"]

@@ -1,0 +1,122 @@
+"""Measures this machine's rates for the planner, in under a minute, and writes a machine file.
+
+    python tools/calibrate_machine.py --like cpu --output runs/machine.yaml
+    python tools/plan.py --config recipes/configs/criteo.yaml --machine runs/machine.yaml
+
+Matrix products by dtype, copies in memory, the start of a kernel, and then a real DHEN step: how much longer it takes
+than those rates say is the compute efficiency. What it doesn't measure (links, the host's memory) is as in --like, and
+`source` says so; tools/calibrate_costs.py measures links for the tables.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.parallel.machine import Machine, MachineError, read_machine
+from dhen.parallel.step_time import compute_seconds
+from dhen.parallel.step_trace import Precision, trace_step
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def seconds_of(function: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
+    """Median seconds of a call, after one to warm up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def measured(like: Machine, device: torch.device, size: int, batch_size: int) -> Machine:
+    """`like` with this machine's rates of compute and memory."""
+    flops = {}
+    for name, dtype in _DTYPES.items():
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        flops[name] = _rounded(2 * size**3 / seconds_of(lambda a=a, b=b: a @ b, device))
+    source = torch.ones(2**25, device=device)  # more than any cache
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    one = torch.ones(1, device=device)
+    machine = dataclasses.replace(
+        like,
+        source="compute and memory by tools/calibrate_machine.py; links and host as in the file it started from",
+        is_gpu=device.type == "cuda",
+        flops=flops,
+        memory_bytes_per_second=_rounded(moved / seconds_of(lambda: target.copy_(source), device)),
+        seconds_per_operation=_rounded(seconds_of(lambda: [one.add(1) for _ in range(1000)], device) / 1000),
+        compute_efficiency=1.0,
+    )
+    return dataclasses.replace(machine, compute_efficiency=_rounded(efficiency(machine, device, batch_size)))
+
+
+def efficiency(machine: Machine, device: torch.device, batch_size: int) -> float:
+    """Seconds of a real step's operations at the machine's rates, over those that they take."""
+    config = DhenConfig(
+        num_dense_features=13,
+        sparse_features=[{"name": f"C{index}", "num_embeddings": 10} for index in range(26)],
+        embedding_dim=64,
+        num_embeddings_out=16,
+        num_layers=2,
+        interactions=["advanced_dlrm", "self_attention", "linear", "deep_cross_flattened"],
+    )
+    model = DhenForClickPrediction(config, with_tables=False).to(device)
+    embeddings_BFD = torch.randn(batch_size, 26, 64, device=device, requires_grad=True)
+    dense_BN, labels_B = torch.randn(batch_size, 13, device=device), torch.ones(batch_size, device=device)
+
+    def step() -> Tensor:
+        loss = model(inputs_embeds=embeddings_BFD, dense=dense_BN, labels=labels_B).loss
+        loss.backward()
+        return loss
+
+    work = [each for event in trace_step(config, batch_size, Precision()).events for each in event.work]
+    return compute_seconds(work, machine) / seconds_of(step, device)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--like", default="cpu", help="machine that the rest is taken from, a name or a file")
+    parser.add_argument("--output", default="runs/machine.yaml", help="file to write")
+    parser.add_argument("--size", type=int, default=1024, help="of the square matrices")
+    parser.add_argument("--batch_size", type=int, default=512, help="examples of the step")
+    return parser.parse_args(command_line)
+
+
+def main() -> int:
+    """Measure, write, show."""
+    arguments = parse_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    try:
+        machine = measured(read_machine(arguments.like), device, arguments.size, arguments.batch_size)
+    except MachineError as error:
+        print(f"calibrate_machine: {error}", file=sys.stderr)
+        return 2
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), encoding="utf-8")
+    print(output.read_text(), end="")
+    print(f"{output} written in {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
