@@ -9,6 +9,7 @@ Left out: workspaces inside kernels, NCCL's own buffers, the CUDA context, and f
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from dhen.parallel.ds_config import DsConfig
 from dhen.parallel.gathering import Gathering, Limits
@@ -25,7 +26,8 @@ class MemorySetting:
 
     shard_size: ranks that ZeRO shards over. num_replicas: of the dense part, above 1 under HSDP. master_bytes: of the
     optimizer's own copy of the weights. state_bytes: of Adam's two states. wire_bytes: of HSDP's all-reduce.
-    is_foreach: whether the optimizer takes all weights at once, as on GPUs, rather than one after the other.
+    temporaries: what the optimizer's step holds besides, two copies of "one" weight after the other, one copy of "all"
+    as torch's does on GPUs, or "none". accumulates: gradients are summed over several micro steps.
     """
 
     stage: int
@@ -43,7 +45,8 @@ class MemorySetting:
     offload_optimizer: float = 0.0
     offload_param: bool = False
     offload_activations: int = 0
-    is_foreach: bool = False
+    temporaries: Literal["one", "all", "none"] = "one"
+    accumulates: bool = False
 
     @classmethod
     def of(cls, ds_config: DsConfig, shard_size: int, world_size: int, *, is_gpu: bool) -> "MemorySetting":
@@ -55,7 +58,7 @@ class MemorySetting:
         small_master = bool(bf16.get("bf16_master_weights_and_grads"))
         small_states = bool(bf16.get("bf16_optimizer_states"))
         offload = zero.get("offload_optimizer") or {}
-        own = "torch_adam" in raw["optimizer"].get("params", {}) or "torch" in raw["optimizer"]["type"].lower()
+        is_torchs = raw["optimizer"].get("params", {}).get("torch_adam") or raw["optimizer"]["type"].lower() == "sgd"
         return cls(
             stage=stage,
             shard_size=1 if stage == 0 else shard_size,
@@ -71,7 +74,8 @@ class MemorySetting:
             overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
             offload_optimizer=float(offload.get("ratio", 1.0)) if offload.get("device", "none") != "none" else 0.0,
             offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
-            is_foreach=is_gpu and own,
+            temporaries="none" if not is_torchs else "all" if is_gpu else "one",
+            accumulates=raw.get("gradient_accumulation_steps", 1) not in (1, "auto"),
         )
 
 
@@ -144,7 +148,7 @@ class _Rank:
     def micro_step(self) -> tuple[dict[str, int], str]:
         """The worst moment of forward and backward: what is held then, and its name."""
         setting = self._setting
-        flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._shares)
+        flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._shares, self._trace.num_weights)
         activations = _Activations(self._trace, setting.offload_activations)
         gathering = gathering_of(self._trace, setting) if setting.stage == 3 else None
         owner = {weight: module for module, own in self._trace.modules.items() for weight in own}
@@ -194,15 +198,19 @@ class _Rank:
         setting = self._setting
         at_once = min(self._shard, setting.sub_group) if setting.stage == 3 else self._shard
         if setting.stage == 0:
-            gradients, temporary = self._shard * 4, (self._shard if setting.is_foreach else 2 * self._largest) * 4
+            gradients, temporary = self._shard * 4, self._temporaries(self._largest, self._shard) * 4
         elif setting.offload_optimizer:
-            gradients, temporary = 0, 2 * at_once * setting.master_bytes
+            gradients, temporary = 0, self._temporaries(at_once, at_once) * setting.master_bytes
         else:
             gradients = at_once * setting.master_bytes
-            temporary = (1 if setting.is_foreach else 2) * at_once * setting.master_bytes
+            temporary = self._temporaries(at_once, at_once) * setting.master_bytes
             if setting.stage < 3:  # until the gradients are in one piece
                 temporary = max(temporary, max(self._shares.values()) * setting.gradient_bytes)
         return _sum(self.rest, {"gradients": gradients, "optimizer": temporary}), "optimizer step"
+
+    def _temporaries(self, largest: int, together: int) -> int:
+        """Elements that the optimizer's step holds besides."""
+        return {"one": 2 * largest, "all": together, "none": 0}[self._setting.temporaries]
 
 
 def _sum(*parts: dict[str, int]) -> dict[str, int]:
@@ -257,8 +265,9 @@ class _Activations:
 class _Accumulated:
     """Gradients of stages 0 and 1: all are kept until the backward is done, then reduced."""
 
-    def __init__(self, setting: MemorySetting, shares: dict[str, int]) -> None:
-        self._setting, self._share, self._elements = setting, max(shares.values()), 0
+    def __init__(self, setting: MemorySetting, shares: dict[str, int], num_weights: int) -> None:
+        self._setting, self._share = setting, max(shares.values())
+        self._most, self._elements = num_weights, num_weights if setting.accumulates else 0
         self._bucket = setting.reduce_bucket * (2 if setting.overlap_comm else 1) if setting.stage else 0
 
     @property
@@ -270,7 +279,7 @@ class _Accumulated:
     def take(self, name: str, elements: int) -> tuple[int, int]:
         """One gradient more; what is held while it is dealt with."""
         del name
-        self._elements += elements
+        self._elements = min(self._elements + elements, self._most)
         return self.held
 
     def finish(self) -> tuple[int, int]:
@@ -287,16 +296,18 @@ class _Stage2:
     for them at the first one. Ranks differ; here it is the one that needs most at the time.
     """
 
-    def __init__(self, setting: MemorySetting, shares: dict[str, int]) -> None:
+    def __init__(self, setting: MemorySetting, shares: dict[str, int], num_weights: int) -> None:
+        del num_weights
         self._setting, self._shares = setting, shares
         self._filled: dict[str, int] = {}
         self._large = self._share = self._reduced = 0
+        self._summed = max(shares.values()) if setting.accumulates else 0  # of earlier micro steps
 
     @property
     def held(self) -> tuple[int, int]:
         """Bytes of gradients, and of buckets."""
         buckets = (2 if self._setting.overlap_comm else 1) * self._setting.reduce_bucket
-        share = 0 if self._setting.offload_optimizer else self._share
+        share = 0 if self._setting.offload_optimizer else self._share + self._summed
         return (self._large + share) * self._bytes, buckets * self._bytes
 
     @property

@@ -50,28 +50,31 @@ def planner_of(precision: str, depth: int = DEPTH) -> Planner:
     return Planner(Job(config, BATCH, machine, nodes=2, precision=precision))
 
 
-def measured_peaks(topology: Topology, precision: str, techniques: list[Technique]) -> list[int]:
+def measured_peaks(topology: Topology, precision: str, techniques: list[Technique], accumulation: int = 1) -> list[int]:
     """Most bytes alive in a step of this rank, by technique."""
     planner, peaks = planner_of(precision), []
     for technique in techniques:
         whole = planner.whole_ds_config(technique)
         section = DhenSection(**whole.pop("dhen", {}))
         optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
-        settings = whole | {"optimizer": optimizer, "gradient_clipping": 0.0, "gradient_accumulation_steps": 1}
-        settings |= {"train_micro_batch_size_per_gpu": BATCH}
+        settings = whole | {"optimizer": optimizer, "gradient_clipping": 0.0}
+        settings |= {"train_micro_batch_size_per_gpu": BATCH, "gradient_accumulation_steps": accumulation}
         del settings["train_batch_size"]
         generator = torch.Generator().manual_seed(topology.rank)
         with LiveMemory() as memory:
             model = parallelize(planner.job.config, topology, DsConfig("test", settings, section))
             of_steps = []
-            for _ in range(5):
-                memory.reset_peak()
+            for micro_step in range(5 * accumulation):
+                if micro_step % accumulation == 0:
+                    memory.reset_peak()
                 sparse = SparseIds(torch.randint(0, 50, (TABLES * BATCH,), generator=generator), num_features=TABLES)
                 dense_BN, labels_B = torch.randn(BATCH, 5, generator=generator), torch.ones(BATCH)
                 logits_B = model.score(model.look_up(sparse), dense_BN, sparse)
                 model.step(binary_cross_entropy_with_logits(logits_B, labels_B))
                 of_steps.append(memory.peak)
-        peaks.append(min(of_steps[3:]))  # by then stage 3 knows the order; gloo's threads may let go late
+        peaks.append(
+            min(of_steps[accumulation - 1 :: accumulation][3:])
+        )  # by then stage 3 knows the order; gloo's threads may let go late
     return peaks
 
 
@@ -82,6 +85,18 @@ def test_the_predicted_peak_is_the_fullest_ranks(precision, techniques):
     for technique, *peaks in zip(techniques, *measured, strict=True):
         predicted = planner.predict(technique).memory
         assert predicted.peak == pytest.approx(max(peaks), rel=TOLERANCE), f"{technique}: {predicted}"
+
+
+def test_gradients_summed_over_micro_steps_are_held_meanwhile():
+    techniques = [Technique("dp"), Technique("zero2", checkpointing=DEPTH), Technique("hsdp")]
+    measured, planner = run_ranks(4, measured_peaks, "fp32", techniques, 2, local_size=2), planner_of("fp32")
+    for technique, *peaks in zip(techniques, *measured, strict=True):
+        trace = trace_step(planner.job.config, BATCH, checkpointing=technique.checkpointing)
+        setting = replace(planner.setting(technique), accumulates=True)
+        predicted = predict_memory(trace, setting, planner.table_bytes)
+        # Of stage 3 a little more is predicted than there is: it gathers less ahead between micro steps.
+        assert predicted.peak == pytest.approx(max(peaks), rel=2 * TOLERANCE), f"{technique}: {predicted}"
+        assert predicted.peak > (1 - TOLERANCE) * max(peaks)
 
 
 @pytest.mark.parametrize(
