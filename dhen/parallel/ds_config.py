@@ -6,6 +6,7 @@ with the recipe.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -149,7 +150,7 @@ class DsConfig:
     deepspeed: dict[str, Any]
     dhen: DhenSection
     rung: str = ""
-    """Which entry of by_depth was taken, and why, in words."""
+    """Which entry of by_depth was taken, or what the planner chose, and why, in words."""
 
     @property
     def zero_stage(self) -> int:
@@ -166,10 +167,22 @@ def read_ds_config(path: str | Path, recipe: Recipe, num_layers: int = 1) -> DsC
 
     num_layers: of the model, by which a rung of by_depth is taken; the other rungs are checked too.
     """
-    raw = _read_json(Path(path))
-    rungs = _take_rungs(str(path), raw)
+    return check_ds_config(str(path), read_json(Path(path)), recipe, num_layers)
+
+
+def read_section(path: str | Path) -> DhenSection:
+    """The "dhen" section alone of the ds_config at `path`, without rungs. Raises DsConfigError."""
+    raw = read_json(Path(path))
+    _take_rungs(str(path), raw)
+    return _check_section(str(path), raw.get(SECTION, {}))
+
+
+def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layers: int = 1) -> DsConfig:
+    """The same for what stands in a ds_config; `raw` stays as it is. path: what messages call it."""
+    raw = _merged(dict(raw), {})
+    rungs = _take_rungs(path, raw)
     if not rungs:
-        return _checked(str(path), raw, recipe)
+        return _checked(path, raw, recipe)
     every = [
         _checked(f"{path}: {_rung_name(i)}", _merged(raw, changes), recipe) for i, (_, changes) in enumerate(rungs)
     ]
@@ -182,7 +195,7 @@ def read_ds_config(path: str | Path, recipe: Recipe, num_layers: int = 1) -> DsC
     most, changes = rungs[index]
     size = "any depth" if most is None else f"up to {most} layers"
     rung = f"{_rung_name(index)} ({size}) for {num_layers} layers: {json.dumps(changes)}"
-    return replace(every[index], path=str(path), rung=rung)
+    return replace(every[index], rung=rung, path=path)
 
 
 def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
@@ -233,7 +246,8 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What stands in the ds_config at `path`, unchecked. Raises DsConfigError."""
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.json")) if path.parent.is_dir() else []
         have = f" {path.parent} has {', '.join(near)}." if near else ""

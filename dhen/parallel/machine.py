@@ -60,8 +60,16 @@ class Machine:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. Use a number above 0.")
+        not_negative = ("host_memory_gib", "seconds_per_operation", "seconds_per_collective", "host_bytes_per_second",
+                        "host_memory_bytes_per_second")  # fmt: skip
+        for name in not_negative:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}. Use 0 or more.")
         if "fp32" not in self.flops:
             raise ValueError(f"flops has {', '.join(self.flops) or 'nothing'}. Give fp32, and bf16 where it differs.")
+        for dtype, rate in self.flops.items():
+            if rate <= 0:
+                raise ValueError(f"flops.{dtype} is {rate}. Use a number above 0.")
         if self.is_gpu and not (self.host_bytes_per_second and self.host_memory_bytes_per_second):
             raise ValueError(
                 "host_bytes_per_second or host_memory_bytes_per_second is missing. A GPU's offload needs both."
@@ -108,12 +116,17 @@ def read_machine(name: str, **changes: Any) -> Machine:
         machine = TypeAdapter(Machine).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
         return replace(machine, **changes)
     except yaml.YAMLError as error:
-        raise MachineError(f"{path}: not YAML: {error}") from error
+        raise MachineError(f"{path}: not YAML: {' '.join(str(error).split())}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             raise MachineError(f"{path}: {unknown_name('key', key, Machine.__dataclass_fields__)}") from error
-        raise MachineError(f"{path}: {key or 'the file'}: {first['msg']}.") from error
+        if first["type"] == "value_error":
+            raise MachineError(f"{path}: {first['ctx']['error']}") from error
+        if not key:
+            raise MachineError(f"{path}: a machine is a mapping of keys to values, see those in {_FOLDER}.") from error
+        found = "" if first["type"] == "missing" else f" is {first['input']!r}"
+        raise MachineError(f"{path}: {key}{found}. {first['msg']}.") from error
     except ValueError as error:
         raise MachineError(f"{path}: {error}") from error

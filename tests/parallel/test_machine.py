@@ -1,0 +1,84 @@
+"""Machine files: those that ship can be planned for, and a mistake in a user's own gets one line that names the key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dhen.parallel.machine import MachineError, read_machine, shipped_machines
+
+GPU, CPU = (yaml.safe_load(shipped_machines()[name].read_text()) for name in ("a100-40gb", "cpu"))
+
+
+def written(folder: Path, values: dict) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", shipped_machines())
+def test_shipped_machines_are_read_and_have_what_a_plan_needs(name):
+    machine = read_machine(name)
+    assert machine.source, "where are the figures from?"
+    assert machine.memory_bytes > 0
+    assert machine.costs == ("gpu" if machine.is_gpu else "cpu")
+    assert set(machine.flops) == {"fp32", "bf16"}
+
+
+def test_a_file_of_the_users_own_is_read_and_values_can_be_replaced(tmp_path):
+    path = written(tmp_path, GPU | {"name": "mine", "memory_gib": 20})
+    assert read_machine(path).memory_bytes == 20 * 2**30
+    changed = read_machine(path, ranks_per_node=4, memory_gib=10.0)
+    assert (changed.ranks_per_node, changed.memory_gib, changed.name) == (4, 10.0, "mine")
+    assert changed.host_bytes == 2 * read_machine(path).host_bytes, "fewer ranks share the host"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"memory_gi": 3}, "unknown key 'memory_gi'. Did you mean 'memory_gib'?"),
+        ({"memory_gib": -1}, "memory_gib is -1.0. Use a number above 0."),
+        ({"memory_gib": "much"}, "memory_gib is 'much'. Input should be a valid number"),
+        ({"ranks_per_node": 0}, "ranks_per_node is 0. Use a number above 0."),
+        ({"ranks_per_node": 2.5}, "ranks_per_node is 2.5."),
+        ({"seconds_per_operation": -1e-6}, "seconds_per_operation is -1e-06. Use 0 or more."),
+        ({"host_memory_gib": -2}, "host_memory_gib is -2.0. Use 0 or more."),
+        ({"flops": {"fp32": -1}}, "flops.fp32 is -1.0. Use a number above 0."),
+        ({"flops": {"bf16": 1e12}}, "flops has bf16. Give fp32"),
+        ({"host_bytes_per_second": 0}, "A GPU's offload needs both."),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_file_and_key(tmp_path, change, words):
+    path = written(tmp_path, GPU | change)
+    with pytest.raises(MachineError) as caught:
+        read_machine(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert words in message
+    assert "\n" not in message
+    assert "Value error" not in message
+
+
+@pytest.mark.parametrize("key", ["memory_gib", "flops", "name", "source", "ranks_per_node"])
+def test_a_missing_key_is_named(tmp_path, key):
+    with pytest.raises(MachineError, match=f"{key}. Field required"):
+        read_machine(written(tmp_path, {name: value for name, value in GPU.items() if name != key}))
+
+
+def test_a_cpu_needs_no_host_beside_it(tmp_path):
+    without = {name: value for name, value in CPU.items() if not name.startswith("host_")} | {"host_memory_gib": 0}
+    assert not read_machine(written(tmp_path, without)).is_gpu
+
+
+def test_other_mistakes_are_one_line_too(tmp_path):
+    with pytest.raises(MachineError, match="Did you mean 'a100-40gb'"):
+        read_machine("a100-40")
+    with pytest.raises(MachineError, match="memory_gib is -3"):
+        read_machine("h100", memory_gib=-3)
+    (tmp_path / "list.yaml").write_text("- 3")
+    with pytest.raises(MachineError, match="a machine is a mapping"):
+        read_machine(str(tmp_path / "list.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(MachineError, match="not YAML") as caught:
+        read_machine(str(tmp_path / "broken.yaml"))
+    assert "\n" not in str(caught.value)
