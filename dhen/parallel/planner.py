@@ -6,7 +6,7 @@ plan, and of equally fast ones that with the fewest techniques.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ from dhen.parallel.step_trace import Precision, StepTrace, trace_step
 from dhen.parallel.table_costs import StepSetting, read_costs
 
 Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
+Offload = Literal["none", "optimizer", "parameters"]
 PrecisionName = Literal["fp32", "bf16"]
 SCHEMES: dict[Scheme, int] = {"dp": 0, "zero1": 1, "zero2": 2, "hsdp": 3, "zero3": 3}
 """ZeRO stage of each, in the order of how little they keep."""
+_OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 _ALLOCATOR_SHARE = 0.95
 """Of a GPU's memory, what fragments of the allocator leave."""
 _EQUALLY_FAST = 1e-3
@@ -39,7 +41,7 @@ class Technique:
 
     scheme: Scheme = "dp"
     checkpointing: int = 0
-    offload: Literal["none", "optimizer", "parameters"] = "none"
+    offload: Offload = "none"
     offload_activations: int = 0
 
     @property
@@ -132,51 +134,90 @@ class Planner:
         self.placement: Placement | None = None
         if job.config.tables:
             costs = read_costs(section.placement.costs or machine.costs, setting)
-            options = PlacementOptions(memory_bytes=machine.memory_bytes)
+            asked = section.placement
+            options = PlacementOptions(
+                max_column_shards=asked.max_column_shards,
+                by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
+                memory_bytes=int(asked.memory_gib * 2**30) if asked.memory_gib else machine.memory_bytes,
+            )
             self.placement = place_tables(
                 job.config.tables, job.config.embedding_dim, setting, costs, job.ids_per_bag, options
             )
 
-    @property
+    @functools.cached_property
     def table_bytes(self) -> int:
         """Of the fullest rank."""
         ranks = range(self.job.world_size)
         return max(map(self.placement.bytes_of_rank, ranks)) if self.placement else 0
 
-    @functools.cache  # noqa: B019 - lives as long as the planner
+    @functools.cached_property
+    def table_seconds(self) -> float:
+        """A step's, of the slowest rank."""
+        return self.placement.makespan if self.placement else 0.0
+
+    @property
+    def has_bytes(self) -> int:
+        """What a rank may fill: on a GPU fragments of the allocator take their share."""
+        machine = self.job.machine
+        return int(machine.memory_bytes * (_ALLOCATOR_SHARE if machine.is_gpu else 1.0))
+
     def predict(self, technique: Technique) -> Prediction:
         """Memory and speed under a technique."""
-        job, machine = self.job, self.job.machine
-        trace, setting = self._trace(technique), self.setting(technique)
-        memory = predict_memory(trace, setting, self.table_bytes, is_gpu=machine.is_gpu)
-        table_seconds = self.placement.makespan if self.placement else 0.0
-        dtype = "bf16" if job.precision == "bf16" else "fp32"
-        seconds = step_seconds(trace, setting, machine, job.nodes, dtype=dtype, table_seconds=table_seconds)
-        has = machine.memory_bytes * (_ALLOCATOR_SHARE if machine.is_gpu else 1.0)
-        fits = memory.peak <= has and (not machine.is_gpu or memory.host <= machine.host_bytes)
-        return Prediction(technique, memory, seconds, job.batch_size * job.world_size, fits)
+        seconds, batch = self._seconds(technique), self.job.batch_size * self.job.world_size
+        return Prediction(technique, self.memory(technique), seconds, batch, self.fits(technique))
+
+    @functools.cache  # noqa: B019 - lives as long as the planner
+    def memory(self, technique: Technique) -> MemoryUse:
+        """A rank's, of the device and of the host."""
+        setting, is_gpu = self.setting(technique), self.job.machine.is_gpu
+        return predict_memory(self._trace(technique), setting, self.table_bytes, is_gpu=is_gpu)
+
+    def fits(self, technique: Technique) -> bool:
+        """Whether a rank has the memory, and on GPUs its share of the host too."""
+        memory, machine = self.memory(technique), self.job.machine
+        return memory.peak <= self.has_bytes and (not machine.is_gpu or memory.host <= machine.host_bytes)
+
+    @functools.cache  # noqa: B019
+    def _seconds(self, technique: Technique) -> StepSeconds:
+        job = self.job
+        what = (self._trace(technique), self.setting(technique), job.machine, job.nodes)
+        return step_seconds(*what, dtype=job.precision, table_seconds=self.table_seconds)
 
     def candidates(self) -> Iterator[Technique]:
-        """Every set worth a look: of checkpointing and activation offload as few layers as make it fit."""
-        for scheme in self.job.schemes():
-            for offload in ("none", "optimizer", "parameters"):
-                if (offload == "optimizer" and SCHEMES[scheme] == 0) or (
-                    offload == "parameters" and SCHEMES[scheme] < 3
-                ):
-                    continue
+        """Every set worth a look: of checkpointing and activation offload as few layers as make it fit.
+
+        What fits already is only slowed down by more, so nothing is added to it.
+        """
+        depth, is_gpu = self.job.depth, self.job.machine.is_gpu
+        for scheme, offloads in self._offloads():
+            for offload in offloads:
                 plain = Technique(scheme, offload=offload)
                 yield plain
-                yield self._fewest(plain, "checkpointing")
-                if self.job.machine.is_gpu:
+                if self.fits(plain):
+                    break
+                yield self._fewest(plain)
+                if is_gpu:
                     yield self._fewest(plain, "offload_activations")
-                    yield self._fewest(replace(plain, checkpointing=self.job.depth), "offload_activations")
+                    for recomputed in {depth, self._fewest(replace(plain, offload_activations=depth)).checkpointing}:
+                        yield self._fewest(replace(plain, checkpointing=recomputed), "offload_activations")
 
-    def _fewest(self, plain: Technique, name: str) -> Technique:
+    def _offloads(self) -> Iterator[tuple[Scheme, list[Offload]]]:
+        """The schemes, and what each can have on the host, the least first."""
+        alone_on_gpu = self.job.world_size == 1 and self.job.machine.is_gpu
+        for scheme in self.job.schemes():
+            yield scheme, list(_OFFLOADS[: 1 if scheme == "dp" else 2 if SCHEMES[scheme] < 3 else 3])
+        if alone_on_gpu:  # these shard nothing there, but stage 0 has no offload
+            yield "zero2", ["optimizer"]
+            yield "zero3", ["parameters"]
+
+    def _fewest(self, plain: Technique, name: str = "checkpointing") -> Technique:
         """`plain` with as few layers of `name` as make it fit, by bisection; all layers where none does."""
         fits_at, fails_at = self.job.depth, 0
+        if not self.fits(replace(plain, **{name: fits_at})):
+            return replace(plain, **{name: fits_at})
         while fits_at - fails_at > 1:
             middle = (fits_at + fails_at) // 2
-            if self.predict(replace(plain, **{name: middle})).fits:
+            if self.fits(replace(plain, **{name: middle})):
                 fits_at = middle
             else:
                 fails_at = middle
@@ -184,22 +225,40 @@ class Planner:
 
     def plan(self) -> Prediction:
         """The minimum set: the fastest that fits. Raises NothingFitsError."""
-        predictions = [self.predict(technique) for technique in dict.fromkeys(self.candidates())]
-        fitting = [prediction for prediction in predictions if prediction.fits]
+        techniques = list(dict.fromkeys(self.candidates()))
+        fitting = [self.predict(technique) for technique in techniques if self.fits(technique)]
         if not fitting:
-            raise NothingFitsError(self._nothing_fits(min(predictions, key=lambda each: each.memory.peak)))
+            smallest = min(techniques, key=lambda each: self.memory(each).peak)
+            raise NothingFitsError(self._nothing_fits(smallest, self.memory(smallest)))
         fastest = max(each.samples_per_second for each in fitting)
         equal = [each for each in fitting if each.samples_per_second >= (1 - _EQUALLY_FAST) * fastest]
         return min(equal, key=lambda each: (each.technique.count, -each.samples_per_second))
 
-    def _nothing_fits(self, smallest: Prediction) -> str:
-        job, memory = self.job, smallest.memory
+    def reason(self, chosen: Prediction) -> str:
+        """Why it is the minimum set: the plain schemes that need too much, and those that fit but are slower."""
+        plain = [self.predict(Technique(scheme)) for scheme in self.job.schemes()]
+        too_large = [each for each in plain if not each.fits]
+        slower = [each for each in plain if each.fits and each.technique.count < chosen.technique.count]
+        has = f"{self.has_bytes / 2**30:.2f} GiB"
+        parts = []
+        if too_large:
+            needs = ", ".join(f"{each.technique} needs {each.memory.peak / 2**30:.2f}" for each in too_large)
+            parts.append(f"{needs} of {has}")
+        parts += [
+            f"{each.technique} fits too, but is {1 - each.samples_per_second / chosen.samples_per_second:.1%} slower"
+            for each in slower
+        ]
+        use = "" if too_large else f" ({chosen.memory.peak / 2**30:.2f} of {has})"
+        return "; ".join([*parts, f"{chosen.technique} is the fastest that fits{use}"])
+
+    def _nothing_fits(self, smallest: Technique, memory: MemoryUse) -> str:
+        job = self.job
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.parts.items())
         return (
             f"{job.depth} layers at {job.batch_size} examples a rank fit on no rank of {job.nodes} x "
-            f"{job.machine.ranks_per_node} ({job.machine.name}): {smallest.technique} needs {memory.peak / 2**30:.2f} "
+            f"{job.machine.ranks_per_node} ({job.machine.name}): {smallest} needs {memory.peak / 2**30:.2f} "
             f"GiB ({parts}) at its worst moment, {memory.moment}, and {memory.host / 2**30:.2f} GiB of the host; there "
-            f"are {job.machine.memory_gib:g} and {job.machine.host_bytes / 2**30:.2f} GiB. Possible solutions: a "
+            f"are {self.has_bytes / 2**30:.2f} and {job.machine.host_bytes / 2**30:.2f} GiB. Possible solutions: a "
             "smaller per_device_train_batch_size with gradient_accumulation_steps, bf16, more ranks, fewer layers, a "
             "smaller num_embeddings_out or embedding_dim."
         )
@@ -213,28 +272,45 @@ class Planner:
         return replace(setting, offload_activations=technique.offload_activations if machine.is_gpu else 0)
 
     def _trace(self, technique: Technique) -> StepTrace:
+        under_autocast = self.job.precision == "bf16" and technique.scheme == "dp"  # bf16 under stage 0
+        return self._traced(technique.checkpointing, under_autocast)
+
+    @functools.cache  # noqa: B019
+    def _traced(self, checkpointing: int, under_autocast: bool) -> StepTrace:
         precision = Precision()
-        if self.job.precision == "bf16":  # under stage 0 as autocast
-            precision = Precision(torch.bfloat16) if SCHEMES[technique.scheme] else Precision(autocast=torch.bfloat16)
-        return trace_step(self.job.config, self.job.batch_size, precision, technique.checkpointing)
+        if self.job.precision == "bf16":
+            precision = Precision(autocast=torch.bfloat16) if under_autocast else Precision(torch.bfloat16)
+        return trace_step(self.job.config, self.job.batch_size, precision, checkpointing)
+
+    @functools.cached_property
+    def _bucket(self) -> tuple[int, int]:
+        """Most elements of a layer's weights, and of the larger of that and a weight outside the layers."""
+        trace = self._traced(0, False)
+        layer = max(segment.gradients for segment in segments(trace, None))
+        return layer, max(layer, *trace.weights.values())
 
     def _section(self, technique: Technique) -> DhenSection:
+        is_hybrid = technique.scheme == "hsdp"
         update: dict[str, Any] = {
-            "activation_checkpointing": technique.checkpointing or "none",
-            "activation_offload": technique.offload_activations or "none",
-            "shard_group": "node" if technique.scheme == "hsdp" else "world",
+            "activation_checkpointing": self._layers(technique.checkpointing),
+            "activation_offload": self._layers(technique.offload_activations),
+            "shard_group": "node" if is_hybrid else "world",
         }
+        if not is_hybrid:  # these are refused where nothing is replicated
+            update |= {"all_reduce_dtype": None, "async_all_reduce": True}
         return self.job.section.model_copy(update=update)
+
+    def _layers(self, count: int) -> int | Literal["none", "all"]:
+        """As the ds_config says it."""
+        return "all" if count == self.job.depth else count or "none"
 
     def ds_config(self, technique: Technique) -> dict[str, Any]:
         """DeepSpeed's part of the technique's ds_config; what the recipe decides is "auto".
 
         Stage 3 gathers one layer ahead and lets go of a layer at once, so that two layers are there at a time.
         """
-        trace = self._trace(replace(technique, checkpointing=0))
-        layer = max(segment.gradients for segment in segments(trace, None))
         stage = SCHEMES[technique.scheme]
-        bucket = max(layer, *trace.weights.values())
+        layer, bucket = self._bucket
         zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket}
         if stage == 3:
             zero |= {
@@ -267,13 +343,3 @@ class Planner:
         """The ds_config to write: DeepSpeed's part and our section, as far as it isn't the default."""
         section = self._section(technique).model_dump(exclude_defaults=True)
         return self.ds_config(technique) | ({"dhen": section} if section else {})
-
-
-def by_depth(predictions: Sequence[tuple[int, Prediction]]) -> list[tuple[int, Prediction]]:
-    """The deepest of each run of depths that have one technique but for the number of layers that it names."""
-    rungs: list[tuple[int, Prediction]] = []
-    for depth, prediction in predictions:
-        if rungs and rungs[-1][1].technique == prediction.technique:
-            rungs.pop()
-        rungs.append((depth, prediction))
-    return rungs

@@ -29,7 +29,13 @@ from dhen.parallel.live_memory import LiveMemory
 _ALIKE = 3
 """So many of a run of equal layers are traced: the middle one has equal neighbours on both sides."""
 _LAYERS = "model.layers."
+_UNTRACEABLE = (RuntimeError, AssertionError, TypeError)
+"""What torch raises where code asks fake tensors for their values, or mixes them with real ones."""
 EventKind = Literal["enter", "leave", "gradient", "loss", "end"]
+
+
+class UntraceableError(ValueError):
+    """A model that can't run on fake tensors; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ def trace_step(
 ) -> StepTrace:
     """Trace one micro step of `config`'s dense part over `batch_size` examples.
 
-    checkpointing: `dhen.activation_checkpointing` of a ds_config. Raises ValueError as `checkpoint_layers` does.
+    checkpointing: `dhen.activation_checkpointing` of a ds_config. Raises ValueError as `checkpoint_layers` does, and
+    UntraceableError for an interaction whose code depends on its numbers.
     """
     by_kind = not isinstance(checkpointing, str | int)
     depth = len(config.layer_specs)
@@ -116,7 +123,11 @@ def trace_step(
     values = {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
     values |= {"num_dense_features": config.num_dense_features, "sparse_features": config.sparse_features}
     what = tuple(checkpointing) if by_kind else sum(place < recomputed for place, _ in places)
-    trace = _trace(json.dumps(values | {"layers": entries}), batch_size, precision, what)
+    try:
+        trace = _trace(json.dumps(values | {"layers": entries}), batch_size, precision, what)
+    except _UNTRACEABLE as error:
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise UntraceableError(f"the model can't be traced on tensors without values ({why}).") from error
     return _lengthened(trace, places)
 
 

@@ -1,0 +1,210 @@
+"""The planner: the minimum set is what its definition says, against brute force, and a plan behaves as memory does."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.ds_config import DhenSection, Recipe, check_ds_config
+from dhen.parallel.machine import read_machine
+from dhen.parallel.placement import PlacementError
+from dhen.parallel.planner import SCHEMES, Job, NothingFitsError, Planner, Prediction, Technique
+from dhen.parallel.rungs import Plan, by_depth, changes
+
+CONFIG = DhenConfig(
+    embedding_dim=64, num_layers=4, num_embeddings_out=32, head_mlp=[512, 512],
+    num_dense_features=13, sparse_features=[{"name": f"C{i}", "num_embeddings": 1000} for i in range(26)],
+)  # fmt: skip
+MACHINE = read_machine("a100-40gb", ranks_per_node=2)
+BATCH = 512
+RECIPE = Recipe(BATCH, 1, 4, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
+
+
+def planner(memory_gib: float = 38.0, nodes: int = 2, layers: int = 4, **more) -> Planner:
+    machine = replace(more.pop("machine", MACHINE), memory_gib=memory_gib)
+    return Planner(Job(CONFIG, BATCH, machine, nodes, **more).at_depth(layers))
+
+
+def plain_gib(layers: int = 4, scheme: str = "dp") -> float:
+    return planner(layers=layers).predict(Technique(scheme)).memory.peak / 2**30 / 0.95
+
+
+SHARES = (1.01, 0.97, 0.9, 0.7, 0.5, 0.47)
+"""Of what data parallel needs at 4 layers: from plenty to very little."""
+
+
+def brute_force(made: Planner) -> list[Prediction]:
+    """Every set that can be written down, not only those that the planner thinks worth a look."""
+    layers = range(made.job.depth + 1)
+    sets = itertools.product(made.job.schemes(), layers, ("none", "optimizer", "parameters"), layers)
+    allowed = [
+        Technique(*each)
+        for each in sets
+        if (each[2] != "optimizer" or SCHEMES[each[0]]) and (each[2] != "parameters" or SCHEMES[each[0]] == 3)
+    ]
+    return [made.predict(technique) for technique in allowed if made.fits(technique)]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_no_set_of_all_that_there_are_is_faster_and_none_as_fast_is_smaller(share):
+    made = planner(share * plain_gib())
+    chosen = made.plan()
+    fitting = brute_force(made)
+    assert chosen.fits
+    fastest = max(each.samples_per_second for each in fitting)
+    assert chosen.samples_per_second >= 0.999 * fastest
+    as_fast = [each for each in fitting if each.samples_per_second >= 0.999 * fastest]
+    assert chosen.technique.count == min(each.technique.count for each in as_fast)
+
+
+def off(technique: Technique) -> list[Technique]:
+    """The set with one technique less, in each way, also with one layer less of it."""
+    less = []
+    if technique.scheme != "dp" and technique.offload == "none":
+        less.append(replace(technique, scheme="dp"))
+    if technique.offload != "none":
+        less.append(replace(technique, offload="none"))
+    for name in ("checkpointing", "offload_activations"):
+        count = getattr(technique, name)
+        less += [replace(technique, **{name: fewer}) for fewer in {0, max(count - 1, 0)} if count]
+    return less
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_nothing_of_the_plan_can_be_turned_off(share):
+    made = planner(share * plain_gib())
+    chosen = made.plan()
+    for technique in off(chosen.technique):
+        if made.fits(technique):
+            assert made.predict(technique).samples_per_second < chosen.samples_per_second, technique
+
+
+def test_what_is_not_needed_could_be_turned_off():
+    """Negative control: a set with more than it needs is caught by the same question."""
+    made = planner(38.0)
+    too_much = made.predict(Technique("hsdp", checkpointing=4))
+    assert any(
+        made.fits(less) and made.predict(less).samples_per_second >= too_much.samples_per_second
+        for less in off(too_much.technique)
+    )
+
+
+def test_more_memory_never_gives_a_slower_plan():
+    speeds = [planner(share * plain_gib()).plan().samples_per_second for share in sorted(SHARES)]
+    assert speeds == sorted(speeds)
+    assert speeds[0] < speeds[-1], "the cap makes no difference, so this shows nothing"
+
+
+def test_deeper_is_never_faster():
+    limit = 0.7 * plain_gib(8)
+    plans = [planner(limit, layers=layers).plan() for layers in (1, 2, 4, 8)]
+    speeds = [plan.samples_per_second for plan in plans]
+    assert speeds == sorted(speeds, reverse=True)
+    assert plans[-1].technique.checkpointing or plans[-1].technique.offload_activations
+
+
+def test_when_nothing_fits_it_says_what_it_needs_what_there_is_and_what_to_change():
+    made = planner(0.02)
+    with pytest.raises(NothingFitsError) as caught:
+        made.plan()
+    message = str(caught.value)
+    smallest = min((made.memory(technique).peak for technique in made.candidates()), default=0)
+    assert f"needs {smallest / 2**30:.2f} GiB (" in message
+    assert "there are 0.02 and" in message
+    assert "Possible solutions: a smaller per_device_train_batch_size" in message
+
+
+def test_the_reason_names_what_is_too_large_and_what_is_slower():
+    made = planner(0.97 * plain_gib())
+    reason = made.reason(made.plan())
+    has = f"{0.97 * plain_gib() * 0.95:.2f} GiB"
+    assert f"dp needs {0.95 * plain_gib():.2f}" in reason
+    assert f"of {has}" in reason
+    assert reason.endswith("is the fastest that fits")
+    roomy = planner(38.0)
+    assert "of 36.10 GiB)" in roomy.reason(roomy.plan())
+
+
+def test_hosts_memory_counts_too():
+    poor = replace(MACHINE, host_memory_gib=0.001)
+    limit = 0.47 * plain_gib()
+    assert planner(limit).plan().memory.host
+    with pytest.raises(NothingFitsError):
+        planner(limit, machine=poor).plan()
+
+
+def test_a_rank_alone_has_no_sharding_but_a_gpu_alone_has_offload():
+    alone = replace(MACHINE, ranks_per_node=1)
+    made = planner(38.0, nodes=1, machine=alone)
+    assert made.plan().technique == Technique("dp")
+    assert {technique.scheme for technique in planner(0.02, nodes=1, machine=alone).candidates()} >= {"dp", "zero2"}
+    cpu = replace(read_machine("cpu"), ranks_per_node=1)
+    assert {technique.scheme for technique in planner(0.02, nodes=1, machine=cpu).candidates()} == {"dp"}
+
+
+def test_tables_that_fit_on_no_rank_are_said_so():
+    with pytest.raises(PlacementError, match="fits on no rank"):
+        planner(1e-6)
+
+
+def test_only_equal_layers_have_other_depths():
+    config = DhenConfig(layers=[{}, {}], num_dense_features=3)
+    with pytest.raises(ValueError, match="lists its layers one by one"):
+        Job(config, BATCH, MACHINE).at_depth(3)
+
+
+SECTION = DhenSection(table_dtype="fp16", all_reduce_dtype="bf16", shard_group="node")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("section", [DhenSection(), SECTION], ids=["defaults", "base"])
+def test_every_candidates_ds_config_is_accepted(precision, section):
+    made = planner(0.47 * plain_gib(), precision=precision, section=section)
+    for technique in dict.fromkeys(made.candidates()):
+        config = check_ds_config("plan", made.whole_ds_config(technique), RECIPE, 4)
+        assert config.zero_stage == SCHEMES[technique.scheme]
+        assert config.dhen.shard_group == ("node" if technique.scheme == "hsdp" else "world")
+        assert config.dhen.table_dtype == section.table_dtype
+        assert config.dhen.all_reduce_dtype == (section.all_reduce_dtype if technique.scheme == "hsdp" else None)
+
+
+def plans_of(depths: tuple[int, ...], techniques: tuple[Technique, ...]) -> list[Plan]:
+    return [
+        Plan(depth, technique, planner(layers=depth).whole_ds_config(technique))
+        for depth, technique in zip(depths, techniques, strict=True)
+    ]
+
+
+LADDER = plans_of(
+    (1, 2, 4, 8, 12),
+    (
+        Technique(),
+        Technique("hsdp"),
+        Technique("zero3", checkpointing=4, offload="parameters"),
+        Technique("hsdp", checkpointing=7),
+        Technique("zero2", checkpointing=12, offload_activations=3, offload="optimizer"),
+    ),
+)
+
+
+@pytest.mark.parametrize("plan", LADDER, ids=lambda plan: f"{plan.depth}")
+def test_the_rung_of_a_depth_is_its_own_plan_whatever_the_base_turns_on(plan):
+    for ladder in (LADDER, [each for each in LADDER if each.depth >= plan.depth]):
+        config = by_depth(ladder)
+        taken = check_ds_config("ladder", json.loads(json.dumps(config)), RECIPE, plan.depth)
+        assert taken.as_dict() == check_ds_config("own", plan.ds_config, RECIPE).as_dict()
+
+
+def test_depths_between_are_never_asked_for_more_layers_than_they_have():
+    config = by_depth(LADDER)
+    for depth in range(1, 13):
+        section = check_ds_config("ladder", config, RECIPE, depth).dhen
+        for layers in (section.activation_checkpointing, section.activation_offload):
+            assert layers in ("none", "all") or layers <= depth
+
+
+def test_a_rung_takes_away_what_the_base_turns_on():
+    assert changes({"a": 1, "b": {"c": 1, "d": 2}}, {"b": {"c": 3}}) == {"a": None, "b": {"d": None, "c": 3}}
+    assert changes({"a": {"b": 1}}, {"a": {"b": 1}}) == {}

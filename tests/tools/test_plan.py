@@ -1,0 +1,157 @@
+"""tools/plan.py: the table and the reasons, ds_configs that are accepted and pick their rung, the figure, mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from matplotlib.image import imread
+
+from dhen.parallel.ds_config import Recipe, read_ds_config
+from dhen.parallel.machine import shipped_machines
+from tests import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import plan
+
+RECIPE = Recipe(256, 1, 16, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
+DEPTHS = (1, 2, 4, 6)
+CRITEO = ("--config", "recipes/configs/criteo.yaml", "--embedding_dim", "64", "--num_embeddings_out", "32",
+          "--per_device_train_batch_size", "256", "--head_mlp", "512", "512", "--rows_per_table", "1000")  # fmt: skip
+CLUSTER = ("--gpu", "a100-40gb", "--nodes", "4", "--gpus_per_node", "4")
+CAPPED = (*CRITEO, *CLUSTER, "--memory_gib", "0.085", "--depths", *map(str, DEPTHS))
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one call writes, and its output."""
+    path = tmp_path_factory.mktemp("plans")
+    files = ["--write", str(path / "ds"), "--plot", str(path / "figure.png"), "--json", str(path / "plan.json")]
+    command = [sys.executable, "tools/plan.py", *CAPPED, *files, "--ds_config", "ds_configs/paper.json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path / "output.txt").write_text(done.stdout)
+    return path
+
+
+def test_the_table_has_a_row_a_depth_and_a_reason_for_each(folder):
+    output = (folder / "output.txt").read_text()
+    head = next(line for line in output.splitlines() if line.startswith("depth"))
+    for scheme in ("dp", "zero1", "zero2", "hsdp", "zero3", "minimum set"):
+        assert scheme in head
+    for depth in DEPTHS:
+        assert any(line.split()[:1] == [str(depth)] for line in output.splitlines())
+        assert f"{depth} layers: " in output
+    assert "dp needs" in output
+    assert "is the fastest that fits" in output
+
+
+def test_json_has_every_prediction(folder):
+    planned = json.loads((folder / "plan.json").read_text())
+    assert [each["depth"] for each in planned["depths"]] == list(DEPTHS)
+    assert planned["machine"]["ranks_per_node"] == 4
+    first, last = planned["depths"][0], planned["depths"][-1]
+    assert first["plain"]["dp"]["fits"]
+    assert not last["plain"]["dp"]["fits"]
+    assert last["minimum_set"]["fits"]
+    assert last["plain"]["dp"]["peak_bytes"] == sum(last["plain"]["dp"]["parts"].values())
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_what_it_writes_is_accepted_and_the_rung_is_the_depths_own(folder, depth):
+    own = read_ds_config(folder / f"ds/depth_{depth}.json", RECIPE, depth)
+    rung = read_ds_config(folder / "ds/by_depth.json", RECIPE, depth)
+    assert rung.as_dict() == own.as_dict()
+    assert f"for {depth} layers" in rung.rung
+    assert own.dhen.table_dtype == "fp16", "the tables' settings are the base's"
+
+
+def test_each_planned_depth_has_a_file_and_they_differ(folder):
+    files = sorted(path.name for path in (folder / "ds").iterdir())
+    assert files == sorted(["by_depth.json", *(f"depth_{depth}.json" for depth in DEPTHS)])
+    assert (folder / "ds/depth_1.json").read_text() != (folder / "ds/depth_6.json").read_text()
+
+
+def test_the_figure_is_drawn(folder):
+    image = imread(folder / "figure.png")
+    assert image.shape[0] > 300
+    assert image.std() > 0.05, "an empty picture"
+
+
+def test_where_nothing_fits_at_a_depth_it_says_so_and_goes_on(capsys, tmp_path):
+    flags = (*CRITEO, *CLUSTER, "--memory_gib", "0.055", "--depths", "1", "200")
+    assert plan.main([*flags, "--write", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert "nothing fits" in output
+    assert "200 layers at 256 examples a rank fit on no rank of 4 x 4" in output
+    assert "Possible solutions" in output
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["by_depth.json", "depth_1.json"]
+
+
+def test_where_nothing_fits_at_all_the_status_is_1(capsys):
+    assert plan.main([*CRITEO, *CLUSTER, "--memory_gib", "0.005", "--depths", "4"]) == 1
+    assert "fit on no rank" in capsys.readouterr().out
+
+
+def test_features_are_the_prepared_datas_or_as_asked_for(click_log):
+    from dhen.data.schema import Schema
+
+    flags = (*CRITEO[:-2], *CLUSTER, "--dataset_name", str(click_log))
+    rows = [column.num_embeddings for column in Schema.load(click_log).sparse]
+    assert [table.num_embeddings for table in plan.job_of(*plan.parse_command_line(flags)).config.tables] == rows
+    asked = plan.job_of(*plan.parse_command_line([*flags, "--num_sparse_features", "3", "--rows_per_table", "7"]))
+    assert [table.num_embeddings for table in asked.config.tables] == [7, 7, 7]
+    assert asked.config.num_dense_features == 13
+
+
+@pytest.fixture(scope="module")
+def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.recipes.launch import prepared_click_log
+
+    return prepared_click_log(tmp_path_factory.mktemp("click_log"), rows=64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--gpu", "a100-40"], "Did you mean 'a100-40gb'"),
+        (["--gpu", "cpu", "--memory_gib", "-1"], "memory_gib is -1.0. Use a number above 0."),
+        (["--gpu", "cpu", "--num_layer", "3"], "Did you mean '--num_layers'"),
+        (["--gpu", "cpu", "--ds_config", "ds_configs/none.json"], "ds_configs/none.json: no such ds_config"),
+        (["--gpu", "cpu", "--rows_per_table", "1000000000"], "fits on no rank"),
+        (["--gpu", "cpu", "--depths", "1", "--plot", "figure.txt"], "txt"),
+        (["--gpu", "cpu", "--depths", "1", "--layers", '[{"interactions": ["linear"]}, {}]'], "one by one"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, flags, words):
+    assert plan.main([*CRITEO[:2], *flags]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("plan: ")
+    assert words in error
+    assert "\n" not in error
+
+
+def test_a_machine_of_the_users_own(capsys, tmp_path):
+    mine = yaml.safe_load(shipped_machines()["cpu"].read_text()) | {"name": "my two boards"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(mine))
+    flags = (*CRITEO[:2], "--machine", str(tmp_path / "mine.yaml"), "--depths", "1")
+    assert plan.main(flags) == 0
+    assert "my two boards" in capsys.readouterr().out
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(mine | {"memory": 3}))
+    assert plan.main([*flags[:3], str(tmp_path / "other.yaml")]) == 1
+    assert "unknown key 'memory'" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as caught:
+        plan.main(["--help"])
+    assert caught.value.code == 0
+    assert "python tools/plan.py --config recipes/configs/criteo.yaml" in capsys.readouterr().out

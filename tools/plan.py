@@ -1,0 +1,263 @@
+"""Which memory techniques a model needs at each depth on a machine: the minimum set (paper 3.1).
+
+    python tools/plan.py --config recipes/configs/criteo.yaml --nodes 32 --gpus_per_node 8 --gpu a100-40gb
+    python tools/plan.py --config recipes/configs/criteo.yaml --gpu my_machine.yaml --depths 4 8 --write plans \\
+        --plot figure6.png --embedding_dim 128 --num_embeddings_out 100
+
+For each depth and set it predicts a rank's memory at its worst moment and the job's samples/s; of the sets that fit
+the fastest is the plan. Nothing is built or run. Arguments of recipes/train.py may be given too and win over the
+recipe's: --per_device_train_batch_size 4096. Features are those of the recipe's data where it is prepared already, or
+as many as Criteo has.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dhen.data.schema import Schema
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.ds_config import DhenSection, read_section
+from dhen.parallel.machine import Machine, read_machine, shipped_machines
+from dhen.parallel.planner import Job, NothingFitsError, Planner, Prediction, Scheme, Technique
+from dhen.parallel.rungs import Plan, by_depth
+from dhen.training.arguments import Arguments, parse_arguments
+from dhen.training.dataset import is_prepared
+from dhen.training.fine_tuning import config_for
+from dhen.training.run_folder import write_json
+
+BY_DEPTH_FILE = "by_depth.json"
+FIGURE_SCHEMES: dict[Scheme, str] = {"dp": "DP", "zero3": "FSDP (zero3)", "hsdp": "HSDP"}
+_CRITEO = (13, 26)
+_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class PlannedDepth:
+    """What is predicted at a depth. chosen: the minimum set; None where nothing fits, which `reason` says then."""
+
+    depth: int
+    plain: dict[Scheme, Prediction]
+    chosen: Prediction | None
+    reason: str
+    ds_config: dict[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        plain = {scheme: _as_dict(prediction) for scheme, prediction in self.plain.items()}
+        chosen = _as_dict(self.chosen) if self.chosen else None
+        return {"depth": self.depth, "plain": plain, "minimum_set": chosen, "reason": self.reason}
+
+
+def main(command_line: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 1 with one line on stderr for a mistake, and where no depth fits."""
+    arguments, of_recipe = parse_command_line(command_line)
+    try:
+        job = job_of(arguments, of_recipe)
+        planned = [plan_depth(job, depth) for depth in arguments.depths or default_depths(job)]
+        show(planned, job)
+        if arguments.json:
+            write_json(arguments.json, as_json(planned, job))
+        if arguments.write:
+            write_ds_configs(planned, arguments.write)
+        if arguments.plot:
+            plot(planned, job, arguments.plot)
+    except (ValueError, OSError) as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 1
+    return 0 if any(each.chosen for each in planned) else 1
+
+
+def parse_command_line(command_line: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The tool's own arguments, and those of the recipe."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="YAML", help="recipe: architecture, batch size, data")
+    machines = ", ".join(shipped_machines())
+    add("--gpu", "--machine", required=True, dest="machine", help=f"{machines}, or a YAML file like theirs")
+    add("--nodes", type=_positive, default=1, help="machines in the job (default: 1)")
+    add("--gpus_per_node", type=_positive, metavar="N", help="ranks on each (default: the machine's)")
+    add("--memory_gib", type=float, help="memory of a rank (default: the machine's)")
+    add("--depths", type=_positive, nargs="+", metavar="N", help="DHEN layers (default: 1 2 4 8 16 32)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the dense part (default: fp32)")
+    add("--ds_config", metavar="JSON", help='one whose "dhen" section says how tables and wires are')
+    add("--num_dense_features", type=int, metavar="N", help="default: the prepared data's, or 13")
+    add("--num_sparse_features", type=int, metavar="N", help="default: the prepared data's, or 26")
+    add("--rows_per_table", type=_positive, metavar="N", help="default: the prepared data's, or hash_size")
+    add("--write", type=Path, metavar="FOLDER", help=f"write a ds_config for each depth, and {BY_DEPTH_FILE} for all")
+    add("--plot", type=Path, metavar="FILE", help="draw samples/s over depth, the paper's Figure 6")
+    add("--json", type=Path, metavar="FILE", help="write all predictions as JSON")
+    return parser.parse_known_args(command_line)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
+    """What is to be planned. Raises ValueError about what the user named."""
+    recipe = parse_arguments(["--config", arguments.config, *of_recipe])
+    changes = {"ranks_per_node": arguments.gpus_per_node, "memory_gib": arguments.memory_gib}
+    machine = read_machine(arguments.machine, **{name: value for name, value in changes.items() if value is not None})
+    section = read_section(arguments.ds_config) if arguments.ds_config else DhenSection()
+    config = config_of(arguments, recipe)
+    batch = recipe.training.per_device_train_batch_size
+    return Job(config, batch, machine, arguments.nodes, arguments.precision, section)
+
+
+def config_of(arguments: argparse.Namespace, recipe: Arguments) -> DhenConfig:
+    """The model: features as asked for, or of the prepared data, or as Criteo has them."""
+    asked = (arguments.num_dense_features, arguments.num_sparse_features, arguments.rows_per_table)
+    if asked == (None, None, None) and is_prepared(recipe.data.dataset_name):
+        return config_for(recipe.architecture, Schema.load(Path(recipe.data.dataset_name)))
+    dense, sparse = (default if given is None else given for given, default in zip(asked[:2], _CRITEO, strict=True))
+    rows = asked[2] or recipe.data.hash_size
+    features = [{"name": f"C{number}", "num_embeddings": rows} for number in range(1, sparse + 1)]
+    return DhenConfig(**vars(recipe.architecture), num_dense_features=dense, sparse_features=features)
+
+
+def default_depths(job: Job) -> list[int]:
+    """Powers of two; of a recipe that lists its layers the one depth that it has."""
+    return [job.depth] if job.config.layers is not None else [1, 2, 4, 8, 16, 32]
+
+
+def plan_depth(job: Job, depth: int) -> PlannedDepth:
+    """All predictions of a depth. Raises ValueError where the recipe has one depth, and it is another."""
+    planner = Planner(job if depth == job.depth else job.at_depth(depth))
+    plain = {scheme: planner.predict(Technique(scheme)) for scheme in planner.job.schemes()}
+    try:
+        chosen = planner.plan()
+    except NothingFitsError as error:
+        return PlannedDepth(depth, plain, None, str(error), None)
+    ds_config = planner.whole_ds_config(chosen.technique)
+    return PlannedDepth(depth, plain, chosen, planner.reason(chosen), ds_config)
+
+
+def show(planned: Sequence[PlannedDepth], job: Job) -> None:
+    """The table, and the reasons."""
+    machine = job.machine
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, soft_wrap=True)
+    console.print(
+        f"{job.nodes} x {machine.ranks_per_node} ranks on {machine.name}; {machine.memory_gib:g} GiB a rank; "
+        f"{job.batch_size:,} examples a rank, {job.precision}, D = {job.config.embedding_dim}. "
+        "A cell: GiB of a rank, samples/s of all; x: doesn't fit."
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("depth", justify="right")
+    for scheme in job.schemes():
+        table.add_column(scheme, justify="right")
+    for name in ("minimum set", "GiB", "host GiB", "samples/s"):
+        table.add_column(name, justify="left" if name == "minimum set" else "right")
+    for each in planned:
+        table.add_row(str(each.depth), *map(_cell, each.plain.values()), *_chosen_cells(each.chosen))
+    console.print(table)
+    for each in planned:
+        console.print(f"{each.depth} layers: {each.reason}" if each.chosen else each.reason)
+
+
+def _cell(prediction: Prediction) -> str:
+    size = f"{_gib(prediction.memory.peak)}"
+    return f"{size} {prediction.samples_per_second:>11,.0f}" if prediction.fits else f"{size} {'x':>11}"
+
+
+def _chosen_cells(chosen: Prediction | None) -> tuple[str, ...]:
+    if chosen is None:
+        return "nothing fits", "-", "-", "-"
+    memory = chosen.memory
+    host = _gib(memory.host) if memory.host else "-"
+    return str(chosen.technique), _gib(memory.peak), host, f"{chosen.samples_per_second:,.0f}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def as_json(planned: Sequence[PlannedDepth], job: Job) -> dict[str, Any]:
+    """What was planned for, and all predictions."""
+    machine: Machine = job.machine
+    return {
+        "machine": asdict(machine),
+        "nodes": job.nodes,
+        "per_device_train_batch_size": job.batch_size,
+        "precision": job.precision,
+        "model": json.loads(job.config.to_json_string(use_diff=False)),
+        "depths": [each.as_dict() for each in planned],
+    }
+
+
+def _as_dict(prediction: Prediction) -> dict[str, Any]:
+    memory = prediction.memory
+    return {
+        "technique": asdict(prediction.technique),
+        "fits": prediction.fits,
+        "peak_bytes": memory.peak,
+        "host_bytes": memory.host,
+        "parts": memory.parts,
+        "moment": memory.moment,
+        "samples_per_second": prediction.samples_per_second,
+        "seconds": asdict(prediction.seconds),
+    }
+
+
+def write_ds_configs(planned: Sequence[PlannedDepth], folder: Path) -> None:
+    """depth_<n>.json for each depth at which something fits, and one with a rung for each."""
+    plans = [
+        Plan(each.depth, each.chosen.technique, each.ds_config)
+        for each in sorted(planned, key=lambda each: each.depth)
+        if each.chosen
+    ]
+    if not plans:
+        raise NothingFitsError("nothing fits at any depth, so there is no ds_config to write.")
+    for plan in plans:
+        write_json(folder / f"depth_{plan.depth}.json", plan.ds_config)
+    write_json(folder / BY_DEPTH_FILE, by_depth(plans))
+    print(f"{folder}: {BY_DEPTH_FILE} for all depths, {', '.join(f'depth_{plan.depth}.json' for plan in plans)}")
+
+
+def plot(planned: Sequence[PlannedDepth], job: Job, path: Path) -> None:
+    """Predicted samples/s over depth: the paper's Figure 6."""
+    from matplotlib.figure import Figure
+
+    planned = sorted(planned, key=lambda each: each.depth)
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for scheme, label in FIGURE_SCHEMES.items():
+        points = [(each.depth, each.plain[scheme]) for each in planned if scheme in each.plain]
+        fits = [(depth, prediction.samples_per_second) for depth, prediction in points if prediction.fits]
+        if not points:
+            continue
+        if not fits:
+            axes.plot([], [], label=f"{label}: fits at no depth")
+            continue
+        (line,) = axes.plot(*zip(*fits, strict=True), marker="o", label=label)
+        if len(fits) < len(points):
+            axes.plot(*fits[-1], "x", markersize=14, markeredgewidth=2, color=line.get_color())
+    chosen = [(each.depth, each.chosen.samples_per_second) for each in planned if each.chosen]
+    if chosen:
+        axes.plot(*zip(*chosen, strict=True), "--", color="black", linewidth=1, label="minimum set")
+    axes.set(xlabel="DHEN layers", ylabel="samples/s, predicted", yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([each.depth for each in planned], labels=[str(each.depth) for each in planned])
+    axes.set_title(
+        f"{job.nodes} x {job.machine.ranks_per_node}: {job.machine.name}\nx: the next depth is out of memory",
+        fontsize=10,
+    )
+    axes.legend()
+    axes.grid(alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
