@@ -16,11 +16,13 @@ from dhen.data.prepared_rows import mean_bag_sizes
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel import topology as job
-from dhen.parallel.ds_config import DsConfig, read_ds_config
+from dhen.parallel.ds_config import AUTO, DsConfig, read_ds_config
 from dhen.parallel.lost_ranks import naming_lost_ranks
+from dhen.parallel.machine_at_hand import rank_memory_bytes
 from dhen.parallel.parallelize import ParallelDhen, parallelize
 from dhen.parallel.topology import Topology
 from dhen.training.arguments import ArgumentError, Arguments, TrainingArguments, parse_arguments
+from dhen.training.auto_ds_config import choose_ds_config
 from dhen.training.checkpoint import (
     check_same_model,
     checkpoint_of,
@@ -34,6 +36,7 @@ from dhen.training.curves import draw_curves
 from dhen.training.dataset import prepare_dataset, settings_without_effect
 from dhen.training.fine_tuning import StartingPoint, config_for, frozen_and_new, ignored_architecture, start_from
 from dhen.training.loop import Trainer, evaluate
+from dhen.training.memory_plan import MemoryPlan
 from dhen.training.messages import log_to_stderr, user_errors
 from dhen.training.model_card import model_card
 from dhen.training.progress import ProgressReporter
@@ -76,7 +79,9 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     training = arguments.training
     output_dir = Path(training.output_dir)
     check_run_folder(output_dir, training)
-    ds_config = read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size), num_layers(arguments))
+    ds_config = None
+    if arguments.ds_config != AUTO:  # first, so that a mistake in it is met before the data is prepared
+        ds_config = read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size), num_layers(arguments))
     cache = Path(arguments.data.cache_dir) if arguments.data.cache_dir else output_dir.parent / "prepared"
     prepared = prepare_dataset(arguments.data, cache, topology)
     schema = Schema.load(prepared)
@@ -88,6 +93,10 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     config = start.config if start else config_for(arguments.architecture, schema)
     if training.resume_from_checkpoint:  # before the model is built: other tables can't be placed as the save's were
         check_same_model(find_checkpoint(training.resume_from_checkpoint, output_dir), config)
+    memory_bytes, ids_per_bag = rank_memory_bytes(topology), mean_bag_sizes(prepared, schema)
+    if ds_config is None:
+        ds_config = choose_ds_config(arguments, config, topology, memory_bytes, ids_per_bag)
+    memory_plan = MemoryPlan.of(config, ds_config, memory_bytes) if topology.is_main else None
     model = parallelize(
         config,
         topology,
@@ -95,7 +104,7 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
         seed=training.seed,
         table_epsilon=training.table_epsilon,
         dense_weights=start.dense_weights if start else None,
-        ids_per_bag=mean_bag_sizes(prepared, schema),
+        ids_per_bag=ids_per_bag,
         fill_table=start.fill_table if start else None,
         **fixed_placement(ds_config, training),
     )
@@ -105,6 +114,7 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     loaders = make_loaders(arguments, topology, prepared, schema)
     if topology.is_main:
         announce(arguments, model, schema, start.report() if start else None)
+        memory_plan.announce(model)
     return model, loaders, prepared
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -38,6 +39,7 @@ from dhen.parallel.topology import ShardGroups, Topology
 from dhen.parallel.wire import Wire
 
 _SCORING_BATCH = 4096
+_Plan = TypeVar("_Plan")
 logger = logging.getLogger(__name__)
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -297,22 +299,22 @@ def _place(
         raise DsConfigError(f"{ds_config.path}: {error}") from error
 
 
-def rank_zeros(topology: Topology, plan: Callable[[], Placement]) -> Placement:
-    """The plan that rank 0 makes, on all ranks, or its PlacementError or CostsError. Communicates over all ranks.
+def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
+    """The plan that rank 0 makes, on all ranks, or its ValueError. Communicates over all ranks.
 
     By itself a rank might come to another: its node may hold more ranks, other files of costs, another math library.
     """
-    answer: list[Placement | ValueError | None] = [None]
+    answer: list[_Plan | ValueError | None] = [None]
     if topology.is_main:
         try:
             answer = [plan()]
-        except (PlacementError, CostsError) as error:
+        except ValueError as error:
             answer = [error]
     dist.broadcast_object_list(answer, src=0, group=topology.world, device=topology.device)
-    (placement,) = answer
-    if isinstance(placement, ValueError):
-        raise placement
-    return placement
+    (made,) = answer
+    if isinstance(made, ValueError):
+        raise made
+    return made
 
 
 def _costs_name(name: str | None, topology: Topology) -> str:

@@ -221,7 +221,10 @@ def _launcher_parser(**kwargs: Any) -> argparse.ArgumentParser:
     parser = Parser([], allow_abbrev=False, **kwargs)
     parser.add_argument("--config", help="YAML of a recipe, for example recipes/configs/frappe.yaml.")
     parser.add_argument(
-        "--ds_config", "--deepspeed_config", default="ds_configs/zero2.json", help="JSON: how the run fits the machine."
+        "--ds_config",
+        "--deepspeed_config",
+        default="ds_configs/zero2.json",
+        help="JSON: how the run fits the machine; auto: the planner chooses.",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser

@@ -22,8 +22,9 @@ from dhen.training.trained_model import MODEL_FOLDER
 
 SUMMARY_FILE = "summary.json"
 ARGUMENTS_FILE = "arguments.yaml"
+DS_CONFIG_FILE = "ds_config.json"
 OF_A_RUN = (
-    SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "latest", "ds_config.json", "placement.json",
+    SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "latest", DS_CONFIG_FILE, "placement.json",
     "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py",
 )  # fmt: skip
 """What a run writes into its folder."""
@@ -71,7 +72,7 @@ def clear_run_folder(path: Path) -> None:
 def write_setup(path: Path, arguments: Arguments, model: ParallelDhen) -> None:
     """arguments.yaml, ds_config.json and placement.json: all as resolved, so that the run can be repeated."""
     write_yaml(_resolved(arguments, model.config), path / ARGUMENTS_FILE)
-    write_json(path / "ds_config.json", model.ds_config.as_dict())
+    write_json(path / DS_CONFIG_FILE, model.ds_config.as_dict())
     write_json(path / "placement.json", model.placement.as_dict())
 
 

@@ -1,0 +1,83 @@
+"""--ds_config auto: the planner chooses the memory techniques for the machine at hand (paper 3.1).
+
+A resumed run takes those of the run that wrote its checkpoint: another ZeRO stage couldn't read it.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config, read_json
+from dhen.parallel.machine_at_hand import machine_at_hand
+from dhen.parallel.parallelize import rank_zeros
+from dhen.parallel.planner import Job, NothingFitsError, Planner
+from dhen.parallel.step_trace import UntraceableError
+from dhen.parallel.topology import Topology
+from dhen.training.arguments import Arguments
+from dhen.training.checkpoint import find_checkpoint
+from dhen.training.run_folder import DS_CONFIG_FILE
+
+logger = logging.getLogger(__name__)
+
+
+def choose_ds_config(
+    arguments: Arguments,
+    config: DhenConfig,
+    topology: Topology,
+    memory_bytes: int,
+    ids_per_bag: Mapping[str, float],
+) -> DsConfig:
+    """The ds_config that rank 0 plans, on all ranks. Communicates; all ranks call it.
+
+    memory_bytes: of a rank. Raises ValueError, on all ranks, where nothing fits or nothing can be planned.
+    """
+    training, recipe = arguments.training, arguments.recipe(topology.world_size)
+
+    def choose() -> tuple[dict[str, Any], str]:
+        if training.resume_from_checkpoint:
+            return _of_the_run(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)), recipe)
+        return _planned(config, training.per_device_train_batch_size, topology, memory_bytes, ids_per_bag)
+
+    raw, why = rank_zeros(topology, choose)
+    return replace(check_ds_config(AUTO, raw, recipe), rung=f"{AUTO}: {why}")
+
+
+def _planned(
+    config: DhenConfig, batch_size: int, topology: Topology, memory_bytes: int, ids_per_bag: Mapping[str, float]
+) -> tuple[dict[str, Any], str]:
+    nodes, rest = divmod(topology.world_size, topology.local_size)
+    if rest:
+        raise DsConfigError(
+            f"ds_config auto plans for nodes that are alike; this job has {topology.world_size} ranks, "
+            f"{topology.local_size} on this node. Name a ds_config."
+        )
+    job = Job(config, batch_size, machine_at_hand(topology, memory_bytes), nodes, ids_per_bag=ids_per_bag)
+    planner = Planner(job)
+    try:
+        chosen = planner.plan()
+    except (NothingFitsError, UntraceableError) as error:
+        way_out = "" if isinstance(error, NothingFitsError) else " Name a ds_config."
+        raise DsConfigError(f"ds_config auto: {error}{way_out}") from error
+    return planner.whole_ds_config(chosen.technique), f"{chosen.technique}, because {planner.reason(chosen)}"
+
+
+def _of_the_run(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """The ds_config of the run that wrote the checkpoint; what the recipe decides is the recipe's again."""
+    path = checkpoint.parent / DS_CONFIG_FILE
+    if not path.is_file():
+        raise DsConfigError(
+            f"ds_config auto: a resumed run takes the ds_config of the run that wrote {checkpoint}, and {path} isn't "
+            "there. Name the ds_config that it was trained with."
+        )
+    raw = read_json(path)
+    for key in recipe.values():
+        *outer, name = key.split(".")
+        section = raw
+        for part in outer:
+            section = section.get(part, {})
+        if name in section:
+            section[name] = AUTO
+    return raw, f"that of {path}, because the checkpoint was written under it"
