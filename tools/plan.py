@@ -25,7 +25,7 @@ from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel.ds_config import DhenSection, read_section
 from dhen.parallel.machine import Machine, read_machine, shipped_machines
-from dhen.parallel.planner import Job, NothingFitsError, Planner, Prediction, Scheme, Technique
+from dhen.parallel.planner import Job, NothingFitsError, Planner, Prediction, Scheme, Technique, gib
 from dhen.parallel.rungs import Plan, by_depth
 from dhen.training.arguments import Arguments, parse_arguments
 from dhen.training.dataset import is_prepared
@@ -167,7 +167,7 @@ def show(planned: Sequence[PlannedDepth], job: Job) -> None:
 
 
 def _cell(prediction: Prediction) -> str:
-    size = f"{_gib(prediction.memory.peak)}"
+    size = gib(prediction.memory.peak)
     return f"{size} {prediction.samples_per_second:>11,.0f}" if prediction.fits else f"{size} {'x':>11}"
 
 
@@ -175,12 +175,8 @@ def _chosen_cells(chosen: Prediction | None) -> tuple[str, ...]:
     if chosen is None:
         return "nothing fits", "-", "-", "-"
     memory = chosen.memory
-    host = _gib(memory.host) if memory.host else "-"
-    return str(chosen.technique), _gib(memory.peak), host, f"{chosen.samples_per_second:,.0f}"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
+    host = gib(memory.host) if memory.host else "-"
+    return str(chosen.technique), gib(memory.peak), host, f"{chosen.samples_per_second:,.0f}"
 
 
 def as_json(planned: Sequence[PlannedDepth], job: Job) -> dict[str, Any]:

@@ -32,6 +32,16 @@ _ALLOCATOR_SHARE = 0.95
 _EQUALLY_FAST = 1e-3
 
 
+def gib(size: int) -> str:
+    """Bytes as GiB, of small sizes the first two digits.
+
+    >>> gib(3 * 2**30), gib(2**20)
+    ('3.00', '0.00098')
+    """
+    value = size / 2**30
+    return f"{value:.2f}" if value >= 1 or not size else f"{value:.2g}"
+
+
 @dataclass(frozen=True)
 class Technique:
     """A set of memory techniques. checkpointing, offload_activations: so many layers, from the input up.
@@ -239,26 +249,26 @@ class Planner:
         plain = [self.predict(Technique(scheme)) for scheme in self.job.schemes()]
         too_large = [each for each in plain if not each.fits]
         slower = [each for each in plain if each.fits and each.technique.count < chosen.technique.count]
-        has = f"{self.has_bytes / 2**30:.2f} GiB"
+        has = f"{gib(self.has_bytes)} GiB"
         parts = []
         if too_large:
-            needs = ", ".join(f"{each.technique} needs {each.memory.peak / 2**30:.2f}" for each in too_large)
+            needs = ", ".join(f"{each.technique} needs {gib(each.memory.peak)}" for each in too_large)
             parts.append(f"{needs} of {has}")
         parts += [
             f"{each.technique} fits too, but is {1 - each.samples_per_second / chosen.samples_per_second:.1%} slower"
             for each in slower
         ]
-        use = "" if too_large else f" ({chosen.memory.peak / 2**30:.2f} of {has})"
+        use = "" if too_large else f" ({gib(chosen.memory.peak)} of {has})"
         return "; ".join([*parts, f"{chosen.technique} is the fastest that fits{use}"])
 
     def _nothing_fits(self, smallest: Technique, memory: MemoryUse) -> str:
         job = self.job
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.parts.items())
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in memory.parts.items())
         return (
             f"{job.depth} layers at {job.batch_size} examples a rank fit on no rank of {job.nodes} x "
-            f"{job.machine.ranks_per_node} ({job.machine.name}): {smallest} needs {memory.peak / 2**30:.2f} "
-            f"GiB ({parts}) at its worst moment, {memory.moment}, and {memory.host / 2**30:.2f} GiB of the host; there "
-            f"are {self.has_bytes / 2**30:.2f} and {job.machine.host_bytes / 2**30:.2f} GiB. Possible solutions: a "
+            f"{job.machine.ranks_per_node} ({job.machine.name}): {smallest} needs {gib(memory.peak)} "
+            f"GiB ({parts}) at its worst moment, {memory.moment}, and {gib(memory.host)} GiB of the host; there "
+            f"are {gib(self.has_bytes)} and {gib(job.machine.host_bytes)} GiB. Possible solutions: a "
             "smaller per_device_train_batch_size with gradient_accumulation_steps, bf16, more ranks, fewer layers, a "
             "smaller num_embeddings_out or embedding_dim."
         )

@@ -12,6 +12,7 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel.ds_config import DsConfig
 from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.parallel.parallelize import ParallelDhen
+from dhen.parallel.planner import gib
 from dhen.parallel.step_trace import Precision, StepTrace, trace_step
 from dhen.parallel.table_costs import replicated_bytes
 
@@ -56,11 +57,11 @@ class MemoryPlan:
         if use is None:
             logger.info("memory: can't be predicted: %s", self.problem)
             return
-        parts = ", ".join(f"{name} {_gib(size)}" for name, size in sorted(use.parts.items(), key=lambda part: -part[1]))
-        beside = f", and {_gib(use.host)} of the host's" if use.host else ""
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in sorted(use.parts.items(), key=lambda part: -part[1]))
+        beside = f", and {gib(use.host)} of the host's" if use.host else ""
         logger.info(
             "memory: a rank is expected to need at most %s of %s GiB%s, in %s: %s",
-            _gib(use.peak), _gib(self.memory_bytes), beside, use.moment, parts,
+            gib(use.peak), gib(self.memory_bytes), beside, use.moment, parts,
         )  # fmt: skip
         if use.peak > self.memory_bytes:
             logger.warning(
@@ -75,7 +76,3 @@ def precision_of(ds_config: DsConfig) -> Precision:
         return Precision(torch.bfloat16)
     is_autocast = ds_config.deepspeed.get("torch_autocast", {}).get("enabled")
     return Precision(autocast=torch.bfloat16 if is_autocast else None)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g}"

@@ -10,7 +10,7 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel.ds_config import DhenSection, Recipe, check_ds_config
 from dhen.parallel.machine import read_machine
 from dhen.parallel.placement import PlacementError
-from dhen.parallel.planner import SCHEMES, Job, NothingFitsError, Planner, Prediction, Technique
+from dhen.parallel.planner import SCHEMES, Job, NothingFitsError, Planner, Prediction, Technique, gib
 from dhen.parallel.rungs import Plan, by_depth, changes
 
 CONFIG = DhenConfig(
@@ -111,16 +111,16 @@ def test_when_nothing_fits_it_says_what_it_needs_what_there_is_and_what_to_chang
         made.plan()
     message = str(caught.value)
     smallest = min((made.memory(technique).peak for technique in made.candidates()), default=0)
-    assert f"needs {smallest / 2**30:.2f} GiB (" in message
-    assert "there are 0.02 and" in message
+    assert f"needs {gib(smallest)} GiB (" in message
+    assert "there are 0.019 and" in message
     assert "Possible solutions: a smaller per_device_train_batch_size" in message
 
 
 def test_the_reason_names_what_is_too_large_and_what_is_slower():
     made = planner(0.97 * plain_gib())
     reason = made.reason(made.plan())
-    has = f"{0.97 * plain_gib() * 0.95:.2f} GiB"
-    assert f"dp needs {0.95 * plain_gib():.2f}" in reason
+    has = f"{gib(made.has_bytes)} GiB"
+    assert f"dp needs {gib(made.memory(Technique()).peak)}" in reason
     assert f"of {has}" in reason
     assert reason.endswith("is the fastest that fits")
     roomy = planner(38.0)

@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import DhenSection
+from dhen.parallel.ds_config import AUTO, DhenSection
 from dhen.training.arguments import parse_arguments
 from dhen.training.scoring import parse_scoring_arguments
 from tests import ROOT
@@ -32,7 +32,7 @@ COMMANDS = [
     pytest.param(line, id=f"{name}: {line[:60]}")
     for name, block in blocks("bash")
     for line in block.splitlines()
-    if "recipes/" in line
+    if re.search(r"recipes/\w+\.py", line)
 ]
 
 
@@ -49,9 +49,20 @@ def test_the_commands_of_the_readmes_parse(command):
     flags = words[script + 1 :]
     if words[script] == "recipes/train.py":
         arguments = parse_arguments(flags, quickstart=ROOT / "recipes/configs/quickstart.yaml")
-        assert (ROOT / arguments.ds_config).is_file()
+        assert arguments.ds_config == AUTO or (ROOT / arguments.ds_config).is_file()
     else:
         parse_scoring_arguments(flags, "")
+
+
+PLANS = [line for _, block in blocks("bash") for line in block.splitlines() if "tools/plan.py" in line]
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_the_commands_of_the_planner_describe_a_job(command, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import plan
+
+    assert plan.job_of(*plan.parse_command_line(shlex.split(command)[2:])).world_size == 256
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
