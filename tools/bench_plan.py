@@ -1,12 +1,15 @@
 """The planner's predictions beside what runs need: memory and seconds over depth and technique (paper 3.1).
 
-    python tools/bench_plan.py --depths 1 4 12 32
+    python tools/bench_plan.py --depths 1 4 12
+    python tools/bench_plan.py --depths 1 4 12 32 --rounds 0 --link_mbit 0 --local_mbit 0
     python tools/bench_plan.py --cap_mib 500 --embedding_dim 32 --num_embeddings_out 12
 
 The first line builds a cluster on this machine (tools/cluster.py) and trains every technique at every depth: bytes of
 tensors alive at the worst moment of the fullest rank, and seconds of a step. A pause stands for the accelerator, as
 long as the machine's rates make the layer's operations, in every technique alike, also where a layer is recomputed. It
 prints both beside the predictions, with the median and worst error of memory, and Kendall's tau of the order by speed.
+
+The second line measures memory alone, on links without a limit.
 
 With --cap_mib no rank may take more than that beyond what its libraries hold (RLIMIT_DATA). It prints, for each
 technique, the deepest model that the planner says will train, and the deepest that does.
@@ -54,8 +57,7 @@ def show(points: Sequence[Point], console: Console) -> None:
             f"{point.peak / 2**20:.1f}",
             f"{point.predicted_peak / 2**20:.1f}",
             f"{point.error:+.1%}",
-            f"{point.seconds:.2f}",
-            f"{point.predicted_seconds:.2f}",
+            *((f"{point.seconds:.2f}", f"{point.predicted_seconds:.2f}") if point.seconds else ("-", "-")),
         )
     console.print(table)
     errors = [abs(point.error) for point in points]
@@ -64,7 +66,7 @@ def show(points: Sequence[Point], console: Console) -> None:
     )
     for depth in dict.fromkeys(point.depth for point in points):
         of_depth = [point for point in points if point.depth == depth]
-        if len(of_depth) > 1:
+        if len(of_depth) > 1 and all(point.seconds for point in of_depth):
             tau = kendall_tau([p.seconds for p in of_depth], [p.predicted_seconds for p in of_depth])
             console.print(f"order by speed at {depth} layers: Kendall's tau {tau:.2f}")
 
@@ -80,8 +82,8 @@ def show_savings(points: Sequence[Point], console: Console) -> None:
             point.technique,
             f"{point.peak / plain.peak:.0%}",
             f"{point.predicted_peak / plain.predicted_peak:.0%}",
-            f"{point.seconds / plain.seconds:.2f}x",
-            f"{point.predicted_seconds / plain.predicted_seconds:.2f}x",
+            f"{point.seconds / plain.seconds:.2f}x" if plain.seconds else "-",
+            f"{point.predicted_seconds / plain.predicted_seconds:.2f}x" if plain.seconds else "-",
         )
     console.print(table)
 
@@ -169,7 +171,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     parser.add_argument("--embedding_dim", type=int, default=16, help="of the model")
     parser.add_argument("--num_embeddings_out", type=int, default=6, help="of each of a layer's four interactions")
     parser.add_argument("--gflops", type=float, default=4.0, help="of the accelerator that a pause stands for")
-    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each technique")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each technique; 0 times none")
     parser.add_argument("--cap_mib", type=float, default=0, help="find the deepest models under this cap instead")
     parser.add_argument("--deepest", type=int, default=96, help="with --cap_mib, the most layers to try")
     parser.add_argument("--output", default="runs/bench_plan", help="folder of points.json, depths.json")

@@ -65,7 +65,7 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> li
         add_pauses(planner, model)
         steps[technique] = step
     seconds: dict[Technique, list[float]] = {technique: [] for technique in steps}
-    for number in range(-1, arguments.rounds):  # the first is for warming up
+    for number in range(-1 if arguments.rounds else 0, arguments.rounds):  # the first is for warming up
         for technique, step in steps.items():
             topology.barrier()
             start = time.perf_counter()
