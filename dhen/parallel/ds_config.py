@@ -25,6 +25,7 @@ from pydantic import (
 
 from dhen.model.names import unknown_name
 from dhen.parallel.deepspeed_keys import check_sections, refusal, top_level_keys
+from dhen.parallel.known_faults import known_faults
 from dhen.parallel.table_lookup import TableDtype, TableOptimizer, TableRounding
 from dhen.parallel.wire import WireDtype
 
@@ -205,9 +206,9 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
     _resolve_auto(path, raw, recipe.values())
     _add_what_is_missing(raw, recipe.values())
     _check_by_deepspeed(path, raw)
-    config = DsConfig(path, raw, section)
-    _refuse_known_faults(config)
-    return config
+    if fault := next(known_faults(raw, section), None):
+        raise DsConfigError(f"{path}: {fault}")
+    return DsConfig(path, raw, section)
 
 
 def _rung_name(index: int) -> str:
@@ -342,80 +343,3 @@ def _check_by_deepspeed(path: str, raw: dict[str, Any]) -> None:
 def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:
     """A copy, because the parser changes what it reads; without the global batch, which it takes for one rank's."""
     return json.loads(json.dumps({key: value for key, value in raw.items() if key != "train_batch_size"}))
-
-
-def _refuse_known_faults(config: DsConfig) -> None:
-    """Set-ups that DeepSpeed 0.19 accepts and then trains wrongly, or fails on with a message that doesn't help."""
-    raw, path, zero = config.deepspeed, config.path, config.deepspeed.get("zero_optimization", {})
-    if raw.get("fp16", {}).get("enabled"):
-        raise DsConfigError(
-            f"{path}: fp16 is not supported: the tables are updated inside the backward, so a step that overflows "
-            "can't be taken back. Use bf16 (ZeRO 1 to 3) or torch_autocast with bfloat16."
-        )
-    autocast = raw.get("torch_autocast", {})
-    if autocast.get("enabled") and autocast.get("dtype") != "bfloat16":
-        raise DsConfigError(
-            f'{path}: torch_autocast.dtype is {autocast.get("dtype")!r}; only "bfloat16" is supported. float16 needs a '
-            "loss scale, and the tables would be updated with scaled gradients."
-        )
-    if raw.get("bf16", {}).get("enabled") and config.zero_stage == 0:
-        raise DsConfigError(
-            f"{path}: bf16 under ZeRO stage 0 takes a step with zero gradients at start (DeepSpeed 0.19). "
-            "Use torch_autocast with bfloat16, or stage 1."
-        )
-    _refuse_wrong_all_reduce(config)
-    if raw.get("scheduler"):
-        raise DsConfigError(
-            f"{path}: scheduler: the schedule is the recipe's (lr_scheduler_type), so that the tables follow it."
-        )
-    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size", "mics_shard_size"):
-        if zero.get(key, 0) not in (0, 1, False, -1):
-            raise DsConfigError(f"{path}: zero_optimization.{key} is not supported here.")
-    _refuse_impossible_hsdp(config)
-
-
-def _refuse_wrong_all_reduce(config: DsConfig) -> None:
-    """Dtypes of the dense gradients' reduction that overflow or do nothing."""
-    asked = config.deepspeed.get("communication_data_type")
-    if asked == "fp16":
-        raise DsConfigError(
-            f"{config.path}: communication_data_type is 'fp16', in which a sum of gradients beyond 65504 becomes inf, "
-            "and the loss stands still. Use 'bf16', which has the range of fp32 at the same size."
-        )
-    if asked and config.zero_stage and config.deepspeed.get("torch_autocast", {}).get("enabled"):
-        raise DsConfigError(
-            f"{config.path}: communication_data_type is {asked!r}, which DeepSpeed 0.19 ignores under torch_autocast "
-            "at ZeRO stages 1 to 3: gradients travel there in the autocast's dtype for lower_precision_safe_modules, "
-            "and in fp32 for others. Remove it."
-        )
-
-
-def _refuse_impossible_hsdp(config: DsConfig) -> None:
-    """What hybrid sharding can't be combined with. Whether the ranks can be divided is known only in the job."""
-    raw, path, zero = config.deepspeed, config.path, config.deepspeed.get("zero_optimization", {})
-    section = config.dhen
-    if section.shard_group == "world":
-        for key, default in (("all_reduce_dtype", None), ("async_all_reduce", True)):
-            if getattr(section, key) != default:
-                raise DsConfigError(
-                    f'{path}: dhen.{key} has no effect with dhen.shard_group "world", where nothing is replicated. '
-                    'Remove it, or set dhen.shard_group to "node".'
-                )
-        return
-    if config.zero_stage == 0:
-        raise DsConfigError(
-            f"{path}: dhen.shard_group is {section.shard_group!r}, but zero_optimization.stage is 0, which shards "
-            "nothing. Use stage 1, 2 or 3."
-        )
-    sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") in ("fp32", "float32", "float", "torch.float32")
-    is_on_device = (zero.get("offload_optimizer") or {}).get("device") != "cpu"
-    if config.zero_stage == 1 and raw.get("bf16", {}).get("enabled") and sums_in_fp32 and is_on_device:
-        raise DsConfigError(
-            f"{path}: dhen.shard_group under bf16 and stage 1 with data_types.grad_accum_dtype fp32: DeepSpeed 0.19 "
-            "has another optimizer there, which reduces over all ranks. Use stage 2, or leave grad_accum_dtype out."
-        )
-    for key in ("contiguous_gradients", "reduce_scatter"):
-        if zero.get(key) is False:
-            raise DsConfigError(
-                f"{path}: zero_optimization.{key} is false, which dhen.shard_group can't have. Remove it."
-            )

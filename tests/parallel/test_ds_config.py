@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from dhen.parallel.deepspeed_keys import top_level_keys
 from dhen.parallel.ds_config import DsConfigError, Recipe, read_ds_config
@@ -114,6 +115,10 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"bfloat16": {"enabled": True}}, "old name of"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "lr_scheduler_type"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/no/drive"}}},
+            "zero_optimization.offload_param.nvme_path is '/no/drive', which is no folder",
+        ),
         ({"dhen": {"shard_group": "nodes"}}, "shard_group"),
         ({"dhen": {"shard_group": 0}}, "shard_group"),
         ({"dhen": {"all_reduce_dtype": "bf16"}}, 'no effect with dhen.shard_group "world"'),
@@ -174,6 +179,13 @@ def test_a_bf16_all_reduce_is_taken(tmp_path):
     for change in ({}, {"zero_optimization": {"stage": 0}, "torch_autocast": AUTOCAST}):
         config = read_ds_config(written(tmp_path, change | {"communication_data_type": "bf16"}), RECIPE)
         assert config.deepspeed["communication_data_type"] == "bf16"
+
+
+@pytest.mark.skipif(AsyncIOBuilder().is_compatible(verbose=False), reason="libaio is here, so NVMe offload may work")
+def test_nvme_offload_says_what_it_needs(tmp_path):
+    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    with pytest.raises(DsConfigError, match="Install its headers"):
+        read_ds_config(written(tmp_path, {"zero_optimization": {"stage": 3} | offload}), RECIPE)
 
 
 def test_the_keys_are_those_that_deepspeed_reads():
