@@ -33,13 +33,13 @@ _EQUALLY_FAST = 1e-3
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB, of small sizes the first two digits.
+    """Bytes as GiB, of small sizes the first three digits.
 
     >>> gib(3 * 2**30), gib(2**20)
-    ('3.00', '0.00098')
+    ('3.00', '0.000977')
     """
     value = size / 2**30
-    return f"{value:.2f}" if value >= 1 or not size else f"{value:.2g}"
+    return f"{value:.2f}" if value >= 1 or not size else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -264,11 +264,14 @@ class Planner:
     def _nothing_fits(self, smallest: Technique, memory: MemoryUse) -> str:
         job = self.job
         parts = ", ".join(f"{name} {gib(size)}" for name, size in memory.parts.items())
+        needs, has = f"{gib(memory.peak)} GiB", f"{gib(self.has_bytes)} GiB"
+        if job.machine.is_gpu:
+            needs += f" and {gib(memory.host)} of the host's"
+            has += f" and {gib(job.machine.host_bytes)} of the host's"
         return (
             f"{job.depth} layers at {job.batch_size} examples a rank fit on no rank of {job.nodes} x "
-            f"{job.machine.ranks_per_node} ({job.machine.name}): {smallest} needs {gib(memory.peak)} "
-            f"GiB ({parts}) at its worst moment, {memory.moment}, and {gib(memory.host)} GiB of the host; there "
-            f"are {gib(self.has_bytes)} and {gib(job.machine.host_bytes)} GiB. Possible solutions: a "
+            f"{job.machine.ranks_per_node} ({job.machine.name}): {smallest} needs {needs} ({parts}) at its worst "
+            f"moment, {memory.moment}; there are {has}. Possible solutions: a "
             "smaller per_device_train_batch_size with gradient_accumulation_steps, bf16, more ranks, fewer layers, a "
             "smaller num_embeddings_out or embedding_dim."
         )
