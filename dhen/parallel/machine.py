@@ -26,7 +26,8 @@ class Machine:
     host's memory. memory_gib: of a rank, without what the system needs. host_memory_gib: of a node's host. flops: of
     matrix products in a second, by dtype ("fp32", "bf16"). memory_bytes_per_second: of a rank's memory.
     local_bytes_per_second: one rank's, inside a node and in one direction; node_bytes_per_second: a node's link.
-    is_local_shared: all ranks of a node share the former. seconds_per_operation: at least, of any kernel.
+    is_local_shared: all ranks of a node share the former. can_overlap: communication runs while a rank computes, which
+    it doesn't on the cores that compute. seconds_per_operation: at least, of any kernel.
     seconds_per_collective: of each hop of a ring, besides its bytes. seconds_per_module: of the host, at each module
     that stage 3 gathers weights for, where nothing hides it. host_bytes_per_second: a rank's, from and to the host.
     host_memory_bytes_per_second: of the host's memory, for a rank's part of an offloaded optimizer. costs: of the
@@ -47,6 +48,7 @@ class Machine:
     seconds_per_collective: float = 0.0
     seconds_per_module: float = 0.0
     is_local_shared: bool = False
+    can_overlap: bool = True
     host_bytes_per_second: float = 0.0
     host_memory_bytes_per_second: float = 0.0
     compute_efficiency: float = 1.0

@@ -58,7 +58,9 @@ class MemorySetting:
         small_master = bool(bf16.get("bf16_master_weights_and_grads"))
         small_states = bool(bf16.get("bf16_optimizer_states"))
         offload = zero.get("offload_optimizer") or {}
-        is_torchs = raw["optimizer"].get("params", {}).get("torch_adam") or raw["optimizer"]["type"].lower() == "sgd"
+        type_, params = raw["optimizer"]["type"].lower(), raw["optimizer"].get("params", {})
+        moments = 2 if type_ != "sgd" else 1 if params.get("momentum") else 0
+        is_torchs = params.get("torch_adam") or type_ == "sgd"
         return cls(
             stage=stage,
             shard_size=1 if stage == 0 else shard_size,
@@ -66,7 +68,7 @@ class MemorySetting:
             weight_bytes=weight_bytes,
             gradient_bytes=weight_bytes,
             master_bytes=2 if small_master else 4,
-            state_bytes=4 if small_states else 8,
+            state_bytes=moments * (2 if small_states else 4),
             wire_bytes=_DTYPE_BYTES.get(ds_config.dhen.all_reduce_dtype or "", weight_bytes),
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             sub_group=int(zero.get("sub_group_size", 1_000_000_000)),

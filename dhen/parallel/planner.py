@@ -20,6 +20,7 @@ from dhen.parallel.placement import Placement, PlacementOptions, place_tables
 from dhen.parallel.step_time import StepSeconds, segments, step_seconds
 from dhen.parallel.step_trace import Precision, StepTrace, trace_step
 from dhen.parallel.table_costs import StepSetting, read_costs
+from dhen.parallel.table_lookup import MEMORY_SHARE
 
 Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]
@@ -148,7 +149,7 @@ class Planner:
             options = PlacementOptions(
                 max_column_shards=asked.max_column_shards,
                 by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
-                memory_bytes=int(asked.memory_gib * 2**30) if asked.memory_gib else machine.memory_bytes,
+                memory_bytes=int(asked.memory_gib * 2**30 if asked.memory_gib else MEMORY_SHARE * machine.memory_bytes),
             )
             self.placement = place_tables(
                 job.config.tables, job.config.embedding_dim, setting, costs, job.ids_per_bag, options

@@ -112,7 +112,8 @@ def step_seconds(
         seconds = compute_seconds(part.work, machine, dtype)
         compute += seconds
         if part.messages:  # asked for when the part before began to compute
-            asked = max(fabric_free, now - (compute_seconds(parts[index - 1].work, machine, dtype) if index else 0.0))
+            ahead = compute_seconds(parts[index - 1].work, machine, dtype) if index and machine.can_overlap else 0.0
+            asked = max(fabric_free, now - ahead)
             fabric_free = asked + links.gather(part.gathered * setting.weight_bytes, part.messages)
             if setting.offload_param and machine.is_gpu:
                 fabric_free += part.gathered / setting.shard_size * setting.weight_bytes / machine.host_bytes_per_second
@@ -129,6 +130,8 @@ def step_seconds(
             now = fabric_free  # gloo's reduce-scatter is waited for
         if setting.num_replicas > 1:
             link_free = max(link_free, fabric_free) + links.replicate(part.gradients * setting.wire_bytes)
+            if not machine.can_overlap:
+                now = link_free
     if setting.stage < 2:
         now += links.reduce(trace.num_weights * setting.gradient_bytes)
         if setting.num_replicas > 1 and setting.stage == 1:
