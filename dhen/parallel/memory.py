@@ -125,7 +125,7 @@ class _Rank:
         whole = setting.stage == 0
         optimizer = self._shard * (setting.state_bytes + (0 if whole else setting.master_bytes))
         on_host = int(optimizer * setting.offload_optimizer)
-        self.host = on_host
+        self.host = on_host + _Activations(trace, setting.offload_activations).on_host
         self.rest = {"optimizer": optimizer - on_host}
         if setting.stage < 3:
             self.rest["weights"] = trace.num_weights * setting.weight_bytes

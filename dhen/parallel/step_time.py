@@ -105,27 +105,31 @@ def step_seconds(
     gathering = gathering_of(trace, setting) if setting.stage == 3 else None
     parts = segments(trace, gathering)
     links = _Links(machine, setting, nodes)
-    compute = fabric_free = link_free = now = 0.0
-    host_free = 0.0
-    offloaded = setting.offload_activations
-    for index, part in enumerate(parts):
+    compute = fabric_free = link_free = host_free = now = 0.0
+    kept: dict[int, int] = {}  # by the layers whose activations wait on the host
+    before = 0.0
+    for part in parts:
         seconds = compute_seconds(part.work, machine, dtype)
         compute += seconds
-        if part.messages:  # asked for when the part before began to compute
-            ahead = compute_seconds(parts[index - 1].work, machine, dtype) if index and machine.can_overlap else 0.0
-            asked = max(fabric_free, now - ahead)
-            fabric_free = asked + links.gather(part.gathered * setting.weight_bytes, part.messages)
+        ahead = now - before if machine.can_overlap else now  # when the part before began to compute
+        if part.messages:
+            fabric_free = max(fabric_free, ahead) + links.gather(part.gathered * setting.weight_bytes, part.messages)
             if setting.offload_param and machine.is_gpu:
                 fabric_free += part.gathered / setting.shard_size * setting.weight_bytes / machine.host_bytes_per_second
             now = max(now, fabric_free)
-        if offloaded and not part.is_backward and part.kept > 0 and machine.is_gpu:
-            host_free = max(host_free, now) + part.kept / machine.host_bytes_per_second
+        if part.layer in kept:
+            host_free = max(host_free, ahead) + kept.pop(part.layer) / machine.host_bytes_per_second
+            now = max(now, host_free)
         now += seconds + part.entries * machine.seconds_per_module
+        before = seconds
+        if machine.is_gpu and not part.is_backward and (part.layer or 0) < setting.offload_activations:
+            if part.layer is not None:
+                kept[part.layer] = part.kept
+                host_free = max(host_free, now) + part.kept / machine.host_bytes_per_second
+            continue
         if not part.gradients or setting.stage < 2:
             continue
-        size = part.gradients * setting.gradient_bytes
-        begin = max(fabric_free, now)
-        fabric_free = begin + links.reduce(size)
+        fabric_free = max(fabric_free, now) + links.reduce(part.gradients * setting.gradient_bytes)
         if not machine.is_gpu or (setting.stage == 2 and not setting.overlap_comm):
             now = fabric_free  # gloo's reduce-scatter is waited for
         if setting.num_replicas > 1:

@@ -134,6 +134,8 @@ def test_offloaded_activations_are_there_for_their_backward_alone():
     trace, setting = trace_step(config, BATCH), MemorySetting(2, 4, reduce_bucket=1000)
     peaks = [predict_memory(trace, replace(setting, offload_activations=n)).parts["activations"] for n in (0, 4, 8)]
     assert peaks[0] > peaks[1] > peaks[2]
+    hosts = [predict_memory(trace, replace(setting, offload_activations=n), is_gpu=True).host for n in (0, 4, 8)]
+    assert hosts[0] == 0 < hosts[1] < hosts[2] < trace.kept_bytes
 
 
 WEIGHTS = {"a.weight": 100, "a.bias": 10, "b.weight": 200, "c.weight": 300}

@@ -78,3 +78,15 @@ def test_an_offloaded_optimizer_pays_for_the_host(trace):
     shard = trace.num_weights / 4
     assert plain == pytest.approx(shard * (4 + 4 + 2 * 12) / 1e9)
     assert offloaded == pytest.approx(shard * (4 + 4 + 2 * 12 + 4 + 4) / 1e8)
+
+
+def test_offloaded_activations_wait_for_a_slow_host_alone(trace):
+    def waiting(layers: int, rate: float) -> float:
+        machine = replace(MACHINE, host_bytes_per_second=rate)
+        return step_seconds(trace, MemorySetting(0, 1, offload_activations=layers), machine, nodes=1).waiting
+
+    none, fast = waiting(0, 1e6), waiting(DEPTH, 1e12)
+    assert fast == pytest.approx(none, abs=1e-6)
+    assert none < waiting(1, 1e6) < waiting(DEPTH, 1e6)
+    moved = sum(part.kept for part in segments(trace, None) if part.layer is not None and not part.is_backward)
+    assert waiting(DEPTH, 1e3) - none == pytest.approx(2 * moved / 1e3, rel=0.02), "out and back"
