@@ -16,7 +16,6 @@ technique, the deepest model that the planner says will train, and the deepest t
 """
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -98,31 +97,38 @@ def deepest_predicted(name: str, arguments: argparse.Namespace) -> int:
     return _deepest(fits, arguments.deepest)
 
 
-def deepest_trained(name: str, cluster: Cluster, arguments: argparse.Namespace) -> int:
-    """The deepest that trains, each depth in a job of its own."""
+def deepest_trained(name: str, guess: int, cluster: Cluster, arguments: argparse.Namespace) -> int:
+    """The deepest that trains, each depth in a job of its own, looked for around a guess."""
     file = Path(arguments.output) / "trained.json"
 
     def trains(depth: int) -> bool:
         file.unlink(missing_ok=True)
         what = [*sys.argv[1:], "--techniques", name, "--depths", str(depth)]
-        with contextlib.redirect_stderr(None):  # a job that ends above the cap is no failure
-            wait(cluster.start(arguments.ranks_per_node, [__file__, *what]))
+        wait(cluster.start(arguments.ranks_per_node, [__file__, *what]))
         if not file.is_file():
             raise ClusterError(f"the job of {name} at {depth} layers failed; see above.")
         return json.loads(file.read_text())
 
-    return _deepest(trains, arguments.deepest)
+    return _deepest(trains, arguments.deepest, guess)
 
 
-def _deepest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` for which it holds, by bisection; 0 where it holds for none."""
-    good, bad = 0, most + 1
+def _deepest(holds: Callable[[int], bool], most: int, guess: int | None = None) -> int:
+    """The largest number up to `most` for which it holds, 0 where it holds for none: by bisection, from a guess on in
+    steps that double until it is between two.
+    """
+    good, bad, step = 0, most + 1, 1
+    at = (good + bad) // 2 if guess is None else min(max(guess, 1), most)
     while bad - good > 1:
-        middle = (good + bad) // 2
-        if holds(middle):
-            good = middle
+        if holds(at):
+            good = at
         else:
-            bad = middle
+            bad = at
+        between = (good + bad) // 2
+        if guess is None or (good and bad <= most):
+            at = between
+        else:
+            at = min(good + step, most) if good else max(bad - step, 1)
+            step *= 2
     return good
 
 
@@ -134,7 +140,8 @@ def measure_under_a_cap(arguments: argparse.Namespace, console: Console) -> None
     found = []
     with signals_end_it(), Cluster(arguments.nodes, link_mbit=0, local_mbit=0) as cluster:
         for name in arguments.techniques:
-            depths = deepest_predicted(name, arguments), deepest_trained(name, cluster, arguments)
+            predicted = deepest_predicted(name, arguments)
+            depths = predicted, deepest_trained(name, predicted, cluster, arguments)
             table.add_row(name, *map(str, depths))
             found.append({"technique": name, "predicted": depths[0], "trained": depths[1]})
             print(f"{name}: predicted {depths[0]}, trained {depths[1]}", file=sys.stderr, flush=True)

@@ -11,12 +11,12 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from plan_grid import BATCH, NUM_DENSE, ROWS, TABLES, Point, job_of, techniques
-from sharding_ranks import replace_reduce_scatter
+from sharding_ranks import paused, replace_reduce_scatter
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
@@ -138,23 +138,6 @@ def add_pauses(planner: Planner, model: ParallelDhen) -> None:
             layer.forward = functools.partial(checkpoint, paused(inner.args[0], forward, backward), use_reentrant=False)
         else:
             layer.forward = paused(inner, forward, backward)
-
-
-def paused(function: Callable, forward: float, backward: float) -> Callable:
-    """`function` and its backward, so many seconds later."""
-
-    class Pause(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            time.sleep(forward)
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, gradient: Tensor) -> Tensor:
-            time.sleep(backward)
-            return gradient
-
-    return lambda *inputs: Pause.apply(function(*inputs))
 
 
 def train_under_a_cap(topology: Topology, arguments: argparse.Namespace) -> NoReturn:

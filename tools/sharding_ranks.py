@@ -329,21 +329,25 @@ def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple
 
 def add_pauses(layer: Any, seconds: float) -> None:
     """Let the layer's forward take `seconds` longer, and its backward twice that."""
+    if seconds:
+        layer.forward = paused(layer.forward, seconds, 2 * seconds)
+
+
+def paused(function: Callable, forward: float, backward: float) -> Callable:
+    """`function` and its backward, so many seconds later."""
 
     class Pause(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Any) -> Any:
-            time.sleep(seconds)
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(forward)
             return x.clone()
 
         @staticmethod
-        def backward(ctx: Any, gradient: Any) -> Any:
-            time.sleep(2 * seconds)
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            time.sleep(backward)
             return gradient
 
-    if seconds:
-        forward = layer.forward
-        layer.forward = lambda *inputs: Pause.apply(forward(*inputs))
+    return lambda *inputs: Pause.apply(function(*inputs))
 
 
 def bytes_sent(interface: str) -> int | None:

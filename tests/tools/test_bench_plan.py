@@ -46,7 +46,10 @@ def test_the_table_says_how_far_off():
 
 @pytest.mark.parametrize("deepest", [0, 1, 7, 20])
 def test_the_deepest_is_found(deepest):
-    assert bench_plan._deepest(lambda depth: depth <= deepest, 20) == deepest
+    for guess in (None, 1, 6, 20):
+        asked = []
+        assert bench_plan._deepest(lambda depth: asked.append(depth) or depth <= deepest, 20, guess) == deepest  # noqa: B023
+        assert len(asked) == len(set(asked)), "each depth is a job"
 
 
 def measured(topology: Topology) -> list[Point]:
