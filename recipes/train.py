@@ -96,7 +96,9 @@ def set_up(arguments: Arguments, topology: Topology) -> tuple[ParallelDhen, dict
     memory_bytes, ids_per_bag = rank_memory_bytes(topology), mean_bag_sizes(prepared, schema)
     if ds_config is None:
         ds_config = choose_ds_config(arguments, config, topology, memory_bytes, ids_per_bag)
-    memory_plan = MemoryPlan.of(config, ds_config, memory_bytes) if topology.is_main else None
+    memory_plan = None
+    if topology.is_main:
+        memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, training.per_device_eval_batch_size)
     model = parallelize(
         config,
         topology,

@@ -53,6 +53,7 @@ def measured(like: Machine, device: torch.device, size: int, batch_size: int) ->
     one = torch.ones(1, device=device)
     machine = dataclasses.replace(
         like,
+        name=f"measured here, otherwise like: {like.name}",
         source="compute and memory by tools/calibrate_machine.py; links and host as in the file it started from",
         is_gpu=device.type == "cuda",
         flops=flops,
@@ -106,7 +107,12 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
     try:
-        machine = measured(read_machine(arguments.like), device, arguments.size, arguments.batch_size)
+        like = read_machine(arguments.like)
+        if like.is_gpu != (device.type == "cuda"):
+            raise MachineError(
+                f"--like {arguments.like} is {like.name}, and this is a {device.type} machine. Name one."
+            )
+        machine = measured(like, device, arguments.size, arguments.batch_size)
     except MachineError as error:
         print(f"calibrate_machine: {error}", file=sys.stderr)
         return 2

@@ -112,8 +112,17 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
     machine = read_machine(arguments.machine, **{name: value for name, value in changes.items() if value is not None})
     section = read_section(arguments.ds_config) if arguments.ds_config else DhenSection()
     config = config_of(arguments, recipe)
-    batch = recipe.training.per_device_train_batch_size
-    return Job(config, batch, machine, arguments.nodes, arguments.precision, section)
+    training = recipe.training
+    return Job(
+        config,
+        training.per_device_train_batch_size,
+        machine,
+        arguments.nodes,
+        arguments.precision,
+        section,
+        eval_batch_size=training.per_device_eval_batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+    )
 
 
 def config_of(arguments: argparse.Namespace, recipe: Arguments) -> DhenConfig:

@@ -126,6 +126,8 @@ def _optimizer(kind: str, is_offloaded: bool, is_torch_adam: bool) -> Callable[.
 def refusal(error: ValidationError, raw: dict[str, Any]) -> str:
     """What DeepSpeed's models refuse, in a sentence that names section and key, and the nearest key that is one."""
     first = error.errors()[0]
+    if not first["loc"]:  # of a section as a whole
+        return f"{error.title}: {first['msg']} (DeepSpeed's own check)."
     model, path = _model(error.title), [str(step) for step in first["loc"]]
     section = next((key for key, values in raw.items() if key != path[0] and _holds(values, path)), None)
     for step in path[:-1]:

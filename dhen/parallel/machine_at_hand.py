@@ -1,7 +1,9 @@
 """The machine that this job runs on, as the planner sees it: its memory, and the rates of the nearest shipped file."""
 
+import contextlib
 import logging
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from dhen.parallel.topology import Topology
 
 _HOST_SHARE = 0.9
 """Of a host's memory, what the system and the process itself leave."""
+_CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _LARGE_A100 = 60 * 2**30
 _FALLBACK = "a100-80gb"
 logger = logging.getLogger(__name__)
@@ -54,4 +57,9 @@ def machine_of_gpu(device: str, memory_bytes: int) -> str | None:
 
 
 def _host_bytes() -> float:
-    return _HOST_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Of this node's memory, or of what a container lets its processes have."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(path.read_text()))
+    return _HOST_SHARE * min(limits)

@@ -59,7 +59,7 @@ class MemorySetting:
         small_states = bool(bf16.get("bf16_optimizer_states"))
         offload = zero.get("offload_optimizer") or {}
         type_, params = raw["optimizer"]["type"].lower(), raw["optimizer"].get("params", {})
-        moments = 2 if type_ != "sgd" else 1 if params.get("momentum") else 0
+        moments = {"sgd": int(bool(params.get("momentum"))), "lion": 1, "adagrad": 1}.get(type_, 2)
         is_torchs = params.get("torch_adam") or type_ == "sgd"
         return cls(
             stage=stage,
@@ -99,14 +99,16 @@ class MemoryUse:
 
 
 def predict_memory(
-    trace: StepTrace, setting: MemorySetting, table_bytes: int = 0, *, is_gpu: bool = False
+    trace: StepTrace, setting: MemorySetting, table_bytes: int = 0, *, evaluation: int = 0, is_gpu: bool = False
 ) -> MemoryUse:
     """The worst moment of a rank's training. Without a GPU, what is offloaded counts like the rest.
 
-    table_bytes: of the rank's shards of the embedding tables, with their optimizer's states.
+    table_bytes: of the rank's shards of the embedding tables, with their optimizer's states. evaluation: of activations
+    while a batch is evaluated.
     """
-    rank = _Rank(trace, setting)
-    parts, moment = max((rank.micro_step(), rank.optimizer_step()), key=lambda worst: sum(worst[0].values()))
+    rank = _Rank(trace, setting, is_gpu=is_gpu)
+    moments = (rank.micro_step(), rank.optimizer_step(), rank.evaluation(evaluation))
+    parts, moment = max(moments, key=lambda worst: sum(worst[0].values()))
     parts = {"tables": table_bytes, **parts}
     if not is_gpu:
         parts["offloaded"] = rank.host
@@ -116,8 +118,9 @@ def predict_memory(
 class _Rank:
     """What one rank holds between steps, and what comes on top within a step."""
 
-    def __init__(self, trace: StepTrace, setting: MemorySetting) -> None:
-        self._trace, self._setting = trace, setting
+    def __init__(self, trace: StepTrace, setting: MemorySetting, *, is_gpu: bool) -> None:
+        self._trace, self._setting, self._is_gpu = trace, setting, is_gpu
+        self._most_gathered = 0
         size = setting.shard_size
         self._shard = sum(-(-elements // size) for elements in trace.weights.values())
         self._largest = max(trace.weights.values())
@@ -125,7 +128,11 @@ class _Rank:
         whole = setting.stage == 0
         optimizer = self._shard * (setting.state_bytes + (0 if whole else setting.master_bytes))
         on_host = int(optimizer * setting.offload_optimizer)
+        stepped = int(min(self._shard, setting.sub_group) * setting.offload_optimizer)
+        self._host_temporaries = 0 if setting.temporaries == "none" else 2 * stepped * setting.master_bytes
         self.host = on_host + _Activations(trace, setting.offload_activations).on_host
+        if is_gpu:
+            self.host += self._host_temporaries
         self.rest = {"optimizer": optimizer - on_host}
         if setting.stage < 3:
             self.rest["weights"] = trace.num_weights * setting.weight_bytes
@@ -180,6 +187,7 @@ class _Rank:
                     flow.take(event.name, self._trace.weights[event.name]),
                 )
             if gathering:
+                self._most_gathered = max(self._most_gathered, gathering.peak * setting.weight_bytes)
                 module = owner[event.name] if event.kind == "gradient" else event.name
                 missing[module] = missing.get(module, 0) - (event.kind == "gradient")
                 if left:  # a backward's end is seen after the next gradient has come
@@ -202,13 +210,20 @@ class _Rank:
         if setting.stage == 0:
             gradients, temporary = self._shard * 4, self._temporaries(self._largest, self._shard) * 4
         elif setting.offload_optimizer:
-            gradients, temporary = 0, self._temporaries(at_once, at_once) * setting.master_bytes
+            here = at_once - int(at_once * setting.offload_optimizer)
+            gradients, temporary = here * setting.master_bytes, self._temporaries(here, here) * setting.master_bytes
+            if not self._is_gpu:
+                temporary += self._host_temporaries
         else:
             gradients = at_once * setting.master_bytes
             temporary = self._temporaries(at_once, at_once) * setting.master_bytes
             if setting.stage < 3:  # until the gradients are in one piece
                 temporary = max(temporary, max(self._shares.values()) * setting.gradient_bytes)
         return _sum(self.rest, {"gradients": gradients, "optimizer": temporary}), "optimizer step"
+
+    def evaluation(self, activations: int) -> tuple[dict[str, int], str]:
+        """An evaluation beside the training state. To be called after `micro_step`."""
+        return _sum(self.rest, {"activations": activations, "gathered": self._most_gathered}), "evaluation"
 
     def _temporaries(self, largest: int, together: int) -> int:
         """Elements that the optimizer's step holds besides."""

@@ -18,7 +18,7 @@ from dhen.parallel.machine import Machine
 from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.parallel.placement import Placement, PlacementOptions, place_tables
 from dhen.parallel.step_time import StepSeconds, segments, step_seconds
-from dhen.parallel.step_trace import Precision, StepTrace, trace_step
+from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.parallel.table_costs import StepSetting, read_costs
 from dhen.parallel.table_lookup import MEMORY_SHARE
 
@@ -94,7 +94,9 @@ class NothingFitsError(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained and on what. batch_size: examples of a rank in a micro step; ids_per_bag: by sparse feature."""
+    """What is trained and on what. batch_size, eval_batch_size: examples of a rank in a micro step, and in a step of an
+    evaluation, 0 where there is none; ids_per_bag: by sparse feature; accumulation_steps: micro steps for an update.
+    """
 
     config: DhenConfig
     batch_size: int
@@ -103,6 +105,8 @@ class Job:
     precision: PrecisionName = "fp32"
     section: DhenSection = DhenSection()
     ids_per_bag: Mapping[str, float] | None = None
+    eval_batch_size: int = 0
+    accumulation_steps: int = 1
 
     @property
     def world_size(self) -> int:
@@ -181,7 +185,10 @@ class Planner:
     def memory(self, technique: Technique) -> MemoryUse:
         """A rank's, of the device and of the host."""
         setting, is_gpu = self.setting(technique), self.job.machine.is_gpu
-        return predict_memory(self._trace(technique), setting, self.table_bytes, is_gpu=is_gpu)
+        evaluation = 0
+        if self.job.eval_batch_size:
+            evaluation = evaluation_bytes(self.job.config, self.job.eval_batch_size, self._precision(technique))
+        return predict_memory(self._trace(technique), setting, self.table_bytes, evaluation=evaluation, is_gpu=is_gpu)
 
     def fits(self, technique: Technique) -> bool:
         """Whether a rank has the memory, and on GPUs its share of the host too."""
@@ -192,7 +199,8 @@ class Planner:
     def _seconds(self, technique: Technique) -> StepSeconds:
         job = self.job
         what = (self._trace(technique), self.setting(technique), job.machine, job.nodes)
-        return step_seconds(*what, dtype=job.precision, table_seconds=self.table_seconds)
+        more = {"table_seconds": self.table_seconds, "accumulation_steps": job.accumulation_steps}
+        return step_seconds(*what, dtype=job.precision, **more)
 
     def candidates(self) -> Iterator[Technique]:
         """Every set worth a look: of checkpointing and activation offload as few layers as make it fit.
@@ -272,9 +280,9 @@ class Planner:
         return (
             f"{job.depth} layers at {job.batch_size} examples a rank fit on no rank of {job.nodes} x "
             f"{job.machine.ranks_per_node} ({job.machine.name}): {smallest} needs {needs} ({parts}) at its worst "
-            f"moment, {memory.moment}; there are {has}. Possible solutions: a "
-            "smaller per_device_train_batch_size with gradient_accumulation_steps, bf16, more ranks, fewer layers, a "
-            "smaller num_embeddings_out or embedding_dim."
+            f"moment, {memory.moment}; there are {has}. Possible solutions: "
+            "a smaller per_device_train_batch_size with gradient_accumulation_steps, a smaller "
+            "per_device_eval_batch_size, bf16, more ranks, fewer layers, a smaller num_embeddings_out or embedding_dim."
         )
 
     def setting(self, technique: Technique) -> MemorySetting:
@@ -283,23 +291,25 @@ class Planner:
         shard = machine.ranks_per_node if technique.scheme == "hsdp" else self.job.world_size
         config = DsConfig("plan", self.ds_config(technique), self._section(technique))
         setting = MemorySetting.of(config, shard, self.job.world_size, is_gpu=machine.is_gpu)
-        return replace(setting, offload_activations=technique.offload_activations if machine.is_gpu else 0)
+        offloaded = technique.offload_activations if machine.is_gpu else 0
+        return replace(setting, offload_activations=offloaded, accumulates=self.job.accumulation_steps > 1)
 
     def _trace(self, technique: Technique) -> StepTrace:
-        under_autocast = self.job.precision == "bf16" and technique.scheme == "dp"  # bf16 under stage 0
-        return self._traced(technique.checkpointing, under_autocast)
+        return self._traced(technique.checkpointing, self._precision(technique))
 
     @functools.cache  # noqa: B019
-    def _traced(self, checkpointing: int, under_autocast: bool) -> StepTrace:
-        precision = Precision()
-        if self.job.precision == "bf16":
-            precision = Precision(autocast=torch.bfloat16) if under_autocast else Precision(torch.bfloat16)
+    def _traced(self, checkpointing: int, precision: Precision) -> StepTrace:
         return trace_step(self.job.config, self.job.batch_size, precision, checkpointing)
+
+    def _precision(self, technique: Technique) -> Precision:
+        if self.job.precision == "fp32":
+            return Precision()
+        return Precision(autocast=torch.bfloat16) if technique.scheme == "dp" else Precision(torch.bfloat16)
 
     @functools.cached_property
     def _bucket(self) -> tuple[int, int]:
         """Most elements of a layer's weights, and of the larger of that and a weight outside the layers."""
-        trace = self._traced(0, False)
+        trace = self._traced(0, Precision())
         layer = max(segment.gradients for segment in segments(trace, None))
         return layer, max(layer, *trace.weights.values())
 

@@ -100,8 +100,12 @@ def step_seconds(
     *,
     dtype: str = "fp32",
     table_seconds: float = 0.0,
+    accumulation_steps: int = 1,
 ) -> StepSeconds:
-    """A step of one micro step on `nodes` of the machine, all of their ranks in the job."""
+    """A micro step on `nodes` of the machine, all of their ranks in the job, with its part of the update's time.
+
+    accumulation_steps: micro steps for an update, whose time they share.
+    """
     gathering = gathering_of(trace, setting) if setting.stage == 3 else None
     parts = segments(trace, gathering)
     links = _Links(machine, setting, nodes)
@@ -133,21 +137,24 @@ def step_seconds(
         if not machine.is_gpu or (setting.stage == 2 and not setting.overlap_comm):
             now = fabric_free  # gloo's reduce-scatter is waited for
         if setting.num_replicas > 1:
-            link_free = max(link_free, fabric_free) + links.replicate(part.gradients * setting.wire_bytes)
+            across = links.replicate(part.gradients * setting.wire_bytes)  # in the last micro step
+            link_free = max(link_free, fabric_free) + across / accumulation_steps
             if not machine.can_overlap:
                 now = link_free
+    update = 0.0
     if setting.stage < 2:
-        now += links.reduce(trace.num_weights * setting.gradient_bytes)
+        update += links.reduce(trace.num_weights * setting.gradient_bytes)
         if setting.num_replicas > 1 and setting.stage == 1:
-            now += links.replicate(trace.num_weights * setting.wire_bytes)
-    end = max(now, fabric_free, link_free, host_free)
-    optimizer = _optimizer_seconds(trace, setting, machine)
+            update += links.replicate(trace.num_weights * setting.wire_bytes)
     if setting.stage in (1, 2):
-        end += links.gather(trace.num_weights * setting.weight_bytes, 1)
+        update += links.gather(trace.num_weights * setting.weight_bytes, 1)
     elif gathering is not None:  # small weights stay, and are gathered once they are updated
         small = sum(trace.weights[name] for name in gathering.persistent)
-        end += links.gather(small * setting.weight_bytes, 1)
-    return StepSeconds(compute, end - compute, optimizer, table_seconds)
+        update += links.gather(small * setting.weight_bytes, 1)
+    waiting = max(now, fabric_free, link_free, host_free) - compute + update / accumulation_steps
+    return StepSeconds(
+        compute, waiting, _optimizer_seconds(trace, setting, machine) / accumulation_steps, table_seconds
+    )
 
 
 class _Links:

@@ -120,15 +120,32 @@ def trace_step(
     if recomputed > depth:
         raise ValueError(f"{checkpointing}, but the model has {depth} layers.")
     entries, places = _shortened(config, recomputed)
-    values = {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
-    values |= {"num_dense_features": config.num_dense_features, "sparse_features": config.sparse_features}
     what = tuple(checkpointing) if by_kind else sum(place < recomputed for place, _ in places)
+    with _saying_why():
+        trace = _trace(_as_text(config, entries), batch_size, precision, what)
+    return _lengthened(trace, places)
+
+
+def evaluation_bytes(config: DhenConfig, batch_size: int, precision: Precision = FP32) -> int:
+    """The most bytes of activations at once while `batch_size` examples are scored. Raises UntraceableError."""
+    entries, _ = _shortened(config, 0)
+    with _saying_why():
+        return _evaluation(_as_text(config, entries), batch_size, precision)
+
+
+@contextlib.contextmanager
+def _saying_why() -> Iterator[None]:
     try:
-        trace = _trace(json.dumps(values | {"layers": entries}), batch_size, precision, what)
+        yield
     except _UNTRACEABLE as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise UntraceableError(f"the model can't be traced on tensors without values ({why}).") from error
-    return _lengthened(trace, places)
+
+
+def _as_text(config: DhenConfig, entries: list[dict[str, Any]]) -> str:
+    values = {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
+    values |= {"num_dense_features": config.num_dense_features, "sparse_features": config.sparse_features}
+    return json.dumps(values | {"layers": entries})
 
 
 def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
@@ -152,22 +169,12 @@ def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]
 
 @functools.lru_cache(maxsize=64)
 def _trace(config: str, batch_size: int, precision: Precision, what: int | tuple[str, ...]) -> StepTrace:
-    with FakeTensorMode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with _default_dtype(precision.weights):  # .to() can't change fake weights
-            model = DhenForClickPrediction(DhenConfig(**json.loads(config)), with_tables=False)
+    with _on_fake_tensors(config, batch_size, precision) as (model, inputs):
         checkpoint_layers(model, what)
-        inputs = model.config
-        embeddings_BFD = torch.empty(
-            batch_size, len(inputs.sparse_features), inputs.embedding_dim, requires_grad=bool(inputs.sparse_features)
-        )
-        dense_BN = torch.empty(batch_size, inputs.num_dense_features)
-        labels_B = torch.empty(batch_size)
-        external = [*model.parameters(), *model.buffers(), embeddings_BFD, dense_BN, labels_B]
-        with _Recorder(external) as recorder:
+        with _Recorder([*model.parameters(), *model.buffers(), *inputs.values()]) as recorder:
             recorder.watch(model)
             with torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None):
-                loss = model(inputs_embeds=embeddings_BFD, dense=dense_BN, labels=labels_B).loss
+                loss = model(**inputs).loss
             recorder.record("loss", "")
             loss.backward()
             recorder.record("end", "")
@@ -177,6 +184,33 @@ def _trace(config: str, batch_size: int, precision: Precision, what: int | tuple
         for name, module in model.named_modules()
     }
     return StepTrace(tuple(recorder.events), weights, {name: own for name, own in owned.items() if own})
+
+
+@functools.lru_cache(maxsize=64)
+def _evaluation(config: str, batch_size: int, precision: Precision) -> int:
+    with (
+        _on_fake_tensors(config, batch_size, precision) as (model, inputs),
+        torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None),
+        torch.no_grad(),
+        LiveMemory([*model.parameters(), *model.buffers(), *inputs.values()]) as memory,
+    ):
+        model.eval()(**inputs)
+        return memory.peak
+
+
+@contextlib.contextmanager
+def _on_fake_tensors(
+    config: str, batch_size: int, precision: Precision
+) -> Iterator[tuple[DhenForClickPrediction, dict[str, Tensor]]]:
+    """The dense part and a batch for it, without memory."""
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _default_dtype(precision.weights):  # .to() can't change fake weights
+            model = DhenForClickPrediction(DhenConfig(**json.loads(config)), with_tables=False)
+        num_sparse, dim = len(model.config.sparse_features), model.config.embedding_dim
+        embeddings_BFD = torch.empty(batch_size, num_sparse, dim, requires_grad=num_sparse > 0)
+        dense_BN, labels_B = torch.empty(batch_size, model.config.num_dense_features), torch.empty(batch_size)
+        yield model, {"inputs_embeds": embeddings_BFD, "dense": dense_BN, "labels": labels_B}
 
 
 @contextlib.contextmanager
@@ -226,10 +260,11 @@ class _Recorder(LiveMemory):
     def _enter(self, name: str, *_: Any) -> None:
         self.record("enter", name)
 
-    def _leave(self, name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self.record("leave", name)
-        if output.requires_grad:
-            output.register_hook(functools.partial(self._enter, name))
+        first = next((each for each in tree_iter(output) if isinstance(each, Tensor) and each.requires_grad), None)
+        if first is not None:
+            first.register_hook(functools.partial(self._enter, name))
 
     def _gradient(self, name: str, weight: Tensor) -> None:
         weight.grad = None

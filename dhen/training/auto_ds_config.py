@@ -13,10 +13,12 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config, read_json
 from dhen.parallel.machine_at_hand import machine_at_hand
 from dhen.parallel.parallelize import rank_zeros
+from dhen.parallel.placement import PlacementError
 from dhen.parallel.planner import Job, NothingFitsError, Planner
 from dhen.parallel.step_trace import UntraceableError
+from dhen.parallel.table_costs import CostsError
 from dhen.parallel.topology import Topology
-from dhen.training.arguments import Arguments
+from dhen.training.arguments import Arguments, TrainingArguments
 from dhen.training.checkpoint import find_checkpoint
 from dhen.training.run_folder import DS_CONFIG_FILE
 
@@ -39,14 +41,18 @@ def choose_ds_config(
     def choose() -> tuple[dict[str, Any], str]:
         if training.resume_from_checkpoint:
             return _of_the_run(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)), recipe)
-        return _planned(config, training.per_device_train_batch_size, topology, memory_bytes, ids_per_bag)
+        return _planned(config, training, topology, memory_bytes, ids_per_bag)
 
     raw, why = rank_zeros(topology, choose)
     return replace(check_ds_config(AUTO, raw, recipe), rung=f"{AUTO}: {why}")
 
 
 def _planned(
-    config: DhenConfig, batch_size: int, topology: Topology, memory_bytes: int, ids_per_bag: Mapping[str, float]
+    config: DhenConfig,
+    training: TrainingArguments,
+    topology: Topology,
+    memory_bytes: int,
+    ids_per_bag: Mapping[str, float],
 ) -> tuple[dict[str, Any], str]:
     nodes, rest = divmod(topology.world_size, topology.local_size)
     if rest:
@@ -54,11 +60,19 @@ def _planned(
             f"ds_config auto plans for nodes that are alike; this job has {topology.world_size} ranks, "
             f"{topology.local_size} on this node. Name a ds_config."
         )
-    job = Job(config, batch_size, machine_at_hand(topology, memory_bytes), nodes, ids_per_bag=ids_per_bag)
-    planner = Planner(job)
+    job = Job(
+        config,
+        training.per_device_train_batch_size,
+        machine_at_hand(topology, memory_bytes),
+        nodes,
+        ids_per_bag=ids_per_bag,
+        eval_batch_size=training.per_device_eval_batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+    )
     try:
+        planner = Planner(job)
         chosen = planner.plan()
-    except (NothingFitsError, UntraceableError) as error:
+    except (NothingFitsError, UntraceableError, PlacementError, CostsError) as error:
         way_out = "" if isinstance(error, NothingFitsError) else " Name a ds_config."
         raise DsConfigError(f"ds_config auto: {error}{way_out}") from error
     return planner.whole_ds_config(chosen.technique), f"{chosen.technique}, because {planner.reason(chosen)}"

@@ -13,7 +13,7 @@ from dhen.parallel.ds_config import DsConfig
 from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.parallel.parallelize import ParallelDhen
 from dhen.parallel.planner import gib
-from dhen.parallel.step_trace import Precision, StepTrace, trace_step
+from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.parallel.table_costs import replicated_bytes
 
 logger = logging.getLogger(__name__)
@@ -21,19 +21,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A micro step traced, or why it can't be; memory_bytes: what a rank has."""
+    """A micro step traced, or why it can't be; memory_bytes: what a rank has; evaluation: bytes of its activations."""
 
     trace: StepTrace | None
     problem: str
     memory_bytes: int
+    evaluation: int = 0
 
     @classmethod
-    def of(cls, config: DhenConfig, ds_config: DsConfig, memory_bytes: int) -> "MemoryPlan":
+    def of(cls, config: DhenConfig, ds_config: DsConfig, memory_bytes: int, eval_batch_size: int) -> "MemoryPlan":
         """To be made before the model is: ZeRO stage 3 has another `linear` for the whole process."""
         batch_size = ds_config.deepspeed["train_micro_batch_size_per_gpu"]
         try:
-            what = (precision_of(ds_config), ds_config.dhen.activation_checkpointing)
-            return cls(trace_step(config, batch_size, *what), "", memory_bytes)
+            precision = precision_of(ds_config)
+            trace = trace_step(config, batch_size, precision, ds_config.dhen.activation_checkpointing)
+            return cls(trace, "", memory_bytes, evaluation_bytes(config, eval_batch_size, precision))
         except ValueError as error:
             return cls(None, str(error), memory_bytes)
 
@@ -49,7 +51,7 @@ class MemoryPlan:
         tables = max(map(model.placement.bytes_of_rank, range(topology.world_size)))
         rows = {table.name: table.num_embeddings for table in config.tables}
         tables += sum(replicated_bytes(rows[name], config.embedding_dim) for name in model.placement.replicated)
-        return predict_memory(self.trace, setting, tables, is_gpu=is_gpu)
+        return predict_memory(self.trace, setting, tables, evaluation=self.evaluation, is_gpu=is_gpu)
 
     def announce(self, model: ParallelDhen) -> None:
         """Say it, and warn where it is more than there is."""
@@ -66,7 +68,7 @@ class MemoryPlan:
         if use.peak > self.memory_bytes:
             logger.warning(
                 "memory: that is more than a rank has. `python tools/plan.py` shows which techniques make it fit, and "
-                "--ds_config auto takes them."
+                "--ds_config auto takes them; per_device_eval_batch_size counts too."
             )
 
 

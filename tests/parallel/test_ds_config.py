@@ -81,6 +81,10 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
             "zero_optimization.offload_optimizer: unknown key 'devise'. Did you mean 'device'",
         ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
+            "Partial offloading only supported for ZeRO Stage 3",
+        ),
         ({"bf16": {"enable": True}}, "bf16: unknown key 'enable'. Did you mean 'enabled'"),
         ({"tensorboard": {"enable": True}}, "tensorboard: unknown key 'enable'. Did you mean 'enabled'"),
         ({"comms_logger": {"verbos": True}}, "comms_logger: unknown key 'verbos'. Did you mean 'verbose'"),

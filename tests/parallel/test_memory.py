@@ -123,10 +123,20 @@ def test_offload_goes_to_the_host_of_a_gpu_and_stays_where_there_is_none():
     trace = trace_step(planner_of("fp32").job.config, BATCH)
     setting = MemorySetting(3, 4, offload_optimizer=1.0, offload_param=True)
     on_gpu, on_cpu = (predict_memory(trace, setting, is_gpu=is_gpu) for is_gpu in (True, False))
-    assert on_gpu.host == on_cpu.parts["offloaded"] > 0
-    assert on_gpu.peak + on_gpu.host == on_cpu.peak
+    assert on_gpu.host >= on_cpu.parts["offloaded"] > 0
+    assert on_gpu.peak < on_cpu.peak
+    steps_on_host = replace(setting, temporaries="all", reduce_bucket=1000, shard_size=1)
+    moment = predict_memory(trace, steps_on_host, is_gpu=True).moment
+    assert moment != "optimizer step", "nothing of it is on the device"
     half = predict_memory(trace, replace(setting, offload_optimizer=0.5), is_gpu=True)
     assert 0 < half.host < on_gpu.host
+
+
+def test_an_evaluation_may_need_more_than_a_step():
+    trace, setting = trace_step(planner_of("fp32").job.config, BATCH), MemorySetting(0, 1)
+    step, evaluated = (predict_memory(trace, setting, evaluation=size) for size in (0, 1 << 30))
+    assert step.moment != "evaluation" == evaluated.moment
+    assert evaluated.peak > 1 << 30
 
 
 def test_offloaded_activations_are_there_for_their_backward_alone():

@@ -90,3 +90,10 @@ def test_offloaded_activations_wait_for_a_slow_host_alone(trace):
     assert none < waiting(1, 1e6) < waiting(DEPTH, 1e6)
     moved = sum(part.kept for part in segments(trace, None) if part.layer is not None and not part.is_backward)
     assert waiting(DEPTH, 1e3) - none == pytest.approx(2 * moved / 1e3, rel=0.02), "out and back"
+
+
+def test_micro_steps_share_the_updates_time(trace):
+    one, four = (step_seconds(trace, MemorySetting(1, 4), MACHINE, nodes=2, accumulation_steps=k) for k in (1, 4))
+    assert four.compute == one.compute
+    assert four.waiting == pytest.approx(one.waiting / 4)
+    assert four.optimizer == pytest.approx(one.optimizer / 4)

@@ -8,11 +8,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.flop_counter import FlopCounterMode
 
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.interactions import Interaction, InteractionContext, MixEmbeddings, register_interaction
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.parallel import step_trace
 from dhen.parallel.activation_checkpointing import checkpoint_layers
 from dhen.parallel.live_memory import LiveMemory
-from dhen.parallel.step_trace import Precision, StepTrace, trace_step
+from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 
 KINDS = ["advanced_dlrm", "self_attention", "convolution", "linear", "deep_cross", "deep_cross_flattened"]
 BATCH = 32
@@ -110,3 +111,31 @@ def test_too_many_layers_and_unknown_kinds_are_refused():
         trace_step(config_of(2), BATCH, checkpointing=9)
     with pytest.raises(ValueError, match="unknown interaction of this model: 'linea'"):
         trace_step(config_of(2), BATCH, checkpointing=["linea"])
+
+
+class Pairing(Interaction):
+    """A user's own, of modules that return several tensors."""
+
+    def __init__(self, context: InteractionContext) -> None:
+        super().__init__(context)
+        self.attention = torch.nn.MultiheadAttention(context.embedding_dim, 1, batch_first=True)
+        self.mix = MixEmbeddings(context.num_inputs, context.num_outputs)
+
+    def forward(self, x_BMD: torch.Tensor, dense_BN: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.attention(x_BMD, x_BMD, x_BMD)[0])
+
+
+def test_a_users_module_may_return_several_tensors():
+    register_interaction("pairing_of_the_trace_test")(Pairing)
+    trace = trace_step(config_of(3, interactions=["pairing_of_the_trace_test", "linear"]), BATCH)
+    assert sum(event.kind == "enter" and event.name.endswith("attention") for event in trace.events) >= 2 * 3
+
+
+def test_an_evaluation_keeps_nothing_but_what_it_works_on():
+    config, most = config_of(6), evaluation_bytes(config_of(6), 4 * BATCH)
+    model = DhenForClickPrediction(config, with_tables=False).eval()
+    inputs = torch.randn(4 * BATCH, 5, 8), torch.randn(4 * BATCH, 3), torch.ones(4 * BATCH)
+    with torch.no_grad(), LiveMemory([*model.parameters(), *model.buffers(), *inputs]) as memory:
+        model(inputs_embeds=inputs[0], dense=inputs[1], labels=inputs[2])
+    assert most == pytest.approx(memory.peak, rel=0.02)
+    assert most < trace_step(config, 4 * BATCH).kept_bytes

@@ -20,7 +20,8 @@ import plan
 RECIPE = Recipe(256, 1, 16, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
 DEPTHS = (1, 2, 4, 6)
 CRITEO = ("--config", "recipes/configs/criteo.yaml", "--embedding_dim", "64", "--num_embeddings_out", "32",
-          "--per_device_train_batch_size", "256", "--head_mlp", "512", "512", "--rows_per_table", "1000")  # fmt: skip
+          "--per_device_train_batch_size", "256", "--per_device_eval_batch_size", "1",
+          "--head_mlp", "512", "512", "--rows_per_table", "1000")  # fmt: skip
 CLUSTER = ("--gpu", "a100-40gb", "--nodes", "4", "--gpus_per_node", "4")
 CAPPED = (*CRITEO, *CLUSTER, "--memory_gib", "0.085", "--depths", *map(str, DEPTHS))
 
