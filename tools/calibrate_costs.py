@@ -148,7 +148,7 @@ def time_table(
     lookup.set_learning_rate(0.01)
     look_up = lookup
     if rounds_up_and_down and topology.device.type == "cpu":
-        look_up = RoundedTables(lookup, [columns] * TABLES, optimizer, ADAGRAD_EPSILON)
+        look_up = RoundedTables(lookup, optimizer, ADAGRAD_EPSILON)
         look_up.learning_rate = 0.01
     states = [state for of_table in lookup.split_optimizer_states() for state in of_table] if optimizer != "sgd" else []
     for tensor in [*lookup.split_embedding_weights(), *states]:
