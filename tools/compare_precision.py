@@ -51,7 +51,7 @@ ROLES = ("weights", "masters", "moments", "gradients", "buffers")
 
 @dataclass(frozen=True)
 class Result:
-    """One run. bytes_a_step: that left node 0. table_bytes: of rank 0, with the optimizer's state.
+    """One run. bytes_a_step: that left node 0. table_bytes: of all ranks, with the optimizer's states.
 
     dense_bytes: of rank 0's engine between backward and step, by "<role> <dtype>".
     """
@@ -82,7 +82,7 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
         json.loads((run / file).read_text(encoding="utf-8"))
         for file in (MEASURED_FILE, "summary.json", "placement.json")
     )
-    tables = sum(shard["num_bytes"] for shard in placement["shards"] if shard["rank"] == 0)
+    tables = sum(shard["num_bytes"] for shard in placement["shards"])
     test = summary["test"]
     return Result(variant, seed, measured["bytes_a_step"], tables, measured["dense_bytes"], test["ne"], test["auc"])
 
@@ -208,7 +208,7 @@ def show(results: Sequence[Result]) -> None:
             f"{statistics.mean([first.auc, *(result.auc for result in others)]):.5f}",
         )
     Console(width=None if sys.stdout.isatty() else 130).print(table)
-    print("MiB of rank 0: tables with their state; weights, masters, Adam's moments and gradients of the dense part")
+    print("MiB: tables with their states on all ranks; rank 0's weights, masters, Adam's moments and gradients")
 
 
 def parse_arguments() -> argparse.Namespace:
