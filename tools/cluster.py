@@ -19,14 +19,30 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 PREFIX = "dhen"
 INTERFACE = "eth0"
 _GRACE_SECONDS = 20.0
-_LINK = "burst 128kb limit 4mb"
-_LOCAL = "burst 1mb limit 16mb"
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """What a limited link lets out at once after a pause: so many seconds of its rate, and at least `least` bytes."""
+
+    seconds: float
+    least: int
+    queue: str
+
+    def of(self, mbit: float) -> list[str]:
+        return ["burst", f"{max(self.least, round(mbit * 125e3 * self.seconds))}b", "limit", self.queue]
+
+
+# Shorter bursts don't hold the rate; loopback's packets have up to 64 KiB, and a larger one than the bucket is lost.
+_LINK = _Bucket(0.010, 2**14, "4mb")
+_LOCAL = _Bucket(0.0035, 2**17, "16mb")
 
 
 class ClusterError(RuntimeError):
@@ -160,10 +176,10 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def limit(namespace: str, interface: str, mbit: float, buffers: str) -> None:
+def limit(namespace: str, interface: str, mbit: float, bucket: _Bucket) -> None:
     """Let `interface` send `mbit` Mbit/s at most; 0 is no limit."""
     if mbit:
-        rate = ["rate", f"{mbit}mbit", *buffers.split()]
+        rate = ["rate", f"{mbit}mbit", *bucket.of(mbit)]
         run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", "tbf", *rate)
 
 

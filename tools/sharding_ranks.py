@@ -340,6 +340,7 @@ def paused(function: Callable, forward: float, backward: float) -> Callable:
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
             time.sleep(forward)
+            ctx.save_for_backward(x.new_empty(0))  # a recomputation stops at the last tensor that is saved
             return x.clone()
 
         @staticmethod

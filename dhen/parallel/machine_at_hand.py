@@ -25,7 +25,7 @@ def rank_memory_bytes(topology: Topology) -> int:
     if topology.device.type == "cuda":
         has, _ = torch.cuda.mem_get_info(topology.device)
     else:
-        has = int(_host_bytes() / topology.local_size)
+        has = int(_HOST_SHARE * host_bytes() / topology.local_size)
     least = torch.tensor(has, dtype=torch.int64, device=topology.device)
     dist.all_reduce(least, dist.ReduceOp.MIN, group=topology.world)
     return int(least)
@@ -37,7 +37,7 @@ def machine_at_hand(topology: Topology, memory_bytes: int) -> Machine:
     if topology.device.type == "cuda":
         device = torch.cuda.get_device_name(topology.device)
         name = machine_of_gpu(device, torch.cuda.get_device_properties(topology.device).total_memory)
-        changes["host_memory_gib"] = _host_bytes() / 2**30
+        changes["host_memory_gib"] = _HOST_SHARE * host_bytes() / 2**30
         if name is None:
             logger.info("auto: no machine is known for %s: planned with the rates of %s", device, _FALLBACK)
             name = _FALLBACK
@@ -56,10 +56,10 @@ def machine_of_gpu(device: str, memory_bytes: int) -> str | None:
     return next((known for known in ("h100", "h200") if known in name), None)
 
 
-def _host_bytes() -> float:
+def host_bytes() -> int:
     """Of this node's memory, or of what a container lets its processes have."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in _CONTAINER_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
             limits.append(int(path.read_text()))
-    return _HOST_SHARE * min(limits)
+    return min(limits)

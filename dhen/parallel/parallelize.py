@@ -11,10 +11,8 @@ In this order, each step relying on the one before:
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import deepspeed
 import torch
@@ -28,18 +26,16 @@ from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.parallel import hsdp
 from dhen.parallel.activation_checkpointing import checkpoint_layers
 from dhen.parallel.activation_offload import offload_layers
+from dhen.parallel.agreed_placement import place_for_scoring, place_for_training
 from dhen.parallel.collectives import Wires
 from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
 from dhen.parallel.id_exchange import SentIds, check_ids
-from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
+from dhen.parallel.placement import Placement
 from dhen.parallel.sharded_tables import PendingEmbeddings, ShardedTables
-from dhen.parallel.table_costs import CostsError, StepSetting, read_costs
-from dhen.parallel.table_lookup import ADAGRAD_EPSILON, MEMORY_SHARE
+from dhen.parallel.table_lookup import ADAGRAD_EPSILON
 from dhen.parallel.topology import ShardGroups, Topology
 from dhen.parallel.wire import Wire
 
-_SCORING_BATCH = 4096
-_Plan = TypeVar("_Plan")
 logger = logging.getLogger(__name__)
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -204,7 +200,7 @@ def parallelize(
     """
     groups = _shard_groups(topology, ds_config)
     shard_size = topology.world_size if groups is None else groups.shard_size
-    placement = _place(config, topology, ds_config, shard_size, ids_per_bag, table_cuts, replicated)
+    placement = place_for_training(config, topology, ds_config, shard_size, ids_per_bag, table_cuts, replicated)
     tables = shard_tables(config, topology, placement, ds_config.dhen, table_epsilon, seed)
     dense = _dense_part(config, ds_config, placement.replicated, seed, groups)
     if dense_weights:
@@ -220,13 +216,7 @@ def parallelize(
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
     """The tables over all ranks, to be loaded by the caller, and the whole dense part on each. No DeepSpeed."""
-    setting = StepSetting(topology.world_size, topology.local_size, _SCORING_BATCH, optimizer="sgd")
-    limits, what = _memory_bytes(topology), (config.tables, config.embedding_dim, setting)
-
-    def place(options: PlacementOptions) -> Placement:
-        return place_tables(*what, read_costs(_costs_name(None, topology), setting), options=options)
-
-    placement = rank_zeros(topology, lambda: _place_within(limits, PlacementOptions(), place))
+    placement = place_for_scoring(config, topology)
     tables = shard_tables(config, topology, placement, DhenSection(table_optimizer="sgd"), ADAGRAD_EPSILON, seed=0)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
@@ -254,96 +244,6 @@ def shard_tables(
         wires=Wires(Wire(section.all_to_all_dtype.forward), Wire(section.all_to_all_dtype.backward)),
         overlap=section.overlap_tables,
     )
-
-
-def _place(
-    config: DhenConfig,
-    topology: Topology,
-    ds_config: DsConfig,
-    shard_size: int,
-    ids_per_bag: Mapping[str, float] | None,
-    table_cuts: Mapping[str, int] | None,
-    replicated: Collection[str] | None,
-) -> Placement:
-    """The tables' placement as the ds_config has it. Communicates: no rank's memory may be overrun, rank 0 plans."""
-    section, asked = ds_config.dhen, ds_config.dhen.placement
-    setting = StepSetting(
-        topology.world_size,
-        topology.local_size,
-        ds_config.deepspeed["train_micro_batch_size_per_gpu"],
-        optimizer=section.table_optimizer,
-        table_dtype=section.table_dtype,
-        wire_forward=section.all_to_all_dtype.forward,
-        wire_backward=section.all_to_all_dtype.backward,
-        table_rounding=section.table_rounding,
-        zero_stage=ds_config.zero_stage,
-        shard_size=shard_size,
-    )
-    options = PlacementOptions(
-        max_column_shards=asked.max_column_shards,
-        by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
-        cuts=table_cuts or {},
-        replicate_below_rows=asked.replicate_below_rows,
-        replicated=replicated,
-    )
-    limits = [int(asked.memory_gib * 2**30)] if asked.memory_gib else _memory_bytes(topology)
-    needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
-
-    def place(options: PlacementOptions) -> Placement:
-        costs = read_costs(_costs_name(asked.costs, topology), *needed_for)
-        return place_tables(config.tables, config.embedding_dim, setting, costs, ids_per_bag, options)
-
-    try:
-        return rank_zeros(topology, lambda: _place_within(limits, options, place))
-    except (PlacementError, CostsError) as error:
-        raise DsConfigError(f"{ds_config.path}: {error}") from error
-
-
-def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
-    """The plan that rank 0 makes, on all ranks, or its ValueError. Communicates over all ranks.
-
-    By itself a rank might come to another: its node may hold more ranks, other files of costs, another math library.
-    """
-    answer: list[_Plan | ValueError | None] = [None]
-    if topology.is_main:
-        try:
-            answer = [plan()]
-        except ValueError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer, src=0, group=topology.world, device=topology.device)
-    (made,) = answer
-    if isinstance(made, ValueError):
-        raise made
-    return made
-
-
-def _costs_name(name: str | None, topology: Topology) -> str:
-    return name or ("gpu" if topology.device.type == "cuda" else "cpu")
-
-
-def _place_within(
-    limits: Sequence[int], options: PlacementOptions, place: Callable[[PlacementOptions], Placement]
-) -> Placement:
-    """The placement under the first limit of a rank's memory that is enough. Raises PlacementError."""
-    *smaller, largest = limits
-    for limit in smaller:
-        with contextlib.suppress(PlacementError):
-            return place(replace(options, memory_bytes=limit))
-    return place(replace(options, memory_bytes=largest))
-
-
-def _memory_bytes(topology: Topology) -> list[int]:
-    """What a rank may fill with tables: most of its share of the host's memory. Communicates.
-
-    On GPUs most of the device's, and if that isn't enough, both: what is beyond the device is cached there.
-    """
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // topology.local_size]
-    if topology.device.type == "cuda":
-        on_device = torch.cuda.get_device_properties(topology.device).total_memory
-        limits = [on_device, on_device + limits[0]]
-    least = torch.tensor(limits, dtype=torch.int64, device=topology.device)
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=topology.world)
-    return [int(MEMORY_SHARE * limit) for limit in least.tolist()]
 
 
 def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None:

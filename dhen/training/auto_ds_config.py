@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.agreed_placement import rank_zeros
 from dhen.parallel.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config, read_json
 from dhen.parallel.machine_at_hand import machine_at_hand
-from dhen.parallel.parallelize import rank_zeros
 from dhen.parallel.placement import PlacementError
 from dhen.parallel.planner import Job, NothingFitsError, Planner
 from dhen.parallel.step_trace import UntraceableError

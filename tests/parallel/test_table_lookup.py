@@ -4,6 +4,7 @@ import torch
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
+from dhen.parallel.agreed_placement import place_within
 from dhen.parallel.collectives import ColumnBlock, PooledLayout
 from dhen.parallel.id_exchange import IdExchange
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, TableShard
@@ -24,8 +25,6 @@ def test_tables_leave_the_device_only_where_they_do_not_fit():
 
 
 def test_the_hosts_memory_is_used_where_the_devices_is_too_small():
-    from dhen.parallel.parallelize import _place_within
-
     tried = []
 
     def place(options: PlacementOptions) -> Placement:
@@ -34,8 +33,8 @@ def test_the_hosts_memory_is_used_where_the_devices_is_too_small():
             raise PlacementError("no room")
         return Placement((), 1)
 
-    _place_within([60, 100], PlacementOptions(), place)
-    _place_within([40, 100], PlacementOptions(), place)
+    place_within([60, 100], PlacementOptions(), place)
+    place_within([40, 100], PlacementOptions(), place)
     assert tried == [60, 40, 100]
 
 

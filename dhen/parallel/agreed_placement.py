@@ -1,0 +1,125 @@
+"""The tables' placement in a job: rank 0 plans for all, within the memory of the rank that has least (paper 3.1)."""
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.ds_config import DsConfig, DsConfigError
+from dhen.parallel.machine_at_hand import host_bytes
+from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
+from dhen.parallel.table_costs import CostsError, StepSetting, read_costs
+from dhen.parallel.table_lookup import MEMORY_SHARE
+from dhen.parallel.topology import Topology
+
+_SCORING_BATCH = 4096
+_Plan = TypeVar("_Plan")
+
+
+def place_for_training(
+    config: DhenConfig,
+    topology: Topology,
+    ds_config: DsConfig,
+    shard_size: int,
+    ids_per_bag: Mapping[str, float] | None,
+    table_cuts: Mapping[str, int] | None,
+    replicated: Collection[str] | None,
+) -> Placement:
+    """The placement as the ds_config has it; dhen/parallel/parallelize.py says what the arguments are.
+
+    Communicates; all ranks call it. Raises DsConfigError, on all of them.
+    """
+    section, asked = ds_config.dhen, ds_config.dhen.placement
+    setting = StepSetting(
+        topology.world_size,
+        topology.local_size,
+        ds_config.deepspeed["train_micro_batch_size_per_gpu"],
+        optimizer=section.table_optimizer,
+        table_dtype=section.table_dtype,
+        wire_forward=section.all_to_all_dtype.forward,
+        wire_backward=section.all_to_all_dtype.backward,
+        table_rounding=section.table_rounding,
+        zero_stage=ds_config.zero_stage,
+        shard_size=shard_size,
+    )
+    options = PlacementOptions(
+        max_column_shards=asked.max_column_shards,
+        by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
+        cuts=table_cuts or {},
+        replicate_below_rows=asked.replicate_below_rows,
+        replicated=replicated,
+    )
+    limits = [int(asked.memory_gib * 2**30)] if asked.memory_gib else _memory_bytes(topology)
+    needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
+
+    def place(options: PlacementOptions) -> Placement:
+        costs = read_costs(_costs_name(asked.costs, topology), *needed_for)
+        return place_tables(config.tables, config.embedding_dim, setting, costs, ids_per_bag, options)
+
+    try:
+        return rank_zeros(topology, lambda: place_within(limits, options, place))
+    except (PlacementError, CostsError) as error:
+        raise DsConfigError(f"{ds_config.path}: {error}") from error
+
+
+def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
+    """The placement of tables that are only looked up. Communicates; all ranks call it. Raises PlacementError."""
+    setting = StepSetting(topology.world_size, topology.local_size, _SCORING_BATCH, optimizer="sgd")
+    limits = _memory_bytes(topology)
+
+    def place(options: PlacementOptions) -> Placement:
+        costs = read_costs(_costs_name(None, topology), setting)
+        return place_tables(config.tables, config.embedding_dim, setting, costs, options=options)
+
+    return rank_zeros(topology, lambda: place_within(limits, PlacementOptions(), place))
+
+
+def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
+    """The plan that rank 0 makes, on all ranks, or its ValueError. Communicates over all ranks.
+
+    By itself a rank might come to another: its node may hold more ranks, other files of costs, another math library.
+    """
+    answer: list[_Plan | ValueError | None] = [None]
+    if topology.is_main:
+        try:
+            answer = [plan()]
+        except ValueError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0, group=topology.world, device=topology.device)
+    (made,) = answer
+    if isinstance(made, ValueError):
+        raise made
+    return made
+
+
+def _costs_name(name: str | None, topology: Topology) -> str:
+    return name or ("gpu" if topology.device.type == "cuda" else "cpu")
+
+
+def place_within(
+    limits: Sequence[int], options: PlacementOptions, place: Callable[[PlacementOptions], Placement]
+) -> Placement:
+    """The placement under the first limit of a rank's memory that is enough. Raises PlacementError."""
+    *smaller, largest = limits
+    for limit in smaller:
+        with contextlib.suppress(PlacementError):
+            return place(replace(options, memory_bytes=limit))
+    return place(replace(options, memory_bytes=largest))
+
+
+def _memory_bytes(topology: Topology) -> list[int]:
+    """What a rank may fill with tables: most of its share of the host's memory. Communicates.
+
+    On GPUs most of the device's, and if that isn't enough, both: what is beyond the device is cached there.
+    """
+    limits = [host_bytes() // topology.local_size]
+    if topology.device.type == "cuda":
+        on_device = torch.cuda.get_device_properties(topology.device).total_memory
+        limits = [on_device, on_device + limits[0]]
+    least = torch.tensor(limits, dtype=torch.int64, device=topology.device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=topology.world)
+    return [int(MEMORY_SHARE * limit) for limit in least.tolist()]
