@@ -8,6 +8,7 @@ The first line builds a cluster on this machine (tools/cluster.py) and trains ev
 tensors alive at the worst moment of the fullest rank, and seconds of a step. A pause stands for the accelerator, as
 long as the machine's rates make the layer's operations, in every technique alike, also where a layer is recomputed. It
 prints both beside the predictions, with the median and worst error of memory, and Kendall's tau of the order by speed.
+Links and accelerator are so slow that what the ranks' own CPU does, of which they have too little, hardly counts.
 
 The second line measures memory alone, on links without a limit.
 
@@ -171,13 +172,13 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2, help="nodes of the cluster on this machine")
     parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each")
-    parser.add_argument("--link_mbit", type=float, default=100, help="a node's link, Mbit/s")
-    parser.add_argument("--local_mbit", type=float, default=2400, help="inside a node, Mbit/s")
+    parser.add_argument("--link_mbit", type=float, default=25, help="a node's link, Mbit/s")
+    parser.add_argument("--local_mbit", type=float, default=600, help="inside a node, Mbit/s")
     parser.add_argument("--depths", type=int, nargs="+", default=[1, 4, 12, 32], help="DHEN layers")
     parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, help="what is trained; all by default")
     parser.add_argument("--embedding_dim", type=int, default=16, help="of the model")
     parser.add_argument("--num_embeddings_out", type=int, default=6, help="of each of a layer's four interactions")
-    parser.add_argument("--gflops", type=float, default=4.0, help="of the accelerator that a pause stands for")
+    parser.add_argument("--gflops", type=float, default=1.0, help="of the accelerator that a pause stands for")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each technique; 0 times none")
     parser.add_argument("--cap_mib", type=float, default=0, help="find the deepest models under this cap instead")
     parser.add_argument("--deepest", type=int, default=96, help="with --cap_mib, the most layers to try")

@@ -176,7 +176,10 @@ def test_stage_1_in_bf16_may_have_a_shard_group(tmp_path, offload):
     ],
 )
 def test_what_deepspeed_knows_is_let_pass(tmp_path, change):
-    read_ds_config(written(tmp_path, change), RECIPE)
+    resolved = read_ds_config(written(tmp_path, change), RECIPE).deepspeed
+    assert (adam() | change)["optimizer"]["params"].items() <= resolved["optimizer"]["params"].items()
+    for key in change.keys() - {"optimizer"}:
+        assert resolved[key] == change[key]
 
 
 def test_a_bf16_all_reduce_is_taken(tmp_path):

@@ -76,7 +76,9 @@ def test_every_recipe_builds_a_model(path):
 
 @pytest.mark.parametrize(("name", "block"), blocks("yaml"))
 def test_the_layers_of_the_readme_are_right(name, block):
-    DhenConfig(**yaml.safe_load(block), num_dense_features=13, sparse_features=[{"name": "C1", "num_embeddings": 9}])
+    values = yaml.safe_load(block)
+    config = DhenConfig(**values, num_dense_features=13, sparse_features=[{"name": "C1", "num_embeddings": 9}])
+    assert len(AutoModel.from_config(config).model.layers) == len(values["layers"])
 
 
 def test_the_test_command_is_the_one_that_ci_runs():

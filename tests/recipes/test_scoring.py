@@ -30,17 +30,17 @@ def exported(trained, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def test_rows(trained) -> Batch:
+def rows_of_test(trained) -> Batch:
     (batch,) = BatchLoader(trained.prepared, "test", batch_size=300).epoch(0)
     return batch
 
 
 @pytest.fixture(scope="module")
-def expected(trained, test_rows) -> np.ndarray:
+def expected(trained, rows_of_test) -> np.ndarray:
     """Predictions of the exported model as transformers loads it: plain tables, no DeepSpeed, no FBGEMM."""
     model = AutoModel.from_pretrained(trained.folder / "model").eval()
     with torch.no_grad():
-        return model(test_rows.sparse, test_rows.dense_BN).logits.sigmoid().numpy()
+        return model(rows_of_test.sparse, rows_of_test.dense_BN).logits.sigmoid().numpy()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -105,7 +105,7 @@ def test_predict_needs_no_labels(trained, exported, tmp_path, expected, ranks):
     assert (exported.parent / "prepared").is_dir()
 
 
-def test_rows_without_labels_are_not_evaluated(trained, exported, tmp_path):
+def rows_of_test_without_labels_are_not_evaluated(trained, exported, tmp_path):
     with gzip.open(trained.raw / "test.tsv.gz", "rt") as file:
         (tmp_path / "unlabelled.tsv").write_text("".join(line.partition("\t")[2] for line in file))
     flags = [f"--model_name_or_path={exported}", f"--dataset_name={tmp_path / 'unlabelled.tsv'}"]
