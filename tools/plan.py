@@ -89,8 +89,8 @@ def parse_command_line(command_line: Sequence[str] | None = None) -> tuple[argpa
     add("--depths", type=_positive, nargs="+", metavar="N", help="DHEN layers (default: 1 2 4 8 16 32)")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the dense part (default: fp32)")
     add("--ds_config", metavar="JSON", help='one whose "dhen" section says how tables and wires are')
-    add("--num_dense_features", type=int, metavar="N", help="default: the prepared data's, or 13")
-    add("--num_sparse_features", type=int, metavar="N", help="default: the prepared data's, or 26")
+    add("--num_dense_features", type=_count, metavar="N", help="default: the prepared data's, or 13")
+    add("--num_sparse_features", type=_count, metavar="N", help="default: the prepared data's, or 26")
     add("--rows_per_table", type=_positive, metavar="N", help="default: the prepared data's, or hash_size")
     add("--write", type=Path, metavar="FOLDER", help=f"write a ds_config for each depth, and {BY_DEPTH_FILE} for all")
     add("--plot", type=Path, metavar="FILE", help="draw samples/s over depth, the paper's Figure 6")
@@ -99,10 +99,15 @@ def parse_command_line(command_line: Sequence[str] | None = None) -> tuple[argpa
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number above 0")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} isn't 0 or a whole number above it")
+    return int(text)
 
 
 def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
@@ -126,14 +131,23 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
 
 
 def config_of(arguments: argparse.Namespace, recipe: Arguments) -> DhenConfig:
-    """The model: features as asked for, or of the prepared data, or as Criteo has them."""
-    asked = (arguments.num_dense_features, arguments.num_sparse_features, arguments.rows_per_table)
-    if asked == (None, None, None) and is_prepared(recipe.data.dataset_name):
-        return config_for(recipe.architecture, Schema.load(Path(recipe.data.dataset_name)))
-    dense, sparse = (default if given is None else given for given, default in zip(asked[:2], _CRITEO, strict=True))
-    rows = asked[2] or recipe.data.hash_size
-    features = [{"name": f"C{number}", "num_embeddings": rows} for number in range(1, sparse + 1)]
+    """The model: with the features of the prepared data, or as Criteo has them, but for what is asked for."""
+    if is_prepared(recipe.data.dataset_name):
+        prepared = config_for(recipe.architecture, Schema.load(Path(recipe.data.dataset_name)))
+        dense, features = prepared.num_dense_features, [dict(feature) for feature in prepared.sparse_features]
+    else:
+        dense, features = _CRITEO[0], _features(_CRITEO[1], recipe.data.hash_size)
+    if arguments.num_dense_features is not None:
+        dense = arguments.num_dense_features
+    if arguments.num_sparse_features is not None:
+        features = _features(arguments.num_sparse_features, recipe.data.hash_size)
+    if arguments.rows_per_table is not None:
+        features = [feature | {"num_embeddings": arguments.rows_per_table} for feature in features]
     return DhenConfig(**vars(recipe.architecture), num_dense_features=dense, sparse_features=features)
+
+
+def _features(count: int, rows: int) -> list[dict[str, Any]]:
+    return [{"name": f"C{number}", "num_embeddings": rows} for number in range(1, count + 1)]
 
 
 def default_depths(job: Job) -> list[int]:

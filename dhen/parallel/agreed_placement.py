@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import DsConfig, DsConfigError
+from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError, PlacementSection
 from dhen.parallel.machine_at_hand import host_bytes
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
 from dhen.parallel.table_costs import CostsError, StepSetting, read_costs
@@ -18,6 +18,29 @@ from dhen.parallel.topology import Topology
 
 _SCORING_BATCH = 4096
 _Plan = TypeVar("_Plan")
+
+
+def setting_of(section: DhenSection, world_size: int, local_size: int, batch_size: int) -> StepSetting:
+    """What the tables' costs depend on, as the ds_config's section has it. batch_size: of a rank."""
+    return StepSetting(
+        world_size,
+        local_size,
+        batch_size,
+        optimizer=section.table_optimizer,
+        table_dtype=section.table_dtype,
+        wire_forward=section.all_to_all_dtype.forward,
+        wire_backward=section.all_to_all_dtype.backward,
+        table_rounding=section.table_rounding,
+    )
+
+
+def options_of(asked: PlacementSection) -> PlacementOptions:
+    """What the user decides of the placement, but for the memory."""
+    return PlacementOptions(
+        max_column_shards=asked.max_column_shards,
+        by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
+        replicate_below_rows=asked.replicate_below_rows,
+    )
 
 
 def place_for_training(
@@ -33,26 +56,11 @@ def place_for_training(
 
     Communicates; all ranks call it. Raises DsConfigError, on all of them.
     """
-    section, asked = ds_config.dhen, ds_config.dhen.placement
-    setting = StepSetting(
-        topology.world_size,
-        topology.local_size,
-        ds_config.deepspeed["train_micro_batch_size_per_gpu"],
-        optimizer=section.table_optimizer,
-        table_dtype=section.table_dtype,
-        wire_forward=section.all_to_all_dtype.forward,
-        wire_backward=section.all_to_all_dtype.backward,
-        table_rounding=section.table_rounding,
-        zero_stage=ds_config.zero_stage,
-        shard_size=shard_size,
-    )
-    options = PlacementOptions(
-        max_column_shards=asked.max_column_shards,
-        by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
-        cuts=table_cuts or {},
-        replicate_below_rows=asked.replicate_below_rows,
-        replicated=replicated,
-    )
+    asked = ds_config.dhen.placement
+    batch_size = ds_config.deepspeed["train_micro_batch_size_per_gpu"]
+    setting = setting_of(ds_config.dhen, topology.world_size, topology.local_size, batch_size)
+    setting = replace(setting, zero_stage=ds_config.zero_stage, shard_size=shard_size)
+    options = replace(options_of(asked), cuts=table_cuts or {}, replicated=replicated)
     limits = [int(asked.memory_gib * 2**30)] if asked.memory_gib else _memory_bytes(topology)
     needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
 

@@ -13,14 +13,15 @@ from typing import Any, Literal
 import torch
 
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.agreed_placement import options_of, place_within, setting_of
 from dhen.parallel.ds_config import DhenSection, DsConfig
 from dhen.parallel.machine import Machine
 from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.parallel.placement import Placement, PlacementOptions, place_tables
 from dhen.parallel.step_time import StepSeconds, segments, step_seconds
 from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
-from dhen.parallel.table_costs import StepSetting, read_costs
-from dhen.parallel.table_lookup import MEMORY_SHARE
+from dhen.parallel.table_costs import read_costs, replicated_bytes
+from dhen.parallel.table_lookup import CACHED_SHARE, MEMORY_SHARE, beyond_device
 
 Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]
@@ -139,31 +140,44 @@ class Planner:
     def __init__(self, job: Job) -> None:
         """Raises PlacementError where the tables alone don't fit, CostsError for costs that can't be read."""
         self.job = job
-        machine, section = job.machine, job.section
-        wires = section.all_to_all_dtype
-        setting = StepSetting(
-            job.world_size, machine.ranks_per_node, job.batch_size, optimizer=section.table_optimizer,
-            table_dtype=section.table_dtype, wire_forward=wires.forward, wire_backward=wires.backward,
-            table_rounding=section.table_rounding,
-        )  # fmt: skip
         self.placement: Placement | None = None
-        if job.config.tables:
-            costs = read_costs(section.placement.costs or machine.costs, setting)
-            asked = section.placement
-            options = PlacementOptions(
-                max_column_shards=asked.max_column_shards,
-                by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
-                memory_bytes=int(asked.memory_gib * 2**30 if asked.memory_gib else MEMORY_SHARE * machine.memory_bytes),
-            )
-            self.placement = place_tables(
-                job.config.tables, job.config.embedding_dim, setting, costs, job.ids_per_bag, options
-            )
+        if not job.config.tables:
+            return
+        machine, section = job.machine, job.section
+        setting = setting_of(section, job.world_size, machine.ranks_per_node, job.batch_size)
+        needed_for = [setting, setting.of_replicated] if section.placement.replicate_below_rows else [setting]
+        costs = read_costs(section.placement.costs or machine.costs, *needed_for)
+
+        def place(options: PlacementOptions) -> Placement:
+            return place_tables(job.config.tables, job.config.embedding_dim, setting, costs, job.ids_per_bag, options)
+
+        self.placement = place_within(self._table_limits(), options_of(section.placement), place)
+
+    def _table_limits(self) -> list[int]:
+        """As a job would have them: on GPUs the device's memory, and if that isn't enough the host's too."""
+        asked, machine = self.job.section.placement.memory_gib, self.job.machine
+        if asked:
+            return [int(asked * 2**30)]
+        limits = (
+            [machine.memory_bytes, machine.memory_bytes + machine.host_bytes]
+            if machine.is_gpu
+            else [machine.memory_bytes]
+        )
+        return [int(MEMORY_SHARE * limit) for limit in limits]
 
     @functools.cached_property
-    def table_bytes(self) -> int:
-        """Of the fullest rank."""
-        ranks = range(self.job.world_size)
-        return max(map(self.placement.bytes_of_rank, ranks)) if self.placement else 0
+    def table_bytes(self) -> tuple[int, int]:
+        """Of the fullest rank, on its device and on the host behind a cache there; replicated tables with the first."""
+        if self.placement is None:
+            return 0, 0
+        by_rank = [[shard.num_bytes for shard in self.placement.of_rank(rank)] for rank in range(self.job.world_size)]
+        machine, on_host = self.job.machine, [0] * self.job.world_size
+        if machine.is_gpu:
+            on_device = int(MEMORY_SHARE * machine.memory_bytes)
+            on_host = [sum(sizes[index] for index in beyond_device(sizes, on_device)) for sizes in by_rank]
+        device = max(sum(sizes) - int((1 - CACHED_SHARE) * host) for sizes, host in zip(by_rank, on_host, strict=True))
+        rows = [table.num_embeddings for table in self.job.config.tables if table.name in self.placement.replicated]
+        return device + replicated_bytes(sum(rows), self.job.config.embedding_dim), max(on_host)
 
     @functools.cached_property
     def table_seconds(self) -> float:
@@ -188,7 +202,9 @@ class Planner:
         evaluation = 0
         if self.job.eval_batch_size:
             evaluation = evaluation_bytes(self.job.config, self.job.eval_batch_size, self._precision(technique))
-        return predict_memory(self._trace(technique), setting, self.table_bytes, evaluation=evaluation, is_gpu=is_gpu)
+        on_device, on_host = self.table_bytes
+        use = predict_memory(self._trace(technique), setting, on_device, evaluation=evaluation, is_gpu=is_gpu)
+        return replace(use, host=use.host + on_host)
 
     def fits(self, technique: Technique) -> bool:
         """Whether a rank has the memory, and on GPUs its share of the host too."""

@@ -12,6 +12,8 @@ from dhen.parallel.machine import read_machine
 from dhen.parallel.placement import PlacementError
 from dhen.parallel.planner import SCHEMES, Job, NothingFitsError, Planner, Prediction, Technique, gib
 from dhen.parallel.rungs import Plan, by_depth, changes
+from dhen.parallel.table_costs import replicated_bytes
+from dhen.parallel.table_lookup import CACHED_SHARE
 
 CONFIG = DhenConfig(
     embedding_dim=64, num_layers=4, num_embeddings_out=32, head_mlp=[512, 512],
@@ -146,7 +148,36 @@ def test_a_rank_alone_has_no_sharding_but_a_gpu_alone_has_offload():
 
 def test_tables_that_fit_on_no_rank_are_said_so():
     with pytest.raises(PlacementError, match="fits on no rank"):
-        planner(1e-6)
+        planner(1e-6, machine=replace(MACHINE, host_memory_gib=0.0))
+
+
+LARGE = DhenConfig(
+    embedding_dim=64, num_layers=1, num_embeddings_out=8, num_dense_features=13,
+    sparse_features=[{"name": f"C{i}", "num_embeddings": 1_000_000} for i in range(26)],
+)  # fmt: skip
+
+
+def test_tables_beyond_the_gpus_go_to_the_host_and_are_counted_there():
+    made = Planner(Job(LARGE, BATCH, replace(MACHINE, memory_gib=1.0), nodes=2))
+    device, host = made.table_bytes
+    whole = max(made.placement.bytes_of_rank(rank) for rank in range(4))
+    assert device <= 0.8 * 2**30 < whole
+    assert device + host == pytest.approx(whole + CACHED_SHARE * host, rel=0.01)
+    assert made.memory(Technique()).host == host
+    assert made.memory(Technique()).parts["tables"] == device
+    roomy = Planner(Job(LARGE, BATCH, replace(MACHINE, memory_gib=4.0), nodes=2))
+    assert roomy.table_bytes == (max(roomy.placement.bytes_of_rank(rank) for rank in range(4)), 0)
+
+
+def test_replicated_tables_are_counted_on_every_rank():
+    features = [{"name": f"C{i}", "num_embeddings": 4 if i else 100_000} for i in range(4)]
+    config = DhenConfig(embedding_dim=64, num_layers=1, num_embeddings_out=8, sparse_features=features)
+    section = DhenSection(placement={"replicate_below_rows": 100})
+    made = Planner(Job(config, BATCH, read_machine("cpu"), 2, section=section))
+    assert made.placement.replicated == ("C1", "C2", "C3")
+    rows = 4 * 3
+    sharded = max(made.placement.bytes_of_rank(rank) for rank in range(made.job.world_size))
+    assert made.table_bytes == (sharded + replicated_bytes(rows, 64), 0)
 
 
 def test_only_equal_layers_have_other_depths():

@@ -111,6 +111,17 @@ def test_features_are_the_prepared_datas_or_as_asked_for(click_log):
     asked = plan.job_of(*plan.parse_command_line([*flags, "--num_sparse_features", "3", "--rows_per_table", "7"]))
     assert [table.num_embeddings for table in asked.config.tables] == [7, 7, 7]
     assert asked.config.num_dense_features == 13
+    larger = plan.job_of(*plan.parse_command_line([*flags, "--rows_per_table", "7"])).config.tables
+    assert [(table.name, table.num_embeddings) for table in larger] == [
+        (column.name, 7) for column in Schema.load(click_log).sparse
+    ]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--nodes", "x"), ("--depths", "0"), ("--num_dense_features", "-1")])
+def test_a_number_that_cant_be_is_said_so(capsys, flag, value):
+    with pytest.raises(SystemExit):
+        plan.main([*CRITEO, *CLUSTER, f"{flag}={value}"])
+    assert f"argument {flag}: '{value}' isn't " in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
