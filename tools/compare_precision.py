@@ -3,10 +3,10 @@
     python tools/compare_precision.py --config recipes/configs/frappe.yaml --epochs 1
 
 Trains the recipe once a variant and seed, on two nodes of this machine (tools/cluster.py), and prints: what node 0's
-interface sent in the training steps, by step (evaluation and tests not among them); MiB of rank 0's tables; MiB of the
-tensors that its engine holds between a backward and the optimizer's step; and the test split's NE over the seeds beside
-that of plain fp32. results.json has every run, and the engine's tensors by dtype. Arguments that it doesn't know go to
-recipes/train.py.
+interface sent in the training steps, by step (evaluation and tests not among them); MiB of all ranks' tables; MiB of
+the tensors that rank 0's engine holds between a backward and the optimizer's step; and the test split's NE over the
+seeds beside that of plain fp32. results.json has every run, and the engine's tensors by dtype. Arguments that it
+doesn't know go to recipes/train.py.
 """
 
 import argparse

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dhen.data.prepared_rows import mean_bag_sizes
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel.ds_config import DhenSection, read_section
@@ -125,6 +126,7 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
         arguments.nodes,
         arguments.precision,
         section,
+        ids_per_bag_of(arguments, recipe),
         eval_batch_size=training.per_device_eval_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
     )
@@ -144,6 +146,14 @@ def config_of(arguments: argparse.Namespace, recipe: Arguments) -> DhenConfig:
     if arguments.rows_per_table is not None:
         features = [feature | {"num_embeddings": arguments.rows_per_table} for feature in features]
     return DhenConfig(**vars(recipe.architecture), num_dense_features=dense, sparse_features=features)
+
+
+def ids_per_bag_of(arguments: argparse.Namespace, recipe: Arguments) -> dict[str, float] | None:
+    """Of the prepared data, where the features are its own; None where every bag is taken to hold one id."""
+    if arguments.num_sparse_features is not None or not is_prepared(recipe.data.dataset_name):
+        return None
+    prepared = Path(recipe.data.dataset_name)
+    return mean_bag_sizes(prepared, Schema.load(prepared))
 
 
 def _features(count: int, rows: int) -> list[dict[str, Any]]:

@@ -12,8 +12,8 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError, PlacementSection
 from dhen.parallel.machine_at_hand import host_bytes
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
-from dhen.parallel.table_costs import CostsError, StepSetting, read_costs
-from dhen.parallel.table_lookup import MEMORY_SHARE
+from dhen.parallel.table_costs import CostsError, StepSetting, read_costs, replicated_bytes
+from dhen.parallel.table_lookup import CACHED_SHARE, MEMORY_SHARE, beyond_device
 from dhen.parallel.topology import Topology
 
 _SCORING_BATCH = 4096
@@ -81,7 +81,12 @@ def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
 
     def place(options: PlacementOptions) -> Placement:
         costs = read_costs(_costs_name(None, topology), setting)
-        return place_tables(config.tables, config.embedding_dim, setting, costs, options=options)
+        try:
+            return place_tables(config.tables, config.embedding_dim, setting, costs, options=options)
+        except PlacementError as error:
+            raise PlacementError(
+                error.needs, "more ranks, or ranks with more memory; to score, tables are fp32."
+            ) from None
 
     return rank_zeros(topology, lambda: place_within(limits, PlacementOptions(), place))
 
@@ -102,6 +107,21 @@ def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
     if isinstance(made, ValueError):
         raise made
     return made
+
+
+def table_memory(config: DhenConfig, placement: Placement, device_bytes: int | None) -> tuple[int, int]:
+    """Bytes of the fullest rank's tables: on its device, with the replicated ones, and on the host behind a cache.
+
+    device_bytes: of a GPU's memory; None where ranks compute on the host, so that all is the first.
+    """
+    by_rank = [[shard.num_bytes for shard in placement.of_rank(rank)] for rank in range(placement.world_size)]
+    on_host = [0] * placement.world_size
+    if device_bytes is not None:
+        room = int(MEMORY_SHARE * device_bytes)
+        on_host = [sum(sizes[index] for index in beyond_device(sizes, room)) for sizes in by_rank]
+    device = max(sum(sizes) - int((1 - CACHED_SHARE) * left) for sizes, left in zip(by_rank, on_host, strict=True))
+    rows = sum(table.num_embeddings for table in config.tables if table.name in placement.replicated)
+    return device + replicated_bytes(rows, config.embedding_dim), max(on_host)
 
 
 def _costs_name(name: str | None, topology: Topology) -> str:

@@ -9,16 +9,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import deepspeed
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -46,6 +44,11 @@ class DsConfigError(ValueError):
     """A ds_config that can't be used; the message names the file and the key."""
 
 
+_Count = Annotated[int, Field(strict=True, ge=0)]
+_Positive = Annotated[int, Field(strict=True, gt=0)]
+"""Strict: `true` is no number of layers."""
+
+
 class PlacementSection(BaseModel):
     """Where the embedding tables go, as far as the user decides it."""
 
@@ -54,13 +57,13 @@ class PlacementSection(BaseModel):
     costs: str | None = Field(
         None, description='Costs of lookups and links: "cpu", "gpu", or a file of tools/calibrate_costs.py.'
     )
-    max_column_shards: PositiveInt | None = Field(
+    max_column_shards: _Positive | None = Field(
         None, description="Most column shards of a table; null is as many as its columns allow."
     )
-    tables: dict[str, NonNegativeInt | list[NonNegativeInt]] = Field(
+    tables: dict[str, _Count | list[_Count]] = Field(
         {}, description="Tables placed by hand: the rank, or the ranks of its column shards."
     )
-    replicate_below_rows: NonNegativeInt = Field(
+    replicate_below_rows: _Count = Field(
         0, description="Smaller tables join the dense part on every rank, under its optimizer, where that is cheaper."
     )
     memory_gib: PositiveFloat | None = Field(
@@ -97,15 +100,15 @@ class DhenSection(BaseModel):
     )
     overlap_tables: bool = Field(True, description="The tables' all-to-all runs under what is computed meanwhile.")
     placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
-    activation_checkpointing: Literal["none", "all"] | NonNegativeInt | list[str] = Field(
+    activation_checkpointing: Literal["none", "all"] | _Count | list[str] = Field(
         "none",
         description="Layers, counted from the input, or interactions of all layers, that are computed again in the "
         "backward.",
     )
-    activation_offload: Literal["none", "all"] | NonNegativeInt = Field(
+    activation_offload: Literal["none", "all"] | _Count = Field(
         "none", description="Layers, counted from the input, whose activations wait in the host's memory, on GPUs."
     )
-    shard_group: Literal["world", "node"] | PositiveInt = Field(
+    shard_group: Literal["world", "node"] | _Positive = Field(
         "world", description="Ranks that ZeRO shards over: all, those of a node (HSDP), or a number of ranks."
     )
     all_reduce_dtype: Literal["bf16", "fp16"] | None = Field(
@@ -276,13 +279,24 @@ def _check_section(path: str, section: Any) -> DhenSection:
         return DhenSection.model_validate(section)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             sections = {"placement": PlacementSection, "all_to_all_dtype": WireSection}
             known = sections.get(str(first["loc"][-2]) if len(first["loc"]) > 1 else "", DhenSection)
             unknown = unknown_name("key", str(first["loc"][-1]), known.model_fields)
             raise DsConfigError(f"{path}: {'.'.join([SECTION, *map(str, first['loc'][:-1])])}: {unknown}") from error
-        raise DsConfigError(f"{path}: {SECTION}.{key} is {first.get('input')!r}. {first['msg']}.") from error
+        place = _without_alternatives(first["loc"])
+        value = section
+        for key in place:
+            value = value[key] if isinstance(value, dict) else value
+        wrong = {each["msg"]: None for each in error.errors() if _without_alternatives(each["loc"]) == place}
+        key = ".".join([SECTION, *map(str, place)])
+        raise DsConfigError(f"{path}: {key} is {value!r}. {', or: '.join(wrong)}.") from error
+
+
+def _without_alternatives(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Of pydantic's place of an error the keys that the user wrote, not which of a key's types was tried."""
+    inside = {"placement": 2, "all_to_all_dtype": 2}.get(str(place[0]) if place else "", 1)
+    return place[: inside + 1 if place[:2] == ("placement", "tables") else inside]
 
 
 def _check_top_level(path: str, raw: dict[str, Any]) -> None:

@@ -166,12 +166,13 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
         if not self.hsdp_bucket:
             return
         bucket, self.hsdp_bucket = self.hsdp_bucket, []
+        owners = [(param, group) for param, group, _ in bucket]  # the shards' memory is not to wait for the averages
         with get_accelerator().stream(self._reduction_stream()):
             for param, group, shard in bucket:
                 self._take_earlier_micro_steps(param, group, shard)
             self.hsdp_reduction.start(
                 [shard for _, _, shard in bucket],
-                lambda averages: self._put_away([(p, g, a) for (p, g, _), a in zip(bucket, averages, strict=True)]),
+                lambda averages: self._put_away([(*owner, a) for owner, a in zip(owners, averages, strict=True)]),
             )
 
     def independent_gradient_partition_epilogue(self) -> None:

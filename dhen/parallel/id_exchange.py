@@ -89,7 +89,7 @@ class IdExchange:
         self._tables, self._overlap = tuple(tables), overlap
         self._device, self._rank, self._world_size = topology.device, topology.rank, topology.world_size
         # A group's collectives must be called in one order by all ranks, and the thread keeps no order with others.
-        self._group = dist.new_group()
+        self._group = dist.new_group(timeout=topology.timeout)
         self._last_sent: SentIds | None = None
         self._stream = torch.cuda.Stream(topology.device) if topology.device.type == "cuda" else None
         largest = max((table.num_embeddings for table in tables), default=0)

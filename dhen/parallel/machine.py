@@ -62,7 +62,8 @@ class Machine:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. Use a number above 0.")
-        not_negative = ("host_memory_gib", "seconds_per_operation", "seconds_per_collective", "host_bytes_per_second",
+        not_negative = ("host_memory_gib", "seconds_per_operation", "seconds_per_collective", "seconds_per_module",
+                        "host_bytes_per_second",
                         "host_memory_bytes_per_second")  # fmt: skip
         for name in not_negative:
             if getattr(self, name) < 0:

@@ -49,11 +49,12 @@ def machine_of_gpu(device: str, memory_bytes: int) -> str | None:
 
     >>> machine_of_gpu("NVIDIA A100-SXM4-40GB", 42_000_000_000)
     'a100-40gb'
+    >>> machine_of_gpu("NVIDIA GH200 480GB", 103_000_000_000)  # another host link and host
     """
     name = device.lower()
     if "a100" in name:
         return "a100-80gb" if memory_bytes > _LARGE_A100 else "a100-40gb"
-    return next((known for known in ("h100", "h200") if known in name), None)
+    return next((known for known in ("h100", "h200") if known in name and f"g{known}" not in name), None)
 
 
 def host_bytes() -> int:

@@ -73,7 +73,7 @@ class MemorySetting:
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
             limits=Limits.of(zero),
-            overlap_comm=bool(zero.get("overlap_comm", stage == 3)),
+            overlap_comm=stage == 3 if zero.get("overlap_comm") is None else bool(zero["overlap_comm"]),
             offload_optimizer=float(offload.get("ratio", 1.0)) if offload.get("device", "none") != "none" else 0.0,
             offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
             temporaries="none" if not is_torchs else "all" if is_gpu else "one",

@@ -17,10 +17,18 @@ from dhen.parallel.table_packing import Cut, CuttableTable, NoRoomError, Packer,
 _COLUMNS = 4
 """FBGEMM wants multiples of so many columns."""
 _GIB = 2**30
+_SOLUTIONS = (
+    'more ranks; a larger dhen.placement.memory_gib; dhen.table_dtype "fp16"; dhen.table_optimizer "rowwise_adagrad" '
+    'or "sgd"; a larger dhen.placement.max_column_shards; fewer rows in the data\'s schema.'
+)
 
 
 class PlacementError(ValueError):
     """Tables that can't be placed; the message says what they need, what there is, and what to do."""
+
+    def __init__(self, needs: str, solutions: str = "") -> None:
+        super().__init__(f"{needs} Possible solutions: {solutions}" if solutions else needs)
+        self.needs = needs
 
 
 @dataclass(frozen=True)
@@ -166,6 +174,11 @@ class _Problem:
         )
         limit, world = self.options.memory_bytes, self.setting.world_size
         room = None if limit is None else limit - of_replicated
+        if room is not None and room < 0:
+            raise PlacementError(
+                f"the replicated tables need {of_replicated / _GIB:.3f} GiB on every rank, which has "
+                f"{limit / _GIB:.3f}. Use a smaller dhen.placement.replicate_below_rows, or a larger memory_gib."
+            )
         cuttable = [self.cuttable(table) for table in tables]
         if room is not None:
             _check_by_hand(tables, cuttable, room)
@@ -173,8 +186,8 @@ class _Problem:
         try:
             packing = packer.pack()
         except NoRoomError as error:
-            message = _no_room(tables[error.item].name, cuttable, error.item, world, limit, of_replicated)
-            raise PlacementError(message) from None
+            needs = _no_room(tables[error.item].name, cuttable, error.item, world, limit, of_replicated)
+            raise PlacementError(needs, _SOLUTIONS) from None
         names = tuple(table.name for table in self.tables if table.name in replicated)
         return Placement(_shards(tables, self.dim, packing), world, names, packer.unsliceable)
 
@@ -257,9 +270,7 @@ def _no_room(
     return (
         f"table {name!r} fits on no rank: it has {cut.count} shards of {cut.num_bytes / _GIB:.3f} GiB. All "
         f"tables need {need / _GIB:.3f} GiB with their optimizer's state; {world} ranks of "
-        f"{limit / _GIB:.3f} GiB have {world * limit / _GIB:.3f}{beside}. Possible "
-        'solutions: more ranks; a larger dhen.placement.memory_gib; dhen.table_dtype "fp16"; dhen.table_optimizer '
-        '"rowwise_adagrad" or "sgd"; a larger dhen.placement.max_column_shards; fewer rows in the data\'s schema.'
+        f"{limit / _GIB:.3f} GiB have {world * limit / _GIB:.3f}{beside}."
     )
 
 

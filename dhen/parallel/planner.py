@@ -13,15 +13,15 @@ from typing import Any, Literal
 import torch
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.agreed_placement import options_of, place_within, setting_of
+from dhen.parallel.agreed_placement import options_of, place_within, setting_of, table_memory
 from dhen.parallel.ds_config import DhenSection, DsConfig
 from dhen.parallel.machine import Machine
 from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.parallel.placement import Placement, PlacementOptions, place_tables
 from dhen.parallel.step_time import StepSeconds, segments, step_seconds
 from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
-from dhen.parallel.table_costs import read_costs, replicated_bytes
-from dhen.parallel.table_lookup import CACHED_SHARE, MEMORY_SHARE, beyond_device
+from dhen.parallel.table_costs import read_costs
+from dhen.parallel.table_lookup import MEMORY_SHARE
 
 Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]
@@ -167,17 +167,11 @@ class Planner:
 
     @functools.cached_property
     def table_bytes(self) -> tuple[int, int]:
-        """Of the fullest rank, on its device and on the host behind a cache there; replicated tables with the first."""
+        """Of the fullest rank, on its device, and on the host behind a cache there."""
         if self.placement is None:
             return 0, 0
-        by_rank = [[shard.num_bytes for shard in self.placement.of_rank(rank)] for rank in range(self.job.world_size)]
-        machine, on_host = self.job.machine, [0] * self.job.world_size
-        if machine.is_gpu:
-            on_device = int(MEMORY_SHARE * machine.memory_bytes)
-            on_host = [sum(sizes[index] for index in beyond_device(sizes, on_device)) for sizes in by_rank]
-        device = max(sum(sizes) - int((1 - CACHED_SHARE) * host) for sizes, host in zip(by_rank, on_host, strict=True))
-        rows = [table.num_embeddings for table in self.job.config.tables if table.name in self.placement.replicated]
-        return device + replicated_bytes(sum(rows), self.job.config.embedding_dim), max(on_host)
+        machine = self.job.machine
+        return table_memory(self.job.config, self.placement, machine.memory_bytes if machine.is_gpu else None)
 
     @functools.cached_property
     def table_seconds(self) -> float:

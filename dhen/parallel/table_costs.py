@@ -214,15 +214,16 @@ def replicated_seconds(costs: Costs, setting: StepSetting, rows: int, columns: i
 
 
 def _dense_traffic_seconds(costs: Costs, setting: StepSetting, weight_bytes: int) -> float:
-    """Of a weight of the dense part, in rings: reduced and gathered once a step over the ranks that ZeRO shards over,
-    under stage 3 gathered once more; then, in hybrid shards, the shard all-reduced over the replicas."""
+    """Of a weight of the dense part, in rings over the ranks that ZeRO shards over; then, in hybrid shards, the shard
+    all-reduced over the replicas. An all-reduce is two passes; stages 1 and 2 gather the weights after it, stage 3
+    reduces and scatters in one pass and gathers twice."""
     world, shard = setting.world_size, setting.shard_size or setting.world_size
 
     def rate(ranks: int) -> float:
         within = ranks <= setting.local_size
         return costs.intra_node_bytes_per_second if within else costs.inter_node_bytes_per_second
 
-    passes = 3 if setting.zero_stage == 3 else 2
+    passes = 3 if setting.zero_stage else 2
     inside = passes * (shard - 1) / shard * weight_bytes / rate(shard)
     return inside + 2 * (world - shard) / world * weight_bytes / shard / rate(world)
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.agreed_placement import table_memory
 from dhen.parallel.ds_config import DsConfig
 from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.parallel.parallelize import ParallelDhen
 from dhen.parallel.planner import gib
 from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
-from dhen.parallel.table_costs import replicated_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,10 @@ class MemoryPlan:
         offloaded = model.ds_config.dhen.activation_offload
         layers = {"none": 0, "all": len(config.layer_specs)}.get(offloaded, offloaded)
         setting = replace(setting, offload_activations=layers if is_gpu else 0)
-        tables = max(map(model.placement.bytes_of_rank, range(topology.world_size)))
-        rows = {table.name: table.num_embeddings for table in config.tables}
-        tables += sum(replicated_bytes(rows[name], config.embedding_dim) for name in model.placement.replicated)
-        return predict_memory(self.trace, setting, tables, evaluation=self.evaluation, is_gpu=is_gpu)
+        device_bytes = torch.cuda.get_device_properties(topology.device).total_memory if is_gpu else None
+        on_device, on_host = table_memory(config, model.placement, device_bytes)
+        use = predict_memory(self.trace, setting, on_device, evaluation=self.evaluation, is_gpu=is_gpu)
+        return replace(use, host=use.host + on_host)
 
     def announce(self, model: ParallelDhen) -> None:
         """Say it, and warn where it is more than there is."""

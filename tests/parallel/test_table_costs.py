@@ -95,7 +95,7 @@ def test_replicated_tables_pay_for_the_dense_parts_traffic():
     weight_bytes = 1000 * 8 * 4
     for setting, expected in (
         (StepSetting(4, 2, 100), 2 * 3 / 4 / 1e6),
-        (StepSetting(4, 2, 100, zero_stage=2), 2 * 3 / 4 / 1e6),
+        (StepSetting(4, 2, 100, zero_stage=2), 3 * 3 / 4 / 1e6),
         (StepSetting(4, 2, 100, zero_stage=3), 3 * 3 / 4 / 1e6),
         (StepSetting(4, 4, 100, zero_stage=3), 3 * 3 / 4 / 1e7),
         (StepSetting(4, 2, 100, zero_stage=3, shard_size=2), 3 / 2 / 1e7 + 2 * (1 / 2) / 2 / 1e6),
