@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from sharding_schemes import SCHEMES, Benchmark, Measured, read
 
+MEASURED_FILE, JOB_FILE = "measured.json", "job.json"
+
 
 def show(results: Sequence[Measured], console: Console) -> None:
     """One row a scheme and depth; samples/s as a ratio to FSDP's, with the range over the rounds."""
@@ -134,16 +136,18 @@ def main() -> int:
         rates = (arguments.link_mbit, arguments.local_mbit) if arguments.on_cluster else (None, None)
         benchmark = Benchmark(*rates, arguments.compute_ms, results)
         if results:
-            benchmark.write(output / "measured.json")
+            benchmark.write(output / (JOB_FILE if arguments.on_cluster else MEASURED_FILE))
         if results and not arguments.on_cluster:
             present(benchmark, output)
         return 0
     try:
         benchmark = measure_on_a_cluster(arguments)
     except (ClusterError, JobError) as error:
-        print(f"bench_sharding: {error}", file=sys.stderr)
+        kept = (
+            f" What was measured before is in {output / MEASURED_FILE}." if (output / MEASURED_FILE).is_file() else ""
+        )
+        print(f"bench_sharding: {error}{kept}", file=sys.stderr)
         return 2
-    benchmark.write(output / "measured.json")
     present(benchmark, output)
     return 0
 
@@ -156,29 +160,37 @@ def present(benchmark: Benchmark, output: Path) -> None:
     """Print the table, draw the figure."""
     show(benchmark.results, Console(width=None if sys.stdout.isatty() else 110))
     plot(benchmark.results, output / "figure6.png")
-    print(f"measured.json and figure6.png are in {output}")
+    print(f"{MEASURED_FILE} and figure6.png are in {output}")
 
 
 def measure_on_a_cluster(arguments: argparse.Namespace) -> Benchmark:
     """All schemes: together at all depths, then each that stands apart in jobs of its own, then memory.
 
-    Raises ClusterError, and JobError where a job fails.
+    After each job measured.json has what there is. Raises ClusterError, and JobError where a job fails.
     """
     together = [name for name in arguments.schemes if not SCHEMES[name].is_apart]
     jobs = [(together, arguments.depths)] if together else []
     jobs += [([name], [depth]) for name in arguments.schemes if SCHEMES[name].is_apart for depth in arguments.depths]
-    rates, file = (arguments.link_mbit, arguments.local_mbit), Path(arguments.output) / "measured.json"
+    rates, output = (arguments.link_mbit, arguments.local_mbit), Path(arguments.output)
     results: list[Measured] = []
+    order = {depth: place for place, depth in enumerate(arguments.depths)}
+
+    def keep() -> Benchmark:
+        benchmark = Benchmark(*rates, arguments.compute_ms, sorted(results, key=lambda result: order[result.depth]))
+        benchmark.write(output / MEASURED_FILE)
+        return benchmark
+
+    (output / MEASURED_FILE).unlink(missing_ok=True)
     with signals_end_it(), Cluster(arguments.nodes, link_mbit=rates[0], local_mbit=rates[1]) as cluster:
         for schemes, depths in jobs:
-            run_job(cluster, arguments, schemes, depths, file)
-            results += read(file).results
+            run_job(cluster, arguments, schemes, depths, output / JOB_FILE)
+            results += read(output / JOB_FILE).results
+            (output / JOB_FILE).unlink()
+            keep()
     if arguments.memory_cap_mib:
         peaks = peaks_of_all(arguments)
         results = [replace(result, peak_mib=peaks[result.scheme, result.depth]) for result in results]
-    order = {depth: place for place, depth in enumerate(arguments.depths)}
-    results.sort(key=lambda result: order[result.depth])
-    return Benchmark(*rates, arguments.compute_ms, results)
+    return keep()
 
 
 def run_job(

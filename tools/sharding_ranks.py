@@ -138,7 +138,8 @@ def measure_memory(topology: Topology, arguments: argparse.Namespace) -> NoRetur
     config = model_config(depth, arguments.embeddings)
     dense_BN, labels_B = (torch.rand(*shape, device=topology.device) for shape in ((BATCH, NUM_DENSE), (BATCH,)))
     # Warm: what libraries allocate once isn't the scheme's, and some hang rather than fail where they can't.
-    build(SCHEMES[name], model_config(1, 4), topology, 0.0).step(dense_BN, labels_B)
+    warm = SCHEMES["fsdp" if SCHEMES[name].is_apart else name]  # a process can have one model of such a scheme
+    build(warm, model_config(1, 4), topology, 0.0).step(dense_BN, labels_B)
     before = start_memory(arguments.memory_cap_mib, topology.device)
     try:
         built = build(SCHEMES[name], config, topology, 0.0)

@@ -198,10 +198,10 @@ ABOVE_FIVE_PERCENT = {
     ("gpu", "20", 128, 128): 1.120,
     ("gpu", "1, 3, 10, 20", 64, 128): 1.116,
     ("gpu", "1, 3, 10, 20", 128, 128): 1.053,
-    ("cpu", "1", 64, 128): 1.171,
-    ("cpu", "20", 16, 16): 1.326,
-    ("cpu", "20", 64, 16): 1.064,
-    ("cpu", "20", 128, 128): 1.081,
+    ("cpu", "1", 64, 128): 1.218,
+    ("cpu", "20", 16, 16): 1.340,
+    ("cpu", "20", 64, 16): 1.080,
+    ("cpu", "20", 128, 128): 1.108,
 }
 """Costs, bags, dimension, ranks: what is reached. Equal shards of a multiple of 4 columns are powers of two in number
 here, so tables of nearly one cost can't always be dealt evenly; more cuts would only add work, to all ranks."""

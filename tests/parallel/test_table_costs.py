@@ -70,7 +70,7 @@ def test_stochastic_rounding_of_fp16_tables_has_a_price_of_its_own():
     assert rounded.update_key == "rowwise_adagrad/fp16 rounded"
     costs = read_costs("cpu", nearest, rounded)
     by_nearest, by_rounded = (shard_seconds(costs, setting, 100_000, 64, 1.0) for setting in (nearest, rounded))
-    assert by_rounded.update > 3 * by_nearest.update
+    assert by_rounded.update > 1.5 * by_nearest.update
     assert by_rounded.lookup == by_nearest.lookup
     assert StepSetting(2, 2, 4096).update_key == "rowwise_adagrad/fp32", "fp32 isn't rounded"
 

@@ -202,6 +202,16 @@ def test_bytes_between_nodes_are_those_of_the_theory(tmp_path):
     assert (tmp_path / "figure6.png").stat().st_size > 10_000
 
 
+@needs_namespaces
+def test_memory_is_measured_of_a_scheme_that_stands_apart_too(tmp_path):
+    command = [sys.executable, "tools/bench_sharding.py", "--schemes", "hpz", "--depths", "1", "--rounds", "1"]
+    limits = ["--compute_ms", "0", "--link_mbit", "0", "--local_mbit", "0", "--memory_cap_mib", "900"]
+    done = subprocess.run([*command, *limits, f"--output={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (result,) = read(tmp_path / "measured.json").results
+    assert 1 < result.peak_mib < 900
+
+
 def test_the_status_is_that_of_the_first_node_to_fail(monkeypatch):
     """Not of those that are ended because of it."""
     monkeypatch.setattr(cluster, "_GRACE_SECONDS", 0.2)
