@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from dhen.parallel.host_allocator import keep_freed_memory
+
 ShardGroup = Literal["world", "node"] | int
 """Which ranks hold one replica of the dense part together: all, those of a node, or that many neighbours."""
 
@@ -106,7 +108,7 @@ def start(timeout_minutes: float = 30.0) -> Topology:
     """Join the job that the launcher started (deepspeed, torchrun, accelerate launch; none means one rank).
 
     Communicates: all ranks call it, once. gloo on CPU, NCCL on GPUs. On CPU the cores are shared out among the ranks of
-    the node unless OMP_NUM_THREADS says otherwise.
+    the node unless OMP_NUM_THREADS says otherwise, and freed memory stays with the process.
     """
     if "RANK" not in os.environ:
         _become_the_only_rank()
@@ -116,8 +118,10 @@ def start(timeout_minutes: float = 30.0) -> Topology:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    else:
+        keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     timeout = timedelta(minutes=timeout_minutes)
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     return Topology(
