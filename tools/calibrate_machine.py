@@ -4,12 +4,14 @@
     python tools/plan.py --config recipes/configs/criteo.yaml --machine runs/machine.yaml
 
 Matrix products by dtype, copies in memory, the start of a kernel, and then a real DHEN step: how much longer it takes
-than those rates say is the compute efficiency. What it doesn't measure (links, the host's memory) is as in --like, and
-`source` says so; tools/calibrate_costs.py measures links for the tables.
+than those rates say is the compute efficiency. On a CPU by one rank, with its share of the cores. What it doesn't
+measure (links, the host's memory) is as in --like, and `source` says so; tools/calibrate_costs.py measures links for
+the tables.
 """
 
 import argparse
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.parallel.host_allocator import keep_freed_memory
 from dhen.parallel.machine import Machine, MachineError, read_machine
 from dhen.parallel.step_time import compute_seconds
 from dhen.parallel.step_trace import Precision, trace_step
@@ -112,6 +115,9 @@ def main() -> int:
             raise MachineError(
                 f"--like {arguments.like} is {like.name}, and this is a {device.type} machine. Name one."
             )
+        if device.type == "cpu":  # what one of the node's ranks has, and does with its memory
+            keep_freed_memory()
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // like.ranks_per_node))
         machine = measured(like, device, arguments.size, arguments.batch_size)
     except MachineError as error:
         print(f"calibrate_machine: {error}", file=sys.stderr)
