@@ -105,10 +105,9 @@ def sparse_columns(
     keep = _is_present(keys)
     is_bad = np.bincount(rows, weights=~fit_float32(numbers) & keep, minlength=len(lengths)) > 0
     checks.refuse(is_bad, lambda i: f"column {role.weights!r}: not every weight is {A_NUMBER}")
-    return (
-        lists_of(lengths, keys, keep=keep),
-        lists_of(lengths, pa.array(numbers.astype(np.float32), from_pandas=False), keep=keep),
-    )
+    with np.errstate(over="ignore"):  # of a row that is refused
+        weights = pa.array(numbers.astype(np.float32), from_pandas=False)
+    return lists_of(lengths, keys, keep=keep), lists_of(lengths, weights, keep=keep)
 
 
 def key_strings(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
