@@ -3,13 +3,13 @@
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError, PlacementSection
+from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
 from dhen.parallel.machine_at_hand import host_bytes
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
 from dhen.parallel.table_costs import CostsError, StepSetting, read_costs, replicated_bytes
@@ -34,13 +34,37 @@ def setting_of(section: DhenSection, world_size: int, local_size: int, batch_siz
     )
 
 
-def options_of(asked: PlacementSection) -> PlacementOptions:
-    """What the user decides of the placement, but for the memory."""
-    return PlacementOptions(
+def place_as_asked(
+    config: DhenConfig,
+    section: DhenSection,
+    setting: StepSetting,
+    costs: str,
+    memory_bytes: Sequence[int],
+    ids_per_bag: Mapping[str, float] | None = None,
+    **fixed: Any,
+) -> Placement:
+    """The placement as the ds_config's section asks for it. Raises PlacementError, CostsError.
+
+    costs, memory_bytes: where the section doesn't say them; what a rank has, and where that is a GPU's with the host's
+    too as the second. fixed: options that a checkpoint decides.
+    """
+    asked = section.placement
+    options = PlacementOptions(
         max_column_shards=asked.max_column_shards,
         by_hand={name: [ranks] if isinstance(ranks, int) else ranks for name, ranks in asked.tables.items()},
         replicate_below_rows=asked.replicate_below_rows,
+        **fixed,
     )
+    needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
+    rates = read_costs(asked.costs or costs, *needed_for)
+    limits = [int(MEMORY_SHARE * size) for size in memory_bytes]
+    if asked.memory_gib:
+        limits = [int(asked.memory_gib * 2**30)]
+
+    def place(options: PlacementOptions) -> Placement:
+        return place_tables(config.tables, config.embedding_dim, setting, rates, ids_per_bag, options)
+
+    return place_within(limits, options, place)
 
 
 def place_for_training(
@@ -56,39 +80,31 @@ def place_for_training(
 
     Communicates; all ranks call it. Raises DsConfigError, on all of them.
     """
-    asked = ds_config.dhen.placement
-    batch_size = ds_config.deepspeed["train_micro_batch_size_per_gpu"]
-    setting = setting_of(ds_config.dhen, topology.world_size, topology.local_size, batch_size)
+    section, batch_size = ds_config.dhen, ds_config.deepspeed["train_micro_batch_size_per_gpu"]
+    setting = setting_of(section, topology.world_size, topology.local_size, batch_size)
     setting = replace(setting, zero_stage=ds_config.zero_stage, shard_size=shard_size)
-    options = replace(options_of(asked), cuts=table_cuts or {}, replicated=replicated)
-    limits = [int(asked.memory_gib * 2**30)] if asked.memory_gib else _memory_bytes(topology)
-    needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
-
-    def place(options: PlacementOptions) -> Placement:
-        costs = read_costs(_costs_name(asked.costs, topology), *needed_for)
-        return place_tables(config.tables, config.embedding_dim, setting, costs, ids_per_bag, options)
-
+    what = (config, section, setting, _costs_name(topology), _memory_bytes(topology), ids_per_bag)
+    fixed = {"cuts": table_cuts or {}, "replicated": replicated}
     try:
-        return rank_zeros(topology, lambda: place_within(limits, options, place))
+        return rank_zeros(topology, lambda: place_as_asked(*what, **fixed))
     except (PlacementError, CostsError) as error:
         raise DsConfigError(f"{ds_config.path}: {error}") from error
 
 
 def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
     """The placement of tables that are only looked up. Communicates; all ranks call it. Raises PlacementError."""
-    setting = StepSetting(topology.world_size, topology.local_size, _SCORING_BATCH, optimizer="sgd")
-    limits = _memory_bytes(topology)
+    section = DhenSection(table_optimizer="sgd")
+    setting = setting_of(section, topology.world_size, topology.local_size, _SCORING_BATCH)
+    what = (config, section, setting, _costs_name(topology), _memory_bytes(topology))
 
-    def place(options: PlacementOptions) -> Placement:
-        costs = read_costs(_costs_name(None, topology), setting)
+    def place() -> Placement:
         try:
-            return place_tables(config.tables, config.embedding_dim, setting, costs, options=options)
+            return place_as_asked(*what)
         except PlacementError as error:
-            raise PlacementError(
-                error.needs, "more ranks, or ranks with more memory; to score, tables are fp32."
-            ) from None
+            solutions = "more ranks, or ranks with more memory; to score, tables are fp32."
+            raise PlacementError(error.needs, solutions) from None
 
-    return rank_zeros(topology, lambda: place_within(limits, PlacementOptions(), place))
+    return rank_zeros(topology, place)
 
 
 def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
@@ -124,8 +140,8 @@ def table_memory(config: DhenConfig, placement: Placement, device_bytes: int | N
     return device + replicated_bytes(rows, config.embedding_dim), max(on_host)
 
 
-def _costs_name(name: str | None, topology: Topology) -> str:
-    return name or ("gpu" if topology.device.type == "cuda" else "cpu")
+def _costs_name(topology: Topology) -> str:
+    return "gpu" if topology.device.type == "cuda" else "cpu"
 
 
 def place_within(
@@ -140,9 +156,9 @@ def place_within(
 
 
 def _memory_bytes(topology: Topology) -> list[int]:
-    """What a rank may fill with tables: most of its share of the host's memory. Communicates.
+    """A rank's share of the host's memory. Communicates.
 
-    On GPUs most of the device's, and if that isn't enough, both: what is beyond the device is cached there.
+    On GPUs the device's, and if that isn't enough, both: what is beyond the device is cached there.
     """
     limits = [host_bytes() // topology.local_size]
     if topology.device.type == "cuda":
@@ -150,4 +166,4 @@ def _memory_bytes(topology: Topology) -> list[int]:
         limits = [on_device, on_device + limits[0]]
     least = torch.tensor(limits, dtype=torch.int64, device=topology.device)
     dist.all_reduce(least, dist.ReduceOp.MIN, group=topology.world)
-    return [int(MEMORY_SHARE * limit) for limit in least.tolist()]
+    return least.tolist()

@@ -13,15 +13,13 @@ from typing import Any, Literal
 import torch
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.agreed_placement import options_of, place_within, setting_of, table_memory
+from dhen.parallel.agreed_placement import place_as_asked, setting_of, table_memory
 from dhen.parallel.ds_config import DhenSection, DsConfig
 from dhen.parallel.machine import Machine
 from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
-from dhen.parallel.placement import Placement, PlacementOptions, place_tables
+from dhen.parallel.placement import Placement
 from dhen.parallel.step_time import StepSeconds, segments, step_seconds
 from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
-from dhen.parallel.table_costs import read_costs
-from dhen.parallel.table_lookup import MEMORY_SHARE
 
 Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]
@@ -143,27 +141,12 @@ class Planner:
         self.placement: Placement | None = None
         if not job.config.tables:
             return
-        machine, section = job.machine, job.section
-        setting = setting_of(section, job.world_size, machine.ranks_per_node, job.batch_size)
-        needed_for = [setting, setting.of_replicated] if section.placement.replicate_below_rows else [setting]
-        costs = read_costs(section.placement.costs or machine.costs, *needed_for)
-
-        def place(options: PlacementOptions) -> Placement:
-            return place_tables(job.config.tables, job.config.embedding_dim, setting, costs, job.ids_per_bag, options)
-
-        self.placement = place_within(self._table_limits(), options_of(section.placement), place)
-
-    def _table_limits(self) -> list[int]:
-        """As a job would have them: on GPUs the device's memory, and if that isn't enough the host's too."""
-        asked, machine = self.job.section.placement.memory_gib, self.job.machine
-        if asked:
-            return [int(asked * 2**30)]
-        limits = (
-            [machine.memory_bytes, machine.memory_bytes + machine.host_bytes]
-            if machine.is_gpu
-            else [machine.memory_bytes]
-        )
-        return [int(MEMORY_SHARE * limit) for limit in limits]
+        machine = job.machine
+        setting = setting_of(job.section, job.world_size, machine.ranks_per_node, job.batch_size)
+        memory = [machine.memory_bytes]
+        if machine.is_gpu:
+            memory.append(machine.memory_bytes + machine.host_bytes)
+        self.placement = place_as_asked(job.config, job.section, setting, machine.costs, memory, job.ids_per_bag)
 
     @functools.cached_property
     def table_bytes(self) -> tuple[int, int]:
