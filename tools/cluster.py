@@ -41,7 +41,7 @@ class _Bucket:
 
 
 # Shorter bursts don't hold the rate; loopback's packets have up to 64 KiB, and a larger one than the bucket is lost.
-_LINK = _Bucket(0.010, 2**14, "4mb")
+_LINK = _Bucket(0.010, 2**12, "4mb")
 _LOCAL = _Bucket(0.0035, 2**17, "16mb")
 
 

@@ -54,7 +54,9 @@ def techniques(depth: int, names: Sequence[str]) -> Iterator[Technique]:
 
 
 def machine_of(arguments: argparse.Namespace) -> Machine:
-    """The cluster of tools/cluster.py, with an accelerator that a pause stands for."""
+    """The cluster of tools/cluster.py, with an accelerator that a pause stands for; of its links the ranks find out
+    what a step gets.
+    """
     return Machine(
         name=f"{arguments.nodes} network namespaces",
         source="tools/cluster.py",
@@ -67,15 +69,13 @@ def machine_of(arguments: argparse.Namespace) -> Machine:
         local_bytes_per_second=(arguments.local_mbit or 1e5) * 125e3,
         node_bytes_per_second=(arguments.link_mbit or 1e5) * 125e3,
         is_local_shared=True,
-        seconds_per_collective=1e-3,
         seconds_per_module=1e-3,
-        link_efficiency=0.8,
         costs="cpu",
     )
 
 
-def job_of(depth: int, arguments: argparse.Namespace) -> Job:
-    """The model of the grid at a depth."""
+def job_of(depth: int, arguments: argparse.Namespace, machine: Machine | None = None) -> Job:
+    """The model of the grid at a depth. machine: with measured links."""
     config = DhenConfig(
         num_dense_features=NUM_DENSE,
         sparse_features=[{"name": f"C{index}", "num_embeddings": ROWS} for index in range(TABLES)],
@@ -84,4 +84,4 @@ def job_of(depth: int, arguments: argparse.Namespace) -> Job:
         num_embeddings_out=arguments.num_embeddings_out,
         interactions=["advanced_dlrm", "self_attention", "linear", "deep_cross_flattened"],
     )
-    return Job(config, BATCH, machine_of(arguments), nodes=arguments.nodes)
+    return Job(config, BATCH, machine or machine_of(arguments), nodes=arguments.nodes)

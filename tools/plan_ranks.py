@@ -10,12 +10,13 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from plan_grid import BATCH, NUM_DENSE, ROWS, TABLES, Point, job_of, techniques
+from plan_grid import BATCH, NUM_DENSE, ROWS, TABLES, Point, job_of, machine_of, techniques
 from sharding_ranks import paused, replace_reduce_scatter
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -25,6 +26,7 @@ from dhen.model.features import SparseIds
 from dhen.parallel import topology as job
 from dhen.parallel.ds_config import DhenSection, DsConfig
 from dhen.parallel.live_memory import LiveMemory
+from dhen.parallel.machine import Machine
 from dhen.parallel.parallelize import ParallelDhen, parallelize
 from dhen.parallel.planner import Planner, Technique
 from dhen.parallel.step_time import compute_seconds, segments
@@ -36,22 +38,59 @@ _WARM = 3
 _MEASURED = 2
 
 
+_CALIBRATIONS, _CALIBRATION_BYTES = 9, 2**18
+_PASSES = 3
+"""Of an all-reduce, which is two, and an all-gather."""
+
+
 def work(arguments: argparse.Namespace) -> None:
     """Measure all depths on this rank; rank 0 writes the points. Communicates; all ranks call it."""
     topology = job.start(timeout_minutes=5)
     replace_reduce_scatter()
     if arguments.cap_mib:
         train_under_a_cap(topology, arguments)
-    points = [point for depth in arguments.depths for point in measure(topology, depth, arguments)]
+    machine = machine_of(arguments)
+    if arguments.rounds:
+        machine = with_measured_links(machine, topology)
+        if topology.is_main:
+            efficiency, hop = machine.link_efficiency, 1e3 * machine.seconds_per_collective
+            print(f"links give {efficiency:.0%} of their rate, and a hop takes {hop:.2f} ms", flush=True)
+    points = [point for depth in arguments.depths for point in measure(topology, depth, arguments, machine)]
     if topology.is_main:
         Path(arguments.output).mkdir(parents=True, exist_ok=True)
         (Path(arguments.output) / "points.json").write_text(json.dumps([vars(point) for point in points], indent=2))
     job.stop()
 
 
-def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> list[Point]:
+def with_measured_links(machine: Machine, topology: Topology) -> Machine:
+    """What an all-reduce and an all-gather get of the links' rates, and what a hop takes. Communicates; all ranks call
+    it.
+    """
+    ranks = topology.world_size
+
+    def seconds(size: int) -> float:
+        whole, times = torch.zeros(size // 4), []
+        shard = torch.zeros(size // 4 // ranks)
+        for _ in range(_CALIBRATIONS):
+            topology.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(whole)
+            dist.all_gather_into_tensor(whole, shard)
+            topology.barrier()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    ring = {"nodes": ranks // topology.local_size, "ranks": ranks}
+    return replace(
+        machine,
+        link_efficiency=_PASSES * machine.gathered(_CALIBRATION_BYTES, **ring) / seconds(_CALIBRATION_BYTES),
+        seconds_per_collective=seconds(4 * ranks) / _PASSES / (ranks - 1),
+    )
+
+
+def measure(topology: Topology, depth: int, arguments: argparse.Namespace, machine: Machine) -> list[Point]:
     """All techniques at one depth: memory one by one, then seconds interleaved. Communicates; all ranks call it."""
-    planner = Planner(job_of(depth, arguments))
+    planner = Planner(job_of(depth, arguments, machine))
     steps: dict[Technique, Callable[[], None]] = {}
     peaks: dict[Technique, int] = {}
     for technique in techniques(depth, arguments.techniques):

@@ -88,6 +88,13 @@ class Machine:
         """A rank's share of its node's host."""
         return int(self.host_memory_gib * 2**30 / self.ranks_per_node)
 
+    @property
+    def exchange_rates(self) -> tuple[float, float]:
+        """Bytes a second that a rank sends in an all-to-all: to the ranks of its node, and to those of others."""
+        sharers = self.ranks_per_node if self.is_local_shared else 1
+        rates = self.local_bytes_per_second / sharers, self.node_bytes_per_second / self.ranks_per_node
+        return self.link_efficiency * rates[0], self.link_efficiency * rates[1]
+
     def gathered(self, size: float, *, nodes: int, ranks: int) -> float:
         """Seconds of an all-gather or reduce-scatter of `size` bytes in a ring of `ranks` on `nodes`."""
         hops = self.seconds_per_collective * (ranks - 1)

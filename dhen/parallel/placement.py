@@ -91,6 +91,16 @@ class Placement:
         """
         return max(math.fsum(shard.seconds for shard in self.shards) / self.world_size, self.unsliceable)
 
+    def makespan_at(self, costs: Costs, setting: StepSetting, ids_per_bag: Mapping[str, float] | None = None) -> float:
+        """The same by other costs than it was planned by."""
+        ids = ids_per_bag or {}
+
+        def seconds(shard: TableShard) -> float:
+            what = shard.num_embeddings, shard.num_columns, ids.get(shard.name, 1.0)
+            return shard_seconds(costs, setting, *what).total
+
+        return max(math.fsum(map(seconds, self.of_rank(rank))) for rank in range(self.world_size))
+
     def cuts(self) -> dict[str, int]:
         """Number of column shards of each table, 0 where it is replicated."""
         cuts = dict.fromkeys(self.replicated, 0)

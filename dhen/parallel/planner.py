@@ -20,6 +20,7 @@ from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.parallel.placement import Placement
 from dhen.parallel.step_time import StepSeconds, segments, step_seconds
 from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
+from dhen.parallel.table_costs import StepSetting, read_costs
 
 Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]
@@ -142,7 +143,7 @@ class Planner:
         if not job.config.tables:
             return
         machine = job.machine
-        setting = setting_of(job.section, job.world_size, machine.ranks_per_node, job.batch_size)
+        setting = self._table_setting
         memory = [machine.memory_bytes]
         if machine.is_gpu:
             memory.append(machine.memory_bytes + machine.host_bytes)
@@ -156,10 +157,24 @@ class Planner:
         machine = self.job.machine
         return table_memory(self.job.config, self.placement, machine.memory_bytes if machine.is_gpu else None)
 
+    @property
+    def _table_setting(self) -> StepSetting:
+        job = self.job
+        return setting_of(job.section, job.world_size, job.machine.ranks_per_node, job.batch_size)
+
     @functools.cached_property
     def table_seconds(self) -> float:
-        """A step's, of the slowest rank."""
-        return self.placement.makespan if self.placement else 0.0
+        """A step's, of the slowest rank: placed as the job will place them, exchanged over this machine's links."""
+        if self.placement is None:
+            return 0.0
+        job = self.job
+        within, between = job.machine.exchange_rates
+        costs = replace(
+            read_costs(job.section.placement.costs or job.machine.costs),
+            intra_node_bytes_per_second=within,
+            inter_node_bytes_per_second=between,
+        )
+        return self.placement.makespan_at(costs, self._table_setting, job.ids_per_bag)
 
     @property
     def has_bytes(self) -> int:
@@ -303,7 +318,7 @@ class Planner:
     def _bucket(self) -> tuple[int, int]:
         """Most elements of a layer's weights, and of the larger of that and a weight outside the layers."""
         trace = self._traced(0, Precision())
-        layer = max(segment.gradients for segment in segments(trace, None))
+        layer = max(sum(segment.gradients) for segment in segments(trace, None))
         return layer, max(layer, *trace.weights.values())
 
     def _section(self, technique: Technique) -> DhenSection:

@@ -41,7 +41,7 @@ class Segment:
     """A layer's forward or backward, or, where layer is None, what is before and after the layers.
 
     work: its operations. kept: bytes of activations that became alive. gathered: elements of weights that stage 3 asks
-    for in it, in so many messages, at so many entries of modules. gradients: elements that it yields.
+    for in it, in so many messages, at so many entries of modules. gradients: elements of each that it yields.
     """
 
     layer: int | None
@@ -50,7 +50,7 @@ class Segment:
     gathered: int = 0
     messages: int = 0
     entries: int = 0
-    gradients: int = 0
+    gradients: list[int] = field(default_factory=list)
     kept: int = 0
 
 
@@ -68,7 +68,7 @@ def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
         segment.work += event.work
         segment.kept += event.kept
         if event.kind == "gradient":
-            segment.gradients += trace.weights[event.name]
+            segment.gradients.append(trace.weights[event.name])
         if gathering is not None and (owner.get(event.name) or event.name) in trace.modules:
             before = gathering.sent, gathering.messages
             if event.kind == "enter":
@@ -108,7 +108,7 @@ def step_seconds(
     """
     gathering = gathering_of(trace, setting) if setting.stage == 3 else None
     parts = segments(trace, gathering)
-    links = _Links(machine, setting, nodes)
+    links, bucket = _Links(machine, setting, nodes), _Bucket(setting)
     compute = fabric_free = link_free = host_free = now = 0.0
     kept: dict[int, int] = {}  # by the layers whose activations wait on the host
     before = 0.0
@@ -131,16 +131,17 @@ def step_seconds(
                 kept[part.layer] = part.kept
                 host_free = max(host_free, now) + part.kept / machine.host_bytes_per_second
             continue
-        if not part.gradients or setting.stage < 2:
+        if not part.is_backward or setting.stage < 2:
             continue
-        fabric_free = max(fabric_free, now) + links.reduce(part.gradients * setting.gradient_bytes)
-        if not machine.is_gpu or (setting.stage == 2 and not setting.overlap_comm):
-            now = fabric_free  # gloo's reduce-scatter is waited for
-        if setting.num_replicas > 1:
-            across = links.replicate(part.gradients * setting.wire_bytes)  # in the last micro step
-            link_free = max(link_free, fabric_free) + across / accumulation_steps
-            if not machine.can_overlap:
-                now = link_free
+        for reduced in bucket.take(part.gradients) + (bucket.finish() if part is parts[-1] else []):
+            fabric_free = max(fabric_free, now) + links.reduce(reduced * setting.gradient_bytes)
+            if not machine.is_gpu or (setting.stage == 2 and not setting.overlap_comm):
+                now = fabric_free  # gloo's reduce-scatter is waited for
+            if setting.num_replicas > 1:
+                across = links.replicate(reduced * setting.wire_bytes)  # in the last micro step
+                link_free = max(link_free, fabric_free) + across / accumulation_steps
+                if not machine.can_overlap:
+                    now = link_free
     update = 0.0
     if setting.stage < 2:
         update += links.reduce(trace.num_weights * setting.gradient_bytes)
@@ -155,6 +156,31 @@ def step_seconds(
     return StepSeconds(
         compute, waiting, _optimizer_seconds(trace, setting, machine) / accumulation_steps, table_seconds
     )
+
+
+class _Bucket:
+    """Gradients of stages 2 and 3, in elements, which are reduced a bucket at a time."""
+
+    def __init__(self, setting: MemorySetting) -> None:
+        self._room = setting.reduce_bucket
+        self._is_early = setting.stage == 3 and setting.num_replicas > 1
+        self._filled = 0
+
+    def take(self, gradients: Iterable[int]) -> list[int]:
+        """The buckets that are full once these have come; under HSDP three quarters are enough."""
+        full = []
+        for elements in gradients:
+            if self._filled + elements > self._room:
+                full += self.finish()
+            self._filled += elements
+            if self._is_early and 4 * self._filled >= 3 * self._room:
+                full += self.finish()
+        return full
+
+    def finish(self) -> list[int]:
+        """What isn't reduced yet."""
+        last, self._filled = self._filled, 0
+        return [last] if last else []
 
 
 class _Links:

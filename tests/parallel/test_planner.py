@@ -146,6 +146,18 @@ def test_a_rank_alone_has_no_sharding_but_a_gpu_alone_has_offload():
     assert {technique.scheme for technique in planner(0.02, nodes=1, machine=cpu).candidates()} == {"dp"}
 
 
+def test_the_tables_exchange_takes_as_long_as_the_machines_links_let_it():
+    """Embeddings and gradients of the ranks of the other node cross a link that the ranks of a node share."""
+    slow, slower = (
+        planner(machine=replace(MACHINE, node_bytes_per_second=rate, link_efficiency=0.5)) for rate in (2e6, 1e6)
+    )
+    assert slow.placement == slower.placement, "placed as the job will place them, which knows no machine file"
+    of_rank = [slow.placement.of_rank(rank) for rank in range(4)]
+    foreign_bags = 2 * BATCH
+    crossing = max(sum(foreign_bags * (shard.num_columns * (4 + 4) + 8) for shard in own) for own in of_rank)
+    assert slower.table_seconds - slow.table_seconds == pytest.approx(crossing / (1e6 / 2 * 0.5) / 2, rel=1e-6)
+
+
 def test_tables_that_fit_on_no_rank_are_said_so():
     with pytest.raises(PlacementError, match="fits on no rank"):
         planner(1e-6, machine=replace(MACHINE, host_memory_gib=0.0))

@@ -36,7 +36,7 @@ def test_segments_are_the_layers_forward_and_backward(trace):
     parts = segments(trace, None)
     layers = [(part.layer, part.is_backward) for part in parts if part.layer is not None]
     assert layers == [(n, False) for n in range(DEPTH)] + [(n, True) for n in reversed(range(DEPTH))]
-    assert sum(part.gradients for part in parts) == trace.num_weights
+    assert sum(sum(part.gradients) for part in parts) == trace.num_weights
     assert sum(len(part.work) for part in parts) == sum(len(event.work) for event in trace.events)
 
 
@@ -52,11 +52,14 @@ def test_hybrid_sharding_hides_what_crosses_nodes_under_the_backward(trace):
     limits = Limits(param_persistence_threshold=0, prefetch_bucket_size=0, max_reuse_distance=0)
     across = 2 * 4 * trace.num_weights * 1 / 2 / 1e7
     inside = 3 * 4 * trace.num_weights * 1 / 2 / 1e9
-    hybrid = MemorySetting(3, 2, num_replicas=2, limits=limits)
+    layer = max(sum(part.gradients) for part in segments(trace, None))
+    hybrid = MemorySetting(3, 2, num_replicas=2, reduce_bucket=layer, limits=limits)
     instant = replace(MACHINE, flops={"fp32": 1e15}, memory_bytes_per_second=1e15)
     hidden, shown = (step_seconds(trace, hybrid, machine, nodes=2).waiting for machine in (MACHINE, instant))
     assert shown == pytest.approx(across + inside, rel=0.05)
     assert hidden < 0.4 * shown  # all but the last layer's
+    one_bucket = replace(hybrid, reduce_bucket=2 * trace.num_weights)
+    assert step_seconds(trace, one_bucket, MACHINE, nodes=2).waiting > 0.9 * shown, "it leaves when all is computed"
     flat = step_seconds(trace, MemorySetting(3, 4, limits=limits), instant, nodes=2).waiting
     assert flat == pytest.approx(3 * 4 * trace.num_weights * 3 / 4 / 1e7, rel=0.05)
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_plan
 import plan_ranks
-from plan_grid import TECHNIQUES, Point
+from plan_grid import TECHNIQUES, Point, machine_of
 
 CAN_MAKE_A_CLUSTER = hasattr(os, "geteuid") and os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc")))
 
@@ -55,7 +55,10 @@ def test_the_deepest_is_found(deepest):
 def measured(topology: Topology) -> list[Point]:
     arguments = bench_plan.parse_arguments(["--rounds", "1", "--gflops", "1000", "--techniques", "dp", "hsdp"])
     torch.manual_seed(0)
-    return plan_ranks.measure(topology, 2, arguments)
+    machine = plan_ranks.with_measured_links(machine_of(arguments), topology)
+    assert machine.link_efficiency > 0
+    assert machine.seconds_per_collective > 0
+    return plan_ranks.measure(topology, 2, arguments, machine)
 
 
 def test_points_are_measured_beside_predictions():
