@@ -6,9 +6,10 @@
 
 The first line builds a cluster on this machine (tools/cluster.py) and trains every technique at every depth: bytes of
 tensors alive at the worst moment of the fullest rank, and seconds of a step. A pause stands for the accelerator, as
-long as the machine's rates make the layer's operations, in every technique alike, also where a layer is recomputed. It
-prints both beside the predictions, with the median and worst error of memory, and Kendall's tau of the order by speed.
-Links and accelerator are so slow that what the ranks' own CPU does, of which they have too little, hardly counts.
+long as the machine's rates make the layer's operations, in every technique alike, also where a layer is recomputed.
+What the links give an all-reduce and an all-gather, and what a hop takes, the ranks measure before. It prints both
+beside the predictions, with the median and worst error of memory, and Kendall's tau of the order by speed. Links and
+accelerator are so slow that what the ranks' own CPU does, of which they have too little, hardly counts.
 
 The second line measures memory alone, on links without a limit.
 

@@ -40,7 +40,7 @@ class _Bucket:
         return ["burst", f"{max(self.least, round(mbit * 125e3 * self.seconds))}b", "limit", self.queue]
 
 
-# Shorter bursts don't hold the rate; loopback's packets have up to 64 KiB, and a larger one than the bucket is lost.
+# Shorter bursts don't hold the rate; packets larger than the bucket are lost: loopback's have up to 64 KiB.
 _LINK = _Bucket(0.010, 2**12, "4mb")
 _LOCAL = _Bucket(0.0035, 2**17, "16mb")
 

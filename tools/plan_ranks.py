@@ -38,7 +38,7 @@ _WARM = 3
 _MEASURED = 2
 
 
-_CALIBRATIONS, _CALIBRATION_BYTES = 9, 2**18
+_CALIBRATIONS, _REPETITIONS, _CALIBRATION_BYTES = 5, 3, 2**18
 _PASSES = 3
 """Of an all-reduce, which is two, and an all-gather."""
 
@@ -50,7 +50,7 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.cap_mib:
         train_under_a_cap(topology, arguments)
     machine = machine_of(arguments)
-    if arguments.rounds:
+    if arguments.rounds and topology.world_size > 1:
         machine = with_measured_links(machine, topology)
         if topology.is_main:
             efficiency, hop = machine.link_efficiency, 1e3 * machine.seconds_per_collective
@@ -63,28 +63,31 @@ def work(arguments: argparse.Namespace) -> None:
 
 
 def with_measured_links(machine: Machine, topology: Topology) -> Machine:
-    """What an all-reduce and an all-gather get of the links' rates, and what a hop takes. Communicates; all ranks call
-    it.
+    """What an all-reduce and an all-gather over all ranks get of the links' rates, and what a hop takes, so that the
+    machine says of them what was measured. Communicates; all ranks call it.
     """
     ranks = topology.world_size
 
-    def seconds(size: int) -> float:
-        whole, times = torch.zeros(size // 4), []
-        shard = torch.zeros(size // 4 // ranks)
+    def seconds(elements: int) -> float:
+        """Of both, of so many elements a rank."""
+        whole, shard, times = torch.zeros(ranks * elements), torch.zeros(elements), []
         for _ in range(_CALIBRATIONS):
             topology.barrier()
             start = time.perf_counter()
-            dist.all_reduce(whole)
-            dist.all_gather_into_tensor(whole, shard)
-            topology.barrier()
-            times.append(time.perf_counter() - start)
+            for _ in range(_REPETITIONS):
+                dist.all_reduce(whole)
+                dist.all_gather_into_tensor(whole, shard)
+            times.append((time.perf_counter() - start) / _REPETITIONS)
         return statistics.median(times)
 
-    ring = {"nodes": ranks // topology.local_size, "ranks": ranks}
+    elements = _CALIBRATION_BYTES // 4 // ranks
+    hops, ring = seconds(1), {"nodes": ranks // topology.local_size, "ranks": ranks}
+    # Where the links have no limit, a small message takes as long as a large one.
+    of_bytes = max(seconds(elements) - hops, hops)
     return replace(
         machine,
-        link_efficiency=_PASSES * machine.gathered(_CALIBRATION_BYTES, **ring) / seconds(_CALIBRATION_BYTES),
-        seconds_per_collective=seconds(4 * ranks) / _PASSES / (ranks - 1),
+        link_efficiency=_PASSES * machine.gathered(4 * ranks * elements, **ring) / of_bytes,
+        seconds_per_collective=hops / _PASSES / (ranks - 1),
     )
 
 

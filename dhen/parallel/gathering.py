@@ -29,8 +29,9 @@ class Limits:
 
 @dataclass
 class _Gather:
-    """An all-gather. flat: elements of its buffer; waiting: weights in it that nobody asked for yet."""
+    """An all-gather. number: since the start; flat: elements of its buffer; waiting: its weights not asked for yet."""
 
+    number: int
     flat: int
     weights: list[str]
     waiting: set[str]
@@ -43,7 +44,7 @@ class Gathering:
 
     weights: elements by name. modules: names of the weights that each owns. visits: the modules that are entered, in
     order, over a whole step. elements: gathered now, flat buffers included; peak: the most within the last call.
-    sent: elements that were gathered since the start, in so many messages.
+    sent: elements of each all-gather since the start; waited: the numbers of those that were waited for, in order.
     """
 
     weights: Mapping[str, int]
@@ -53,8 +54,8 @@ class Gathering:
     shard_size: int
     elements: int = 0
     peak: int = 0
-    sent: int = 0
-    messages: int = 0
+    sent: list[int] = field(default_factory=list)
+    waited: list[int] = field(default_factory=list)
     _step: int = 0
     _available: set[str] = field(default_factory=set)
     _in_flight: dict[str, _Gather] = field(default_factory=dict)
@@ -100,17 +101,17 @@ class Gathering:
             return
         size = self.shard_size
         flat = sum(-(-self.weights[name] // size) * size for name in names)
-        gather = _Gather(flat, list(names), set(names))
+        gather = _Gather(len(self.sent), flat, list(names), set(names))
         self._in_flight |= dict.fromkeys(names, gather)
         self._num_available += sum(self.weights[name] for name in names)
-        self.sent += flat
-        self.messages += 1
+        self.sent.append(flat)
         self._add(flat)
 
     def _wait(self, name: str) -> None:
         gather = self._in_flight.pop(name)
         if not gather.is_done:
             gather.is_done = True
+            self.waited.append(gather.number)
             self._available |= set(gather.weights)
             size = sum(self.weights[other] for other in gather.weights)
             self._add(size - gather.flat if len(gather.weights) == 1 else size)  # of a single one the buffer is it

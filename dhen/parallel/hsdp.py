@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from dhen.parallel.gradient_bucket import is_nearly_full
 from dhen.parallel.topology import ShardGroups
 
 
@@ -103,12 +104,11 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: nn.Parameter) -> None:
         """DeepSpeed's hook for one gradient of the backward: the bucket leaves when the next one doesn't fit.
 
-        Here it leaves once three quarters full, so that a large layer crosses nodes under the backward of the very
-        next one.
+        Here it leaves when it is nearly full.
         """
         super().reduce_independent_p_g_buckets_and_remove_grads(param)
         dtype = self.get_param_comm_dtype(param)
-        if 4 * self.ipg_buckets[dtype].elements >= 3 * self.reduce_bucket_size:
+        if is_nearly_full(self.ipg_buckets[dtype].elements, self.reduce_bucket_size):
             self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
 
     def partition_grads(self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]) -> list[Tensor]:

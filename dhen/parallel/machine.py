@@ -26,12 +26,12 @@ class Machine:
     host's memory. memory_gib: of a rank, without what the system needs. host_memory_gib: of a node's host. flops: of
     matrix products in a second, by dtype ("fp32", "bf16"). memory_bytes_per_second: of a rank's memory.
     local_bytes_per_second: one rank's, inside a node and in one direction; node_bytes_per_second: a node's link.
-    is_local_shared: all ranks of a node share the former. can_overlap: communication runs while a rank computes, which
-    it doesn't on the cores that compute. seconds_per_operation: at least, of any kernel.
-    seconds_per_collective: of each hop of a ring, besides its bytes. seconds_per_module: of the host, at each module
-    that stage 3 gathers weights for, where nothing hides it. host_bytes_per_second: a rank's, from and to the host.
-    host_memory_bytes_per_second: of the host's memory, for a rank's part of an offloaded optimizer. costs: of the
-    tables, as dhen.placement.costs of a ds_config.
+    is_local_shared: all ranks of a node share the former. is_link_per_rank: the latter grows with them, a NIC each.
+    can_overlap: communication runs while a rank computes, which it doesn't on the cores that compute.
+    seconds_per_operation: at least, of any kernel. seconds_per_collective: of each hop of a ring, besides its bytes.
+    seconds_per_module: of the host, at each module that stage 3 gathers weights for, where nothing hides it.
+    host_bytes_per_second: a rank's, from and to the host. host_memory_bytes_per_second: of the host's memory, for a
+    rank's part of an offloaded optimizer. costs: of the tables, as dhen.placement.costs of a ds_config.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Machine:
     seconds_per_collective: float = 0.0
     seconds_per_module: float = 0.0
     is_local_shared: bool = False
+    is_link_per_rank: bool = False
     can_overlap: bool = True
     host_bytes_per_second: float = 0.0
     host_memory_bytes_per_second: float = 0.0
@@ -97,17 +98,30 @@ class Machine:
 
     def gathered(self, size: float, *, nodes: int, ranks: int) -> float:
         """Seconds of an all-gather or reduce-scatter of `size` bytes in a ring of `ranks` on `nodes`."""
-        hops = self.seconds_per_collective * (ranks - 1)
+        return (ranks - 1) * self.seconds_per_collective + self._passed(size, nodes, ranks)
+
+    def all_reduced(self, size: float, *, nodes: int, ranks: int) -> float:
+        """Seconds of an all-reduce of `size` bytes among `ranks` on `nodes`."""
+        return 2 * (
+            self._all_reduce_hops(nodes, ranks) * self.seconds_per_collective + self._passed(size, nodes, ranks)
+        )
+
+    def replicated(self, size: float, *, nodes: int) -> float:
+        """Seconds of the all-reduces of a node's shards of `size` bytes together over `nodes`: they share its link."""
+        passed = size * (nodes - 1) / nodes / self.node_bytes_per_second / self.link_efficiency
+        return 2 * (self._all_reduce_hops(nodes, nodes) * self.seconds_per_collective + passed)
+
+    def _passed(self, size: float, nodes: int, ranks: int) -> float:
+        """Seconds of a ring's bytes."""
         passed = size * (ranks - 1) / ranks
         sharers = ranks / nodes if self.is_local_shared else 1
         local = sharers * passed / self.local_bytes_per_second if ranks > nodes else 0.0
         between = passed / self.node_bytes_per_second if nodes > 1 else 0.0
-        return hops + max(local, between) / self.link_efficiency
+        return max(local, between) / self.link_efficiency
 
-    def replicated(self, size: float, *, nodes: int) -> float:
-        """Seconds of the all-reduces of a node's shards of `size` bytes together over `nodes`: they share its link."""
-        hops = 2 * self.seconds_per_collective * (nodes - 1)
-        return hops + 2 * size * (nodes - 1) / nodes / self.node_bytes_per_second / self.link_efficiency
+    def _all_reduce_hops(self, nodes: int, ranks: int) -> int:
+        """One way. NCCL's trees go along a node's ranks and then halve the nodes; gloo has a ring."""
+        return ranks // nodes - 1 + (nodes - 1).bit_length() if self.is_gpu else ranks - 1
 
 
 def shipped_machines() -> dict[str, Path]:
@@ -116,7 +130,10 @@ def shipped_machines() -> dict[str, Path]:
 
 
 def read_machine(name: str, **changes: Any) -> Machine:
-    """The machine that ships under `name`, or that of a file; `changes` replace its values. Raises MachineError."""
+    """The machine that ships under `name`, or that of a file; `changes` replace its values. Raises MachineError.
+
+    With other ranks_per_node the node's link is another one where each rank has its own part of it.
+    """
     path = shipped_machines().get(name, Path(name))
     if not path.is_file():
         raise MachineError(
@@ -124,6 +141,9 @@ def read_machine(name: str, **changes: Any) -> Machine:
         )
     try:
         machine = TypeAdapter(Machine).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        if machine.is_link_per_rank and "ranks_per_node" in changes:
+            link = machine.node_bytes_per_second / machine.ranks_per_node * changes["ranks_per_node"]
+            changes = {"node_bytes_per_second": link} | changes
         return replace(machine, **changes)
     except yaml.YAMLError as error:
         raise MachineError(f"{path}: not YAML: {' '.join(str(error).split())}.") from error

@@ -13,19 +13,21 @@ from typing import Literal
 
 from dhen.parallel.ds_config import DsConfig
 from dhen.parallel.gathering import Gathering, Limits
+from dhen.parallel.gradient_bucket import GradientBucket
 from dhen.parallel.step_trace import Event, StepTrace, layer_name
 
-_ALL_REDUCE_ELEMENTS = 500_000_000
+ALL_REDUCE_ELEMENTS = 500_000_000
 """Stage 0 reduces so many gradients in one flat copy, whatever the ds_config says."""
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """What of a ds_config and a job counts for memory. Sizes of an element are in bytes, buckets in elements.
+    """What of a ds_config and a job counts for memory and speed. Sizes of an element are in bytes, buckets in elements.
 
     shard_size: ranks that ZeRO shards over. num_replicas: of the dense part, above 1 under HSDP. master_bytes: of the
-    optimizer's own copy of the weights. state_bytes: of Adam's two states. wire_bytes: of HSDP's all-reduce.
+    optimizer's own copy of the weights. state_bytes: of Adam's two states. wire_bytes: of HSDP's all-reduce, which is
+    waited for at once unless async_all_reduce.
     temporaries: what the optimizer's step holds besides, two copies of "one" weight after the other, one copy of "all"
     as torch's does on GPUs, or "none". accumulates: gradients are summed over several micro steps.
     """
@@ -38,6 +40,7 @@ class MemorySetting:
     master_bytes: int = 4
     state_bytes: int = 8
     wire_bytes: int = 4
+    async_all_reduce: bool = True
     reduce_bucket: int = 25_000_000
     sub_group: int = 1_000_000_000
     limits: Limits = field(default_factory=Limits)
@@ -70,6 +73,7 @@ class MemorySetting:
             master_bytes=2 if small_master else 4,
             state_bytes=moments * (2 if small_states else 4),
             wire_bytes=_DTYPE_BYTES.get(ds_config.dhen.all_reduce_dtype or "", weight_bytes),
+            async_all_reduce=ds_config.dhen.async_all_reduce,
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
             limits=Limits.of(zero),
@@ -79,6 +83,10 @@ class MemorySetting:
             temporaries="none" if not is_torchs else "all" if is_gpu else "one",
             accumulates=raw.get("gradient_accumulation_steps", 1) not in (1, "auto"),
         )
+
+    def gradient_bucket(self) -> GradientBucket:
+        """What gradients of stages 2 and 3 wait in."""
+        return GradientBucket(self.reduce_bucket, leaves_early=self.stage == 3 and self.num_replicas > 1)
 
 
 @dataclass(frozen=True)
@@ -302,7 +310,7 @@ class _Accumulated:
     def finish(self) -> tuple[int, int]:
         """What is held while the last gradients are reduced."""
         gradients, buckets = self.held
-        extra = self._share if self._setting.stage else min(self._elements, _ALL_REDUCE_ELEMENTS)
+        extra = self._share if self._setting.stage else min(self._elements, ALL_REDUCE_ELEMENTS)
         return gradients, buckets + extra * self._setting.gradient_bytes
 
 
@@ -316,7 +324,7 @@ class _Stage2:
     def __init__(self, setting: MemorySetting, shares: dict[str, int], num_weights: int) -> None:
         del num_weights
         self._setting, self._shares = setting, shares
-        self._filled: dict[str, int] = {}
+        self._bucket = setting.gradient_bucket()
         self._large = self._share = self._reduced = 0
         self._summed = max(shares.values()) if setting.accumulates else 0  # of earlier micro steps
 
@@ -334,12 +342,12 @@ class _Stage2:
     def take(self, name: str, elements: int) -> tuple[int, int]:
         """One gradient more; what is held while it is dealt with."""
         held = self.held
-        if self._filled and sum(self._filled.values()) + elements > self._setting.reduce_bucket:
+        if not self._bucket.has_room_for(elements):
             held = self._flush(elements)
-        if elements > self._setting.reduce_bucket:
+        if elements > self._bucket.room:
             self._large = elements
-        self._filled[name] = elements
-        return held
+        self._bucket.put(name, elements)
+        return max(held, self._flush(elements), key=sum) if self._bucket.is_due else held
 
     def _flush(self, elements: int) -> tuple[int, int]:
         """Reduce what the bucket holds while a gradient is there that has just come."""
@@ -348,12 +356,12 @@ class _Stage2:
 
     def finish(self) -> tuple[int, int]:
         """Reduce what the bucket holds; what is held meanwhile."""
-        filled = sum(self._filled.values())
+        reduced = self._bucket.empty()
         gradients, buckets = self.held
-        self._reduced += filled
-        self._share = max([self._share, *(self._shares[name] for name in self._filled)])
-        self._filled, self._large = {}, 0
-        return gradients, max(buckets, self.held[1]) + filled * self._bytes
+        self._reduced += sum(reduced.values())
+        self._share = max([self._share, *(self._shares[name] for name in reduced)])
+        self._large = 0
+        return gradients, max(buckets, self.held[1]) + sum(reduced.values()) * self._bytes
 
 
 class _Stage3(_Stage2):
@@ -365,10 +373,3 @@ class _Stage3(_Stage2):
         setting = self._setting
         wire = self._reduced // setting.shard_size * setting.wire_bytes if setting.num_replicas > 1 else 0
         return self._large * self._bytes, wire
-
-    def take(self, name: str, elements: int) -> tuple[int, int]:
-        """Under HSDP a bucket leaves once three quarters full."""
-        held = super().take(name, elements)
-        if self._setting.num_replicas > 1 and 4 * sum(self._filled.values()) >= 3 * self._setting.reduce_bucket:
-            held = max(held, self._flush(elements), key=sum)
-        return held

@@ -83,16 +83,8 @@ class Placement:
         """Seconds a step of the longest rank."""
         return max(self.seconds_of_rank(rank) for rank in range(self.world_size))
 
-    @property
-    def lower_bound(self) -> float:
-        """Seconds that no placement can be below: the mean rank's, or the longest shard's that can't be cut further.
-
-        The mean is of these shards; fewer have a smaller one, because every cut costs something.
-        """
-        return max(math.fsum(shard.seconds for shard in self.shards) / self.world_size, self.unsliceable)
-
     def makespan_at(self, costs: Costs, setting: StepSetting, ids_per_bag: Mapping[str, float] | None = None) -> float:
-        """The same by other costs than it was planned by."""
+        """Seconds a step of the longest rank by other costs than those that it was planned by."""
         ids = ids_per_bag or {}
 
         def seconds(shard: TableShard) -> float:
@@ -100,6 +92,14 @@ class Placement:
             return shard_seconds(costs, setting, *what).total
 
         return max(math.fsum(map(seconds, self.of_rank(rank))) for rank in range(self.world_size))
+
+    @property
+    def lower_bound(self) -> float:
+        """Seconds that no placement can be below: the mean rank's, or the longest shard's that can't be cut further.
+
+        The mean is of these shards; fewer have a smaller one, because every cut costs something.
+        """
+        return max(math.fsum(shard.seconds for shard in self.shards) / self.world_size, self.unsliceable)
 
     def cuts(self) -> dict[str, int]:
         """Number of column shards of each table, 0 where it is replicated."""

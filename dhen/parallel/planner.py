@@ -20,7 +20,7 @@ from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.parallel.placement import Placement
 from dhen.parallel.step_time import StepSeconds, segments, step_seconds
 from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
-from dhen.parallel.table_costs import StepSetting, read_costs
+from dhen.parallel.table_costs import StepSetting, read_costs, replicated_seconds
 
 Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]
@@ -139,42 +139,53 @@ class Planner:
     def __init__(self, job: Job) -> None:
         """Raises PlacementError where the tables alone don't fit, CostsError for costs that can't be read."""
         self.job = job
-        self.placement: Placement | None = None
-        if not job.config.tables:
-            return
-        machine = job.machine
-        setting = self._table_setting
+        self.placement_of(Technique())
+
+    def placement_of(self, technique: Technique) -> Placement | None:
+        """The tables', as a job under the technique will place them; None without tables."""
+        return self._placed(self._table_setting(technique)) if self.job.config.tables else None
+
+    def table_bytes(self, technique: Technique) -> tuple[int, int]:
+        """Of the fullest rank, on its device, and on the host behind a cache there."""
+        placement, machine = self.placement_of(technique), self.job.machine
+        if placement is None:
+            return 0, 0
+        return table_memory(self.job.config, placement, machine.memory_bytes if machine.is_gpu else None)
+
+    @functools.cache  # noqa: B019 - lives as long as the planner
+    def table_seconds(self, technique: Technique) -> float:
+        """A step's, of the slowest rank. What is exchanged goes over the machine's links, unless the ds_config names
+        costs, which have rates of links that somebody measured.
+        """
+        job, placement = self.job, self.placement_of(technique)
+        if placement is None:
+            return 0.0
+        setting, ids, dim = self._table_setting(technique), job.ids_per_bag or {}, job.config.embedding_dim
+        costs = read_costs(job.section.placement.costs or job.machine.costs)
+        replicated = sum(
+            replicated_seconds(costs, setting, table.num_embeddings, dim, ids.get(table.name, 1.0))
+            for table in job.config.tables
+            if table.name in placement.replicated
+        )
+        if job.section.placement.costs is None:
+            within, between = job.machine.exchange_rates
+            costs = replace(costs, intra_node_bytes_per_second=within, inter_node_bytes_per_second=between)
+        return replicated + placement.makespan_at(costs, setting, ids)
+
+    def _table_setting(self, technique: Technique) -> StepSetting:
+        job = self.job
+        setting = setting_of(job.section, job.world_size, job.machine.ranks_per_node, job.batch_size)
+        if not job.section.placement.replicate_below_rows:
+            return setting
+        return replace(setting, zero_stage=SCHEMES[technique.scheme], shard_size=self._shard_size(technique))
+
+    @functools.cache  # noqa: B019
+    def _placed(self, setting: StepSetting) -> Placement:
+        job, machine = self.job, self.job.machine
         memory = [machine.memory_bytes]
         if machine.is_gpu:
             memory.append(machine.memory_bytes + machine.host_bytes)
-        self.placement = place_as_asked(job.config, job.section, setting, machine.costs, memory, job.ids_per_bag)
-
-    @functools.cached_property
-    def table_bytes(self) -> tuple[int, int]:
-        """Of the fullest rank, on its device, and on the host behind a cache there."""
-        if self.placement is None:
-            return 0, 0
-        machine = self.job.machine
-        return table_memory(self.job.config, self.placement, machine.memory_bytes if machine.is_gpu else None)
-
-    @property
-    def _table_setting(self) -> StepSetting:
-        job = self.job
-        return setting_of(job.section, job.world_size, job.machine.ranks_per_node, job.batch_size)
-
-    @functools.cached_property
-    def table_seconds(self) -> float:
-        """A step's, of the slowest rank: placed as the job will place them, exchanged over this machine's links."""
-        if self.placement is None:
-            return 0.0
-        job = self.job
-        within, between = job.machine.exchange_rates
-        costs = replace(
-            read_costs(job.section.placement.costs or job.machine.costs),
-            intra_node_bytes_per_second=within,
-            inter_node_bytes_per_second=between,
-        )
-        return self.placement.makespan_at(costs, self._table_setting, job.ids_per_bag)
+        return place_as_asked(job.config, job.section, setting, machine.costs, memory, job.ids_per_bag)
 
     @property
     def has_bytes(self) -> int:
@@ -187,14 +198,14 @@ class Planner:
         seconds, batch = self._seconds(technique), self.job.batch_size * self.job.world_size
         return Prediction(technique, self.memory(technique), seconds, batch, self.fits(technique))
 
-    @functools.cache  # noqa: B019 - lives as long as the planner
+    @functools.cache  # noqa: B019
     def memory(self, technique: Technique) -> MemoryUse:
         """A rank's, of the device and of the host."""
         setting, is_gpu = self.setting(technique), self.job.machine.is_gpu
         evaluation = 0
         if self.job.eval_batch_size:
             evaluation = evaluation_bytes(self.job.config, self.job.eval_batch_size, self._precision(technique))
-        on_device, on_host = self.table_bytes
+        on_device, on_host = self.table_bytes(technique)
         use = predict_memory(self._trace(technique), setting, on_device, evaluation=evaluation, is_gpu=is_gpu)
         return replace(use, host=use.host + on_host)
 
@@ -207,7 +218,7 @@ class Planner:
     def _seconds(self, technique: Technique) -> StepSeconds:
         job = self.job
         what = (self._trace(technique), self.setting(technique), job.machine, job.nodes)
-        more = {"table_seconds": self.table_seconds, "accumulation_steps": job.accumulation_steps}
+        more = {"table_seconds": self.table_seconds(technique), "accumulation_steps": job.accumulation_steps}
         return step_seconds(*what, dtype=job.precision, **more)
 
     def candidates(self) -> Iterator[Technique]:
@@ -296,11 +307,14 @@ class Planner:
     def setting(self, technique: Technique) -> MemorySetting:
         """What the technique's ds_config means for memory."""
         machine = self.job.machine
-        shard = machine.ranks_per_node if technique.scheme == "hsdp" else self.job.world_size
+        shard = self._shard_size(technique)
         config = DsConfig("plan", self.ds_config(technique), self._section(technique))
         setting = MemorySetting.of(config, shard, self.job.world_size, is_gpu=machine.is_gpu)
         offloaded = technique.offload_activations if machine.is_gpu else 0
         return replace(setting, offload_activations=offloaded, accumulates=self.job.accumulation_steps > 1)
+
+    def _shard_size(self, technique: Technique) -> int:
+        return self.job.machine.ranks_per_node if technique.scheme == "hsdp" else self.job.world_size
 
     def _trace(self, technique: Technique) -> StepTrace:
         return self._traced(technique.checkpointing, self._precision(technique))
@@ -318,7 +332,7 @@ class Planner:
     def _bucket(self) -> tuple[int, int]:
         """Most elements of a layer's weights, and of the larger of that and a weight outside the layers."""
         trace = self._traced(0, Precision())
-        layer = max(sum(segment.gradients) for segment in segments(trace, None))
+        layer = max(sum(segment.gradients.values()) for segment in segments(trace, None))
         return layer, max(layer, *trace.weights.values())
 
     def _section(self, technique: Technique) -> DhenSection:

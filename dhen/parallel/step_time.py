@@ -1,17 +1,18 @@
 """How long a step takes: compute, communication by link, recomputation and offload, simulated layer by layer.
 
-Compute, the fabric inside a node and the link between nodes are three resources, each doing one thing at a time. Every
-operation of the trace takes as long as its floating-point operations or its bytes need, whichever is more. A layer's
-weights are gathered while the layer before it computes. It is meant to tell which technique is faster, not by how many
+Compute, the fabric of the ranks that ZeRO shards over, the link between replicas and the way to the host each do one
+thing at a time, and at the same time as the others. Every operation of the trace takes as long as its floating-point
+operations or its bytes need, whichever is more. It is meant to tell which technique is faster, not by how many
 milliseconds: congestion, stragglers and kernels that share the GPU with communication are left out.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dhen.parallel.gathering import Gathering
 from dhen.parallel.machine import Machine
-from dhen.parallel.memory import MemorySetting, gathering_of
+from dhen.parallel.memory import ALL_REDUCE_ELEMENTS, MemorySetting, gathering_of
 from dhen.parallel.step_trace import StepTrace, Work
 
 _ADAM_PASSES = 2
@@ -40,17 +41,18 @@ class StepSeconds:
 class Segment:
     """A layer's forward or backward, or, where layer is None, what is before and after the layers.
 
-    work: its operations. kept: bytes of activations that became alive. gathered: elements of weights that stage 3 asks
-    for in it, in so many messages, at so many entries of modules. gradients: elements of each that it yields.
+    work: its operations. asked: elements of each all-gather that stage 3 starts in it; needed: numbers, over the whole
+    step, of those that it waits for; entries: of modules with weights. gradients: elements by weight. kept: bytes of
+    activations that became alive.
     """
 
     layer: int | None
     is_backward: bool
     work: list[Work] = field(default_factory=list)
-    gathered: int = 0
-    messages: int = 0
+    asked: list[int] = field(default_factory=list)
+    needed: list[int] = field(default_factory=list)
     entries: int = 0
-    gradients: list[int] = field(default_factory=list)
+    gradients: dict[str, int] = field(default_factory=dict)
     kept: int = 0
 
 
@@ -68,9 +70,9 @@ def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
         segment.work += event.work
         segment.kept += event.kept
         if event.kind == "gradient":
-            segment.gradients.append(trace.weights[event.name])
+            segment.gradients[event.name] = trace.weights[event.name]
         if gathering is not None and (owner.get(event.name) or event.name) in trace.modules:
-            before = gathering.sent, gathering.messages
+            before = len(gathering.sent), len(gathering.waited)
             if event.kind == "enter":
                 segment.entries += 1
                 gathering.enter(event.name)
@@ -78,8 +80,8 @@ def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
                 gathering.leave(event.name)
             elif event.name == trace.modules[owner[event.name]][-1]:
                 gathering.leave(owner[event.name])
-            segment.gathered += gathering.sent - before[0]
-            segment.messages += gathering.messages - before[1]
+            segment.asked += gathering.sent[before[0] :]
+            segment.needed += gathering.waited[before[1] :]
         is_backward |= event.kind == "loss"
     return result
 
@@ -107,80 +109,119 @@ def step_seconds(
     accumulation_steps: micro steps for an update, whose time they share.
     """
     gathering = gathering_of(trace, setting) if setting.stage == 3 else None
-    parts = segments(trace, gathering)
-    links, bucket = _Links(machine, setting, nodes), _Bucket(setting)
-    compute = fabric_free = link_free = host_free = now = 0.0
-    kept: dict[int, int] = {}  # by the layers whose activations wait on the host
-    before = 0.0
-    for part in parts:
-        seconds = compute_seconds(part.work, machine, dtype)
-        compute += seconds
-        ahead = now - before if machine.can_overlap else now  # when the part before began to compute
-        if part.messages:
-            fabric_free = max(fabric_free, ahead) + links.gather(part.gathered * setting.weight_bytes, part.messages)
-            if setting.offload_param and machine.is_gpu:
-                fabric_free += part.gathered / setting.shard_size * setting.weight_bytes / machine.host_bytes_per_second
-            now = max(now, fabric_free)
-        if part.layer in kept:
-            host_free = max(host_free, ahead) + kept.pop(part.layer) / machine.host_bytes_per_second
-            now = max(now, host_free)
-        now += seconds + part.entries * machine.seconds_per_module
-        before = seconds
-        if machine.is_gpu and not part.is_backward and (part.layer or 0) < setting.offload_activations:
-            if part.layer is not None:
-                kept[part.layer] = part.kept
-                host_free = max(host_free, now) + part.kept / machine.host_bytes_per_second
-            continue
-        if not part.is_backward or setting.stage < 2:
-            continue
-        for reduced in bucket.take(part.gradients) + (bucket.finish() if part is parts[-1] else []):
-            fabric_free = max(fabric_free, now) + links.reduce(reduced * setting.gradient_bytes)
-            if not machine.is_gpu or (setting.stage == 2 and not setting.overlap_comm):
-                now = fabric_free  # gloo's reduce-scatter is waited for
-            if setting.num_replicas > 1:
-                across = links.replicate(reduced * setting.wire_bytes)  # in the last micro step
-                link_free = max(link_free, fabric_free) + across / accumulation_steps
-                if not machine.can_overlap:
-                    now = link_free
-    update = 0.0
-    if setting.stage < 2:
-        update += links.reduce(trace.num_weights * setting.gradient_bytes)
-        if setting.num_replicas > 1 and setting.stage == 1:
-            update += links.replicate(trace.num_weights * setting.wire_bytes)
-    if setting.stage in (1, 2):
-        update += links.gather(trace.num_weights * setting.weight_bytes, 1)
-    elif gathering is not None:  # small weights stay, and are gathered once they are updated
-        small = sum(trace.weights[name] for name in gathering.persistent)
-        update += links.gather(small * setting.weight_bytes, 1)
-    waiting = max(now, fabric_free, link_free, host_free) - compute + update / accumulation_steps
+    links = _Links(machine, setting, nodes)
+    timeline = _Timeline(machine, setting, links, accumulation_steps)
+    for part in segments(trace, gathering):
+        timeline.run(part, compute_seconds(part.work, machine, dtype))
+    update = _update_traffic_seconds(trace, setting, links, gathering)
     return StepSeconds(
-        compute, waiting, _optimizer_seconds(trace, setting, machine) / accumulation_steps, table_seconds
+        compute=timeline.compute,
+        waiting=timeline.finish() - timeline.compute + update / accumulation_steps,
+        optimizer=_optimizer_seconds(trace, setting, machine) / accumulation_steps,
+        tables=table_seconds,
     )
 
 
-class _Bucket:
-    """Gradients of stages 2 and 3, in elements, which are reduced a bucket at a time."""
+class _Timeline:
+    """When what a micro step uses is free again: the compute, the fabric that ZeRO shards over, the link between
+    replicas, the way to the host.
+    """
 
-    def __init__(self, setting: MemorySetting) -> None:
-        self._room = setting.reduce_bucket
-        self._is_early = setting.stage == 3 and setting.num_replicas > 1
-        self._filled = 0
+    def __init__(self, machine: Machine, setting: MemorySetting, links: "_Links", accumulation_steps: int) -> None:
+        self._machine, self._setting, self._links = machine, setting, links
+        self._accumulation_steps = accumulation_steps
+        is_serial = not machine.is_gpu or not machine.can_overlap  # gloo's reduce-scatter is waited for
+        self._waits_for_reduction = is_serial or (setting.stage == 2 and not setting.overlap_comm)
+        self._now = self._began = self._fabric = self._link = self._host = 0.0
+        self._bucket = setting.gradient_bucket()
+        self._gathered: list[float] = []  # when each all-gather is done
+        self._on_host: dict[int, int] = {}  # bytes of activations by layer
+        self.compute = 0.0
 
-    def take(self, gradients: Iterable[int]) -> list[int]:
-        """The buckets that are full once these have come; under HSDP three quarters are enough."""
-        full = []
-        for elements in gradients:
-            if self._filled + elements > self._room:
-                full += self.finish()
-            self._filled += elements
-            if self._is_early and 4 * self._filled >= 3 * self._room:
-                full += self.finish()
-        return full
+    def run(self, part: Segment, seconds: float) -> None:
+        """Compute it for so long, once what it needs is there."""
+        self._gather(part)
+        if part.layer in self._on_host:
+            self._move_to_or_from_host(self._on_host.pop(part.layer), self._began)
+            self._now = max(self._now, self._host)
+        self._began = self._now
+        self._now += seconds + part.entries * self._machine.seconds_per_module
+        self.compute += seconds
+        if not part.is_backward:
+            self._offload(part)
+        elif self._setting.stage >= 2:
+            self._take(part.gradients)
 
-    def finish(self) -> list[int]:
-        """What isn't reduced yet."""
-        last, self._filled = self._filled, 0
-        return [last] if last else []
+    def _gather(self, part: Segment) -> None:
+        """Ask for weights, and wait for those that are needed now."""
+        for elements in part.asked:
+            size = elements * self._setting.weight_bytes
+            self._fabric = max(self._fabric, self._now) + self._links.gather(size)
+            if self._setting.offload_param and self._machine.is_gpu:
+                self._fabric += size / self._setting.shard_size / self._machine.host_bytes_per_second
+            self._gathered.append(self._fabric)
+        there = [self._gathered[number] for number in part.needed]
+        if not self._machine.can_overlap:
+            there.append(self._fabric)
+        self._now = max([self._now, *there])
+
+    def finish(self) -> float:
+        """Reduce what is left; when all are free."""
+        self._reduce(self._now)
+        return max(self._now, self._fabric, self._link, self._host)
+
+    def _take(self, gradients: Mapping[str, int]) -> None:
+        """Let gradients leave in buckets; one that lacks room for the very first needn't wait for the others."""
+        ready = self._began
+        for name, elements in gradients.items():
+            if not self._bucket.has_room_for(elements):
+                self._reduce(ready)
+            self._bucket.put(name, elements)
+            ready = self._now
+            if self._bucket.is_due:
+                self._reduce(ready)
+
+    def _reduce(self, ready: float) -> None:
+        """Reduce what waits, over the shard group and then the replicas, from when it is there."""
+        setting, elements = self._setting, sum(self._bucket.empty().values())
+        if not elements:
+            return
+        ready = self._now if self._waits_for_reduction else ready
+        self._fabric = max(self._fabric, ready) + self._links.reduce(elements * setting.gradient_bytes)
+        if setting.num_replicas > 1:
+            across = self._links.replicate(elements * setting.wire_bytes)  # in the last micro step
+            self._link = max(self._link, self._fabric) + across / self._accumulation_steps
+            if not (self._machine.can_overlap and setting.async_all_reduce):
+                self._fabric = self._link
+        if self._waits_for_reduction:
+            self._now = self._fabric
+
+    def _offload(self, part: Segment) -> None:
+        if self._machine.is_gpu and part.layer is not None and part.layer < self._setting.offload_activations:
+            self._on_host[part.layer] = part.kept
+            self._move_to_or_from_host(part.kept, self._now)
+
+    def _move_to_or_from_host(self, size: int, earliest: float) -> None:
+        self._host = max(self._host, earliest) + size / self._machine.host_bytes_per_second
+
+
+def _update_traffic_seconds(
+    trace: StepTrace, setting: MemorySetting, links: "_Links", gathering: Gathering | None
+) -> float:
+    """What is sent once an update, after the backward."""
+    seconds = 0.0
+    if setting.stage < 2:
+        room = setting.reduce_bucket if setting.stage else ALL_REDUCE_ELEMENTS
+        messages = math.ceil(trace.num_weights / room)
+        seconds += links.reduce(trace.num_weights * setting.gradient_bytes, messages)
+        if setting.num_replicas > 1 and setting.stage == 1:
+            seconds += links.replicate(trace.num_weights * setting.wire_bytes)
+    if setting.stage in (1, 2):
+        seconds += links.gather(trace.num_weights * setting.weight_bytes)
+    elif gathering is not None:  # small weights stay, and are gathered once they are updated
+        small = sum(trace.weights[name] for name in gathering.persistent)
+        seconds += links.gather(small * setting.weight_bytes)
+    return seconds
 
 
 class _Links:
@@ -194,14 +235,13 @@ class _Links:
         self._ring = {"nodes": max(1, group // machine.ranks_per_node) if nodes > 1 else 1, "ranks": group}
         self._replicas = {"nodes": max(1, nodes // self._ring["nodes"])}
 
-    def gather(self, size: float, messages: int) -> float:
-        more = (messages - 1) * self._machine.gathered(0, **self._ring)
-        return more + self._machine.gathered(size, **self._ring)
+    def gather(self, size: float) -> float:
+        return self._machine.gathered(size, **self._ring)
 
-    def reduce(self, size: float) -> float:
+    def reduce(self, size: float, messages: int = 1) -> float:
         """Stage 3 reduces and scatters; the others all-reduce, which is twice as much."""
-        passes = 1 if self._stage == 3 else 2
-        return passes * self._machine.gathered(size, **self._ring)
+        seconds = self._machine.gathered if self._stage == 3 else self._machine.all_reduced
+        return (messages - 1) * seconds(0, **self._ring) + seconds(size, **self._ring)
 
     def replicate(self, size: float) -> float:
         return self._machine.replicated(size, **self._replicas)

@@ -82,3 +82,22 @@ def test_other_mistakes_are_one_line_too(tmp_path):
     with pytest.raises(MachineError, match="not YAML") as caught:
         read_machine(str(tmp_path / "broken.yaml"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_smaller_node_has_a_smaller_link_where_each_gpu_has_its_own():
+    whole, half = read_machine("h100"), read_machine("h100", ranks_per_node=4)
+    assert half.node_bytes_per_second == whole.node_bytes_per_second / 2
+    assert half.exchange_rates == whole.exchange_rates
+    papers = read_machine("a100-40gb", ranks_per_node=4)
+    assert papers.node_bytes_per_second == read_machine("a100-40gb").node_bytes_per_second
+
+
+def test_an_all_reduce_takes_a_trees_hops_on_gpus_and_a_rings_elsewhere():
+    gpu = read_machine("a100-40gb", seconds_per_collective=1.0)
+    assert round(gpu.all_reduced(0, nodes=32, ranks=256)) == 2 * (7 + 5)
+    assert round(gpu.replicated(0, nodes=32)) == 2 * 5
+    assert round(gpu.gathered(0, nodes=32, ranks=256)) == 255
+    cpu = read_machine("cpu", seconds_per_collective=1.0)
+    assert round(cpu.all_reduced(0, nodes=2, ranks=4)) == 2 * 3
+    ring = {"nodes": 2, "ranks": 4}
+    assert cpu.all_reduced(1e9, **ring) == pytest.approx(2 * cpu.gathered(1e9, **ring)), "the same bytes, twice"

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.parallel.agreed_placement import setting_of
 from dhen.parallel.ds_config import DhenSection, Recipe, check_ds_config
 from dhen.parallel.machine import read_machine
 from dhen.parallel.placement import PlacementError
 from dhen.parallel.planner import SCHEMES, Job, NothingFitsError, Planner, Prediction, Technique, gib
 from dhen.parallel.rungs import Plan, by_depth, changes
-from dhen.parallel.table_costs import replicated_bytes
+from dhen.parallel.table_costs import read_costs, replicated_bytes, replicated_seconds
 from dhen.parallel.table_lookup import CACHED_SHARE
 
 CONFIG = DhenConfig(
@@ -21,6 +22,7 @@ CONFIG = DhenConfig(
 )  # fmt: skip
 MACHINE = read_machine("a100-40gb", ranks_per_node=2)
 BATCH = 512
+DP = Technique()
 RECIPE = Recipe(BATCH, 1, 4, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
 
 
@@ -151,11 +153,13 @@ def test_the_tables_exchange_takes_as_long_as_the_machines_links_let_it():
     slow, slower = (
         planner(machine=replace(MACHINE, node_bytes_per_second=rate, link_efficiency=0.5)) for rate in (2e6, 1e6)
     )
-    assert slow.placement == slower.placement, "placed as the job will place them, which knows no machine file"
-    of_rank = [slow.placement.of_rank(rank) for rank in range(4)]
+    assert slow.placement_of(DP) == slower.placement_of(DP), (
+        "placed as the job will place them, which knows no machine file"
+    )
+    of_rank = [slow.placement_of(DP).of_rank(rank) for rank in range(4)]
     foreign_bags = 2 * BATCH
     crossing = max(sum(foreign_bags * (shard.num_columns * (4 + 4) + 8) for shard in own) for own in of_rank)
-    assert slower.table_seconds - slow.table_seconds == pytest.approx(crossing / (1e6 / 2 * 0.5) / 2, rel=1e-6)
+    assert slower.table_seconds(DP) - slow.table_seconds(DP) == pytest.approx(crossing / (1e6 / 2 * 0.5) / 2, rel=1e-6)
 
 
 def test_tables_that_fit_on_no_rank_are_said_so():
@@ -171,14 +175,14 @@ LARGE = DhenConfig(
 
 def test_tables_beyond_the_gpus_go_to_the_host_and_are_counted_there():
     made = Planner(Job(LARGE, BATCH, replace(MACHINE, memory_gib=1.0), nodes=2))
-    device, host = made.table_bytes
-    whole = max(made.placement.bytes_of_rank(rank) for rank in range(4))
+    device, host = made.table_bytes(DP)
+    whole = max(made.placement_of(DP).bytes_of_rank(rank) for rank in range(4))
     assert device <= 0.8 * 2**30 < whole
     assert device + host == pytest.approx(whole + CACHED_SHARE * host, rel=0.01)
     assert made.memory(Technique()).host == host
     assert made.memory(Technique()).parts["tables"] == device
     roomy = Planner(Job(LARGE, BATCH, replace(MACHINE, memory_gib=4.0), nodes=2))
-    assert roomy.table_bytes == (max(roomy.placement.bytes_of_rank(rank) for rank in range(4)), 0)
+    assert roomy.table_bytes(DP) == (max(roomy.placement_of(DP).bytes_of_rank(rank) for rank in range(4)), 0)
 
 
 def test_replicated_tables_are_counted_on_every_rank():
@@ -186,10 +190,24 @@ def test_replicated_tables_are_counted_on_every_rank():
     config = DhenConfig(embedding_dim=64, num_layers=1, num_embeddings_out=8, sparse_features=features)
     section = DhenSection(placement={"replicate_below_rows": 100})
     made = Planner(Job(config, BATCH, read_machine("cpu"), 2, section=section))
-    assert made.placement.replicated == ("C1", "C2", "C3")
+    assert made.placement_of(DP).replicated == ("C1", "C2", "C3")
     rows = 4 * 3
-    sharded = max(made.placement.bytes_of_rank(rank) for rank in range(made.job.world_size))
-    assert made.table_bytes == (sharded + replicated_bytes(rows, 64), 0)
+    sharded = max(made.placement_of(DP).bytes_of_rank(rank) for rank in range(made.job.world_size))
+    assert made.table_bytes(DP) == (sharded + replicated_bytes(rows, 64), 0)
+
+
+def test_replicated_tables_take_their_time():
+    """A rank's own lookups and updates, and the reduction of the whole table's gradient, as the placement weighs it."""
+    features = [{"name": "C0", "num_embeddings": 4}]
+    config = DhenConfig(embedding_dim=64, num_layers=1, num_embeddings_out=8, sparse_features=features)
+    section = DhenSection(placement={"replicate_below_rows": 100})
+    made = Planner(Job(config, BATCH, read_machine("cpu"), 2, section=section))
+    zero2 = Technique("zero2")
+    for technique, stage in ((DP, 0), (zero2, 2)):
+        assert made.placement_of(technique).replicated == ("C0",)
+        setting = replace(setting_of(section, 4, 2, BATCH), zero_stage=stage, shard_size=4)
+        assert made.table_seconds(technique) == replicated_seconds(read_costs("cpu"), setting, 4, 64, 1.0) > 0
+    assert made.table_seconds(zero2) > made.table_seconds(DP), "stage 2 gathers the weights besides"
 
 
 def test_only_equal_layers_have_other_depths():

@@ -1,12 +1,13 @@
 """The time model by hand, on steps simple enough to add up."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from dhen.parallel.gathering import Limits
 from dhen.parallel.machine import Machine
-from dhen.parallel.memory import MemorySetting
+from dhen.parallel.memory import MemorySetting, gathering_of
 from dhen.parallel.step_time import compute_seconds, segments, step_seconds
 from dhen.parallel.step_trace import StepTrace, Work, trace_step
 from tests.parallel.test_memory import planner_of
@@ -36,7 +37,7 @@ def test_segments_are_the_layers_forward_and_backward(trace):
     parts = segments(trace, None)
     layers = [(part.layer, part.is_backward) for part in parts if part.layer is not None]
     assert layers == [(n, False) for n in range(DEPTH)] + [(n, True) for n in reversed(range(DEPTH))]
-    assert sum(sum(part.gradients) for part in parts) == trace.num_weights
+    assert sum(sum(part.gradients.values()) for part in parts) == trace.num_weights
     assert sum(len(part.work) for part in parts) == sum(len(event.work) for event in trace.events)
 
 
@@ -52,7 +53,7 @@ def test_hybrid_sharding_hides_what_crosses_nodes_under_the_backward(trace):
     limits = Limits(param_persistence_threshold=0, prefetch_bucket_size=0, max_reuse_distance=0)
     across = 2 * 4 * trace.num_weights * 1 / 2 / 1e7
     inside = 3 * 4 * trace.num_weights * 1 / 2 / 1e9
-    layer = max(sum(part.gradients) for part in segments(trace, None))
+    layer = max(sum(part.gradients.values()) for part in segments(trace, None))
     hybrid = MemorySetting(3, 2, num_replicas=2, reduce_bucket=layer, limits=limits)
     instant = replace(MACHINE, flops={"fp32": 1e15}, memory_bytes_per_second=1e15)
     hidden, shown = (step_seconds(trace, hybrid, machine, nodes=2).waiting for machine in (MACHINE, instant))
@@ -62,6 +63,48 @@ def test_hybrid_sharding_hides_what_crosses_nodes_under_the_backward(trace):
     assert step_seconds(trace, one_bucket, MACHINE, nodes=2).waiting > 0.9 * shown, "it leaves when all is computed"
     flat = step_seconds(trace, MemorySetting(3, 4, limits=limits), instant, nodes=2).waiting
     assert flat == pytest.approx(3 * 4 * trace.num_weights * 3 / 4 / 1e7, rel=0.05)
+
+
+def test_waiting_at_once_shows_what_crosses_nodes(trace):
+    """On ranks that wait for their reduce-scatter, as gloo's do."""
+    layer = max(sum(part.gradients.values()) for part in segments(trace, None))
+    hybrid = MemorySetting(3, 2, num_replicas=2, reduce_bucket=layer)
+    gloo = replace(MACHINE, is_gpu=False)
+    hidden, shown = (
+        step_seconds(trace, replace(hybrid, async_all_reduce=is_async), gloo, nodes=2).waiting
+        for is_async in (True, False)
+    )
+    across = 2 * 4 * trace.num_weights * 1 / 2 / 1e7
+    assert shown > across > 2 * hidden
+
+
+def test_a_gpus_stage_3_gathers_and_reduces_under_the_backward(trace):
+    """Two thirds as much communication as compute: all of it is hidden but what the first layer and the last leave."""
+    layer = max(sum(part.gradients.values()) for part in segments(trace, None))
+    limits = Limits(0, prefetch_bucket_size=layer, max_live_parameters=2 * layer, max_reuse_distance=0)
+    setting = MemorySetting(3, 4, reduce_bucket=layer, limits=limits)
+    compute = step_seconds(trace, setting, MACHINE, nodes=1).compute
+    rate = 4.5 * 4 * trace.num_weights * 3 / 4 / compute
+    alike = replace(MACHINE, ranks_per_node=4, local_bytes_per_second=rate)
+    hidden, shown = (
+        step_seconds(trace, setting, replace(alike, can_overlap=can), nodes=1).waiting for can in (True, False)
+    )
+    gathered = sum(elements for part in segments(trace, gathering_of(trace, setting)) for elements in part.asked)
+    assert shown == pytest.approx(4 * (gathered + trace.num_weights) * 3 / 4 / rate, rel=0.01)
+    assert hidden < 0.4 * shown
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_each_bucket_is_a_message(trace, stage):
+    """A hop's time for each way of each, on a ring of two nodes' four ranks; then the weights are gathered at once."""
+    slow = replace(MACHINE, is_gpu=False, seconds_per_collective=1.0)
+    room = math.ceil(trace.num_weights / 4)
+    one, several = (
+        step_seconds(trace, MemorySetting(stage, 4, reduce_bucket=size), slow, nodes=2).waiting
+        for size in (trace.num_weights, room)
+    )
+    more = (several - one) / (2 * 3)
+    assert more == pytest.approx(3, abs=0.01) if stage == 1 else 3 <= round(more) <= 6
 
 
 def test_recomputation_costs_a_forward(trace):

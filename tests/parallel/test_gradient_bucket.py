@@ -1,0 +1,61 @@
+"""The rule by which gradients leave in buckets is DeepSpeed's own, and hybrid sharding's: real backwards, counted."""
+
+import pytest
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from dhen.parallel.gradient_bucket import GradientBucket
+from dhen.parallel.hsdp import HsdpStage3
+from dhen.parallel.topology import Topology
+from tests.parallel.training import train
+from tests.ranks import run_ranks
+
+ROOM = 2600
+CASES = {
+    "zero1": (DeepSpeedZeroOptimizer, "reduce_ipg_grads"),
+    "zero2": (DeepSpeedZeroOptimizer, "reduce_ipg_grads"),
+    "zero3": (DeepSpeedZeroOptimizer_Stage3, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"),
+    "hsdp": (HsdpStage3, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"),
+}
+"""By ds_config: the optimizer, and its method that reduces the bucket."""
+
+
+def gradients_and_buckets(topology: Topology, name: str) -> tuple[list[int], list[int]]:
+    """Elements of each gradient of a step as it comes, and of each bucket that is reduced."""
+    optimizer, reduction = CASES[name]
+    takes, reduces = optimizer.reduce_independent_p_g_buckets_and_remove_grads, getattr(optimizer, reduction)
+    came: list[int] = []
+    left: list[int] = []
+
+    def take(self, param, *rest):
+        came.append(getattr(param, "ds_numel", param.numel()))
+        return takes(self, param, *rest)
+
+    def reduce(self, *arguments, **options):
+        left.extend(bucket.elements for bucket in self.ipg_buckets.values() if bucket.elements)
+        return reduces(self, *arguments, **options)
+
+    optimizer.reduce_independent_p_g_buckets_and_remove_grads = take
+    setattr(optimizer, reduction, reduce)
+    train(topology, name, steps=1, zero={"reduce_bucket_size": ROOM})
+    return came, left
+
+
+def replayed(came: list[int], *, leaves_early: bool) -> list[int]:
+    """The latter by the rule."""
+    bucket, left = GradientBucket(ROOM, leaves_early=leaves_early), []
+    for number, elements in enumerate(came):
+        if not bucket.has_room_for(elements):
+            left.append(sum(bucket.empty().values()))
+        bucket.put(str(number), elements)
+        if bucket.is_due:
+            left.append(sum(bucket.empty().values()))
+    return [*left, bucket.elements] if bucket.waiting else left
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_buckets_leave_as_deepspeeds_do(name):
+    came, left = run_ranks(4, gradients_and_buckets, name, local_size=2)[0]
+    assert max(came) > ROOM, "a gradient larger than the bucket"
+    assert left == replayed(came, leaves_early=name == "hsdp")
+    assert left != replayed(came, leaves_early=name != "hsdp"), "the model must tell the rules apart"
