@@ -1,6 +1,7 @@
 """The tables' placement in a job: rank 0 plans for all, within the memory of the rank that has least (paper 3.1)."""
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
 from dhen.parallel.machine_at_hand import host_bytes
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
 from dhen.parallel.table_costs import CostsError, StepSetting, read_costs, replicated_bytes
-from dhen.parallel.table_lookup import CACHED_SHARE, MEMORY_SHARE, beyond_device
+from dhen.parallel.table_lookup import MEMORY_SHARE, beyond_device
 from dhen.parallel.topology import Topology
 
 _SCORING_BATCH = 4096
@@ -130,14 +131,16 @@ def table_memory(config: DhenConfig, placement: Placement, device_bytes: int | N
 
     device_bytes: of a GPU's memory; None where ranks compute on the host, so that all is the first.
     """
-    by_rank = [[shard.num_bytes for shard in placement.of_rank(rank)] for rank in range(placement.world_size)]
-    on_host = [0] * placement.world_size
-    if device_bytes is not None:
-        room = int(MEMORY_SHARE * device_bytes)
-        on_host = [sum(sizes[index] for index in beyond_device(sizes, room)) for sizes in by_rank]
-    device = max(sum(sizes) - int((1 - CACHED_SHARE) * left) for sizes, left in zip(by_rank, on_host, strict=True))
+    room = math.inf if device_bytes is None else MEMORY_SHARE * device_bytes
+    on_device, on_host = 0, 0
+    for rank in range(placement.world_size):
+        shards = placement.of_rank(rank)
+        left = beyond_device(shards, room)
+        sizes = [shard.cached_bytes if index in left else shard.num_bytes for index, shard in enumerate(shards)]
+        on_device = max(on_device, sum(sizes))
+        on_host = max(on_host, sum(shards[index].num_bytes for index in left))
     rows = sum(table.num_embeddings for table in config.tables if table.name in placement.replicated)
-    return device + replicated_bytes(rows, config.embedding_dim), max(on_host)
+    return on_device + replicated_bytes(rows, config.embedding_dim), on_host
 
 
 def _costs_name(topology: Topology) -> str:

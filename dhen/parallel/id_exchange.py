@@ -143,6 +143,9 @@ class IdExchange:
         torch.cuda.set_device(self._device)  # a thread has its own
         with torch.cuda.stream(self._stream), record_function(IDS):
             self._stream.wait_event(ready)
+            for tensor in (sparse.ids, sparse.lengths_FB, sparse.weights):
+                if tensor is not None:
+                    tensor.record_stream(self._stream)
             own = self._send_checked(sparse)
             return replace(own, on_device=self._stream.record_event())
 

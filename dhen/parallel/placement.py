@@ -35,7 +35,8 @@ class PlacementError(ValueError):
 class TableShard:
     """Columns [first_column, last_column) of table number `table`, all rows of it, on `rank`.
 
-    num_bytes: of its weights and optimizer state. seconds: what a step is expected to spend on it.
+    num_bytes: of its weights and optimizer state; cached_bytes: on a GPU, where these are in the host's memory.
+    seconds: what a step is expected to spend on it.
     """
 
     table: int
@@ -46,6 +47,7 @@ class TableShard:
     rank: int
     num_bytes: int = 0
     seconds: float = 0.0
+    cached_bytes: int = 0
 
     @property
     def num_columns(self) -> int:
@@ -199,7 +201,19 @@ class _Problem:
             needs = _no_room(tables[error.item].name, cuttable, error.item, world, limit, of_replicated)
             raise PlacementError(needs, _SOLUTIONS) from None
         names = tuple(table.name for table in self.tables if table.name in replicated)
-        return Placement(_shards(tables, self.dim, packing), world, names, packer.unsliceable)
+        return Placement(self._shards(tables, packing), world, names, packer.unsliceable)
+
+    def _shards(self, tables: Sequence[SparseFeature], packing: Packing) -> tuple[TableShard, ...]:
+        """The packing, for others to read: by rank, and then by table."""
+        shards = []
+        for number, (table, cut, ranks) in enumerate(zip(tables, packing.cuts, packing.ranks, strict=True)):
+            rows, columns = table.num_embeddings, self.dim // cut.count
+            cached_bytes = self.setting.cached_bytes(rows, columns)
+            for piece, rank in enumerate(ranks):
+                span = piece * columns, (piece + 1) * columns
+                what = (number, table.name, rows, *span, rank, cut.num_bytes, cut.seconds, cached_bytes)
+                shards.append(TableShard(*what))
+        return tuple(sorted(shards, key=lambda shard: (shard.rank, shard.table, shard.first_column)))
 
 
 def place_tables(
@@ -240,18 +254,6 @@ def _worth_replicating(problem: _Problem) -> list[str]:
             if replicated_seconds(*what) < shard_seconds(*what).total / setting.world_size:
                 chosen.append(table.name)
     return chosen
-
-
-def _shards(tables: Sequence[SparseFeature], dim: int, packing: Packing) -> tuple[TableShard, ...]:
-    """The packing, for others to read: by rank, and then by table."""
-    shards = []
-    for number, (table, cut, ranks) in enumerate(zip(tables, packing.cuts, packing.ranks, strict=True)):
-        columns = dim // cut.count
-        for piece, rank in enumerate(ranks):
-            first, last = piece * columns, (piece + 1) * columns
-            what = (number, table.name, table.num_embeddings, first, last, rank, cut.num_bytes, cut.seconds)
-            shards.append(TableShard(*what))
-    return tuple(sorted(shards, key=lambda shard: (shard.rank, shard.table, shard.first_column)))
 
 
 def _check_by_hand(tables: Sequence[SparseFeature], cuttable: Sequence[CuttableTable], room: int) -> None:

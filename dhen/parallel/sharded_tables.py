@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
@@ -93,7 +94,10 @@ class ShardedTables(nn.Module):
         self.optimizer, self.table_dtype = optimizer, table_dtype
         self.is_frozen = False
         self._wires, self._overlap = wires or Wires(), overlap
-        self._group, self._device, self._world_size = topology.world, topology.device, topology.world_size
+        self._device, self._world_size = topology.device, topology.world_size
+        # NCCL has a stream for each group: under ZeRO-3, whose is the world's, embeddings would wait for its weights.
+        on_gpu = self._device.type == "cuda"
+        self._group = dist.new_group(timeout=topology.timeout) if on_gpu else topology.world
         by_rank = [_in_order(placement.of_rank(rank)) for rank in range(topology.world_size)]
         self.shards = by_rank[topology.rank]
         self._layout = _layout(by_rank, len(self.tables), embedding_dim, topology.rank)
@@ -109,7 +113,7 @@ class ShardedTables(nn.Module):
         cached: frozenset[int] = frozenset()
         if self._device.type == "cuda":
             memory = torch.cuda.get_device_properties(self._device).total_memory
-            cached = beyond_device([shard.num_bytes for shard in self.shards], int(MEMORY_SHARE * memory))
+            cached = beyond_device(self.shards, int(MEMORY_SHARE * memory))
         self._lookup = make_lookup(
             [(shard.num_embeddings, shard.num_columns) for shard in self.shards],
             self._device,

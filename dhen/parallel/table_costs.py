@@ -16,6 +16,10 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 _STRICT = ConfigDict(extra="forbid")
 _FOLDER = Path(__file__).parent / "costs"
 _ID_BYTES, _OUTPUT_BYTES = 8, 4
+CACHED_SHARE = 0.2
+"""Of the rows of a table in the host's memory, how many a GPU caches: FBGEMM's default."""
+_CACHED_ROW_BYTES, _CACHE_SLOT_BYTES = 4, 16
+"""What FBGEMM's cache keeps on the GPU of each row of the table, and of each that is cached, beside its weights."""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
 WIRE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0}
 
@@ -152,6 +156,12 @@ class StepSetting:
         """Bytes of a shard's weights and of its optimizer's state."""
         state = {"rowwise_adagrad": 4, "adagrad": 4 * columns, "sgd": 0}[self.optimizer]
         return rows * (columns * WEIGHT_BYTES[self.table_dtype] + state)
+
+    def cached_bytes(self, rows: int, columns: int) -> int:
+        """Of these, what stays on a GPU when the shard is in the host's memory: the cache, and row-wise states."""
+        state = 4 if self.optimizer == "rowwise_adagrad" else 0
+        slot = _CACHE_SLOT_BYTES + columns * WEIGHT_BYTES[self.table_dtype]
+        return int(rows * (state + _CACHED_ROW_BYTES + CACHED_SHARE * slot))
 
 
 @dataclass(frozen=True)

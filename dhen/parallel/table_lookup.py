@@ -13,6 +13,9 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
+from dhen.parallel.placement import TableShard
+from dhen.parallel.table_costs import CACHED_SHARE
+
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
 TableDtype = Literal["fp32", "fp16"]
 TableRounding = Literal["stochastic", "nearest"]
@@ -20,8 +23,6 @@ TableRounding = Literal["stochastic", "nearest"]
 ADAGRAD_EPSILON = 1e-8
 MEMORY_SHARE = 0.8
 """Of a device's memory, for tables."""
-CACHED_SHARE = 0.2
-"""Of the rows of a table in the host's memory, how many the GPU caches: FBGEMM's default."""
 
 _OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -68,17 +69,17 @@ def _location(device: torch.device, is_cached: bool) -> tuple[EmbeddingLocation,
     return EmbeddingLocation.MANAGED_CACHING if is_cached else EmbeddingLocation.DEVICE, ComputeDevice.CUDA
 
 
-def beyond_device(num_bytes: Sequence[int], device_bytes: int) -> frozenset[int]:
-    """Which of the tables must leave the device for the rest, and the cache of those that left, to fit into it.
+def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozenset[int]:
+    """Which of the shards must leave the device for the rest, and the cache of those that left, to fit into it.
 
     The largest leave first: fewest tables pay for the way over the bus.
     """
     left: set[int] = set()
-    by_size = sorted(range(len(num_bytes)), key=lambda index: (-num_bytes[index], index))
-    needed = float(sum(num_bytes))
+    by_size = sorted(range(len(shards)), key=lambda index: (-shards[index].num_bytes, index))
+    needed = sum(shard.num_bytes for shard in shards)
     for index in by_size:
         if needed <= device_bytes:
             break
-        needed -= (1.0 - CACHED_SHARE) * num_bytes[index]
+        needed -= shards[index].num_bytes - shards[index].cached_bytes
         left.add(index)
     return frozenset(left)

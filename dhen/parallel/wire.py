@@ -7,6 +7,7 @@ for each row and block, its largest magnitude over 127, so a large table doesn't
 travel in the row, behind its values, and a block with an infinite value arrives as NaN. NaN stays NaN.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -88,4 +89,11 @@ def _spread(scales: Tensor, widths: Sequence[int]) -> Tensor:
     """A block's scale for each of its columns: (rows, sum of widths)."""
     if len(set(widths)) == 1:
         return scales.repeat_interleave(widths[0], dim=1)
-    return scales.repeat_interleave(torch.tensor(widths, device=scales.device), dim=1, output_size=sum(widths))
+    return scales[:, _block_of_column(tuple(widths), scales.device)]
+
+
+@functools.cache
+def _block_of_column(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once, because a copy to a GPU makes the host wait for all that is queued there."""
+    with torch.inference_mode(False):
+        return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)).to(device)

@@ -1,5 +1,7 @@
 """Where FBGEMM's tables live, in which order a rank has its shards, and how many bytes an id takes on its way."""
 
+from dataclasses import replace
+
 import torch
 
 from dhen.model.configuration_dhen import SparseFeature
@@ -9,19 +11,32 @@ from dhen.parallel.collectives import ColumnBlock, PooledLayout
 from dhen.parallel.id_exchange import IdExchange
 from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, TableShard
 from dhen.parallel.sharded_tables import ShardedTables
-from dhen.parallel.table_lookup import CACHED_SHARE, beyond_device
+from dhen.parallel.table_costs import StepSetting
+from dhen.parallel.table_lookup import beyond_device
 from dhen.parallel.topology import Topology
 from tests.ranks import run_ranks
 
 
+def shards_of(*num_bytes: int) -> list[TableShard]:
+    """Of so many bytes, a fifth of which a cache takes."""
+    return [TableShard(0, "table", 1, 0, 4, 0, size, cached_bytes=size // 5) for size in num_bytes]
+
+
 def test_tables_leave_the_device_only_where_they_do_not_fit():
-    assert beyond_device([10, 20, 30], 60) == frozenset()
-    assert beyond_device([10, 20, 30], 59) == {2}
-    assert beyond_device([10, 30, 30], 30) == {1, 2}, "of two equal ones the first"
-    assert beyond_device([100], 10) == {0}
+    assert beyond_device(shards_of(10, 20, 30), 60) == frozenset()
+    assert beyond_device(shards_of(10, 20, 30), 59) == {2}
+    assert beyond_device(shards_of(10, 30, 30), 30) == {1, 2}, "of two equal ones the first"
+    assert beyond_device(shards_of(100), 10) == {0}
     assert beyond_device([], 0) == frozenset()
-    stays = 10 + 20 + CACHED_SHARE * 30
-    assert beyond_device([10, 20, 30], int(stays)) == {2}, "the cache of what left counts"
+    assert beyond_device(shards_of(10, 20, 30), 10 + 20 + 6) == {2}, "the cache of what left counts"
+    assert beyond_device(shards_of(10, 20, 30), 10 + 20 + 5) == {1, 2}
+
+
+def test_what_a_cached_table_leaves_on_the_device():
+    """Fused into row-wise Adagrad, a number a row; FBGEMM's map of rows; a fifth of the rows, each with 16 bytes."""
+    setting = StepSetting(4, 2, 64, optimizer="rowwise_adagrad", table_dtype="fp16")
+    assert setting.cached_bytes(1000, 16) == 1000 * (4 + 4) + 200 * (16 + 32)
+    assert replace(setting, optimizer="adagrad").cached_bytes(1000, 16) == 1000 * 4 + 200 * (16 + 32)
 
 
 def test_the_hosts_memory_is_used_where_the_devices_is_too_small():
