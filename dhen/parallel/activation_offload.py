@@ -68,6 +68,7 @@ class ActivationOffload:
 
     def __init__(self, stream: "torch.cuda.Stream | None") -> None:
         self._stream = stream
+        self._copied: torch.cuda.Event | None = None  # what the last layer saved
         self._last: Callable[[], _Layer | None] = _nothing
 
     def run(self, forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -81,9 +82,16 @@ class ActivationOffload:
         if self._stream is not None:
             for source, _ in sources.values():
                 source.record_stream(self._stream)
+            self._hold_back(result.device)
         sources.clear()  # the graph keeps the hooks, and must not keep the sources with them
         self._last = weakref.ref(layer)  # the graph alone keeps it
         return result
+
+    def _hold_back(self, device: torch.device) -> None:
+        """Let no more than two layers wait to be copied: the host queues layers faster than they go."""
+        before, self._copied = self._copied, self._stream.record_event()
+        if before is not None:
+            torch.cuda.current_stream(device).wait_event(before)
 
     def _pack(self, layer: _Layer, sources: dict, tensor: Tensor) -> "Tensor | _Saved":
         is_weight = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)  # ZeRO moves it about
@@ -135,6 +143,8 @@ class ActivationOffload:
             for saved in layer.saved:
                 saved.back = saved.host.clone()
             return
+        if layer.saved:  # not before the backward has come here, however far ahead the host has queued it
+            self._stream.wait_stream(torch.cuda.current_stream(layer.saved[0].device))
         with torch.cuda.stream(self._stream):
             for saved in layer.saved:
                 saved.back = saved.host.to(saved.device, non_blocking=True)
