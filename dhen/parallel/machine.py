@@ -132,7 +132,7 @@ def shipped_machines() -> dict[str, Path]:
 def read_machine(name: str, **changes: Any) -> Machine:
     """The machine that ships under `name`, or that of a file; `changes` replace its values. Raises MachineError.
 
-    With other ranks_per_node the node's link is another one where each rank has its own part of it.
+    Where a node's link grows with its ranks, it follows a changed ranks_per_node.
     """
     path = shipped_machines().get(name, Path(name))
     if not path.is_file():
