@@ -132,7 +132,8 @@ class _Timeline:
         self._accumulation_steps = accumulation_steps
         is_serial = not machine.is_gpu or not machine.can_overlap  # gloo's reduce-scatter is waited for
         self._waits_for_reduction = is_serial or (setting.stage == 2 and not setting.overlap_comm)
-        self._now = self._began = self._fabric = self._link = self._host = 0.0
+        self._now = self._fabric = self._link = self._host = 0.0
+        self._began = 0.0  # the part at hand, or the one before
         self._bucket = setting.gradient_bucket()
         self._gathered: list[float] = []  # when each all-gather is done
         self._on_host: dict[int, int] = {}  # bytes of activations by layer
@@ -228,8 +229,7 @@ class _Links:
     """Seconds of the dense part's collectives under a setting."""
 
     def __init__(self, machine: Machine, setting: MemorySetting, nodes: int) -> None:
-        self._machine, self._nodes = machine, nodes
-        self._stage = setting.stage
+        self._machine, self._stage = machine, setting.stage
         ranks = nodes * machine.ranks_per_node
         group = ranks if setting.stage == 0 or setting.num_replicas == 1 else setting.shard_size
         self._ring = {"nodes": max(1, group // machine.ranks_per_node) if nodes > 1 else 1, "ranks": group}
