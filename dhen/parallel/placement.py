@@ -85,12 +85,11 @@ class Placement:
         """Seconds a step of the longest rank."""
         return max(self.seconds_of_rank(rank) for rank in range(self.world_size))
 
-    def makespan_at(self, costs: Costs, setting: StepSetting, ids_per_bag: Mapping[str, float] | None = None) -> float:
+    def makespan_at(self, costs: Costs, setting: StepSetting, ids_per_bag: Mapping[str, float]) -> float:
         """Seconds a step of the longest rank by other costs than those that it was planned by."""
-        ids = ids_per_bag or {}
 
         def seconds(shard: TableShard) -> float:
-            what = shard.num_embeddings, shard.num_columns, ids.get(shard.name, 1.0)
+            what = shard.num_embeddings, shard.num_columns, ids_per_bag.get(shard.name, 1.0)
             return shard_seconds(costs, setting, *what).total
 
         return max(math.fsum(map(seconds, self.of_rank(rank))) for rank in range(self.world_size))

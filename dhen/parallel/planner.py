@@ -175,7 +175,7 @@ class Planner:
     def _table_setting(self, technique: Technique) -> StepSetting:
         job = self.job
         setting = setting_of(job.section, job.world_size, job.machine.ranks_per_node, job.batch_size)
-        if not job.section.placement.replicate_below_rows:
+        if not job.section.placement.replicate_below_rows:  # then one placement serves all techniques
             return setting
         return replace(setting, zero_stage=SCHEMES[technique.scheme], shard_size=self._shard_size(technique))
 

@@ -113,7 +113,7 @@ class ShardedTables(nn.Module):
         cached: frozenset[int] = frozenset()
         if self._device.type == "cuda":
             memory = torch.cuda.get_device_properties(self._device).total_memory
-            cached = beyond_device(self.shards, int(MEMORY_SHARE * memory))
+            cached = beyond_device(self.shards, MEMORY_SHARE * memory)
         self._lookup = make_lookup(
             [(shard.num_embeddings, shard.num_columns) for shard in self.shards],
             self._device,

@@ -80,6 +80,8 @@ def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozense
     for index in by_size:
         if needed <= device_bytes:
             break
-        needed -= shards[index].num_bytes - shards[index].cached_bytes
-        left.add(index)
+        saved = shards[index].num_bytes - shards[index].cached_bytes
+        if saved > 0:  # of a few columns the cache takes more than the rows
+            needed -= saved
+            left.add(index)
     return frozenset(left)

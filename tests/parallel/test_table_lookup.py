@@ -30,6 +30,8 @@ def test_tables_leave_the_device_only_where_they_do_not_fit():
     assert beyond_device([], 0) == frozenset()
     assert beyond_device(shards_of(10, 20, 30), 10 + 20 + 6) == {2}, "the cache of what left counts"
     assert beyond_device(shards_of(10, 20, 30), 10 + 20 + 5) == {1, 2}
+    narrow = TableShard(0, "narrow", 1, 0, 4, 0, num_bytes=40, cached_bytes=41)
+    assert beyond_device([*shards_of(10, 20), narrow], 69) == {1}, "what would take more in the cache stays"
 
 
 def test_what_a_cached_table_leaves_on_the_device():
