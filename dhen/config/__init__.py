@@ -1,0 +1,1 @@
+"""What a user may say: arguments, and the ds_config that fits a run to its machine."""

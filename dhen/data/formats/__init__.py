@@ -1,0 +1,1 @@
+"""Readers of raw files: blocks of rows in, columns out."""

@@ -1,0 +1,1 @@
+"""The minimum set of memory techniques for a depth and a machine (paper 3.1)."""

@@ -1,0 +1,1 @@
+"""What a run leaves and takes up again: checkpoints, exported models, scores."""

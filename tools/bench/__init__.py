@@ -1,0 +1,1 @@
+"""The benchmarks: each measures one promise; README.md has their tables."""
