@@ -9,11 +9,11 @@ Without --dataset_name it takes the test split of the run's own data. Runs on an
 
 from pathlib import Path
 
-from dhen.parallel import topology as job
+from dhen.runtime import topology as job
+from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.loop import evaluate
-from dhen.training.messages import log_to_stderr, user_errors
 from dhen.training.run_folder import metrics_of, print_metrics, write_json
-from dhen.training.scoring import load_for_scoring, parse_scoring_arguments
+from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
 
 
 def main() -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from dhen.data.batches import BatchLoader
-from dhen.data.origins import Origins
-from dhen.parallel import topology as job
-from dhen.parallel.collectives import all_gather_uneven
-from dhen.parallel.parallelize import ScoringDhen
-from dhen.training.messages import log_to_stderr, user_errors
-from dhen.training.scoring import load_for_scoring, parse_scoring_arguments
+from dhen.data.loading.batches import BatchLoader
+from dhen.data.preparation.origins import Origins
+from dhen.runtime import topology as job
+from dhen.runtime.collectives import all_gather_uneven
+from dhen.runtime.messages import log_to_stderr, user_errors
+from dhen.training.parallelize import ScoringDhen
+from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
 
 COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label", pa.float32()),
                      ("file", pa.string()), ("line", pa.int64())])  # fmt: skip

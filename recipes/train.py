@@ -11,35 +11,24 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dhen.data.batches import BatchLoader
-from dhen.data.prepared_rows import mean_bag_sizes
+from dhen.config.arguments import ArgumentError, Arguments, TrainingArguments, parse_arguments
+from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
+from dhen.data.loading.batches import BatchLoader
+from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel import topology as job
-from dhen.parallel.ds_config import AUTO, DsConfig, read_ds_config
-from dhen.parallel.lost_ranks import naming_lost_ranks
-from dhen.parallel.machine_at_hand import rank_memory_bytes
-from dhen.parallel.parallelize import ParallelDhen, parallelize
-from dhen.parallel.topology import Topology
-from dhen.training.arguments import ArgumentError, Arguments, TrainingArguments, parse_arguments
+from dhen.runtime import topology as job
+from dhen.runtime.lost_ranks import naming_lost_ranks
+from dhen.runtime.machine_at_hand import rank_memory_bytes
+from dhen.runtime.messages import log_to_stderr, user_errors
+from dhen.runtime.topology import Topology
 from dhen.training.auto_ds_config import choose_ds_config
-from dhen.training.checkpoint import (
-    check_same_model,
-    checkpoint_of,
-    find_checkpoint,
-    is_whole,
-    load_checkpoint,
-    point_latest_at,
-    saved_table_cuts,
-)
 from dhen.training.curves import draw_curves
 from dhen.training.dataset import prepare_dataset, settings_without_effect
-from dhen.training.fine_tuning import StartingPoint, config_for, frozen_and_new, ignored_architecture, start_from
 from dhen.training.loop import Trainer, evaluate
 from dhen.training.memory_plan import MemoryPlan
-from dhen.training.messages import log_to_stderr, user_errors
-from dhen.training.model_card import model_card
-from dhen.training.progress import ProgressReporter
+from dhen.training.parallelize import ParallelDhen, parallelize
+from dhen.training.progress import METRICS_FILE, ProgressReporter
 from dhen.training.run_folder import (
     SUMMARY_FILE,
     announce,
@@ -50,7 +39,18 @@ from dhen.training.run_folder import (
     write_json,
     write_setup,
 )
-from dhen.training.trained_model import MODEL_FOLDER, TrainedModel, export_model
+from dhen.training.saved.checkpoint import (
+    check_same_model,
+    checkpoint_of,
+    find_checkpoint,
+    is_whole,
+    load_checkpoint,
+    point_latest_at,
+    saved_table_cuts,
+)
+from dhen.training.saved.fine_tuning import StartingPoint, config_for, frozen_and_new, ignored_architecture, start_from
+from dhen.training.saved.model_card import model_card
+from dhen.training.saved.trained_model import MODEL_FOLDER, TrainedModel, export_model
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 logger = logging.getLogger("dhen")
@@ -255,7 +255,7 @@ def finish(
     export_model(model, output_dir / MODEL_FOLDER, schema, prepared, model_card(model.config, schema, summary))
     if model.topology.is_main:
         write_json(output_dir / SUMMARY_FILE, summary)
-        draw_curves(output_dir, schema.best_possible_ne.get("validation"))
+        draw_curves(output_dir / METRICS_FILE, schema.best_possible_ne.get("validation"))
         print_metrics(results)
         logger.info(
             "%s steps in %.0f s, %s samples/s",

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dhen.config.ds_config import Recipe
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel.ds_config import Recipe
 
 SEED = 3
 LEARNING_RATE, TABLE_LEARNING_RATE = 1e-2, 0.5

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["dhen.parallel.parallelize"])
+_context.set_forkserver_preload(["dhen.training.parallelize"])
 
 
 def run_ranks(
@@ -57,7 +57,7 @@ def _one_rank(environment: dict[str, str], results: Any, function: Callable[...,
     try:
         import torch
 
-        from dhen.parallel import topology
+        from dhen.runtime import topology
 
         torch.set_num_threads(1)
         result = function(topology.start(timeout_minutes=2), *args)

@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dhen.config.ds_config import DsConfig, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import DsConfig, read_ds_config
-from dhen.parallel.parallelize import ParallelDhen, parallelize
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
+from dhen.training.parallelize import ParallelDhen, parallelize
 from tests import ROOT
-from tests.parallel.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe
+from tests.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe
 
 STEPS, GLOBAL_BATCH = 20, 32
 

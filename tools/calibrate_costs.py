@@ -28,10 +28,9 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from dhen.parallel import topology as job
-from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, make_lookup
-from dhen.parallel.stochastic_rounding import RoundedTables
-from dhen.parallel.table_costs import (
+from dhen.runtime import topology as job
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.costs import (
     Costs,
     StepSetting,
     Work,
@@ -40,7 +39,8 @@ from dhen.parallel.table_costs import (
     read_costs,
     update_work,
 )
-from dhen.parallel.topology import Topology
+from dhen.tables.sharded_tables import ADAGRAD_EPSILON, make_lookup
+from dhen.tables.stochastic_rounding import RoundedTables
 
 BATCH = 4096
 TABLES = 4

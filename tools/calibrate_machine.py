@@ -24,10 +24,10 @@ from torch import Tensor
 
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel.host_allocator import keep_freed_memory
-from dhen.parallel.machine import Machine, MachineError, read_machine
-from dhen.parallel.step_time import compute_seconds
-from dhen.parallel.step_trace import Precision, trace_step
+from dhen.planner.machine import Machine, MachineError, read_machine
+from dhen.planner.step_time import compute_seconds
+from dhen.planner.step_trace import Precision, trace_step
+from dhen.runtime.host_allocator import keep_freed_memory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -21,17 +21,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dhen.data.prepared_rows import mean_bag_sizes
+from dhen.config.arguments import Arguments, parse_arguments
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import read_section
+from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import DhenSection, read_section
-from dhen.parallel.machine import Machine, read_machine, shipped_machines
-from dhen.parallel.planner import Job, NothingFitsError, Planner, Prediction, Scheme, Technique, gib
-from dhen.parallel.rungs import Plan, by_depth
-from dhen.training.arguments import Arguments, parse_arguments
+from dhen.planner.machine import Machine, read_machine, shipped_machines
+from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, Scheme, Technique, gib
+from dhen.planner.rungs import Plan, by_depth
 from dhen.training.dataset import is_prepared
-from dhen.training.fine_tuning import config_for
 from dhen.training.run_folder import write_json
+from dhen.training.saved.fine_tuning import config_for
 
 BY_DEPTH_FILE = "by_depth.json"
 FIGURE_SCHEMES: dict[Scheme, str] = {"dp": "DP", "zero3": "FSDP (zero3)", "hsdp": "HSDP"}

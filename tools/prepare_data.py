@@ -17,11 +17,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from dhen.data.preprocessing import prepare, settings_without_effect
-from dhen.data.raw_stream import PreparationProgress
+from dhen.data.preparation.preprocessing import prepare, settings_without_effect
+from dhen.data.preparation.raw_stream import PreparationProgress
+from dhen.data.preparation.settings import FORMATS, PreparationSettings
+from dhen.data.preparation.writing import BAD_ROWS_FILE
 from dhen.data.schema import Schema
-from dhen.data.settings import FORMATS, PreparationSettings
-from dhen.data.writing import BAD_ROWS_FILE
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     for split in ("train", "validation", "test"):
         add(f"--{split}_file", nargs="+", metavar="PATH", help=f"files or globs of the {split} split")
     add("--dataset_format", "--format", choices=("auto", *FORMATS), help="default: auto, by name and first line")
-    add("--dataset_schema", metavar="YAML", help="what each column is: see dhen/data/roles.py")
+    add("--dataset_schema", metavar="YAML", help="what each column is: see dhen/data/formats/roles.py")
     add("--split_fractions", nargs=3, type=float, help=f"train, validation, test; default: {default.split_fractions}")
     add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
     add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")

@@ -12,10 +12,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser
 
+from dhen.config.ds_config import Recipe
 from dhen.model.configuration_dhen import DhenArchitecture
 from dhen.model.interactions import import_interactions
 from dhen.model.names import unknown_name
-from dhen.parallel.ds_config import Recipe
 
 Paths = str | list[str] | None
 """One path, or several: a word, or several words after the flag; a text, or a list in YAML."""

@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-if TYPE_CHECKING:
-    from dhen.parallel.ds_config import DhenSection
+from dhen.config.dhen_section import DhenSection
 
 _FP32 = ("fp32", "float32", "float", "torch.float32")
 
 
-def known_faults(raw: dict[str, Any], section: "DhenSection") -> Iterator[str]:
+def known_faults(raw: dict[str, Any], section: DhenSection) -> Iterator[str]:
     """What is wrong with a ds_config that DeepSpeed's parser accepted, each fault in words that start with its key.
 
     raw: DeepSpeed's part.
@@ -74,7 +73,7 @@ def _of_zero(zero: dict[str, Any]) -> Iterator[str]:
             )
 
 
-def _of_hybrid_sharding(raw: dict[str, Any], stage: int, section: "DhenSection") -> Iterator[str]:
+def _of_hybrid_sharding(raw: dict[str, Any], stage: int, section: DhenSection) -> Iterator[str]:
     """What hybrid sharding can't be combined with. Whether the ranks can be divided is known only in the job."""
     zero = raw.get("zero_optimization", {})
     if section.shard_group == "world":

@@ -10,7 +10,7 @@ A prepared folder is
 The Parquet columns are `label` (float32, 0 or 1; NaN where unknown, as in data to predict), one float32 column a dense
 feature (already transformed), one int32 or int64 column a single-valued sparse feature, and a list column a
 multi-valued one, with a list<float32> column `<feature>:weights` beside it where its ids carry weights. Ids are ready
-for the table: 0 <= id < num_embeddings. Rows to predict have the columns `:file` and `:row` too (dhen/data/origins.py).
+for the table: 0 <= id < num_embeddings. Rows to predict have the columns `:file` and `:row` too.
 """
 
 import json

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from dhen.dense.activation_checkpointing import first_layers
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel.activation_checkpointing import first_layers
 
 _LEAST_BYTES = 1 << 16
 """Smaller tensors stay: a copy's start costs more than their memory is worth."""

@@ -9,7 +9,7 @@ communicates across nodes.
 DeepSpeed has no such stage, but its ZeRO optimizers take the process group that they shard over. So an engine hands
 them the shard group, and a subclass takes over each of them at the place where a reduced shard is put away. That place
 is private to DeepSpeed: all such names stand in this file, are those of DeepSpeed 0.19.8, and are guarded by
-`tests/parallel/test_hsdp.py`.
+`tests/dense/test_hsdp.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from dhen.parallel.gradient_bucket import is_nearly_full
-from dhen.parallel.topology import ShardGroups
+from dhen.dense.gradient_bucket import is_nearly_full
+from dhen.runtime.topology import ShardGroups
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dhen.parallel.ds_config import DsConfig
-from dhen.parallel.gathering import Gathering, Limits
-from dhen.parallel.gradient_bucket import GradientBucket
-from dhen.parallel.step_trace import Event, StepTrace, layer_name
+from dhen.config.ds_config import DsConfig
+from dhen.dense.gradient_bucket import GradientBucket
+from dhen.planner.step_trace import Event, StepTrace, layer_name
+from dhen.planner.zero3_gathering import Gathering, Limits
 
 ALL_REDUCE_ELEMENTS = 500_000_000
 """Stage 0 reduces so many gradients in one flat copy, whatever the ds_config says."""

@@ -12,15 +12,16 @@ from typing import Any, Literal
 
 import torch
 
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import DsConfig
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.agreed_placement import place_as_asked, setting_of, table_memory
-from dhen.parallel.ds_config import DhenSection, DsConfig
-from dhen.parallel.machine import Machine
-from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
-from dhen.parallel.placement import Placement
-from dhen.parallel.step_time import StepSeconds, segments, step_seconds
-from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
-from dhen.parallel.table_costs import StepSetting, read_costs, replicated_seconds
+from dhen.planner.machine import Machine
+from dhen.planner.memory import MemorySetting, MemoryUse, predict_memory
+from dhen.planner.step_time import StepSeconds, segments, step_seconds
+from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
+from dhen.tables.placement.agreed import place_as_asked, setting_of, table_memory
+from dhen.tables.placement.costs import StepSetting, read_costs, replicated_seconds
+from dhen.tables.placement.plan import Placement
 
 Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dhen.parallel.planner import Technique
+from dhen.planner.minimum_set import Technique
 
 _SECTION = "dhen"
 

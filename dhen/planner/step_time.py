@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from dhen.parallel.gathering import Gathering
-from dhen.parallel.machine import Machine
-from dhen.parallel.memory import ALL_REDUCE_ELEMENTS, MemorySetting, gathering_of
-from dhen.parallel.step_trace import StepTrace, Work
+from dhen.planner.machine import Machine
+from dhen.planner.memory import ALL_REDUCE_ELEMENTS, MemorySetting, gathering_of
+from dhen.planner.step_trace import StepTrace, Work
+from dhen.planner.zero3_gathering import Gathering
 
 _ADAM_PASSES = 2
 """Adam's masters and states are read and written."""

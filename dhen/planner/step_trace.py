@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.layer import DhenLayer
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel.activation_checkpointing import checkpoint_layers
-from dhen.parallel.live_memory import LiveMemory
+from dhen.planner.live_memory import LiveMemory
 
 _ALIKE = 3
 """So many of a run of equal layers are traced: the middle one has equal neighbours on both sides."""

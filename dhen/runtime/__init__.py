@@ -1,5 +1,5 @@
-"""How the model is spread over ranks (paper section 3)."""
+"""This process in its job: who it is, what must be true before DeepSpeed and FBGEMM are imported, who is lost."""
 
-from dhen.parallel.environment import prepare_environment
+from dhen.runtime.environment import prepare_environment
 
 prepare_environment()

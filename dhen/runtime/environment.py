@@ -1,6 +1,6 @@
 """What must be true before DeepSpeed and FBGEMM are imported: accelerator, versions that match, no needless noise.
 
-Importing `dhen.parallel` runs `prepare_environment`, so every module of this room finds it done.
+Importing `dhen.runtime` runs `prepare_environment`; the rooms that use DeepSpeed or FBGEMM import it first.
 """
 
 import importlib.metadata
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dhen.parallel.extensions_cache import keep_extensions_apart
+from dhen.runtime.extensions_cache import keep_extensions_apart
 
 FBGEMM_PACKAGES = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 FIRST_MINOR_OFFSET = 5  # FBGEMM 1.m is built against torch 2.(m + 5): 1.6 with 2.11, 1.8 with 2.13

@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
 
 _QUESTION, _ANSWER, _LOST = "dhen/are_you_there/{}", "dhen/here/{}", "dhen/lost"
 _LEAVING, _LEFT = b"leaving", "dhen/left/{}"

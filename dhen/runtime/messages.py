@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dhen.parallel.environment import EnvironmentMismatchError
+from dhen.runtime.environment import EnvironmentMismatchError
 
 MISTAKES = (ValueError, OSError, EnvironmentMismatchError)
 """ValueError is for the user's mistakes, assert for ours: so the errors of set-up are of these kinds."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from dhen.parallel.host_allocator import keep_freed_memory
+from dhen.runtime.host_allocator import keep_freed_memory
 
 ShardGroup = Literal["world", "node"] | int
 """Which ranks hold one replica of the dense part together: all, those of a node, or that many neighbours."""

@@ -17,10 +17,10 @@ from torch.profiler import record_function
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
-from dhen.parallel.background import in_background
-from dhen.parallel.collectives import all_to_all
-from dhen.parallel.placement import TableShard
-from dhen.parallel.topology import Topology
+from dhen.runtime.background import in_background
+from dhen.runtime.collectives import all_to_all
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.plan import TableShard
 
 IDS = "ids' all-to-all"
 """Its name in a profiler's trace."""

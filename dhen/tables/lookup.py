@@ -1,7 +1,6 @@
 """FBGEMM's tables of one rank: where their weights live, their dtype, their optimizer (paper 3.2.1)."""
 
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType, SparseType
@@ -13,16 +12,10 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 
-from dhen.parallel.placement import TableShard
-from dhen.parallel.table_costs import CACHED_SHARE
-
-TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
-TableDtype = Literal["fp32", "fp16"]
-TableRounding = Literal["stochastic", "nearest"]
+from dhen.config.dhen_section import TableDtype, TableOptimizer
+from dhen.tables.placement.costs import CACHED_SHARE
 
 ADAGRAD_EPSILON = 1e-8
-MEMORY_SHARE = 0.8
-"""Of a device's memory, for tables."""
 
 _OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -67,21 +60,3 @@ def _location(device: torch.device, is_cached: bool) -> tuple[EmbeddingLocation,
     if device.type == "cpu":
         return EmbeddingLocation.HOST, ComputeDevice.CPU
     return EmbeddingLocation.MANAGED_CACHING if is_cached else EmbeddingLocation.DEVICE, ComputeDevice.CUDA
-
-
-def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozenset[int]:
-    """Which of the shards must leave the device for the rest, and the cache of those that left, to fit into it.
-
-    The largest leave first: fewest tables pay for the way over the bus.
-    """
-    left: set[int] = set()
-    by_size = sorted(range(len(shards)), key=lambda index: (-shards[index].num_bytes, index))
-    needed = sum(shard.num_bytes for shard in shards)
-    for index in by_size:
-        if needed <= device_bytes:
-            break
-        saved = shards[index].num_bytes - shards[index].cached_bytes
-        if saved > 0:  # of a few columns the cache takes more than the rows
-            needed -= saved
-            left.add(index)
-    return frozenset(left)

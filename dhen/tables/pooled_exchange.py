@@ -1,7 +1,4 @@
-"""All-to-all between the ranks that own the embedding tables and the data-parallel batch (paper 3.2.1).
-
-Every function here communicates over the group it is given; all ranks of that group call it in the same order.
-"""
+"""All-to-all between the ranks that own the embedding tables and the data-parallel batch (paper 3.2.1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,38 +6,14 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from dhen.parallel.wire import Wire
+from dhen.tables.wire import Wire
 
 EMBEDDINGS, GRADIENTS = "embeddings' all-to-all", "gradients' all-to-all"
 WAITING = "waiting for an all-to-all"
 """Names in a profiler's trace."""
-
-
-def all_to_all(
-    tensor: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: dist.ProcessGroup
-) -> Tensor:
-    """Send `send_sizes[r]` elements of a flat tensor to each rank r; returns what came, in the order of the senders."""
-    if len(send_sizes) == 1:
-        return tensor
-    received = tensor.new_empty(sum(receive_sizes))
-    dist.all_to_all_single(received, tensor, list(receive_sizes), list(send_sizes), group=group)
-    return received
-
-
-def all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' flat tensors one after another, on the CPU; they may differ in length."""
-    world_size = dist.get_world_size(group)
-    sizes = torch.zeros(world_size, dtype=torch.int64, device=tensor.device)
-    dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(tensor)]), group=group)
-    longest = int(sizes.max())
-    everyone = tensor.new_empty(world_size * longest)
-    dist.all_gather_into_tensor(everyone, F.pad(tensor, (0, longest - len(tensor))), group=group)
-    parts = everyone.view(world_size, longest).cpu()
-    return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
 
 
 @dataclass(frozen=True)

@@ -18,22 +18,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from dhen.config.dhen_section import TableDtype, TableOptimizer, TableRounding
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
-from dhen.parallel.collectives import WAITING, ColumnBlock, PooledExchange, PooledLayout, Wires
-from dhen.parallel.id_exchange import IdExchange, SentIds
-from dhen.parallel.placement import Placement, TableShard
-from dhen.parallel.stochastic_rounding import RoundedTables, round_stochastically
-from dhen.parallel.table_lookup import (
+from dhen.runtime.topology import Topology
+from dhen.tables.id_exchange import IdExchange, SentIds
+from dhen.tables.lookup import (
     ADAGRAD_EPSILON,
-    MEMORY_SHARE,
-    TableDtype,
-    TableOptimizer,
-    TableRounding,
-    beyond_device,
     make_lookup,
 )
-from dhen.parallel.topology import Topology
+from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
+from dhen.tables.placement.plan import Placement, TableShard
+from dhen.tables.pooled_exchange import WAITING, ColumnBlock, PooledExchange, PooledLayout, Wires
+from dhen.tables.stochastic_rounding import RoundedTables, round_stochastically
 
 _DECAYED_ROWS = 1 << 16
 """At once, in float32."""

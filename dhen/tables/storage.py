@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dhen.parallel.placement import TableShard
-from dhen.parallel.sharded_tables import ShardedTables
+from dhen.tables.placement.plan import TableShard
+from dhen.tables.sharded_tables import ShardedTables
 
 _KEY = re.compile(r"(?P<table>.+)/(?P<first>\d+):(?P<last>\d+)/(?P<tensor>\w+)")
 

@@ -9,12 +9,11 @@ travel in the row, behind its values, and a block with an infinite value arrives
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-WireDtype = Literal["fp32", "fp16", "bf16", "int8"]
+from dhen.config.dhen_section import WireDtype
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _SCALE_BYTES = 4

@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dhen.config.arguments import Arguments, TrainingArguments
+from dhen.config.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config, read_json
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.agreed_placement import rank_zeros
-from dhen.parallel.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config, read_json
-from dhen.parallel.machine_at_hand import machine_at_hand
-from dhen.parallel.placement import PlacementError
-from dhen.parallel.planner import Job, NothingFitsError, Planner
-from dhen.parallel.step_trace import UntraceableError
-from dhen.parallel.table_costs import CostsError
-from dhen.parallel.topology import Topology
-from dhen.training.arguments import Arguments, TrainingArguments
-from dhen.training.checkpoint import find_checkpoint
+from dhen.planner.minimum_set import Job, NothingFitsError, Planner
+from dhen.planner.nearest_machine import machine_at_hand
+from dhen.planner.step_trace import UntraceableError
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.agreed import rank_zeros
+from dhen.tables.placement.costs import CostsError
+from dhen.tables.placement.plan import PlacementError
 from dhen.training.run_folder import DS_CONFIG_FILE
+from dhen.training.saved.checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""curves.png of a run folder: loss, NE and AUC over the samples seen, from its metrics.csv."""
+"""curves.png: loss, NE and AUC over the samples seen."""
 
 import csv
 from pathlib import Path
@@ -7,16 +7,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from dhen.training.progress import METRICS_FILE
-
 CURVES_FILE = "curves.png"
 _PANELS = (("loss", "log loss"), ("ne", "normalized entropy"), ("auc", "AUC"), ("learning_rate", "learning rate"))
 _COLOURS = {"train": "#8aa1b4", "validation": "#c4502f"}
 
 
-def draw_curves(run: Path, best_possible_ne: float | None = None) -> Path:
-    """Draw `run`/curves.png. best_possible_ne: a line in the NE panel, where the data knows it. Returns the path."""
-    with (run / METRICS_FILE).open(newline="", encoding="utf-8") as file:
+def draw_curves(metrics: Path, best_possible_ne: float | None = None) -> Path:
+    """Draw curves.png beside a run's metrics.csv; returns its path.
+
+    best_possible_ne: a line in the NE panel, where the data knows it.
+    """
+    with metrics.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -33,7 +34,7 @@ def draw_curves(run: Path, best_possible_ne: float | None = None) -> Path:
     for axis in axes.flat:
         if len(axis.get_legend_handles_labels()[0]) > 1:
             axis.legend(frameon=False)
-    path = run / CURVES_FILE
+    path = metrics.with_name(CURVES_FILE)
     figure.savefig(path, dpi=130)
     return path
 

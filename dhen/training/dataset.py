@@ -9,15 +9,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dhen.data import preprocessing
-from dhen.data.caching import prepare_cached
+from dhen.config.arguments import DataArguments, Paths
+from dhen.data.preparation import preprocessing
+from dhen.data.preparation.caching import prepare_cached
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import SCHEMA_FILE, Schema
-from dhen.data.settings import PreparationSettings
 from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
-from dhen.data.vocabulary import load_vocabulary
-from dhen.parallel.background import in_background
-from dhen.parallel.topology import Topology
-from dhen.training.arguments import DataArguments, Paths
+from dhen.runtime.background import in_background
+from dhen.runtime.topology import Topology
 
 logger = logging.getLogger(__name__)
 

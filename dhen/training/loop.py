@@ -8,14 +8,14 @@ from typing import Any
 
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.data.batches import Batch, BatchLoader
-from dhen.parallel.id_exchange import SentIds
-from dhen.parallel.parallelize import ParallelDhen, ScoringDhen
-from dhen.training.arguments import TrainingArguments
-from dhen.training.checkpoint import TrainerState, delete_old_checkpoints, save_checkpoint
+from dhen.config.arguments import TrainingArguments
+from dhen.data.loading.batches import Batch, BatchLoader
+from dhen.tables.id_exchange import SentIds
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_learning_rate
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
+from dhen.training.parallelize import ParallelDhen, ScoringDhen
 from dhen.training.progress import ProgressReporter
+from dhen.training.saved.checkpoint import TrainerState, delete_old_checkpoints, save_checkpoint
 
 
 def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:

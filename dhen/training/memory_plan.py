@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dhen.config.ds_config import DsConfig
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.agreed_placement import table_memory
-from dhen.parallel.ds_config import DsConfig
-from dhen.parallel.memory import MemorySetting, MemoryUse, predict_memory
-from dhen.parallel.parallelize import ParallelDhen
-from dhen.parallel.planner import gib
-from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
+from dhen.planner.memory import MemorySetting, MemoryUse, predict_memory
+from dhen.planner.minimum_set import gib
+from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
+from dhen.tables.placement.agreed import table_memory
+from dhen.training.parallelize import ParallelDhen
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dhen.parallel.collectives import all_gather_uneven
+from dhen.runtime.collectives import all_gather_uneven
 
 
 @dataclass(frozen=True)

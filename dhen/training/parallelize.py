@@ -20,21 +20,22 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import DsConfig, DsConfigError
+from dhen.dense import hsdp
+from dhen.dense.activation_checkpointing import checkpoint_layers
+from dhen.dense.activation_offload import offload_layers
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel import hsdp
-from dhen.parallel.activation_checkpointing import checkpoint_layers
-from dhen.parallel.activation_offload import offload_layers
-from dhen.parallel.agreed_placement import place_for_scoring, place_for_training
-from dhen.parallel.collectives import Wires
-from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
-from dhen.parallel.id_exchange import SentIds, check_ids
-from dhen.parallel.placement import Placement
-from dhen.parallel.sharded_tables import PendingEmbeddings, ShardedTables
-from dhen.parallel.table_lookup import ADAGRAD_EPSILON
-from dhen.parallel.topology import ShardGroups, Topology
-from dhen.parallel.wire import Wire
+from dhen.runtime.topology import ShardGroups, Topology
+from dhen.tables.id_exchange import SentIds, check_ids
+from dhen.tables.lookup import ADAGRAD_EPSILON
+from dhen.tables.placement.agreed import place_for_scoring, place_for_training
+from dhen.tables.placement.plan import Placement
+from dhen.tables.pooled_exchange import Wires
+from dhen.tables.sharded_tables import PendingEmbeddings, ShardedTables
+from dhen.tables.wire import Wire
 
 logger = logging.getLogger(__name__)
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

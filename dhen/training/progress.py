@@ -142,7 +142,7 @@ class ProgressReporter:
         # Imported here, because matplotlib takes a second and only rank 0 needs it.
         from dhen.training.curves import draw_curves
 
-        draw_curves(self._output_dir, self._best_possible_ne)
+        draw_curves(self._csv_path, self._best_possible_ne)
         self._drawn = time.perf_counter()
 
     @contextlib.contextmanager

@@ -12,13 +12,13 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from dhen.config.arguments import ArgumentError, Arguments, TrainingArguments, write_yaml
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
-from dhen.parallel.parallelize import ParallelDhen
-from dhen.training.arguments import ArgumentError, Arguments, TrainingArguments, write_yaml
-from dhen.training.checkpoint import NEWEST, checkpoints
 from dhen.training.metrics import MetricValues
-from dhen.training.trained_model import MODEL_FOLDER
+from dhen.training.parallelize import ParallelDhen
+from dhen.training.saved.checkpoint import NEWEST, checkpoints
+from dhen.training.saved.trained_model import MODEL_FOLDER
 
 SUMMARY_FILE = "summary.json"
 ARGUMENTS_FILE = "arguments.yaml"

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from dhen.parallel.deepspeed_keys import top_level_keys
-from dhen.parallel.ds_config import DsConfigError, Recipe, read_ds_config
+from dhen.config.deepspeed_keys import top_level_keys
+from dhen.config.ds_config import DsConfigError, Recipe, read_ds_config
 from tests import ROOT
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))

@@ -14,9 +14,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from dhen.data import synthetic
-from dhen.data.batches import BatchLoader
-from dhen.data.preprocessing import prepare
-from dhen.data.settings import PreparationSettings
+from dhen.data.loading.batches import BatchLoader
+from dhen.data.preparation.preprocessing import prepare
+from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.synthetic import (
     CARDINALITIES,
     CLICK_RATE,

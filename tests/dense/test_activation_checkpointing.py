@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel.activation_checkpointing import checkpoint_layers
-from dhen.parallel.topology import Topology
-from tests.parallel.plain import CONFIG
-from tests.parallel.training import train
+from dhen.runtime.topology import Topology
+from tests.plain import CONFIG
 from tests.ranks import run_ranks
+from tests.tiny_training import train
 
 STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload", "zero2_bf16", "zero3_bf16"]
 

@@ -6,12 +6,12 @@ import weakref
 import pytest
 import torch
 
+from dhen.dense import activation_offload
+from dhen.dense.activation_checkpointing import checkpoint_layers
+from dhen.dense.activation_offload import ActivationOffload, offload_layers
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel import activation_offload
-from dhen.parallel.activation_checkpointing import checkpoint_layers
-from dhen.parallel.activation_offload import ActivationOffload, offload_layers
-from tests.parallel.plain import CONFIG
+from tests.plain import CONFIG
 
 KINDS = ["linear", "advanced_dlrm", "self_attention", "deep_cross", "convolution"]
 

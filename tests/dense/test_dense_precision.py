@@ -5,11 +5,11 @@ import functools
 import pytest
 import torch
 
-from dhen.parallel.parallelize import ParallelDhen
-from dhen.parallel.topology import Topology
-from tests.parallel.plain import global_batches, plain_losses
-from tests.parallel.training import GLOBAL_BATCH, STEPS, difference, train
+from dhen.runtime.topology import Topology
+from dhen.training.parallelize import ParallelDhen
+from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
+from tests.tiny_training import GLOBAL_BATCH, STEPS, difference, train
 
 TOLERANCE = 0.05  # bf16 keeps 8 bits: after 20 Adam steps losses are within a few per cent
 HYBRID = {"shard_group": 2}

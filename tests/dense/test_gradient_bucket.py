@@ -4,11 +4,11 @@ import pytest
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from dhen.parallel.gradient_bucket import GradientBucket
-from dhen.parallel.hsdp import HsdpStage3
-from dhen.parallel.topology import Topology
-from tests.parallel.training import train
+from dhen.dense.gradient_bucket import GradientBucket
+from dhen.dense.hsdp import HsdpStage3
+from dhen.runtime.topology import Topology
 from tests.ranks import run_ranks
+from tests.tiny_training import train
 
 ROOM = 2600
 CASES = {

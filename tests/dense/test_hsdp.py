@@ -1,6 +1,6 @@
 """HSDP trains like ZeRO-3 over the world and like plain torch, whatever it is combined with; replicas stay bit-equal.
 
-Guards the private names of DeepSpeed 0.19.8 that dhen/parallel/hsdp.py relies on: every row runs through them.
+Guards the private names of DeepSpeed 0.19.8 that dhen/dense/hsdp.py relies on: every row runs through them.
 """
 
 import functools
@@ -19,15 +19,16 @@ import torch
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from torch import nn
 
-from dhen.parallel import hsdp, parallelize
-from dhen.parallel.ds_config import read_ds_config
-from dhen.parallel.hsdp import ReplicaReduction, saturate
-from dhen.parallel.parallelize import ParallelDhen
-from dhen.parallel.topology import Topology, shard_size
+from dhen.config.ds_config import read_ds_config
+from dhen.dense import hsdp
+from dhen.dense.hsdp import ReplicaReduction, saturate
+from dhen.runtime.topology import Topology, shard_size
+from dhen.training import parallelize
+from dhen.training.parallelize import ParallelDhen
 from tests import ROOT
-from tests.parallel.plain import global_batches, plain_losses, recipe
-from tests.parallel.training import STEPS, difference, train
+from tests.plain import global_batches, plain_losses, recipe
 from tests.ranks import run_ranks
+from tests.tiny_training import STEPS, difference, train
 
 GLOBAL_BATCH = 48
 TOLERANCE = 1e-5

@@ -7,8 +7,8 @@ from dataclasses import fields
 import pytest
 from transformers import AutoConfig, HfArgumentParser
 
+from dhen.config.arguments import copy_for_parser
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
-from dhen.training.arguments import copy_for_parser
 
 FEATURES = [{"name": "site", "num_embeddings": 10}, {"name": "words", "num_embeddings": 7, "pooling": "mean"}]
 

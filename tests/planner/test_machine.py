@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dhen.parallel.machine import MachineError, read_machine, shipped_machines
+from dhen.planner.machine import MachineError, read_machine, shipped_machines
 
 GPU, CPU = (yaml.safe_load(shipped_machines()[name].read_text()) for name in ("a100-40gb", "cpu"))
 

@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import DsConfig
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
-from dhen.parallel.ds_config import DhenSection, DsConfig
-from dhen.parallel.gathering import Gathering, Limits
-from dhen.parallel.live_memory import LiveMemory
-from dhen.parallel.machine import read_machine
-from dhen.parallel.memory import MemorySetting, predict_memory
-from dhen.parallel.parallelize import parallelize
-from dhen.parallel.planner import Job, Planner, Technique
-from dhen.parallel.step_trace import trace_step
-from dhen.parallel.topology import Topology
+from dhen.planner.live_memory import LiveMemory
+from dhen.planner.machine import read_machine
+from dhen.planner.memory import MemorySetting, predict_memory
+from dhen.planner.minimum_set import Job, Planner, Technique
+from dhen.planner.step_trace import trace_step
+from dhen.planner.zero3_gathering import Gathering, Limits
+from dhen.runtime.topology import Topology
+from dhen.training.parallelize import parallelize
 from tests.ranks import run_ranks
 
 DEPTH, BATCH, TABLES = 3, 64, 4

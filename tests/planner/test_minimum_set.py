@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import Recipe, check_ds_config
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.agreed_placement import setting_of
-from dhen.parallel.ds_config import DhenSection, Recipe, check_ds_config
-from dhen.parallel.machine import read_machine
-from dhen.parallel.placement import PlacementError
-from dhen.parallel.planner import SCHEMES, Job, NothingFitsError, Planner, Prediction, Technique, gib
-from dhen.parallel.rungs import Plan, by_depth, changes
-from dhen.parallel.table_costs import read_costs, replicated_bytes, replicated_seconds
+from dhen.planner.machine import read_machine
+from dhen.planner.minimum_set import SCHEMES, Job, NothingFitsError, Planner, Prediction, Technique, gib
+from dhen.planner.rungs import Plan, by_depth, changes
+from dhen.tables.placement.agreed import setting_of
+from dhen.tables.placement.costs import read_costs, replicated_bytes, replicated_seconds
+from dhen.tables.placement.plan import PlacementError
 
 CONFIG = DhenConfig(
     embedding_dim=64, num_layers=4, num_embeddings_out=32, head_mlp=[512, 512],

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from dhen.parallel.gathering import Limits
-from dhen.parallel.machine import Machine
-from dhen.parallel.memory import MemorySetting, gathering_of
-from dhen.parallel.step_time import compute_seconds, segments, step_seconds
-from dhen.parallel.step_trace import StepTrace, Work, trace_step
-from tests.parallel.test_memory import planner_of
+from dhen.planner.machine import Machine
+from dhen.planner.memory import MemorySetting, gathering_of
+from dhen.planner.step_time import compute_seconds, segments, step_seconds
+from dhen.planner.step_trace import StepTrace, Work, trace_step
+from dhen.planner.zero3_gathering import Limits
+from tests.planner.test_memory import planner_of
 
 BATCH, DEPTH = 64, 4
 MACHINE = Machine(

@@ -7,13 +7,13 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.flop_counter import FlopCounterMode
 
+from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.interactions import Interaction, InteractionContext, MixEmbeddings, register_interaction
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel import step_trace
-from dhen.parallel.activation_checkpointing import checkpoint_layers
-from dhen.parallel.live_memory import LiveMemory
-from dhen.parallel.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
+from dhen.planner import step_trace
+from dhen.planner.live_memory import LiveMemory
+from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 
 KINDS = ["advanced_dlrm", "self_attention", "convolution", "linear", "deep_cross", "deep_cross_flattened"]
 BATCH = 32

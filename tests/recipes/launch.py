@@ -14,14 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dhen.data.caching import prepare_cached
-from dhen.data.settings import PreparationSettings
+from dhen.data.preparation.caching import prepare_cached
+from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.synthetic import generate_click_log
 from tests import ROOT
 from tests.ranks import free_port, rank_environment
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["dhen.parallel.parallelize", "dhen.training.scoring", "dhen.training.progress"])
+_context.set_forkserver_preload(["dhen.training.parallelize", "dhen.training.saved.scoring", "dhen.training.progress"])
 
 TINY = ("--embedding_dim=4", "--num_layers=1", "--num_embeddings_out=4", "--logging_steps=1", "--warmup_steps=2")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dhen.parallel import machine_at_hand
-from dhen.parallel.machine_at_hand import machine_of_gpu
+from dhen.planner.nearest_machine import machine_of_gpu
+from dhen.runtime import machine_at_hand
 from tests.recipes.launch import TINY, run_script, summary
 
 SMALL = (*TINY, "--per_device_train_batch_size=16", "--max_steps=3", "--eval_steps=3")

@@ -9,10 +9,11 @@ import yaml
 from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401
+from dhen.config.arguments import parse_arguments
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import AUTO
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import AUTO, DhenSection
-from dhen.training.arguments import parse_arguments
-from dhen.training.scoring import parse_scoring_arguments
+from dhen.training.saved.scoring import parse_scoring_arguments
 from tests import ROOT
 
 READMES = [ROOT / "README.md", ROOT / "recipes/README.md", ROOT / "ds_configs/README.md"]
@@ -59,8 +60,7 @@ PLANS = [line for _, block in blocks("bash") for line in block.splitlines() if "
 
 @pytest.mark.parametrize("command", PLANS)
 def test_the_commands_of_the_planner_describe_a_job(command, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    import plan
+    from tools import plan
 
     assert plan.job_of(*plan.parse_command_line(shlex.split(command)[2:])).world_size == 256
 

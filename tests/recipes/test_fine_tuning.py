@@ -12,15 +12,15 @@ import pytest
 import torch
 import yaml
 
-from dhen.data.caching import prepare_cached
+from dhen.data.preparation.caching import prepare_cached
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import MISSING_ID, Schema
-from dhen.data.settings import PreparationSettings
 from dhen.data.synthetic import generate_click_log
-from dhen.data.vocabulary import load_vocabulary
 from dhen.model.features import init_table
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.training.fine_tuning import frozen_and_new, start_from
-from dhen.training.trained_model import TrainedModel
+from dhen.training.saved.fine_tuning import frozen_and_new, start_from
+from dhen.training.saved.trained_model import TrainedModel
 from tests import SHARED_DATA
 from tests.recipes.launch import TINY, run_script, summary
 

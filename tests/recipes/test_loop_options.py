@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.data.batches import BatchLoader
+from dhen.data.loading.batches import BatchLoader
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.training.checkpoint import checkpoints
-from dhen.training.trained_model import TrainedModel
+from dhen.training.saved.checkpoint import checkpoints
+from dhen.training.saved.trained_model import TrainedModel
 from tests import ROOT
 from tests.recipes.launch import TINY, prepared_click_log, run_script, summary
 

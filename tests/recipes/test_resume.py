@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dhen.training import checkpoint
-from dhen.training.checkpoint import CheckpointError, checkpoints, find_checkpoint, is_whole
+from dhen.training.saved import checkpoint
+from dhen.training.saved.checkpoint import CheckpointError, checkpoints, find_checkpoint, is_whole
 from tests import ROOT
 from tests.recipes.launch import TINY, Finished, last_step, losses, run_script, summary
 

@@ -94,7 +94,7 @@ def test_after_a_resume_from_an_earlier_checkpoint_that_is_the_newest(tmp_path, 
 
 def fail_to_export() -> None:
     """A patch: writing the model fails as on a full disk."""
-    from dhen.training import trained_model
+    from dhen.training.saved import trained_model
 
     def full(*args: object) -> None:
         raise OSError("No space left on device: 'model'")

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401 (registers the architecture)
-from dhen.data.batches import Batch, BatchLoader
-from dhen.data.caching import prepare_cached
+from dhen.data.loading.batches import Batch, BatchLoader
+from dhen.data.preparation.caching import prepare_cached
+from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import Schema
-from dhen.data.settings import PreparationSettings
 from dhen.training.dataset import check_prepared_for
 from tests.recipes.launch import TINY, run_script, summary
 

@@ -179,7 +179,7 @@ def test_tables_of_another_dtype_are_not_resumed(tmp_path, click_log, whole):
 @pytest.fixture(scope="module")
 def costs_of_a_slow_machine(tmp_path_factory) -> Path:
     """Where gradients of small tables are cheap to reduce, and every lookup takes a while."""
-    raw = json.loads((ROOT / "dhen/parallel/costs/cpu.json").read_text())
+    raw = json.loads((ROOT / "dhen/tables/placement/costs/cpu.json").read_text())
     free = dict.fromkeys(raw["lookup"]["fp32"], 0.0)
     raw["update"]["adagrad/fp32"], raw["lookup"]["fp32"] = free, free
     raw["update"]["rowwise_adagrad/fp32"] = free | {"seconds_per_id": 1e-3}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dhen.parallel.environment import EnvironmentMismatchError, _check_fbgemm
+from dhen.runtime.environment import EnvironmentMismatchError, _check_fbgemm
 
 
 def test_matching_builds_pass():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from dhen.parallel.extensions_cache import FOLDER, keep_extensions_apart
+from dhen.runtime.extensions_cache import FOLDER, keep_extensions_apart
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from tests import ROOT
 
 STEPS = """
 import resource, sys, torch
-from dhen.parallel import topology
-from dhen.parallel.host_allocator import keep_freed_memory
+from dhen.runtime import topology
+from dhen.runtime.host_allocator import keep_freed_memory
 print({"keep": keep_freed_memory, "start": topology.start, "leave": bool}[sys.argv[1]]() is not False)
 def step():
     return sum(float((torch.ones(12_000_000 + number) + 1).sum()) for number in range(3))

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from dhen.config.dhen_section import PlacementSection
+from dhen.config.ds_config import DsConfig, DsConfigError, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import DsConfig, DsConfigError, PlacementSection, read_ds_config
-from dhen.parallel.parallelize import parallelize
-from dhen.parallel.placement import Placement
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.plan import Placement
+from dhen.training.parallelize import parallelize
 from tests import ROOT
-from tests.parallel.plain import CONFIG, recipe
+from tests.plain import CONFIG, recipe
 from tests.ranks import run_ranks
 
 

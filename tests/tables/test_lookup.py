@@ -6,14 +6,14 @@ import torch
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
-from dhen.parallel.agreed_placement import place_within
-from dhen.parallel.collectives import ColumnBlock, PooledLayout
-from dhen.parallel.id_exchange import IdExchange
-from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, TableShard
-from dhen.parallel.sharded_tables import ShardedTables
-from dhen.parallel.table_costs import StepSetting
-from dhen.parallel.table_lookup import beyond_device
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
+from dhen.tables.id_exchange import IdExchange
+from dhen.tables.placement.agreed import place_within
+from dhen.tables.placement.beyond_device import beyond_device
+from dhen.tables.placement.costs import StepSetting
+from dhen.tables.placement.plan import Placement, PlacementError, PlacementOptions, TableShard
+from dhen.tables.pooled_exchange import ColumnBlock, PooledLayout
+from dhen.tables.sharded_tables import ShardedTables
 from tests.ranks import run_ranks
 
 

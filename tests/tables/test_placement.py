@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhen.model.configuration_dhen import SparseFeature
-from dhen.parallel import table_packing
-from dhen.parallel.placement import (
+from dhen.tables.placement import packing as table_packing
+from dhen.tables.placement.costs import StepSetting, read_costs, shard_seconds
+from dhen.tables.placement.packing import Cut, CuttableTable, NoRoomError, Packer, longest_first
+from dhen.tables.placement.plan import (
     PlacementError,
     PlacementOptions,
     place_tables,
 )
-from dhen.parallel.table_costs import StepSetting, read_costs, shard_seconds
-from dhen.parallel.table_packing import Cut, CuttableTable, NoRoomError, Packer, longest_first
 
 CRITEO_1TB = (
     40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938,

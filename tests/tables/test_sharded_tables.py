@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
-from dhen.parallel.placement import PlacementOptions, place_tables
-from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, ShardedTables
-from dhen.parallel.table_costs import StepSetting, read_costs
-from dhen.parallel.table_storage import TableStorageError, load_tables, save_tables
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.costs import StepSetting, read_costs
+from dhen.tables.placement.plan import PlacementOptions, place_tables
+from dhen.tables.sharded_tables import ADAGRAD_EPSILON, ShardedTables
+from dhen.tables.storage import TableStorageError, load_tables, save_tables
 from tests.ranks import run_ranks
 
 DIM, SEED, LEARNING_RATE, STEPS = 8, 5, 0.3, 4

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
-from dhen.parallel.placement import Placement, TableShard
-from dhen.parallel.sharded_tables import ADAGRAD_EPSILON, ShardedTables
-from dhen.parallel.stochastic_rounding import round_stochastically
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.plan import Placement, TableShard
+from dhen.tables.sharded_tables import ADAGRAD_EPSILON, ShardedTables
+from dhen.tables.stochastic_rounding import round_stochastically
 from tests.ranks import run_ranks
 
 ROWS, DIM = 64, 8

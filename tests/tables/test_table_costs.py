@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dhen.parallel.table_costs import (
+from dhen.tables.placement.costs import (
     Costs,
     CostsError,
     StepSetting,

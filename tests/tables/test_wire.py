@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
-from dhen.parallel.collectives import Wires
-from dhen.parallel.placement import PlacementOptions, place_tables
-from dhen.parallel.sharded_tables import ShardedTables
-from dhen.parallel.table_costs import StepSetting, read_costs
-from dhen.parallel.topology import Topology
-from dhen.parallel.wire import Wire
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.costs import StepSetting, read_costs
+from dhen.tables.placement.plan import PlacementOptions, place_tables
+from dhen.tables.pooled_exchange import Wires
+from dhen.tables.sharded_tables import ShardedTables
+from dhen.tables.wire import Wire
 from tests.ranks import run_ranks
 
 LARGEST_FP16 = torch.finfo(torch.float16).max

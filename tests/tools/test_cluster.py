@@ -13,11 +13,8 @@ import pytest
 
 from tests import ROOT
 from tests.recipes.launch import TINY, losses, prepared_click_log, run_script
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import cluster
-from sharding_schemes import SCHEMES, read
+from tools import cluster
+from tools.bench.sharding_schemes import SCHEMES, read
 
 TOOL = str(ROOT / "tools" / "cluster.py")
 NODES = ["--nodes", "2", "--ranks_per_node", "2", "--link_mbit", "0", "--local_mbit", "0"]
@@ -96,7 +93,7 @@ def test_the_slurm_script_starts_every_node(tmp_path, click_log, on_one_node):
         "wait -n && wait -n",
     )
     program = (
-        "import os, subprocess, sys; sys.path.insert(0, 'tools'); from cluster import Cluster\n"
+        "import os, subprocess, sys; from tools.cluster import Cluster\n"
         "with Cluster(2, link_mbit=0, local_mbit=0) as cluster:\n"
         "    os.environ['CLUSTER'] = cluster.names[0].removesuffix('-node0')\n"
         "    sys.exit(subprocess.run(['bash', 'recipes/launch.slurm', *sys.argv[1:]]).returncode)\n"
@@ -150,7 +147,7 @@ def test_a_rank_killed_on_one_node_ends_the_job_on_all(tmp_path, click_log, on_o
 
 DYING = f"""
 import itertools, os, runpy, signal
-from dhen.parallel.parallelize import ParallelDhen
+from dhen.training.parallelize import ParallelDhen
 
 step, calls = ParallelDhen.step, itertools.count(1)
 
@@ -190,7 +187,7 @@ def test_a_signal_takes_the_cluster_down(tmp_path, click_log):
 @needs_namespaces
 def test_bytes_between_nodes_are_those_of_the_theory(tmp_path):
     """Every scheme within 2 per cent, by the interfaces' counters."""
-    command = [sys.executable, "tools/bench_sharding.py", "--depths", "2", "--rounds", "1", "--compute_ms", "0"]
+    command = [sys.executable, "tools/bench/sharding.py", "--depths", "2", "--rounds", "1", "--compute_ms", "0"]
     limits = ["--link_mbit", "0", "--local_mbit", "0", "--output", str(tmp_path)]
     done = subprocess.run([*command, *limits], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -204,7 +201,7 @@ def test_bytes_between_nodes_are_those_of_the_theory(tmp_path):
 
 @needs_namespaces
 def test_memory_is_measured_of_a_scheme_that_stands_apart_too(tmp_path):
-    command = [sys.executable, "tools/bench_sharding.py", "--schemes", "hpz", "--depths", "1", "--rounds", "1"]
+    command = [sys.executable, "tools/bench/sharding.py", "--schemes", "hpz", "--depths", "1", "--rounds", "1"]
     limits = ["--compute_ms", "0", "--link_mbit", "0", "--local_mbit", "0", "--memory_cap_mib", "900"]
     done = subprocess.run([*command, *limits, f"--output={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

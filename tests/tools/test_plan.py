@@ -9,13 +9,10 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from dhen.parallel.ds_config import Recipe, read_ds_config
-from dhen.parallel.machine import shipped_machines
+from dhen.config.ds_config import Recipe, read_ds_config
+from dhen.planner.machine import shipped_machines
 from tests import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import plan
+from tools import plan
 
 RECIPE = Recipe(256, 1, 16, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
 DEPTHS = (1, 2, 4, 6)

@@ -3,14 +3,14 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from dhen.data.schema import Schema
-from tests.data.reference_preparation import criteo_lines
+from tests import ROOT
+from tests.data.preparation.reference_preparation import criteo_lines
 
-TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+TOOL = ROOT / "tools/prepare_data.py"
 
 
 def call(*arguments):

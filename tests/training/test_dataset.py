@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dhen.data.raw_rows import DataError
-from dhen.parallel.topology import Topology
+from dhen.config.arguments import DataArguments
+from dhen.data.formats.raw_rows import DataError
+from dhen.runtime.topology import Topology
 from dhen.training import dataset
-from dhen.training.arguments import DataArguments
 from tests.ranks import run_ranks
 
 FOLDER = Path("prepared")

@@ -13,7 +13,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
 import dhen.training.metrics
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss, exact_auc, normalized_entropy
 from tests.ranks import run_ranks
 

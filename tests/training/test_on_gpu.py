@@ -8,10 +8,11 @@ import functools
 import pytest
 import torch
 
-from dhen.parallel import sharded_tables
-from dhen.parallel.topology import Topology
-from tests.parallel.plain import global_batches, plain_losses
-from tests.parallel.test_sharded_tables import (
+from dhen.runtime.topology import Topology
+from dhen.tables import sharded_tables
+from tests.plain import global_batches, plain_losses
+from tests.ranks import run_ranks
+from tests.tables.test_sharded_tables import (
     CASES,
     assert_equal_to_formula,
     batch_of,
@@ -22,9 +23,8 @@ from tests.parallel.test_sharded_tables import (
     target_of,
     train_all,
 )
-from tests.parallel.test_stochastic_rounding import assert_moved_by_the_sum, small_steps
-from tests.parallel.training import GLOBAL_BATCH, STEPS, difference, train
-from tests.ranks import run_ranks
+from tests.tables.test_stochastic_rounding import assert_moved_by_the_sum, small_steps
+from tests.tiny_training import GLOBAL_BATCH, STEPS, difference, train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -64,7 +64,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     call = (
         "from pathlib import Path; from tests.training.reported_run import report_run; "
         "from dhen.training.curves import draw_curves; folder = Path({folder!r}); "
-        "report_run(folder, 0, 200, ends={ends}); draw_curves(folder)"
+        "report_run(folder, 0, 200, ends={ends}); draw_curves(folder / 'metrics.csv')"
     )
     program = [sys.executable, "-W", "default", "-c"]
     environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "PYTHONWARNINGS")}
@@ -214,7 +214,7 @@ def test_a_metric_that_is_nan_is_written_and_drawn(tmp_path: Path) -> None:
     progress.log_evaluation("validation", 1, 10, asdict(values))
     progress.close()
     assert rows_of(tmp_path)[0]["auc"] == "nan"
-    assert draw_curves(tmp_path).is_file()
+    assert draw_curves(tmp_path / METRICS_FILE).is_file()
 
 
 def coloured_pixels(path: Path) -> tuple[int, int, int]:
@@ -228,9 +228,9 @@ def coloured_pixels(path: Path) -> tuple[int, int, int]:
 
 def test_curves_show_training_validation_and_the_best_possible_ne(tmp_path: Path) -> None:
     report_run(tmp_path, 0, TOTAL)
-    validation, best, train = coloured_pixels(draw_curves(tmp_path, best_possible_ne=0.8))
+    validation, best, train = coloured_pixels(draw_curves(tmp_path / METRICS_FILE, best_possible_ne=0.8))
     assert min(train, validation, best) > 300
-    _, without_best, _ = coloured_pixels(draw_curves(tmp_path))
+    _, without_best, _ = coloured_pixels(draw_curves(tmp_path / METRICS_FILE))
     assert without_best == 0
 
 

@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 
-from dhen.parallel.parallelize import ParallelDhen
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
+from dhen.training.parallelize import ParallelDhen
 from tests import ROOT
-from tests.parallel.plain import global_batches, plain_losses
-from tests.parallel.training import GLOBAL_BATCH, STEPS, difference, train
+from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
+from tests.tiny_training import GLOBAL_BATCH, STEPS, difference, train
 
 FP32_TOLERANCE = 1e-5
 BF16_TOLERANCE = 0.05  # bf16 keeps 8 bits: after 20 Adam steps losses are within a few per cent
@@ -34,7 +34,7 @@ def weights_after(topology: Topology, name: str) -> dict[str, torch.Tensor]:
 
 def without_the_division(topology: Topology) -> list[float]:
     """The bridge as it would be if table gradients stayed a sum over ranks."""
-    from dhen.parallel.collectives import PooledExchange
+    from dhen.tables.pooled_exchange import PooledExchange
 
     right = PooledExchange.receive_gradient
     PooledExchange.receive_gradient = lambda self: right(self) * topology.world_size
@@ -42,7 +42,7 @@ def without_the_division(topology: Topology) -> list[float]:
 
 
 def with_two_tables_swapped(topology: Topology) -> list[float]:
-    from dhen.parallel.collectives import PooledLayout
+    from dhen.tables.pooled_exchange import PooledLayout
 
     right = PooledLayout.join
 

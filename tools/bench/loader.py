@@ -10,18 +10,21 @@ them the ratio (measured on a busy CPU: 64 for one rank, 13 for 4, 7 for 16, 1.6
 ranks would wait for their data.
 
 Example:
-    python tools/bench_loader.py --config recipes/configs/quickstart.yaml --rounds 5 --json
+    python tools/bench/loader.py --config recipes/configs/quickstart.yaml --rounds 5 --json
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import argparse
 import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import pyarrow
 import torch
@@ -29,17 +32,17 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.data.batches import Batch, BatchLoader
-from dhen.parallel import topology as job
-from dhen.parallel.ds_config import read_ds_config
-from dhen.parallel.parallelize import ParallelDhen, parallelize
-from dhen.parallel.topology import Topology
-from dhen.training.arguments import Arguments, parse_arguments
+from dhen.config.arguments import Arguments, parse_arguments
+from dhen.config.ds_config import read_ds_config
+from dhen.data.loading.batches import Batch, BatchLoader
+from dhen.runtime import topology as job
+from dhen.runtime.messages import log_to_stderr, user_errors
+from dhen.runtime.topology import Topology
 from dhen.training.dataset import prepare_dataset
-from dhen.training.fine_tuning import config_for
-from dhen.training.messages import log_to_stderr, user_errors
+from dhen.training.parallelize import ParallelDhen, parallelize
+from dhen.training.saved.fine_tuning import config_for
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "recipes" / "configs" / "quickstart.yaml"
 ZERO2 = REPOSITORY / "ds_configs" / "zero2.json"
 WARM_UP_STEPS = 3

@@ -1,20 +1,23 @@
 """The tables' all-to-all under what is computed meanwhile: a trace of one rank, and a picture of it (paper 3.2.1).
 
-    python tools/trace_overlap.py --output runs/overlap
+    python tools/bench/overlap.py --output runs/overlap
 
 Trains a model with 26 tables on two ranks of this machine, first with `overlap_tables`, then without, and traces some
 steps of rank 0 by torch.profiler. Writes trace-on.json and trace-off.json, for chrome://tracing or Perfetto,
 overlap.png with both, and overlap.json: the share of the all-to-alls' time in which the rank computed, not waited.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
+
 import argparse
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +26,18 @@ from matplotlib.figure import Figure
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.profiler import record_function
 
-from dhen.data.batches import Batch
+from dhen.config.ds_config import Recipe, read_ds_config
+from dhen.data.loading.batches import Batch
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
-from dhen.parallel import topology as job
-from dhen.parallel.collectives import EMBEDDINGS, GRADIENTS, WAITING
-from dhen.parallel.ds_config import Recipe, read_ds_config
-from dhen.parallel.id_exchange import IDS
-from dhen.parallel.parallelize import ParallelDhen, parallelize
-from dhen.parallel.topology import Topology
+from dhen.runtime import topology as job
+from dhen.runtime.topology import Topology
+from dhen.tables.id_exchange import IDS
+from dhen.tables.pooled_exchange import EMBEDDINGS, GRADIENTS, WAITING
 from dhen.training.loop import with_ids_ahead
+from dhen.training.parallelize import ParallelDhen, parallelize
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STEP, FORWARD, BACKWARD = "step", "dense forward", "backward"
 LANES = {
     FORWARD: "#8aa1b4", BACKWARD: "#5b7489", WAITING: "#d9d9d9", IDS: "#3a7d44", EMBEDDINGS: "#c4502f",

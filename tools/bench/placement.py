@@ -1,7 +1,7 @@
 """Placements of embedding tables compared: by cost, by size, round-robin; predicted for many ranks, measured on four.
 
-    python tools/bench_placement.py
-    python tools/bench_placement.py --costs costs.json --dims 64 --measured_ranks 4
+    python tools/bench/placement.py
+    python tools/bench/placement.py --costs costs.json --dims 64 --measured_ranks 4
 
 Criteo-1TB's 26 tables as MLPerf trains them; of several --ids_per_bag the tables take turns. Predicted: the longest
 rank's seconds a step by the costs. Measured: a job of that many ranks on this machine's CPU, gloo between them, with
@@ -11,17 +11,20 @@ them. On fewer cores than ranks the others' work fills the wall-clock time that 
 second figure is what a core for every rank would wait for.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
+
 import argparse
 import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -29,12 +32,12 @@ from rich.table import Table
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
-from dhen.parallel import topology as job
-from dhen.parallel.placement import Placement, PlacementOptions, TableShard, place_tables
-from dhen.parallel.sharded_tables import ShardedTables
-from dhen.parallel.table_costs import Costs, StepSetting, read_costs, shard_seconds
-from dhen.parallel.table_packing import longest_first
-from dhen.parallel.topology import Topology
+from dhen.runtime import topology as job
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.costs import Costs, StepSetting, read_costs, shard_seconds
+from dhen.tables.placement.packing import longest_first
+from dhen.tables.placement.plan import Placement, PlacementOptions, TableShard, place_tables
+from dhen.tables.sharded_tables import ShardedTables
 
 CRITEO_1TB = (
     40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938,

@@ -1,8 +1,8 @@
 """The planner's predictions beside what runs need: memory and seconds over depth and technique (paper 3.1).
 
-    python tools/bench_plan.py --depths 1 4 12
-    python tools/bench_plan.py --depths 1 4 12 32 --rounds 0 --link_mbit 0 --local_mbit 0
-    python tools/bench_plan.py --cap_mib 500 --embedding_dim 32 --num_embeddings_out 12
+    python tools/bench/plan.py --depths 1 4 12
+    python tools/bench/plan.py --depths 1 4 12 32 --rounds 0 --link_mbit 0 --local_mbit 0
+    python tools/bench/plan.py --cap_mib 500 --embedding_dim 32 --num_embeddings_out 12
 
 The first line builds a cluster on this machine (tools/cluster.py) and trains every technique at every depth: bytes of
 tensors alive at the worst moment of the fullest rank, and seconds of a step. A pause stands for the accelerator, as
@@ -17,20 +17,23 @@ With --cap_mib no rank may take more than that beyond what its libraries hold (R
 technique, the deepest model that the planner says will train, and the deepest that does.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
+
 import argparse
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from cluster import Cluster, ClusterError, signals_end_it, wait
-from plan_grid import TECHNIQUES, Point, job_of, techniques
 from rich.console import Console
 from rich.table import Table
 
-from dhen.parallel.planner import Planner
+from dhen.planner.minimum_set import Planner
+from tools.bench.plan_grid import TECHNIQUES, Point, job_of, techniques
+from tools.cluster import Cluster, ClusterError, signals_end_it, wait
 
 _CAPPED = ("dp", "zero2", "hsdp", "zero3", "zero3+recompute", "zero3+recompute+offload")
 
@@ -195,7 +198,7 @@ def main() -> int:
     """Measure and show."""
     arguments = parse_arguments()
     if "RANK" in os.environ:
-        from plan_ranks import work
+        from tools.bench.plan_ranks import work
 
         work(arguments)
         return 0

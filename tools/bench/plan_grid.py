@@ -1,12 +1,12 @@
-"""The grid of tools/bench_plan.py: model, machine and techniques, and what was measured of each."""
+"""The grid of tools/bench/plan.py: model, machine and techniques, and what was measured of each."""
 
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.machine import Machine
-from dhen.parallel.planner import Job, Technique
+from dhen.planner.machine import Machine
+from dhen.planner.minimum_set import Job, Technique
 
 BATCH, NUM_DENSE, TABLES, ROWS = 64, 13, 8, 1000
 _ALL = -1

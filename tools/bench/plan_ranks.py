@@ -1,4 +1,4 @@
-"""What a rank of tools/bench_plan.py does: build each technique, take steps, count seconds and bytes alive."""
+"""What a rank of tools/bench/plan.py does: build each technique, take steps, count seconds and bytes alive."""
 
 import argparse
 import ctypes
@@ -16,22 +16,23 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from plan_grid import BATCH, NUM_DENSE, ROWS, TABLES, Point, job_of, machine_of, techniques
-from sharding_ranks import paused, replace_reduce_scatter
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.checkpoint import checkpoint
 
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import DsConfig
 from dhen.model.features import SparseIds
-from dhen.parallel import topology as job
-from dhen.parallel.ds_config import DhenSection, DsConfig
-from dhen.parallel.live_memory import LiveMemory
-from dhen.parallel.machine import Machine
-from dhen.parallel.parallelize import ParallelDhen, parallelize
-from dhen.parallel.planner import Planner, Technique
-from dhen.parallel.step_time import compute_seconds, segments
-from dhen.parallel.step_trace import trace_step
-from dhen.parallel.topology import Topology
+from dhen.planner.live_memory import LiveMemory
+from dhen.planner.machine import Machine
+from dhen.planner.minimum_set import Planner, Technique
+from dhen.planner.step_time import compute_seconds, segments
+from dhen.planner.step_trace import trace_step
+from dhen.runtime import topology as job
+from dhen.runtime.topology import Topology
+from dhen.training.parallelize import ParallelDhen, parallelize
+from tools.bench.plan_grid import BATCH, NUM_DENSE, ROWS, TABLES, Point, job_of, machine_of, techniques
+from tools.bench.sharding_ranks import paused, replace_reduce_scatter
 
 _WARM = 3
 """Steps until DeepSpeed's stage 3 knows the order of the modules."""
@@ -146,7 +147,7 @@ def build(planner: Planner, technique: Technique, topology: Topology) -> Paralle
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
     }
     settings.pop("train_batch_size")
-    return parallelize(planner.job.config, topology, DsConfig("tools/bench_plan.py", settings, section))
+    return parallelize(planner.job.config, topology, DsConfig("tools/bench/plan.py", settings, section))
 
 
 def batch(seed: int) -> tuple[SparseIds, Tensor, Tensor]:

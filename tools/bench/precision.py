@@ -1,6 +1,6 @@
 """What half precision and a quantized wire save and cost: bytes between nodes, memory, NE (paper 3.2.3).
 
-    python tools/compare_precision.py --config recipes/configs/frappe.yaml --epochs 1
+    python tools/bench/precision.py --config recipes/configs/frappe.yaml --epochs 1
 
 Trains the recipe once a variant and seed, on two nodes of this machine (tools/cluster.py), and prints: what node 0's
 interface sent in the training steps, by step (evaluation and tests not among them); MiB of all ranks' tables; MiB of
@@ -9,6 +9,11 @@ seeds beside that of plain fp32. results.json has every run, and the engine's te
 doesn't know go to recipes/train.py.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
+
 import argparse
 import functools
 import json
@@ -16,18 +21,17 @@ import math
 import os
 import runpy
 import statistics
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from cluster import INTERFACE, Cluster, ClusterError, signals_end_it, wait
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+from tools.cluster import INTERFACE, Cluster, ClusterError, signals_end_it, wait
+
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED_FILE = "measured.json"
 BF16_OPTIMIZER = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

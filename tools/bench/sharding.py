@@ -1,7 +1,7 @@
 """Sharding schemes of the dense part over depth: samples/s, bytes between nodes, memory (the paper's Figure 6).
 
-    python tools/bench_sharding.py --nodes 2 --ranks_per_node 2 --depths 2 4 8
-    deepspeed --hostfile hosts tools/bench_sharding.py --depths 2 4 8 16 --compute_ms 0 --interface ib0
+    python tools/bench/sharding.py --nodes 2 --ranks_per_node 2 --depths 2 4 8
+    deepspeed --hostfile hosts tools/bench/sharding.py --depths 2 4 8 16 --compute_ms 0 --interface ib0
 
 By itself it builds a cluster on this machine (tools/cluster.py); started by a launcher it takes the ranks that it gets.
 All schemes of a depth run in one process, interleaved in rounds, and ratios are of medians. On CPU a fixed sleep stands
@@ -15,21 +15,25 @@ groups stay in the process for good, where they would change the other schemes: 
 each depth, not interleaved.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
+
 import argparse
 import contextlib
 import json
 import math
 import os
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from cluster import INTERFACE, Cluster, ClusterError, signals_end_it, wait
 from rich.console import Console
 from rich.table import Table
-from sharding_schemes import SCHEMES, Benchmark, Measured, read
+
+from tools.bench.sharding_schemes import SCHEMES, Benchmark, Measured, read
+from tools.cluster import INTERFACE, Cluster, ClusterError, signals_end_it, wait
 
 MEASURED_FILE, JOB_FILE = "measured.json", "job.json"
 
@@ -130,7 +134,9 @@ def main() -> int:
     arguments = parse_arguments()
     output = Path(arguments.output)
     if "RANK" in os.environ:
-        from sharding_ranks import work  # torch, which the process that only builds the cluster doesn't need
+        from tools.bench.sharding_ranks import (
+            work,  # torch, which the process that only builds the cluster doesn't need
+        )
 
         results = work(arguments)
         rates = (arguments.link_mbit, arguments.local_mbit) if arguments.on_cluster else (None, None)

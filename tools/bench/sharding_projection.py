@@ -1,10 +1,10 @@
 """FSDP against HSDP on a cluster that isn't here: a simulation of one step, checked against what was measured.
 
-    python tools/sharding_projection.py --measured runs/bench_sharding/measured.json
+    python tools/bench/sharding_projection.py --measured runs/bench_sharding/measured.json
 
 A step is simulated layer by layer: compute, the fabric inside the node, and the link between nodes are three resources,
 each doing one thing at a time; a layer's weights are gathered one layer ahead. Two constants are fitted to the FSDP and
-the synchronous HSDP of tools/bench_sharding.py, the share of the nominal rate that a collective reaches and the seconds
+the synchronous HSDP of tools/bench/sharding.py, the share of the nominal rate that a collective reaches and the seconds
 that each takes besides; the other schemes and depths show how far the simulation can be trusted. Then it takes the
 paper's machine: 32 nodes of 8 A100, 600 GB/s inside, 25 GB/s a node between. How much HSDP gains there depends on how
 long a layer computes, which the paper doesn't say: so a band is printed, beside its 1.2x.
@@ -12,16 +12,20 @@ long a layer computes, which the paper doesn't say: so a band is printed, beside
 Rates and compute of the benchmark stand in measured.json. What is left out is printed with the projection.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
+
 import argparse
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from sharding_schemes import SCHEMES, Measured, read
+
+from tools.bench.sharding_schemes import SCHEMES, Measured, read
 
 PAPERS_GAIN = 1.2
 LEFT_OUT = "congestion, stragglers, kernels that share the GPU with communication, the optimizer's time"
@@ -103,7 +107,7 @@ def deviation(machine: Machine, result: Measured, forward_seconds: float) -> flo
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, required=True, help="measured.json of tools/bench_sharding.py")
+    parser.add_argument("--measured", type=Path, required=True, help="measured.json of tools/bench/sharding.py")
     parser.add_argument("--link_mbit", type=float, help="a node's link, where measured.json doesn't have it, Mbit/s")
     parser.add_argument("--local_mbit", type=float, help="inside a node, likewise")
     parser.add_argument("--depth", type=int, default=8, help="layers of the projected model")

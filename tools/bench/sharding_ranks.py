@@ -1,4 +1,4 @@
-"""What a rank of tools/bench_sharding.py does: build each scheme, take steps, count seconds, bytes and memory."""
+"""What a rank of tools/bench/sharding.py does: build each scheme, take steps, count seconds, bytes and memory."""
 
 import argparse
 import ctypes
@@ -18,17 +18,18 @@ from typing import Any, NoReturn
 import deepspeed
 import torch
 import torch.distributed as dist
-from sharding_schemes import BATCH, SCHEMES, Measured, Scheme
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import DsConfig
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel import topology as job
-from dhen.parallel.ds_config import DhenSection, DsConfig
-from dhen.parallel.parallelize import parallelize
-from dhen.parallel.topology import Topology
+from dhen.runtime import topology as job
+from dhen.runtime.topology import Topology
+from dhen.training.parallelize import parallelize
+from tools.bench.sharding_schemes import BATCH, SCHEMES, Measured, Scheme
 
 NUM_DENSE = 8
 BYTES = 4  # of an fp32 weight
@@ -284,7 +285,7 @@ def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> t
     section = DhenSection(
         shard_group="node" if scheme.is_hybrid and not is_one_node else "world", async_all_reduce=scheme.is_async
     )
-    model = parallelize(config, topology, DsConfig("tools/bench_sharding.py", settings, section))
+    model = parallelize(config, topology, DsConfig("tools/bench/sharding.py", settings, section))
     return (
         model.engine.module,
         lambda dense_BN: model.score(dense_BN.new_empty(len(dense_BN), 0, config.embedding_dim), dense_BN),

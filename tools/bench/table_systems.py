@@ -1,4 +1,4 @@
-"""What tools/bench_tables.py compares: systems that look up a batch's ids and update their tables in a backward."""
+"""What tools/bench/tables.py compares: systems that look up a batch's ids and update their tables in a backward."""
 
 import json
 import tempfile
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dhen.config.ds_config import Recipe, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.features import SparseIds
-from dhen.parallel.collectives import Wires
-from dhen.parallel.ds_config import Recipe, read_ds_config
-from dhen.parallel.parallelize import parallelize
-from dhen.parallel.placement import PlacementOptions, place_tables
-from dhen.parallel.sharded_tables import ShardedTables
-from dhen.parallel.table_costs import StepSetting, read_costs
-from dhen.parallel.topology import Topology
-from dhen.parallel.wire import Wire
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.costs import StepSetting, read_costs
+from dhen.tables.placement.plan import PlacementOptions, place_tables
+from dhen.tables.pooled_exchange import Wires
+from dhen.tables.sharded_tables import ShardedTables
+from dhen.tables.wire import Wire
+from dhen.training.parallelize import parallelize
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CRITEO = (
     1460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5_683, 8_351_593, 3_194, 27, 14_992, 5_461_306,
     10, 5_652, 2_173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572,

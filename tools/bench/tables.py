@@ -1,7 +1,7 @@
 """Embedding tables by themselves: this project's, TorchRec's, and nn.EmbeddingBag under DDP, interleaved in one run.
 
     pip install -e '.[bench]' && pip install --no-deps torchrec==1.8.0
-    python tools/bench_tables.py --ranks 1 2 4 --dims 16 64 128
+    python tools/bench/tables.py --ranks 1 2 4 --dims 16 64 128
 
 Twenty-six tables of Criteo's sizes, capped at --max_rows so that EmbeddingBag's copies on every rank fit; a step looks
 ids up and sends back a gradient of ones, and the optimizer (row-wise Adagrad; Adagrad for EmbeddingBag, which has no
@@ -9,28 +9,31 @@ row-wise) updates the tables. The dense model is left out, so nothing is there t
 there is one, of two layers, and only this project's variants are compared: what stochastic rounding costs a training.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
+
 import argparse
 import importlib.util
 import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from table_systems import EMBEDDING_BAG, FP16, OPTIMIZER, OURS, ROUNDED, TORCHREC, Case, build
 
 from dhen.model.features import SparseIds
-from dhen.parallel import topology as job
-from dhen.parallel.table_costs import StepSetting, lookup_work, update_work
-from dhen.parallel.topology import Topology
+from dhen.runtime import topology as job
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.costs import StepSetting, lookup_work, update_work
+from tools.bench.table_systems import EMBEDDING_BAG, FP16, OPTIMIZER, OURS, ROUNDED, TORCHREC, Case, build
 
 
 @dataclass(frozen=True)

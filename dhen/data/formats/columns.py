@@ -8,8 +8,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dhen.data.raw_rows import RowChecks
-from dhen.data.roles import SparseRole
+from dhen.data.formats.raw_rows import RowChecks
+from dhen.data.formats.roles import SparseRole
 
 A_NUMBER = "a finite number of at most 3.4e38"
 _HEX = np.zeros(256, dtype=bool)

@@ -9,9 +9,9 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from dhen.data import columns, text_blocks
-from dhen.data.raw_rows import Counted, RawChunk, RowChecks, say_nothing
-from dhen.data.roles import ColumnRoles, DenseRole, SparseRole
+from dhen.data.formats import columns, text_blocks
+from dhen.data.formats.raw_rows import Counted, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole
 from dhen.data.schema import LABEL
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))

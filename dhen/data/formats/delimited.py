@@ -1,4 +1,4 @@
-"""Delimited text (CSV, TSV and the like) whose columns a YAML schema names (dhen/data/roles.py).
+"""Delimited text (CSV, TSV and the like) whose columns a YAML schema names (dhen/data/formats/roles.py).
 
 Quoted values may hold the delimiter, but no line end.
 """
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from dhen.data import columns, text_blocks
-from dhen.data.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
-from dhen.data.roles import ColumnRoles
+from dhen.data.formats import columns, text_blocks
+from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.roles import ColumnRoles
 from dhen.data.schema import LABEL, weights_column
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 
-from dhen.data.parquet import BATCH_ROWS, check_types, typed_chunk, used_columns
-from dhen.data.raw_rows import Counted, DataError, RawChunk, say_nothing
-from dhen.data.roles import ColumnRoles
+from dhen.data.formats.parquet import BATCH_ROWS, check_types, typed_chunk, used_columns
+from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, say_nothing
+from dhen.data.formats.roles import ColumnRoles
 
 _SPLIT_NAMES = {
     "train": "train",

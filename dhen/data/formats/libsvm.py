@@ -6,8 +6,7 @@ Two forms, told apart by what most of the first lines of the first file have:
     1 0:17:1 2:203:1          `field:id:value` (libffm): fields may be left out, which means blank
 
 A sparse feature takes its ids; the value beside must be 1. Without a YAML schema the fields of the first line of
-that form are single-valued sparse features named by their numbers. A schema (dhen/data/roles.py) refers to fields by
-number:
+that form are single-valued sparse features named by their numbers. A schema (roles.py) refers to fields by number:
 
     sparse:
       - 1
@@ -28,9 +27,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from dhen.data import columns, text_blocks
-from dhen.data.raw_rows import BadRow, Counted, DataError, RawChunk, RowChecks, say_nothing
-from dhen.data.roles import ColumnRoles, DenseRole, SparseRole
+from dhen.data.formats import columns, text_blocks
+from dhen.data.formats.raw_rows import BadRow, Counted, DataError, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole
 from dhen.data.schema import LABEL, weights_column
 
 _LIBFFM = 0

@@ -1,4 +1,4 @@
-"""Parquet files whose columns a YAML schema names (dhen/data/roles.py). Multi-valued features are list columns.
+"""Parquet files whose columns a YAML schema names (dhen/data/formats/roles.py). Multi-valued features are list columns.
 
 Memory holds a batch of rows and what Parquet needs to read it: at most one row group of the file.
 """
@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from dhen.data.delimited import typed_table
-from dhen.data.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
-from dhen.data.roles import ColumnRoles
+from dhen.data.formats.delimited import typed_table
+from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.roles import ColumnRoles
 
 BATCH_ROWS = 65_536
 

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from dhen.data.roles import ColumnRoles
+from dhen.data.formats.roles import ColumnRoles
 
 LONGEST_QUOTE = 200
 """Characters of a bad row that are shown and kept."""

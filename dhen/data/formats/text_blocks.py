@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from dhen.data.raw_rows import LONGEST_QUOTE, BadRow, Counted, DataError, say_nothing
+from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, Counted, DataError, say_nothing
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dhen.data.epoch_order import EpochOrder, EpochReader
-from dhen.data.prepared_rows import Bags, Rows, decode, find_row_groups
-from dhen.data.read_ahead import read_ahead
+from dhen.data.loading.epoch_order import EpochOrder, EpochReader
+from dhen.data.loading.prepared_rows import Bags, Rows, decode, find_row_groups
+from dhen.data.loading.read_ahead import read_ahead
 from dhen.data.schema import Schema
 from dhen.model.features import SparseIds
 
@@ -76,7 +76,7 @@ class BatchLoader:
     a * world_size + rank is this rank's micro step a. The last step of an epoch may be smaller, and some of its pieces
     empty; drop_last leaves it out.
 
-    window_rows: rows that are shuffled together, of which memory holds twice as many (dhen/data/epoch_order.py).
+    window_rows: rows that are shuffled together, of which memory holds twice as many (epoch_order.py).
 
     schema: the folder's, or the same with its features in another order. Raises FileNotFoundError or ValueError that
     name the file and column where the folder doesn't hold what its schema says.

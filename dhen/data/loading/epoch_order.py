@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dhen.data.prepared_rows import RowGroup, Rows, concatenate, decode, empty_rows
+from dhen.data.loading.prepared_rows import RowGroup, Rows, concatenate, decode, empty_rows
 from dhen.data.schema import Schema
 
 

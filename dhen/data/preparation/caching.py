@@ -8,12 +8,12 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from dhen.data.preprocessing import FORMAT_VERSION, prepare
-from dhen.data.raw_stream import ProgressCallback
+from dhen.data.preparation.preprocessing import FORMAT_VERSION, prepare
+from dhen.data.preparation.raw_stream import ProgressCallback
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.sources import open_sources
+from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER
 from dhen.data.schema import SCHEMA_FILE
-from dhen.data.settings import PreparationSettings
-from dhen.data.sources import open_sources
-from dhen.data.vocabulary import VOCABULARY_FOLDER
 
 _DIGESTS_FILE = ".digests.json"
 _NOT_THE_CONTENT = {
@@ -71,7 +71,7 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
 def _fingerprint(format_name: str, file: str, digests: "FileDigests") -> str:
     if format_name != "hub":
         return digests.of(Path(file))
-    from dhen.data.hub import hub_revision  # `datasets` takes a second to import: only those who use it wait
+    from dhen.data.formats.hub import hub_revision  # `datasets` takes a second to import: only those who use it wait
 
     return hub_revision(file)
 

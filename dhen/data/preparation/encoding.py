@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from dhen.data.hashing import hashed_ids
-from dhen.data.raw_rows import DataError
-from dhen.data.roles import ColumnRoles, SparseRole
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.formats.roles import ColumnRoles, SparseRole
+from dhen.data.formats.text_blocks import one_array
+from dhen.data.preparation.hashing import hashed_ids
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.vocabulary import Vocabulary
 from dhen.data.schema import LABEL, DenseColumn, SparseColumn, weights_column
-from dhen.data.settings import PreparationSettings
-from dhen.data.text_blocks import one_array
-from dhen.data.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

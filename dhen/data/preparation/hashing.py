@@ -1,7 +1,7 @@
 """A 64-bit hash of texts and of row numbers that is the same on every machine, in every version, in every process.
 
-Trained tables depend on it: changing a constant here makes every trained model useless. tests/data/test_hashing.py pins
-its values. A text is read as little-endian 64-bit words, its end filled with zeros; with mix = the finalizer of
+Trained tables depend on it: changing a constant here makes every trained model useless. test_hashing.py pins its
+values. A text is read as little-endian 64-bit words, its end filled with zeros; with mix = the finalizer of
 SplitMix64 (Steele, Lea, Flood 2014):
 
     h = mix(salt + length in bytes * 0x9E3779B97F4A7C15);  for each word: h = mix(h xor word)
@@ -12,7 +12,7 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 
-from dhen.data.columns import string_buffers
+from dhen.data.formats.columns import string_buffers
 from dhen.data.schema import MISSING_ID
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from dhen.data.raw_rows import RawChunk
+from dhen.data.formats.raw_rows import RawChunk
 
 FILE, ROW = ":file", ":row"
 """Columns of a prepared folder. The row is the 1-based line of a text file, or row of a Parquet file, as in

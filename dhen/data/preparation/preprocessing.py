@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from dhen.data.encoding import Encoder, check_same_features, new_columns
-from dhen.data.origins import add_origins
-from dhen.data.raw_rows import BadRow, DataError
-from dhen.data.raw_stream import LogProgress, ProgressCallback, RawStream
+from dhen.data.formats.raw_rows import BadRow, DataError
+from dhen.data.formats.text_blocks import one_array
+from dhen.data.preparation.encoding import Encoder, check_same_features, new_columns
+from dhen.data.preparation.origins import add_origins
+from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, RawStream
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.sources import Source, open_sources
+from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, flat_keys, load_vocabulary
+from dhen.data.preparation.writing import BadRowList, SplitWriter
 from dhen.data.schema import Schema, SplitCounts
-from dhen.data.settings import PreparationSettings
-from dhen.data.sources import Source, open_sources
-from dhen.data.text_blocks import one_array
-from dhen.data.vocabulary import KeyCounts, Vocabulary, flat_keys, load_vocabulary
-from dhen.data.writing import BadRowList, SplitWriter
 
 FORMAT_VERSION = 2
 """Goes up when the same input and settings give another folder: then nothing old is taken from a cache."""

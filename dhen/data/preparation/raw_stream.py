@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dhen.data.raw_rows import BadRow, DataError, RawChunk, Reader
-from dhen.data.settings import PreparationSettings
-from dhen.data.sources import Source
-from dhen.data.splitting import SplitRule
+from dhen.data.formats.raw_rows import BadRow, DataError, RawChunk, Reader
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.sources import Source
+from dhen.data.preparation.splitting import SplitRule
 
 _COUNTING = "counting rows"
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from dhen.data.formats.text_blocks import BLOCK_BYTES
 from dhen.data.schema import SPLITS
-from dhen.data.text_blocks import BLOCK_BYTES
 
 Format = Literal["criteo", "libsvm", "csv", "parquet", "hub"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -23,7 +23,7 @@ class PreparationSettings:
         that has several of the splits train, validation and test itself.
     train_file, validation_file, test_file: instead of dataset_name, paths or globs for each split.
     dataset_format: `auto` goes by the name, and for .txt and .tsv by the first line.
-    dataset_schema: YAML file that says what each column is (dhen/data/roles.py); csv, parquet and hub need it.
+    dataset_schema: YAML file that says what each column is (dhen/data/formats/roles.py); csv, parquet and hub need it.
     split_fractions: shares of train, validation and test; must sum to 1.
     split_order: `random` by a hash of split_seed and the row's position, or `sequential`: first rows train, last test.
     id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split.

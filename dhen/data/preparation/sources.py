@@ -5,16 +5,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from dhen.data import text_blocks
-from dhen.data.criteo import CriteoReader
-from dhen.data.delimited import DelimitedReader
-from dhen.data.libsvm import LibsvmReader
-from dhen.data.parquet import ParquetReader
-from dhen.data.raw_rows import DataError, Reader
-from dhen.data.roles import load_roles
+from dhen.data.formats import text_blocks
+from dhen.data.formats.criteo import CriteoReader
+from dhen.data.formats.delimited import DelimitedReader
+from dhen.data.formats.libsvm import LibsvmReader
+from dhen.data.formats.parquet import ParquetReader
+from dhen.data.formats.raw_rows import DataError, Reader
+from dhen.data.formats.roles import load_roles
+from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
+from dhen.data.preparation.splitting import SplitRule, WholeSplit, split_rule, splits_with_rows
 from dhen.data.schema import SCHEMA_FILE
-from dhen.data.settings import FORMATS, PreparationSettings, as_tuple
-from dhen.data.splitting import SplitRule, WholeSplit, split_rule, splits_with_rows
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -79,7 +79,7 @@ def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
     names = as_tuple(settings.dataset_name)
     if len(names) != 1:
         raise ValueError("the format hub takes one dataset_name; its own splits are used, so no file by split.")
-    from dhen.data.hub import hub_splits  # `datasets` takes a second to import: only those who use it wait
+    from dhen.data.formats.hub import hub_splits  # `datasets` takes a second to import: only those who use it wait
 
     return {split: (file,) for split, file in hub_splits(names[0]).items()}
 
@@ -104,7 +104,7 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
         return DelimitedReader(roles, is_required, block_bytes)
     if format_name == "parquet":
         return ParquetReader(roles, is_required)
-    from dhen.data.hub import HubReader
+    from dhen.data.formats.hub import HubReader
 
     return HubReader(roles, is_required)
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from dhen.data.hashing import hash_positions
+from dhen.data.preparation.hashing import hash_positions
 from dhen.data.schema import SPLITS
 
 

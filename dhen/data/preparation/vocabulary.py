@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from dhen.data.hashing import hash_texts, salt_of
+from dhen.data.preparation.hashing import hash_texts, salt_of
 from dhen.data.schema import MISSING_ID
 
 VOCABULARY_FOLDER = "vocabulary"

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from dhen.data.raw_rows import BadRow
+from dhen.data.formats.raw_rows import BadRow
 from dhen.data.schema import LABEL, SplitCounts
 
 ROW_GROUP_ROWS = 65_536

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import DsConfig, DsConfigError
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.ds_config import DhenSection, DsConfig, DsConfigError
-from dhen.parallel.machine_at_hand import host_bytes
-from dhen.parallel.placement import Placement, PlacementError, PlacementOptions, place_tables
-from dhen.parallel.table_costs import CostsError, StepSetting, read_costs, replicated_bytes
-from dhen.parallel.table_lookup import MEMORY_SHARE, beyond_device
-from dhen.parallel.topology import Topology
+from dhen.runtime.machine_at_hand import host_bytes
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
+from dhen.tables.placement.costs import CostsError, StepSetting, read_costs, replicated_bytes
+from dhen.tables.placement.plan import Placement, PlacementError, PlacementOptions, place_tables
 
 _SCORING_BATCH = 4096
 _Plan = TypeVar("_Plan")
@@ -77,7 +78,7 @@ def place_for_training(
     table_cuts: Mapping[str, int] | None,
     replicated: Collection[str] | None,
 ) -> Placement:
-    """The placement as the ds_config has it; dhen/parallel/parallelize.py says what the arguments are.
+    """The placement as the ds_config has it; dhen/training/parallelize.py says what the arguments are.
 
     Communicates; all ranks call it. Raises DsConfigError, on all of them.
     """

@@ -11,8 +11,8 @@ from typing import Any
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.names import unknown_name
-from dhen.parallel.table_costs import Costs, StepSetting, replicated_bytes, replicated_seconds, shard_seconds
-from dhen.parallel.table_packing import Cut, CuttableTable, NoRoomError, Packer, Packing
+from dhen.tables.placement.costs import Costs, StepSetting, replicated_bytes, replicated_seconds, shard_seconds
+from dhen.tables.placement.packing import Cut, CuttableTable, NoRoomError, Packer, Packing
 
 _COLUMNS = 4
 """FBGEMM wants multiples of so many columns."""

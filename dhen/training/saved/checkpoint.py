@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
-from dhen.parallel.parallelize import ParallelDhen
-from dhen.parallel.table_storage import load_tables, save_tables
-from dhen.training.resharding import load_resharded
+from dhen.tables.storage import load_tables, save_tables
+from dhen.training.parallelize import ParallelDhen
+from dhen.training.saved.resharding import load_resharded
 
 logger = logging.getLogger(__name__)
 

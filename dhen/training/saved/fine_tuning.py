@@ -14,12 +14,12 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import MISSING_ID, Schema, SparseColumn
-from dhen.data.vocabulary import load_vocabulary
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.parallel.sharded_tables import ShardedTables
-from dhen.training.trained_model import TrainedModel
+from dhen.tables.sharded_tables import ShardedTables
+from dhen.training.saved.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)

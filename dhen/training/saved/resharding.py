@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dhen.parallel.parallelize import ParallelDhen
+from dhen.training.parallelize import ParallelDhen
 
 
 class ReshardingError(ValueError):

@@ -8,12 +8,7 @@ from typing import Literal
 
 import yaml
 
-from dhen.data.batches import BatchLoader
-from dhen.data.settings import PreparationSettings
-from dhen.data.sources import format_of
-from dhen.parallel.parallelize import ScoringDhen, parallelize_for_scoring
-from dhen.parallel.topology import Topology
-from dhen.training.arguments import (
+from dhen.config.arguments import (
     ArgumentError,
     DataArguments,
     Parser,
@@ -24,9 +19,14 @@ from dhen.training.arguments import (
     option,
     unknown_argument,
 )
+from dhen.data.loading.batches import BatchLoader
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.sources import format_of
+from dhen.runtime.topology import Topology
 from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
+from dhen.training.parallelize import ScoringDhen, parallelize_for_scoring
 from dhen.training.run_folder import ARGUMENTS_FILE
-from dhen.training.trained_model import TrainedModel
+from dhen.training.saved.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.parallel.parallelize import ParallelDhen
-from dhen.parallel.placement import TableShard
-from dhen.parallel.sharded_tables import ShardedTables
-from dhen.parallel.topology import Topology
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.plan import TableShard
+from dhen.tables.sharded_tables import ShardedTables
+from dhen.training.parallelize import ParallelDhen
 
 MODEL_FOLDER = "model"
 VOCABULARY_FOLDER = "vocabulary"

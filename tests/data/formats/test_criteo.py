@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhen.data.criteo import CriteoReader
-from dhen.data.preprocessing import prepare
-from dhen.data.raw_rows import DataError
+from dhen.data.formats.criteo import CriteoReader
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.preparation.preprocessing import prepare
+from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import SparseColumn
-from dhen.data.settings import PreparationSettings
-from tests.data import reference_preparation as reference
+from tests.data.preparation import reference_preparation as reference
 
 ALL_TRAIN = (1.0, 0.0, 0.0)
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhen.data.delimited import DelimitedReader
-from dhen.data.preprocessing import prepare
-from dhen.data.raw_rows import DataError
-from dhen.data.roles import ColumnRoles, SparseRole, load_roles
+from dhen.data.formats.delimited import DelimitedReader
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.formats.roles import ColumnRoles, SparseRole, load_roles
+from dhen.data.preparation.preprocessing import prepare
+from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import DenseColumn, SparseColumn
-from dhen.data.settings import PreparationSettings
-from tests.data.reference_preparation import hashed_id, log1p
+from tests.data.preparation.reference_preparation import hashed_id, log1p
 
 SCHEMA = """
 label: click

@@ -3,10 +3,10 @@
 import polars as pl
 import pytest
 
-from dhen.data.preprocessing import prepare
-from dhen.data.raw_rows import DataError
-from dhen.data.settings import PreparationSettings
-from tests.data.reference_preparation import hashed_id
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.preparation.preprocessing import prepare
+from dhen.data.preparation.settings import PreparationSettings
+from tests.data.preparation.reference_preparation import hashed_id
 
 FFM_SCHEMA = """
 sparse:

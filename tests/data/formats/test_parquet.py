@@ -5,13 +5,13 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dhen.data.hub import hub_splits
-from dhen.data.parquet import ParquetReader
-from dhen.data.preprocessing import prepare
-from dhen.data.raw_rows import DataError
-from dhen.data.roles import load_roles
-from dhen.data.settings import PreparationSettings
-from tests.data.reference_preparation import hashed_id, log1p
+from dhen.data.formats.hub import hub_splits
+from dhen.data.formats.parquet import ParquetReader
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.formats.roles import load_roles
+from dhen.data.preparation.preprocessing import prepare
+from dhen.data.preparation.settings import PreparationSettings
+from tests.data.preparation.reference_preparation import hashed_id, log1p
 
 SCHEMA = """
 label: y

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhen.data import epoch_order
-from dhen.data.batches import READ_AHEAD_BATCHES, BatchLoader
+from dhen.data.loading import epoch_order
+from dhen.data.loading.batches import READ_AHEAD_BATCHES, BatchLoader
 from dhen.data.schema import SparseColumn
 from tests.data.prepared_folders import MIXED, SINGLE, rows_of, write_prepared
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dhen.data.batches import BatchLoader
+from dhen.data.loading.batches import BatchLoader
 from dhen.data.schema import SparseColumn, SplitCounts
 from tests.data.prepared_folders import MIXED, write_prepared
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from dhen.data.batches import BatchLoader
-from dhen.data.read_ahead import read_ahead
+from dhen.data.loading.batches import BatchLoader
+from dhen.data.loading.read_ahead import read_ahead
 from tests.data.prepared_folders import write_prepared
 
 OURS = ("read ahead", "decode")

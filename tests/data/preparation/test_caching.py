@@ -4,11 +4,11 @@ import os
 
 import pytest
 
-from dhen.data.caching import prepare_cached
-from dhen.data.preprocessing import prepare
+from dhen.data.preparation.caching import prepare_cached
+from dhen.data.preparation.preprocessing import prepare
+from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import Schema
-from dhen.data.settings import PreparationSettings
-from tests.data.reference_preparation import criteo_lines
+from tests.data.preparation.reference_preparation import criteo_lines
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dhen.data.hashing import hash_positions, hash_texts, hashed_ids, salt_of
-from tests.data import reference_preparation as reference
+from dhen.data.preparation.hashing import hash_positions, hash_texts, hashed_ids, salt_of
+from tests.data.preparation import reference_preparation as reference
 
 
 def test_values_are_pinned():

@@ -10,14 +10,14 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from dhen.data import writing
-from dhen.data.preprocessing import prepare, settings_without_effect
-from dhen.data.raw_rows import DataError
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.preparation import writing
+from dhen.data.preparation.preprocessing import prepare, settings_without_effect
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.vocabulary import load_vocabulary
+from dhen.data.preparation.writing import SplitWriter
 from dhen.data.schema import Schema, SplitCounts
-from dhen.data.settings import PreparationSettings
-from dhen.data.vocabulary import load_vocabulary
-from dhen.data.writing import SplitWriter
-from tests.data import reference_preparation as reference
+from tests.data.preparation import reference_preparation as reference
 
 LINES = reference.criteo_lines(300)
 FRACTIONS = (0.6, 0.3, 0.1)
@@ -188,8 +188,8 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, raw):
 
 def test_a_killed_preparation_leaves_nothing_that_looks_complete(tmp_path, raw):
     program = (
-        "import os, sys; from dhen.data.preprocessing import prepare; "
-        "from dhen.data.settings import PreparationSettings as S; "
+        "import os, sys; from dhen.data.preparation.preprocessing import prepare; "
+        "from dhen.data.preparation.settings import PreparationSettings as S; "
         "prepare(S(sys.argv[1]), sys.argv[2], progress=lambda state: os._exit(9) if state.is_done else None)"
     )
     result = subprocess.run([sys.executable, "-c", program, raw, str(tmp_path / "out")], check=False)

@@ -1,14 +1,12 @@
 """Real click logs, where they lie beside the project: what is known of their counts. None of their rows is here."""
 
-from pathlib import Path
-
 import pytest
 
-from dhen.data.preprocessing import prepare
-from dhen.data.settings import PreparationSettings
+from dhen.data.preparation.preprocessing import prepare
+from dhen.data.preparation.settings import PreparationSettings
+from tests import ROOT, SHARED_DATA
 
-ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
+DATA = SHARED_DATA
 SCHEMAS = ROOT / "recipes" / "configs" / "schemas"
 
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}: they may not be redistributed")

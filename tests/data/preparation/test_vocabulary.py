@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dhen.data import vocabulary as module
-from dhen.data.hashing import hash_texts, salt_of
-from dhen.data.vocabulary import KeyCounts, Vocabulary, load_vocabulary
-from tests.data import reference_preparation as reference
+from dhen.data.preparation import vocabulary as module
+from dhen.data.preparation.hashing import hash_texts, salt_of
+from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, load_vocabulary
+from tests.data.preparation import reference_preparation as reference
 
 
 def made_from(chunks, min_count=1):

@@ -1,17 +1,17 @@
-"""tools/bench_loader.py, on a tiny recipe."""
+"""tools/bench/loader.py, on a tiny recipe."""
 
 import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.data.prepared_folders import MIXED, write_prepared
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_loader.py"
+TOOL = ROOT / "tools/bench/loader.py"
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_it_prints_a_table(tool, capsys):
 @pytest.mark.parametrize(
     ("options", "status", "words"),
     [
-        (["--help"], 0, "python tools/bench_loader.py --config recipes/configs/quickstart.yaml"),
+        (["--help"], 0, "python tools/bench/loader.py --config recipes/configs/quickstart.yaml"),
         (["--rounds", "0"], 2, "--rounds is 0; use 1 or more"),
     ],
 )

@@ -7,16 +7,14 @@ import sys
 import pytest
 
 from tests import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-from trace_overlap import BACKWARD, EMBEDDINGS, GRADIENTS, IDS, STEP, WAITING, Span, share_under_compute
+from tools.bench.overlap import BACKWARD, EMBEDDINGS, GRADIENTS, IDS, STEP, WAITING, Span, share_under_compute
 
 
 @pytest.fixture(scope="module")
 def overlap(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("overlap")
     small = ["--batch_size=256", "--dim=16", "--layers=1", "--rows=1000", "--tables=8"]
-    command = [sys.executable, str(ROOT / "tools/trace_overlap.py"), f"--output={folder}", *small]
+    command = [sys.executable, str(ROOT / "tools/bench/overlap.py"), f"--output={folder}", *small]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert 0 < (folder / "overlap.png").stat().st_size < 150_000

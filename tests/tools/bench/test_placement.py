@@ -1,4 +1,4 @@
-"""tools/bench_placement.py and tools/calibrate_costs.py at tiny sizes: real jobs of ranks, whole files written."""
+"""tools/bench/placement.py and tools/calibrate_costs.py at tiny sizes: real jobs of ranks, whole files written."""
 
 import importlib.util
 import json
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dhen.parallel.table_costs import StepSetting, read_costs
+from dhen.tables.placement.costs import StepSetting, read_costs
 from tests import ROOT
 
 
@@ -24,7 +24,7 @@ def test_placements_are_predicted_and_measured_in_one_job(tmp_path):
     output = tmp_path / "results.json"
     tiny = ["--ranks=8", "--measured_ranks=2", "--dims=8", "--batch_size=8", "--max_rows=20", "--rounds=2"]
     tiny += ["--ids_per_bag", "1", "2"]
-    command = [sys.executable, ROOT / "tools/bench_placement.py", *tiny, f"--output={output}"]
+    command = [sys.executable, ROOT / "tools/bench/placement.py", *tiny, f"--output={output}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())

@@ -11,16 +11,13 @@ import torch
 import yaml
 from rich.console import Console
 
-from dhen.parallel.machine import read_machine
-from dhen.parallel.topology import Topology
+from dhen.planner.machine import read_machine
+from dhen.runtime.topology import Topology
 from tests import ROOT
 from tests.ranks import run_ranks
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import bench_plan
-import plan_ranks
-from plan_grid import TECHNIQUES, Point, machine_of
+from tools.bench import plan as bench_plan
+from tools.bench import plan_ranks
+from tools.bench.plan_grid import TECHNIQUES, Point, machine_of
 
 CAN_MAKE_A_CLUSTER = hasattr(os, "geteuid") and os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc")))
 
@@ -73,7 +70,7 @@ def test_points_are_measured_beside_predictions():
 @pytest.mark.skipif(not CAN_MAKE_A_CLUSTER, reason="needs root and iproute2 for network namespaces")
 def test_under_a_cap_the_deepest_model_is_found(tmp_path):
     """A cap that holds a few layers: as many are predicted as train, but for one."""
-    command = [sys.executable, "tools/bench_plan.py", "--cap_mib", "150", "--deepest", "5", "--techniques", "dp"]
+    command = [sys.executable, "tools/bench/plan.py", "--cap_mib", "150", "--deepest", "5", "--techniques", "dp"]
     command += ["--embedding_dim", "32", "--num_embeddings_out", "12", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ def results(tmp_path_factory) -> dict[str, dict]:
     folder: Path = tmp_path_factory.mktemp("precision")
     os.environ.setdefault("PYTEST_TMP", str(folder))
     click_log = prepared_click_log(folder / "click_log", rows=160)
-    command = [sys.executable, str(ROOT / "tools/compare_precision.py"), f"--output={folder / 'out'}", "--seeds", "0"]
+    command = [sys.executable, str(ROOT / "tools/bench/precision.py"), f"--output={folder / 'out'}", "--seeds", "0"]
     command += ["--config", "recipes/configs/criteo.yaml", "--variants", *VARIANTS]
     flags = [f"--dataset_name={click_log}", *TINY, "--embedding_dim=16", "--per_device_train_batch_size=16"]
     done = subprocess.run([*command, *flags, "--max_steps=4"], cwd=ROOT, capture_output=True, text=True, timeout=590)

@@ -2,22 +2,17 @@
 
 import gc
 import io
-import sys
 from math import inf
 
 import pytest
 import torch
 from rich.console import Console
 
-from dhen.parallel.topology import Topology
-from tests import ROOT
+from dhen.runtime.topology import Topology
 from tests.ranks import run_ranks
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import sharding_ranks
-from bench_sharding import parse_arguments, plot, show
-from sharding_schemes import SCHEMES, Measured
+from tools.bench import sharding_ranks
+from tools.bench.sharding import parse_arguments, plot, show
+from tools.bench.sharding_schemes import SCHEMES, Measured
 
 
 def measured(scheme: str, depth: int, seconds: list[float], **more) -> Measured:

@@ -6,11 +6,8 @@ import sys
 import pytest
 
 from tests import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-from sharding_projection import LEFT_OUT, Machine, step_seconds
-from sharding_schemes import Benchmark, Measured
+from tools.bench.sharding_projection import LEFT_OUT, Machine, step_seconds
+from tools.bench.sharding_schemes import Benchmark, Measured
 
 LAYER_BYTES, COMPUTE_MS = 2_000_000, 30.0
 MACHINE = Machine(2, 2, 50 * 125e3, 1200 * 125e3, True, efficiency=0.8, latency=0.006)
@@ -27,7 +24,7 @@ def made_up(link_mbit: float | None) -> Benchmark:
 
 
 def project(path) -> subprocess.CompletedProcess:
-    tool = str(ROOT / "tools" / "sharding_projection.py")
+    tool = str(ROOT / "tools/bench/sharding_projection.py")
     return subprocess.run([sys.executable, tool, "--measured", str(path)], capture_output=True, text=True)
 
 

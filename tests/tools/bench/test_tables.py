@@ -8,16 +8,14 @@ from importlib.util import find_spec
 import pytest
 
 from tests import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-from bench_tables import table_bytes
-from table_systems import Case
+from tools.bench.table_systems import Case
+from tools.bench.tables import table_bytes
 
 TINY = ("--ranks", "1", "--dims", "8", "--ids_per_bag", "1", "--batch_size", "32", "--max_rows", "50", "--rounds", "3")
 
 
 def run(output, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/bench_tables.py"), *TINY, f"--output={output}", *more]
+    command = [sys.executable, str(ROOT / "tools/bench/tables.py"), *TINY, f"--output={output}", *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return done
