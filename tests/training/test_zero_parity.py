@@ -114,7 +114,7 @@ def test_a_broken_bridge_is_caught(fault):
 
 
 def main() -> None:
-    """Print the table of tools/bench/README.md: loss of step 20 and the largest relative difference of any step, by ranks."""
+    """Print the table of tools/bench/README.md: loss of step 20 and the largest difference of any step, by ranks."""
     names = [name for name in losses_by_name(1) if name in NAMES]
     print(f"loss of plain torch at step {STEPS}: {reference()[-1]:.7f}")
     print("| ds_config | " + " | ".join(f"{n} ranks: loss, largest difference" for n in (1, 2, 4)) + " |")
