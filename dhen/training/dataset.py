@@ -1,15 +1,18 @@
-"""From what the user names (prepared folder, raw files, a hub data set, or nothing) to a prepared folder."""
+"""From what the user names (a prepared folder, raw files, a hub data set, or nothing) to a run's data."""
 
 import json
 import logging
 from concurrent.futures import wait
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from dhen.config.arguments import DataArguments, Paths
+from dhen.config.arguments import ArgumentError, Arguments, DataArguments, Paths
+from dhen.data.loading.batches import BatchLoader
+from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation import preprocessing
 from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.settings import PreparationSettings
@@ -18,12 +21,101 @@ from dhen.data.schema import SCHEMA_FILE, Schema
 from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
+from dhen.training.saved.fine_tuning import StartingPoint, frozen_and_new, ignored_architecture, start_from
+from dhen.training.saved.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 30.0
 QUICKSTART = "quickstart"
 QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a run.
+
+    prepared: its folder. schema: its features, in the model's order. start: what fine-tuning takes over from a trained
+    model. loaders: by split.
+    """
+
+    prepared: Path
+    schema: Schema
+    start: StartingPoint | None
+    loaders: dict[str, BatchLoader]
+
+    @cached_property
+    def ids_per_bag(self) -> dict[str, float]:
+        """Mean number of ids per example, by multi-valued feature."""
+        return mean_bag_sizes(self.prepared, self.schema)
+
+
+def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
+    """Prepare the data, unless an earlier run has, and open its splits. Communicates; all ranks call it.
+
+    Raises ArgumentError, DataError, ValueError or FileNotFoundError about what the user named.
+    """
+    data, training = arguments.data, arguments.training
+    cache = Path(data.cache_dir) if data.cache_dir else Path(training.output_dir).parent / "prepared"
+    prepared = prepare_dataset(data, cache, topology)
+    schema, start = Schema.load(prepared), None
+    if training.model_name_or_path:
+        start = start_from(TrainedModel.open(training.model_name_or_path), prepared, schema)
+        schema = start.schema
+    _check_splits(arguments, schema)
+    if topology.is_main:
+        for sentence in _without_effect(arguments, schema, start):
+            logger.warning("%s", sentence)
+    return TrainingData(prepared, schema, start, _open_splits(arguments, topology, prepared, schema))
+
+
+def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:
+    """A loader per split: train is shuffled and cut into micro steps, the others are read in order."""
+    training = arguments.training
+    open_split = partial(
+        BatchLoader,
+        prepared,
+        schema=schema,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        pin_memory=topology.device.type == "cuda",
+    )
+    loaders = {
+        split: open_split(split, batch_size=training.per_device_eval_batch_size)
+        for split in schema.splits
+        if split != "train"
+    }
+    loaders["train"] = open_split(
+        "train",
+        batch_size=training.per_device_train_batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        drop_last=training.dataloader_drop_last,
+        shuffle=True,
+        seed=training.seed,
+    )
+    return loaders
+
+
+def _check_splits(arguments: Arguments, schema: Schema) -> None:
+    """Raise ArgumentError where the data lacks what the arguments rely on."""
+    training = arguments.training
+    for split, counts in schema.splits.items():
+        if counts.unlabelled:
+            raise ArgumentError(f"{counts.unlabelled:,} rows of the {split} split have no label. Give labelled rows.")
+    if "validation" not in schema.splits:
+        if training.early_stopping_patience:
+            raise ArgumentError("early_stopping_patience needs a validation split, and the data has none.")
+        if training.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise ArgumentError("lr_scheduler_type reduce_lr_on_plateau needs a validation split; the data has none.")
+
+
+def _without_effect(arguments: Arguments, schema: Schema, start: StartingPoint | None) -> list[str]:
+    """A sentence about each setting that nothing reads, and about each frozen weight that was never trained."""
+    sentences = settings_without_effect(arguments.data, schema) + arguments.training.without_effect()
+    if start:
+        sentences += ignored_architecture(arguments.architecture, start)
+        sentences += frozen_and_new(arguments.training.freeze, start)
+    return sentences
 
 
 def prepare_dataset(

@@ -1,0 +1,71 @@
+"""The end of a run: the best weights come back, are tested and exported, and summary.json says how good they are."""
+
+import json
+import logging
+from pathlib import Path
+
+from dhen.config.arguments import Arguments
+from dhen.training.curves import draw_curves
+from dhen.training.dataset import TrainingData
+from dhen.training.loop import Trainer, evaluate
+from dhen.training.progress import METRICS_FILE, ProgressReporter
+from dhen.training.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
+from dhen.training.saved.checkpoint import checkpoint_of, is_whole, load_checkpoint
+from dhen.training.saved.model_card import model_card
+from dhen.training.saved.trained_model import MODEL_FOLDER, export_model
+
+logger = logging.getLogger(__name__)
+
+
+def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress: ProgressReporter) -> None:
+    """Test the best weights, or the last with load_best_model_at_end false; export them. Communicates; all ranks call
+    it."""
+    model, state, best_ne = trainer.model, trainer.state, data.schema.best_possible_ne
+    output_dir, seconds = Path(arguments.training.output_dir), progress.watch.seconds
+    tested_step = _load_best(trainer, output_dir) if arguments.training.load_best_model_at_end else state.step
+    results = {
+        name: metrics_of(evaluate(model, data.loaders[split]), best_ne.get(split))
+        for name, split in (("eval", "validation"), ("test", "test"))
+        if split in data.loaders
+    }
+    summary = results | {
+        "samples_per_second": progress.samples_per_second or _earlier_rate(output_dir),
+        "seconds": seconds,
+        "world_size": model.topology.world_size,
+        "steps": state.step,
+        "tested_step": tested_step,
+        "samples_seen": state.samples_seen,
+        "ds_config": arguments.ds_config,
+        "zero_stage": model.ds_config.zero_stage,
+    }
+    card = model_card(model.config, data.schema, summary)
+    export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card)
+    if model.topology.is_main:
+        write_json(output_dir / SUMMARY_FILE, summary)
+        draw_curves(output_dir / METRICS_FILE, best_ne.get("validation"))
+        print_metrics(results)
+        rate = summary["samples_per_second"]
+        logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
+        logger.info(
+            "everything is in %s: curves.png, metrics.csv, summary.json, the model in %s/", output_dir, MODEL_FOLDER
+        )
+
+
+def _load_best(trainer: Trainer, output_dir: Path) -> int:
+    """Bring back the weights of the best checkpoint; returns its step. Communicates; all ranks call it."""
+    state = trainer.state
+    if state.best_step in (None, state.step):
+        return state.step
+    folder = checkpoint_of(output_dir, state.best_step)
+    if not is_whole(folder):  # the run resumed from another folder, or from before a better one took its place
+        if trainer.model.topology.is_main:
+            logger.warning("%s is the best checkpoint, but it is gone: the last weights are tested", folder)
+        return state.step
+    load_checkpoint(trainer.model, folder, with_random_state=False)
+    return state.best_step
+
+
+def _earlier_rate(output_dir: Path) -> float:
+    """samples/s that the run's summary has already: a resume of a finished run makes no update of its own."""
+    path = output_dir / SUMMARY_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["samples_per_second"] or 0.0 if path.is_file() else 0.0

@@ -1,0 +1,147 @@
+"""Sets a run up: the model over all ranks, and a trainer at the run's first step or at a checkpoint's.
+
+Every function that takes a topology, a model or a trainer communicates; all ranks call it.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from dhen.config.arguments import ArgumentError, Arguments, TrainingArguments
+from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.runtime.machine_at_hand import rank_memory_bytes
+from dhen.runtime.topology import Topology
+from dhen.training.auto_ds_config import choose_ds_config
+from dhen.training.dataset import TrainingData
+from dhen.training.loop import Trainer
+from dhen.training.memory_plan import MemoryPlan
+from dhen.training.parallelize import ParallelDhen, parallelize
+from dhen.training.progress import ProgressReporter
+from dhen.training.run_folder import announce, clear_run_folder, write_setup
+from dhen.training.saved.checkpoint import (
+    check_same_model,
+    find_checkpoint,
+    load_checkpoint,
+    point_latest_at,
+    saved_table_cuts,
+)
+from dhen.training.saved.fine_tuning import config_for
+from dhen.training.saved.trained_model import TrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None:
+    """The ds_config that the user names, checked; None for "auto", which plans once the model is known."""
+    if arguments.ds_config == AUTO:
+        return None
+    return read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size), _num_layers(arguments))
+
+
+def build_model(
+    arguments: Arguments, topology: Topology, data: TrainingData, ds_config: DsConfig | None
+) -> ParallelDhen:
+    """The model over all ranks, with a trained model's weights in fine-tuning. Says what is trained, on what, and how.
+
+    ds_config: None lets the planner choose. Raises ArgumentError, DsConfigError or CheckpointError.
+    """
+    training, start = arguments.training, data.start
+    config = start.config if start else config_for(arguments.architecture, data.schema)
+    if training.resume_from_checkpoint:  # before the model is built: other tables can't be placed as the save's were
+        check_same_model(_checkpoint(training), config)
+    memory_bytes = rank_memory_bytes(topology)
+    if ds_config is None:
+        ds_config = choose_ds_config(arguments, config, topology, memory_bytes, data.ids_per_bag)
+    memory_plan = None
+    if topology.is_main:
+        memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, training.per_device_eval_batch_size)
+    model = parallelize(
+        config,
+        topology,
+        ds_config,
+        seed=training.seed,
+        table_epsilon=training.table_epsilon,
+        dense_weights=start.dense_weights if start else None,
+        ids_per_bag=data.ids_per_bag,
+        fill_table=start.fill_table if start else None,
+        **_saved_placement(ds_config, training),
+    )
+    _check_replicated(training, model)
+    if start and model.tables is not None:
+        start.load_tables(model.tables)
+    if topology.is_main:
+        announce(arguments, model, data.schema, start.report() if start else None)
+        memory_plan.announce(model)
+    return model
+
+
+def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) -> Trainer:
+    """The trainer, at step 0 in an empty run folder, or at the step of the checkpoint that is resumed."""
+    training, topology = arguments.training, model.topology
+    output_dir = Path(training.output_dir)
+    trainer = Trainer(model, training, data.loaders["train"], data.loaders.get("validation"), output_dir)
+    if training.resume_from_checkpoint:
+        folder = _checkpoint(training)
+        trainer.restore(load_checkpoint(model, folder, trainer.data_order))
+        if topology.is_main:
+            point_latest_at(folder, output_dir)
+            logger.info("resuming from %s: step %d of %d", folder, trainer.state.step, trainer.total_steps)
+    elif topology.is_main:
+        clear_run_folder(output_dir)
+    return trainer
+
+
+def report_progress(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
+    """Write the run's set-up into its folder, and start to report: terminal, metrics.csv, TensorBoard, curves.png."""
+    output_dir, topology = Path(arguments.training.output_dir), trainer.model.topology
+    if topology.is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_setup(output_dir, arguments, trainer.model)
+    return ProgressReporter(
+        output_dir,
+        trainer.total_steps,
+        topology.device,
+        is_main=topology.is_main,
+        resumed_at=trainer.state.step,
+        best_possible_ne=data.schema.best_possible_ne.get("validation"),
+    )
+
+
+def _num_layers(arguments: Arguments) -> int:
+    """Depth of the model that is trained; in fine-tuning that is the trained model's depth."""
+    if arguments.training.model_name_or_path:
+        return len(TrainedModel.open(arguments.training.model_name_or_path).config.layer_specs)
+    return len(DhenConfig(**vars(arguments.architecture)).layer_specs)
+
+
+def _checkpoint(training: TrainingArguments) -> Path:
+    return find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
+
+
+def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[str, Any]:
+    """What a resumed run keeps of its checkpoint's placement: arguments of `parallelize`.
+
+    The replicated tables, because the dense optimizer holds their state; and under row-wise Adagrad, which keeps one
+    number per row and shard, the column cuts of the others.
+    """
+    if not training.resume_from_checkpoint:
+        return {}
+    cuts = saved_table_cuts(_checkpoint(training))
+    sharded = {name: shards for name, shards in cuts.items() if shards}
+    return {
+        "replicated": [name for name in cuts if name not in sharded],
+        "table_cuts": sharded if ds_config.dhen.table_optimizer == "rowwise_adagrad" else None,
+    }
+
+
+def _check_replicated(training: TrainingArguments, model: ParallelDhen) -> None:
+    """Raise ArgumentError for an option that acts on sharded tables only, where tables are replicated."""
+    replicated = model.placement.replicated
+    options = {name: getattr(training, name) for name in ("freeze", "looked_up_l2", "whole_table_l2")}
+    for name, value in options.items():
+        if replicated and value and value != "none":
+            raise ArgumentError(
+                f"{name} is {value}, but {model.ds_config.path} replicates tables ({', '.join(replicated)}), which are "
+                f"trained as the dense part is. Leave out {name}, or set dhen.placement.replicate_below_rows to 0."
+            )
