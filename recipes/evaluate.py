@@ -21,8 +21,7 @@ def main() -> None:
     log_to_stderr()
     with user_errors():
         arguments = parse_scoring_arguments(None, "Evaluate a trained DHEN.")
-    topology = job.start()
-    with user_errors():
+        topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
         metrics = metrics_of(evaluate(model, loader), loader.schema.best_possible_ne.get(loader.split))
         if topology.is_main:

@@ -31,8 +31,7 @@ def main() -> None:
     log_to_stderr()
     with user_errors():
         arguments = parse_scoring_arguments(None, "Score rows with a trained DHEN.")
-    topology = job.start()
-    with user_errors():
+        topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
         rows = write_predictions(model, loader, Path(arguments.output or "predictions.parquet"))
     if topology.is_main:

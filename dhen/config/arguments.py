@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from transformers import HfArgumentParser
 
-from dhen.config.ds_config import Recipe
+from dhen.config.ds_config import AUTO, Recipe
 from dhen.model.configuration_dhen import DhenArchitecture
 from dhen.model.interactions import import_interactions
 from dhen.model.names import unknown_name
+from dhen.paths import find, looked_in
 
 Paths = str | list[str] | None
 """One path, or several: a word, or several words after the flag; a text, or a list in YAML."""
@@ -65,7 +67,7 @@ class DataArguments:
 class TrainingArguments:
     """How the model is trained. Names follow Hugging Face's TrainingArguments where they mean the same."""
 
-    output_dir: str = option("runs/quickstart", "Run folder.")
+    output_dir: str | None = option(None, "Run folder; the default is runs/<name of the data>.")
     per_device_train_batch_size: int = option(2048, "Examples of one rank in one micro step.")
     per_device_eval_batch_size: int = option(4096, "Examples of one rank in one evaluation step.")
     gradient_accumulation_steps: int = option(1, "Micro steps for one update of the dense part.")
@@ -161,33 +163,61 @@ class ArgumentError(ValueError):
 
 
 def parse_arguments(command_line: Sequence[str] | None = None, *, quickstart: Path | None = None) -> Arguments:
-    """Arguments from the command line over --config's YAML over the defaults. Raises ArgumentError.
+    """Arguments from the command line, else from --config's YAML, else the defaults. Raises ArgumentError.
 
-    quickstart: the YAML that is used where neither --config nor any data is named.
+    quickstart: the YAML that applies where the user names neither --config nor data.
     """
     command_line = sys.argv[1:] if command_line is None else command_line
     known, rest = _launcher_parser(add_help=False).parse_known_args(command_line)
-    names_data = any(flag.split("=")[0].replace("-", "_") in ("__dataset_name", "__train_file") for flag in rest)
-    if known.config is None and not names_data and quickstart is not None:
+    flags = {flag.split("=")[0].replace("-", "_") for flag in rest}
+    # --help is about a run on the user's data, so it shows the defaults of such a run, not the quickstart's.
+    if (
+        known.config is None
+        and quickstart is not None
+        and not flags & {"__dataset_name", "__train_file", "__help", "_h"}
+    ):
         known.config = str(quickstart)
     parser = Parser(
         [copy_for_parser(part) for part in _PARTS],
         parents=[_launcher_parser(add_help=False)],
         allow_abbrev=False,
-        description="Train DHEN. YAML says what is trained, the ds_config how it fits; the command line wins.",
+        description="Train DHEN. The YAML of --config says what is trained, the ds_config how it fits the machine; a "
+        "flag wins over both. Without --config and without data, recipes/configs/quickstart.yaml applies. "
+        "Example: deepspeed recipes/train.py --ds_config ds_configs/zero2.json --dataset_name log.csv "
+        "--dataset_schema schema.yaml",
     )
     if known.config:
-        parser.set_defaults(**_read_yaml(Path(known.config)))
+        parser.set_defaults(**_read_yaml(Path(find(known.config))))
     *parts, _launch, unknown = parser.parse_args_into_dataclasses(
         command_line, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise unknown_argument(unknown[0], _PARTS)
     checked = [check_types(part, vars(given), "command line") for part, given in zip(_PARTS, parts, strict=True)]
-    arguments = Arguments(known.ds_config, *checked)
+    data, _, training = checked
+    find_paths(data, "dataset_name", "dataset_schema", "train_file", "validation_file", "test_file")
+    find_paths(training, "interaction_files", "model_name_or_path", "resume_from_checkpoint")
+    training.output_dir = training.output_dir or f"runs/{_name_of(data)}"
+    arguments = Arguments(known.ds_config if known.ds_config == AUTO else find(known.ds_config), *checked)
     _check_values(arguments)
     import_interaction_files(arguments.training.interaction_files)
     return arguments
+
+
+def find_paths(part: Any, *names: str) -> None:
+    """Replace each relative path in these fields by the repository's where only the repository has it."""
+    for name in names:
+        value = getattr(part, name)
+        if value is not None:
+            setattr(part, name, [find(path) for path in value] if isinstance(value, list) else find(value))
+
+
+def _name_of(data: DataArguments) -> str:
+    """The data's name for its run folder: of a file or glob its first word, of a training file its folder's name."""
+    named = data.dataset_name or data.train_file or "quickstart"
+    path = Path(named if isinstance(named, str) else named[0])
+    word = re.match(r"[\w-]*", path.name).group().strip("_-")
+    return word if word and (data.dataset_name or word != "train") else path.resolve().parent.name or "data"
 
 
 class Parser(HfArgumentParser):
@@ -202,7 +232,8 @@ def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
     """The error about a word of the command line that is no flag of `parts`, with the nearest flag that is."""
     if not flag.startswith("-"):
         return ArgumentError(
-            f"command line: {flag!r} belongs to no flag. Several interactions are one word: linear,attention, or JSON."
+            f"command line: {flag!r} belongs to no flag. Write several interactions as one word, for example "
+            "linear,self_attention, or as JSON."
         )
     flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config"}
     return ArgumentError(unknown_name("argument", flag.split("=")[0], flags))
@@ -232,7 +263,7 @@ def _launcher_parser(**kwargs: Any) -> argparse.ArgumentParser:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ArgumentError(f"{path}: no such file. --config takes the YAML of a recipe.")
+        raise ArgumentError(f"{path}: no such file. --config takes the YAML of a recipe.{looked_in(path)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

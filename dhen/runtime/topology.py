@@ -16,6 +16,8 @@ from dhen.runtime.host_allocator import keep_freed_memory
 ShardGroup = Literal["world", "node"] | int
 """Which ranks hold one replica of the dense part together: all, those of a node, or that many neighbours."""
 
+_SET_BY_LAUNCHERS = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class ShardGroups:
@@ -108,22 +110,37 @@ def start(timeout_minutes: float = 30.0) -> Topology:
     """Join the job that the launcher started (deepspeed, torchrun, accelerate launch; none means one rank).
 
     Communicates: all ranks call it, once. gloo on CPU, NCCL on GPUs. On CPU the cores are shared out among the ranks of
-    the node unless OMP_NUM_THREADS says otherwise, and freed memory stays with the process.
+    the node unless OMP_NUM_THREADS says otherwise, and freed memory stays with the process. Raises ConnectionError, one
+    line, where this rank can't join.
     """
     if "RANK" not in os.environ:
         _become_the_only_rank()
+    if missing := [
+        name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]:
+        raise ConnectionError(
+            f"The launcher sets RANK, but not {', '.join(missing)}. Start the script by deepspeed, torchrun, or "
+            "accelerate launch; or by python, with RANK unset, for one rank."
+        )
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
     on_gpu = get_accelerator().device_name() == "cuda"
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise ConnectionError(
+                f"This node has {torch.cuda.device_count()} GPUs, but {local_size} ranks. Start one rank per GPU."
+            )
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionError(_why_not_joined(str(error))) from error
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -132,6 +149,21 @@ def start(timeout_minutes: float = 30.0) -> Topology:
         device=device,
         world=dist.group.WORLD,
         timeout=timeout,
+    )
+
+
+def _why_not_joined(said: str) -> str:
+    """The first line of what torch said, and what to do about it."""
+    port, first_line = os.environ["MASTER_PORT"], said.strip().partition("\n")[0]
+    place = f"{os.environ['MASTER_ADDR']}:{port}"
+    if "EADDRINUSE" in said or "address already in use" in said.lower():
+        return (
+            f"Port {port} of this machine is taken, probably by another job. Give this one its own: "
+            f"deepspeed --master_port {int(port) + 1} …"
+        )
+    return (
+        f"Rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't join the job at {place}: {first_line:.200} "
+        "Check that all ranks started, and that this address and port are reachable from every node."
     )
 
 

@@ -15,6 +15,7 @@ from dhen.config.arguments import (
     Paths,
     check_types,
     copy_for_parser,
+    find_paths,
     import_interaction_files,
     option,
     unknown_argument,
@@ -67,6 +68,7 @@ def parse_scoring_arguments(command_line: Sequence[str] | None, description: str
     arguments = check_types(ScoringArguments, vars(given), "command line")
     if arguments.model_name_or_path is None:
         raise ArgumentError("--model_name_or_path is missing. Give a run folder or an exported model.")
+    find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
     import_interaction_files(arguments.interaction_files)
     return arguments
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.paths import looked_in
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.sharded_tables import ShardedTables
@@ -49,8 +50,8 @@ class TrainedModel:
             if (folder / "config.json").is_file() and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
                 return cls(folder)
         raise FileNotFoundError(
-            f"{path}: no trained model here. Give a run folder that finished (it holds {MODEL_FOLDER}/) or an exported "
-            "model (it holds config.json and safetensors)."
+            f"{path}: no trained model here. Give the folder of a finished run (it holds {MODEL_FOLDER}/) or of an "
+            f"exported model (it holds config.json and safetensors).{looked_in(path)}"
         )
 
     @cached_property
