@@ -1,18 +1,33 @@
-"""Imports go one way: model <- parallel, data <- training <- recipes, tools; and the model knows of one device only."""
+"""Imports go one way between rooms and in no circle between files; the model knows of one device only.
+
+model, runtime <- config <- data, tables, dense <- planner <- training <- recipes, tools
+"""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+BELOW_CONFIG = {"model", "runtime"}
+BELOW_PLANNER = {*BELOW_CONFIG, "config", "tables", "dense"}
 MAY_IMPORT = {
     "model": set(),
-    "parallel": {"model"},
+    "runtime": set(),
+    "config": BELOW_CONFIG,
     "data": {"model"},
-    "training": {"model", "parallel", "data"},
+    "tables": {*BELOW_CONFIG, "config"},
+    "dense": {*BELOW_CONFIG, "config"},
+    "planner": BELOW_PLANNER,
+    "training": {*BELOW_PLANNER, "planner", "data"},
 }
-NOT_IN_MODEL = ("torch.distributed", "deepspeed", "fbgemm_gpu")
+NOT_IN = {
+    "model": ("torch.distributed", "deepspeed", "fbgemm_gpu"),
+    "config": ("fbgemm_gpu",),
+    "data/formats": ("torch", "deepspeed", "fbgemm_gpu"),
+    "data/preparation": ("torch", "deepspeed", "fbgemm_gpu"),
+}
 NOT_NAMED_IN_MODEL = ("rank", "local_rank", "world_size", "process_group")
 
 
@@ -50,6 +65,27 @@ def reaches(names, package):
     return any(name == package or name.startswith(package + ".") for name in names)
 
 
+def circle(graph):
+    """The files of a circle of imports, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.fixture(scope="module")
+def imports_by_file():
+    """Module name -> names of the project's modules that it imports."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in python_files("")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    graph = {}
+    for name, path in paths.items():
+        modules = {other if other in paths else other.rpartition(".")[0] for other in imported(path.read_text())}
+        graph[name] = modules & paths.keys() - {name}
+    return graph
+
+
 @pytest.mark.parametrize("room", MAY_IMPORT)
 def test_rooms_import_only_rooms_below(room):
     files = python_files(room)
@@ -59,12 +95,26 @@ def test_rooms_import_only_rooms_below(room):
         assert not wrong, f"{path.relative_to(ROOT)} imports from {sorted(wrong)}"
 
 
-def test_the_model_imports_nothing_distributed():
+def test_every_folder_is_a_room_with_rules():
+    assert {path.name for path in (ROOT / "dhen").iterdir() if path.is_dir() and path.name[0] != "_"} == set(MAY_IMPORT)
+
+
+def test_files_import_each_other_in_no_circle(imports_by_file):
+    assert len(imports_by_file) > 80
+    assert not circle(imports_by_file)
+    assert circle(imports_by_file | {"dhen.model.names": {"dhen.training.loop"}}), "negative control"
+
+
+@pytest.mark.parametrize("room", NOT_IN)
+def test_rooms_leave_packages_to_others(room):
+    for path in python_files(room):
+        for package in NOT_IN[room]:
+            assert not reaches(imported(path.read_text()), package), f"{path.relative_to(ROOT)} imports {package}"
+
+
+def test_the_model_names_no_rank():
     for path in python_files("model"):
-        source = path.read_text()
-        for package in NOT_IN_MODEL:
-            assert not reaches(imported(source), package), f"{path.relative_to(ROOT)} imports {package}"
-        wrong = named(source) & set(NOT_NAMED_IN_MODEL)
+        wrong = named(path.read_text()) & set(NOT_NAMED_IN_MODEL)
         assert not wrong, f"{path.relative_to(ROOT)} names {sorted(wrong)}"
 
 

@@ -19,6 +19,9 @@ from dhen.model.interactions import import_interactions
 from dhen.model.names import unknown_name
 from dhen.paths import find, looked_in
 
+ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"]
+ScalingRule = Literal["none", "linear", "sqrt"]
+MetricName = Literal["auc", "ne", "logloss"]
 Paths = str | list[str] | None
 """One path, or several: a word, or several words after the flag; a text, or a list in YAML."""
 
@@ -78,16 +81,14 @@ class TrainingArguments:
     table_epsilon: float = option(
         1e-8, "Adagrad's epsilon of the tables; 1e-4 and more hold rows back that are rarely seen, against overfitting."
     )
-    learning_rate_scaling: Literal["none", "linear", "sqrt"] = option(
+    learning_rate_scaling: ScalingRule = option(
         "none", "Scale both learning rates by global batch / base_batch_size, or by its square root."
     )
     base_batch_size: int = option(
         2048, "Global batch for which the learning rates are given, for learning_rate_scaling."
     )
     warmup_steps: int = option(0, "Updates over which the learning rates rise from 0.")
-    lr_scheduler_type: Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"] = option(
-        "constant", "Shape of the learning rates after warm-up."
-    )
+    lr_scheduler_type: ScheduleKind = option("constant", "Shape of the learning rates after warm-up.")
     min_lr_ratio: float = option(0.0, "Lowest learning rate, as a share of the peak.")
     plateau_factor: float = option(0.1, "reduce_lr_on_plateau: factor at each drop.")
     plateau_patience: int = option(0, "reduce_lr_on_plateau: evaluations without improvement that are let pass.")
@@ -113,7 +114,7 @@ class TrainingArguments:
     eval_steps: int = option(0, "Updates between two evaluations on the validation split; 0: after every epoch.")
     save_steps: int = option(0, "Updates between two checkpoints; 0: after every evaluation.")
     save_total_limit: int = option(2, "Checkpoints that are kept, the best one aside.")
-    metric_for_best_model: Literal["auc", "ne", "logloss"] = option("ne", "Validation metric that says which is best.")
+    metric_for_best_model: MetricName = option("ne", "Validation metric that says which is best.")
     load_best_model_at_end: bool = option(True, "Test and export the best checkpoint rather than the last weights.")
     early_stopping_patience: int = option(0, "Stop after this many evaluations without a better metric; 0 is off.")
     seed: int = option(0, "Seed of weights, tables, shuffling and dropout.")

@@ -1,11 +1,13 @@
-"""Learning rates over a run, the same factor for the dense part and the tables; and when to stop."""
+"""Learning rates over a run, and when to stop.
+
+One factor serves the dense part and the tables, which have no torch optimizer. So the schedules of
+transformers.get_scheduler do not serve: they are bound to an optimizer, start at 0 and have no common floor.
+"""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"]
-ScalingRule = Literal["none", "linear", "sqrt"]
-MetricName = Literal["auc", "ne", "logloss"]
+from dhen.config.arguments import MetricName, ScalingRule, ScheduleKind
 
 
 def scale_learning_rate(learning_rate: float, global_batch: int, base_batch: int, rule: ScalingRule) -> float:

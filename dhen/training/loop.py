@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,14 @@ class Trainer:
         if model.tables is not None:
             model.tables.is_frozen = arguments.freeze == "tables"
         global_batch = arguments.per_device_train_batch_size * self._shares
-        rule = (global_batch, arguments.base_batch_size, arguments.learning_rate_scaling)
-        self._learning_rate = scale_learning_rate(arguments.learning_rate, *rule)
-        self._table_learning_rate = scale_learning_rate(arguments.table_learning_rate, *rule)
+        scale = partial(
+            scale_learning_rate,
+            global_batch=global_batch,
+            base_batch=arguments.base_batch_size,
+            rule=arguments.learning_rate_scaling,
+        )
+        self._learning_rate = scale(arguments.learning_rate)
+        self._table_learning_rate = scale(arguments.table_learning_rate)
         self._schedule = LearningRateSchedule(
             arguments.lr_scheduler_type,
             warmup_steps=arguments.warmup_steps,

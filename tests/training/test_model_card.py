@@ -1,0 +1,40 @@
+"""The exported model's card: metadata that the Hugging Face hub reads, and the metrics of every split."""
+
+import math
+
+import yaml
+from huggingface_hub import ModelCard
+
+from dhen.data.schema import Schema, SplitCounts
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.training.saved.model_card import model_card
+
+CONFIG = DhenConfig(num_layers=2, num_dense_features=3, sparse_features=[{"name": "user", "num_embeddings": 50}])
+METRICS = {"auc": 0.75, "ne": 0.8, "logloss": 0.4, "calibration": 1.01, "examples": 1200}
+
+
+def card_of(**splits):
+    schema = Schema(dense=(), sparse=(), splits={"train": SplitCounts(rows=4321, clicks=1)})
+    return ModelCard(model_card(CONFIG, schema, splits | {"steps": 77, "seconds": 1.5}))
+
+
+def test_the_hub_reads_library_tags_and_metrics():
+    data = card_of(test=METRICS).data
+    assert data.library_name == "transformers"
+    assert "dhen" in data.tags
+    found = {(result.dataset_split, result.metric_type): result.metric_value for result in data.eval_results}
+    assert found == {("test", name): value for name, value in METRICS.items() if name != "examples"}
+
+
+def test_a_metric_that_does_not_exist_is_left_out_of_the_metadata():
+    card = card_of(test=METRICS | {"auc": math.nan})
+    assert {result.metric_type for result in card.data.eval_results} == {"ne", "logloss", "calibration"}
+    nothing = dict.fromkeys(("auc", "ne", "logloss", "calibration"), math.nan) | {"examples": 0}
+    assert "model-index" not in yaml.safe_load(card_of(test=nothing).content.split("---")[1])
+
+
+def test_the_text_has_layers_rows_and_metrics():
+    text = card_of(test=METRICS, eval=METRICS).text
+    assert "2 layers over" in text
+    assert "Trained on 4,321 rows, 77 updates." in text
+    assert text.count("| 0.75000 | 0.80000 | 0.40000 | 1.0100 | 1,200 |") == 2
