@@ -151,3 +151,14 @@ def test_the_quickstart_is_for_those_who_name_nothing(tmp_path):
     assert name("--train_file=a") is None
     assert name("--dataset-name", "b") == "b"
     assert name(recipe(tmp_path, "seed: 1")) is None
+
+
+def test_help_shows_the_defaults_of_a_run_on_ones_own_data(tmp_path, capsys):
+    quickstart = tmp_path / "quickstart.yaml"
+    quickstart.write_text("dataset_name: quickstart\nper_device_train_batch_size: 512\n")
+    for flags, default in ([], 2048), ([f"--config={quickstart}"], 512):
+        with pytest.raises(SystemExit):
+            parse_arguments([*flags, "--help"], quickstart=quickstart)
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"one micro step. (default: {default})" in said
+        assert "Example: deepspeed recipes/train.py" in said

@@ -38,15 +38,16 @@ def run_script(
     script: str,
     *flags: str,
     ranks: int = 1,
+    port: int | None = None,
     kill_when: Callable[[], bool] | None = None,
     killed_rank: int | None = None,
     patch: Callable | None = None,
 ) -> Finished:
     """Run recipes/<script> to its end, or until `kill_when` says to kill all ranks (SIGKILL), or `killed_rank` alone.
 
-    patch: called in each process before the script.
+    port: of the job, by default a free one. patch: called in each process before the script.
     """
-    port = free_port()
+    port = port or free_port()
     log = Path(os.environ["PYTEST_TMP"]) / f"{port}-{time.monotonic_ns()}.log"
     processes = [
         _context.Process(target=_run, args=(script, flags, rank, ranks, port, str(log), patch)) for rank in range(ranks)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,19 @@ def test_a_mistake_is_one_line_and_costs_nothing(earlier_run, places, name):
     assert [word for word in words if word not in line] == []
     assert contents(earlier_run) == before
     assert not Path(places["new"]).exists()
+
+
+def test_a_taken_port_is_one_line_that_says_how_to_choose_another(click_log, tmp_path):
+    with socket.socket() as other_job:
+        other_job.bind(("127.0.0.1", 0))
+        other_job.listen()
+        port = other_job.getsockname()[1]
+        flags = [f"--dataset_name={click_log}", f"--output_dir={tmp_path / 'run'}", *TINY]
+        line = the_error(run_script("train.py", *flags, port=port))
+    assert line == (
+        f"error: Port {port} of this machine is taken, probably by another job. Give this one its own: "
+        f"deepspeed --master_port {port + 1} …"
+    )
 
 
 def test_overwriting_replaces_the_run_and_leaves_other_files(click_log, earlier_run, tmp_path):

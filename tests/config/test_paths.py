@@ -1,0 +1,61 @@
+"""Relative paths: the working directory first, then the repository; the name of a run folder."""
+
+import pytest
+
+from dhen.config.arguments import ArgumentError, parse_arguments
+from dhen.paths import find, looked_in
+from dhen.training.saved.scoring import parse_scoring_arguments
+from tests import ROOT
+
+FRAPPE = "recipes/configs/frappe.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_what_the_working_directory_lacks_is_taken_from_the_repository(tmp_path):
+    assert find(FRAPPE) == str(ROOT / FRAPPE)
+    assert find("recipes/configs/*.yaml") == str(ROOT / "recipes/configs/*.yaml")
+    (tmp_path / "recipes/configs").mkdir(parents=True)
+    (tmp_path / FRAPPE).write_text("seed: 5\n")
+    assert find(FRAPPE) == FRAPPE
+    assert find("recipes/configs/*.yaml") == "recipes/configs/*.yaml"
+    assert find("nowhere.csv") == "nowhere.csv"
+    assert find(str(tmp_path / "nowhere.csv")) == str(tmp_path / "nowhere.csv")
+
+
+def test_every_path_of_a_run_is_looked_up():
+    arguments = parse_arguments(["--config", FRAPPE, "--ds_config", "ds_configs/hsdp.json"])
+    assert arguments.ds_config == str(ROOT / "ds_configs/hsdp.json")
+    assert arguments.data.dataset_schema == str(ROOT / "recipes/configs/schemas/frappe.yaml")
+    assert arguments.training.output_dir == "runs/frappe", "what is written goes to the working directory"
+    scoring = parse_scoring_arguments(["--model_name_or_path=tests", "--dataset_name", "README.md", "mine.csv"], "")
+    assert scoring.model_name_or_path == str(ROOT / "tests")
+    assert scoring.dataset_name == [str(ROOT / "README.md"), "mine.csv"]
+
+
+def test_a_file_in_neither_place_is_an_error_that_lists_both(tmp_path):
+    with pytest.raises(ArgumentError, match=r"none\.yaml: no such file") as caught:
+        parse_arguments(["--config=none.yaml"])
+    assert str(tmp_path) in str(caught.value)
+    assert str(ROOT) in str(caught.value)
+    assert looked_in("/none.yaml") == "", "an absolute path has one place"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--dataset_name=a/log.csv"], "log"),
+        (["--dataset_name=b/click_log.tsv.gz"], "click_log"),
+        (["--dataset_name", "days/day_*.gz", "more.gz"], "day"),
+        (["--dataset_name=owner/clicks"], "clicks"),
+        (["--dataset_name=days/*.gz"], "days"),
+        (["--train_file=avazu/train.csv"], "avazu"),
+        (["--train_file=monday.csv", "--test_file=tuesday.csv"], "monday"),
+        (["--dataset_name=a/log.csv", "--output_dir=runs/mine"], "mine"),
+    ],
+)
+def test_a_run_folder_is_named_after_its_data(flags, name):
+    assert parse_arguments(flags).training.output_dir == f"runs/{name}"
