@@ -8,8 +8,18 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["dhen.training.parallelize"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "dhen.training.session",
+        "dhen.training.finish",
+        "dhen.training.saved.scoring",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # which imports torch.compile's compiler, 2 s
+        "torch.utils.tensorboard",
+        "transformers.models.auto.modeling_auto",
+    ]
+)
+"""Ranks fork from one server that has imported what they need: importing takes longer than their work."""
 
 
 def run_ranks(
@@ -24,7 +34,7 @@ def run_ranks(
 
     local_size: ranks of one node, where they shall take themselves for several nodes' ranks. on_gpu: each on one.
     """
-    context = multiprocessing.get_context("spawn") if on_gpu else _context  # CUDA doesn't survive a fork
+    context = multiprocessing.get_context("spawn") if on_gpu else CONTEXT  # CUDA doesn't survive a fork
     results = context.Queue()
     port = free_port()
     ranks = [

@@ -5,7 +5,6 @@ test_launchers.py starts them by the real launchers; all else that a script prom
 
 import contextlib
 import json
-import multiprocessing
 import os
 import runpy
 import sys
@@ -18,10 +17,7 @@ from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.synthetic import generate_click_log
 from tests import ROOT
-from tests.ranks import free_port, rank_environment
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["dhen.training.parallelize", "dhen.training.saved.scoring", "dhen.training.progress"])
+from tests.ranks import CONTEXT, free_port, rank_environment
 
 TINY = ("--embedding_dim=4", "--num_layers=1", "--num_embeddings_out=4", "--logging_steps=1", "--warmup_steps=2")
 
@@ -50,7 +46,7 @@ def run_script(
     port = port or free_port()
     log = Path(os.environ["PYTEST_TMP"]) / f"{port}-{time.monotonic_ns()}.log"
     processes = [
-        _context.Process(target=_run, args=(script, flags, rank, ranks, port, str(log), patch)) for rank in range(ranks)
+        CONTEXT.Process(target=_run, args=(script, flags, rank, ranks, port, str(log), patch)) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
