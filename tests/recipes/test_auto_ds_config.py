@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dhen.planner.nearest_machine import machine_of_gpu
-from dhen.runtime import machine_at_hand
+from dhen.training import session
 from tests.recipes.launch import TINY, run_script, summary
 
 SMALL = (*TINY, "--per_device_train_batch_size=16", "--max_steps=3", "--eval_steps=3")
@@ -60,7 +60,7 @@ def test_auto_trains_on_two_ranks_with_what_it_chose_and_says_why(tmp_path, clic
 
 
 def has_next_to_nothing() -> None:
-    machine_at_hand.rank_memory_bytes = lambda topology: 600_000
+    session.rank_memory_bytes = lambda topology: 600_000
 
 
 def test_auto_refuses_where_nothing_fits(tmp_path, click_log):
