@@ -114,5 +114,5 @@ def test_pre_norm_puts_one_more_norm_after_the_last_layer():
 
 
 def test_sums_of_unequal_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"needs interactions of equal num_embeddings, not \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"needs the same num_embeddings from every interaction, but got \[3, 2\]"):
         Ensemble("sum", [3, 2])

@@ -242,11 +242,11 @@ def test_the_graph_compiles_whole():
         ({}, "pass sparse or inputs_embeds"),
         (
             {"inputs_embeds": torch.ones(B, 3, D), "dense": torch.ones(B, N)},
-            "(5, 3, 8), but this model's is (batch, 2, 8)",
+            "(5, 3, 8), but the model expects (batch, 2, 8)",
         ),
         (
             {"inputs_embeds": torch.ones(B, 2, D), "dense": torch.ones(B, 4)},
-            "dense has shape (5, 4), but this model's is (batch, 3,)",
+            "dense has shape (5, 4), but the model expects (batch, 3)",
         ),
         ({"inputs_embeds": torch.ones(B, 2, D)}, "dense has shape (5, 0)"),
     ],
@@ -265,5 +265,5 @@ def test_ids_without_tables_are_refused():
 
 
 def test_a_model_of_no_features_is_refused():
-    with pytest.raises(ValueError, match="nothing to learn from"):
+    with pytest.raises(ValueError, match="the model has no input"):
         DhenModel(DhenConfig(interactions=["linear"]))
