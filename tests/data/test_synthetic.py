@@ -212,6 +212,6 @@ def test_truth_json_is_written_last_and_never_beside_unfinished_files(tmp_path, 
 
 
 def test_too_few_rows_for_an_ne_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"test\.tsv\.gz: [01] of its 1 rows are clicks.*Ask for more rows"):
+    with pytest.raises(ValueError, match=r"test\.tsv\.gz: [01] of 1 rows are clicks.*Generate more rows"):
         generate_click_log(tmp_path, {"test": 1})
     assert not (tmp_path / TRUTH_FILE).exists()

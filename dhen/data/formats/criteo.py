@@ -1,6 +1,6 @@
-"""Criteo's click logs: tab-separated, without header: label, 13 integers (I1-I13), 26 categories in hex (C1-C26).
+"""Criteo's click logs: tab-separated, no header; label, 13 integers (I1-I13), 26 categories in hex (C1-C26).
 
-Blank means missing. Where labels aren't required, the file may be Criteo's own test set, which has no label column.
+A blank is a missing value. If labels are optional, the file may lack the label column, like Criteo's own test set.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class CriteoReader:
 
     @cached_property
     def roles(self) -> ColumnRoles:
-        """I1-I13 dense by log1p, C1-C26 sparse."""
+        """I1-I13 are dense with log1p, C1-C26 are sparse."""
         return ColumnRoles(
             dense=tuple(DenseRole(name) for name in INTEGERS),
             sparse=tuple(SparseRole(name) for name in CATEGORIES),
@@ -36,7 +36,7 @@ class CriteoReader:
         )
 
     def chunks(self, file: str) -> Iterator[RawChunk]:
-        """The rows of `file` in order. Raises FileNotFoundError or DataError."""
+        """Yield the rows of `file` in order. Raises FileNotFoundError or DataError."""
         names = [LABEL, *INTEGERS, *CATEGORIES]
         if not self.is_label_required:
             tabs = [line.count("\t") for _, line in text_blocks.first_lines(file)]
@@ -46,7 +46,7 @@ class CriteoReader:
             yield self._typed(block, names)
 
     def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
-        """Lines of `file`."""
+        """Return the number of lines in `file`."""
         return text_blocks.count_lines(file, counted)
 
     def _typed(self, block: text_blocks.TextBlock, names: list[str]) -> RawChunk:

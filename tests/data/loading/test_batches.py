@@ -209,7 +209,7 @@ def test_drop_last_leaves_out_the_smaller_step(prepared):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 84, "drop_last": True}, "83 rows are less than one step's 84, and drop_last"),
+        ({"batch_size": 84, "drop_last": True}, "the split has 83 rows, but a step needs 84, and drop_last"),
         ({"batch_size": 42, "world_size": 2, "drop_last": True}, "Use a smaller batch"),
         ({"batch_size": 0}, "batch_size is 0. Use 1 or more."),
         ({"batch_size": 5, "seed": -1}, "seed is -1. Use 0 or more."),

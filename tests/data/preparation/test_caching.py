@@ -97,5 +97,5 @@ def test_a_prepared_folder_is_taken_as_it_is(tmp_path, raw):
     given = PreparationSettings(str(tmp_path / "prepared"))
     assert prepare_cached(given, tmp_path / "cache") == tmp_path / "prepared"
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(ValueError, match="it is a prepared folder already"):
+    with pytest.raises(ValueError, match="this is already a prepared folder"):
         prepare(given, tmp_path / "out")
