@@ -163,9 +163,8 @@ def holds_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) 
         said = json.loads((Path(folder) / TRUTH_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    generated = [
-        (name, truth["rows"]) for name, truth in said["files"].items()
-    ]  # the order matters: it seeds each file
+    # Compared in order, because a file's position seeds it.
+    generated = [(name, truth["rows"]) for name, truth in said["files"].items()]
     wanted = [(f"{split}.tsv.gz", count) for split, count in rows.items()]
     return (said.get("version"), said["seed"], generated) == (VERSION, seed, wanted)
 

@@ -37,7 +37,7 @@ class SparseFeature:
         if not is_valid_table_name(self.name):
             raise ValueError(
                 f"sparse feature {self.name!r}: the name is not allowed. It must not be empty, contain a dot, start "
-                f"with '__', or be an attribute of torch.nn.Module ('type', 'training', …). Rename the feature."
+                f"with '__', or be the name of a module attribute ('type', 'training', …). Rename the feature."
             )
         if self.num_embeddings < 1:
             raise ValueError(f"sparse feature {self.name!r}: num_embeddings is {self.num_embeddings}. Use 1 or more.")
@@ -59,7 +59,7 @@ class LayerSpec:
 
 
 def _described(default: Any, help_text: str) -> Any:
-    """Return a dataclass field with help text. A list default is copied for each config."""
+    """Return a dataclass field with help text. Lists are copied for each config."""
     metadata = {"help": help_text}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -79,9 +79,8 @@ class DhenArchitecture:
     )
     layers: Entries = _described(
         None,
-        "One object per layer, {interactions, …}. Overrides num_layers and interactions. An object may also set "
-        "ensemble, norm, norm_position, dropout, batch_norm, activation and num_embeddings_out for its layer. As text: "
-        "JSON.",
+        "One object per layer, {interactions, …}. Replaces num_layers. An object may override interactions, ensemble, "
+        "norm, norm_position, dropout, batch_norm, activation and num_embeddings_out for its layer. As text: JSON.",
     )
     num_embeddings_out: int = _described(
         16, "L, the number of embeddings that an interaction outputs, unless its entry sets it."

@@ -155,7 +155,7 @@ class PlainTables(nn.Module):
         tables = list(self.children())
         if sparse.num_features != len(tables):
             raise ValueError(
-                f"sparse has ids of {sparse.num_features} features, but the model has {len(tables)} tables."
+                f"sparse has ids for {sparse.num_features} features, but the model has {len(tables)} tables."
             )
         if not tables:
             return torch.empty(sparse.batch_size, 0, self.embedding_dim, device=sparse.ids.device)
@@ -197,7 +197,7 @@ class FeatureProcessing(nn.Module):
         )
 
     def forward(self, embeddings_BFD: Tensor | Callable[[], Tensor], dense_BN: Tensor) -> Tensor:
-        """Return x0_BMD. If embeddings_BFD is a function, it is called after the dense MLP, so the two overlap."""
+        """Return x0_BMD. If embeddings_BFD is a function, it is called after the dense MLP has run."""
         dense_BMD = None if self.dense_mlp is None else self.dense_mlp(dense_BN).unflatten(1, self.shape)
         if callable(embeddings_BFD):
             embeddings_BFD = embeddings_BFD()

@@ -99,8 +99,8 @@ class DhenModel(DhenPreTrainedModel):
         self.post_init()
 
     def forward(self, inputs_embeds: Tensor | Callable[[], Tensor], dense: Tensor | None = None) -> DhenModelOutput:
-        """inputs_embeds: looked-up embeddings, (B, F, D), or a function that waits for them and returns them. dense:
-        (B, N), or None if N is 0.
+        """inputs_embeds: looked-up embeddings, (B, F, D), or a function that waits for them and returns them.
+        dense: (B, N), or None if N is 0.
 
         Raises ValueError naming the argument whose shape does not match the config.
         """

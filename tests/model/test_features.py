@@ -87,7 +87,7 @@ def test_embeddings_of_bfloat16_tables_are_float32():
 
 
 def test_ids_of_another_number_of_features_are_refused():
-    with pytest.raises(ValueError, match="ids of 2 features, but the model has 3"):
+    with pytest.raises(ValueError, match="ids for 2 features, but the model has 3"):
         make_tables()(SparseIds(torch.ones(4, dtype=torch.int64), 2))
 
 

@@ -1,8 +1,10 @@
-"""A feature's name must not collide with an attribute of torch.nn.Module, because its table becomes a submodule."""
+"""A feature's name must not collide with an attribute of PlainTables, because its table becomes a submodule of it."""
 
 import pytest
 from torch import nn
 
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.features import PlainTables
 from dhen.model.names import is_valid_table_name
 
 
@@ -13,6 +15,10 @@ def valid_attributes(module):
 
 def test_no_attribute_of_the_installed_torchs_module_is_a_valid_name():
     assert valid_attributes(nn.Module()) == set()
+
+
+def test_no_attribute_of_plain_tables_is_a_valid_name():
+    assert valid_attributes(PlainTables(DhenConfig(), seed=0)) == set()
 
 
 def test_an_attribute_that_is_missing_from_the_list_would_be_noticed():
@@ -28,14 +34,14 @@ def test_an_attribute_that_is_missing_from_the_list_would_be_noticed():
     assert valid_attributes(NewerModule()) == {"added_method", "added_value"}
 
 
-@pytest.mark.parametrize("name", ["type", "training", "_buffers", "half"])
+@pytest.mark.parametrize("name", ["type", "training", "_buffers", "embedding_dim"])
 def test_torch_refuses_a_submodule_with_such_a_name(name):
     assert not is_valid_table_name(name)
     with pytest.raises(KeyError, match="already exists"):
-        nn.Module().add_module(name, nn.Linear(1, 1))
+        PlainTables(DhenConfig(), seed=0).add_module(name, nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("name", ["site", "user id", "C1", "_site", "Type"])
 def test_other_names_are_valid(name):
     assert is_valid_table_name(name)
-    nn.Module().add_module(name, nn.Linear(1, 1))
+    PlainTables(DhenConfig(sparse_features=[{"name": name, "num_embeddings": 2}]), seed=0)

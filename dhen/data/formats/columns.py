@@ -19,7 +19,7 @@ _HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
 def label_column(
     values: pa.Array, name: str, checks: RowChecks, *, is_required: bool, minus_one: bool = False
 ) -> pa.Array:
-    """Return labels as float32: 0, 1, or NaN for a blank if labels are optional. `minus_one`: -1 means 0 (libsvm)."""
+    """Return labels as float32: 0, 1, or NaN if blank and labels are optional. `minus_one`: -1 means 0 (libsvm)."""
     numbers, unread = parse_numbers(values, pl.Float64)
     is_blank = np.isnan(numbers) & ~unread
     allowed = (numbers == 0) | (numbers == 1) | ((numbers == -1) & minus_one)
@@ -34,7 +34,7 @@ def no_labels(num_rows: int) -> pa.Array:
 
 
 def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Return integers as float64, null for a blank."""
+    """Return integers as float64, null if blank."""
     numbers, unread = parse_numbers(values, pl.Int64)
     checks.refuse(
         unread, lambda i: f"column {name!r}: {_shown(values, i)} is not an integer; use digits or leave it blank"
@@ -43,7 +43,7 @@ def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
 
 
 def number_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Return finite numbers as float64, null for a blank or NaN."""
+    """Return finite numbers as float64, null if blank or NaN."""
     numbers, unread = parse_numbers(values, pl.Float64)
     is_bad = unread | ~(fit_float32(numbers) | np.isnan(numbers))
     checks.refuse(
@@ -58,7 +58,7 @@ def fit_float32(numbers: np.ndarray) -> np.ndarray:
 
 
 def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Return ids of one to eight hex digits in lower case, null for a blank."""
+    """Return ids of one to eight hex digits in lower case, null if blank."""
     offsets, data = string_buffers(values)
     lengths = np.diff(offsets)
     digits = data[offsets[0] : offsets[-1]]
@@ -102,7 +102,7 @@ def sparse_columns(
         ),
     )
     agree = checks.is_good & (lengths == weight_lengths)
-    # The rows that do not agree are already refused. Empty them, so that ids and weights stay aligned.
+    # Rows that do not agree are already marked as bad. Empty them, so that ids and weights stay aligned.
     lists, weight_lists = (pc.if_else(pa.array(agree), one, pa.scalar([], one.type)) for one in (lists, weight_lists))
     lengths = np.where(agree, lengths, 0)
     keys = _keys_of_list(lists, lengths, role.source, checks)
@@ -111,13 +111,13 @@ def sparse_columns(
     keep = _is_present(keys)
     is_bad = np.bincount(rows, weights=~fit_float32(numbers) & keep, minlength=len(lengths)) > 0
     checks.refuse(is_bad, lambda i: f"column {role.weights!r}: a weight is not {A_NUMBER}")
-    with np.errstate(over="ignore"):  # only in rows that are refused
+    with np.errstate(over="ignore"):  # only in bad rows
         weights = pa.array(numbers.astype(np.float32), from_pandas=False)
     return lists_of(lengths, keys, keep=keep), lists_of(lengths, weights, keep=keep)
 
 
 def key_strings(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Return single ids as text, null for a blank."""
+    """Return single ids as text, null if blank."""
     keys, is_bad = _keys(values)
     checks.refuse(is_bad, lambda i: f"column {name!r}: the id {_shown(values, i)} is neither text nor an integer")
     return keys
@@ -145,7 +145,7 @@ def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray
 
 
 def _keys(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """Return (text, mask of values that are not ids). Whole floats are ids: pandas uses them for integers with gaps."""
+    """Return (text, mask of non-ids). Whole floats are ids, because pandas stores integers with blanks as floats."""
     none_bad = np.zeros(len(values), dtype=bool)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()

@@ -64,7 +64,7 @@ class HubReader:
 
 
 def hub_splits(name: str) -> dict[str, str]:
-    """Return the "file" of each of our splits. Raises DataError if the data set is unreachable or has none of them."""
+    """Return the "file" for each split, by our names. Raises DataError if the data set is unreachable or has none."""
     try:
         present = datasets.get_dataset_split_names(*_path_and_configuration(name))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -81,13 +81,14 @@ def hub_splits(name: str) -> dict[str, str]:
             found[ours] = f"{name}:{split}"
     if not found:
         raise DataError(
-            f"{name}: the splits are {', '.join(present)}, but at least one of {', '.join(_SPLIT_NAMES)} is needed."
+            f"{name}: the splits are {', '.join(present)}, but at least one of {', '.join(_SPLIT_NAMES)} is needed. "
+            "Save the rows as Parquet files and use those."
         )
     return found
 
 
 def hub_revision(file: str) -> str:
-    """Return a text that changes when the content of a split changes."""
+    """Return a string that changes whenever the content of a split changes."""
     name, split = file.rsplit(":", 1)
     try:
         builder = datasets.load_dataset_builder(*_path_and_configuration(name))

@@ -34,7 +34,7 @@ from dhen.data.schema import LABEL, weights_column
 
 _LIBFFM = 0
 VALUE = "value"
-"""The `weights` of a sparse feature whose ids are weighted by the values next to them."""
+"""`weights` has this value in the schema if the values next to the ids are their weights."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class LibsvmReader:
             counts = np.bincount(tokens.rows, minlength=len(lines))
             checks.refuse(
                 counts != self.num_fields,
-                lambda i: f"it has {counts[i]} fields, but most of the first rows have {self.num_fields}",
+                lambda i: f"the row has {counts[i]} fields, but most of the first rows have {self.num_fields}",
             )
         self._refuse_unknown_fields(tokens, checks)
         typed = {LABEL: label}
@@ -140,8 +140,8 @@ class LibsvmReader:
         checks.refuse(
             is_bad,
             lambda i: (
-                f"it has a field other than {', '.join(known):.100}, which come from --dataset_schema or, without one, "
-                f"from the first good row"
+                f"the row has a field other than {', '.join(known):.100}. The fields come from --dataset_schema or, "
+                f"without a schema, from the first good row"
             ),
         )
 
@@ -157,7 +157,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, words: pl.Series, has_label: np.ndarray, is_libffm: bool, checks: RowChecks) -> "_Tokens":
-        """Parse the words after each row's label. Refuses rows with a malformed token or a value that is not finite."""
+        """Parse the words after each label. Marks rows with a malformed token or a non-finite value as bad."""
         lengths = words.list.len().to_numpy().astype(np.int64)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         places = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths) - has_label[rows]
@@ -191,7 +191,7 @@ def _refuse_rows(rows: np.ndarray, reason: str, checks: RowChecks) -> None:
 def _form(file: str) -> tuple[bool, list[str]]:
     """Return (whether the file is libffm, the fields in the first line of the most common form).
 
-    Only the first lines are compared. Without field names, lines have the same form if they have as many tokens.
+    Only the first lines are compared. Without field names, lines with different numbers of tokens have different forms.
     """
     by_form: dict[int, list[list[str]]] = {}
     rows = text_blocks.first_lines(file)
@@ -229,7 +229,7 @@ def _check_roles(roles: ColumnRoles, file: str, fields: list[str] | None) -> Non
     for role in roles.sparse:
         if role.weights not in (None, VALUE) or role.separator is not None or role.characters is not None:
             raise ValueError(
-                f"{role.name!r}: libsvm files support neither separator nor characters, and the only weights are "
+                f"{role.name!r}: libsvm files do not support separator, characters, or weights other than "
                 f"`weights: {VALUE}`. Correct the schema."
             )
     if fields is not None:

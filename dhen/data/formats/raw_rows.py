@@ -1,4 +1,4 @@
-"""What readers yield: chunks of typed columns, and the reasons why other rows were refused."""
+"""What readers yield: chunks of typed columns, and bad rows with the reason for each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ LONGEST_QUOTE = 200
 """Number of characters of a bad row that are shown and kept."""
 
 Counted = Callable[[int, int], None]
-"""A callback that gets the number of rows and bytes read from a file so far."""
+"""A callback that receives the number of rows and bytes read from a file so far."""
 
 
 def say_nothing(rows: int, bytes_read: int) -> None:
@@ -42,8 +42,8 @@ class RawChunk:
     """Consecutive rows of a file.
 
     rows: int64, the number of each good row in the file, from 1.
-    table: the good rows. `label` is float32, NaN if unknown. Each dense feature is a float64 column, null for a blank.
-        Each single-valued sparse feature is a string column, null for a blank. Each multi-valued one is a list<string>
+    table: the good rows. `label` is float32, NaN if unknown. Each dense feature is a float64 column, null if blank.
+        Each single-valued sparse feature is a string column, null if blank. Each multi-valued one is a list<string>
         column, with a list<float32> column `<feature>:weights` if its ids have weights.
     bad: the bad rows in this part of the file, in order.
     end_row: the number of the last row in this part of the file, including blank lines.
@@ -61,7 +61,7 @@ class RawChunk:
 
 
 class Reader(Protocol):
-    """Reads one raw format. All files that a reader is used for must have the same columns."""
+    """Reads one raw format. All files of one reader must have the same columns."""
 
     @property
     def roles(self) -> ColumnRoles:

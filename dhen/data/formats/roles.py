@@ -4,10 +4,10 @@ label: click
 delimiter: ","            # this and the next three are for text files; the values shown are the defaults
 header: true              # if false, also give `columns: [name, ...]` in the order of the file
 quote: '"'                # null turns quoting off
-null_values: [""]         # texts that count as blank
+null_values: [""]         # values that count as blank
 dense:
   - price                 # log1p
-  - {name: age, column: c7, transform: identity}              # renames the column c7
+  - {name: age, column: c7, transform: identity}              # reads the column c7
 sparse:
   - user
   - {name: item, encoding: vocabulary, min_count: 2}          # overrides the command's settings; also hash_size
@@ -15,7 +15,7 @@ sparse:
   - {name: tags, separator: "|", weights: tag_weights}        # weights from another column, "1|0.5|0.5"
   - {name: history, multi_valued: true}                       # Parquet: a list column
   - {name: hour_of_day, column: time, characters: [6, 8]}     # characters 6 and 7 (from 0) of the column `time`
-ignored: [id]             # lists all other columns; "*" ignores them without listing
+ignored: [id]             # all other columns must be listed here; "*" ignores all of them
 """
 
 import difflib
@@ -73,7 +73,7 @@ class SparseRole:
         if not is_valid_table_name(self.name):
             raise ValueError(
                 f"{self.name!r} is not allowed as the name of a sparse feature. It must not be empty, contain a dot, "
-                f"start with '__', or be an attribute of torch.nn.Module ('type', 'training', …). To rename it, write "
+                f"start with '__', or be the name of a module attribute ('type', 'training', …). To rename it, write "
                 f"{{name: new, column: {self.source}}}."
             )
         if self.characters is not None and not 0 <= self.characters[0] < self.characters[1]:
@@ -125,7 +125,7 @@ class ColumnRoles:
     def __post_init__(self) -> None:
         names = [feature.name for feature in (*self.dense, *self.sparse)]
         if not names:
-            raise ValueError("there are no dense and no sparse features. List at least one.")
+            raise ValueError("there are no features. List at least one under dense or sparse.")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the feature {name!r} appears twice. Use a different name for each feature.")

@@ -22,7 +22,12 @@ BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20
 _FIRST_BYTES = 1 << 16
 _GZIP_MAGIC = b"\x1f\x8b"
-_OTHER_MAGICS = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_OTHER_MAGICS = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+}
 _MARK = b"\xef\xbb\xbf"
 
 
@@ -102,13 +107,15 @@ def count_lines(file: str, counted: Counted = say_nothing) -> int:
 def split_columns(
     block: TextBlock, names: list[str], *, delimiter: str, quote: str | None, null_values: tuple[str, ...] = ("",)
 ) -> tuple[pa.Table, np.ndarray, tuple[BadRow, ...]]:
-    """Split each line into string columns, null for a blank. Returns (table, line number of each row, bad rows)."""
+    """Split each line into string columns, null if blank. Returns (table, line number of each row, bad rows)."""
     bad: list[BadRow] = []
     ragged: list[int] = []
 
     def refuse(row: pyarrow.csv.InvalidRow) -> str:
         ragged.append(row.number - 1)
-        reason = f"it has {row.actual_columns} columns, not {row.expected_columns} (the delimiter is {delimiter!r})"
+        reason = (
+            f"the row has {row.actual_columns} columns, not {row.expected_columns} (the delimiter is {delimiter!r})"
+        )
         bad.append(BadRow(block.file, int(block.rows[row.number - 1]), reason, row.text[:LONGEST_QUOTE]))
         return "skip"
 
@@ -229,7 +236,7 @@ def _complaint(line: bytes, quoting: Quoting | None) -> str | None:
     if b"\r" in line:
         return "there is a carriage return within the line. Lines must end in LF or CRLF"
     if not _is_utf8(line):
-        return "it is not valid UTF-8. Convert the file, for example with iconv"
+        return "the line is not valid UTF-8. Convert the file, for example with iconv"
     if _has_misplaced_quote(line + b"\n", quoting):
         return (
             f"a quote ({quoting.quote.decode()}) is misplaced or not closed. A quoted value must start and end at a "

@@ -133,7 +133,7 @@ class BatchLoader:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the data: of the schema, and of the labels and ids in the first row group.
+        """A digest of the schema and of the labels and ids in the first row group.
 
         It does not depend on the location of the files or on how the raw values were read.
         """

@@ -20,7 +20,7 @@ _NOT_IN_DIGEST = {
     *("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema", "schema_from"),
     "block_bytes",
 }
-"""Settings that are paths (the digest covers the file contents instead) or do not change the result."""
+"""Settings that are paths (the digest covers the files' contents instead) or that do not change the result."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 def prepare_cached(
     settings: PreparationSettings, cache: str | Path, *, progress: ProgressCallback | None = None
 ) -> Path:
-    """Return the prepared folder for these settings, and create it under `cache` if it does not exist yet.
+    """Return the prepared folder for these settings, creating it under `cache` if needed.
 
-    If dataset_name is already a prepared folder, returns that. Several processes may call this at the same time: the
-    first to finish provides the folder, and the others discard theirs. Raises what `prepare` raises.
+    If dataset_name is already a prepared folder, returns it. Several processes may call this at once: the first to
+    finish provides the folder, and the others discard theirs. Raises what `prepare` raises.
     """
     name = settings.dataset_name
     if isinstance(name, str | Path) and settings.schema_from is None and (Path(name) / SCHEMA_FILE).is_file():
@@ -77,7 +77,7 @@ def _fingerprint(format_name: str, file: str, digests: "FileDigests") -> str:
 
 
 class FileDigests:
-    """Digests of whole files. Cached by path, and valid as long as the file's size and times stay the same."""
+    """Digests of whole files, cached by path. A digest stays valid until the file's size or times change."""
 
     def __init__(self, cache: Path) -> None:
         self._path = cache / _DIGESTS_FILE

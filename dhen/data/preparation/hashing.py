@@ -1,8 +1,8 @@
-"""A 64-bit hash of texts and row positions that is the same on every machine, in every version, in every process.
+"""A 64-bit hash of strings and row positions that is the same on every machine, in every version, in every process.
 
 Trained tables depend on it: changing a constant here makes every trained model useless. test_hashing.py pins the
-values. A text is read as little-endian 64-bit words and padded with zeros. mix is the finalizer of SplitMix64 (Steele,
-Lea, Flood 2014):
+values. A string is padded with zeros and read as little-endian 64-bit words. mix is the finalizer of SplitMix64
+(Steele, Lea, Flood 2014):
 
     h = mix(salt + length in bytes * 0x9E3779B97F4A7C15);  for each word: h = mix(h xor word)
 """
@@ -26,7 +26,7 @@ def salt_of(name: str, version: int = 0) -> int:
 
 
 def hash_texts(texts: pa.Array, salt: int) -> np.ndarray:
-    """Return a uint64 hash per text. A null hashes like the empty text."""
+    """Return one uint64 hash per string. A null hashes like the empty string."""
     offsets, data = string_buffers(texts)
     starts = offsets[:-1].astype(np.int64)
     lengths = np.diff(offsets).astype(np.int64)
@@ -46,7 +46,7 @@ def hash_texts(texts: pa.Array, salt: int) -> np.ndarray:
 
 
 def hash_positions(positions: np.ndarray, seed: int) -> np.ndarray:
-    """Return a float64 in [0, 1) per int64 position: uniform, and determined by position and seed alone."""
+    """Return one float64 in [0, 1) per int64 position. It is uniform and depends only on position and seed."""
     hashes = mix(np.uint64(salt_of("split", seed)) + positions.astype(np.uint64) * _GOLDEN)
     return (hashes >> np.uint64(11)) * 2.0**-53
 

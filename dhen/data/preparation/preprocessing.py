@@ -55,9 +55,7 @@ def settings_without_effect(settings: PreparationSettings, schema: Schema) -> li
     hashed, looked_up = ([c for c in schema.sparse if c.encoding == kind] for kind in ("hash", "vocabulary"))
     has_own_splits = len(schema.source.get("files", {})) > 1 or bool(settings.files_by_split())
     reasons = {
-        "hash_size": ""
-        if any(c.num_embeddings == settings.hash_size for c in hashed)
-        else "no table uses it as its size",
+        "hash_size": "" if any(c.num_embeddings == settings.hash_size for c in hashed) else "no table has this size",
         "min_count": "" if any(c.min_count == settings.min_count for c in looked_up) else "no vocabulary uses it",
         "id_encoding": "" if any(c.encoding == settings.id_encoding for c in schema.sparse) else "no feature uses it",
     }
@@ -147,7 +145,7 @@ def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_ori
 
 
 def _refuse_mostly_bad(counts: dict[str, SplitCounts], first_bad: BadRow | None) -> None:
-    """Raise DataError if most rows were skipped, because the cause is then not in single rows."""
+    """Raise DataError if most rows were skipped: the format or schema is then probably wrong, not the rows."""
     good, bad = (sum(getattr(count, name) for count in counts.values()) for name in ("rows", "bad_rows"))
     if bad > good:
         raise DataError(

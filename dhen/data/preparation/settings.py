@@ -30,7 +30,7 @@ class PreparationSettings:
     id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split.
     bad_rows: `error` stops at the first bad row, `skip` counts and lists them.
     is_label_required: False to prepare rows to predict. The label is NaN for rows without one.
-    only_split: the only split of a hub data set to read, as a whole. None: read all of its splits.
+    only_split: read only this split of a hub data set, without splitting it further. None: read all of its splits.
     schema_from: prepared folder or saved model whose features, ids and transforms are reused. The encoding settings
         above then have no effect.
     block_bytes: how much of a text file to read at a time. Does not affect the result.

@@ -14,7 +14,7 @@ from dhen.model.mlp import Activation, activation_module
 
 @register_interaction("convolution")
 class Convolution(Interaction):
-    """u = W act(Conv2d(X)): X is an image of size M x D with one channel, Conv2d outputs C, and W is in R^(L x C M).
+    """u = W act(Conv2d(X)): X is a one-channel M x D image, Conv2d outputs C channels of this size, W in R^(L x C M).
 
     Conv2d has a bias, which the paper does not print.
 
@@ -36,7 +36,7 @@ class Convolution(Interaction):
         """num_channels: C. kernel_size: over M and over D; zero padding keeps the size M x D. activation: the paper
         has none.
 
-        Raises ValueError unless kernel_size is two odd numbers: an even kernel has no center.
+        Raises ValueError unless kernel_size is two odd numbers, because an even kernel has no center.
         """
         super().__init__(context, use_dense=use_dense)
         if len(kernel_size) != 2 or any(size < 1 or size % 2 == 0 for size in kernel_size):

@@ -22,7 +22,7 @@ class DeepCross(Interaction):
     """
 
     def __init__(self, context: InteractionContext, *, use_dense: bool = False) -> None:
-        """W has Glorot initialization, b starts at 0."""
+        """W uses Glorot initialization, and b starts at 0."""
         super().__init__(context, use_dense=use_dense)
         self.weight = nn.Parameter(torch.empty(context.embedding_dim, context.num_outputs))
         self.bias = nn.Parameter(torch.empty(context.embedding_dim, context.num_outputs))

@@ -82,7 +82,7 @@ BAD_ROWS = [
     ("yes,1,31,anna,7,a,1,14102107,", "column 'click': the label is 'yes'; it must be 0 or 1"),
     ("1,1,31,anna,7,a|b,1,14102107,", "column 'tags' has 2 ids, but 'tag_weights' has 1 weights"),
     ("1,1,31,anna,7,a|b,1|y,14102107,", "column 'tag_weights': a weight is not a finite number"),
-    ("1,1,31", "it has 3 columns, not 9"),
+    ("1,1,31", "the row has 3 columns, not 9"),
     ('1,1,31,"anna,7,a,1,14102107,', 'a quote (") is misplaced or not closed'),
     ('1,1,31,5" pipe,7,a,1,14102107,', 'a quote (") is misplaced or not closed'),
     ('1,1,31,a",",b,7,a,1', 'a quote (") is misplaced or not closed'),
@@ -180,7 +180,7 @@ def test_a_header_alone_is_no_data(tmp_path):
     ("text", "message"),
     [
         ("lable: y\nsparse: [a]", "unknown key 'lable'.* Did you mean 'label'"),
-        ("label: y", "no dense and no sparse features"),
+        ("label: y", "there are no features"),
         ("sparse: [a, a]", "the feature 'a' appears twice"),
         ("sparse: [a/b]", "'a/b' is not allowed as a feature name"),
         ("sparse: [label]", "'label' is not allowed as a feature name"),
