@@ -149,8 +149,8 @@ def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 
         f"{split}.tsv.gz": _write_file(folder / f"{split}.tsv.gz", model, count, number)
         for number, (split, count) in enumerate(rows.items())
     }
-    said = {"version": VERSION, "seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}
-    text = json.dumps(said, indent=2)
+    content = {"version": VERSION, "seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}
+    text = json.dumps(content, indent=2)
     draft = folder / f".{TRUTH_FILE}.draft"
     draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(folder / TRUTH_FILE)
@@ -160,13 +160,13 @@ def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 
 def holds_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> bool:
     """Whether `folder` already holds the complete log that `generate_click_log` would write."""
     try:
-        said = json.loads((Path(folder) / TRUTH_FILE).read_text(encoding="utf-8"))
+        content = json.loads((Path(folder) / TRUTH_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
     # Compared in order, because a file's position seeds it.
-    generated = [(name, truth["rows"]) for name, truth in said["files"].items()]
+    generated = [(name, truth["rows"]) for name, truth in content["files"].items()]
     wanted = [(f"{split}.tsv.gz", count) for split, count in rows.items()]
-    return (said.get("version"), said["seed"], generated) == (VERSION, seed, wanted)
+    return (content.get("version"), content["seed"], generated) == (VERSION, seed, wanted)
 
 
 def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTruth:

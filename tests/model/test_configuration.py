@@ -126,7 +126,7 @@ def test_transformers_own_arguments_pass():
 
 
 def test_the_architecture_makes_a_command_line():
-    parser = HfArgumentParser(copy_for_parser(DhenArchitecture))  # it would overwrite the class's own types
+    parser = HfArgumentParser(copy_for_parser(DhenArchitecture))  # the parser overwrites the class's types
     (plain,) = parser.parse_args_into_dataclasses([])
     assert DhenArchitecture(**vars(plain)) == DhenArchitecture()
     words = [
@@ -146,7 +146,7 @@ def test_the_architecture_makes_a_command_line():
     assert (config.head_mlp, config.norm, config.batch_norm, config.embedding_init_std) == ([8, 4], "none", True, 0.1)
     assert len(config.layer_specs) == 1
     assert all(item.metadata["help"] for item in fields(DhenArchitecture))
-    # The parser rewrites the types of the dataclass that it is given; the config's must stay.
+    # The parser rewrites the types of the dataclass it gets. The config's own must not change.
     assert DhenConfig(num_dense_features=1, interactions=["linear"]).interactions == ["linear"]
 
 

@@ -1,4 +1,4 @@
-"""Tables pool as a loop in plain Python does, start the same however they are cut, and dense features join them."""
+"""Tables pool like a plain Python loop, start with the same values under any sharding, and dense features join them."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ def test_initial_values_hang_on_seed_name_and_column_alone():
 
 
 def test_initial_values_are_the_same_on_every_machine_and_day():
-    """The seeds are a hash of the names that doesn't change between processes, as Python's hash() does."""
+    """Seeds are hashed from names by a hash that, unlike Python's hash(), is the same in every process."""
     values = init_table("site", 2, 8, range(2, 4), seed=7)
     expected = torch.tensor([[-0.505399942, -0.096862055], [0.258241564, 0.689786792]])
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)

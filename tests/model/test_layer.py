@@ -23,7 +23,7 @@ def make(num_inputs, **settings):
 
 
 def norm(kind, layer, x):
-    """Norms by their definitions; batch norm in evaluation, where its running mean is 0 and variance 1."""
+    """The norms by definition. Batch norm is in evaluation mode, with running mean 0 and variance 1."""
     if kind == "none":
         return x
     if kind == "batch_norm":

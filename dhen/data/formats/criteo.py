@@ -10,7 +10,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import Counted, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.raw_rows import CountCallback, RawChunk, RowChecks, ignore_counts
 from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole
 from dhen.data.schema import LABEL
 
@@ -45,13 +45,13 @@ class CriteoReader:
         for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
             yield self._typed(block, names)
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of lines in `file`."""
-        return text_blocks.count_lines(file, counted)
+        return text_blocks.count_lines(file, on_count)
 
     def _typed(self, block: text_blocks.TextBlock, names: list[str]) -> RawChunk:
         strings, rows, bad = text_blocks.split_columns(block, names, delimiter="\t", quote=None)
-        raw = {name: text_blocks.one_array(strings[name]) for name in names}
+        raw = {name: strings[name].combine_chunks() for name in names}
         checks = RowChecks(block.file, rows, text_blocks.line_quoter(raw, "\t"))
         typed: dict[str, pa.Array] = {}
         if LABEL in raw:

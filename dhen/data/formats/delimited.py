@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, RowChecks, ignore_counts
 from dhen.data.formats.roles import ColumnRoles
 from dhen.data.schema import LABEL, weights_column
 
@@ -37,15 +37,15 @@ class DelimitedReader:
                 quote=self.roles.quote,
                 null_values=self.roles.null_values,
             )
-            raw = {name: text_blocks.one_array(strings[name]) for name in names}
+            raw = {name: strings[name].combine_chunks() for name in names}
             checks = RowChecks(file, rows, text_blocks.line_quoter(raw, self.roles.delimiter))
             table = typed_table(raw, self.roles, checks, is_label_required=self.is_label_required)
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of lines in `file` after its header."""
         _, header_rows = self._column_names(file)
-        return text_blocks.count_lines(file, counted) - header_rows
+        return text_blocks.count_lines(file, on_count) - header_rows
 
     def _column_names(self, file: str) -> tuple[list[str], int]:
         """Return (column names, number of rows up to and including the header)."""

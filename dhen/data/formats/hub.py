@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 
 from dhen.data.formats.parquet import BATCH_ROWS, check_types, typed_chunk, used_columns
-from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, say_nothing
+from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, ignore_counts
 from dhen.data.formats.roles import ColumnRoles
 
 _SPLIT_NAMES = {
@@ -46,12 +46,12 @@ class HubReader:
             yield typed_chunk(raw, self.roles, file, row, self.is_label_required)
             row += table.num_rows
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of rows in a split, by streaming through it once."""
         rows = 0
         for table in self._tables(file):
             rows += table.num_rows
-            counted(rows, 0)
+            on_count(rows, 0)
         return rows
 
     def _tables(self, file: str) -> Iterator[pa.Table]:
@@ -105,8 +105,8 @@ def _path_and_configuration(name: str) -> tuple[str, str | None]:
 
 
 def _reason(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return (
-        f"no such local path, and the data set cannot be read from the Hugging Face hub ({said:.300}). Check the name "
+        f"no such local path, and the data set cannot be read from the Hugging Face hub ({text:.300}). Check the name "
         f"and the connection."
     )

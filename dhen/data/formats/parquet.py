@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from dhen.data.formats.delimited import typed_table
-from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, RowChecks, ignore_counts
 from dhen.data.formats.roles import ColumnRoles
 
 BATCH_ROWS = 65_536
@@ -48,7 +48,7 @@ class ParquetReader:
                     f"{file}: damaged after row {row} ({_line(error)}). Download or copy the file again."
                 ) from error
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of rows in `file`, from its metadata."""
         with _open(file) as parquet:
             return parquet.metadata.num_rows

@@ -12,11 +12,11 @@ from dhen.data.formats.roles import ColumnRoles
 LONGEST_QUOTE = 200
 """Number of characters of a bad row that are shown and kept."""
 
-Counted = Callable[[int, int], None]
+CountCallback = Callable[[int, int], None]
 """A callback that receives the number of rows and bytes read from a file so far."""
 
 
-def say_nothing(rows: int, bytes_read: int) -> None:
+def ignore_counts(rows: int, bytes_read: int) -> None:
     """The callback that ignores the counts."""
 
 
@@ -70,10 +70,10 @@ class Reader(Protocol):
     def chunks(self, file: str) -> Iterator[RawChunk]:
         """Yield the rows of `file` in order, in chunks of bounded size."""
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of rows after the header, good or bad, without parsing them.
 
-        counted: called from time to time with the counts so far.
+        on_count: called from time to time with the counts so far.
         """
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, Counted, DataError, say_nothing
+from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, CountCallback, DataError, ignore_counts
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20
@@ -95,12 +95,12 @@ def first_line(file: str) -> tuple[int, str]:
     raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
 
 
-def count_lines(file: str, counted: Counted = say_nothing) -> int:
+def count_lines(file: str, on_count: CountCallback = ignore_counts) -> int:
     """Return the number of lines, including blank ones. The last line may lack a line break."""
     lines = 0
     for text, bytes_read in _whole_lines(file, BLOCK_BYTES):
         lines += text.count(b"\n")
-        counted(lines, bytes_read)
+        on_count(lines, bytes_read)
     return lines
 
 
@@ -139,11 +139,6 @@ def split_columns(
     rows = np.delete(block.rows, ragged) if ragged else block.rows
     assert table.num_rows == len(rows), f"{block.file}: rows and lines up to {block.end_row} do not match"
     return table, rows, (*block.bad, *bad)
-
-
-def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """Return a table's column as one array."""
-    return column.combine_chunks()
 
 
 def line_quoter(raw: dict[str, pa.Array], delimiter: str) -> Callable[[int], str]:

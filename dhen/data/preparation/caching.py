@@ -50,14 +50,14 @@ def prepare_cached(
 
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     """Return a digest of everything that determines the result: files, settings and FORMAT_VERSION."""
-    said = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
+    relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
     _, format_name, sources = open_sources(settings)
     inputs = [
         (source.splits, [_fingerprint(format_name, file, digests) for file in source.files]) for source in sources
     ]
     if not settings.is_label_required:  # these rows include the names of their files
         inputs.append([source.files for source in sources])
-    digest = hashlib.blake2b(json.dumps([FORMAT_VERSION, format_name, said, inputs]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([FORMAT_VERSION, format_name, relevant, inputs]).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())
     if settings.schema_from is not None:

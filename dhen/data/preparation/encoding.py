@@ -7,7 +7,6 @@ import pyarrow as pa
 
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.formats.roles import ColumnRoles, SparseRole
-from dhen.data.formats.text_blocks import one_array
 from dhen.data.preparation.hashing import hashed_ids
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.vocabulary import Vocabulary
@@ -24,11 +23,11 @@ class Encoder:
 
     def encode(self, raw: pa.Table) -> pa.Table:
         """Return the same rows with ids and transformed values."""
-        encoded: dict[str, pa.Array] = {LABEL: one_array(raw[LABEL])}
+        encoded: dict[str, pa.Array] = {LABEL: raw[LABEL].combine_chunks()}
         for dense in self.dense:
             encoded[dense.name] = pa.array(_transformed(raw[dense.name].to_numpy(), dense), from_pandas=False)
         for sparse in self.sparse:
-            column = one_array(raw[sparse.name])
+            column = raw[sparse.name].combine_chunks()
             if sparse.is_multi_valued:
                 ids = self._ids(column.flatten(), sparse)
                 encoded[sparse.name] = pa.ListArray.from_arrays(_offsets(column), ids)
@@ -36,7 +35,7 @@ class Encoder:
                 encoded[sparse.name] = self._ids(column, sparse)
             if sparse.is_weighted:
                 name = weights_column(sparse.name)
-                encoded[name] = one_array(raw[name])
+                encoded[name] = raw[name].combine_chunks()
         return pa.table(encoded)
 
     def _ids(self, keys: pa.Array, sparse: SparseColumn) -> pa.Array:

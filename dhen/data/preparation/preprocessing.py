@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from dhen.data.formats.raw_rows import BadRow, DataError
-from dhen.data.formats.text_blocks import one_array
 from dhen.data.preparation.encoding import Encoder, check_same_features, new_columns
 from dhen.data.preparation.origins import add_origins
 from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, RawStream
@@ -110,7 +109,7 @@ def _count_vocabularies(stream: RawStream, settings: PreparationSettings) -> dic
     for part in stream.chunks("counting keys", only="train"):
         table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
         for name, count in counts.items():
-            count.add(flat_keys(one_array(table[name])))
+            count.add(flat_keys(table[name].combine_chunks()))
     return {name: count.vocabulary(roles[name].min_count or settings.min_count) for name, count in counts.items()}
 
 
@@ -156,10 +155,10 @@ def _refuse_mostly_bad(counts: dict[str, SplitCounts], first_bad: BadRow | None)
 
 def _source(settings: PreparationSettings, format_name: str, sources: tuple[Source, ...]) -> dict[str, object]:
     """Return the `source` entry of schema.json, which says where the rows came from."""
-    said = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-    del said["block_bytes"]
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    del values["block_bytes"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
-    return {"format": format_name, "format_version": FORMAT_VERSION, "files": files, "settings": said}
+    return {"format": format_name, "format_version": FORMAT_VERSION, "files": files, "settings": values}
 
 
 @contextmanager

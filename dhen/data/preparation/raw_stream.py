@@ -61,12 +61,12 @@ class RawStream:
         bytes_total = sum(_size(file) for file in source.files)
         rows = bytes_before = 0
 
-        def counted(rows_in_file: int, bytes_read: int) -> None:
+        def report(rows_in_file: int, bytes_read: int) -> None:
             state = PreparationProgress(_COUNTING, rows + rows_in_file, bytes_before + bytes_read, bytes_total)
             self._progress(state)
 
         for file in source.files:
-            rows += self._reader.count_rows(file, counted)
+            rows += self._reader.count_rows(file, report)
             bytes_before += _size(file)
         self._progress(PreparationProgress(_COUNTING, rows, bytes_total, bytes_total, is_done=True))
         return rows

@@ -1,4 +1,4 @@
-"""Parquet files and hub data sets; the hub's code path is run on a local folder."""
+"""Parquet files and hub data sets. The tests of the hub's code path read a local folder."""
 
 import polars as pl
 import pyarrow as pa

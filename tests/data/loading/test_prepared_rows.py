@@ -1,4 +1,4 @@
-"""A prepared folder that isn't what its schema says is an error that names the file and the column."""
+"""A prepared folder that does not match its schema raises an error that names the file and the column."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def read_all(prepared):
 
 
 def replace_column(path, name, values):
-    """Rewrite a file; values None: without the column."""
+    """Rewrite a file with other values in a column. None removes the column."""
     table = pq.read_table(path)
     at = table.column_names.index(name)
     pq.write_table(table.remove_column(at) if values is None else table.set_column(at, name, values), path)

@@ -23,7 +23,7 @@ for name in sys.argv[1:]:
 
 
 def complaint(*modules):
-    """The first of the modules that imports torch in a fresh interpreter, or an empty text."""
+    """Name the first module that imports torch in a fresh interpreter; an empty string if none does."""
     command = [sys.executable, "-c", FIND, *modules]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stderr.strip()
 

@@ -1,4 +1,4 @@
-"""From raw files to a folder: splits, determinism, wholeness, memory, given schemas, and files that can't be read."""
+"""Preparing raw files: splits, determinism, atomicity, memory, reused schemas, and unreadable files."""
 
 import gzip
 import re
@@ -38,7 +38,7 @@ def rows_of(folder, split="train"):
 
 
 def content_of(folder):
-    """Every byte of a prepared folder but what schema.json says about the source."""
+    """Every byte of a prepared folder, except the source entry in schema.json."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     del files["schema.json"]
     return files, replace(Schema.load(folder), source={})
