@@ -142,7 +142,7 @@ def test_a_split_of_a_hub_data_set_is_scored_alone(tmp_path):
     run = [f"--output_dir={tmp_path / 'run'}", "--ds_config=ds_configs/zero0.json", "--max_steps=1"]
     done = run_script("train.py", *data, *run, *TINY, "--split_fractions", "0.5", "0.5", "0")
     assert done.status == 0, done.output
-    assert "split_fractions has no effect: the data has splits of its own" in done.output
+    assert "split_fractions has no effect: the data has its own splits" in done.output
     for split, rows in ((None, 40), ("validation", 30)):
         output = tmp_path / "metrics.json"
         flags = [f"--split={split}"] if split else []
