@@ -30,6 +30,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.schema import LABEL
 from dhen.model.names import is_valid_table_name
+from dhen.paths import looked_in
 
 _STRICT = ConfigDict(extra="forbid")
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]*")
@@ -182,7 +183,9 @@ def load_roles(path: str | Path) -> ColumnRoles:
     """Read a YAML schema. Raises FileNotFoundError, or ValueError naming the file, the key and what is allowed."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such schema file. Give a YAML file with the role of each column.")
+        raise FileNotFoundError(
+            f"{path}: no such schema file. Give a YAML file with the role of each column.{looked_in(path)}"
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
 from dhen.data.preparation.splitting import SplitRule, WholeSplit, split_rule, splits_with_rows
 from dhen.data.schema import SCHEMA_FILE
+from dhen.paths import looked_in
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -127,9 +128,9 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
         elif glob.has_magic(pattern):
             some = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
             if not some:
-                raise FileNotFoundError(f"{pattern}: no file matches. Check the pattern and the folder.")
+                raise FileNotFoundError(f"{pattern}: no file matches. Check the pattern.{looked_in(pattern)}")
         else:
-            raise FileNotFoundError(f"{pattern}: no such file. Check the path.")
+            raise FileNotFoundError(f"{pattern}: no such file. Check the path.{looked_in(pattern)}")
         found.extend(some)
     for file in found:
         if found.count(file) > 1:

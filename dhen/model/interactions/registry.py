@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dhen.model.mlp import Activation
 from dhen.model.names import check_names, check_type, unknown_name
+from dhen.paths import looked_in
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,10 @@ def import_interactions(path: str | Path) -> None:
     """Run a user's Python file to register its interactions. Raises ValueError naming the file."""
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
-        raise ValueError(f"{path}: no such Python file. Give a file that registers classes with @register_interaction.")
+        raise ValueError(
+            f"{path}: no such Python file. Give a file that registers classes with @register_interaction."
+            f"{looked_in(path)}"
+        )
     known = dict(_INTERACTIONS)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
