@@ -163,7 +163,7 @@ def test_the_tables_exchange_takes_as_long_as_the_machines_links_let_it():
 
 
 def test_tables_that_fit_on_no_rank_are_said_so():
-    with pytest.raises(PlacementError, match="fits on no rank"):
+    with pytest.raises(PlacementError, match="does not fit"):
         planner(1e-6, machine=replace(MACHINE, host_memory_gib=0.0))
 
 

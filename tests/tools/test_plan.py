@@ -135,7 +135,7 @@ def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--gpu", "cpu", "--memory_gib", "-1"], "memory_gib is -1.0. Use a number above 0."),
         (["--gpu", "cpu", "--num_layer", "3"], "Did you mean '--num_layers'"),
         (["--gpu", "cpu", "--ds_config", "ds_configs/none.json"], "ds_configs/none.json: no such ds_config"),
-        (["--gpu", "cpu", "--rows_per_table", "1000000000"], "fits on no rank"),
+        (["--gpu", "cpu", "--rows_per_table", "1000000000"], "does not fit"),
         (["--gpu", "cpu", "--depths", "1", "--plot", "figure.txt"], "txt"),
         (["--gpu", "cpu", "--depths", "1", "--layers", '[{"interactions": ["linear"]}, {}]'], "one by one"),
     ],
