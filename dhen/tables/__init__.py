@@ -1,3 +1,3 @@
 """Embedding tables, model-parallel over all ranks (paper 3.1, figure 4)."""
 
-import dhen.runtime  # noqa: F401  must come before DeepSpeed and FBGEMM
+import dhen.runtime  # noqa: F401  must be imported before DeepSpeed and FBGEMM
