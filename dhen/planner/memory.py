@@ -267,7 +267,6 @@ class _Activations:
 
     def __init__(self, trace: StepTrace, offloaded: int) -> None:
         self.now = 0
-        self._offloaded = offloaded
         self._kept: dict[int, int] = {}
         for event in trace.events[: trace.loss_at]:
             if event.layer is not None and event.layer < offloaded:

@@ -152,7 +152,7 @@ class Planner:
         return self._placed(self._table_setting(technique)) if self.job.config.tables else None
 
     def table_bytes(self, technique: Technique) -> tuple[int, int]:
-        """Largest bytes of tables that any rank holds, on its device and in host memory."""
+        """Bytes of the tables on the fullest rank, on its device and in host memory."""
         placement, machine = self.placement_of(technique), self.job.machine
         if placement is None:
             return 0, 0

@@ -154,8 +154,11 @@ class IdExchange:
         check_ids(sparse, self._num_embeddings_F, self._tables)
         weights = self._pooling_weights(sparse)
         facts = self._compare_batches(sparse, weights is not None)
-        own = self._send_bags(sparse, weights, facts) if facts.has_lengths else (*self._send_single_ids(sparse), None)
-        return OwnIds(sparse.batch_size, *own, facts.padded_batch)
+        if facts.has_lengths:
+            ids, offsets, weights = self._send_bags(sparse, weights, facts)
+        else:
+            (ids, offsets), weights = self._send_single_ids(sparse), None
+        return OwnIds(sparse.batch_size, ids, offsets, weights, facts.padded_batch)
 
     def _pooling_weights(self, sparse: SparseIds) -> Tensor | None:
         """Per-id weights that turn the sum over a bag into each feature's pooling."""

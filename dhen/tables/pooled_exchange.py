@@ -112,7 +112,7 @@ class Wires:
 class PooledExchange:
     """Sends one batch's pooled embeddings from table owners to the data-parallel batch, and their gradients back.
 
-    pooled, (world_size * padded_batch, own width), is grouped by the rank that the examples belong to, with every
+    `pooled` is (world_size * padded_batch, own width), grouped by the rank that the examples belong to, with every
     rank's batch padded to the largest. The result is embeddings_BFD of this rank's own `batch_size` examples.
 
     `start` begins the all-to-all and `finish` waits for it, so it overlaps with whatever is computed in between. The

@@ -165,5 +165,6 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, ...]:
-        ctx.tables.update(grad, *ctx.inputs, ctx.learning_rate)
+        ids, offsets, weights = ctx.inputs
+        ctx.tables.update(grad, ids, offsets, weights, ctx.learning_rate)
         return None, None, None, None, None

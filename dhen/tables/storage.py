@@ -65,7 +65,7 @@ def _index(folder: Path, kind: dict[str, str]) -> dict[tuple[str, str], list[_St
     files = sorted(folder.glob("tables-*.safetensors"))
     if not files:
         raise TableStorageError(
-            f"{folder} has no tables-*.safetensors files, so it is not a checkpoint of tables. Name another checkpoint."
+            f"{folder} has no tables-*.safetensors files, so it is not a checkpoint of tables. Use another checkpoint."
         )
     index: dict[tuple[str, str], list[_Stored]] = {}
     for path in files:

@@ -1,4 +1,4 @@
-"""The placement that all ranks of a job use: rank 0 plans it for the memory of the smallest rank (paper 3.1)."""
+"""The placement that all ranks of a job share: rank 0 plans it, within the least memory of any rank (paper 3.1)."""
 
 import contextlib
 import math
@@ -115,7 +115,7 @@ def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
         try:
             return place_as_asked(config, section, setting, costs=_costs_name(topology), memory_bytes=memory_bytes)
         except PlacementError as error:
-            solutions = "use more ranks, or ranks with more memory. Scoring always uses fp32 tables."
+            solutions = "more ranks, or ranks with more memory. Scoring always uses fp32 tables."
             raise PlacementError(error.needs, solutions) from None
 
     return rank_zeros(topology, place)
@@ -124,7 +124,7 @@ def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
 def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
     """Make a plan on rank 0 and return it on all ranks, or raise its ValueError there. Communicates over all ranks.
 
-    Left to itself, a rank could reach another plan: its node may have more ranks, other cost files or another math
+    On its own, a rank could reach a different plan: its node may have more ranks, other cost files or another math
     library.
     """
     answer: list[_Plan | ValueError | None] = [None]
@@ -141,7 +141,7 @@ def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
 
 
 def table_memory(config: DhenConfig, placement: Placement, device_bytes: int | None) -> tuple[int, int]:
-    """Largest bytes of tables that any rank holds: on its device, with the replicated tables, and in host memory.
+    """Bytes of the tables on the fullest rank: on its device, including replicated tables, and in host memory.
 
     device_bytes: memory of a GPU. None if ranks compute on the host; then everything counts as on the device.
     """
@@ -173,9 +173,9 @@ def place_within(
 
 
 def _memory_bytes(topology: Topology) -> list[int]:
-    """The memory of the smallest rank: its share of the host's. Communicates over all ranks.
+    """The least memory of any rank, as limits to try in order. Communicates over all ranks.
 
-    On GPUs two limits to try in order: the device's memory, then the device's plus the rank's share of the host's.
+    On CPU, a rank's share of the host's memory. On GPUs, first the device's memory, then both together.
     """
     limits = [host_bytes() // topology.local_size]
     if topology.device.type == "cuda":

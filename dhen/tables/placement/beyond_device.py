@@ -20,7 +20,7 @@ def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozense
         if needed <= device_bytes:
             break
         saved = shards[index].num_bytes - shards[index].cached_bytes
-        if saved > 0:  # for few columns, the cache can be larger than the shard
+        if saved > 0:  # if a shard has few columns, its cache can be larger than the shard
             needed -= saved
             left.add(index)
     return frozenset(left)

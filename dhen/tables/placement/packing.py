@@ -15,11 +15,11 @@ from dataclasses import dataclass
 _TOLERANCE = 1.05
 """Cutting stops when the slowest rank is within this factor of the lower bound."""
 _GAIN = 0.99
-"""A cut is kept if it brings the slowest rank below this factor of the best so far."""
+"""A cut is kept if it brings the slowest rank below this fraction of the best time so far."""
 _NEAR = 1.005
 """The search ends when the slowest rank is within this factor of a bound that no plan can beat."""
 _TRIES, _TRIED_SHARDS = 5_000, 400_000
-"""Limits of the search: number of plans, and number of shards in all of them. It takes less than a second."""
+"""Limits of the search, which takes less than a second: plans, and shards in all plans together."""
 _MOST_CHANGES = 3
 """The search changes the number of shards of at most this many tables at once."""
 

@@ -18,8 +18,8 @@ _COLUMNS = 4
 """FBGEMM needs the number of columns to be a multiple of this."""
 _GIB = 2**30
 _SOLUTIONS = (
-    'use more ranks; a larger dhen.placement.memory_gib; dhen.table_dtype "fp16"; dhen.table_optimizer '
-    '"rowwise_adagrad" or "sgd"; a larger dhen.placement.max_column_shards; fewer rows in the data\'s schema.'
+    'more ranks; a larger dhen.placement.memory_gib; dhen.table_dtype "fp16"; dhen.table_optimizer "rowwise_adagrad" '
+    'or "sgd"; a larger dhen.placement.max_column_shards; fewer rows in the data\'s schema.'
 )
 
 
