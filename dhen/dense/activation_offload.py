@@ -1,8 +1,8 @@
 """Activation offload by layer (paper 3.1): the first layers keep their activations in host memory until the backward.
 
 During a layer's forward, the tensors that autograd saves are copied to pinned memory on a separate stream. When a
-layer's backward asks for its first tensor, the previous layer's tensors start to be copied back, so that these copies
-overlap with this layer's backward.
+layer's backward asks for its first tensor, the copies of the previous layer's tensors back to the device begin, so that
+they overlap with this layer's backward.
 """
 
 import functools
@@ -146,7 +146,7 @@ class ActivationOffload:
             for saved in layer.saved:
                 saved.back = saved.host.clone()
             return
-        if layer.saved:  # do not fetch before the device's backward gets here; the host may be far ahead of it
+        if layer.saved:  # wait until the device's backward gets here: the host may be far ahead of it
             self._stream.wait_stream(torch.cuda.current_stream(layer.saved[0].device))
         with torch.cuda.stream(self._stream):
             for saved in layer.saved:

@@ -65,7 +65,7 @@ class ReplicaReduction:
             handle.wait()
 
     def finish(self) -> None:
-        """Wait for all averages, and put them away in the order in which they were started."""
+        """Wait for all averages and put them away, in the order of the calls to `start`."""
         for pending in self._pending:
             pending.handle.wait()
             parts = pending.on_wire.split([shard.numel() for shard in pending.like])
@@ -99,7 +99,7 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO stage 3 inside the shard group: shards parameters, gradients and optimizer states over it."""
 
     def take_over(self, reduction: ReplicaReduction) -> None:
-        """Set up an instance of the parent class whose class was changed to this one; takes the place of __init__."""
+        """Replaces __init__: DeepSpeed creates the parent class, and the engine then changes its class to this one."""
         self.hsdp_reduction = reduction
 
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: nn.Parameter) -> None:
@@ -149,7 +149,7 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
     """ZeRO stages 1 and 2 inside the shard group: shards optimizer states, and in stage 2 gradients, over it."""
 
     def take_over(self, reduction: ReplicaReduction) -> None:
-        """Set up an instance of the parent class whose class was changed to this one; takes the place of __init__."""
+        """Replaces __init__: DeepSpeed creates the parent class, and the engine then changes its class to this one."""
         self.hsdp_reduction = reduction
         self.hsdp_bucket: list[tuple[nn.Parameter, int, Tensor]] = []
 
@@ -249,9 +249,9 @@ class HsdpEngine(deepspeed.DeepSpeedEngine):
         self.seq_dp_world_size = self.hsdp_groups.shard_size
         for parameter in model.parameters():
             if hasattr(parameter, "ds_tensor"):
-                self._equalise(parameter.ds_tensor)
+                self._equalize(parameter.ds_tensor)
 
-    def _equalise(self, shard: Tensor) -> None:
+    def _equalize(self, shard: Tensor) -> None:
         """Copy the first replica's shard to all replicas. All use the same seed, but their devices may differ."""
         on_device = shard.data.to(self.device)
         dist.broadcast(on_device, dist.get_global_rank(self.hsdp_groups.replica, 0), group=self.hsdp_groups.replica)

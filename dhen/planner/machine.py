@@ -20,7 +20,7 @@ class MachineError(ValueError):
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Machine:
-    """One kind of node. Rates come from data sheets or measurements; the efficiencies are the share that a step gets.
+    """One kind of node. Rates come from data sheets or measurements; a step gets the share given by the efficiencies.
 
     name, source: description, and where the numbers come from.
     is_gpu: whether each rank has a device with its own memory.
@@ -127,7 +127,7 @@ class Machine:
         return max(local, between) / self.link_efficiency
 
     def _all_reduce_hops(self, nodes: int, ranks: int) -> int:
-        """Hops in one direction. NCCL's trees pass a node's ranks, then halve the nodes; gloo uses a ring."""
+        """Hops in one direction. NCCL's trees run along a node's ranks, then halve the nodes; gloo uses a ring."""
         return ranks // nodes - 1 + (nodes - 1).bit_length() if self.is_gpu else ranks - 1
 
 

@@ -27,9 +27,9 @@ class MemorySetting:
 
     *_bytes: bytes per element. reduce_bucket, sub_group: in elements. shard_size: number of ranks that ZeRO shards
     over. num_replicas: of the dense part, more than 1 under HSDP. master_bytes: for the optimizer's copy of the
-    weights. state_bytes: for its states together. wire_bytes: for HSDP's all-reduce. async_all_reduce: False waits for
-    it at once. temporaries: extra memory of the optimizer's step: two copies of "one" weight at a time, one copy of
-    "all" weights (torch's optimizers on GPUs), or "none". accumulates: gradients are summed over several micro steps.
+    weights. state_bytes: for all of its states. wire_bytes: for HSDP's all-reduce. async_all_reduce: False waits for it
+    at once. temporaries: extra memory of the optimizer's step: two copies of "one" weight at a time, one copy of "all"
+    weights (torch's optimizers on GPUs), or "none". accumulates: gradients are summed over several micro steps.
     """
 
     stage: int

@@ -28,7 +28,7 @@ from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.planner.live_memory import LiveMemory
 
 _ALIKE = 3
-"""Number of layers that are traced of consecutive equal layers: the middle one has equal neighbours on both sides."""
+"""How many of consecutive equal layers are traced, so that the middle one has equal neighbors on both sides."""
 _LAYERS = "model.layers."
 _UNTRACEABLE = (RuntimeError, AssertionError, TypeError)
 """What torch raises if code reads the values of fake tensors, or mixes them with real tensors."""

@@ -1,5 +1,4 @@
-"""Runs work in a daemon thread. Unlike an executor's threads, it does not keep the process alive after Ctrl-C or a
-lost rank."""
+"""Runs work in a daemon thread. Unlike an executor's, it does not outlive the process after Ctrl-C or a lost rank."""
 
 from collections.abc import Callable
 from concurrent.futures import Future

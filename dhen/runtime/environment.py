@@ -23,7 +23,7 @@ class EnvironmentMismatchError(RuntimeError):
 
 
 def prepare_environment() -> None:
-    """Set what DeepSpeed reads at import, check the FBGEMM build, and silence useless warnings. Idempotent."""
+    """Set the variables DeepSpeed reads at import, check the FBGEMM build, silence useless warnings. Idempotent."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     _put_scripts_on_path()
     keep_extensions_apart()

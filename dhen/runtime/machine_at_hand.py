@@ -15,7 +15,7 @@ _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/mem
 
 
 def rank_memory_bytes(topology: Topology) -> int:
-    """Bytes that every rank may use: the free memory of its GPU, or its share of the host's; the smallest rank counts.
+    """Bytes that a rank may use: the free memory of its GPU, or its share of the host's. The minimum over all ranks.
 
     Call it before anything is allocated. Communicates; all ranks call it.
     """

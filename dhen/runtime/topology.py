@@ -1,5 +1,4 @@
-"""This process's place in the job, and the process groups (paper 3.2): created once, passed to all code that
-communicates."""
+"""This process's place in the job, and the process groups (paper 3.2). Passed to all code that communicates."""
 
 import os
 from collections.abc import Sequence

@@ -23,7 +23,7 @@ _AT_ONCE = 1 << 16
 
 
 def round_stochastically(x: Tensor) -> Tensor:
-    """Round float32 to one of the two neighbouring float16 numbers, so that the mean is x. Saturates out of range."""
+    """Round float32 to one of the two neighboring float16 numbers, so that the mean is x. Saturates out of range."""
     x = x.clamp(-_LARGEST, _LARGEST)
     # Subnormal float16 numbers are evenly spaced, as far apart as the smallest normal ones. Shifted into that range,
     # they round like all other numbers.
