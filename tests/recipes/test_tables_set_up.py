@@ -173,7 +173,7 @@ def test_tables_of_another_dtype_are_not_resumed(tmp_path, click_log, whole):
     resume = f"--resume_from_checkpoint={whole / 'checkpoint-20'}"
     done = try_to_train(tmp_path, click_log, {"table_optimizer": "adagrad", "table_dtype": "fp16"}, resume)
     assert done.status != 0
-    assert "saved with table_dtype 'fp32', this run has 'fp16'" in done.output
+    assert "saved with table_dtype 'fp32', but this run has 'fp16'" in done.output
 
 
 @pytest.fixture(scope="module")

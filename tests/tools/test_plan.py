@@ -89,14 +89,14 @@ def test_where_nothing_fits_at_a_depth_it_says_so_and_goes_on(capsys, tmp_path):
     assert plan.main([*flags, "--write", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "nothing fits" in output
-    assert "200 layers at 256 examples a rank fit on no rank of 4 x 4" in output
+    assert "200 layers with 256 examples per rank do not fit on 4 x 4 ranks" in output
     assert "Possible solutions" in output
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["by_depth.json", "depth_1.json"]
 
 
 def test_where_nothing_fits_at_all_the_status_is_1(capsys):
     assert plan.main([*CRITEO, *CLUSTER, "--memory_gib", "0.005", "--depths", "4"]) == 1
-    assert "fit on no rank" in capsys.readouterr().out
+    assert "do not fit on 4 x 4 ranks" in capsys.readouterr().out
 
 
 def test_features_are_the_prepared_datas_or_as_asked_for(click_log):
@@ -135,7 +135,7 @@ def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--gpu", "cpu", "--memory_gib", "-1"], "memory_gib is -1.0. Use a number above 0."),
         (["--gpu", "cpu", "--num_layer", "3"], "Did you mean '--num_layers'"),
         (["--gpu", "cpu", "--ds_config", "ds_configs/none.json"], "ds_configs/none.json: no such ds_config"),
-        (["--gpu", "cpu", "--rows_per_table", "1000000000"], "fits on no rank"),
+        (["--gpu", "cpu", "--rows_per_table", "1000000000"], "does not fit"),
         (["--gpu", "cpu", "--depths", "1", "--plot", "figure.txt"], "txt"),
         (["--gpu", "cpu", "--depths", "1", "--layers", '[{"interactions": ["linear"]}, {}]'], "one by one"),
     ],
