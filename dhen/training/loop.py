@@ -1,4 +1,4 @@
-"""The training loop: batches in, updates, evaluations and checkpoints; it ends at the last step or stops early."""
+"""The training loop: steps, evaluations and checkpoints, until the last step or early stopping."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from dhen.training.saved.checkpoint import TrainerState, delete_old_checkpoints,
 
 
 def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
-    """Metrics over all examples of all ranks. Communicates; all ranks call it."""
+    """Compute the metrics over all examples of all ranks. Communicates; all ranks call it."""
     metrics = ClickMetrics()
     with model.evaluating():
         for batch in loader.epoch(0):
@@ -30,7 +30,7 @@ def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
 
 
 class Trainer:
-    """Trains `model` on `train`, evaluates it on `validation`, keeps checkpoints in `output_dir`."""
+    """Trains `model` on `train`, evaluates it on `validation`, and saves checkpoints in `output_dir`."""
 
     def __init__(
         self,
@@ -70,14 +70,14 @@ class Trainer:
         self.state = TrainerState()
 
     def restore(self, state: TrainerState) -> None:
-        """Go on from `state`, which came with the checkpoint that the model was loaded from."""
+        """Continue from `state`, the trainer state of the checkpoint that the model was loaded from."""
         self.state = state
         self._schedule.load_state_dict(state.schedule)
         self._best.load_state_dict(state.best_metric)
 
     @property
     def data_order(self) -> dict[str, Any]:
-        """What decides which rows each step takes, and what the model sees of them."""
+        """Everything that decides which rows each step trains on, and in which form the model gets them."""
         arguments = self.arguments
         return {
             "seed": arguments.seed,
@@ -89,7 +89,7 @@ class Trainer:
         }
 
     def train(self, progress: ProgressReporter) -> None:
-        """Train to the end. Communicates; all ranks call it."""
+        """Train until the last step or early stopping. Communicates; all ranks call it."""
         self._progress = progress
         self.model.engine.module.train(not self._is_dense_frozen)
         accumulation = self.arguments.gradient_accumulation_steps
@@ -122,8 +122,8 @@ class Trainer:
         loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")
         if self.arguments.looked_up_l2 and embeddings_BFD is not None:
             loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()
-        # Summed over all ranks and micro steps this is the mean over the step's rows, however unevenly they are shared:
-        # DeepSpeed and the bridge average over ranks, and DeepSpeed divides by the accumulation steps.
+        # DeepSpeed and the tables average gradients over ranks, and DeepSpeed divides by the accumulation steps. With
+        # this factor the result is the mean over the rows of the step, even if ranks have different numbers of rows.
         self.model.step(loss * (self._shares / batch.global_rows))
         self._running_loss.update(logits_B.detach(), batch.labels_B)
 
@@ -156,15 +156,15 @@ class Trainer:
         self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
 
     def _check_finite(self, loss: float) -> None:
-        """Stop at a loss that isn't a number, before anything of it is saved."""
+        """Raise FloatingPointError if the loss is not finite, so that no broken weights are saved."""
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss} at step {self.state.step}. Lower learning_rate or table_learning_rate, add "
-                "warmup_steps, or clip by max_grad_norm; the last checkpoint in output_dir is from before."
+                "warmup_steps, or set max_grad_norm. The last checkpoint in output_dir was saved before this."
             )
 
     def _evaluate(self) -> bool:
-        """Evaluate on the validation split; returns whether it is the best so far."""
+        """Evaluate on the validation split. Returns whether the result is the best so far."""
         with self._progress.paused():
             self.model.average_buffers()
             values = evaluate(self.model, self.validation_loader)
@@ -188,7 +188,7 @@ class Trainer:
 
 
 def with_ids_ahead(model: ParallelDhen, batches: Iterator[Batch]) -> Iterator[tuple[Batch, SentIds | None]]:
-    """Each batch on the device with its ids on the way: the next one's leave before this one is computed on."""
+    """Yield each batch on the device with its ids in flight: the next batch's ids are sent before this one is used."""
     ahead = None
     for batch in batches:
         on_device = batch.to(model.topology.device)
@@ -201,5 +201,5 @@ def with_ids_ahead(model: ParallelDhen, batches: Iterator[Batch]) -> Iterator[tu
 
 
 def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
-    """Updates of the whole run."""
+    """Number of steps in the whole run."""
     return arguments.max_steps if arguments.max_steps > 0 else arguments.num_train_epochs * steps_per_epoch

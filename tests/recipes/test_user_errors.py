@@ -112,6 +112,13 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py"])
+def test_help_has_an_example(script):
+    done = run_script(script, "--help")
+    assert done.status == 0, done.output
+    assert f"    deepspeed recipes/{script} --" in done.output
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Digest of every file."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
