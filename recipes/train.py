@@ -33,7 +33,7 @@ def main() -> None:
         topology = job.start()
 
         # Check all that needs no data first, because preparing the data may take hours.
-        check_run_folder(Path(arguments.training.output_dir), arguments.training)
+        check_run_folder(arguments.training)
         ds_config = given_ds_config(arguments, topology)
 
         data = open_data(arguments, topology)
@@ -41,6 +41,7 @@ def main() -> None:
         trainer = make_trainer(arguments, data, model)
         progress = start_reporting(arguments, data, trainer)
 
+    # If a rank dies from here on, the others say which one. FloatingPointError means that the loss is not finite.
     with user_errors(FloatingPointError), naming_lost_ranks(topology):
         with contextlib.closing(progress):
             trainer.train(progress)

@@ -1,1 +1,1 @@
-"""From batches to an evaluated, saved model."""
+"""Trains, evaluates and saves a model, given batches."""

@@ -42,7 +42,7 @@ class Trainer:
     ) -> None:
         self.model, self.arguments, self.output_dir = model, arguments, output_dir
         self.train_loader, self.validation_loader = train, validation
-        self.total_steps = total_steps(arguments, len(train))
+        self.total_steps = arguments.max_steps if arguments.max_steps > 0 else arguments.num_train_epochs * len(train)
         world_size = model.topology.world_size
         self._shares = world_size * arguments.gradient_accumulation_steps
         self._is_dense_frozen = arguments.freeze == "dense"
@@ -102,7 +102,7 @@ class Trainer:
                 self._micro_step(batch, sent_ids)
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
-                    self._after_update(batch.global_rows, factor)
+                    self._finish_step(batch.global_rows, factor)
                     if self._is_done():
                         break
         self.model.settle()
@@ -127,28 +127,38 @@ class Trainer:
         self.model.step(loss * (self._shares / batch.global_rows))
         self._running_loss.update(logits_B.detach(), batch.labels_B)
 
-    def _after_update(self, rows: int, factor: float) -> None:
-        state, arguments = self.state, self.arguments
-        table_learning_rate = self._table_learning_rate * factor
-        if arguments.whole_table_l2 and self.model.tables is not None and not self.model.tables.is_frozen:
-            self.model.tables.decay_whole_tables(table_learning_rate * arguments.whole_table_l2)
+    def _finish_step(self, rows: int, factor: float) -> None:
+        """Decay the tables, count the step, then log, evaluate and save if each is due."""
+        state, arguments, tables = self.state, self.arguments, self.model.tables
+        if arguments.whole_table_l2 and tables is not None and not tables.is_frozen:
+            tables.decay_whole_tables(self._table_learning_rate * factor * arguments.whole_table_l2)
+        is_epoch_end = self._count_step(rows)
+        is_last = state.step == self.total_steps
+        if is_last or self._is_due(arguments.logging_steps):
+            self._log(factor)
+        improved = False
+        evaluates = is_last or self._is_due(arguments.eval_steps, otherwise=is_epoch_end)
+        if evaluates and self.validation_loader is not None:
+            improved = self._evaluate()
+        saves = is_last or self._is_due(arguments.save_steps, otherwise=evaluates)
+        if saves or (improved and arguments.load_best_model_at_end):
+            self._save()
+
+    def _count_step(self, rows: int) -> bool:
+        """Count a step on `rows` examples. Returns whether it was the last of its epoch."""
+        state = self.state
         state.step += 1
         state.step_in_epoch += 1
         state.samples_seen += rows
+        self._progress.advance(state.step, rows)
         is_epoch_end = state.step_in_epoch == len(self.train_loader)
         if is_epoch_end:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
-        self._progress.advance(state.step, rows)
-        is_last = state.step == self.total_steps
-        if state.step % arguments.logging_steps == 0 or is_last:
-            self._log(factor)
-        improved = False
-        evaluates = is_last or (state.step % arguments.eval_steps == 0 if arguments.eval_steps else is_epoch_end)
-        if evaluates and self.validation_loader is not None:
-            improved = self._evaluate()
-        saves = state.step % arguments.save_steps == 0 if arguments.save_steps else evaluates
-        if saves or is_last or (improved and arguments.load_best_model_at_end):
-            self._save()
+        return is_epoch_end
+
+    def _is_due(self, every: int, otherwise: bool = False) -> bool:
+        """Whether this step is a multiple of `every`; `otherwise` if `every` is 0."""
+        return self.state.step % every == 0 if every else otherwise
 
     def _log(self, factor: float) -> None:
         loss, ne = self._running_loss.take(self.model.topology.world)
@@ -198,8 +208,3 @@ def with_ids_ahead(model: ParallelDhen, batches: Iterator[Batch]) -> Iterator[tu
         ahead = following
     if ahead is not None:
         yield ahead
-
-
-def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
-    """Number of steps in the whole run."""
-    return arguments.max_steps if arguments.max_steps > 0 else arguments.num_train_epochs * steps_per_epoch

@@ -1,1 +1,1 @@
-"""What a run leaves and takes up again: checkpoints, exported models, scores."""
+"""Saves and loads: checkpoints, exported models, and scoring and fine-tuning from them."""
