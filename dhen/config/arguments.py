@@ -95,22 +95,22 @@ class TrainingArguments:
         None, "Run folder for checkpoints, metrics and the trained model. Default: runs/<name of the data>."
     )
     per_device_train_batch_size: int = option(
-        2048, "Examples per rank in one micro step, that is, in one forward and backward pass."
+        2048, "Examples per rank in each micro step (one forward and backward pass)."
     )
     per_device_eval_batch_size: int = option(
-        4096, "Examples per rank in one evaluation step. Lower it if evaluation runs out of memory."
+        4096, "Examples per rank in each evaluation step. Lower it if evaluation runs out of memory."
     )
     gradient_accumulation_steps: int = option(
         1, "Micro steps per step. The dense part is updated once per step, the tables once per micro step."
     )
     num_train_epochs: int = option(1, "Passes over the training split.")
-    max_steps: int = option(-1, "Total number of steps. Overrides --num_train_epochs, except for -1.")
+    max_steps: int = option(-1, "Total number of steps. Overrides --num_train_epochs, unless it is -1.")
     learning_rate: float = option(1e-3, "Peak learning rate of the dense part: all weights except the tables.")
     table_learning_rate: float = option(0.02, "Peak learning rate of the embedding tables.")
     table_epsilon: float = option(
         1e-8,
-        "Epsilon of the tables' Adagrad. Use 1e-4 or more against overfitting: it makes the updates of rare rows "
-        "smaller.",
+        "Epsilon of the tables' Adagrad optimizer. If the model overfits, try 1e-4 or more: it makes the updates of "
+        "rarely seen rows smaller.",
     )
     learning_rate_scaling: ScalingRule = option(
         "none",
@@ -128,12 +128,12 @@ class TrainingArguments:
     min_lr_ratio: float = option(0.0, "Lower bound of the learning rates, as a fraction of their peak.")
     plateau_factor: float = option(0.1, "With reduce_lr_on_plateau, multiply the learning rates by this at each drop.")
     plateau_patience: int = option(
-        0, "With reduce_lr_on_plateau, evaluations in a row without improvement to allow before a drop."
+        0, "With reduce_lr_on_plateau, number of evaluations without improvement to tolerate before a drop."
     )
-    weight_decay: float = option(0.0, "Decoupled weight decay (AdamW) of the dense part.")
-    adam_beta1: float = option(0.9, "Beta1 of the dense part's Adam.")
-    adam_beta2: float = option(0.999, "Beta2 of the dense part's Adam.")
-    adam_epsilon: float = option(1e-8, "Epsilon of the dense part's Adam.")
+    weight_decay: float = option(0.0, "Decoupled weight decay (AdamW), for the dense part.")
+    adam_beta1: float = option(0.9, "Adam's beta1, for the dense part.")
+    adam_beta2: float = option(0.999, "Adam's beta2, for the dense part.")
+    adam_epsilon: float = option(1e-8, "Adam's epsilon, for the dense part.")
     max_grad_norm: float = option(
         0.0, "Clip the gradient norm of the dense part to this value. 0 turns clipping off. Tables are not clipped."
     )
@@ -151,7 +151,7 @@ class TrainingArguments:
         "none",
         "Part of the model whose weights stay fixed. Requires --model_name_or_path or --resume_from_checkpoint.",
     )
-    dataloader_drop_last: bool = option(False, "Skip the last step of each epoch if its batch is smaller.")
+    dataloader_drop_last: bool = option(False, "Skip the last step of each epoch if its batch is incomplete.")
     overwrite_output_dir: bool = option(
         False, "Delete the earlier run in output_dir and start a new one. Other files in the folder stay."
     )
@@ -159,11 +159,11 @@ class TrainingArguments:
         None, "Fine-tune this trained model: a run folder or an exported model. The run keeps its architecture."
     )
     resume_from_checkpoint: str | None = option(
-        None, "Continue a run from this checkpoint folder. With 'true', continue from the newest one in output_dir."
+        None, "Checkpoint folder to continue from, or 'true' for the newest checkpoint in output_dir."
     )
-    logging_steps: int = option(20, "Steps between two lines of progress.")
-    eval_steps: int = option(0, "Steps between two evaluations on the validation split. 0: after each epoch.")
-    save_steps: int = option(0, "Steps between two checkpoints. 0: after each evaluation.")
+    logging_steps: int = option(20, "Steps between progress lines.")
+    eval_steps: int = option(0, "Steps between evaluations on the validation split. 0: evaluate after each epoch.")
+    save_steps: int = option(0, "Steps between checkpoints. 0: save after each evaluation.")
     save_total_limit: int = option(2, "Number of newest checkpoints to keep. The best one is kept as well.")
     metric_for_best_model: MetricName = option(
         "ne", "Validation metric that decides which checkpoint is best: the highest auc, or the lowest ne or logloss."
@@ -176,7 +176,7 @@ class TrainingArguments:
     interaction_files: list[str] = option([], "Python files that register your own interactions.")
 
     def without_effect(self) -> list[str]:
-        """A sentence for each value that the user changed but that has no effect, because of another value."""
+        """A sentence for each value that the user changed but that another value leaves without effect."""
         is_unused = {
             "plateau_factor": ("lr_scheduler_type", self.lr_scheduler_type != "reduce_lr_on_plateau"),
             "plateau_patience": ("lr_scheduler_type", self.lr_scheduler_type != "reduce_lr_on_plateau"),
@@ -254,14 +254,14 @@ def _launch_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="YAML file of the arguments below, such as recipes/configs/frappe.yaml: what to train.",
+        help="YAML file that says what to train: any of the arguments below. Example: recipes/configs/frappe.yaml.",
     )
     parser.add_argument(
         "--ds_config",
         "--deepspeed_config",
         metavar="FILE",
         default="ds_configs/zero2.json",
-        help="DeepSpeed JSON file: how the run fits the machine. ds_configs/README.md says which one to choose. With "
+        help="DeepSpeed JSON file that says how the run fits the machine. ds_configs/README.md helps to choose. With "
         "auto, the planner chooses the memory techniques.",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
@@ -282,7 +282,7 @@ def _resolve_paths(arguments: Arguments) -> None:
 
 
 def _name_of(data: DataArguments) -> str:
-    """Name of the run folder: the first word of the data's file name, or the name of the folder with train.* in it."""
+    """Name for the run folder: the first word of the data's file name or, for train.*, the name of its folder."""
     named = data.dataset_name or data.train_file or "quickstart"
     path = Path(named if isinstance(named, str) else named[0])
     word = re.match(r"[\w-]*", path.name).group().strip("_-")
@@ -360,7 +360,7 @@ def _check_combinations(training: TrainingArguments, data: DataArguments) -> Non
         )
     if data.train_file and data.dataset_name:
         raise ArgumentError(
-            "dataset_name and train_file are both set. Use dataset_name alone, or one file argument per split."
+            "dataset_name and train_file are both set. Use dataset_name, or train_file, validation_file and test_file."
         )
     if (data.validation_file or data.test_file) and not data.train_file:
         raise ArgumentError("validation_file or test_file is set without train_file. Add train_file.")

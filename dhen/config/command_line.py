@@ -30,7 +30,7 @@ def option(default: Any, meaning: str) -> Any:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Prints each flag once, with the type of its value, and with its default if it has one."""
+    """Prints each flag once, with the type of its value and its default, if any."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)  # HfArgumentParser also accepts each --long_flag as --long-flag
@@ -47,7 +47,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with a compact --help, and with errors of one sentence."""
+    """HfArgumentParser with a compact --help and one-line errors."""
 
     def __init__(self, parts: Sequence[type], **kwargs: Any) -> None:
         super().__init__(parts, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
@@ -58,7 +58,7 @@ class Parser(HfArgumentParser):
 
 
 def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
-    """The error about a word on the command line that is not a flag of `parts`. It names the nearest flag."""
+    """The error for a word on the command line that is not a flag of `parts`, with the nearest flag as a hint."""
     if not flag.startswith("-"):
         return ArgumentError(
             f"command line: {flag!r} does not belong to any argument. Write several interactions as one word, such as "
@@ -69,9 +69,9 @@ def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
 
 
 def copy_for_parser(part: type, group: str | None = None) -> type:
-    """A copy of a dataclass for HfArgumentParser, which replaces the types of the fields by those of their flags.
+    """A copy of a dataclass for HfArgumentParser, which overwrites the types of the fields.
 
-    group: the heading of its flags in --help.
+    group: the heading above its flags in --help.
     """
     hints = {name: list[str] | None if hint == Paths else hint for name, hint in get_type_hints(part).items()}
     return dataclasses.make_dataclass(

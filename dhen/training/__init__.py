@@ -1,1 +1,1 @@
-"""Trains, evaluates and saves a model, given batches."""
+"""Training: the loop, metrics, progress reports, checkpoints and export."""

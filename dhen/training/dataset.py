@@ -159,7 +159,7 @@ def settings_without_effect(data: DataArguments, schema: Schema) -> list[str]:
 
 
 def is_prepared(name: Paths) -> bool:
-    """Whether the name is that of a prepared folder, not of raw data."""
+    """Whether the name is that of a prepared folder."""
     return isinstance(name, str) and (Path(name) / SCHEMA_FILE).is_file()
 
 

@@ -56,7 +56,7 @@ class LearningRateSchedule:
         self._without_improvement = 0
 
     def factor(self, step: int) -> float:
-        """Factor for the step that follows `step` steps. The first is above 0, so that no step is wasted."""
+        """Factor for the next step, after `step` steps. The first factor is above 0, so that no step is wasted."""
         warm_up = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return warm_up * self._decay(max(0, step - self.warmup_steps))
 

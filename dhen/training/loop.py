@@ -77,7 +77,7 @@ class Trainer:
 
     @property
     def data_order(self) -> dict[str, Any]:
-        """Everything that decides which rows each step trains on, and in which form the model gets them."""
+        """Everything that determines which rows each step trains on, and how the model sees them."""
         arguments = self.arguments
         return {
             "seed": arguments.seed,

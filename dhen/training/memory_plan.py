@@ -1,6 +1,6 @@
 """Predicts the memory that a run needs per rank, and logs it at the start (paper 3.1).
 
-The prediction is only information: if it is impossible, the run continues without it.
+The prediction is for information only. If it is not possible, the run continues without it.
 """
 
 import logging

@@ -89,7 +89,7 @@ class ProgressReporter:
         self._started = self._drawn = time.perf_counter()
 
     def advance(self, step: int, rows: int) -> None:
-        """Note that step number `step` is done, with `rows` examples over all ranks."""
+        """Record that step number `step` is done, on `rows` examples over all ranks."""
         self._samples += rows
         self._seconds_at_update = self.watch.seconds
         if self._bar is not None:
@@ -200,7 +200,7 @@ def _memory_gib(device: torch.device) -> tuple[float, float]:
 
 
 def _finish_queued_work(device: torch.device) -> None:
-    """On CUDA, wait for queued kernels, so that the clock counts them where they were queued."""
+    """On CUDA, wait for queued kernels, so that their time counts for the code that queued them."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

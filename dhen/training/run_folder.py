@@ -110,7 +110,7 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
 
 def _resolved(arguments: Arguments, config: DhenConfig) -> dict[str, Any]:
     """The arguments with the architecture that was built: when fine-tuning, that of the trained model."""
-    asked_once = ("overwrite_output_dir", "resume_from_checkpoint")  # they concern this call alone
+    asked_once = ("overwrite_output_dir", "resume_from_checkpoint")  # these apply to this call only
     values = {name: value for name, value in arguments.as_dict().items() if name not in asked_once}
     return values | {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
 

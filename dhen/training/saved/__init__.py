@@ -1,1 +1,1 @@
-"""Saves and loads: checkpoints, exported models, and scoring and fine-tuning from them."""
+"""Checkpoints and exported models: saving, loading, scoring and fine-tuning."""

@@ -57,7 +57,7 @@ def save_checkpoint(
 ) -> Path:
     """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it.
 
-    data_order: everything that decides which rows a step trains on. A resumed run must have the same.
+    data_order: everything that determines which rows a step trains on. A resumed run must have the same.
     """
     topology = model.topology
     folder = checkpoint_of(output_dir, state.step)
@@ -125,7 +125,7 @@ def load_checkpoint(
 
 
 def check_same_model(folder: Path, config: DhenConfig) -> None:
-    """Raise CheckpointError, naming the difference, if the checkpoint holds another model than that of `config`.
+    """Raise CheckpointError, naming the difference, if the checkpoint's model is not that of `config`.
 
     Checkpoints that do not describe their model pass.
     """
@@ -163,7 +163,7 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path:
 def point_latest_at(folder: Path, output_dir: Path) -> None:
     """Make `folder` the checkpoint that --resume_from_checkpoint true uses, if it is in output_dir.
 
-    Rank 0 calls it after a save, and after a resume: later checkpoints then belong to an abandoned course of the run.
+    Rank 0 calls it after a save, and after a resume, because later checkpoints are not part of the resumed run.
     """
     if folder.resolve().parent == output_dir.resolve():
         _write_atomically(output_dir / LATEST, folder.name + "\n")
@@ -175,7 +175,7 @@ def checkpoint_of(output_dir: Path, step: int) -> Path:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, in the order of saving, which a resume can make differ from the step order."""
+    """The complete checkpoints of a run, in the order they were saved. After a resume, this may not be step order."""
     found = [folder for folder in output_dir.glob(f"{_PREFIX}*") if is_whole(folder)]
     return sorted(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns)
 

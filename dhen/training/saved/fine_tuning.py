@@ -1,4 +1,4 @@
-"""Fine-tuning: starts from a trained model on new data. Weights that match are kept, all others start anew.
+"""Fine-tuning: starts from a trained model on new data. Matching weights are kept; all others start anew.
 
 Tables are matched by feature name. With a vocabulary on both sides, rows are matched by key. Hashed tables match if
 their sizes are equal, because the hash is the same. Dense weights are matched by name and shape. A feature keeps its
@@ -156,7 +156,7 @@ def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[
 
 
 def frozen_and_new(freeze: str, start: StartingPoint) -> list[str]:
-    """A sentence if `freeze` covers weights that the trained model does not have, which stay random."""
+    """A sentence if `freeze` covers weights that the trained model does not have: they would stay random."""
     new_rows = {match.feature: match.rows - match.rows_kept for match in start.tables if match.rows > match.rows_kept}
     if freeze == "tables" and new_rows:
         counts = ", ".join(f"{count:,} of {name}" for name, count in new_rows.items())

@@ -85,7 +85,7 @@ def parse_scoring_arguments(command_line: Sequence[str] | None, description: str
         raise unknown_argument(unknown[0], [ScoringArguments])
     arguments = check_types(ScoringArguments, vars(given), "command line")
     if arguments.model_name_or_path is None:
-        raise ArgumentError("--model_name_or_path is missing. Add it with a run folder or an exported model.")
+        raise ArgumentError("--model_name_or_path is missing. Set it to a run folder or an exported model.")
     find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
     import_interaction_files(arguments.interaction_files)
     return arguments
