@@ -39,7 +39,7 @@ def main() -> None:
         model, loader = load_for_scoring(arguments, topology)
         rows = write_predictions(model, loader, Path(arguments.output or "predictions.parquet"))
     if topology.is_main:
-        print(f"{rows:,} rows scored: {arguments.output or 'predictions.parquet'}")
+        print(f"{rows:,} rows scored and written to {arguments.output or 'predictions.parquet'}")
     job.stop()
 
 

@@ -40,7 +40,7 @@ def choose_ds_config(
 
     def choose() -> tuple[dict[str, Any], str]:
         if training.resume_from_checkpoint:
-            return _of_the_run(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)), recipe)
+            return _saved_ds_config(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)), recipe)
         return _planned(config, training, topology, memory_bytes, ids_per_bag)
 
     raw, why = rank_zeros(topology, choose)
@@ -78,7 +78,7 @@ def _planned(
     return planner.whole_ds_config(chosen.technique), f"{chosen.technique}, because {planner.reason(chosen)}"
 
 
-def _of_the_run(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], str]:
+def _saved_ds_config(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], str]:
     """The ds_config of the run that wrote the checkpoint, with the recipe's values set back to "auto"."""
     path = checkpoint.parent / DS_CONFIG_FILE
     if not path.is_file():
