@@ -475,7 +475,7 @@ def messages_about_groups(topology: Topology) -> list[str]:
 
 def test_on_one_node_the_log_says_that_it_is_plain_zero():
     ((message,),) = run_ranks(1, messages_about_groups)
-    assert "dhen.shard_group 'node' is all 1 ranks of this job, one replica: plain ZeRO" in message
+    assert "dhen.shard_group 'node' covers all 1 ranks of this job, so there is only one replica" in message
 
 
 def see_groups(topology: Topology) -> tuple[list[timedelta], float]:

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from transformers import AutoConfig, HfArgumentParser
 
-from dhen.config.arguments import copy_for_parser
+from dhen.config.command_line import copy_for_parser
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 
 FEATURES = [{"name": "site", "num_embeddings": 10}, {"name": "words", "num_embeddings": 7, "pooling": "mean"}]

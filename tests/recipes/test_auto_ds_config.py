@@ -79,7 +79,7 @@ def test_the_memory_plan_is_said_at_start(click_log, sharded, tmp_path):
     assert "activations" in line
     tight = run_script("train.py", *named, "--overwrite_output_dir", patch=has_next_to_nothing)
     assert tight.status == 0, "a prediction fails no run"
-    assert "that is more than a rank has. `python tools/plan.py`" in tight.output
+    assert "this is more than a rank has. `python tools/plan.py`" in tight.output
 
 
 def test_what_cannot_be_traced_trains_without_a_memory_plan(click_log, tmp_path):
@@ -87,7 +87,7 @@ def test_what_cannot_be_traced_trains_without_a_memory_plan(click_log, tmp_path)
     own = (f"--interaction_files={tmp_path / 'mine.py'}", "--interactions=linear,signed")
     done = run_script("train.py", *flags(tmp_path / "run", click_log, *own, ds_config="ds_configs/zero2.json"))
     assert done.status == 0, done.output
-    assert "memory: can't be predicted: the model cannot be traced" in done.output
+    assert "memory: cannot be predicted: the model cannot be traced" in done.output
     done = run_script("train.py", *flags(tmp_path / "other", click_log, *own))
     assert done.status != 0
     assert "ds_config auto: the model cannot be traced" in done.output
@@ -97,7 +97,7 @@ def test_what_cannot_be_traced_trains_without_a_memory_plan(click_log, tmp_path)
 def test_a_resumed_run_keeps_the_stage_of_its_checkpoint(click_log, sharded):
     done = run_script("train.py", *flags(sharded, click_log, "--resume_from_checkpoint=true", "--max_steps=6"), ranks=2)
     assert done.status == 0, done.output
-    assert f"ds_config: auto: that of {sharded / 'ds_config.json'}" in done.output
+    assert f"ds_config: auto: taken from {sharded / 'ds_config.json'}" in done.output
     assert "resuming from" in done.output
     assert summary(sharded)["zero_stage"] == 3
     assert summary(sharded)["steps"] == 6
@@ -109,7 +109,7 @@ def test_without_the_runs_ds_config_a_resume_is_refused(click_log, sharded, tmp_
     checkpoint = f"--resume_from_checkpoint={tmp_path / 'copy/checkpoint-3'}"
     done = run_script("train.py", *flags(tmp_path / "run", click_log, checkpoint), ranks=2)
     assert done.status != 0
-    assert "Name the ds_config that it was trained with" in done.output
+    assert "Name the ds_config that the run was trained with" in done.output
 
 
 @pytest.mark.parametrize(
