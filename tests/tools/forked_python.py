@@ -23,20 +23,19 @@ class Finished:
     stderr: str
 
 
-def call(tool: str, *arguments: object, as_module: bool = False, timeout: float = 120) -> Finished:
+def call(tool: str, *arguments: object, as_module: bool = False, **environment: str) -> Finished:
     """`python tools/x.py …` in the repository's folder, or `python -m tools.x …`; tool: its path."""
     with tempfile.TemporaryDirectory() as folder:
-        process = _context.Process(target=_run, args=(tool, [str(each) for each in arguments], as_module, folder))
+        arguments = [str(each) for each in arguments]
+        process = _context.Process(target=_run, args=(tool, arguments, as_module, environment, folder))
         process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.join()
         stdout, stderr = (path.read_text() if path.is_file() else "" for path in map(Path(folder).joinpath, "oe"))
         return Finished(process.exitcode, stdout, stderr)
 
 
-def _run(tool: str, arguments: list[str], as_module: bool, folder: str) -> None:
+def _run(tool: str, arguments: list[str], as_module: bool, environment: dict[str, str], folder: str) -> None:
+    os.environ |= environment
     for name, descriptor in (("o", 1), ("e", 2)):
         os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)

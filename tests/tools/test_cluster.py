@@ -169,7 +169,7 @@ def test_the_slurm_script_starts_every_node_and_resumes(tmp_path, click_log, kil
     }  # fmt: skip
     flags = [f"--dataset_name={click_log}", f"--output_dir={killed.run}", *FLAGS, "--resume_from_checkpoint=true"]
     done = subprocess.run(
-        [sys.executable, "-c", program, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", program, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
     assert losses_of(killed.run) == pytest.approx(losses_of(on_one_node), rel=1e-6)

@@ -8,7 +8,7 @@ from tools.bench import placement
 
 
 def test_placements_are_predicted_and_measured(tmp_path, monkeypatch, capsys):
-    """All but the launcher, which test_tables.py has."""
+    """With forked ranks; test_launch.py has the launcher."""
     output = tmp_path / "results.json"
     tiny = ["--ranks=8", "--measured_ranks=2", "--dims=8", "--batch_size=8", "--max_rows=20", "--rounds=2"]
     monkeypatch.setattr(sys, "argv", ["placement.py", *tiny, "--ids_per_bag", "1", "2", f"--output={output}"])
