@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 import argparse
 import functools
 import json
-import math
 import runpy
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -201,7 +200,7 @@ def show(results: Sequence[Result]) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
     ne = {v: [r.ne for r in results if r.variant == v] for v in dict.fromkeys(r.variant for r in results)}
-    base = statistics.mean(ne["fp32"]) if "fp32" in ne else math.nan
+    base = statistics.mean(ne["fp32"]) if "fp32" in ne else None
     for variant, of_variant in ne.items():
         first, *others = (result for result in results if result.variant == variant)
         mean = statistics.mean(of_variant)
@@ -216,7 +215,7 @@ def show(results: Sequence[Result]) -> None:
             f"{mean:.5f}",
             f"{min(of_variant):.5f}",
             f"{max(of_variant):.5f}",
-            f"{mean / base - 1:+.2%}",
+            f"{mean / base - 1:+.2%}" if base else "-",
             f"{statistics.mean([first.auc, *(result.auc for result in others)]):.5f}",
         )
     Console(width=None if sys.stdout.isatty() else 130).print(table)
