@@ -122,8 +122,8 @@ class TrainingArguments:
     warmup_steps: int = option(0, "Steps over which the learning rates rise linearly to their peak.")
     lr_scheduler_type: ScheduleKind = option(
         "constant",
-        "Learning rates after warm-up. linear and cosine fall to min_lr_ratio at the last step. inverse_sqrt falls "
-        "as 1 / square root of the step. reduce_lr_on_plateau drops when the validation metric stops improving.",
+        "Learning rates after warm-up. constant: stay at the peak. linear, cosine: fall to min_lr_ratio at the end. "
+        "inverse_sqrt: fall as 1 / sqrt(steps). reduce_lr_on_plateau: drop when the validation metric stops improving.",
     )
     min_lr_ratio: float = option(0.0, "Lower bound of the learning rates, as a fraction of their peak.")
     plateau_factor: float = option(0.1, "With reduce_lr_on_plateau, multiply the learning rates by this at each drop.")
