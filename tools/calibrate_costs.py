@@ -7,7 +7,7 @@ Then name the file in a ds_config: {"dhen": {"placement": {"costs": "costs.json"
 
 The first command starts one rank per GPU, or two ranks on a machine without GPUs. The second one measures a job on
 several nodes. All ranks time FBGEMM's lookups and updates at once, for tables of several sizes, widths and bag sizes;
-the rates are linear in ids, rows and bytes. The all-to-all is timed inside the nodes, and between them if there are
+the seconds are linear in ids, rows and bytes. The all-to-all is timed inside the nodes, and between them if there are
 several. A rate that the job cannot measure stays at the project's default, and `source` in the file says so.
 """
 

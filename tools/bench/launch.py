@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,26 @@ def add_cluster_arguments(parser: argparse.ArgumentParser, *, link_mbit: float, 
 def is_rank() -> bool:
     """Whether a launcher started this process."""
     return "RANK" in os.environ
+
+
+def measure_as_a_rank(measure: Callable[..., Sequence[Any]], arguments: argparse.Namespace) -> None:
+    """Join the job and call `measure(topology, arguments)`; rank 0 writes the dataclasses that it returns.
+
+    Communicates; all ranks call it.
+    """
+    from dhen.runtime import topology as job  # imports torch, which the process that only launches does not need
+
+    topology = job.start()
+    results = measure(topology, arguments)
+    if topology.is_main:
+        write_json(Path(arguments.output), [asdict(result) for result in results])
+    job.stop()
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write the values as JSON, in a folder that may be new."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def run_ranks(num_ranks: int, script: str, *more: str, **environment: str) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,13 +30,12 @@ from rich.table import Table
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
-from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import Costs, StepSetting, read_costs, shard_seconds
 from dhen.tables.placement.packing import longest_first
 from dhen.tables.placement.plan import Placement, PlacementOptions, TableShard, place_tables
 from dhen.tables.sharded_tables import ShardedTables
-from tools.bench.launch import argument_parser, is_rank, results_of_ranks
+from tools.bench.launch import argument_parser, is_rank, measure_as_a_rank, results_of_ranks, write_json
 
 CRITEO_1TB = (
     40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938,
@@ -226,12 +224,6 @@ def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Resul
     return results
 
 
-def write(results: Sequence[Result], output: Path) -> None:
-    """Write the results as JSON."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line, which the ranks get too."""
     parser = argument_parser(__doc__)
@@ -253,11 +245,7 @@ def main() -> int:
     """Predict, measure, show."""
     arguments = parse_arguments()
     if is_rank():
-        topology = job.start()
-        results = measure_all(topology, arguments)
-        if topology.is_main:
-            write(results, Path(arguments.output))
-        job.stop()
+        measure_as_a_rank(measure_all, arguments)
         return 0
     results = []
     for ids_per_bag in ([1], arguments.ids_per_bag):
@@ -268,7 +256,7 @@ def main() -> int:
     for ranks in arguments.measured_ranks:
         results += [Result(**result) for result in results_of_ranks(ranks, __file__, DS_ACCELERATOR="cpu")]
     show(results)
-    write(results, Path(arguments.output))
+    write_json(Path(arguments.output), [asdict(result) for result in results])
     print(f"{arguments.output} has the results")
     return 0
 

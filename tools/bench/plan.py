@@ -23,7 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -151,7 +150,7 @@ def measure_under_a_cap(arguments: argparse.Namespace, console: Console) -> None
             table.add_row(name, str(predicted), str(trained))
             found.append({"technique": name, "predicted": predicted, "trained": trained})
             print(f"{name}: predicted {predicted}, trained {trained}", file=sys.stderr, flush=True)
-    (Path(arguments.output) / "depths.json").write_text(json.dumps(found, indent=2) + "\n")
+    launch.write_json(Path(arguments.output) / "depths.json", found)
     console.print(table)
 
 
@@ -172,7 +171,7 @@ def measure_grid(arguments: argparse.Namespace, console: Console) -> None:
                 job=f"the job of {depth} layers",
             )
             points += [Point(**values) for values in measured]
-    file.write_text(json.dumps([vars(point) for point in points], indent=2) + "\n")
+    launch.write_json(file, [vars(point) for point in points])
     show(points, console)
     show_savings(points, console)
 

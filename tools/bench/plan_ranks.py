@@ -28,18 +28,8 @@ from dhen.planner.step_trace import trace_step
 from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import ParallelDhen, parallelize
-from tools.bench.plan_grid import (
-    BATCH,
-    NUM_DENSE,
-    POINTS_FILE,
-    ROWS,
-    TABLES,
-    TRAINED_FILE,
-    Point,
-    job_of,
-    machine_of,
-    techniques,
-)
+from tools.bench import plan_grid
+from tools.bench.plan_grid import Point, job_of, techniques
 from tools.bench.stand_ins import memory_cap, paused, replace_reduce_scatter
 
 _WARM = 3
@@ -56,7 +46,7 @@ def measure_as_a_rank(arguments: argparse.Namespace) -> None:
     replace_reduce_scatter()
     if arguments.cap_mib:
         train_under_a_cap(topology, arguments)
-    machine = machine_of(arguments)
+    machine = plan_grid.machine_of(arguments)
     if arguments.rounds and topology.world_size > 1:
         machine = with_measured_links(machine, topology)
         if topology.is_main:
@@ -64,7 +54,7 @@ def measure_as_a_rank(arguments: argparse.Namespace) -> None:
             print(f"collectives get {efficiency:.0%} of the links' rates, and a hop takes {hop_ms:.2f} ms", flush=True)
     points = [point for depth in arguments.depths for point in measure(topology, depth, arguments, machine)]
     if topology.is_main:
-        (Path(arguments.output) / POINTS_FILE).write_text(json.dumps([vars(point) for point in points]))
+        (Path(arguments.output) / plan_grid.POINTS_FILE).write_text(json.dumps([vars(point) for point in points]))
     job.stop()
 
 
@@ -156,7 +146,7 @@ def build(planner: Planner, technique: Technique, topology: Topology) -> Paralle
     whole = planner.whole_ds_config(technique)
     section = DhenSection(**whole.pop("dhen", {}))
     settings = whole | {
-        "train_micro_batch_size_per_gpu": BATCH,
+        "train_micro_batch_size_per_gpu": plan_grid.BATCH,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
@@ -168,9 +158,13 @@ def build(planner: Planner, technique: Technique, topology: Topology) -> Paralle
 def batch(seed: int) -> tuple[SparseIds, Tensor, Tensor]:
     """One rank's examples."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, ROWS, (TABLES * BATCH,), generator=generator)
-    dense_BN = torch.randn(BATCH, NUM_DENSE, generator=generator)
-    return SparseIds(ids, num_features=TABLES), dense_BN, torch.randint(0, 2, (BATCH,), generator=generator).float()
+    ids = torch.randint(0, plan_grid.ROWS, (plan_grid.TABLES * plan_grid.BATCH,), generator=generator)
+    dense_BN = torch.randn(plan_grid.BATCH, plan_grid.NUM_DENSE, generator=generator)
+    return (
+        SparseIds(ids, num_features=plan_grid.TABLES),
+        dense_BN,
+        torch.randint(0, 2, (plan_grid.BATCH,), generator=generator).float(),
+    )
 
 
 def take_step(model: ParallelDhen, sparse: SparseIds, dense_BN: Tensor, labels_B: Tensor) -> None:
@@ -180,7 +174,7 @@ def take_step(model: ParallelDhen, sparse: SparseIds, dense_BN: Tensor, labels_B
 
 def add_pauses(planner: Planner, model: ParallelDhen) -> None:
     """Let every layer take as long as its operations do at the machine's rates, also when it is recomputed."""
-    trace = trace_step(planner.job.config, BATCH)
+    trace = trace_step(planner.job.config, plan_grid.BATCH)
     parts = segments(trace, None)
     for index, layer in enumerate(model.engine.module.model.layers):
         forward, backward = (
@@ -200,7 +194,7 @@ def add_pauses(planner: Planner, model: ParallelDhen) -> None:
 
 def train_under_a_cap(topology: Topology, arguments: argparse.Namespace) -> NoReturn:
     """Train one technique at one depth under the cap; rank 0 writes whether it trained. Communicates; ends the rank."""
-    (depth,), file = arguments.depths, Path(arguments.output) / TRAINED_FILE
+    (depth,), file = arguments.depths, Path(arguments.output) / plan_grid.TRAINED_FILE
     (plain,) = techniques(1, arguments.techniques)
     # Warm up without the cap: what libraries allocate once is not the model's, and some hang if they cannot.
     take_step(build(Planner(job_of(1, arguments)), plain, topology), *batch(topology.rank))
@@ -208,7 +202,7 @@ def train_under_a_cap(topology: Topology, arguments: argparse.Namespace) -> NoRe
     (technique,) = techniques(depth, arguments.techniques)
     planner.whole_ds_config(technique)
     try:
-        with memory_cap(arguments.cap_mib, topology.device):
+        with memory_cap(arguments.cap_mib):
             model = build(planner, technique, topology)
             for _ in range(_WARM + 1):
                 take_step(model, *batch(topology.rank))

@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import argparse
-import functools
 import json
 import runpy
 import statistics
@@ -30,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tools.bench.launch import JobError, argument_parser, is_rank, results_of_cluster
+from tools.bench.launch import JobError, argument_parser, is_rank, results_of_cluster, write_json
 from tools.cluster import Cluster, ClusterError, bytes_sent, signals_end_it
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,32 +164,19 @@ def engine_bytes(engine: Any) -> dict[str, int]:
     return total
 
 
-@functools.singledispatch
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers, and in ZeRO's own objects."""
-    if type(value).__module__.startswith("deepspeed.runtime.zero") and hasattr(value, "__dict__"):
+    """Every tensor in nested containers and in ZeRO's own objects, with its gradient."""
+    if isinstance(value, Tensor):
+        yield value
+        if value.is_leaf and value.grad is not None:
+            yield value.grad
+    elif isinstance(value, dict):
+        yield from tensors_in([*value.values()])
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item)
+    elif type(value).__module__.startswith("deepspeed.runtime.zero") and hasattr(value, "__dict__"):
         yield from tensors_in(vars(value))
-
-
-@tensors_in.register
-def _(value: Tensor) -> Iterator[Tensor]:
-    yield value
-    if value.is_leaf and value.grad is not None:
-        yield value.grad
-
-
-@tensors_in.register
-def _(value: dict) -> Iterator[Tensor]:
-    for item in value.values():
-        yield from tensors_in(item)
-
-
-@tensors_in.register(list)
-@tensors_in.register(tuple)
-@tensors_in.register(set)
-def _(value: Iterable) -> Iterator[Tensor]:
-    for item in value:
-        yield from tensors_in(item)
 
 
 def show(results: Sequence[Result]) -> None:
@@ -256,8 +242,7 @@ def main() -> int:
                         results.append(train(variant, seed, arguments, cluster, folder))
                     except JobError as error:
                         failures.append(str(error))
-                    text = json.dumps([asdict(result) for result in results], indent=2)
-                    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+                    write_json(folder / "results.json", [asdict(result) for result in results])
     except ClusterError as error:
         print(f"precision: {error}", file=sys.stderr)
         return 2

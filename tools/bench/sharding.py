@@ -175,38 +175,31 @@ def measure_on_a_cluster(arguments: argparse.Namespace, output: Path) -> Benchma
         Cluster(arguments.nodes, link_mbit=arguments.link_mbit, local_mbit=arguments.local_mbit) as cluster,
     ):
         for schemes, depths in jobs:
-            results = benchmark_of(run_job(cluster, arguments, schemes, depths, output / JOB_FILE)).results
-            together = sorted([*benchmark.results, *results], key=lambda result: arguments.depths.index(result.depth))
-            benchmark = replace(benchmark, results=together)
+            measured = run_job(cluster, arguments, "--schemes", *schemes, "--depths", *map(str, depths))
+            results = [*benchmark.results, *benchmark_of(measured).results]
+            results.sort(key=lambda result: arguments.depths.index(result.depth))
+            benchmark = replace(benchmark, results=results)
             benchmark.write(output / MEASURED_FILE)
     if arguments.memory_cap_mib:
-        peaks = peaks_of_all(arguments, output)
-        with_peaks = [replace(r, peak_mib=peaks[r.scheme, r.depth]) for r in benchmark.results]
-        benchmark = replace(benchmark, results=with_peaks)
+        peaks = peaks_of_all(arguments)
+        results = [replace(result, peak_mib=peaks[result.scheme, result.depth]) for result in benchmark.results]
+        benchmark = replace(benchmark, results=results)
         benchmark.write(output / MEASURED_FILE)
     return benchmark
 
 
-def run_job(
-    cluster: Cluster,
-    arguments: argparse.Namespace,
-    schemes: Sequence[str],
-    depths: Sequence[int],
-    file: Path,
-    *more: str,
-) -> Any:
-    """Measure schemes at depths in a job of their own; returns what rank 0 writes to `file`. Raises JobError."""
-    flags = ["--on_cluster", "--schemes", *schemes, "--depths", *map(str, depths), *more]
+def run_job(cluster: Cluster, arguments: argparse.Namespace, *flags: str) -> Any:
+    """Run this file on the cluster with these flags too, and return what rank 0 writes. Raises JobError."""
     return launch.results_of_cluster(
         cluster,
         arguments.ranks_per_node,
-        [__file__, *sys.argv[1:], *flags],
-        file=file,
-        job=f"the job of {', '.join(schemes)} at {', '.join(map(str, depths))} layers",
+        [__file__, *sys.argv[1:], "--on_cluster", *flags],
+        file=Path(arguments.output) / JOB_FILE,
+        job=f"the job with {' '.join(flags)}",
     )
 
 
-def peaks_of_all(arguments: argparse.Namespace, output: Path) -> dict[tuple[str, int], float]:
+def peaks_of_all(arguments: argparse.Namespace) -> dict[tuple[str, int], float]:
     """Peak MiB of rank 0 by scheme and depth, in a job each, on unlimited links; infinite if the cap is too low."""
     os.environ |= launch.RETURN_FREED_MEMORY
     peaks = {}
@@ -214,7 +207,7 @@ def peaks_of_all(arguments: argparse.Namespace, output: Path) -> dict[tuple[str,
         for name in arguments.schemes:
             for depth in arguments.depths:
                 with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure
-                    peak = run_job(cluster, arguments, [name], [depth], output / JOB_FILE, "--memory")
+                    peak = run_job(cluster, arguments, "--memory", "--schemes", name, "--depths", str(depth))
                 peaks[name, depth] = math.inf if peak is None else peak
     return peaks
 

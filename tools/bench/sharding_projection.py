@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench.launch import argument_parser
+from tools.bench.launch import argument_parser, write_json
 from tools.bench.sharding_schemes import SCHEMES, Benchmark, Measured, read
 
 PAPERS_GAIN = 1.2
@@ -128,24 +127,22 @@ class Gain:
 
 def check(benchmark: Benchmark, machine: Machine) -> list[Checked]:
     """Every measured scheme that the simulation knows."""
-    return [
-        Checked(result.depth, result.scheme, seconds, seconds * (1 + deviation(machine, result, forward_seconds)))
-        for forward_seconds in [benchmark.compute_ms / 1e3]
-        for result in benchmark.results
-        if result.scheme in SIMULATED and result.seconds
-        for seconds in [statistics.median(result.seconds)]
-    ]
+    checks = []
+    for result in benchmark.results:
+        if result.scheme in SIMULATED and result.seconds:
+            seconds = statistics.median(result.seconds)
+            simulated = seconds * (1 + deviation(machine, result, benchmark.compute_ms / 1e3))
+            checks.append(Checked(result.depth, result.scheme, seconds, simulated))
+    return checks
 
 
 def project(machine: Machine, depth: int, layer_bytes: float) -> list[Gain]:
-    """The gains over a range of compute times, from an eighth of the time that gathers a layer to four times that."""
+    """The gains if a layer computes for an eighth of the time that gathers it, up to four times that."""
     gains = []
     for share in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0):
-        forward_seconds = share * machine.flat_ring(layer_bytes)
-        fsdp, hsdp_sync, hsdp = (
-            step_seconds(scheme, machine, depth, layer_bytes, forward_seconds) for scheme in SIMULATED
-        )
-        gains.append(Gain(forward_seconds, over_fsdp=fsdp / hsdp, over_hsdp_sync=hsdp_sync / hsdp))
+        seconds = share * machine.flat_ring(layer_bytes)
+        fsdp, hsdp_sync, hsdp = (step_seconds(scheme, machine, depth, layer_bytes, seconds) for scheme in SIMULATED)
+        gains.append(Gain(seconds, over_fsdp=fsdp / hsdp, over_hsdp_sync=hsdp_sync / hsdp))
     return gains
 
 
@@ -158,10 +155,8 @@ def show(fit: Machine, checks: Sequence[Checked], papers: Machine, gains: Sequen
         off = f"{each.simulated / each.measured - 1:+.0%}"
         table.add_row(str(each.depth), each.scheme, f"{each.measured:.2f}", f"{each.simulated:.2f}", off)
     console.print(table)
-    console.print(
-        f"\n{papers.nodes} x {papers.ranks_per_node} A100 (paper 4.4), {model}, the efficiency above and no latency. "
-        f"Left out: {LEFT_OUT}."
-    )
+    where = f"{papers.nodes} x {papers.ranks_per_node} A100 (paper 4.4), {model}, the efficiency above and no latency"
+    console.print(f"\n{where}. Left out: {LEFT_OUT}.")
     table = Table("a layer's forward, ms", "hsdp / fsdp", "hsdp / hsdp_sync", box=None, pad_edge=False)
     for gain in gains:
         table.add_row(f"{gain.forward_seconds * 1e3:.1f}", f"{gain.over_fsdp:.2f}", f"{gain.over_hsdp_sync:.2f}")
@@ -187,37 +182,29 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         benchmark = read(arguments.measured)
+        nominal = nominal_machine(benchmark, arguments)
     except (OSError, ValueError) as error:
         print(f"sharding_projection: {arguments.measured}: {error}", file=sys.stderr)
         return 2
-    link_mbit, local_mbit = arguments.link_mbit or benchmark.link_mbit, arguments.local_mbit or benchmark.local_mbit
-    if not (link_mbit and local_mbit):
-        print(
-            f"sharding_projection: {arguments.measured} does not say the links' rates. Give --link_mbit and "
-            "--local_mbit.",
-            file=sys.stderr,
-        )
-        return 2
-    first = benchmark.results[0]
-    nominal = Machine(
-        nodes=first.nodes,
-        ranks_per_node=first.ranks // first.nodes,
-        link=link_mbit * 125e3,
-        fabric=local_mbit * 125e3,
-        is_fabric_shared=True,
-    )
     fit = fitted(nominal, benchmark.results, benchmark.compute_ms / 1e3)
     checks = check(benchmark, fit)
-    papers = Machine(
-        nodes=32, ranks_per_node=8, link=25e9, fabric=600e9, is_fabric_shared=False, efficiency=fit.efficiency
-    )
+    papers = Machine(32, 8, link=25e9, fabric=600e9, is_fabric_shared=False, efficiency=fit.efficiency)
     gains = project(papers, arguments.depth, arguments.layer_mib * 2**20)
     show(fit, checks, papers, gains, f"{arguments.depth} layers of {arguments.layer_mib:g} MiB")
     if arguments.json:
         content = {"fit": asdict(fit), "check": [asdict(each) for each in checks]}
         content |= {"paper": asdict(papers), "projection": [asdict(gain) for gain in gains]}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(arguments.json, content)
     return 0
+
+
+def nominal_machine(benchmark: Benchmark, arguments: argparse.Namespace) -> Machine:
+    """The benchmark's cluster at its nominal rates. Raises ValueError if nothing says the rates."""
+    link_mbit, local_mbit = arguments.link_mbit or benchmark.link_mbit, arguments.local_mbit or benchmark.local_mbit
+    if not (link_mbit and local_mbit):
+        raise ValueError("it does not say the links' rates. Give --link_mbit and --local_mbit.")
+    nodes, ranks = benchmark.results[0].nodes, benchmark.results[0].ranks
+    return Machine(nodes, ranks // nodes, link=link_mbit * 125e3, fabric=local_mbit * 125e3, is_fabric_shared=True)
 
 
 if __name__ == "__main__":

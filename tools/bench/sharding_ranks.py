@@ -145,35 +145,20 @@ def measure_memory(topology: Topology, arguments: argparse.Namespace) -> NoRetur
     warm = SCHEMES["fsdp" if SCHEMES[name].is_apart else name]  # a process can have only one model of such a scheme
     build(warm, model_config(1, 4), topology, 0.0).step(dense_BN, labels_B)
     try:
-        with memory_cap(arguments.memory_cap_mib, topology.device):
-            before = reset_peak_memory(topology.device)
+        with memory_cap(arguments.memory_cap_mib):
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+            before = status_kib("VmRSS")
             built = build(SCHEMES[name], config, topology, 0.0)
             for _ in range(3):
                 built.step(dense_BN, labels_B)
-            peak = peak_memory(topology.device) - before
+            peak_mib = (status_kib("VmHWM") - before) / 1024
     except MemoryError:
         file.write_text("null")
         os._exit(OUT_OF_MEMORY)
     if topology.is_main:
-        file.write_text(json.dumps(peak))
+        file.write_text(json.dumps(peak_mib))
     topology.barrier()
     os._exit(0)
-
-
-def reset_peak_memory(device: torch.device) -> float:
-    """Let `peak_memory` start at the memory that is in use now; returns its MiB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")
-    return status_kib("VmRSS") / 1024
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB at the worst moment since `reset_peak_memory`."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return status_kib("VmHWM") / 1024
 
 
 def trace(step: Callable, dense_BN: Any, labels_B: Any, path: Path, topology: Topology) -> None:

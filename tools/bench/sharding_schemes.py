@@ -7,6 +7,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from tools.bench.launch import write_json
+
 JOB_FILE = "job.json"  # in --output, what one job's rank 0 writes
 BATCH = 16
 """Examples per rank and step."""
@@ -103,8 +105,7 @@ class Benchmark:
 
     def write(self, path: Path) -> None:
         """Write measured.json."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
 
 def benchmark_of(values: dict[str, Any]) -> Benchmark:

@@ -62,16 +62,12 @@ def replace_reduce_scatter() -> None:
 
 
 @contextlib.contextmanager
-def memory_cap(cap_mib: float, device: torch.device) -> Iterator[None]:
-    """Let this process allocate at most `cap_mib` more than it has. Raises MemoryError where that is not enough."""
+def memory_cap(cap_mib: float) -> Iterator[None]:
+    """Let this process allocate at most `cap_mib` more than it has. Raises MemoryError if that is not enough."""
     gc.collect()
-    if device.type == "cuda":
-        share = cap_mib * 2**20 / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(share, device)
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        limit = int(status_kib("VmData") * 1024 + cap_mib * 2**20)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    ctypes.CDLL(None).malloc_trim(0)
+    limit = int(status_kib("VmData") * 1024 + cap_mib * 2**20)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     try:
         yield
     except RuntimeError as error:

@@ -1,7 +1,5 @@
 """The systems of tools/bench/tables.py. Each looks up a batch's ids, and updates its tables in the backward."""
 
-import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.config.ds_config import Recipe, read_ds_config
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
@@ -86,7 +85,8 @@ def build_training(case: Case, topology: Topology, **options: Any) -> Step:
     if wires is not None:
         options["all_to_all_dtype"] = {"forward": wires.forward.dtype, "backward": wires.backward.dtype}
     recipe = Recipe(case.batch_size, 1, topology.world_size, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
-    ds_config = read_ds_config(_with_section(options), recipe)
+    zero2 = read_ds_config(ROOT / "ds_configs/zero2.json", recipe)
+    ds_config = DsConfig(zero2.path, zero2.deepspeed, DhenSection(**options))
     config = DhenConfig(
         num_dense_features=13,
         embedding_dim=case.dim,
@@ -105,14 +105,6 @@ def build_training(case: Case, topology: Topology, **options: Any) -> Step:
         return binary_cross_entropy_with_logits(logits_B, labels_B)
 
     return forward, model.step
-
-
-def _with_section(section: dict[str, Any]) -> Path:
-    """A copy of ds_configs/zero2.json with this "dhen" section."""
-    raw = json.loads((ROOT / "ds_configs/zero2.json").read_text(encoding="utf-8"))
-    path = Path(tempfile.mkdtemp()) / "zero2.json"
-    path.write_text(json.dumps(raw | {"dhen": section}), encoding="utf-8")
-    return path
 
 
 def build_torchrec(case: Case, topology: Topology) -> Step:

@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 
 import argparse
 import importlib.util
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -30,11 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dhen.model.features import SparseIds
-from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, lookup_work, update_work
 from tools.bench.clock import now, slowest
-from tools.bench.launch import argument_parser, is_rank, results_of_ranks
+from tools.bench.launch import argument_parser, is_rank, measure_as_a_rank, results_of_ranks, write_json
 from tools.bench.table_systems import EMBEDDING_BAG, FP16, OPTIMIZER, OURS, ROUNDED, TORCHREC, Case, build
 
 
@@ -211,30 +209,19 @@ def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measu
     return results
 
 
-def write(results: Sequence[Measured], output: Path) -> None:
-    """Write the results as JSON."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
-
-
 def main() -> int:
     """Measure each number of ranks in a job of its own, and show all."""
     arguments = parse_arguments()
-    output = Path(arguments.output)
     if is_rank():
-        topology = job.start()
-        results = measure_all(topology, arguments)
-        if topology.is_main:
-            write(results, output)
-        job.stop()
+        measure_as_a_rank(measure_all, arguments)
         return 0
     results = []
     for ranks in arguments.ranks:
         values = results_of_ranks(ranks, __file__)
         results += [Measured(**value | {"case": Case(**value["case"])}) for value in values]
-        write(results, output)
+    write_json(Path(arguments.output), [asdict(result) for result in results])
     show(results)
-    print(f"{output} has the results")
+    print(f"{arguments.output} has the results")
     return 0
 
 
