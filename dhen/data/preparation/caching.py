@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from dhen.data.preparation.preprocessing import FORMAT_VERSION, prepare
+from dhen.data.preparation.preprocessing import PREPARATION_VERSION, prepare
 from dhen.data.preparation.raw_stream import ProgressCallback
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import open_sources
@@ -57,7 +57,7 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     ]
     if not settings.is_label_required:  # such rows carry the names of their files
         inputs.append([source.files for source in sources])
-    digest = hashlib.blake2b(json.dumps([FORMAT_VERSION, format_name, said, inputs]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([PREPARATION_VERSION, format_name, said, inputs]).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())
     if settings.schema_from is not None:

@@ -30,7 +30,7 @@ from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, flat_keys, l
 from dhen.data.preparation.writing import BadRowList, SplitWriter
 from dhen.data.schema import Schema, SplitCounts
 
-FORMAT_VERSION = 2
+PREPARATION_VERSION = 2
 """Goes up when the same input and settings give another folder: then nothing old is taken from a cache."""
 _UNFINISHED = ".unfinished-"
 
@@ -157,7 +157,7 @@ def _source(settings: PreparationSettings, format_name: str, sources: tuple[Sour
     said = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     del said["block_bytes"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
-    return {"format": format_name, "format_version": FORMAT_VERSION, "files": files, "settings": said}
+    return {"format": format_name, "preparation_version": PREPARATION_VERSION, "files": files, "settings": said}
 
 
 @contextmanager
