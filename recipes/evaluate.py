@@ -1,10 +1,11 @@
-"""Evaluate a trained model: AUC, normalized entropy, log loss, calibration.
+"""Evaluate a trained model: AUC, normalized entropy, log loss and calibration.
 
     deepspeed recipes/evaluate.py --model_name_or_path runs/frappe
     deepspeed recipes/evaluate.py --model_name_or_path runs/frappe/model --dataset_name more_rows.csv \\
         --dataset_schema recipes/configs/schemas/frappe.yaml --output metrics.json
 
-Without --dataset_name it takes the test split of the run's own data. Runs on any number of ranks.
+Without --dataset_name, it evaluates the test split of the data that the run was trained on. It runs on any number of
+ranks.
 """
 
 from pathlib import Path
@@ -20,7 +21,7 @@ def main() -> None:
     """Read the arguments, join the job, evaluate."""
     log_to_stderr()
     with user_errors():
-        arguments = parse_scoring_arguments(None, "Evaluate a trained DHEN.")
+        arguments = parse_scoring_arguments(None, __doc__)
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
         metrics = metrics_of(evaluate(model, loader), loader.schema.best_possible_ne.get(loader.split))

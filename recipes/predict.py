@@ -1,12 +1,16 @@
-"""Score rows with a trained model: click probabilities to a Parquet file.
+"""Score rows with a trained model: write their click probabilities to a Parquet file.
 
     deepspeed recipes/predict.py --model_name_or_path runs/frappe --dataset_name rows.csv \\
         --dataset_schema recipes/configs/schemas/frappe.yaml --output scores.parquet
 
-The file has one line a row, in the order of the rows: `row` (its number, from 0, not counting bad rows that were
-skipped), `prediction` (probability of a click), `label`, null where the rows have none (they need none), and `file` and
-`line`, where it stands: the raw file, and its line (of Parquet its row), from 1, as bad_rows.csv counts; null for data
-that was prepared before. Runs on any number of ranks.
+The output has one entry per row, in input order, with these columns:
+
+    row         number of the row, from 0; skipped bad rows are not counted
+    prediction  probability of a click
+    label       null if the rows have no labels; labels are optional
+    file, line  raw file and line number (row number in Parquet) from 1, as in bad_rows.csv; null without raw files
+
+The script runs on any number of ranks.
 """
 
 from pathlib import Path
@@ -30,17 +34,20 @@ def main() -> None:
     """Read the arguments, join the job, score."""
     log_to_stderr()
     with user_errors():
-        arguments = parse_scoring_arguments(None, "Score rows with a trained DHEN.")
+        arguments = parse_scoring_arguments(None, __doc__)
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
         rows = write_predictions(model, loader, Path(arguments.output or "predictions.parquet"))
     if topology.is_main:
-        print(f"{rows:,} rows scored: {arguments.output or 'predictions.parquet'}")
+        print(f"{rows:,} rows scored and written to {arguments.output or 'predictions.parquet'}")
     job.stop()
 
 
 def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> int:
-    """Score all rows; rank 0 writes them, in order, into `path`, whole or not at all. Communicates."""
+    """Score all rows. Rank 0 writes them to `path` in order, and renames the file into place when it is complete.
+
+    Communicates; all ranks call it. Returns the number of rows.
+    """
     topology = model.topology
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
@@ -50,7 +57,7 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
         for batch in loader.epoch(0):
             batch = batch.to(topology.device)
             scores = model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse).sigmoid()
-            # The ranks' shares of a step are consecutive, so in the order of the ranks the rows are in order.
+            # Each rank has consecutive rows of a step, so gathering in rank order keeps the rows in order.
             columns = [
                 all_gather_uneven(values.to(topology.device), topology.world).numpy()
                 for values in (batch.rows_B, scores, batch.labels_B)

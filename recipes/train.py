@@ -1,9 +1,13 @@
-"""Train DHEN on click logs.
+"""Train a DHEN model on a click log.
 
     deepspeed recipes/train.py --ds_config ds_configs/zero2.json --config recipes/configs/frappe.yaml
+    deepspeed recipes/train.py --ds_config ds_configs/zero2.json --dataset_name log.csv --dataset_schema schema.yaml
 
-Without --config and without data it trains the quickstart: a click log that the project generates itself, whose best
-possible normalized entropy is known. `torchrun`, `accelerate launch` and plain `python` start it too.
+The YAML of --config says what to train. The JSON of --ds_config says how the run fits the machine. Arguments on the
+command line override the YAML. Without --config, --dataset_name and --train_file, the script trains the quickstart: a
+click log that the project generates and whose best possible normalized entropy is known.
+
+torchrun, accelerate launch and plain python (one rank) also start the script.
 """
 
 import contextlib
@@ -16,27 +20,28 @@ from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.dataset import open_data
 from dhen.training.finish import finish
 from dhen.training.run_folder import check_run_folder
-from dhen.training.session import build_model, given_ds_config, make_trainer, report_progress
+from dhen.training.session import build_model, given_ds_config, make_trainer, start_reporting
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 def main() -> None:
-    """Read the arguments, join the job, open the data, build the model, train it, test and save it."""
+    """Read the arguments, join the job, open the data, build the model, train it, then test and export it."""
     log_to_stderr()
     with user_errors():
-        arguments = parse_arguments(quickstart=QUICKSTART)
+        arguments = parse_arguments(quickstart=QUICKSTART, description=__doc__)
         topology = job.start()
 
-        # Mistakes that need no data are found before it is prepared, which may take hours.
-        check_run_folder(Path(arguments.training.output_dir), arguments.training)
+        # Check all that needs no data first, because preparing the data may take hours.
+        check_run_folder(arguments.training)
         ds_config = given_ds_config(arguments, topology)
 
         data = open_data(arguments, topology)
         model = build_model(arguments, topology, data, ds_config)
         trainer = make_trainer(arguments, data, model)
-        progress = report_progress(arguments, data, trainer)
+        progress = start_reporting(arguments, data, trainer)
 
+    # If a rank dies from here on, the others say which one. FloatingPointError means that the loss is not finite.
     with user_errors(FloatingPointError), naming_lost_ranks(topology):
         with contextlib.closing(progress):
             trainer.train(progress)

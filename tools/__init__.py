@@ -1,1 +1,1 @@
-"""What a user runs beside the recipes."""
+"""The tools that a user runs beside the recipes."""

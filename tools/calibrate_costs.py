@@ -1,27 +1,29 @@
-"""Measure what the placement of embedding tables needs to know of a machine: lookups, updates, the all-to-all.
+"""Measures the rates of lookups, updates and the all-to-all on this machine, for the placement of embedding tables.
 
     python tools/calibrate_costs.py --output costs.json
     deepspeed --hostfile hosts tools/calibrate_costs.py --output costs.json
 
-Then name the file in a ds_config: {"dhen": {"placement": {"costs": "costs.json"}}}. Lookups and updates are FBGEMM's
-own, of tables of several sizes, widths and bag sizes, on all ranks at once; the seconds are linear in ids,
-rows and bytes. The all-to-all is that of the job: inside its nodes, and between them where it has several.
-Started by itself it makes a job of a rank for each GPU, or of two ranks where there is none. What the job can't measure
-keeps the rate that ships with the project, and `source` in the file says so.
+Then name the file in a ds_config: {"dhen": {"placement": {"costs": "costs.json"}}}.
+
+The first command starts one rank per GPU, or two ranks on a machine without GPUs. The second one measures a job on
+several nodes. All ranks time FBGEMM's lookups and updates at once, for tables of several sizes, widths and bag sizes;
+the rates are linear in ids, rows and bytes. The all-to-all is timed inside the nodes, and between them if there are
+several. A rate that the job cannot measure stays at the project's default, and `source` in the file says so.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that `python tools/calibrate_costs.py` finds tools.bench
 
 import argparse
 import itertools
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -41,23 +43,25 @@ from dhen.tables.placement.costs import (
 )
 from dhen.tables.sharded_tables import ADAGRAD_EPSILON, make_lookup
 from dhen.tables.stochastic_rounding import RoundedTables
+from tools.bench.clock import now, slowest
+from tools.bench.launch import argument_parser, is_rank, run_ranks
 
 BATCH = 4096
 TABLES = 4
-"""In one lookup, as a rank's tables are, so that what a call costs by itself counts little."""
+"""Tables per lookup. A rank has several too, so the fixed cost of a call is shared."""
 GRID = tuple(itertools.product((1_000, 300_000), (4, 16, 64), (1, 10)))
-"""Rows, columns and ids a bag of the tables that are timed."""
-SECONDS_A_TABLE = 0.3
-"""After which no further round of it begins: all tables take well under a minute, also on a machine with other work."""
+"""Rows, columns and ids per bag of the timed tables."""
+SECONDS_PER_TABLE = 0.3
+"""No round of a table begins after this time, so that all tables together take well under a minute."""
 OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 PRECISIONS = (("fp32", "nearest"), ("fp16", "nearest"), ("fp16", "stochastic"))
-"""Dtypes of the tables, and how updates are rounded to them."""
+"""Dtypes of the tables, and how updates are rounded."""
 EXCHANGE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One timed table, and the work that its seconds are linear in."""
+    """One timed table, and the work in which its seconds are linear."""
 
     rows: int
     columns: int
@@ -68,17 +72,18 @@ class Sample:
 def main() -> int:
     """Measure, print, write."""
     arguments = parse_arguments()
-    if "RANK" not in os.environ:
-        return start_ranks(torch.cuda.device_count())
+    if not is_rank():
+        run_ranks(torch.cuda.device_count() or 2, __file__)
+        return 0
     start, topology = time.perf_counter(), job.start()
     lookup, update = {}, {}
     for dtype, rounding in PRECISIONS:
         for optimizer in OPTIMIZERS:
             setting = StepSetting(1, 1, BATCH, optimizer, dtype, table_rounding=rounding)
             lookups, updates = time_tables(topology, setting, arguments.rounds)
-            update[setting.update_key] = shown(f"update, {setting.update_key}", updates, topology)
+            update[setting.update_key] = fit_and_show(f"update, {setting.update_key}", updates, topology)
         if rounding == "nearest":
-            lookup[dtype] = shown(f"lookup, {dtype}", lookups, topology)
+            lookup[dtype] = fit_and_show(f"lookup, {dtype}", lookups, topology)
     default = read_costs("gpu" if topology.device.type == "cuda" else "cpu")
     links, not_measured = with_defaults(time_links(topology, arguments.rounds), default)
     nodes = topology.world_size // topology.local_size
@@ -94,22 +99,15 @@ def main() -> int:
         costs.save(Path(arguments.output))
         print(json.dumps(asdict(costs), indent=2))
         seconds = time.perf_counter() - start
-        print(f"written to {arguments.output} after {seconds:.0f} seconds", file=sys.stderr)
+        print(f"{arguments.output} has the costs, measured in {seconds:.0f} seconds", file=sys.stderr)
     job.stop()
     return 0
 
 
-def start_ranks(gpus: int) -> int:
-    """This tool again, a rank for each GPU, or two on the CPU; the exit status."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus or 2)]
-    environment = {"OMP_NUM_THREADS": "1"} | ({} if gpus else {"DS_ACCELERATOR": "cpu"}) | os.environ
-    return subprocess.run([*launcher, __file__, *sys.argv[1:]], env=environment).returncode
-
-
 def with_defaults(measured: tuple[float | None, float | None], default: Costs) -> tuple[tuple[float, float], str]:
-    """Bytes a second inside a node and between nodes, and for `source`, which of them wasn't measured.
+    """Bytes per second inside a node and between nodes, and a note for `source` about rates that were not measured.
 
-    A rate that wasn't is the default's, yet no link between nodes is faster than one inside.
+    Such a rate is the default's, but a link between nodes is never faster than one inside a node.
     """
     intra, inter = measured
     unmeasured = [name for name, rate in (("intra_node", intra), ("inter_node", inter)) if rate is None]
@@ -122,7 +120,7 @@ def with_defaults(measured: tuple[float | None, float | None], default: Costs) -
 
 
 def time_tables(topology: Topology, setting: StepSetting, rounds: int) -> tuple[list[Sample], list[Sample]]:
-    """Lookups and updates over the grid, the slowest rank's medians. Communicates; all ranks call it."""
+    """Lookups and updates over GRID: the slowest rank's medians. Communicates; all ranks call it."""
     lookups, updates = [], []
     for rows, columns, ids_per_bag in GRID:
         ids = BATCH * ids_per_bag
@@ -135,7 +133,7 @@ def time_tables(topology: Topology, setting: StepSetting, rounds: int) -> tuple[
 def time_table(
     topology: Topology, rows: int, columns: int, ids_per_bag: int, setting: StepSetting, rounds: int
 ) -> tuple[float, float]:
-    """Seconds of one table's lookup, and of its backward with the update. Communicates; all ranks call it."""
+    """Seconds of one table's lookup, and of its backward with update. Communicates; all ranks call it."""
     optimizer = setting.optimizer
     rounds_up_and_down = setting.update_key.endswith("rounded")
     lookup = make_lookup(
@@ -152,33 +150,26 @@ def time_table(
         look_up.learning_rate = 0.01
     states = [state for of_table in lookup.split_optimizer_states() for state in of_table] if optimizer != "sgd" else []
     for tensor in [*lookup.split_embedding_weights(), *states]:
-        tensor.fill_(0.01)  # memory that was never written isn't there yet
+        tensor.fill_(0.01)  # the system provides memory only when it is written
     offsets = torch.arange(0, TABLES * BATCH * ids_per_bag + 1, ids_per_bag, device=topology.device)
     forward, backward = [], []
     begin = time.perf_counter()
-    for _ in range(rounds + 1):  # the first is for warming up
+    for _ in range(rounds + 1):  # the first round warms up
         ids = torch.randint(0, rows, (TABLES * BATCH * ids_per_bag,), device=topology.device)
-        if slowest(topology, time.perf_counter() - begin) > SECONDS_A_TABLE and forward[1:]:
+        if slowest(topology, time.perf_counter() - begin) > SECONDS_PER_TABLE and forward[1:]:
             break
-        start = clock(topology)
+        start = now(topology.device)
         pooled = look_up(ids, offsets)
-        middle = clock(topology)
+        middle = now(topology.device)
         pooled.backward(pooled.detach())
-        backward.append(clock(topology) - middle)
+        backward.append(now(topology.device) - middle)
         forward.append(middle - start)
     medians = (statistics.median(forward[1:]), statistics.median(backward[1:]))
     return slowest(topology, medians[0]) / TABLES, slowest(topology, medians[1]) / TABLES
 
 
-def slowest(topology: Topology, seconds: float) -> float:
-    """The largest of the ranks' seconds; all wait for it. Communicates; all ranks call it."""
-    largest = torch.tensor(seconds, dtype=torch.float64, device=topology.device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=topology.world)
-    return float(largest)
-
-
 def fit(samples: Sequence[Sample]) -> WorkRate:
-    """The rates with the least relative errors, none below 0: least squares over every choice of those above 0."""
+    """The rates, none negative, with the smallest relative errors: least squares over each choice of positive rates."""
     works = torch.tensor([(1.0, *astuple(sample.work)) for sample in samples], dtype=torch.float64)
     works /= torch.tensor([sample.seconds for sample in samples], dtype=torch.float64)[:, None]
     scale = works.amax(0)
@@ -194,8 +185,8 @@ def fit(samples: Sequence[Sample]) -> WorkRate:
     return WorkRate(*best.tolist())
 
 
-def shown(title: str, samples: Sequence[Sample], topology: Topology) -> WorkRate:
-    """The samples' rates; rank 0 prints how well they fit."""
+def fit_and_show(title: str, samples: Sequence[Sample], topology: Topology) -> WorkRate:
+    """The rates that fit the samples; rank 0 prints how well they do."""
     rate = fit(samples)
     if topology.is_main:
         table = Table(title=title, box=None, title_justify="left")
@@ -211,7 +202,7 @@ def shown(title: str, samples: Sequence[Sample], topology: Topology) -> WorkRate
 
 
 def time_links(topology: Topology, rounds: int) -> tuple[float | None, float | None]:
-    """Bytes a second that a rank sends inside its node and to others; None where there is nobody. Communicates."""
+    """Bytes per second that a rank sends inside its node and to other nodes; None without a receiver. Communicates."""
     if topology.local_size in (1, topology.world_size):
         rate = time_all_to_all(topology, topology.world, topology.world_size, rounds)
         return (None, rate) if topology.local_size == 1 else (rate, None)
@@ -221,7 +212,7 @@ def time_links(topology: Topology, rounds: int) -> tuple[float | None, float | N
 
 
 def time_all_to_all(topology: Topology, group: dist.ProcessGroup, size: int, rounds: int) -> float | None:
-    """Bytes a second that each rank of the group sends to its others; the slowest counts. Communicates."""
+    """Bytes per second that the group's slowest rank sends to the others; None for a group of one. Communicates."""
     if size == 1:
         return None
     sent = torch.zeros(EXCHANGE_BYTES // 4 // size * size, device=topology.device)
@@ -229,26 +220,18 @@ def time_all_to_all(topology: Topology, group: dist.ProcessGroup, size: int, rou
     seconds = []
     for _ in range(rounds + 1):
         topology.barrier()
-        start = clock(topology)
+        start = now(topology.device)
         dist.all_to_all_single(received, sent, group=group)
-        seconds.append(clock(topology) - start)
+        seconds.append(now(topology.device) - start)
     return sent.numel() * 4 * (size - 1) / size / slowest(topology, statistics.median(seconds[1:]))
 
 
-def clock(topology: Topology) -> float:
-    """Seconds, when all that was started on the device is done."""
-    if topology.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def parse_arguments() -> argparse.Namespace:
-    """The arguments; the ranks get the same."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="costs.json", help="the file to write (default: %(default)s)")
-    parser.add_argument("--machine", help="what to call the machine in it")
-    parser.add_argument("--rounds", type=int, default=5, help="timed repetitions of each table (default: %(default)s)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    """The command line, which the ranks get too."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--output", default="costs.json", help="JSON file to write")
+    parser.add_argument("--machine", help="name of the machine in the file")
+    parser.add_argument("--rounds", type=int, default=5, help="timed repetitions per table")
     return parser.parse_args()
 
 

@@ -3,10 +3,10 @@
     python tools/calibrate_machine.py --like cpu --output runs/machine.yaml
     python tools/plan.py --config recipes/configs/criteo.yaml --machine runs/machine.yaml
 
-Matrix products by dtype, copies in memory, the start of a kernel, and then a real DHEN step: how much longer it takes
-than those rates say is the compute efficiency. On a CPU by one rank, with its share of the cores. What it doesn't
-measure (links, the host's memory) is as in --like, and `source` says so; tools/calibrate_costs.py measures links for
-the tables.
+It times matrix products by dtype, copies in memory, the start of a kernel, and a real DHEN step. The compute efficiency
+is the seconds that the step should take at these rates, over the seconds that it takes. On a CPU one rank measures with
+its share of the cores. Links and the host's memory are not measured: they are as in --like, and `source` says so.
+tools/calibrate_costs.py measures links for the tables.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
-    """Median seconds of a call, after one to warm up."""
+    """Median seconds of a call, after one call that warms up."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -45,12 +45,12 @@ def seconds_of(function: Callable[[], object], device: torch.device, rounds: int
 
 
 def measured(like: Machine, device: torch.device, size: int, batch_size: int) -> Machine:
-    """`like` with this machine's rates of compute and memory."""
+    """`like` with this machine's compute and memory rates."""
     flops = {}
     for name, dtype in _DTYPES.items():
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         flops[name] = _rounded(2 * size**3 / seconds_of(lambda a=a, b=b: a @ b, device))
-    source = torch.ones(2**25, device=device)  # more than any cache
+    source = torch.ones(2**25, device=device)  # larger than any cache
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
     one = torch.ones(1, device=device)
@@ -68,7 +68,7 @@ def measured(like: Machine, device: torch.device, size: int, batch_size: int) ->
 
 
 def efficiency(machine: Machine, device: torch.device, batch_size: int) -> float:
-    """Seconds of a real step's operations at the machine's rates, over those that they take."""
+    """Seconds that a step should take at the machine's rates, over the seconds that it takes."""
     config = DhenConfig(
         num_dense_features=13,
         sparse_features=[{"name": f"C{index}", "num_embeddings": 10} for index in range(26)],
@@ -95,27 +95,28 @@ def _rounded(value: float) -> float:
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--like", default="cpu", help="machine that the rest is taken from, a name or a file")
-    parser.add_argument("--output", default="runs/machine.yaml", help="file to write")
-    parser.add_argument("--size", type=int, default=1024, help="of the square matrices")
-    parser.add_argument("--batch_size", type=int, default=512, help="examples of the step")
+    parser.add_argument(
+        "--like", default="cpu", help="machine for everything else: a name or a file (default: %(default)s)"
+    )
+    parser.add_argument("--output", default="runs/machine.yaml", help="YAML file to write (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=1024, help="rows of the square matrices (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=512, help="examples per step (default: %(default)s)")
     return parser.parse_args(command_line)
 
 
 def main() -> int:
-    """Measure, write, show."""
+    """Measure, write, show. Exit status: 0, or 2 if --like does not fit this machine."""
     arguments = parse_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
     try:
         like = read_machine(arguments.like)
         if like.is_gpu != (device.type == "cuda"):
-            raise MachineError(
-                f"--like {arguments.like} is {like.name}, and this is a {device.type} machine. Name one."
-            )
-        if device.type == "cpu":  # what one of the node's ranks has, and does with its memory
+            wanted = "a GPU machine" if device.type == "cuda" else "a CPU machine"
+            raise MachineError(f"--like {arguments.like} is {like.name}, but this is {wanted}. Name {wanted}.")
+        if device.type == "cpu":  # as one of the node's ranks
             keep_freed_memory()
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // like.ranks_per_node))
         machine = measured(like, device, arguments.size, arguments.batch_size)
@@ -126,7 +127,7 @@ def main() -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), encoding="utf-8")
     print(output.read_text(), end="")
-    print(f"{output} written in {time.perf_counter() - start:.0f} s")
+    print(f"{output} has the machine, measured in {time.perf_counter() - start:.0f} seconds")
     return 0
 
 

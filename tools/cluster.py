@@ -1,12 +1,14 @@
-"""A cluster on one machine: network namespaces as nodes, links as slow as you say, the real launcher in each.
+"""A cluster on one machine: network namespaces as nodes, links with limited rates, the real launcher in each node.
 
     python tools/cluster.py --nodes 2 --ranks_per_node 2 recipes/train.py --ds_config ds_configs/hsdp.json
 
-Every node is a network namespace with its own address, joined to the others by veth pairs and a bridge. `tc tbf` limits
-the link of each node, both ways, and its loopback, over which the ranks of one node talk: by default 24 times faster,
-as the paper's NVLink and RoCE are. All ranks of a node share its link, as on a real host. Each node runs DeepSpeed's
-launcher (`deepspeed --no_ssh --hostfile …`), as it would on a real one. Needs root, iproute2 (ip, tc), and the kernel's
-veth, bridge and tbf. All is taken down again, also after a signal; what a killed one left is taken down by the next.
+Each node is a network namespace with its own address. Veth pairs and a bridge connect the nodes. `tc tbf` limits each
+node's link in both directions, and its loopback, which the ranks of one node use. By default the loopback is 24 times
+faster, as NVLink is beside RoCE in the paper. All ranks of a node share its link, as on a real host. Each node runs
+DeepSpeed's launcher (`deepspeed --no_ssh --hostfile …`), as a real node does.
+
+The tool needs root, iproute2 (ip, tc), and the kernel's veth, bridge and tbf. It removes the namespaces when the script
+ends and after a signal. If it is killed, its next run removes what is left.
 """
 
 import argparse
@@ -30,7 +32,7 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class _Bucket:
-    """What a limited link lets out at once after a pause: so many seconds of its rate, and at least `least` bytes."""
+    """Burst that a limited link sends after a pause: `seconds` of its rate, and at least `least` bytes."""
 
     seconds: float
     least: int
@@ -40,17 +42,17 @@ class _Bucket:
         return ["burst", f"{max(self.least, round(mbit * 125e3 * self.seconds))}b", "limit", self.queue]
 
 
-# Shorter bursts don't hold the rate; packets larger than the bucket are lost: loopback's have up to 64 KiB.
+# Shorter bursts do not reach the rate. Packets larger than the bucket are lost: loopback packets have up to 64 KiB.
 _LINK = _Bucket(0.010, 2**12, "4mb")
 _LOCAL = _Bucket(0.0035, 2**17, "16mb")
 
 
 class ClusterError(RuntimeError):
-    """The cluster can't be set up here; the message says what is missing."""
+    """The cluster cannot be built on this machine; the message says what is missing."""
 
 
 class Cluster:
-    """Nodes 0..n-1, up between `with` and its end. Rates in Mbit/s; 0 leaves a link unlimited."""
+    """Nodes 0 to n-1, which exist inside a `with` block. Rates are in Mbit/s; 0 leaves a link unlimited."""
 
     def __init__(self, nodes: int, *, link_mbit: float = 100, local_mbit: float = 2400) -> None:
         self.num_nodes, self.link_mbit, self.local_mbit = nodes, link_mbit, local_mbit
@@ -81,7 +83,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still runs in the nodes, and take them down. Signals meanwhile are ignored: it ends anyway."""
+        """End all processes in the nodes and remove the nodes. Ignores signals meanwhile, so that it finishes."""
         before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING_SIGNALS}
         try:
             for name in [*self.names, self._hub]:
@@ -111,11 +113,6 @@ class Cluster:
             limit(name, INTERFACE, self.link_mbit, _LINK)
             limit(name, "lo", self.local_mbit, _LOCAL)
 
-    def bytes_sent(self, node: int) -> int:
-        """Bytes that have left the node over its link, by the interface's counter."""
-        path = f"/sys/class/net/{INTERFACE}/statistics/tx_bytes"
-        return int(run("ip", "netns", "exec", self.names[node], "cat", path))
-
     def start(self, ranks_per_node: int, script: Sequence[str]) -> list[subprocess.Popen]:
         """Start DeepSpeed's launcher on every node; each is the leader of its own process group."""
         nodes = range(self.num_nodes)
@@ -140,9 +137,9 @@ class Cluster:
 
 
 def wait(launchers: Sequence[subprocess.Popen]) -> int:
-    """Wait for all nodes; returns the status of the first that failed, else 0.
+    """Wait for all nodes; return the status of the first node that failed, or 0.
 
-    Once one fails, the others have some seconds to end by themselves; then they are ended.
+    After a failure the other nodes have some seconds to end by themselves. Then this function kills them.
     """
     status, deadline = 0, None
     try:
@@ -162,6 +159,15 @@ def wait(launchers: Sequence[subprocess.Popen]) -> int:
     return status or next((launcher.returncode for launcher in launchers if launcher.returncode), 0)
 
 
+def bytes_sent(interface: str = INTERFACE) -> int | None:
+    """Bytes that this process's node has sent over `interface`; None if the node has no such interface."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, counters = line.strip().partition(":")
+        if name == interface:
+            return int(counters.split()[8])
+    return None
+
+
 def check_machine() -> None:
     """Raise ClusterError unless this machine can make network namespaces."""
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -172,19 +178,19 @@ def check_machine() -> None:
 
 
 def run(*command: str) -> str:
-    """Run a command; returns what it printed. Raises CalledProcessError."""
+    """Run a command and return its output. Raises CalledProcessError."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def limit(namespace: str, interface: str, mbit: float, bucket: _Bucket) -> None:
-    """Let `interface` send `mbit` Mbit/s at most; 0 is no limit."""
+    """Limit what `interface` sends to `mbit` Mbit/s; 0 means no limit."""
     if mbit:
         rate = ["rate", f"{mbit}mbit", *bucket.of(mbit)]
         run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", "tbf", *rate)
 
 
 def remove_namespace(name: str) -> None:
-    """End the processes in a namespace of ours, and delete it. No error if it is gone already."""
+    """Kill the processes in a namespace and delete it. No error if it is gone already."""
     found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
     for pid in found.stdout.split():
         with contextlib.suppress(ProcessLookupError):
@@ -193,7 +199,7 @@ def remove_namespace(name: str) -> None:
 
 
 def remove_stale() -> None:
-    """Remove the namespaces of clusters whose process is gone."""
+    """Remove the namespaces that killed clusters left."""
     for line in run("ip", "netns", "list").splitlines():
         name = line.split()[0]
         owner = name.removeprefix(PREFIX).split("-")[0]
@@ -217,16 +223,26 @@ def signals_end_it() -> Iterator[None]:
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
-    """The cluster's own arguments, then the script and its arguments."""
+    """The cluster's arguments, then the script and its arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2, help="number of nodes (default: %(default)s)")
-    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each (default: %(default)s)")
-    parser.add_argument("--link_mbit", type=float, default=100, help="a node's link, Mbit/s; 0: no limit")
-    parser.add_argument("--local_mbit", type=float, default=2400, help="inside a node, Mbit/s; 0: no limit")
-    parser.add_argument("script", nargs=argparse.REMAINDER, help="what every rank runs, and its arguments")
+    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each node (default: %(default)s)")
+    parser.add_argument(
+        "--link_mbit",
+        type=float,
+        default=100,
+        help="rate of a node's link in Mbit/s; 0 means no limit (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--local_mbit",
+        type=float,
+        default=2400,
+        help="rate inside a node in Mbit/s; 0 means no limit (default: %(default)s)",
+    )
+    parser.add_argument("script", nargs=argparse.REMAINDER, help="the script that every rank runs, and its arguments")
     arguments = parser.parse_args(command_line)
     if not arguments.script:
-        parser.error("name the script to run, for example recipes/train.py")
+        parser.error("no script. Name the script to run, for example recipes/train.py.")
     for name in ("nodes", "ranks_per_node"):
         if not 1 <= getattr(arguments, name) <= 200:
             parser.error(f"--{name} is {getattr(arguments, name)}. Use 1 to 200.")
@@ -234,7 +250,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
 
 
 def main() -> int:
-    """Build the cluster, run the script on it, take it down."""
+    """Build the cluster, run the script on it, remove the cluster. Returns the script's exit status."""
     arguments = parse_arguments()
     try:
         with (

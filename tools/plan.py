@@ -1,13 +1,14 @@
-"""Which memory techniques a model needs at each depth on a machine: the minimum set (paper 3.1).
+"""Plans which memory techniques a model needs at each depth on a machine: the minimum set (paper 3.1).
 
     python tools/plan.py --config recipes/configs/criteo.yaml --nodes 32 --gpus_per_node 8 --gpu a100-40gb
     python tools/plan.py --config recipes/configs/criteo.yaml --gpu my_machine.yaml --depths 4 8 --write plans \\
         --plot figure6.png --embedding_dim 128 --num_embeddings_out 100
 
-For each depth and set it predicts a rank's memory at its worst moment and the job's samples/s; of the sets that fit
-the fastest is the plan. Nothing is built or run. Arguments of recipes/train.py may be given too and win over the
-recipe's: --per_device_train_batch_size 4096. Features are those of the recipe's data where it is prepared already, or
-as many as Criteo has.
+For each depth and set of techniques, the tool predicts a rank's peak memory and the job's samples/s. The plan is the
+fastest set that fits. The tool builds and runs nothing.
+
+You can also give arguments of recipes/train.py, which override the recipe: --per_device_train_batch_size 4096. The
+features are those of the recipe's data if it is prepared already, and otherwise as many as Criteo has.
 """
 
 import argparse
@@ -42,7 +43,7 @@ _WIDTH = 160
 
 @dataclass(frozen=True)
 class PlannedDepth:
-    """What is predicted at a depth. chosen: the minimum set; None where nothing fits, which `reason` says then."""
+    """The predictions at a depth. chosen: the minimum set; None if nothing fits, and `reason` says why."""
 
     depth: int
     plain: dict[Scheme, Prediction]
@@ -51,14 +52,14 @@ class PlannedDepth:
     ds_config: dict[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json."""
+        """The content for --json."""
         plain = {scheme: _as_dict(prediction) for scheme, prediction in self.plain.items()}
         chosen = _as_dict(self.chosen) if self.chosen else None
         return {"depth": self.depth, "plain": plain, "minimum_set": chosen, "reason": self.reason}
 
 
 def main(command_line: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 with one line on stderr for a mistake, and where no depth fits."""
+    """Exit status: 0, or 1 with a message if the arguments are wrong or nothing fits at any depth."""
     arguments, of_recipe = parse_command_line(command_line)
     try:
         job = job_of(arguments, of_recipe)
@@ -77,43 +78,43 @@ def main(command_line: Sequence[str] | None = None) -> int:
 
 
 def parse_command_line(command_line: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The tool's own arguments, and those of the recipe."""
+    """The tool's arguments, and those for the recipe."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--config", required=True, metavar="YAML", help="recipe: architecture, batch size, data")
     machines = ", ".join(shipped_machines())
-    add("--gpu", "--machine", required=True, dest="machine", help=f"{machines}, or a YAML file like theirs")
+    add("--gpu", "--machine", required=True, dest="machine", help=f"{machines}, or a YAML file with the same keys")
     add("--nodes", type=_positive, default=1, help="machines in the job (default: 1)")
-    add("--gpus_per_node", type=_positive, metavar="N", help="ranks on each (default: the machine's)")
-    add("--memory_gib", type=float, help="memory of a rank (default: the machine's)")
-    add("--depths", type=_positive, nargs="+", metavar="N", help="DHEN layers (default: 1 2 4 8 16 32)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the dense part (default: fp32)")
-    add("--ds_config", metavar="JSON", help='one whose "dhen" section says how tables and wires are')
+    add("--gpus_per_node", type=_positive, metavar="N", help="ranks on each machine (default: the machine's)")
+    add("--memory_gib", type=float, help="memory per rank (default: the machine's)")
+    add("--depths", type=_positive, nargs="+", metavar="N", help="numbers of DHEN layers (default: 1 2 4 8 16 32)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the dense part (default: fp32)")
+    add("--ds_config", metavar="JSON", help='take the tables and wires of its "dhen" section')
     add("--num_dense_features", type=_count, metavar="N", help="default: the prepared data's, or 13")
     add("--num_sparse_features", type=_count, metavar="N", help="default: the prepared data's, or 26")
     add("--rows_per_table", type=_positive, metavar="N", help="default: the prepared data's, or hash_size")
-    add("--write", type=Path, metavar="FOLDER", help=f"write a ds_config for each depth, and {BY_DEPTH_FILE} for all")
-    add("--plot", type=Path, metavar="FILE", help="draw samples/s over depth, the paper's Figure 6")
+    add("--write", type=Path, metavar="FOLDER", help=f"write a ds_config per depth, and {BY_DEPTH_FILE} for all")
+    add("--plot", type=Path, metavar="FILE", help="draw samples/s over depth, as the paper's figure 6")
     add("--json", type=Path, metavar="FILE", help="write all predictions as JSON")
     return parser.parse_known_args(command_line)
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} isn't 0 or a whole number above it")
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a whole number above 0")
     return int(text)
 
 
 def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
-    """What is to be planned. Raises ValueError about what the user named."""
+    """The job to plan. Raises ValueError if an argument or file is wrong."""
     recipe = parse_arguments(["--config", arguments.config, *of_recipe])
     changes = {"ranks_per_node": arguments.gpus_per_node, "memory_gib": arguments.memory_gib}
     machine = read_machine(arguments.machine, **{name: value for name, value in changes.items() if value is not None})
@@ -124,17 +125,17 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
         config,
         training.per_device_train_batch_size,
         machine,
-        arguments.nodes,
-        arguments.precision,
-        section,
-        ids_per_bag_of(arguments, recipe),
+        nodes=arguments.nodes,
+        precision=arguments.precision,
+        section=section,
+        ids_per_bag=ids_per_bag_of(arguments, recipe),
         eval_batch_size=training.per_device_eval_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
     )
 
 
 def config_of(arguments: argparse.Namespace, recipe: Arguments) -> DhenConfig:
-    """The model: with the features of the prepared data, or as Criteo has them, but for what is asked for."""
+    """The model, with the features of the prepared data or of Criteo, unless arguments change them."""
     if is_prepared(recipe.data.dataset_name):
         prepared = config_for(recipe.architecture, Schema.load(Path(recipe.data.dataset_name)))
         dense, features = prepared.num_dense_features, [dict(feature) for feature in prepared.sparse_features]
@@ -150,7 +151,7 @@ def config_of(arguments: argparse.Namespace, recipe: Arguments) -> DhenConfig:
 
 
 def ids_per_bag_of(arguments: argparse.Namespace, recipe: Arguments) -> dict[str, float] | None:
-    """Of the prepared data, where the features are its own; None where every bag is taken to hold one id."""
+    """Mean bag sizes of the prepared data; None if the features are not its own, and bags hold one id each."""
     if arguments.num_sparse_features is not None or not is_prepared(recipe.data.dataset_name):
         return None
     prepared = Path(recipe.data.dataset_name)
@@ -162,12 +163,12 @@ def _features(count: int, rows: int) -> list[dict[str, Any]]:
 
 
 def default_depths(job: Job) -> list[int]:
-    """Powers of two; of a recipe that lists its layers the one depth that it has."""
+    """Powers of two. A recipe that lists its layers has only its own depth."""
     return [job.depth] if job.config.layers is not None else [1, 2, 4, 8, 16, 32]
 
 
 def plan_depth(job: Job, depth: int) -> PlannedDepth:
-    """All predictions of a depth. Raises ValueError where the recipe has one depth, and it is another."""
+    """All predictions for a depth. Raises ValueError if the recipe has only another depth."""
     planner = Planner(job if depth == job.depth else job.at_depth(depth))
     plain = {scheme: planner.predict(Technique(scheme)) for scheme in planner.job.schemes()}
     try:
@@ -179,13 +180,13 @@ def plan_depth(job: Job, depth: int) -> PlannedDepth:
 
 
 def show(planned: Sequence[PlannedDepth], job: Job) -> None:
-    """The table, and the reasons."""
+    """Print the table and the reasons."""
     machine = job.machine
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, soft_wrap=True)
     console.print(
-        f"{job.nodes} x {machine.ranks_per_node} ranks on {machine.name}; {machine.memory_gib:g} GiB a rank; "
-        f"{job.batch_size:,} examples a rank, {job.precision}, D = {job.config.embedding_dim}. "
-        "A cell: GiB of a rank, samples/s of all; x: doesn't fit."
+        f"{job.nodes} x {machine.ranks_per_node} ranks on {machine.name}; {machine.memory_gib:g} GiB per rank; "
+        f"{job.batch_size:,} examples per rank, {job.precision}, D = {job.config.embedding_dim}. "
+        "Cells: GiB per rank and samples/s of the job; x: does not fit."
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("depth", justify="right")
@@ -214,7 +215,7 @@ def _chosen_cells(chosen: Prediction | None) -> tuple[str, ...]:
 
 
 def as_json(planned: Sequence[PlannedDepth], job: Job) -> dict[str, Any]:
-    """What was planned for, and all predictions."""
+    """The job and all predictions."""
     machine: Machine = job.machine
     return {
         "machine": asdict(machine),
@@ -241,22 +242,22 @@ def _as_dict(prediction: Prediction) -> dict[str, Any]:
 
 
 def write_ds_configs(planned: Sequence[PlannedDepth], folder: Path) -> None:
-    """depth_<n>.json for each depth at which something fits, and one with a rung for each."""
+    """Write depth_<n>.json for each depth at which something fits, and by_depth.json with a rung for each of them."""
     plans = [
         Plan(each.depth, each.chosen.technique, each.ds_config)
         for each in sorted(planned, key=lambda each: each.depth)
         if each.chosen
     ]
     if not plans:
-        raise NothingFitsError("nothing fits at any depth, so there is no ds_config to write.")
+        raise NothingFitsError("nothing fits at any depth, so --write has nothing to write.")
     for plan in plans:
         write_json(folder / f"depth_{plan.depth}.json", plan.ds_config)
     write_json(folder / BY_DEPTH_FILE, by_depth(plans))
-    print(f"{folder}: {BY_DEPTH_FILE} for all depths, {', '.join(f'depth_{plan.depth}.json' for plan in plans)}")
+    print(f"{folder} has {BY_DEPTH_FILE} for all depths, {', '.join(f'depth_{plan.depth}.json' for plan in plans)}")
 
 
 def plot(planned: Sequence[PlannedDepth], job: Job, path: Path) -> None:
-    """Predicted samples/s over depth: the paper's Figure 6."""
+    """Draw predicted samples/s over depth, as the paper's figure 6."""
     from matplotlib.figure import Figure
 
     planned = sorted(planned, key=lambda each: each.depth)

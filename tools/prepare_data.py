@@ -1,6 +1,5 @@
-"""Prepare click logs for training: raw files to a folder of Parquet files and a schema.json.
+"""Prepares click logs for training: reads raw files, and writes a folder with Parquet files and schema.json.
 
-Examples:
     python tools/prepare_data.py --dataset_name 'logs/day_*.gz' --format criteo --output data/criteo
     python tools/prepare_data.py --train_file train.csv --test_file test.csv --dataset_schema schema.yaml \\
         --id_encoding vocabulary --min_count 2 --output data/mine
@@ -25,7 +24,7 @@ from dhen.data.schema import Schema
 
 
 def main() -> int:
-    """Exit status: 0, or 1 with one line on stderr."""
+    """Exit status: 0, or 1 with a message on stderr."""
     arguments = parse_arguments()
     names = {field.name for field in fields(PreparationSettings)}
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
@@ -50,40 +49,47 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Names and defaults are those of `PreparationSettings`."""
+    """The command line, with the names and defaults of `PreparationSettings`."""
     default = PreparationSettings(dataset_name="-")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="FOLDER", help="folder to make")
-    add("--overwrite", action="store_true", help="remove an earlier prepared folder of that name first")
-    add("--dataset_name", nargs="+", metavar="PATH", help="files, globs, a folder, or a data set of the HF hub")
+    add("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    add("--overwrite", action="store_true", help="first remove a prepared folder of that name")
+    add("--dataset_name", nargs="+", metavar="PATH", help="files, globs, a folder, or a Hugging Face data set")
     for split in ("train", "validation", "test"):
-        add(f"--{split}_file", nargs="+", metavar="PATH", help=f"files or globs of the {split} split")
-    add("--dataset_format", "--format", choices=("auto", *FORMATS), help="default: auto, by name and first line")
-    add("--dataset_schema", metavar="YAML", help="what each column is: see dhen/data/formats/roles.py")
+        add(f"--{split}_file", nargs="+", metavar="PATH", help=f"files or globs for the {split} split")
+    add(
+        "--dataset_format",
+        "--format",
+        choices=("auto", *FORMATS),
+        help="default: auto, which looks at names and first lines",
+    )
+    add("--dataset_schema", metavar="YAML", help="roles of the columns; see dhen/data/formats/roles.py")
     add("--split_fractions", nargs=3, type=float, help=f"train, validation, test; default: {default.split_fractions}")
     add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
     add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")
     add("--id_encoding", choices=("hash", "vocabulary"), help=f"default: {default.id_encoding}")
-    add("--hash_size", type=int, help=f"rows of each hashed feature's table; default: {default.hash_size:,}")
-    add("--min_count", type=int, help=f"a key seen less often gets no row of its own; default: {default.min_count}")
+    add("--hash_size", type=int, help=f"rows per table of a hashed feature; default: {default.hash_size:,}")
+    add("--min_count", type=int, help=f"rarer keys get no row of their own; default: {default.min_count}")
     add(
-        "--bad_rows", choices=("error", "skip"), help=f"skip lists them in {BAD_ROWS_FILE}; default: {default.bad_rows}"
+        "--bad_rows",
+        choices=("error", "skip"),
+        help=f"skip lists bad rows in {BAD_ROWS_FILE}; default: {default.bad_rows}",
     )
-    add("--without_labels", action="store_true", help="labels may be absent or blank: rows to predict")
-    add("--schema_from", metavar="FOLDER", help="prepared folder whose features, ids and transforms are used")
-    add("--json", action="store_true", help="write the summary as JSON")
+    add("--without_labels", action="store_true", help="labels may be absent or blank: the rows are for prediction")
+    add("--schema_from", metavar="FOLDER", help="use the features, ids and transforms of this prepared folder")
+    add("--json", action="store_true", help="print the summary as JSON")
     return parser.parse_args()
 
 
 def remove_prepared(folder: Path) -> None:
-    """Remove a prepared folder; raises ValueError where it isn't one, so that nothing else is ever lost."""
+    """Remove a prepared folder. Raises ValueError for any other folder, which stays as it is."""
     Schema.load(folder)
     shutil.rmtree(folder)
 
 
 def summary(schema: Schema, folder: Path) -> str:
-    """What was written, for people."""
+    """The prepared data in a few lines of text."""
     lines = [f"{folder}: {len(schema.dense)} dense and {len(schema.sparse)} sparse features"]
     for split, counts in schema.splits.items():
         line = f"  {split:<11}{counts.rows:>14,} rows"
@@ -91,15 +97,15 @@ def summary(schema: Schema, folder: Path) -> str:
         if labelled:
             line += f", {counts.clicks / labelled:.2%} clicks"
         if counts.unlabelled:
-            line += f", {counts.unlabelled:,} without label"
+            line += f", {counts.unlabelled:,} without a label"
         if counts.bad_rows:
-            line += f", {counts.bad_rows:,} bad ones skipped ({folder / BAD_ROWS_FILE})"
+            line += f", {counts.bad_rows:,} bad rows skipped ({folder / BAD_ROWS_FILE})"
         lines.append(line)
     return "\n".join(lines)
 
 
 def summary_json(schema: Schema, folder: Path, seconds: float) -> str:
-    """What was written, for programs."""
+    """The prepared data as JSON."""
     rows = sum(counts.rows for counts in schema.splits.values())
     splits = {split: asdict(counts) for split, counts in schema.splits.items()}
     tables = {column.name: column.num_embeddings for column in schema.sparse}
@@ -108,7 +114,7 @@ def summary_json(schema: Schema, folder: Path, seconds: float) -> str:
 
 
 class RichProgress(Progress):
-    """A bar a pass, on stderr."""
+    """One progress bar per pass, on stderr."""
 
     def __init__(self) -> None:
         columns = (
@@ -121,7 +127,7 @@ class RichProgress(Progress):
         self._tasks_by_stage: dict[str, TaskID] = {}
 
     def __call__(self, state: PreparationProgress) -> None:
-        """Show the state of a pass."""
+        """Update the bar of a pass."""
         if state.stage not in self._tasks_by_stage:
             self._tasks_by_stage[state.stage] = self.add_task(state.stage, total=None, rows=0)
         total = max(state.bytes_total, 1) if state.bytes_total or state.is_done else None

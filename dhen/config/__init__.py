@@ -1,3 +1,3 @@
-"""What a user may say: arguments, and the ds_config that fits a run to its machine."""
+"""What a user can set: the arguments of a run, and the ds_config that fits it to a machine."""
 
-import dhen.runtime  # noqa: F401  before DeepSpeed and FBGEMM are imported
+import dhen.runtime  # noqa: F401  must be imported before DeepSpeed and FBGEMM

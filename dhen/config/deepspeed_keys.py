@@ -1,6 +1,6 @@
-"""The names that a ds_config may use, as the installed DeepSpeed has them: its keys, its sections', its optimizers'.
+"""The names that a ds_config may use, taken from the installed DeepSpeed: keys, keys of sections, optimizer params.
 
-DeepSpeed leaves a name that it doesn't know in silence in some places, and refuses it without saying where in others.
+In some places DeepSpeed silently ignores an unknown name; in others it rejects it without saying where it is.
 """
 
 import functools
@@ -20,16 +20,19 @@ _READ_KEY_BY_KEY = (
     *("aio", "autotuning", "checkpoint", "data_efficiency", "data_types", "flops_profiler", "timers"),
     "torch_autocast",
 )
-"""Sections that the parser reads whatever they hold, and whose other keys it leaves; the rest are pydantic's."""
+"""Sections whose unknown keys the parser ignores. All others are pydantic models, which reject unknown keys."""
 _OPTIMIZER = ("type", "params", "legacy_fusion")
 _OF_ADAM = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}
-"""What DeepSpeed takes out of params before it makes an Adam of them."""
+"""Keys that DeepSpeed removes from params before it creates an Adam optimizer."""
 _GIVEN = {"self", "params", "model_params", "adamw_mode", "max_grad_norm"}
-"""Arguments of optimizers that aren't the user's: the last is DeepSpeed's gradient_clipping."""
+"""Arguments of optimizers that the user does not set. DeepSpeed sets max_grad_norm to its gradient_clipping."""
 
 
 class _Recorder(dict):
-    """A config that notes which of its keys are asked for."""
+    """A config that records which of its keys the parser asks for.
+
+    DeepSpeed lists its keys nowhere: its constants lack 27 of the 60 top-level ones and mix in keys of sections.
+    """
 
     def __init__(self, values: dict[str, Any]) -> None:
         super().__init__(values)
@@ -47,7 +50,7 @@ class _Recorder(dict):
         self.asked.add(key)
         return super().get(key, default)
 
-    def keys(self) -> "_Recorder":  # some of the parser asks `key in config.keys()`
+    def keys(self) -> "_Recorder":  # parts of the parser check `key in config.keys()`
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Recorder":
@@ -56,7 +59,7 @@ class _Recorder(dict):
 
 @functools.cache
 def top_level_keys() -> frozenset[str]:
-    """Those that the parser looks for."""
+    """The top-level keys that DeepSpeed's parser reads."""
     recorder = _Recorder({"train_micro_batch_size_per_gpu": 1})
     deepspeed.DeepSpeedConfig(recorder)
     return frozenset(recorder.asked)
@@ -70,27 +73,27 @@ def _keys_of(section: str) -> frozenset[str]:
 
 
 def check_sections(raw: dict[str, Any]) -> None:
-    """Raise ValueError about a key that DeepSpeed would leave in silence, or fail on once all else is built."""
+    """Raise ValueError about a key that DeepSpeed would silently ignore, or reject only after everything is built."""
     for section in _READ_KEY_BY_KEY:
         if isinstance(raw.get(section), dict):
-            check_names(f"key of {section}:", raw[section], _keys_of(section))
+            check_names(f"key in {section}:", raw[section], _keys_of(section))
     optimizer = raw["optimizer"]
-    check_names("key of optimizer:", optimizer, _OPTIMIZER)
+    check_names("key in optimizer:", optimizer, _OPTIMIZER)
     zero, params = raw.get("zero_optimization", {}), optimizer.get("params", {})
     for name, section in (("zero_optimization", zero), ("optimizer.params", params)):
         if not isinstance(section, dict):
-            raise ValueError(f"{name} is {section!r}. Give an object, such as {{}}.")
+            raise ValueError(f"{name} is {section!r}. Use an object, such as {{}}.")
     offload = zero.get("offload_optimizer")
     is_offloaded = isinstance(offload, dict) and offload.get("device", "none") != "none"
     known = _params_of(str(optimizer["type"]), is_offloaded, bool(params.get("torch_adam")))
     if "max_grad_norm" in params:
-        raise ValueError("optimizer.params.max_grad_norm: clipping is the recipe's (max_grad_norm). Remove it here.")
+        raise ValueError("optimizer.params.max_grad_norm: the recipe sets clipping (max_grad_norm). Remove it here.")
     if known is not None:
-        check_names(f"key of optimizer.params for {optimizer['type']}:", params, known)
+        check_names(f"key in optimizer.params for {optimizer['type']}:", params, known)
 
 
 def _params_of(name: str, is_offloaded: bool, is_torch_adam: bool) -> set[str] | None:
-    """What the optimizer takes; None where it needs a package that isn't here. Raises ValueError for an unknown one."""
+    """The optimizer's params; None if its package is not installed. Raises ValueError for an unknown optimizer."""
     kind = name.lower() if name.lower() in DEEPSPEED_OPTIMIZERS else name
     if kind in ("muadam", "muadamw", "musgd"):
         return None
@@ -102,7 +105,7 @@ def _params_of(name: str, is_offloaded: bool, is_torch_adam: bool) -> set[str] |
 
 
 def _optimizer(kind: str, is_offloaded: bool, is_torch_adam: bool) -> Callable[..., Any]:
-    """The class that the engine takes (DeepSpeedEngine._configure_basic_optimizer)."""
+    """The class that the engine uses (see DeepSpeedEngine._configure_basic_optimizer)."""
     from deepspeed.ops import adagrad, adam, lamb, lion
 
     of_torch = {
@@ -124,10 +127,10 @@ def _optimizer(kind: str, is_offloaded: bool, is_torch_adam: bool) -> Callable[.
 
 
 def refusal(error: ValidationError, raw: dict[str, Any]) -> str:
-    """What DeepSpeed's models refuse, in a sentence that names section and key, and the nearest key that is one."""
+    """Turn an error of DeepSpeed's pydantic models into a message that names section, key and closest known key."""
     first = error.errors()[0]
-    if not first["loc"]:  # of a section as a whole
-        return f"{error.title}: {first['msg']} (DeepSpeed's own check)."
+    if not first["loc"]:  # an error about a section as a whole
+        return f"{error.title}: {first['msg']} (reported by DeepSpeed)."
     model, path = _model(error.title), [str(step) for step in first["loc"]]
     section = next((key for key, values in raw.items() if key != path[0] and _holds(values, path)), None)
     for step in path[:-1]:
@@ -136,7 +139,7 @@ def refusal(error: ValidationError, raw: dict[str, Any]) -> str:
     if first["type"] == "extra_forbidden" and model is not None:
         names = {field.alias or name for name, field in model.model_fields.items()}
         return f"{key.rpartition('.')[0]}: {unknown_name('key', path[-1], names)}"
-    return f"{key} is {first.get('input')!r}: {first['msg']} (DeepSpeed's own check)."
+    return f"{key} is {first.get('input')!r}: {first['msg']} (reported by DeepSpeed)."
 
 
 def _holds(values: Any, path: list[str]) -> bool:
@@ -152,7 +155,7 @@ def _model(name: str) -> type[BaseModel] | None:
 
 
 def _model_within(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
-    """The model of a field, by its name or alias."""
+    """The pydantic model of a field, by name or alias."""
     fields = model.model_fields.items() if model else ()
     kind = next((field.annotation for name, field in fields if key in (name, field.alias)), None)
     options = [kind, *get_args(kind)]

@@ -11,38 +11,38 @@ WireDtype = Literal["fp32", "fp16", "bf16", "int8"]
 
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Positive = Annotated[int, Field(strict=True, gt=0)]
-"""Strict: `true` is no number of layers."""
+"""Strict, so that `true` is not accepted as a number."""
 
 
 class PlacementSection(BaseModel):
-    """Where the embedding tables go, as far as the user decides it."""
+    """What the user decides about the placement of the embedding tables."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     costs: str | None = Field(
-        None, description='Costs of lookups and links: "cpu", "gpu", or a file of tools/calibrate_costs.py.'
+        None, description='Costs of lookups and links: "cpu", "gpu", or a file written by tools/calibrate_costs.py.'
     )
     max_column_shards: _Positive | None = Field(
-        None, description="Most column shards of a table; null is as many as its columns allow."
+        None, description="Maximum number of column shards of a table; null means as many as its columns allow."
     )
     tables: dict[str, _Count | list[_Count]] = Field(
-        {}, description="Tables placed by hand: the rank, or the ranks of its column shards."
+        {}, description="Tables placed by hand: for each table its rank, or the ranks of its column shards."
     )
     replicate_below_rows: _Count = Field(
-        0, description="Smaller tables join the dense part on every rank, under its optimizer, where that is cheaper."
+        0, description="Tables with fewer rows are replicated in the dense part, if that is cheaper."
     )
     memory_gib: PositiveFloat | None = Field(
-        None, description="Memory of a rank for tables and their optimizer's state; null is 0.8 of what it has."
+        None, description="Memory per rank for tables and optimizer state, in GiB; null means 0.8 of its memory."
     )
 
 
 class WireSection(BaseModel):
-    """What the tables' all-to-all carries."""
+    """Dtypes of the tables' all-to-all."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    forward: WireDtype = Field("fp32", description="Of pooled embeddings.")
-    backward: WireDtype = Field("fp32", description="Of their gradients.")
+    forward: WireDtype = Field("fp32", description="Dtype of pooled embeddings.")
+    backward: WireDtype = Field("fp32", description="Dtype of their gradients.")
 
     @model_validator(mode="before")
     @classmethod
@@ -51,32 +51,32 @@ class WireSection(BaseModel):
 
 
 class DhenSection(BaseModel):
-    """The "dhen" section of a ds_config: what DeepSpeed has no word for."""
+    """The "dhen" section of a ds_config: options that DeepSpeed does not have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     table_optimizer: TableOptimizer = Field("rowwise_adagrad", description="Optimizer fused into the tables' backward.")
     table_dtype: TableDtype = Field("fp32", description="Dtype of the tables' weights.")
     table_rounding: TableRounding = Field(
-        "stochastic", description="How updates of fp16 tables are rounded; nearest loses small ones."
+        "stochastic", description='How updates of fp16 tables are rounded; "nearest" loses small updates.'
     )
     all_to_all_dtype: WireSection = Field(
-        WireSection(), description="What the tables' all-to-all carries, both ways or each: fp32, fp16, bf16, int8."
+        WireSection(),
+        description="Dtype of the tables' all-to-all, for both directions or each: fp32, fp16, bf16, int8.",
     )
-    overlap_tables: bool = Field(True, description="The tables' all-to-all runs under what is computed meanwhile.")
+    overlap_tables: bool = Field(True, description="Overlap the tables' all-to-all with computation.")
     placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
     activation_checkpointing: Literal["none", "all"] | _Count | list[str] = Field(
         "none",
-        description="Layers, counted from the input, or interactions of all layers, that are computed again in the "
-        "backward.",
+        description="Layers, counted from the input, or kinds of interactions, that are recomputed in the backward.",
     )
     activation_offload: Literal["none", "all"] | _Count = Field(
-        "none", description="Layers, counted from the input, whose activations wait in the host's memory, on GPUs."
+        "none", description="Layers, counted from the input, whose activations are kept in host memory (GPUs only)."
     )
     shard_group: Literal["world", "node"] | _Positive = Field(
-        "world", description="Ranks that ZeRO shards over: all, those of a node (HSDP), or a number of ranks."
+        "world", description="Ranks that ZeRO shards over: all, the ranks of a node (HSDP), or a number of ranks."
     )
     all_reduce_dtype: Literal["bf16", "fp16"] | None = Field(
-        None, description="HSDP: what crosses nodes in the all-reduce of gradient shards; null is their own."
+        None, description="HSDP: dtype of the all-reduce of gradient shards across nodes; null keeps their own."
     )
-    async_all_reduce: bool = Field(True, description="HSDP: the all-reduce across nodes runs under the backward.")
+    async_all_reduce: bool = Field(True, description="HSDP: overlap the all-reduce across nodes with the backward.")

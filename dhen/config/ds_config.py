@@ -1,8 +1,7 @@
-"""Reads a ds_config: DeepSpeed's own keys, checked by DeepSpeed's parser, and our one section, "dhen".
+"""Reads a ds_config: DeepSpeed's own keys, checked by DeepSpeed's parser, and our section "dhen".
 
-DeepSpeed ignores top-level keys that it doesn't know, and only the Hugging Face Trainer resolves "auto"; so both are
-done here. What a recipe decides (batch size, learning rate, clipping) is "auto" in the JSON; a number there must agree
-with the recipe.
+DeepSpeed ignores unknown top-level keys and does not resolve "auto", so this file does both. What the recipe decides
+(batch size, learning rate, clipping) is "auto" in the JSON; a number there must match the recipe.
 """
 
 import json
@@ -24,21 +23,21 @@ _RUNGS = "by_depth"
 AUTO = "auto"
 _PARAMS = "optimizer.params."
 _WITHOUT_EFFECT = {
-    "activation_checkpointing": "turns nothing on in DeepSpeed 0.19. Use dhen.activation_checkpointing.",
-    "bfloat16": 'is the old name of "bf16". Use that.',
-    "gradient_allreduce_op": "would change the dense gradients' scale with the number of ranks. Remove it.",
-    "prescale_gradients": "is not supported: the tables' gradients would be scaled otherwise. Remove it.",
-    "gradient_predivide_factor": "is not supported: the tables' gradients would be scaled otherwise. Remove it.",
+    "activation_checkpointing": "has no effect in DeepSpeed 0.19. Use dhen.activation_checkpointing.",
+    "bfloat16": 'is the old name of "bf16". Use "bf16".',
+    "gradient_allreduce_op": 'is not supported: "sum" scales dense gradients with the number of ranks. Remove it.',
+    "prescale_gradients": "is not supported: it does not scale the gradients of the tables. Remove it.",
+    "gradient_predivide_factor": "is not supported: it does not scale the gradients of the tables. Remove it.",
 }
 
 
 class DsConfigError(ValueError):
-    """A ds_config that can't be used; the message names the file and the key."""
+    """A ds_config cannot be used. The message names the file and the key."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the run decides and a ds_config may leave "auto"."""
+    """The values that a ds_config may leave "auto", as the recipe sets them."""
 
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
@@ -67,13 +66,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class DsConfig:
-    """A checked ds_config: `deepspeed` is what deepspeed.initialize gets, `dhen` our section, `path` its file."""
+    """A checked ds_config. deepspeed: the config for deepspeed.initialize. dhen: our section. path: its file."""
 
     path: str
     deepspeed: dict[str, Any]
     dhen: DhenSection
     rung: str = ""
-    """Which entry of by_depth was taken, or what the planner chose, and why, in words."""
+    """The entry of by_depth that applies, or the planner's choice, with the reason, as text."""
 
     @property
     def zero_stage(self) -> int:
@@ -81,27 +80,27 @@ class DsConfig:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole config with nothing left "auto", for the run folder."""
+        """The whole config with every "auto" resolved, for the run folder."""
         return self.deepspeed | {SECTION: self.dhen.model_dump()}
 
 
 def read_ds_config(path: str | Path, recipe: Recipe, num_layers: int = 1) -> DsConfig:
     """Read, check and resolve the ds_config at `path`. Raises DsConfigError, which names the file and the key.
 
-    num_layers: of the model, by which a rung of by_depth is taken; the other rungs are checked too.
+    num_layers: depth of the model, which selects a rung of by_depth. The other rungs are checked, too.
     """
     return check_ds_config(str(path), read_json(Path(path)), recipe, num_layers)
 
 
 def read_section(path: str | Path) -> DhenSection:
-    """The "dhen" section alone of the ds_config at `path`, without rungs. Raises DsConfigError."""
+    """Read only the "dhen" section of the ds_config at `path`, without by_depth. Raises DsConfigError."""
     raw = read_json(Path(path))
     _take_rungs(str(path), raw)
     return _check_section(str(path), raw.get(SECTION, {}))
 
 
 def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layers: int = 1) -> DsConfig:
-    """The same for what stands in a ds_config; `raw` stays as it is. path: what messages call it."""
+    """Like `read_ds_config`, for the contents of a ds_config. Does not modify `raw`. path: its name in messages."""
     raw = _merged(dict(raw), {})
     rungs = _take_rungs(path, raw)
     if not rungs:
@@ -112,8 +111,8 @@ def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layer
     index = next((i for i, (most, _) in enumerate(rungs) if most is None or num_layers <= most), None)
     if index is None:
         raise DsConfigError(
-            f"{path}: the model has {num_layers} layers, and the last rung of dhen.by_depth has max_layers "
-            f"{rungs[-1][0]}. Add a rung for more; without max_layers it is for any depth."
+            f"{path}: the model has {num_layers} layers, but the last rung of dhen.by_depth has max_layers "
+            f"{rungs[-1][0]}. Add a rung for deeper models; a rung without max_layers applies to any depth."
         )
     most, changes = rungs[index]
     size = "any depth" if most is None else f"up to {most} layers"
@@ -138,26 +137,28 @@ def _rung_name(index: int) -> str:
 
 
 def _take_rungs(path: str, raw: dict[str, Any]) -> list[tuple[int | None, dict[str, Any]]]:
-    """Take by_depth out of `raw`: for each rung the most layers that it is for, and what it changes."""
+    """Remove by_depth from `raw`. Returns max_layers and the changes of each rung."""
     section = raw.get(SECTION)
     rungs = section.pop(_RUNGS, []) if isinstance(section, dict) else []
     if not isinstance(rungs, list) or not all(isinstance(rung, dict) for rung in rungs):
-        raise DsConfigError(f'{path}: {SECTION}.{_RUNGS} is a list of objects like {{"max_layers": 8, …changes…}}.')
+        raise DsConfigError(
+            f'{path}: {SECTION}.{_RUNGS} must be a list of objects like {{"max_layers": 8, …changes…}}.'
+        )
     taken = [(rung.pop("max_layers", None), rung) for rung in rungs]
     before = 0
     for index, (most, _) in enumerate(taken):
         is_last = index == len(taken) - 1
         if (most is None and not is_last) or (most is not None and (type(most) is not int or most <= before)):
             raise DsConfigError(
-                f"{path}: {_rung_name(index)}.max_layers is {json.dumps(most)}. Rungs stand in the order of "
-                f"max_layers, whole numbers above {before} here; only the last may leave it out."
+                f"{path}: {_rung_name(index)}.max_layers is {json.dumps(most)}. Rungs must be in increasing order of "
+                f"max_layers. Use a whole number above {before} here; only the last rung may leave it out."
             )
         before = most or before
     return taken
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy of `base` with `changes`, object by object; null takes a key away."""
+    """A deep copy of `base`, updated with `changes` recursively. null removes a key."""
     result = json.loads(json.dumps(base))
     for key, value in changes.items():
         if value is None:
@@ -170,17 +171,17 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What stands in the ds_config at `path`, unchecked. Raises DsConfigError."""
+    """Read the ds_config at `path` without checking its keys. Raises DsConfigError."""
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        have = f" {path.parent} has {', '.join(near)}." if near else ""
+        have = f" Use one of those in {path.parent}: {', '.join(near)}." if near else ""
         raise DsConfigError(f"{path}: no such ds_config.{have}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except ValueError as error:
         raise DsConfigError(f"{path}: not strict JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise DsConfigError(f"{path}: a ds_config is a JSON object, this is a {type(raw).__name__}.")
+        raise DsConfigError(f"{path}: a ds_config must be a JSON object, but this is a {type(raw).__name__}.")
     return raw
 
 
@@ -189,7 +190,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(seen) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} stands twice")
+        raise ValueError(f"key {twice!r} appears twice")
     return seen
 
 
@@ -213,7 +214,7 @@ def _check_section(path: str, section: Any) -> DhenSection:
 
 
 def _without_alternatives(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Of pydantic's place of an error the keys that the user wrote, not which of a key's types was tried."""
+    """The part of pydantic's error location that the user wrote, without the alternative types that pydantic tried."""
     inside = {"placement": 2, "all_to_all_dtype": 2}.get(str(place[0]) if place else "", 1)
     return place[: inside + 1 if place[:2] == ("placement", "tables") else inside]
 
@@ -226,7 +227,7 @@ def _check_top_level(path: str, raw: dict[str, Any]) -> None:
 
 
 def _check_sections(path: str, raw: dict[str, Any]) -> None:
-    """Check what DeepSpeed doesn't: sections whose keys it takes or leaves in silence."""
+    """Check what DeepSpeed does not check: sections in which it silently ignores keys."""
     if not isinstance(raw.get("optimizer"), dict) or "type" not in raw["optimizer"]:
         raise DsConfigError(f'{path}: optimizer is missing. Use {{"type": "AdamW", "params": {{"lr": "auto"}}}}.')
     for key, reason in _WITHOUT_EFFECT.items():
@@ -239,7 +240,7 @@ def _check_sections(path: str, raw: dict[str, Any]) -> None:
 
 
 def _add_what_is_missing(raw: dict[str, Any], values: dict[str, Any]) -> None:
-    """Whatever the recipe decides is said, so that no default of DeepSpeed's or of its optimizer takes its place."""
+    """Set all values that the recipe decides, so that no default of DeepSpeed or its optimizer applies instead."""
     optimizer = raw["optimizer"]
     params = optimizer.setdefault("params", {})
     for key, value in values.items():
@@ -256,11 +257,11 @@ def _resolve_auto(path: str, raw: dict[str, Any], values: dict[str, Any], prefix
             _resolve_auto(path, value, values, f"{full}.")
         elif value == AUTO:
             if full not in values:
-                raise DsConfigError(f'{path}: {full} is "auto", which only {", ".join(values)} can be. Give a value.')
+                raise DsConfigError(f'{path}: {full} is "auto", but only {", ".join(values)} can be. Set a value.')
             raw[key] = values[full]
         elif full in values and value != values[full]:
             raise DsConfigError(
-                f'{path}: {full} is {value}, but the recipe makes it {values[full]}. Write "auto" or change one.'
+                f'{path}: {full} is {value}, but the recipe sets {values[full]}. Use "auto", or make them equal.'
             )
 
 
@@ -270,9 +271,9 @@ def _check_by_deepspeed(path: str, raw: dict[str, Any]) -> None:
     except ValidationError as error:
         raise DsConfigError(f"{path}: {refusal(error, raw)}") from error
     except (AssertionError, ValueError, TypeError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
-        raise DsConfigError(f"{path}: DeepSpeed refuses it: {error}") from error
+        raise DsConfigError(f"{path}: DeepSpeed rejects this ds_config: {error}") from error
 
 
 def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy, because the parser changes what it reads; without the global batch, which it takes for one rank's."""
+    """A copy for the parser, which changes its input. Without the global batch, which it would take for one rank's."""
     return json.loads(json.dumps({key: value for key, value in raw.items() if key != "train_batch_size"}))

@@ -1,1 +1,1 @@
-"""From click-log files to batches."""
+"""Turns click-log files into batches."""

@@ -1,16 +1,21 @@
-"""What a prepared data folder holds: its columns, their encodings, and how many rows each split has.
+"""The contents of a prepared data folder: its columns, their encodings, and the number of rows in each split.
 
 A prepared folder is
 
     schema.json                     this file's `Schema`
-    train/part-00000.parquet ...    also validation/ and test/, where the data has them
+    train/part-00000.parquet ...    also validation/ and test/, if the data has them
     vocabulary/<feature>.parquet    key, id, count: only for features encoded by a vocabulary
-    bad_rows.csv                    file, row, reason, text: only where bad rows were skipped
+    bad_rows.csv                    file, row, reason, text: only if bad rows were skipped
 
-The Parquet columns are `label` (float32, 0 or 1; NaN where unknown, as in data to predict), one float32 column a dense
-feature (already transformed), one int32 or int64 column a single-valued sparse feature, and a list column a
-multi-valued one, with a list<float32> column `<feature>:weights` beside it where its ids carry weights. Ids are ready
-for the table: 0 <= id < num_embeddings. Rows to predict have the columns `:file` and `:row` too.
+The Parquet columns are:
+
+    label                one float32: 0, 1, or NaN if unknown, as in data to predict
+    dense feature        one float32, already transformed
+    sparse feature       one int32 or int64, or a list of them if the feature is multi-valued
+    <feature>:weights    a list of float32, only if the feature's ids have weights
+    :file, :row          where the row came from, only in data to predict
+
+Ids are rows of the feature's table: 0 <= id < num_embeddings.
 """
 
 import json
@@ -29,19 +34,19 @@ FORMAT_VERSION = 1
 """Version of the prepared folder. Raise it when folders that were written before can no longer be read as they are."""
 SPLITS = ("train", "validation", "test")
 MISSING_ID = 0
-"""The id of a blank value, and of a key that the vocabulary doesn't hold."""
+"""The id of a blank value and of a key that is not in the vocabulary."""
 
 _STRICT = ConfigDict(extra="forbid")
 
 
 def weights_column(feature: str) -> str:
-    """Name of the Parquet column that holds a feature's per-id weights."""
+    """Return the name of the Parquet column with the weights of a feature's ids."""
     return f"{feature}:weights"
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class DenseColumn:
-    """A dense feature. `log1p` is sign(x) * log(1 + |x|), which keeps negatives; a blank becomes 0 after it."""
+    """A dense feature. `log1p` is sign(x) * log(1 + |x|), which keeps the sign. After the transform, a blank is 0."""
 
     name: str
     transform: Literal["log1p", "identity"] = "log1p"
@@ -49,10 +54,10 @@ class DenseColumn:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class SparseColumn:
-    """A sparse feature and how its raw values become ids of a table of `num_embeddings` rows.
+    """A sparse feature, and how its raw values become ids in a table of `num_embeddings` rows.
 
-    `hash`: 1 + hash(value) mod (num_embeddings - 1). `vocabulary`: the row of the key's entry in
-    vocabulary/<name>.parquet. Under both, id 0 stands for blank, and under `vocabulary` for unseen or rare keys too.
+    `hash`: 1 + hash(value) mod (num_embeddings - 1). `vocabulary`: the id of the key in vocabulary/<name>.parquet. Id 0
+    stands for a blank, and with `vocabulary` also for an unseen or rare key.
     """
 
     name: str
@@ -66,9 +71,9 @@ class SparseColumn:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class SplitCounts:
-    """Rows of one split, and how many of them are clicks; `unlabelled` ones have label NaN (raw data to predict).
+    """Number of rows in one split, and how many of them are clicks or `unlabelled` (label NaN).
 
-    `bad_rows` were skipped: they aren't among `rows`.
+    `rows` does not include the `bad_rows`, which were skipped.
     """
 
     rows: int
@@ -79,7 +84,7 @@ class SplitCounts:
 
 @dataclass(frozen=True)
 class Schema:
-    """All that a reader of a prepared folder must know. `best_possible_ne` (by split) is set by generated data only."""
+    """Everything needed to read a prepared folder. Only generated data has `best_possible_ne`, by split."""
 
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
@@ -88,7 +93,7 @@ class Schema:
     best_possible_ne: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write schema.json into `folder`, whole or not at all."""
+        """Write schema.json into `folder` atomically."""
         draft = folder / f".{SCHEMA_FILE}.draft"
         values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)
         draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

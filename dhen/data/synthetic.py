@@ -1,4 +1,4 @@
-"""Click logs with a known truth, in Criteo's format, for the quickstart and for tests.
+"""Generates click logs with known click probabilities, in Criteo's format, for the quickstart and for tests.
 
 The click probability is sigmoid(z) with
 
@@ -6,8 +6,8 @@ The click probability is sigmoid(z) with
       + sum_(f,g) <u_f[c_f], v_g[c_g]> + sum_(f,j) tilt_f[c_f] t(x_j)          second order
       + sum_(f,g,h) sum_k p_f[c_f]_k q_g[c_g]_k r_h[c_h]_k                     third order
 
-where c_f is the f-th category, x_j the j-th integer and t its signed log1p, standardised; a blank adds nothing. So the
-best log loss that any model can reach on the drawn labels is known: it is that of the true probabilities.
+where c_f is the f-th category, x_j the j-th integer and t its standardized signed log1p. A blank adds nothing. The best
+log loss that a model can reach on the generated labels is therefore known: it is that of the true probabilities.
 """
 
 import gzip
@@ -26,7 +26,7 @@ import polars as pl
 NUM_INTEGERS, NUM_CATEGORIES = 13, 26
 TRUTH_FILE = "truth.json"
 VERSION = 1
-"""Of the generator: another one where the same seed and rows give another log."""
+"""Version of the generator. Raise it when the same seed and rows give a different log."""
 CHUNK_ROWS = 100_000
 CARDINALITIES = (8, 12, 6, 10, 5, 9, 14, 7, 4, 16, 20, 24, 40, 30, 15, 50, 18, 10, 80, 12, 25, 6, 200, 22, 11, 35)
 PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
@@ -34,14 +34,16 @@ TRIPLES = ((2, 4, 8), (4, 7, 8))
 TILTED = ((0, 0), (4, 2), (7, 5))  # (category, integer)
 LATENT_DIM = 2
 CLICK_RATE = 0.22
-# Standard deviations of the parts of z; the interactions carry most of it, so a linear model falls short.
+# Standard deviations of the parts of z. The interactions dominate, so a linear model falls short.
 MAIN, SLOPE, PAIR, TILT, TRIPLE = 0.15, 0.12, 0.6, 0.15, 0.35
 
 
 @dataclass(frozen=True)
 class FileTruth:
-    """What is known of one generated file. best_possible_ne: normalized entropy of its labels under the true
-    probabilities (paper 4.1)."""
+    """The known truth about one generated file.
+
+    best_possible_ne: normalized entropy of the labels under the true probabilities (paper 4.1).
+    """
 
     rows: int
     clicks: int
@@ -50,8 +52,10 @@ class FileTruth:
 
 @dataclass(frozen=True)
 class Rows:
-    """Generated rows: probabilities and labels (R,), integers (R, 13) with NaN for a blank, categories (R, 26) with -1
-    for a blank."""
+    """Generated rows: probabilities (R,), labels (R,), integers (R, 13) and categories (R, 26).
+
+    A blank is NaN in integers and -1 in categories.
+    """
 
     probabilities: np.ndarray
     labels: np.ndarray
@@ -60,7 +64,7 @@ class Rows:
 
 
 class ClickModel:
-    """The truth behind a log, drawn from a seed."""
+    """The true click probabilities behind a log, drawn from a seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -80,7 +84,7 @@ class ClickModel:
         self._bias = self._bias_for(CLICK_RATE)
 
     def draw(self, rows: int, *stream: int) -> Rows:
-        """`rows` rows; the same `stream` gives the same ones."""
+        """Draw `rows` rows. The same `stream` gives the same rows."""
         rng = _generator(self.seed, 1, *stream)
         integers, categories = self._draw_features(rng, rows)
         probabilities = 1 / (1 + np.exp(-self._score(integers, categories) - self._bias))
@@ -91,19 +95,19 @@ class ClickModel:
         integers[:, 1] -= 2  # one feature goes below zero, as Criteo's second does
         integers[rng.random((rows, NUM_INTEGERS)) < self._blank_integer] = np.nan
         uniform = rng.random((rows, NUM_CATEGORIES))
-        # The last bound is left out: sums of shares end a little below or above 1.
+        # Drop the last bound: rounding can leave the cumulative sum slightly below or above 1.
         categories = np.stack([np.searchsorted(p[:-1], uniform[:, f]) for f, p in enumerate(self._popularity)], axis=1)
         categories[rng.random((rows, NUM_CATEGORIES)) < self._blank_category] = -1
         return integers, categories
 
     def _score(self, integers: np.ndarray, categories: np.ndarray) -> np.ndarray:
-        """z without the bias, (R,)."""
+        """Return z without the bias, (R,)."""
         logs = np.sign(integers) * np.log1p(np.abs(integers))
         t = np.nan_to_num((logs - self._location) / self._spread)
         z = t @ self._slopes
 
         def of(table: np.ndarray, feature: int) -> np.ndarray:
-            """The table's entry for each row, 0 for a blank."""
+            """Return the table's entry for each row, 0 for a blank."""
             known = categories[:, feature] >= 0
             entries = table[np.maximum(categories[:, feature], 0)]
             return entries * known.reshape(-1, *[1] * (table.ndim - 1))
@@ -119,7 +123,7 @@ class ClickModel:
         return z
 
     def _bias_for(self, click_rate: float) -> float:
-        """By bisection on a sample of its own."""
+        """Find the bias for a click rate by bisection on a separate sample."""
         z = self._score(*self._draw_features(_generator(self.seed, 2), 50_000))
         low, high = -10.0, 10.0
         for _ in range(40):
@@ -130,12 +134,12 @@ class ClickModel:
 
 
 def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> dict[str, FileTruth]:
-    """Write `<split>.tsv.gz` for each split of `rows`, and truth.json. Returns the truth by file name.
+    """Write `<split>.tsv.gz` for each split in `rows`, and truth.json. Returns the truth by file name.
 
-    truth.json, {"version", "seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}, is written last: a folder
-    without it is unfinished. The same rows and seed give the same bytes. Memory: 100,000 rows at a time.
+    truth.json is {"version", "seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}. It is written last, so a
+    folder without it is incomplete. The same rows and seed give the same bytes. Holds 100,000 rows in memory at a time.
 
-    Raises ValueError for a split with so few rows that all or none of them are clicks.
+    Raises ValueError if a split has so few rows that all or none of them are clicks.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,8 +149,8 @@ def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 
         f"{split}.tsv.gz": _write_file(folder / f"{split}.tsv.gz", model, count, number)
         for number, (split, count) in enumerate(rows.items())
     }
-    said = {"version": VERSION, "seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}
-    text = json.dumps(said, indent=2)
+    content = {"version": VERSION, "seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}
+    text = json.dumps(content, indent=2)
     draft = folder / f".{TRUTH_FILE}.draft"
     draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(folder / TRUTH_FILE)
@@ -154,19 +158,20 @@ def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 
 
 
 def holds_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> bool:
-    """Whether `folder` holds, finished, what this version of `generate_click_log` would write there."""
+    """Whether `folder` already holds the complete log that `generate_click_log` would write."""
     try:
-        said = json.loads((Path(folder) / TRUTH_FILE).read_text(encoding="utf-8"))
+        content = json.loads((Path(folder) / TRUTH_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
-    generated = [(name, truth["rows"]) for name, truth in said["files"].items()]  # in order: it seeds each file
+    # Compared in order, because a file's position seeds it.
+    generated = [(name, truth["rows"]) for name, truth in content["files"].items()]
     wanted = [(f"{split}.tsv.gz", count) for split, count in rows.items()]
-    return (said.get("version"), said["seed"], generated) == (VERSION, seed, wanted)
+    return (content.get("version"), content["seed"], generated) == (VERSION, seed, wanted)
 
 
 def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTruth:
     logloss, clicks = 0.0, 0
-    with _appearing_whole(path) as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
+    with _atomic_file(path) as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
         for chunk, first in enumerate(range(0, rows, CHUNK_ROWS)):
             drawn = model.draw(min(CHUNK_ROWS, rows - first), number, chunk)
             file.write(_as_tsv(drawn))
@@ -175,14 +180,14 @@ def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTr
             clicks += int(drawn.labels.sum())
         if not 0 < clicks < rows:
             raise ValueError(
-                f"{path.name}: {clicks} of its {rows} rows are clicks, so it has no NE. Ask for more rows."
+                f"{path.name}: {clicks} of {rows} rows are clicks, so NE is undefined. Generate more rows."
             )
     return FileTruth(rows, clicks, best_possible_ne(logloss, clicks, rows))
 
 
 @contextmanager
-def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which takes its name at the end, or goes if anything fails."""
+def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a draft file for writing. It is renamed to `path` on success and removed on failure."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         with draft.open("wb") as file:
@@ -193,7 +198,7 @@ def _appearing_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def best_possible_ne(logloss_sum: float, clicks: int, rows: int) -> float:
-    """Log loss of the true probabilities over the entropy of the click rate of the same rows."""
+    """Return the log loss of the true probabilities, divided by the entropy of the click rate (paper 4.1)."""
     rate = clicks / rows
     return logloss_sum / rows / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
@@ -203,7 +208,7 @@ def _as_tsv(rows: Rows) -> bytes:
     for j in range(NUM_INTEGERS):
         columns[f"I{j + 1}"] = pl.Series(rows.integers[:, j]).fill_nan(None).cast(pl.Int64)
     for f in range(NUM_CATEGORIES):
-        # The last name, "", is that of a blank, -1.
+        # The last name, "", is for a blank (-1).
         names = pl.Series([*(f"{_name(f, c):08x}" for c in range(CARDINALITIES[f])), ""])
         columns[f"C{f + 1}"] = names.gather(
             np.where(rows.categories[:, f] < 0, CARDINALITIES[f], rows.categories[:, f])
@@ -212,7 +217,7 @@ def _as_tsv(rows: Rows) -> bytes:
 
 
 def _name(feature: int, category: int) -> int:
-    """32 bits that look random and differ within a feature: an odd multiplier permutes them."""
+    """Return 32 random-looking bits, unique within a feature because an odd multiplier is a permutation."""
     return ((category + 1) * 2654435761 + (feature + 1) * 40503 * 65537) % 2**32
 
 

@@ -1,3 +1,3 @@
-"""The dense part spread over ranks: hybrid sharding, checkpointing, offload (paper 3.2)."""
+"""The dense part across ranks: hybrid sharding, activation checkpointing and activation offload (paper 3.2)."""
 
-import dhen.runtime  # noqa: F401  before DeepSpeed and FBGEMM are imported
+import dhen.runtime  # noqa: F401  must be imported before DeepSpeed and FBGEMM

@@ -1,4 +1,4 @@
-"""Activation checkpointing by depth or by interaction (paper 3.1): only inputs are kept, the rest is computed again."""
+"""Activation checkpointing by layer or by interaction (paper 3.1): only inputs are kept, the rest is recomputed."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -11,24 +11,24 @@ from dhen.model.names import unknown_name
 
 
 def checkpoint_layers(model: DhenForClickPrediction, what: str | int | Sequence[str]) -> int:
-    """Recompute in the backward: "none", "all", the first so many layers, or all interactions of some kinds.
+    """Recompute activations in the backward for "none", "all", the first N layers, or interactions of given kinds.
 
-    Returns how many layers or interactions they are. Losses stay the same to the bit. Raises ValueError if the model
-    has fewer layers, or none of a kind.
+    Returns the number of layers or interactions. Losses are bit-identical. Raises ValueError if the model has fewer
+    layers, or no interaction of a given kind.
     """
     recomputed = list(_modules(model, what))
     for module in recomputed:
-        # Non-reentrant: DeepSpeed's stage 3 then gathers the weights again by the hooks of the layer's modules.
+        # Non-reentrant, so that the hooks of the layer's modules run again and ZeRO stage 3 gathers the weights again.
         module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     return len(recomputed)
 
 
 def first_layers(model: DhenForClickPrediction, layers: str | int) -> Sequence[nn.Module]:
-    """The first `layers` layers, counted from the input: "none", "all" or how many. Raises ValueError for too many."""
+    """The first layers, counted from the input: "none", "all" or a number. Raises ValueError if it is too large."""
     depth = len(model.model.layers)
     count = {"none": 0, "all": depth}[layers] if isinstance(layers, str) else layers
     if count > depth:
-        raise ValueError(f'{layers}, but the model has {depth} layers. Use "none", "all" or up to {depth}.')
+        raise ValueError(f'{layers}, but the model has {depth} layers. Use "none", "all" or a number up to {depth}.')
     return model.model.layers[:count]
 
 

@@ -1,7 +1,8 @@
-"""Activation offload by depth (paper 3.1): what the first layers keep for the backward waits in the host's memory.
+"""Activation offload by layer (paper 3.1): the first layers keep their activations in host memory until the backward.
 
-While a layer computes, what autograd saves of it is copied to pinned memory on a stream of its own. In the backward the
-first tensor that a layer asks for starts the copies back of the layer before it, so that they run under its backward.
+During a layer's forward, the tensors that autograd saves are copied to pinned memory on a separate stream. When a
+layer's backward asks for its first tensor, the copies of the previous layer's tensors back to the device begin, so that
+they overlap with this layer's backward.
 """
 
 import functools
@@ -18,14 +19,14 @@ from dhen.dense.activation_checkpointing import first_layers
 from dhen.model.modeling_dhen import DhenForClickPrediction
 
 _LEAST_BYTES = 1 << 16
-"""Smaller tensors stay: a copy's start costs more than their memory is worth."""
+"""Smaller tensors stay on the device: they save too little memory to pay for launching a copy."""
 
 
 def offload_layers(model: DhenForClickPrediction, layers: str | int, device: torch.device) -> int:
-    """Keep activations of the first `layers` layers on the host: "none", "all" or how many; returns how many.
+    """Offload activations of the first `layers` layers ("none", "all" or a number). Returns the number of layers.
 
-    Losses stay the same to the bit. On CPU there is nowhere to go: nothing is done, and 0 returned. Of layers that are
-    recomputed the inputs are kept there. Raises ValueError if the model has fewer layers.
+    Losses are bit-identical. On CPU, does nothing and returns 0. For recomputed layers, the inputs are offloaded.
+    Raises ValueError if the model has fewer layers.
     """
     chosen = first_layers(model, layers)
     if device.type == "cpu" or not chosen:
@@ -38,7 +39,10 @@ def offload_layers(model: DhenForClickPrediction, layers: str | int, device: tor
 
 @dataclass(eq=False)
 class _Saved:
-    """One saved tensor on the host; `back` on the device, when its turn has come. uses: how often it is asked for."""
+    """One saved tensor. host: the copy in host memory. back: the copy on the device, once it has been fetched.
+
+    uses: how many times a backward needs it. asked: how many times it has been requested.
+    """
 
     host: Tensor
     device: torch.device
@@ -49,7 +53,7 @@ class _Saved:
 
 @dataclass(eq=False)
 class _Layer:
-    """What one layer's forward saved, and the layer before it."""
+    """The tensors that one layer's forward saved, and the layer before it."""
 
     before: Callable[[], "_Layer | None"]
     saved: list[_Saved] = field(default_factory=list)
@@ -57,22 +61,22 @@ class _Layer:
 
 
 def _nothing() -> None:
-    """No layer before."""
+    """Stands for "no previous layer"."""
 
 
 class ActivationOffload:
-    """Runs layers so that what they save is on the host until their backward.
+    """Runs layers so that their saved tensors stay in host memory until their backward.
 
-    stream: for the copies; None, as on CPU, where it only shows that nothing is lost: they are made at once.
+    stream: for the copies. None makes synchronous copies; tests use it to check on CPU that nothing is lost.
     """
 
     def __init__(self, stream: "torch.cuda.Stream | None") -> None:
         self._stream = stream
-        self._copied: torch.cuda.Event | None = None  # what the last layer saved
+        self._copied: torch.cuda.Event | None = None  # the last layer's tensors have been copied
         self._last: Callable[[], _Layer | None] = _nothing
 
     def run(self, forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """`forward(*arguments)`, offloaded."""
+        """Run `forward(*arguments)` with offload."""
         if not torch.is_grad_enabled():
             return forward(*arguments)
         layer = _Layer(self._last)
@@ -83,26 +87,25 @@ class ActivationOffload:
             for source, _ in sources.values():
                 source.record_stream(self._stream)
             self._hold_back(result.device)
-        sources.clear()  # the graph keeps the hooks, and must not keep the sources with them
-        self._last = weakref.ref(layer)  # the graph alone keeps it
+        sources.clear()  # the graph keeps the hooks alive, and they must not keep the sources alive
+        self._last = weakref.ref(layer)  # only the graph keeps the layer alive
         return result
 
     def _hold_back(self, device: torch.device) -> None:
-        """Let no more than two layers wait to be copied: the host queues layers faster than they go."""
+        """Allow at most two layers to wait for their copies, because the host queues layers faster than they run."""
         before, self._copied = self._copied, self._stream.record_event()
         if before is not None:
             torch.cuda.current_stream(device).wait_event(before)
 
     def _pack(self, layer: _Layer, sources: dict, tensor: Tensor) -> "Tensor | _Saved":
-        is_weight = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)  # ZeRO moves it about
+        is_weight = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)  # ZeRO manages weights
         if is_weight or tensor.numel() * tensor.element_size() < _LEAST_BYTES:
             return tensor
-        # Several operations save one tensor. `sources` keeps it alive, so its address stays its own meanwhile.
+        # Several operations may save the same tensor. `sources` keeps it alive, so its address is not reused.
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)
         if key not in sources:
-            saved = _Saved(
-                self._to_host(tensor.detach()), tensor.device
-            )  # a copy with a graph would keep it in a circle
+            # Detached, because a copy with a graph would form a reference cycle with it.
+            saved = _Saved(self._to_host(tensor.detach()), tensor.device)
             sources[key] = (tensor, saved)
             layer.saved.append(saved)
         saved = sources[key][1]
@@ -112,7 +115,7 @@ class ActivationOffload:
     def _unpack(self, layer: _Layer, saved: "Tensor | _Saved") -> Tensor:
         if isinstance(saved, Tensor):
             return saved
-        self._last = _nothing  # a backward has begun, so the next layer that runs is a first one
+        self._last = _nothing  # the backward has begun, so the next layer to run is the first of a new forward
         if layer.returned is None:
             self._bring_back(layer)
         before = layer.before()
@@ -143,7 +146,7 @@ class ActivationOffload:
             for saved in layer.saved:
                 saved.back = saved.host.clone()
             return
-        if layer.saved:  # not before the backward has come here, however far ahead the host has queued it
+        if layer.saved:  # wait until the device's backward gets here: the host may be far ahead of it
             self._stream.wait_stream(torch.cuda.current_stream(layer.saved[0].device))
         with torch.cuda.stream(self._stream):
             for saved in layer.saved:

@@ -1,21 +1,21 @@
-"""When gradients leave to be reduced under ZeRO stages 2 and 3: DeepSpeed 0.19.8's rule, and hybrid sharding's."""
+"""When ZeRO stages 2 and 3 reduce a bucket of gradients: DeepSpeed 0.19.8's rule, and that of hybrid sharding."""
 
 from dataclasses import dataclass, field
 
 
 def is_nearly_full(elements: int, room: int) -> bool:
-    """Whether hybrid sharding reduces a bucket before another gradient needs its room: from three quarters on.
+    """Whether hybrid sharding reduces a bucket now: it does so at three quarters full, without waiting for more.
 
-    A large layer then crosses nodes under the backward of the very next one.
+    The gradients of a large layer then cross nodes during the backward of the very next layer.
     """
     return 4 * elements >= 3 * room
 
 
 @dataclass
 class GradientBucket:
-    """Gradients that wait. room: elements; a larger gradient leaves alone. leaves_early: once it is nearly full.
+    """Gradients that wait to be reduced. room: capacity in elements; a larger gradient is reduced alone.
 
-    waiting: elements by name of the weight.
+    leaves_early: reduce once the bucket is nearly full. waiting: elements by name of the weight.
     """
 
     room: int
@@ -24,23 +24,23 @@ class GradientBucket:
 
     @property
     def elements(self) -> int:
-        """All that wait."""
+        """Number of elements that wait."""
         return sum(self.waiting.values())
 
     def has_room_for(self, elements: int) -> bool:
-        """Whether a gradient fits in beside what waits."""
+        """Whether another gradient of this size fits."""
         return not self.waiting or self.elements + elements <= self.room
 
     def put(self, name: str, elements: int) -> None:
-        """One gradient more."""
+        """Add a gradient."""
         self.waiting[name] = elements
 
     @property
     def is_due(self) -> bool:
-        """Whether it leaves now."""
+        """Whether the bucket must be reduced now."""
         return self.leaves_early and is_nearly_full(self.elements, self.room)
 
     def empty(self) -> dict[str, int]:
-        """Take out what waits."""
+        """Empty the bucket and return its contents."""
         waiting, self.waiting = self.waiting, {}
         return waiting

@@ -1,14 +1,14 @@
 """Hybrid sharded data parallel (paper 3.2.2, figure 5) on DeepSpeed's ZeRO.
 
-The ranks of a shard group, a node's, hold one replica of the dense part together. ZeRO runs inside the group: its
-all-gathers and reduce-scatters never leave it. As soon as a bucket's gradient shards are reduced there, an asynchronous
-all-reduce of them starts over the replica group, the ranks that hold the same shard on all nodes, and the backward goes
-on under it. Before the optimizer steps, all of them are waited for. With gradient accumulation only the last micro step
-communicates across nodes.
+The ranks of a shard group, usually one node, jointly hold one replica of the dense part. ZeRO runs inside the group:
+its all-gathers and reduce-scatters never leave it. A replica group consists of the ranks that hold the same shard on
+all nodes. As soon as a bucket's gradient shards are reduced inside the shard group, an asynchronous all-reduce of them
+starts over the replica group, while the backward continues. The optimizer's step waits for all of these all-reduces.
+With gradient accumulation, only the last micro step communicates across nodes.
 
-DeepSpeed has no such stage, but its ZeRO optimizers take the process group that they shard over. So an engine hands
-them the shard group, and a subclass takes over each of them at the place where a reduced shard is put away. That place
-is private to DeepSpeed: all such names stand in this file, are those of DeepSpeed 0.19.8, and are guarded by
+DeepSpeed has no such stage, but its ZeRO optimizers accept the process group to shard over. Here an engine gives them
+the shard group, and a subclass of each overrides the method that stores a reduced shard. These methods are private to
+DeepSpeed: their names are those of DeepSpeed 0.19.8, appear only in this file, and are checked by
 `tests/dense/test_hsdp.py`.
 """
 
@@ -30,7 +30,8 @@ from dhen.runtime.topology import ShardGroups
 
 @dataclass(frozen=True)
 class _Pending:
-    """An all-reduce under way: the shards' gradients side by side on the wire, and what to do with the result."""
+    """An all-reduce in progress. on_wire: the concatenated gradient shards. like: their shapes and dtypes. put_away:
+    receives the averages."""
 
     on_wire: Tensor
     like: list[Tensor]
@@ -39,9 +40,9 @@ class _Pending:
 
 
 class ReplicaReduction:
-    """Averages gradient shards over the replica group, while the backward goes on.
+    """Averages gradient shards over the replica group while the backward continues.
 
-    wire_dtype: what travels; None is the gradients' own. is_async: False waits at once, to compare with.
+    wire_dtype: dtype of the all-reduce; None keeps the gradients' own. is_async: False waits at once, for comparison.
     """
 
     def __init__(self, groups: ShardGroups, wire_dtype: torch.dtype | None = None, *, is_async: bool = True) -> None:
@@ -49,22 +50,22 @@ class ReplicaReduction:
         self._pending: list[_Pending] = []
 
     def start(self, shards: Sequence[Tensor], put_away: Callable[[list[Tensor]], None]) -> None:
-        """Begin to average `shards` in one message. Communicates over the replica group.
+        """Start averaging `shards` in one all-reduce. Communicates over the replica group.
 
-        put_away: called by `finish` with the averages, of the shapes and dtypes of `shards`.
+        `finish` calls `put_away` with the averages, in the shapes and dtypes of `shards`.
         """
         on_wire = torch.cat([shard.reshape(-1) for shard in shards]).div_(self._groups.num_replicas)
         if self._wire_dtype is not None:
             on_wire = saturate(on_wire, self._wire_dtype, self._groups.num_replicas).to(self._wire_dtype)
         handle = dist.all_reduce(on_wire, group=self._groups.replica, async_op=True)
-        # Only what tells shapes and dtypes apart is kept of the shards, not their memory.
+        # Keep only the shapes and dtypes of the shards, not their memory.
         like = [torch.empty_like(shard, device="meta") for shard in shards]
         self._pending.append(_Pending(on_wire, like, handle, put_away))
         if not self._is_async:
             handle.wait()
 
     def finish(self) -> None:
-        """Wait for all that was started, and put it away in the order of its start."""
+        """Wait for all averages and put them away, in the order of the calls to `start`."""
         for pending in self._pending:
             pending.handle.wait()
             parts = pending.on_wire.split([shard.numel() for shard in pending.like])
@@ -74,9 +75,9 @@ class ReplicaReduction:
         self._pending.clear()
 
     def agreed(self, norm: Tensor) -> Tensor:
-        """The first replica's `norm` on all of them. Communicates over the replica group.
+        """Return the first replica's `norm` on all replicas. Communicates over the replica group.
 
-        A node's ranks may sum in another order than another node's, and clip to another last bit.
+        Nodes may sum in different orders; without this, their clipped gradients could differ in the last bit.
         """
         first = norm.to(get_accelerator().current_device_name(), copy=True)
         dist.broadcast(first, dist.get_global_rank(self._groups.replica, 0), group=self._groups.replica)
@@ -84,9 +85,9 @@ class ReplicaReduction:
 
 
 def saturate(values: Tensor, dtype: torch.dtype, num_terms: int) -> Tensor:
-    """`values` within what `dtype` can hold of a sum of `num_terms` of them.
+    """Clamp `values` so that a sum of `num_terms` of them stays in the range of `dtype`.
 
-    inf and NaN stay what they are: by them DeepSpeed sees an overflow and skips the step.
+    inf and NaN are kept: they tell DeepSpeed about an overflow, so that it skips the step.
     """
     largest = torch.finfo(dtype).max / num_terms
     if largest >= torch.finfo(values.dtype).max:
@@ -95,16 +96,16 @@ def saturate(values: Tensor, dtype: torch.dtype, num_terms: int) -> Tensor:
 
 
 class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
-    """ZeRO stage 3 inside the shard group: parameters, gradients and optimizer states are sharded over it."""
+    """ZeRO stage 3 inside the shard group: shards parameters, gradients and optimizer states over it."""
 
     def take_over(self, reduction: ReplicaReduction) -> None:
-        """What __init__ would do, had this class been constructed."""
+        """Replaces __init__: DeepSpeed creates the parent class, and the engine then changes its class to this one."""
         self.hsdp_reduction = reduction
 
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: nn.Parameter) -> None:
-        """DeepSpeed's hook for one gradient of the backward: the bucket leaves when the next one doesn't fit.
+        """DeepSpeed's hook for one gradient in the backward.
 
-        Here it leaves when it is nearly full.
+        DeepSpeed reduces a bucket when the next gradient does not fit. Here a nearly full bucket is reduced, too.
         """
         super().reduce_independent_p_g_buckets_and_remove_grads(param)
         dtype = self.get_param_comm_dtype(param)
@@ -112,14 +113,15 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
             self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
 
     def partition_grads(self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]) -> list[Tensor]:
-        """DeepSpeed's hook for a bucket's reduced shards. In the last micro step they go across nodes first."""
+        """DeepSpeed's hook for a bucket's reduced shards. In the last micro step, first averages them across nodes."""
         parent = super().partition_grads
         if not self.is_gradient_accumulation_boundary():
             return parent(params_to_release, grad_partitions)
         params = list(params_to_release)  # the caller clears its list
         if self.micro_step_id > 0:
             for param, shard in zip(params, grad_partitions, strict=True):
-                # What the earlier micro steps summed up crosses with the last one, so it isn't added again.
+                # Send the sum of the earlier micro steps along with the last one, and clear it, so that it is not
+                # added twice.
                 earlier = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[param.ds_id]
                 shard.add_(earlier.narrow(0, 0, shard.numel()).to(shard.device))
                 earlier.zero_()
@@ -131,7 +133,7 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
         return []
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """DeepSpeed's end of a backward: the last bucket has started, so all can be waited for."""
+        """DeepSpeed's hook for the end of a backward. Waits for all buckets; the last one has been started by now."""
         super().independent_gradient_partition_epilogue()
         with get_accelerator().stream(self.reduce_and_partition_stream):
             self.hsdp_reduction.finish()
@@ -139,34 +141,34 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
             self.reduce_and_partition_stream.synchronize()
 
     def _get_norm_groups(self) -> list[Tensor]:
-        """DeepSpeed's norms for clipping, of each group of parameters."""
+        """DeepSpeed's gradient norm of each parameter group, for clipping."""
         return [self.hsdp_reduction.agreed(norm) for norm in super()._get_norm_groups()]
 
 
 class HsdpStages1And2(DeepSpeedZeroOptimizer):
-    """ZeRO stages 1 and 2 inside the shard group: optimizer states, and gradients, are sharded over it."""
+    """ZeRO stages 1 and 2 inside the shard group: shards optimizer states, and in stage 2 gradients, over it."""
 
     def take_over(self, reduction: ReplicaReduction) -> None:
-        """What __init__ would do, had this class been constructed."""
+        """Replaces __init__: DeepSpeed creates the parent class, and the engine then changes its class to this one."""
         self.hsdp_reduction = reduction
         self.hsdp_bucket: list[tuple[nn.Parameter, int, Tensor]] = []
 
     def copy_grads_in_partition(self, param: nn.Parameter, group_idx: int | None = None) -> None:
-        """DeepSpeed's hook for one reduced gradient of this rank's shard. In the last micro step it crosses nodes."""
+        """DeepSpeed's hook for one reduced gradient. In the last micro step, keeps it to be averaged across nodes."""
         if not self.is_gradient_accumulation_boundary():
             super().copy_grads_in_partition(param, group_idx)
             return
         group = self._get_param_group_idx(param) if group_idx is None else group_idx
-        # A copy, because the bucket is filled anew meanwhile.
+        # Copy the slice, because DeepSpeed refills the bucket in the meantime.
         self.hsdp_bucket.append((param, group, self._reduced_slice(param, group).clone()))
 
     def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
-        """DeepSpeed's reduction of a full bucket inside the shard group; what it leaves here then crosses nodes."""
+        """DeepSpeed's reduction of a bucket inside the shard group. Then starts to average it across nodes."""
         super().reduce_ipg_grads(comm_dtype)
         if not self.hsdp_bucket:
             return
         bucket, self.hsdp_bucket = self.hsdp_bucket, []
-        owners = [(param, group) for param, group, _ in bucket]  # the shards' memory is not to wait for the averages
+        owners = [(param, group) for param, group, _ in bucket]  # lets the shards be freed before the averages arrive
         with get_accelerator().stream(self._reduction_stream()):
             for param, group, shard in bucket:
                 self._take_earlier_micro_steps(param, group, shard)
@@ -176,36 +178,36 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
             )
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """DeepSpeed's end of a backward: start the last bucket, wait for all, then let it collect the gradients."""
+        """DeepSpeed's hook for the end of a backward. Starts the last bucket and waits for all of them first."""
         self.reduce_ipg_grads()
         with get_accelerator().stream(self._reduction_stream()):
             self.hsdp_reduction.finish()
         super().independent_gradient_partition_epilogue()
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:
-        """DeepSpeed's norm for clipping, over all parameters."""
+        """DeepSpeed's gradient norm over all parameters, for clipping."""
         return self.hsdp_reduction.agreed(super().scaled_global_norm(norm_type))
 
     def _reduction_stream(self) -> Any:
         return self.reduction_stream if self.overlap_comm else get_accelerator().current_stream()
 
     def _bounds(self, param: nn.Parameter, group: int) -> tuple[int, int]:
-        """First element and number of elements of `param` that lie in this rank's shard."""
+        """First element and number of elements of the part of `param` in this rank's shard."""
         rank, param_id = dist.get_rank(group=self.real_dp_process_group[group]), self.get_param_id(param)
         first = int(self.grad_start_offset[group][rank][param_id])
         at = int(self.grad_partition_insertion_offset[group][rank][param_id])
         return first, int(min(param.numel() - first, self.partition_size[group] - at))
 
     def _reduced_slice(self, param: nn.Parameter, group: int) -> Tensor:
-        """This rank's share of `param`'s gradient, reduced inside the shard group; a view of where DeepSpeed has it."""
+        """This rank's part of the gradient of `param`, reduced inside the shard group; a view of DeepSpeed's buffer."""
         first, size = self._bounds(param, group)
-        if self._use_compact_grad_partition_buffer(group):  # grad_accum_dtype fp32 of bf16 weights
+        if self._use_compact_grad_partition_buffer(group):  # bf16 weights with grad_accum_dtype fp32
             rank = dist.get_rank(group=self.real_dp_process_group[group])
             return self._get_compact_grad_partition_slice(group, rank, self.get_param_id(param), size)
         return self.get_gradient_for_reduction(param).view(-1)[first : first + size]
 
     def _take_earlier_micro_steps(self, param: nn.Parameter, group: int, shard: Tensor) -> None:
-        """Add what earlier micro steps summed up to `shard`, and clear it, so that it isn't added again."""
+        """Add the sum of earlier micro steps to `shard`, and clear it, so that it is not added twice."""
         if self._use_compact_grad_partition_buffer(group):
             return
         first, size = self._bounds(param, group)
@@ -213,7 +215,7 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
             self._wait_for_offload_copies()
             earlier = self.accumulated_grads_in_cpu.get(self.get_param_id(param)) if self.micro_step_id > 0 else None
             if self.low_precision_master_weights_and_grads:
-                first = 0  # the sums stand in the masters' gradient, which has this rank's share only
+                first = 0  # the sums are in the gradient of the master weights, which holds this rank's part only
         else:
             sums = self.all_grad_tensors.get(group)
             index = next(i for i, other in enumerate(self.params_in_partition[group]) if other is param)
@@ -225,7 +227,7 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
     def _put_away(self, averages: list[tuple[nn.Parameter, int, Tensor]]) -> None:
         for param, group, average in averages:
             if not self._use_compact_grad_partition_buffer(group):
-                # The bucket that held the gradient is long used again: a new one, of which only the slice is read.
+                # The bucket that held the gradient has been reused, so make a new one; only the slice is read.
                 gradient = self.get_gradient_for_reduction(param)
                 gradient.data = torch.zeros_like(gradient)
             self._reduced_slice(param, group).copy_(average.view(-1))
@@ -233,24 +235,24 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
 
 
 class HsdpEngine(deepspeed.DeepSpeedEngine):
-    """DeepSpeed's engine whose ZeRO optimizer shards over `groups.shard` and averages over `groups.replica`."""
+    """A DeepSpeed engine whose ZeRO optimizer shards over `groups.shard` and averages over `groups.replica`."""
 
     def __init__(self, groups: ShardGroups, reduction: ReplicaReduction, **arguments: Any) -> None:
         """Communicates over all ranks. `arguments` are DeepSpeedEngine's."""
-        # Past nn.Module's own __setattr__, which doesn't work before its __init__.
+        # Bypass nn.Module.__setattr__, which does not work before nn.Module.__init__.
         self.__dict__["hsdp_groups"], self.__dict__["hsdp_reduction"] = groups, reduction
         super().__init__(**arguments)
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
-        super()._configure_distributed_model(model)  # gives rank 0's weights to all ranks under stages 1 and 2
+        super()._configure_distributed_model(model)  # under stages 1 and 2, broadcasts rank 0's weights to all ranks
         self.seq_data_parallel_group = self.hsdp_groups.shard
         self.seq_dp_world_size = self.hsdp_groups.shard_size
         for parameter in model.parameters():
             if hasattr(parameter, "ds_tensor"):
-                self._equalise(parameter.ds_tensor)
+                self._equalize(parameter.ds_tensor)
 
-    def _equalise(self, shard: Tensor) -> None:
-        """Give all replicas the first one's shard; they have drawn it from one seed, perhaps on unlike devices."""
+    def _equalize(self, shard: Tensor) -> None:
+        """Copy the first replica's shard to all replicas. All use the same seed, but their devices may differ."""
         on_device = shard.data.to(self.device)
         dist.broadcast(on_device, dist.get_global_rank(self.hsdp_groups.replica, 0), group=self.hsdp_groups.replica)
         shard.data.copy_(on_device)
@@ -265,7 +267,7 @@ class HsdpEngine(deepspeed.DeepSpeedEngine):
 
     def _configure_checkpointing(self) -> None:
         super()._configure_checkpointing()
-        if self.hsdp_groups.replica_index > 0:  # replicas are equal, and one writes
+        if self.hsdp_groups.replica_index > 0:  # replicas are identical, so only the first one writes
             self.save_non_zero_checkpoint = self.save_zero_checkpoint = False
 
 
@@ -278,7 +280,7 @@ def initialize(
 ) -> HsdpEngine:
     """deepspeed.initialize for HSDP. Communicates; all ranks call it.
 
-    Under ZeRO stage 3 `model` was built under zero.Init with `data_parallel_group=groups.shard`.
+    For ZeRO stage 3, `model` must be built under zero.Init with `data_parallel_group=groups.shard`.
     """
     deepspeed.zero.partition_parameters.shutdown_init_context()
     engine = HsdpEngine(

@@ -1,6 +1,6 @@
-"""DhenConfig: what a DHEN is made of (paper section 2), as a transformers config.
+"""DhenConfig: the architecture of a DHEN model (paper section 2), as a transformers config.
 
-The words: M embeddings enter a layer, each of its interactions yields L (`num_embeddings`) of dimension D
+M embeddings enter a layer. Each of its interactions outputs L embeddings (`num_embeddings`) of dimension D
 (`embedding_dim`).
 """
 
@@ -12,7 +12,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
 from dhen.model.mlp import Activation
-from dhen.model.names import can_name_a_table, check_names, check_type
+from dhen.model.names import check_names, check_type, is_valid_table_name
 
 EnsembleKind = Literal["concat", "sum", "weighted_sum"]
 NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
@@ -24,8 +24,8 @@ Entries = list[str | dict[str, Any]] | str | None
 class SparseFeature:
     """A sparse feature and its table of `num_embeddings` rows.
 
-    pooling: a bag's embedding is the sum of w_i e_i over its ids; `mean` divides it by the number of ids. An empty bag
-    gives zeros.
+    pooling: `sum` adds w_i e_i over the ids in a bag; `mean` divides the sum by the number of ids. An empty bag gives
+    zeros.
     """
 
     name: str
@@ -33,11 +33,11 @@ class SparseFeature:
     pooling: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the feature: a table's name is also its key in the saved weights."""
-        if not can_name_a_table(self.name):
+        """Raises ValueError naming the feature. The name is also the table's key in the saved weights."""
+        if not is_valid_table_name(self.name):
             raise ValueError(
-                f"sparse feature {self.name!r} can't name a table: an empty name, a dot, and the names of torch "
-                f"modules' own attributes ('type', 'training', …) are not allowed. Rename the feature."
+                f"sparse feature {self.name!r}: the name is not allowed. It must not be empty, contain a dot, start "
+                f"with '__', or be the name of a module attribute ('type', 'training', …). Rename the feature."
             )
         if self.num_embeddings < 1:
             raise ValueError(f"sparse feature {self.name!r}: num_embeddings is {self.num_embeddings}. Use 1 or more.")
@@ -47,7 +47,7 @@ class SparseFeature:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One DHEN layer, with every choice made."""
+    """One DHEN layer, with all defaults filled in."""
 
     interactions: tuple[InteractionSpec, ...]
     ensemble: EnsembleKind
@@ -59,7 +59,7 @@ class LayerSpec:
 
 
 def _described(default: Any, help_text: str) -> Any:
-    """A dataclass field with a line of meaning; lists are copied for each config."""
+    """Return a dataclass field with help text. Lists are copied for each config."""
     metadata = {"help": help_text}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
@@ -68,10 +68,10 @@ def _described(default: Any, help_text: str) -> Any:
 
 @dataclass
 class DhenArchitecture:
-    """The architecture alone, without the data's features. Plain, so that a command line can be made of it."""
+    """The architecture without the data's features: a plain dataclass, from which a command line can be built."""
 
     embedding_dim: int = _described(16, "D, the dimension of every embedding.")
-    num_layers: int = _described(3, "Layers of the stack, where `layers` is not given.")
+    num_layers: int = _described(3, "Number of layers, unless `layers` is given.")
     interactions: Entries = _described(
         ["advanced_dlrm", "linear"],
         "Interactions of each layer: kinds, or objects {kind, num_embeddings, …options}. As text: JSON, or kinds "
@@ -79,26 +79,27 @@ class DhenArchitecture:
     )
     layers: Entries = _described(
         None,
-        "One object a layer, {interactions, …}, which overrides num_layers and interactions; what an object leaves "
-        "out of ensemble, norm, norm_position, dropout, batch_norm, activation and num_embeddings_out is as below. "
-        "As text: JSON.",
+        "One object per layer, {interactions, …}. Replaces num_layers. An object may override interactions, ensemble, "
+        "norm, norm_position, dropout, batch_norm, activation and num_embeddings_out for its layer. As text: JSON.",
     )
-    num_embeddings_out: int = _described(16, "L, the embeddings that an interaction yields unless its entry says.")
-    ensemble: EnsembleKind = _described("concat", "How a layer joins its interactions' embeddings (eq. 2).")
+    num_embeddings_out: int = _described(
+        16, "L, the number of embeddings that an interaction outputs, unless its entry sets it."
+    )
+    ensemble: EnsembleKind = _described("concat", "How a layer joins the outputs of its interactions (eq. 1).")
     norm: NormKind = _described("layer_norm", "Norm of eq. 1: layer_norm and rms_norm over D, batch_norm over M*D.")
     norm_position: NormPosition = _described(
         "post",
-        "Where it stands: post = Norm(Ensemble + ShortCut) as eq. 1; pre = before the interactions, with one more "
-        "after the last layer; inner = Norm(Ensemble) + ShortCut.",
+        "Where the norm is applied: post = Norm(Ensemble + ShortCut), as in eq. 1; pre = before the interactions, and "
+        "once more after the last layer; inner = Norm(Ensemble) + ShortCut.",
     )
-    dropout: float = _described(0.0, "Share of a layer's ensemble output that training drops.")
+    dropout: float = _described(0.0, "Dropout rate on the output of each layer's ensemble.")
     dense_mlp: list[int] = _described([64], "Hidden sizes of the dense features' MLP.")
-    num_dense_embeddings: int = _described(1, "Embeddings that the dense features' MLP yields.")
-    head_mlp: list[int] = _described([64], "Hidden sizes of the head.")
-    batch_norm: bool = _described(False, "Batch norm in the MLPs of the interactions and of the head.")
+    num_dense_embeddings: int = _described(1, "Number of embeddings that the dense features' MLP outputs.")
+    head_mlp: list[int] = _described([64], "Hidden sizes of the head's MLP.")
+    batch_norm: bool = _described(False, "Use batch norm in the MLPs of the interactions and the head.")
     activation: Activation = _described("relu", "Activation of all MLPs.")
     embedding_init_std: float | None = _described(
-        None, "Tables start as normal numbers of this deviation; None: uniform within 1/sqrt(rows)."
+        None, "Standard deviation of the tables' normal initialization. None: uniform within +-1/sqrt(rows)."
     )
 
 
@@ -115,7 +116,7 @@ _LAYER_KEYS = (
 
 _DATA_FIELDS = {"num_dense_features": int, "sparse_features": list[dict[str, Any]]}
 
-# What PreTrainedConfig takes besides its fields; generation parameters are dropped by it from older files.
+# Keys that PreTrainedConfig accepts besides its fields. It drops the generation parameters in older files.
 _TRANSFORMERS_KEYS = {
     "attn_implementation",
     "auto_map",
@@ -129,9 +130,9 @@ _TRANSFORMERS_KEYS = {
 
 
 class DhenConfig(DhenArchitecture, PreTrainedConfig):
-    """All that a model needs to be built: the architecture, and the features of the data.
+    """Everything needed to build a model: the architecture and the features of the data.
 
-    Raises ValueError naming the field, its value and what is allowed; an unknown field is an error.
+    Raises ValueError naming the field, its value and what is allowed. An unknown field is an error.
 
     >>> config = DhenConfig(num_dense_features=13, sparse_features=[{"name": "site", "num_embeddings": 100}])
     >>> config.tables[0].pooling
@@ -144,14 +145,14 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
     sparse_features: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check keys and values. transformers keeps unknown keys in silence, so they are refused here."""
+        """Check keys and values. transformers silently keeps unknown keys, so they are rejected here."""
         extra = [key for key in kwargs if not key.startswith("_") and key not in _TRANSFORMERS_KEYS]
         own = [*(item.name for item in fields(DhenArchitecture)), *_DATA_FIELDS]
         generation = GenerationConfig().to_dict()
         if unknown := [key for key in extra if key not in generation]:
-            check_names("field of DhenConfig", unknown, own)
-        # Not by transformers' @strict: its errors are no ValueError, it takes no whole number for a float, and it reads
-        # the types from the parent's Field objects, where HfArgumentParser(DhenArchitecture) rewrites them.
+            check_names("DhenConfig field", unknown, own)
+        # transformers' @strict does not raise ValueError, rejects ints for float fields, and reads the types from the
+        # parent's Field objects, which HfArgumentParser(DhenArchitecture) rewrites.
         for name, annotation in (get_type_hints(DhenArchitecture) | _DATA_FIELDS).items():
             check_type(name, getattr(self, name), annotation)
         self.interactions = _entries("interactions", self.interactions)
@@ -161,17 +162,17 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
 
     @property
     def tables(self) -> tuple[SparseFeature, ...]:
-        """The sparse features, in the order of the data's."""
+        """The sparse features, in the order of the data."""
         return tuple(_sparse_feature(entry) for entry in self.sparse_features)
 
     @property
     def num_input_embeddings(self) -> int:
-        """M of x0: sparse features, and the embeddings of the dense ones where there are any."""
+        """M of x0: the number of sparse features, plus num_dense_embeddings if there are dense features."""
         return len(self.sparse_features) + (self.num_dense_embeddings if self.num_dense_features else 0)
 
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
-        """Each layer of the stack, input first, defaults filled in. Raises ValueError naming the layer."""
+        """All layers, from the input up, with defaults filled in. Raises ValueError naming the layer."""
         if self.layers is None:
             return (self._layer_spec({}, "interactions"),) * self.num_layers
         return tuple(self._layer_spec(entry, f"layers[{i}]") for i, entry in enumerate(self.layers))
@@ -180,7 +181,7 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         if not isinstance(entry, dict):
             raise ValueError(f"{where}: expected an object like {{'interactions': ['linear']}}, got {entry!r}.")
         try:
-            check_names("key of a layer:", entry, _LAYER_KEYS)
+            check_names("layer key", entry, _LAYER_KEYS)
             settings = {key: entry.get(key, getattr(self, key)) for key in _LAYER_KEYS}
             _check_layer_settings(settings)
             entries = _entries("interactions", settings.pop("interactions"))
@@ -191,9 +192,8 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
             sizes = {spec.num_embeddings for spec in specs}
             if settings["ensemble"] != "concat" and len(sizes) > 1:
                 raise ValueError(
-                    f"ensemble {settings['ensemble']!r} adds its interactions, but they yield "
-                    f"{[spec.num_embeddings for spec in specs]} embeddings. Give them one num_embeddings, or use "
-                    f"'concat'."
+                    f"ensemble {settings['ensemble']!r} adds the outputs of the interactions, but their num_embeddings "
+                    f"are {[spec.num_embeddings for spec in specs]}. Make them equal, or use 'concat'."
                 )
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
@@ -211,7 +211,7 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
             raise ValueError(f"embedding_init_std is {self.embedding_init_std}. Use 0 or more, or None.")
         names = [table.name for table in self.tables]
         if repeated := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"sparse_features: {sorted(repeated)} appear more than once. Names must differ.")
+            raise ValueError(f"sparse_features: {sorted(repeated)} appear more than once. Use each name once.")
         if self.layers is not None and not self.layers:
             raise ValueError("layers is empty. Give at least one layer, or None to use num_layers and interactions.")
         specs = self.layer_specs
@@ -219,12 +219,12 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         if self.num_dense_features and not self.num_dense_embeddings and not uses_dense:
             raise ValueError(
                 f"num_dense_embeddings is 0 and no interaction has use_dense, so the {self.num_dense_features} dense "
-                f"features would be ignored. Set one of them, or num_dense_features to 0."
+                f"features would be ignored. Set either one, or set num_dense_features to 0."
             )
 
 
 def _entries(name: str, value: Entries) -> list[str | dict[str, Any]]:
-    """A list from a list, from JSON text, or from kinds separated by commas."""
+    """Return a list, given a list, JSON text, or kinds separated by commas."""
     if isinstance(value, str):
         text = value.strip()
         if not text.startswith(("[", "{")):
@@ -232,26 +232,26 @@ def _entries(name: str, value: Entries) -> list[str | dict[str, Any]]:
         try:
             value = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is not JSON: {error}. The text is {text!r}.") from error
+            raise ValueError(f"{name} is not valid JSON: {error}. The text is {text!r}.") from error
         value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {value!r}. Give a list.")
+        raise ValueError(f"{name} is {value!r}. Use a list.")
     return value
 
 
 def _interaction_specs(entry: str | dict[str, Any], default_size: int) -> list[InteractionSpec]:
-    """An interaction's entry, or a preset's name, as specs. Raises ValueError naming the kind or option."""
+    """Return the specs for an interaction's entry or a preset's name. Raises ValueError naming the kind or option."""
     if isinstance(entry, str):
         entry = {"kind": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-        raise ValueError(f"an interaction is a kind or an object with 'kind', not {entry!r}.")
+        raise ValueError(f"an interaction must be a kind or an object with 'kind', got {entry!r}.")
     options = {key: value for key, value in entry.items() if key not in ("kind", "num_embeddings")}
     size = entry.get("num_embeddings", default_size)
     check_type(f"interaction {entry['kind']!r}: num_embeddings", size, int)
     kinds = PRESETS.get(entry["kind"])
     if kinds and options:
         raise ValueError(
-            f"preset {entry['kind']!r} takes no options. Write out its interactions, {list(kinds)}, with theirs."
+            f"preset {entry['kind']!r} takes no options. To set options, list its interactions instead: {list(kinds)}."
         )
     specs = [InteractionSpec(kind, size, options) for kind in kinds or (entry["kind"],)]
     for spec in specs:
@@ -261,20 +261,20 @@ def _interaction_specs(entry: str | dict[str, Any], default_size: int) -> list[I
 
 def _sparse_feature(entry: dict[str, Any]) -> SparseFeature:
     allowed = [item.name for item in fields(SparseFeature)]
-    check_names("key of sparse_features:", entry, allowed)
+    check_names("sparse_features key", entry, allowed)
     for key in ("name", "num_embeddings"):
         if key not in entry:
-            raise ValueError(f"sparse_features: {entry!r} has no {key!r}.")
+            raise ValueError(f"sparse_features: {entry!r} has no {key!r}. Add it.")
     return SparseFeature(**entry)
 
 
 def _check_layer_settings(settings: dict[str, Any]) -> None:
-    """Raise ValueError naming the key of one layer's settings whose value is wrong."""
+    """Raise ValueError naming the first layer setting with a wrong value."""
     for key, annotation in get_type_hints(DhenArchitecture).items():
         if key in settings:
             check_type(key, settings[key], annotation)
     if not 0 <= settings["dropout"] < 1:
-        raise ValueError(f"dropout is {settings['dropout']}. Use a share from 0 up to, but not including, 1.")
+        raise ValueError(f"dropout is {settings['dropout']}. Use a value from 0 up to, but not including, 1.")
     _at_least("num_embeddings_out", settings["num_embeddings_out"], 1)
 
 

@@ -1,4 +1,4 @@
-"""Feature processing (paper 2.1): dense features and looked-up embeddings become x0_BMD.
+"""Feature processing (paper 2.1): turns dense features and looked-up embeddings into x0_BMD.
 
 Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding dimension.
 """
@@ -16,12 +16,12 @@ from dhen.model.mlp import MLP
 
 @dataclass(frozen=True)
 class SparseIds:
-    """The sparse features of a batch: F x B bags of ids, feature by feature, within a feature row by row.
+    """The sparse features of a batch: F x B bags of ids, ordered by feature, then by example.
 
-    ids: int64, (sum of lengths,), each id a row of its feature's table.
+    ids: int64, (sum of lengths,). Each id is a row of its feature's table.
     num_features: F.
-    lengths_FB: int64, how many ids each bag holds; None where every bag holds exactly one, and then ids has F * B.
-    weights: float32, one an id, or None for weight 1.
+    lengths_FB: int64, number of ids in each bag. None: every bag holds exactly one id, so there are F * B ids.
+    weights: float32, one per id. None: every weight is 1.
     """
 
     ids: Tensor
@@ -37,7 +37,7 @@ class SparseIds:
         return self.ids.numel() // self.num_features if self.num_features else 0
 
     def select(self, features: Sequence[int]) -> "SparseIds":
-        """The bags of some features, in that order."""
+        """Return the bags of the given features, in the given order."""
         if list(features) == list(range(self.num_features)):
             return self
         if self.lengths_FB is None:
@@ -50,7 +50,7 @@ class SparseIds:
         return SparseIds(ids, len(features), self.lengths_FB[features], weights)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SparseIds":
-        """The same bags on `device`."""
+        """Return the same bags on `device`."""
 
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
@@ -61,14 +61,14 @@ class SparseIds:
 def init_table(
     name: str, num_embeddings: int, embedding_dim: int, columns: range, seed: int, std: float | None = None
 ) -> Tensor:
-    """Initial values of some columns of a table: float32, (num_embeddings, len(columns)), on the CPU.
+    """Return the initial values of some columns of a table: float32, (num_embeddings, len(columns)), on the CPU.
 
-    Each column has a generator of its own, seeded by (seed, name, column), so any cut by columns and any placement give
-    the same numbers. std None: uniform within +-1/sqrt(num_embeddings); else normal with mean 0 and that deviation.
-    Raises ValueError if a column is outside the table.
+    Each column has its own generator, seeded with (seed, name, column), so the values do not depend on how the table
+    is sharded or placed. std None: uniform within +-1/sqrt(num_embeddings). Otherwise: normal with mean 0 and standard
+    deviation std. Raises ValueError if a column is outside the table.
     """
     if any(column not in range(embedding_dim) for column in columns):
-        raise ValueError(f"table {name!r} has columns 0 to {embedding_dim - 1}, not all of {columns}.")
+        raise ValueError(f"table {name!r} has columns 0 to {embedding_dim - 1}, but columns is {columns}.")
     table = torch.empty(num_embeddings, len(columns), dtype=torch.float32, device="cpu")
     values = torch.empty(num_embeddings, dtype=torch.float32, device="cpu")
     bound = num_embeddings**-0.5
@@ -84,7 +84,7 @@ def init_table(
 
 
 class PlainTable(nn.Module):
-    """One unsharded table: bags of ids to one embedding each.
+    """One unsharded table. It maps each bag of ids to one embedding.
 
     >>> table = PlainTable(SparseFeature("site", 10), embedding_dim=4, seed=0, std=None)
     >>> table(torch.tensor([3, 4, 4]), torch.tensor([2, 0, 1]), None).shape
@@ -92,7 +92,7 @@ class PlainTable(nn.Module):
     """
 
     def __init__(self, feature: SparseFeature, embedding_dim: int, seed: int, std: float | None) -> None:
-        """Values come from `init_table`; on the meta device there are none, until weights are loaded."""
+        """Initialize with `init_table`. On the meta device there are no values until weights are loaded."""
         super().__init__()
         self.feature = feature
         self.seed = seed
@@ -101,7 +101,7 @@ class PlainTable(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the initial values again."""
+        """Restore the initial values."""
         if self.weight.is_meta:
             return
         rows, dim = self.weight.shape
@@ -109,7 +109,7 @@ class PlainTable(nn.Module):
             self.weight.copy_(init_table(self.feature.name, rows, dim, range(dim), self.seed, self.std))
 
     def forward(self, ids: Tensor, lengths_B: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Pool each bag: (B, D). lengths_B None: one id a bag."""
+        """Pool each bag and return (B, D). lengths_B None: one id per bag."""
         if lengths_B is None:
             pooled_BD = nn.functional.embedding(ids, self.weight)
             return pooled_BD if weights is None else pooled_BD * weights.to(pooled_BD.dtype).unsqueeze(1)
@@ -134,9 +134,9 @@ class PlainTables(nn.Module):
     """
 
     def __init__(self, config: DhenConfig, seed: int, names: Collection[str] | None = None) -> None:
-        """One table a sparse feature of `config`, initialised from `seed`, whatever torch's own random state.
+        """One table per sparse feature of `config`. Initial values depend on `seed`, not on torch's random state.
 
-        names: only the tables of these features.
+        names: create only the tables of these features.
         """
         super().__init__()
         self.embedding_dim = config.embedding_dim
@@ -148,13 +148,15 @@ class PlainTables(nn.Module):
             )
 
     def forward(self, sparse: SparseIds) -> Tensor:
-        """Look up and pool: embeddings_BFD, float32 (float64 from float64 tables).
+        """Look up and pool. Returns embeddings_BFD, float32 (float64 for float64 tables).
 
-        Raises ValueError if the ids are of another number of features than the tables.
+        Raises ValueError if `sparse` does not have one feature per table.
         """
         tables = list(self.children())
         if sparse.num_features != len(tables):
-            raise ValueError(f"the ids are of {sparse.num_features} sparse features, but the model has {len(tables)}.")
+            raise ValueError(
+                f"sparse has ids for {sparse.num_features} features, but the model has {len(tables)} tables."
+            )
         if not tables:
             return torch.empty(sparse.batch_size, 0, self.embedding_dim, device=sparse.ids.device)
         pooled = [table(*bags) for table, bags in zip(tables, _bags_by_feature(sparse), strict=True)]
@@ -163,7 +165,7 @@ class PlainTables(nn.Module):
 
 
 def _bags_by_feature(sparse: SparseIds) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """(ids, lengths_B, weights) of each feature."""
+    """Return (ids, lengths_B, weights) of each feature."""
     count = sparse.num_features
     if sparse.lengths_FB is None:
         sizes, lengths = [sparse.batch_size] * count, [None] * count
@@ -175,9 +177,9 @@ def _bags_by_feature(sparse: SparseIds) -> list[tuple[Tensor, Tensor | None, Ten
 
 
 class FeatureProcessing(nn.Module):
-    """x0_BMD: the sparse features' embeddings, then those that an MLP makes of the dense features (paper 2.1).
+    """Computes x0_BMD: the sparse features' embeddings, then those of the dense features, which an MLP computes.
 
-    M is F + num_dense_embeddings, or F where there are no dense features.
+    M is F + num_dense_embeddings, or F if there are no dense features.
 
     >>> features = FeatureProcessing(DhenConfig(embedding_dim=4, num_dense_features=13, num_dense_embeddings=2))
     >>> features(torch.empty(5, 0, 4), torch.ones(5, 13)).shape
@@ -185,7 +187,7 @@ class FeatureProcessing(nn.Module):
     """
 
     def __init__(self, config: DhenConfig) -> None:
-        """The dense MLP has the hidden sizes `dense_mlp` of the config."""
+        """The dense MLP has the hidden sizes `config.dense_mlp`."""
         super().__init__()
         self.shape = (config.num_dense_embeddings, config.embedding_dim)
         width = config.num_dense_embeddings * config.embedding_dim
@@ -195,7 +197,7 @@ class FeatureProcessing(nn.Module):
         )
 
     def forward(self, embeddings_BFD: Tensor | Callable[[], Tensor], dense_BN: Tensor) -> Tensor:
-        """Return x0_BMD. Embeddings that are still on their way, as a function, are asked for after the dense MLP."""
+        """Return x0_BMD. If embeddings_BFD is a function, it is called after the dense MLP has run."""
         dense_BMD = None if self.dense_mlp is None else self.dense_mlp(dense_BN).unflatten(1, self.shape)
         if callable(embeddings_BFD):
             embeddings_BFD = embeddings_BFD()

@@ -14,26 +14,28 @@ from dhen.model.mlp import BatchNorm
 
 
 class Ensemble(nn.Module):
-    """Joins the interactions' embeddings (eq. 2): one after the other along M, or added, or added with learned weights.
+    """Joins the interactions' outputs (eq. 1): concatenates them along M, or sums them, optionally weighted.
 
-    The learned weights are one number an interaction, and start at 1.
+    `weighted_sum` learns one weight per interaction. All weights start at 1.
 
     >>> Ensemble("concat", [3, 2])([torch.ones(5, 3, 4), torch.ones(5, 2, 4)]).shape
     torch.Size([5, 5, 4])
     """
 
     def __init__(self, kind: EnsembleKind, sizes: Sequence[int]) -> None:
-        """sizes: L of each interaction. Raises ValueError if the sums' sizes differ."""
+        """sizes: L of each interaction. Raises ValueError if a sum gets different sizes."""
         super().__init__()
         if kind != "concat" and len(set(sizes)) > 1:
-            raise ValueError(f"ensemble {kind!r} needs interactions of equal num_embeddings, not {list(sizes)}.")
+            raise ValueError(
+                f"ensemble {kind!r} needs the same num_embeddings from every interaction, but got {list(sizes)}."
+            )
         self.kind = kind
         self.num_outputs = sum(sizes) if kind == "concat" else sizes[0]
         self.weight = nn.Parameter(torch.empty(len(sizes))) if kind == "weighted_sum" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the learned weights, where there are any, to 1."""
+        """Set the learned weights, if any, to 1."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
 
@@ -50,14 +52,14 @@ class Ensemble(nn.Module):
 
 
 class ShortCut(nn.Module):
-    """X itself where the ensemble yields as many embeddings, else W X with W in R^(L x M) (eq. 2).
+    """X itself if the ensemble outputs M embeddings, otherwise W X with W in R^(L x M) (eq. 2).
 
     >>> ShortCut(5, 3)(torch.ones(2, 5, 4)).shape
     torch.Size([2, 3, 4])
     """
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
-        """num_inputs: M. num_outputs: of the ensemble."""
+        """num_inputs: M. num_outputs: number of embeddings that the ensemble outputs."""
         super().__init__()
         self.mix = None if num_inputs == num_outputs else MixEmbeddings(num_inputs, num_outputs)
 
@@ -67,7 +69,7 @@ class ShortCut(nn.Module):
 
 
 class FlatBatchNorm(nn.Module):
-    """Batch norm of embeddings: each of the M * D numbers by its own mean and variance over the batch.
+    """Batch norm of embeddings: each of the M * D values has its own mean and variance over the batch.
 
     >>> FlatBatchNorm(5, 4)(torch.ones(2, 5, 4)).shape
     torch.Size([2, 5, 4])
@@ -84,17 +86,17 @@ class FlatBatchNorm(nn.Module):
 
 
 def make_norm(kind: NormKind, num_embeddings: int, embedding_dim: int) -> nn.Module:
-    """The Norm of eq. 1 over (B, num_embeddings, embedding_dim)."""
+    """Return the Norm of eq. 1 for tensors of shape (B, num_embeddings, embedding_dim)."""
     if kind == "batch_norm":
         return FlatBatchNorm(num_embeddings, embedding_dim)
     return {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm, "none": nn.Identity}[kind](embedding_dim)
 
 
 class DhenLayer(nn.Module):
-    """Norm(Ensemble(Interactions(X)) + ShortCut(X)) (eq. 1, 2), with dropout on the ensemble's output.
+    """Norm(Ensemble(Interactions(X)) + ShortCut(X)) (eq. 1 and 2), with dropout on the ensemble's output.
 
-    Norm's place is the spec's `norm_position`: "post" as above; "pre": Ensemble(Interactions(Norm(X))) + ShortCut(X);
-    "inner": Norm(Ensemble(Interactions(X))) + ShortCut(X).
+    The formula above is `norm_position` "post". "pre" is Ensemble(Interactions(Norm(X))) + ShortCut(X), and "inner" is
+    Norm(Ensemble(Interactions(X))) + ShortCut(X).
 
     >>> from dhen.model.configuration_dhen import DhenConfig
     >>> config = DhenConfig(num_dense_features=1, interactions=["linear"], num_embeddings_out=3)
@@ -104,7 +106,7 @@ class DhenLayer(nn.Module):
     """
 
     def __init__(self, spec: LayerSpec, num_inputs: int, embedding_dim: int, num_dense_features: int = 0) -> None:
-        """Raises ValueError naming the interaction whose options don't fit the shapes."""
+        """Raises ValueError naming the interaction whose options do not fit the shapes."""
         super().__init__()
         self.norm_position = spec.norm_position
         self.interactions = nn.ModuleList(

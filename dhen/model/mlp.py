@@ -1,4 +1,4 @@
-"""The multi-layer perceptron that the dense features, the interactions and the head share.
+"""The multi-layer perceptron used for the dense features, the interactions and the head.
 
 Shapes: B batch.
 """
@@ -23,15 +23,15 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def activation_module(name: Activation) -> nn.Module:
-    """The activation called `name`. Raises ValueError with the nearest right name."""
+    """Return the module of an activation. Raises ValueError with the nearest valid name."""
     check_names("activation", [name], get_args(Activation))
     return _ACTIVATIONS[name]()
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of (B, width) whose training also takes batches of one row, or of none.
+    """Batch normalization of (B, width) that can also train on batches of one row or none.
 
-    Such a batch has no variance, so it is normalised by the running statistics and leaves them as they are.
+    Such a batch has no variance. It is normalized with the running statistics and does not update them.
 
     >>> import torch
     >>> BatchNorm(3).train()(torch.ones(1, 3)).shape
@@ -39,7 +39,7 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each of the width columns over the batch. Statistics are kept and used in float32 at least."""
+        """Normalize each column over the batch. Statistics are stored and applied in float32 or wider."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.running_mean, self.running_var = self.running_mean.to(dtype), self.running_var.to(dtype)
         updates = self.training and x.shape[0] > 1
@@ -58,7 +58,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class MLP(nn.Sequential):
-    """Hidden layers act(BatchNorm(W x + b)), without BatchNorm by default, then a last linear layer.
+    """Hidden layers act(BatchNorm(W x + b)), with BatchNorm off by default, then a final linear layer.
 
     >>> import torch
     >>> MLP(8, [16, 16], 4)(torch.ones(2, 8)).shape
@@ -73,7 +73,7 @@ class MLP(nn.Sequential):
         activation: Activation = "relu",
         batch_norm: bool = False,
     ) -> None:
-        """Map (B, in_features) to (B, out_features) through layers of the `hidden` sizes; [] is one linear layer."""
+        """Map (B, in_features) to (B, out_features). `hidden` lists the hidden sizes; [] gives one linear layer."""
         steps: list[nn.Module] = []
         for size in hidden:
             steps.append(nn.Linear(in_features, size))

@@ -20,25 +20,25 @@ from dhen.model.mlp import MLP
 
 @dataclass
 class DhenModelOutput(ModelOutput):
-    """last_hidden_state: x_BMD, the embeddings that the last layer yields."""
+    """last_hidden_state: x_BMD, the output of the last layer."""
 
     last_hidden_state: Tensor | None = None
 
 
 @dataclass
 class DhenOutput(ModelOutput):
-    """loss: mean binary cross entropy over the batch, where labels were given. logits: (B,), of the click."""
+    """loss: mean binary cross entropy over the batch, None without labels. logits: (B,), one per example."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
 
 
 class DhenPreTrainedModel(PreTrainedModel):
-    """How DHEN's weights start, and how they are saved and loaded.
+    """Initializes, saves and loads DHEN's weights.
 
-    Every module sets its own values as it is built, by torch's global random state. So nothing is left to do
-    afterwards, when ZeRO-3 may have cut the parameters already. from_pretrained builds on the meta device, and then
-    `_init_weights` gives values to what the file doesn't hold.
+    Every module initializes its own weights when it is built, from torch's global random state. Nothing is left to
+    initialize afterwards, when ZeRO-3 may already have partitioned the parameters. from_pretrained builds the model on
+    the meta device, and `_init_weights` then initializes the weights that the file does not contain.
     """
 
     config_class = DhenConfig
@@ -46,18 +46,18 @@ class DhenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
-        """transformers' from_pretrained, after which the weights lie as those of a model just built."""
+        """Load with transformers' from_pretrained, then align the weights in memory like those of a new model."""
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         for tensor in [*model.parameters(), *model.buffers()]:
-            # On CPU they are views into the mapped file, at any address; off a cache line some kernels sum in another
-            # order, so that the same weights would give logits that differ in the last bit.
+            # On CPU the weights are views into the memory-mapped file, at arbitrary addresses. Some kernels sum
+            # unaligned data in a different order, so the same weights would give logits that differ in the last bit.
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
         return result
 
     def init_weights(self) -> None:
-        """Do nothing: transformers calls this at the end of construction."""
+        """Do nothing. transformers calls this at the end of construction."""
 
     def _init_weights(self, module: nn.Module) -> None:
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -74,13 +74,13 @@ class DhenModel(DhenPreTrainedModel):
     """
 
     def __init__(self, config: DhenConfig) -> None:
-        """Raises ValueError if there is no feature, or a layer's options don't fit its shapes."""
+        """Raises ValueError if there are no features, or if a layer's options do not fit its shapes."""
         super().__init__(config)
         num_embeddings = config.num_input_embeddings
         if num_embeddings == 0:
             raise ValueError(
-                "there is nothing to learn from: no sparse_features, and no embeddings of dense features "
-                f"(num_dense_features {config.num_dense_features}, num_dense_embeddings {config.num_dense_embeddings})."
+                f"the model has no input: sparse_features is empty, num_dense_features is {config.num_dense_features} "
+                f"and num_dense_embeddings is {config.num_dense_embeddings}. Add sparse features or dense features."
             )
         self.features = FeatureProcessing(config)
         self.layers = nn.ModuleList()
@@ -93,16 +93,16 @@ class DhenModel(DhenPreTrainedModel):
             self.layers.append(layer)
             num_embeddings = layer.num_outputs
         self.num_embeddings = num_embeddings
-        # Norm before each layer leaves the last layer's sum without one.
+        # With the norm before each layer, the last layer's output has not been normalized.
         is_pre = specs[-1].norm_position == "pre"
         self.norm = make_norm(specs[-1].norm, num_embeddings, config.embedding_dim) if is_pre else None
         self.post_init()
 
     def forward(self, inputs_embeds: Tensor | Callable[[], Tensor], dense: Tensor | None = None) -> DhenModelOutput:
-        """inputs_embeds: (B, F, D), looked-up embeddings, or a function that waits for them. dense: (B, N), or None
-        where N is 0.
+        """inputs_embeds: looked-up embeddings, (B, F, D), or a function that waits for them and returns them.
+        dense: (B, N), or None if N is 0.
 
-        Raises ValueError naming the argument whose shape doesn't fit the config.
+        Raises ValueError naming the argument whose shape does not match the config.
         """
         shape = (len(self.config.sparse_features), self.config.embedding_dim)
         if dense is None:
@@ -121,7 +121,7 @@ class DhenModel(DhenPreTrainedModel):
 
 
 class DhenForClickPrediction(DhenPreTrainedModel):
-    """The whole model: tables, trunk, and a head that makes one logit of the last layer's embeddings.
+    """The complete model: tables, trunk, and a head that maps the last layer's embeddings to one logit.
 
     >>> config = DhenConfig(sparse_features=[{"name": "site", "num_embeddings": 10}], interactions=["linear"])
     >>> model = DhenForClickPrediction(config)
@@ -132,10 +132,10 @@ class DhenForClickPrediction(DhenPreTrainedModel):
     def __init__(
         self, config: DhenConfig, with_tables: bool | Collection[str] = True, table_seed: int | None = None
     ) -> None:
-        """with_tables False: the looked-up embeddings are passed in, from tables that live elsewhere; names: of all but
-        these features.
+        """with_tables: True to hold all tables, False if the tables live elsewhere and forward gets their embeddings,
+        or the names of the features whose tables this model holds.
 
-        table_seed: of `init_table`; None: the seed that torch.manual_seed was last given.
+        table_seed: seed for `init_table`. None: the seed last passed to torch.manual_seed.
         """
         super().__init__(config)
         names = [table.name for table in config.tables]
@@ -161,11 +161,12 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         labels: Tensor | None = None,
         inputs_embeds: Tensor | Callable[[], Tensor] | None = None,
     ) -> DhenOutput:
-        """Predict clicks. Floating inputs are cast to the weights' dtype; logits_B are float32 (float64 from float64).
+        """Predict clicks. Inputs are cast to the weights' dtype. Logits are float32 (float64 for float64 weights).
 
-        Either sparse or inputs_embeds (B, F, D), or a function that waits for them, gives the sparse features; neither
-        where there are none, and both where only some tables are this model's. dense: (B, N).
-        labels: (B,), 0 or 1, for the loss, which is 0 for a batch of no rows. Raises ValueError naming the argument.
+        Pass the sparse features as `sparse` or, already looked up, as `inputs_embeds`: (B, F, D), or a function that
+        waits for them and returns them. Pass both if this model holds only some of the tables, neither if there are
+        no sparse features. dense: (B, N). labels: (B,), 0 or 1, used for the loss; an empty batch has loss 0.
+        Raises ValueError naming the argument.
         """
         if inputs_embeds is None:
             inputs_embeds = self._look_up(sparse, dense)
@@ -178,15 +179,17 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         logits_B = logits_B.to(torch.promote_types(logits_B.dtype, torch.float32))
         loss = None
         if labels is not None:
-            # The mean, written so that no rows give 0 and not nan: a gradient must come of every batch.
+            # The mean, but 0 instead of NaN for an empty batch: every batch must produce a gradient.
             total = nn.functional.binary_cross_entropy_with_logits(logits_B, labels.to(logits_B.dtype), reduction="sum")
             loss = total / max(labels.shape[0], 1)
         return DhenOutput(loss=loss, logits=logits_B)
 
     def _join(self, inputs_embeds: Tensor | Callable[[], Tensor], sparse: SparseIds | None) -> Callable[[], Tensor]:
-        """embeddings_BFD of both, in the features' order, once those that are passed in have come."""
+        """Return a function that waits for `inputs_embeds` and returns the embeddings_BFD of all features in order."""
         if sparse is None:
-            raise ValueError("some of the tables are this model's: pass their sparse beside inputs_embeds.")
+            raise ValueError(
+                "this model holds some of the tables, so forward needs sparse in addition to inputs_embeds. Pass both."
+            )
         own_BFD = self.tables(sparse)
 
         def join() -> Tensor:
@@ -196,7 +199,7 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         return join
 
     def _look_up(self, sparse: SparseIds | None, dense: Tensor | None) -> Tensor:
-        """embeddings_BFD of `sparse`, (B, 0, D) where the config has no sparse features."""
+        """Return embeddings_BFD of `sparse`, or (B, 0, D) if the config has no sparse features."""
         if not self.config.sparse_features and dense is not None:
             return dense.new_empty(dense.shape[0], 0, self.config.embedding_dim)
         if self.tables is None:
@@ -208,7 +211,8 @@ class DhenForClickPrediction(DhenPreTrainedModel):
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape[1:]) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this model's is (batch, {str(shape)[1:]}.")
+        expected = ", ".join(["batch", *map(str, shape)])
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the model expects ({expected}).")
 
 
 AutoModel.register(DhenConfig, DhenForClickPrediction)

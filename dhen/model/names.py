@@ -1,4 +1,4 @@
-"""Checks of the names and values that users write: an error says the nearest right name, or the right type."""
+"""Checks on the names and values that users write. Errors suggest the nearest valid name or the expected type."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -6,55 +6,55 @@ from typing import Any, Literal, get_args, get_origin
 
 from huggingface_hub.dataclasses import type_validator
 
-_OF_TORCH_MODULES = frozenset(
+_RESERVED_NAMES = frozenset(
     """
     T_destination _apply _backward_hooks _backward_pre_hooks _buffers _call_impl _compiled_call_impl _forward_hooks
     _forward_hooks_always_called _forward_hooks_with_kwargs _forward_pre_hooks _forward_pre_hooks_with_kwargs
     _get_backward_hooks _get_backward_pre_hooks _get_name _is_full_backward_hook _load_from_state_dict
-    _load_state_dict_post_hooks _load_state_dict_pre_hooks _maybe_warn_non_full_backward_hook _modules
-    _named_members _non_persistent_buffers_set _parameters _register_load_state_dict_pre_hook
-    _register_state_dict_hook _replicate_for_data_parallel _save_to_state_dict _slow_forward _state_dict_hooks
-    _state_dict_pre_hooks _version _wrapped_call_impl add_module apply bfloat16 buffers call_super_init children
-    compile cpu cuda double dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter
-    get_submodule half ipu load_state_dict modules mtia named_buffers named_children named_modules named_parameters
-    parameters register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
-    register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
-    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
-    register_state_dict_pre_hook requires_grad_ set_extra_state set_submodule share_memory state_dict to to_empty
-    train training type xpu zero_grad
+    _load_state_dict_post_hooks _load_state_dict_pre_hooks _maybe_warn_non_full_backward_hook _modules _named_members
+    _non_persistent_buffers_set _parameters _register_load_state_dict_pre_hook _register_state_dict_hook
+    _replicate_for_data_parallel _save_to_state_dict _slow_forward _state_dict_hooks _state_dict_pre_hooks _version
+    _wrapped_call_impl add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches
+    embedding_dim eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu
+    load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters
+    register_backward_hook register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+    register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+    register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+    set_submodule share_memory smart_apply state_dict to to_empty train training type xpu zero_grad
     """.split()  # noqa: SIM905
 )
-"""Attributes of torch.nn.Module, written out: the preparation of data checks names before it needs torch."""
+"""Attributes of torch.nn.Module (`smart_apply` is added by transformers) and of PlainTables (`embedding_dim`), written
+out so that data preparation can check names without importing torch."""
 
 
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
-    """A sentence for an error message.
+    """Return an error sentence that suggests the nearest allowed name and lists all of them.
 
     >>> unknown_name("interaction kind", "liner", ["deep_cross", "linear"])
     "unknown interaction kind 'liner'. Did you mean 'linear'? Allowed: deep_cross, linear."
     """
     names = sorted(allowed)
-    by_small_letters = {other.lower(): other for other in names}
-    nearest = get_close_matches(name.lower(), by_small_letters, n=1, cutoff=0.5)
-    hint = f" Did you mean {by_small_letters[nearest[0]]!r}?" if nearest else ""
+    by_lower_case = {other.lower(): other for other in names}
+    nearest = get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
+    hint = f" Did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
     return f"unknown {what} {name!r}.{hint} Allowed: {', '.join(names) or 'none'}."
 
 
 def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raise ValueError about the first of `names` that is not in `allowed`."""
+    """Raise ValueError for the first of `names` that is not in `allowed`."""
     allowed = set(allowed)
     for name in names:
         if name not in allowed:
             raise ValueError(unknown_name(what, name, allowed))
 
 
-def can_name_a_table(name: str) -> bool:
-    """Whether a feature may have this name: a table's is an attribute of a torch module, and a key of its weights."""
-    return bool(name) and "." not in name and not name.startswith("__") and name not in _OF_TORCH_MODULES
+def is_valid_table_name(name: str) -> bool:
+    """Whether a feature may have this name. Its table becomes an attribute of a torch module under the same name."""
+    return bool(name) and "." not in name and not name.startswith("__") and name not in _RESERVED_NAMES
 
 
 def check_type(what: str, value: Any, expected: Any) -> None:
-    """Raise ValueError if `value` isn't of the annotation `expected`. A whole number is a float, a bool isn't."""
+    """Raise ValueError if `value` does not match the annotation `expected`. Ints count as floats, bools do not."""
     if get_origin(expected) is Literal and isinstance(value, str):
         if value not in get_args(expected):
             raise ValueError(unknown_name(what, value, get_args(expected)))

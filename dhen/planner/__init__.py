@@ -1,1 +1,1 @@
-"""The minimum set of memory techniques for a depth and a machine (paper 3.1)."""
+"""Finds the minimum set of memory techniques for a depth and a machine (paper 3.1)."""

@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive: of a real run, or of one on fake tensors that takes no memory at all."""
+"""Counts the bytes of live tensors, in a real run or in a run on fake tensors, which needs no memory."""
 
 import weakref
 from collections.abc import Iterable
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within it, every storage that an operation of this thread makes counts until the last tensor in it is gone.
+    """Counts every storage that this thread's operations create, until the last tensor that uses it is freed.
 
-    bytes: alive now. peak: the most at once since the start, or since `reset_peak`. What an operation takes and gives
-    back inside itself isn't seen.
+    bytes: live now. peak: largest number of live bytes since the start or the last `reset_peak`. Memory that an
+    operation allocates and frees internally is not counted.
 
     >>> with LiveMemory() as memory:
     ...     x = torch.ones(1000)
@@ -24,17 +24,17 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, external: Iterable[Tensor] = ()) -> None:
-        """external: tensors that are there already and don't count."""
+        """external: existing tensors that are not counted."""
         super().__init__()
         self.bytes = self.peak = 0
         self._known: dict[int, weakref.finalize | None] = {tensor.untyped_storage()._cdata: None for tensor in external}
 
     def reset_peak(self) -> None:
-        """Forget all moments but this one."""
+        """Restart the peak from the current bytes."""
         self.peak = self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it made."""
+        """Run the operation and count its results."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
@@ -42,7 +42,7 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def count(self, tensor: Tensor) -> None:
-        """Count the tensor's storage, unless it is known, or none as on the meta device."""
+        """Count the tensor's storage, unless it is already counted or has no memory, as on the meta device."""
         if tensor.device.type == "meta" and not isinstance(tensor, FakeTensor):
             return
         storage = tensor.untyped_storage()

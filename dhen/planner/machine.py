@@ -1,4 +1,4 @@
-"""A kind of machine as the planner sees it: memory, rates and links, from a small YAML file."""
+"""The planner's description of a machine: memory, rates and links, read from a small YAML file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,23 +15,27 @@ _FOLDER = Path(__file__).parent / "machines"
 
 
 class MachineError(ValueError):
-    """A machine file that can't be used; the message names the file and the key."""
+    """A machine file cannot be used. The message names the file and the key."""
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Machine:
-    """One kind of node. Rates are those of data sheets or measurements; the efficiencies say what a step gets of them.
+    """One kind of node. Rates come from data sheets or measurements; a step gets the share given by the efficiencies.
 
-    name, source: what it is, and where the figures are from. is_gpu: whether a rank has a device of its own beside the
-    host's memory. memory_gib: of a rank, without what the system needs. host_memory_gib: of a node's host. flops: of
-    matrix products in a second, by dtype ("fp32", "bf16"). memory_bytes_per_second: of a rank's memory.
-    local_bytes_per_second: one rank's, inside a node and in one direction; node_bytes_per_second: a node's link.
-    is_local_shared: all ranks of a node share the former. is_link_per_rank: the latter grows with them, a NIC each.
-    can_overlap: communication runs while a rank computes, which it doesn't on the cores that compute.
-    seconds_per_operation: at least, of any kernel. seconds_per_collective: of each hop of a ring, besides its bytes.
-    seconds_per_module: of the host, at each module that stage 3 gathers weights for, where nothing hides it.
-    host_bytes_per_second: a rank's, from and to the host. host_memory_bytes_per_second: of the host's memory, for a
-    rank's part of an offloaded optimizer. costs: of the tables, as dhen.placement.costs of a ds_config.
+    name, source: description, and where the numbers come from.
+    is_gpu: whether each rank has a device with its own memory.
+    memory_gib: memory of a rank, without what the system needs. host_memory_gib: host memory of a node.
+    flops: floating-point operations per second of matrix products, by dtype ("fp32", "bf16").
+    memory_bytes_per_second: of a rank's memory.
+    local_bytes_per_second: one rank's link inside a node, in one direction. is_local_shared: a node's ranks share it.
+    node_bytes_per_second: a node's link to other nodes. is_link_per_rank: each rank has a NIC, so it grows with ranks.
+    can_overlap: communication overlaps with computation. On a CPU it does not, because both need the cores.
+    seconds_per_operation: minimum time of a kernel.
+    seconds_per_collective: latency of each hop of a ring.
+    seconds_per_module: host time for each module that stage 3 gathers weights for, if nothing hides it.
+    host_bytes_per_second: between a rank and the host.
+    host_memory_bytes_per_second: of the host's memory, for a rank's part of an offloaded optimizer.
+    costs: of the tables, as in dhen.placement.costs of a ds_config.
     """
 
     name: str
@@ -57,7 +61,7 @@ class Machine:
     costs: str = "gpu"
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the key whose value can't be."""
+        """Raises ValueError, which names the key with the wrong value."""
         positive = ("ranks_per_node", "memory_gib", "memory_bytes_per_second", "local_bytes_per_second",
                     "node_bytes_per_second", "compute_efficiency", "link_efficiency")  # fmt: skip
         for name in positive:
@@ -70,49 +74,52 @@ class Machine:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}. Use 0 or more.")
         if "fp32" not in self.flops:
-            raise ValueError(f"flops has {', '.join(self.flops) or 'nothing'}. Give fp32, and bf16 where it differs.")
+            raise ValueError(
+                f"flops has only {', '.join(self.flops) or 'no entries'}. Add fp32, and bf16 if its rate differs."
+            )
         for dtype, rate in self.flops.items():
             if rate <= 0:
                 raise ValueError(f"flops.{dtype} is {rate}. Use a number above 0.")
         if self.is_gpu and not (self.host_bytes_per_second and self.host_memory_bytes_per_second):
             raise ValueError(
-                "host_bytes_per_second or host_memory_bytes_per_second is missing. A GPU's offload needs both."
+                "host_bytes_per_second or host_memory_bytes_per_second is missing. Give both: offload from a GPU needs "
+                "them."
             )
 
     @property
     def memory_bytes(self) -> int:
-        """Of a rank."""
+        """Memory of a rank."""
         return int(self.memory_gib * 2**30)
 
     @property
     def host_bytes(self) -> int:
-        """A rank's share of its node's host."""
+        """A rank's share of its node's host memory."""
         return int(self.host_memory_gib * 2**30 / self.ranks_per_node)
 
     @property
     def exchange_rates(self) -> tuple[float, float]:
-        """Bytes a second that a rank sends in an all-to-all: to the ranks of its node, and to those of others."""
+        """Bytes per second that a rank sends in an all-to-all: to ranks of its own node, and to other nodes."""
         sharers = self.ranks_per_node if self.is_local_shared else 1
         rates = self.local_bytes_per_second / sharers, self.node_bytes_per_second / self.ranks_per_node
         return self.link_efficiency * rates[0], self.link_efficiency * rates[1]
 
     def gathered(self, size: float, *, nodes: int, ranks: int) -> float:
-        """Seconds of an all-gather or reduce-scatter of `size` bytes in a ring of `ranks` on `nodes`."""
+        """Seconds of an all-gather or reduce-scatter of `size` bytes in a ring of `ranks` ranks on `nodes` nodes."""
         return (ranks - 1) * self.seconds_per_collective + self._passed(size, nodes, ranks)
 
     def all_reduced(self, size: float, *, nodes: int, ranks: int) -> float:
-        """Seconds of an all-reduce of `size` bytes among `ranks` on `nodes`."""
+        """Seconds of an all-reduce of `size` bytes among `ranks` ranks on `nodes` nodes."""
         return 2 * (
             self._all_reduce_hops(nodes, ranks) * self.seconds_per_collective + self._passed(size, nodes, ranks)
         )
 
     def replicated(self, size: float, *, nodes: int) -> float:
-        """Seconds of the all-reduces of a node's shards of `size` bytes together over `nodes`: they share its link."""
+        """Seconds to all-reduce a node's shards, `size` bytes in total, over `nodes` nodes. They share its link."""
         passed = size * (nodes - 1) / nodes / self.node_bytes_per_second / self.link_efficiency
         return 2 * (self._all_reduce_hops(nodes, nodes) * self.seconds_per_collective + passed)
 
     def _passed(self, size: float, nodes: int, ranks: int) -> float:
-        """Seconds of a ring's bytes."""
+        """Seconds for the bytes of a ring, without latency."""
         passed = size * (ranks - 1) / ranks
         sharers = ranks / nodes if self.is_local_shared else 1
         local = sharers * passed / self.local_bytes_per_second if ranks > nodes else 0.0
@@ -120,24 +127,24 @@ class Machine:
         return max(local, between) / self.link_efficiency
 
     def _all_reduce_hops(self, nodes: int, ranks: int) -> int:
-        """One way. NCCL's trees go along a node's ranks and then halve the nodes; gloo has a ring."""
+        """Hops in one direction. NCCL's trees run along a node's ranks, then halve the nodes; gloo uses a ring."""
         return ranks // nodes - 1 + (nodes - 1).bit_length() if self.is_gpu else ranks - 1
 
 
 def shipped_machines() -> dict[str, Path]:
-    """The files that ship, by name."""
+    """The files of the built-in machines, by name."""
     return {path.stem: path for path in sorted(_FOLDER.glob("*.yaml"))}
 
 
 def read_machine(name: str, **changes: Any) -> Machine:
-    """The machine that ships under `name`, or that of a file; `changes` replace its values. Raises MachineError.
+    """Read the built-in machine called `name`, or the file of that name. `changes` replace its values.
 
-    Where a node's link grows with its ranks, it follows a changed ranks_per_node.
+    If each rank has its own NIC, the node's link follows a changed ranks_per_node. Raises MachineError.
     """
     path = shipped_machines().get(name, Path(name))
     if not path.is_file():
         raise MachineError(
-            f"{unknown_name('machine', name, shipped_machines())} Or name a YAML file like those in {_FOLDER}."
+            f"{unknown_name('machine', name, shipped_machines())} Or pass a YAML file like those in {_FOLDER}."
         )
     try:
         machine = TypeAdapter(Machine).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -146,7 +153,7 @@ def read_machine(name: str, **changes: Any) -> Machine:
             changes = {"node_bytes_per_second": link} | changes
         return replace(machine, **changes)
     except yaml.YAMLError as error:
-        raise MachineError(f"{path}: not YAML: {' '.join(str(error).split())}.") from error
+        raise MachineError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -155,7 +162,9 @@ def read_machine(name: str, **changes: Any) -> Machine:
         if first["type"] == "value_error":
             raise MachineError(f"{path}: {first['ctx']['error']}") from error
         if not key:
-            raise MachineError(f"{path}: a machine is a mapping of keys to values, see those in {_FOLDER}.") from error
+            raise MachineError(
+                f"{path}: a machine is a mapping of keys to values. See the examples in {_FOLDER}."
+            ) from error
         found = "" if first["type"] == "missing" else f" is {first['input']!r}"
         raise MachineError(f"{path}: {key}{found}. {first['msg']}.") from error
     except ValueError as error:

@@ -1,10 +1,10 @@
-"""How much memory a rank needs at most, before anything is built (paper 3.1).
+"""Predicts the peak memory of a rank before anything is allocated (paper 3.1).
 
-A micro step is replayed event by event: activations come from the trace of the model on fake tensors, weights and
-gradients from what DeepSpeed 0.19.8 does with them under each ZeRO stage. The peak is the worst moment of the backward
-or of the optimizer's step; its parts say what to shrink.
+A micro step is replayed event by event. Activations come from the trace of the model on fake tensors; weights and
+gradients follow what DeepSpeed 0.19.8 does under each ZeRO stage. The peak occurs in the micro step, the optimizer's
+step or an evaluation. Its parts show what to shrink.
 
-Left out: workspaces inside kernels, NCCL's own buffers, the CUDA context, and fragments of the allocator.
+Not counted: workspaces inside kernels, NCCL's buffers, the CUDA context, and fragmentation of the allocator.
 """
 
 from collections.abc import Mapping
@@ -17,19 +17,19 @@ from dhen.planner.step_trace import Event, StepTrace, layer_name
 from dhen.planner.zero3_gathering import Gathering, Limits
 
 ALL_REDUCE_ELEMENTS = 500_000_000
-"""Stage 0 reduces so many gradients in one flat copy, whatever the ds_config says."""
+"""Stage 0 reduces up to this many gradients in one flat copy, whatever the ds_config says."""
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
 class MemorySetting:
-    """What of a ds_config and a job counts for memory and speed. Sizes of an element are in bytes, buckets in elements.
+    """The parts of a ds_config and a job that matter for memory and speed.
 
-    shard_size: ranks that ZeRO shards over. num_replicas: of the dense part, above 1 under HSDP. master_bytes: of the
-    optimizer's own copy of the weights. state_bytes: of Adam's two states. wire_bytes: of HSDP's all-reduce, which is
-    waited for at once unless async_all_reduce.
-    temporaries: what the optimizer's step holds besides, two copies of "one" weight after the other, one copy of "all"
-    as torch's does on GPUs, or "none". accumulates: gradients are summed over several micro steps.
+    *_bytes: bytes per element. reduce_bucket, sub_group: in elements. shard_size: number of ranks that ZeRO shards
+    over. num_replicas: of the dense part, more than 1 under HSDP. master_bytes: for the optimizer's copy of the
+    weights. state_bytes: for all of its states. wire_bytes: for HSDP's all-reduce. async_all_reduce: False waits for it
+    at once. temporaries: extra memory of the optimizer's step: two copies of "one" weight at a time, one copy of "all"
+    weights (torch's optimizers on GPUs), or "none". accumulates: gradients are summed over several micro steps.
     """
 
     stage: int
@@ -85,15 +85,15 @@ class MemorySetting:
         )
 
     def gradient_bucket(self) -> GradientBucket:
-        """What gradients of stages 2 and 3 wait in."""
+        """The bucket in which gradients of stages 2 and 3 wait to be reduced."""
         return GradientBucket(self.reduce_bucket, leaves_early=self.stage == 3 and self.num_replicas > 1)
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of a rank at its worst moment, by what they are for. host: on the host, where there is a device beside it.
+    """Bytes of a rank at its peak, by purpose. host: bytes in host memory, if the rank has a device.
 
-    moment: "backward of model.layers.3…", "optimizer step", …
+    moment: when the peak occurs, such as "backward, model.layers.3" or "optimizer step".
     """
 
     parts: dict[str, int]
@@ -102,17 +102,17 @@ class MemoryUse:
 
     @property
     def peak(self) -> int:
-        """Bytes of the device."""
+        """Bytes on the device."""
         return sum(self.parts.values())
 
 
 def predict_memory(
     trace: StepTrace, setting: MemorySetting, table_bytes: int = 0, *, evaluation: int = 0, is_gpu: bool = False
 ) -> MemoryUse:
-    """The worst moment of a rank's training. Without a GPU, what is offloaded counts like the rest.
+    """Predict a rank's peak memory in training. Without a GPU, offloaded bytes count like all others.
 
-    table_bytes: of the rank's shards of the embedding tables, with their optimizer's states. evaluation: of activations
-    while a batch is evaluated.
+    table_bytes: of the rank's table shards and their optimizer states. evaluation: bytes of activations while a batch
+    is evaluated.
     """
     rank = _Rank(trace, setting, is_gpu=is_gpu)
     moments = (rank.micro_step(), rank.optimizer_step(), rank.evaluation(evaluation))
@@ -124,7 +124,7 @@ def predict_memory(
 
 
 class _Rank:
-    """What one rank holds between steps, and what comes on top within a step."""
+    """What one rank holds between steps, and what a step adds."""
 
     def __init__(self, trace: StepTrace, setting: MemorySetting, *, is_gpu: bool) -> None:
         self._trace, self._setting, self._is_gpu = trace, setting, is_gpu
@@ -144,9 +144,8 @@ class _Rank:
         self.rest = {"optimizer": optimizer - on_host}
         if setting.stage < 3:
             self.rest["weights"] = trace.num_weights * setting.weight_bytes
-            if (
-                on_host
-            ):  # gradients of the shard, once as they come and once as the optimizer takes them; one to pass on
+            if on_host:
+                # The shard's gradients as they are produced and as the optimizer uses them, and one gradient to copy.
                 self.host += self._shard * (setting.gradient_bytes + setting.master_bytes)
                 self.host += self._largest * setting.gradient_bytes
                 self.rest["buckets"] = self._largest * setting.gradient_bytes
@@ -163,7 +162,7 @@ class _Rank:
             self.rest["weights"] = weights
 
     def micro_step(self) -> tuple[dict[str, int], str]:
-        """The worst moment of forward and backward: what is held then, and its name."""
+        """The peak in the forward and backward: what is held then, and when."""
         setting = self._setting
         flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._shares, self._trace.num_weights)
         activations = _Activations(self._trace, setting.offload_activations)
@@ -198,7 +197,7 @@ class _Rank:
                 self._most_gathered = max(self._most_gathered, gathering.peak * setting.weight_bytes)
                 module = owner[event.name] if event.kind == "gradient" else event.name
                 missing[module] = missing.get(module, 0) - (event.kind == "gradient")
-                if left:  # a backward's end is seen after the next gradient has come
+                if left:  # the end of a module's backward is only seen after the next gradient
                     gathering.leave(left.pop())
                 if event.kind == "enter" and module in self._trace.modules:
                     gathering.enter(module)
@@ -212,7 +211,7 @@ class _Rank:
         return _sum(self.rest, worst[1]), worst[2]
 
     def optimizer_step(self) -> tuple[dict[str, int], str]:
-        """The worst moment of the optimizer's step."""
+        """The peak in the optimizer's step."""
         setting = self._setting
         at_once = min(self._shard, setting.sub_group) if setting.stage == 3 else self._shard
         if setting.stage == 0:
@@ -225,16 +224,16 @@ class _Rank:
         else:
             gradients = at_once * setting.master_bytes
             temporary = self._temporaries(at_once, at_once) * setting.master_bytes
-            if setting.stage < 3:  # until the gradients are in one piece
+            if setting.stage < 3:  # while the gradients are joined into one tensor
                 temporary = max(temporary, max(self._shares.values()) * setting.gradient_bytes)
         return _sum(self.rest, {"gradients": gradients, "optimizer": temporary}), "optimizer step"
 
     def evaluation(self, activations: int) -> tuple[dict[str, int], str]:
-        """An evaluation beside the training state. To be called after `micro_step`."""
+        """The peak in an evaluation, with the training state in memory. Call it after `micro_step`."""
         return _sum(self.rest, {"activations": activations, "gathered": self._most_gathered}), "evaluation"
 
     def _temporaries(self, largest: int, together: int) -> int:
-        """Elements that the optimizer's step holds besides."""
+        """Number of extra elements that the optimizer's step holds."""
         return {"one": 2 * largest, "all": together, "none": 0}[self._setting.temporaries]
 
 
@@ -244,7 +243,7 @@ def _sum(*parts: dict[str, int]) -> dict[str, int]:
 
 
 def _shares(weights: Mapping[str, int], shard_size: int) -> dict[str, int]:
-    """By weight, the most elements of whole weights that a rank has a part of, among the ranks that have part of it."""
+    """Elements of all weights that a rank owns part of; for each weight, the maximum over the ranks that share it."""
     shard = -(-sum(weights.values()) // shard_size)
     spans, first = {}, 0
     for name, elements in weights.items():
@@ -258,17 +257,16 @@ def _shares(weights: Mapping[str, int], shard_size: int) -> dict[str, int]:
 
 
 def gathering_of(trace: StepTrace, setting: MemorySetting) -> Gathering:
-    """Stage 3's gathering of weights, at the start of a step that goes as `trace` does."""
+    """Stage 3's gathering of weights, at the start of the traced step."""
     visits = [event.name for event in trace.events if event.kind == "enter" and event.name in trace.modules]
     return Gathering(trace.weights, trace.modules, visits, setting.limits, setting.shard_size)
 
 
 class _Activations:
-    """Bytes of activations on the device; those of the first `offloaded` layers are there for their backward alone."""
+    """Bytes of activations on the device. Those of the first `offloaded` layers are there only for their backward."""
 
     def __init__(self, trace: StepTrace, offloaded: int) -> None:
         self.now = 0
-        self._offloaded = offloaded
         self._kept: dict[int, int] = {}
         for event in trace.events[: trace.loss_at]:
             if event.layer is not None and event.layer < offloaded:
@@ -276,9 +274,9 @@ class _Activations:
         self.on_host = sum(self._kept.values())
 
     def pass_by(self, event: Event, *, is_backward: bool) -> int:
-        """The peak on the way to the event."""
+        """Replay the event and return the peak before it."""
         if is_backward and event.kind == "enter" and event.layer is not None:
-            for layer in (event.layer, event.layer - 1):  # this one's, and those of the one after it in the backward
+            for layer in (event.layer, event.layer - 1):  # this layer, and the next one in the backward
                 self.now += self._kept.pop(layer, 0)
         peak = self.now + event.peak
         self.now += event.kept
@@ -288,7 +286,7 @@ class _Activations:
 
 
 class _Accumulated:
-    """Gradients of stages 0 and 1: all are kept until the backward is done, then reduced."""
+    """Gradients of stages 0 and 1: all are kept until the end of the backward, then reduced."""
 
     def __init__(self, setting: MemorySetting, shares: dict[str, int], num_weights: int) -> None:
         self._setting, self._share = setting, max(shares.values())
@@ -297,12 +295,12 @@ class _Accumulated:
 
     @property
     def held(self) -> tuple[int, int]:
-        """Bytes of gradients, and of what reduces them."""
+        """Bytes of gradients, and of the buckets that reduce them."""
         buckets = self._bucket if self._elements else 0
         return self._elements * self._setting.gradient_bytes, buckets * self._setting.gradient_bytes
 
     def take(self, name: str, elements: int) -> tuple[int, int]:
-        """One gradient more; what is held while it is dealt with."""
+        """Add a gradient. Returns what is held meanwhile."""
         del name
         self._elements = min(self._elements + elements, self._most)
         return self.held
@@ -315,10 +313,10 @@ class _Accumulated:
 
 
 class _Stage2:
-    """Gradients of stage 2: copied into a bucket; a full one is reduced by way of another copy.
+    """Gradients of stage 2: they are copied into a bucket, and a full bucket is reduced through another copy.
 
-    shares: by weight, elements of all weights that the ranks who own a part of it keep gradients of: a rank makes room
-    for them at the first one. Ranks differ; here it is the one that needs most at the time.
+    shares: see `_shares`. A rank allocates room for the gradients of all weights that it owns part of when the first of
+    them is reduced. Ranks differ; this tracks the one that needs the most at any time.
     """
 
     def __init__(self, setting: MemorySetting, shares: dict[str, int], num_weights: int) -> None:
@@ -326,7 +324,7 @@ class _Stage2:
         self._setting, self._shares = setting, shares
         self._bucket = setting.gradient_bucket()
         self._large = self._share = self._reduced = 0
-        self._summed = max(shares.values()) if setting.accumulates else 0  # of earlier micro steps
+        self._summed = max(shares.values()) if setting.accumulates else 0  # sums of earlier micro steps
 
     @property
     def held(self) -> tuple[int, int]:
@@ -340,7 +338,7 @@ class _Stage2:
         return self._setting.gradient_bytes
 
     def take(self, name: str, elements: int) -> tuple[int, int]:
-        """One gradient more; what is held while it is dealt with."""
+        """Add a gradient. Returns what is held meanwhile."""
         held = self.held
         if not self._bucket.has_room_for(elements):
             held = self._flush(elements)
@@ -350,12 +348,12 @@ class _Stage2:
         return max(held, self._flush(elements), key=sum) if self._bucket.is_due else held
 
     def _flush(self, elements: int) -> tuple[int, int]:
-        """Reduce what the bucket holds while a gradient is there that has just come."""
+        """Reduce the bucket while a new gradient of `elements` is in memory. Returns what is held meanwhile."""
         gradients, buckets = self.finish()
         return gradients + elements * self._bytes, buckets
 
     def finish(self) -> tuple[int, int]:
-        """Reduce what the bucket holds; what is held meanwhile."""
+        """Reduce the bucket. Returns what is held meanwhile."""
         reduced = self._bucket.empty()
         gradients, buckets = self.held
         self._reduced += sum(reduced.values())
@@ -365,11 +363,11 @@ class _Stage2:
 
 
 class _Stage3(_Stage2):
-    """Gradients of stage 3: the bucket is always there. Under HSDP reduced shards wait on the wire for replicas'."""
+    """Gradients of stage 3. The bucket is always allocated; under HSDP, reduced shards wait for their all-reduce."""
 
     @property
     def held(self) -> tuple[int, int]:
-        """Bytes of gradients, and of what is on the wire."""
+        """Bytes of gradients, and of shards in the all-reduce over replicas."""
         setting = self._setting
         wire = self._reduced // setting.shard_size * setting.wire_bytes if setting.num_replicas > 1 else 0
         return self._large * self._bytes, wire

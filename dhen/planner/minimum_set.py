@@ -1,8 +1,8 @@
-"""Which memory techniques a model needs on a machine: the minimum set (paper 3.1).
+"""Finds the minimum set of memory techniques that a model needs on a machine (paper 3.1).
 
 'Since all of these techniques hurt training efficiency, we carefully tune the system to turn on a minimum set of them
-based on the number of DHEN layers.' Here every set is predicted, memory and speed; of those that fit the fastest is the
-plan, and of equally fast ones that with the fewest techniques.
+based on the number of DHEN layers.' The planner predicts memory and speed of every set and picks the fastest one that
+fits. If two are equally fast, it picks the one with fewer techniques.
 """
 
 import functools
@@ -27,15 +27,15 @@ Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
 Offload = Literal["none", "optimizer", "parameters"]
 PrecisionName = Literal["fp32", "bf16"]
 SCHEMES: dict[Scheme, int] = {"dp": 0, "zero1": 1, "zero2": 2, "hsdp": 3, "zero3": 3}
-"""ZeRO stage of each, in the order of how little they keep."""
+"""ZeRO stage of each scheme, from the most to the least memory per rank."""
 _OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 _ALLOCATOR_SHARE = 0.95
-"""Of a GPU's memory, what fragments of the allocator leave."""
+"""Share of a GPU's memory that fragmentation leaves usable."""
 _EQUALLY_FAST = 1e-3
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB, of small sizes the first three digits.
+    """Format bytes as GiB; sizes below 1 GiB with three significant digits.
 
     >>> gib(3 * 2**30), gib(2**20)
     ('3.00', '0.000977')
@@ -46,9 +46,9 @@ def gib(size: int) -> str:
 
 @dataclass(frozen=True)
 class Technique:
-    """A set of memory techniques. checkpointing, offload_activations: so many layers, from the input up.
+    """A set of memory techniques. checkpointing, offload_activations: number of layers, counted from the input.
 
-    offload: what waits in the host's memory, "optimizer" states or "parameters" too.
+    offload: what is kept in host memory: the "optimizer" states, or the "parameters" too.
     """
 
     scheme: Scheme = "dp"
@@ -58,7 +58,7 @@ class Technique:
 
     @property
     def count(self) -> int:
-        """How many techniques it turns on."""
+        """Number of techniques that are on."""
         on = (self.scheme != "dp", self.checkpointing, self.offload != "none", self.offload == "parameters")
         return sum(map(bool, (*on, self.offload_activations)))
 
@@ -75,7 +75,7 @@ class Technique:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a technique is expected to need and to take. batch: examples of all ranks in a step."""
+    """Predicted memory and time of a technique. batch: examples per step on all ranks."""
 
     technique: Technique
     memory: MemoryUse
@@ -85,18 +85,20 @@ class Prediction:
 
     @property
     def samples_per_second(self) -> float:
-        """Of all ranks together."""
+        """Throughput of all ranks together."""
         return self.batch / self.seconds.total
 
 
 class NothingFitsError(ValueError):
-    """No set of techniques fits; the message says what the smallest needs, what there is, and what to change."""
+    """No set of techniques fits. The message says what the smallest one needs, what a rank has, and what to change."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained and on what. batch_size, eval_batch_size: examples of a rank in a micro step, and in a step of an
-    evaluation, 0 where there is none; ids_per_bag: by sparse feature; accumulation_steps: micro steps for an update.
+    """What is trained, and on which machines.
+
+    batch_size: examples per rank and micro step. eval_batch_size: examples per rank and evaluation step; 0 for no
+    evaluation. ids_per_bag: mean number of ids by sparse feature. accumulation_steps: micro steps per update.
     """
 
     config: DhenConfig
@@ -111,23 +113,26 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        """Ranks of all nodes."""
+        """Number of ranks on all nodes."""
         return self.nodes * self.machine.ranks_per_node
 
     @property
     def depth(self) -> int:
-        """DHEN layers."""
+        """Number of DHEN layers."""
         return len(self.config.layer_specs)
 
     def at_depth(self, layers: int) -> "Job":
-        """The same with so many layers. Raises ValueError where the config lists its layers one by one."""
+        """The same job with another number of layers. Raises ValueError if the config lists its layers one by one."""
         if self.config.layers is not None:
-            raise ValueError("the recipe lists its layers one by one, so it has one depth. Use num_layers.")
+            raise ValueError(
+                "the recipe lists its layers one by one, so it cannot be planned at other depths. Use num_layers "
+                "instead of layers."
+            )
         config = DhenConfig(**{**self.config.to_dict(), "num_layers": layers})
         return replace(self, config=config)
 
     def schemes(self) -> list[Scheme]:
-        """Those that differ on this job: alone a rank shards nothing, and hybrid sharding is of several nodes."""
+        """The schemes that make a difference: one rank cannot shard, and hybrid sharding needs several nodes."""
         if self.world_size == 1:
             return ["dp"]
         is_hybrid = self.nodes > 1 and self.machine.ranks_per_node > 1
@@ -135,19 +140,19 @@ class Job:
 
 
 class Planner:
-    """Predicts techniques for one job, and finds the minimum set."""
+    """Predicts memory and speed of techniques for one job, and finds the minimum set."""
 
     def __init__(self, job: Job) -> None:
-        """Raises PlacementError where the tables alone don't fit, CostsError for costs that can't be read."""
+        """Raises PlacementError if the tables alone do not fit, and CostsError if their costs cannot be read."""
         self.job = job
         self.placement_of(Technique())
 
     def placement_of(self, technique: Technique) -> Placement | None:
-        """The tables', as a job under the technique will place them; None without tables."""
+        """The placement of the tables in a job that uses the technique; None without tables."""
         return self._placed(self._table_setting(technique)) if self.job.config.tables else None
 
     def table_bytes(self, technique: Technique) -> tuple[int, int]:
-        """Of the fullest rank, on its device, and on the host behind a cache there."""
+        """Bytes of the tables on the fullest rank, on its device and in host memory."""
         placement, machine = self.placement_of(technique), self.job.machine
         if placement is None:
             return 0, 0
@@ -155,8 +160,9 @@ class Planner:
 
     @functools.cache  # noqa: B019 - lives as long as the planner
     def table_seconds(self, technique: Technique) -> float:
-        """A step's, of the slowest rank. What is exchanged goes over the machine's links, unless the ds_config names
-        costs, which have rates of links that somebody measured.
+        """Seconds per step for the tables, on the slowest rank.
+
+        The all-to-all uses the machine's link rates, unless the ds_config names costs, which have measured link rates.
         """
         job, placement = self.job, self.placement_of(technique)
         if placement is None:
@@ -176,7 +182,7 @@ class Planner:
     def _table_setting(self, technique: Technique) -> StepSetting:
         job = self.job
         setting = setting_of(job.section, job.world_size, job.machine.ranks_per_node, job.batch_size)
-        if not job.section.placement.replicate_below_rows:  # then one placement serves all techniques
+        if not job.section.placement.replicate_below_rows:  # then all techniques share one placement
             return setting
         return replace(setting, zero_stage=SCHEMES[technique.scheme], shard_size=self._shard_size(technique))
 
@@ -190,18 +196,18 @@ class Planner:
 
     @property
     def has_bytes(self) -> int:
-        """What a rank may fill: on a GPU fragments of the allocator take their share."""
+        """Bytes that a rank may use. On a GPU, fragmentation takes a share of its memory."""
         machine = self.job.machine
         return int(machine.memory_bytes * (_ALLOCATOR_SHARE if machine.is_gpu else 1.0))
 
     def predict(self, technique: Technique) -> Prediction:
-        """Memory and speed under a technique."""
+        """Predict memory and speed of a technique."""
         seconds, batch = self._seconds(technique), self.job.batch_size * self.job.world_size
         return Prediction(technique, self.memory(technique), seconds, batch, self.fits(technique))
 
     @functools.cache  # noqa: B019
     def memory(self, technique: Technique) -> MemoryUse:
-        """A rank's, of the device and of the host."""
+        """Memory of a rank, on the device and on the host."""
         setting, is_gpu = self.setting(technique), self.job.machine.is_gpu
         evaluation = 0
         if self.job.eval_batch_size:
@@ -211,21 +217,27 @@ class Planner:
         return replace(use, host=use.host + on_host)
 
     def fits(self, technique: Technique) -> bool:
-        """Whether a rank has the memory, and on GPUs its share of the host too."""
+        """Whether a rank has enough memory; on GPUs, its share of the host's must suffice, too."""
         memory, machine = self.memory(technique), self.job.machine
         return memory.peak <= self.has_bytes and (not machine.is_gpu or memory.host <= machine.host_bytes)
 
     @functools.cache  # noqa: B019
     def _seconds(self, technique: Technique) -> StepSeconds:
         job = self.job
-        what = (self._trace(technique), self.setting(technique), job.machine, job.nodes)
-        more = {"table_seconds": self.table_seconds(technique), "accumulation_steps": job.accumulation_steps}
-        return step_seconds(*what, dtype=job.precision, **more)
+        return step_seconds(
+            self._trace(technique),
+            self.setting(technique),
+            job.machine,
+            job.nodes,
+            dtype=job.precision,
+            table_seconds=self.table_seconds(technique),
+            accumulation_steps=job.accumulation_steps,
+        )
 
     def candidates(self) -> Iterator[Technique]:
-        """Every set worth a look: of checkpointing and activation offload as few layers as make it fit.
+        """The sets worth considering. Checkpointing and activation offload cover just enough layers to fit.
 
-        What fits already is only slowed down by more, so nothing is added to it.
+        Once a set fits, more techniques would only slow it down, so none are added.
         """
         depth, is_gpu = self.job.depth, self.job.machine.is_gpu
         for scheme, offloads in self._offloads():
@@ -241,16 +253,16 @@ class Planner:
                         yield self._fewest(replace(plain, checkpointing=recomputed), "offload_activations")
 
     def _offloads(self) -> Iterator[tuple[Scheme, list[Offload]]]:
-        """The schemes, and what each can have on the host, the least first."""
+        """The schemes, and what each can keep on the host, starting with the least."""
         alone_on_gpu = self.job.world_size == 1 and self.job.machine.is_gpu
         for scheme in self.job.schemes():
             yield scheme, list(_OFFLOADS[: 1 if scheme == "dp" else 2 if SCHEMES[scheme] < 3 else 3])
-        if alone_on_gpu:  # these shard nothing there, but stage 0 has no offload
+        if alone_on_gpu:  # one rank shards nothing, but stage 0 has no offload
             yield "zero2", ["optimizer"]
             yield "zero3", ["parameters"]
 
     def _fewest(self, plain: Technique, name: str = "checkpointing") -> Technique:
-        """`plain` with as few layers of `name` as make it fit, by bisection; all layers where none does."""
+        """`plain` with the fewest layers of `name` that make it fit, by bisection; all layers if it never fits."""
         fits_at, fails_at = self.job.depth, 0
         if not self.fits(replace(plain, **{name: fits_at})):
             return replace(plain, **{name: fits_at})
@@ -263,7 +275,7 @@ class Planner:
         return replace(plain, **{name: fits_at})
 
     def plan(self) -> Prediction:
-        """The minimum set: the fastest that fits. Raises NothingFitsError."""
+        """Find the minimum set: the fastest that fits. Raises NothingFitsError."""
         techniques = list(dict.fromkeys(self.candidates()))
         fitting = [self.predict(technique) for technique in techniques if self.fits(technique)]
         if not fitting:
@@ -274,7 +286,7 @@ class Planner:
         return min(equal, key=lambda each: (each.technique.count, -each.samples_per_second))
 
     def reason(self, chosen: Prediction) -> str:
-        """Why it is the minimum set: the plain schemes that need too much, and those that fit but are slower."""
+        """Why `chosen` is the minimum set: which plain schemes need too much memory, and which fit but are slower."""
         plain = [self.predict(Technique(scheme)) for scheme in self.job.schemes()]
         too_large = [each for each in plain if not each.fits]
         slower = [each for each in plain if each.fits and each.technique.count < chosen.technique.count]
@@ -284,7 +296,7 @@ class Planner:
             needs = ", ".join(f"{each.technique} needs {gib(each.memory.peak)}" for each in too_large)
             parts.append(f"{needs} of {has}")
         parts += [
-            f"{each.technique} fits too, but is {1 - each.samples_per_second / chosen.samples_per_second:.1%} slower"
+            f"{each.technique} also fits, but is {1 - each.samples_per_second / chosen.samples_per_second:.1%} slower"
             for each in slower
         ]
         use = "" if too_large else f" ({gib(chosen.memory.peak)} of {has})"
@@ -295,18 +307,18 @@ class Planner:
         parts = ", ".join(f"{name} {gib(size)}" for name, size in memory.parts.items())
         needs, has = f"{gib(memory.peak)} GiB", f"{gib(self.has_bytes)} GiB"
         if job.machine.is_gpu:
-            needs += f" and {gib(memory.host)} of the host's"
-            has += f" and {gib(job.machine.host_bytes)} of the host's"
+            needs += f" and {gib(memory.host)} GiB of host memory"
+            has += f" and {gib(job.machine.host_bytes)} GiB of host memory"
         return (
-            f"{job.depth} layers at {job.batch_size} examples a rank fit on no rank of {job.nodes} x "
-            f"{job.machine.ranks_per_node} ({job.machine.name}): {smallest} needs {needs} ({parts}) at its worst "
-            f"moment, {memory.moment}; there are {has}. Possible solutions: "
-            "a smaller per_device_train_batch_size with gradient_accumulation_steps, a smaller "
+            f"{job.depth} layers with {job.batch_size} examples per rank do not fit on {job.nodes} x "
+            f"{job.machine.ranks_per_node} ranks ({job.machine.name}). The smallest set of techniques, {smallest}, "
+            f"needs {needs} at its peak ({memory.moment}; GiB by part: {parts}), but a rank has {has}. Possible "
+            "solutions: a smaller per_device_train_batch_size with gradient_accumulation_steps, a smaller "
             "per_device_eval_batch_size, bf16, more ranks, fewer layers, a smaller num_embeddings_out or embedding_dim."
         )
 
     def setting(self, technique: Technique) -> MemorySetting:
-        """What the technique's ds_config means for memory."""
+        """The memory setting of the technique's ds_config."""
         machine = self.job.machine
         shard = self._shard_size(technique)
         config = DsConfig("plan", self.ds_config(technique), self._section(technique))
@@ -331,7 +343,7 @@ class Planner:
 
     @functools.cached_property
     def _bucket(self) -> tuple[int, int]:
-        """Most elements of a layer's weights, and of the larger of that and a weight outside the layers."""
+        """Elements of the largest layer, and the larger of that and the largest single weight."""
         trace = self._traced(0, Precision())
         layer = max(sum(segment.gradients.values()) for segment in segments(trace, None))
         return layer, max(layer, *trace.weights.values())
@@ -343,18 +355,18 @@ class Planner:
             "activation_offload": self._layers(technique.offload_activations),
             "shard_group": "node" if is_hybrid else "world",
         }
-        if not is_hybrid:  # these are refused where nothing is replicated
+        if not is_hybrid:  # without replicas, the ds_config's check rejects these keys
             update |= {"all_reduce_dtype": None, "async_all_reduce": True}
         return self.job.section.model_copy(update=update)
 
     def _layers(self, count: int) -> int | Literal["none", "all"]:
-        """As the ds_config says it."""
+        """A number of layers as it is written in a ds_config."""
         return "all" if count == self.job.depth else count or "none"
 
     def ds_config(self, technique: Technique) -> dict[str, Any]:
-        """DeepSpeed's part of the technique's ds_config; what the recipe decides is "auto".
+        """DeepSpeed's part of the technique's ds_config. What the recipe decides is "auto".
 
-        Stage 3 gathers one layer ahead and lets go of a layer at once, so that two layers are there at a time.
+        Stage 3 prefetches one layer and releases each layer at once, so that at most two layers are gathered.
         """
         stage = SCHEMES[technique.scheme]
         layer, bucket = self._bucket
@@ -387,6 +399,6 @@ class Planner:
         return raw
 
     def whole_ds_config(self, technique: Technique) -> dict[str, Any]:
-        """The ds_config to write: DeepSpeed's part and our section, as far as it isn't the default."""
+        """The ds_config to write: DeepSpeed's part, and the values of our section that are not defaults."""
         section = self._section(technique).model_dump(exclude_defaults=True)
         return self.ds_config(technique) | ({"dhen": section} if section else {})

@@ -1,4 +1,4 @@
-"""The machine that this job runs on, as the planner sees it: its memory, and the rates of the nearest shipped file."""
+"""The planner's description of this job's machine: its actual memory, and the rates of the closest built-in machine."""
 
 import logging
 
@@ -14,24 +14,24 @@ logger = logging.getLogger(__name__)
 
 
 def machine_at_hand(topology: Topology, memory_bytes: int) -> Machine:
-    """The node that this rank is on, each of its ranks with `memory_bytes`."""
+    """This rank's node, with `memory_bytes` for each rank."""
     name, changes = "cpu", {"ranks_per_node": topology.local_size, "memory_gib": memory_bytes / 2**30}
     if topology.device.type == "cuda":
         device = torch.cuda.get_device_name(topology.device)
         name = machine_of_gpu(device, torch.cuda.get_device_properties(topology.device).total_memory)
         changes["host_memory_gib"] = HOST_SHARE * host_bytes() / 2**30
         if name is None:
-            logger.info("auto: no machine is known for %s: planned with the rates of %s", device, _FALLBACK)
+            logger.info("auto: no rates are known for %s, so the plan uses those of %s", device, _FALLBACK)
             name = _FALLBACK
     return read_machine(name, **changes)
 
 
 def machine_of_gpu(device: str, memory_bytes: int) -> str | None:
-    """The shipped machine of a GPU that CUDA calls `device`; None where there is none.
+    """The built-in machine for a GPU that CUDA calls `device`; None if there is none.
 
     >>> machine_of_gpu("NVIDIA A100-SXM4-40GB", 42_000_000_000)
     'a100-40gb'
-    >>> machine_of_gpu("NVIDIA GH200 480GB", 103_000_000_000)  # another host link and host
+    >>> machine_of_gpu("NVIDIA GH200 480GB", 103_000_000_000)  # not an H200: its host and host link differ
     """
     name = device.lower()
     if "a100" in name:

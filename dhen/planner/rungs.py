@@ -1,4 +1,4 @@
-"""One ds_config for all depths that were planned: dhen.by_depth, each rung what it changes of the shallowest's."""
+"""Combines the ds_configs of several depths into one: each rung of dhen.by_depth changes the shallowest ds_config."""
 
 import json
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ class Plan:
 
     @property
     def partial(self) -> int:
-        """So many layers, not all, that its ds_config names by their number; 0 where it names none."""
+        """The largest number of layers that the ds_config names by number; 0 if it has only "all" or "none"."""
         counts = (self.technique.checkpointing, self.technique.offload_activations)
         return max((count for count in counts if count < self.depth), default=0)
 
 
 def by_depth(plans: Sequence[Plan]) -> dict[str, Any]:
-    """The ds_config with a rung for each plan, in the order of depth; a depth between two takes the deeper one's.
+    """The ds_config with one rung for each plan, ordered by depth. A depth between two plans uses the deeper one.
 
-    Where the deeper one's names more layers than a depth between has, a rung before it names all of them.
+    If the deeper plan names more layers than such a depth has, an extra rung before it uses "all" instead.
     """
     rungs: list[tuple[int, dict[str, Any]]] = []
     before = 0
@@ -45,7 +45,7 @@ def by_depth(plans: Sequence[Plan]) -> dict[str, Any]:
 
 
 def changes(base: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """What a rung says so that `base` becomes `wanted`: null takes a key away."""
+    """The changes in a rung that turn `base` into `wanted`. null removes a key."""
     result: dict[str, Any] = {key: None for key in base if key not in wanted}
     for key, value in wanted.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):

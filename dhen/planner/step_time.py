@@ -1,9 +1,9 @@
-"""How long a step takes: compute, communication by link, recomputation and offload, simulated layer by layer.
+"""Predicts the time of a step by simulating compute, communication, recomputation and offload layer by layer.
 
-Compute, the fabric of the ranks that ZeRO shards over, the link between replicas and the way to the host each do one
-thing at a time, and at the same time as the others. Every operation of the trace takes as long as its floating-point
-operations or its bytes need, whichever is more. It is meant to tell which technique is faster, not by how many
-milliseconds: congestion, stragglers and kernels that share the GPU with communication are left out.
+Four resources work in parallel, and each does one thing at a time: compute, the fabric between the ranks that ZeRO
+shards over, the link between replicas, and the link to the host. An operation takes the time of its floating-point
+operations or of its bytes, whichever is longer. The model is meant to rank techniques, not to predict milliseconds: it
+leaves out congestion, stragglers, and kernels that share the GPU with communication.
 """
 
 import math
@@ -16,14 +16,14 @@ from dhen.planner.step_trace import StepTrace, Work
 from dhen.planner.zero3_gathering import Gathering
 
 _ADAM_PASSES = 2
-"""Adam's masters and states are read and written."""
+"""Adam reads and writes master weights and states."""
 
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """One step. compute: of forward, backward and recomputation. waiting: for communication, beyond what is hidden.
+    """Seconds of one step. compute: forward, backward and recomputation. waiting: communication that is not hidden.
 
-    optimizer: with what it moves to and from the host. tables: lookups, updates and all-to-all of the slowest rank.
+    optimizer: including copies to and from the host. tables: lookups, updates and all-to-all of the slowest rank.
     """
 
     compute: float
@@ -33,17 +33,17 @@ class StepSeconds:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all parts."""
         return self.compute + self.waiting + self.optimizer + self.tables
 
 
 @dataclass
 class Segment:
-    """A layer's forward or backward, or, where layer is None, what is before and after the layers.
+    """The forward or backward of a layer; layer None is the part of the model before or after the layers.
 
-    work: its operations. asked: elements of each all-gather that stage 3 starts in it; needed: numbers, over the whole
-    step, of those that it waits for; entries: of modules with weights. gradients: elements by weight. kept: bytes of
-    activations that became alive.
+    work: its operations. asked: elements of each all-gather that stage 3 starts here. needed: numbers of the
+    all-gathers that it waits for, counted over the whole step. entries: how many modules with weights are entered.
+    gradients: elements by weight. kept: bytes of activations that stay live.
     """
 
     layer: int | None
@@ -57,7 +57,7 @@ class Segment:
 
 
 def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
-    """The trace layer by layer, forward and then backward."""
+    """Divide the trace into layers, first the forward, then the backward."""
     result: list[Segment] = []
     owner = {weight: module for module, own in trace.modules.items() for weight in own}
     at: tuple[int | None, bool] | None = None
@@ -87,7 +87,7 @@ def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
 
 
 def compute_seconds(work: Iterable[Work], machine: Machine, dtype: str = "fp32") -> float:
-    """Seconds of operations one after the other, matrix products in `dtype`."""
+    """Seconds of the operations in sequence, with matrix products in `dtype`."""
     flops = machine.flops.get(dtype, machine.flops["fp32"]) * machine.compute_efficiency
     rate = machine.memory_bytes_per_second
     least = machine.seconds_per_operation
@@ -104,9 +104,9 @@ def step_seconds(
     table_seconds: float = 0.0,
     accumulation_steps: int = 1,
 ) -> StepSeconds:
-    """A micro step on `nodes` of the machine, all of their ranks in the job, with its part of the update's time.
+    """Seconds of a micro step on `nodes` nodes of the machine, with all their ranks in the job.
 
-    accumulation_steps: micro steps for an update, whose time they share.
+    accumulation_steps: micro steps per update; each micro step carries an equal share of the update's time.
     """
     gathering = gathering_of(trace, setting) if setting.stage == 3 else None
     links = _Links(machine, setting, nodes)
@@ -123,24 +123,24 @@ def step_seconds(
 
 
 class _Timeline:
-    """When what a micro step uses is free again: the compute, the fabric that ZeRO shards over, the link between
-    replicas, the way to the host.
+    """When each resource becomes free: compute, the fabric that ZeRO shards over, the link between replicas, and the
+    link to the host.
     """
 
     def __init__(self, machine: Machine, setting: MemorySetting, links: "_Links", accumulation_steps: int) -> None:
         self._machine, self._setting, self._links = machine, setting, links
         self._accumulation_steps = accumulation_steps
-        is_serial = not machine.is_gpu or not machine.can_overlap  # gloo's reduce-scatter is waited for
+        is_serial = not machine.is_gpu or not machine.can_overlap  # gloo's reduce-scatter blocks
         self._waits_for_reduction = is_serial or (setting.stage == 2 and not setting.overlap_comm)
         self._now = self._fabric = self._link = self._host = 0.0
-        self._began = 0.0  # the part at hand, or the one before
+        self._began = 0.0  # start of the current or previous segment
         self._bucket = setting.gradient_bucket()
-        self._gathered: list[float] = []  # when each all-gather is done
-        self._on_host: dict[int, int] = {}  # bytes of activations by layer
+        self._gathered: list[float] = []  # end of each all-gather
+        self._on_host: dict[int, int] = {}  # bytes of offloaded activations by layer
         self.compute = 0.0
 
     def run(self, part: Segment, seconds: float) -> None:
-        """Compute it for so long, once what it needs is there."""
+        """Compute the segment for `seconds`, once its weights and activations have arrived."""
         self._gather(part)
         if part.layer in self._on_host:
             self._move_to_or_from_host(self._on_host.pop(part.layer), self._began)
@@ -154,7 +154,7 @@ class _Timeline:
             self._take(part.gradients)
 
     def _gather(self, part: Segment) -> None:
-        """Ask for weights, and wait for those that are needed now."""
+        """Start the segment's all-gathers, and wait for the weights that it needs."""
         for elements in part.asked:
             size = elements * self._setting.weight_bytes
             self._fabric = max(self._fabric, self._now) + self._links.gather(size)
@@ -167,12 +167,15 @@ class _Timeline:
         self._now = max([self._now, *there])
 
     def finish(self) -> float:
-        """Reduce what is left; when all are free."""
+        """Reduce the remaining gradients. Returns when all resources are free."""
         self._reduce(self._now)
         return max(self._now, self._fabric, self._link, self._host)
 
     def _take(self, gradients: Mapping[str, int]) -> None:
-        """Let gradients leave in buckets; one that lacks room for the very first needn't wait for the others."""
+        """Reduce gradients in buckets.
+
+        A bucket with no room for the segment's first gradient can be reduced from the segment's start.
+        """
         ready = self._began
         for name, elements in gradients.items():
             if not self._bucket.has_room_for(elements):
@@ -183,7 +186,7 @@ class _Timeline:
                 self._reduce(ready)
 
     def _reduce(self, ready: float) -> None:
-        """Reduce what waits, over the shard group and then the replicas, from when it is there."""
+        """Reduce the bucket over the shard group, then over the replicas, starting at `ready` or later."""
         setting, elements = self._setting, sum(self._bucket.empty().values())
         if not elements:
             return
@@ -209,7 +212,7 @@ class _Timeline:
 def _update_traffic_seconds(
     trace: StepTrace, setting: MemorySetting, links: "_Links", gathering: Gathering | None
 ) -> float:
-    """What is sent once an update, after the backward."""
+    """Seconds of the communication that happens once per update, after the backward."""
     seconds = 0.0
     if setting.stage < 2:
         room = setting.reduce_bucket if setting.stage else ALL_REDUCE_ELEMENTS
@@ -219,7 +222,7 @@ def _update_traffic_seconds(
             seconds += links.replicate(trace.num_weights * setting.wire_bytes)
     if setting.stage in (1, 2):
         seconds += links.gather(trace.num_weights * setting.weight_bytes)
-    elif gathering is not None:  # small weights stay, and are gathered once they are updated
+    elif gathering is not None:  # small weights stay gathered, so they are gathered again after each update
         small = sum(trace.weights[name] for name in gathering.persistent)
         seconds += links.gather(small * setting.weight_bytes)
     return seconds
@@ -239,7 +242,7 @@ class _Links:
         return self._machine.gathered(size, **self._ring)
 
     def reduce(self, size: float, messages: int = 1) -> float:
-        """Stage 3 reduces and scatters; the others all-reduce, which is twice as much."""
+        """Stage 3 reduce-scatters; the other stages all-reduce, which sends twice as much."""
         seconds = self._machine.gathered if self._stage == 3 else self._machine.all_reduced
         return (messages - 1) * seconds(0, **self._ring) + seconds(size, **self._ring)
 
@@ -252,7 +255,7 @@ def _optimizer_seconds(trace: StepTrace, setting: MemorySetting, machine: Machin
     per_element = setting.gradient_bytes + setting.weight_bytes
     per_element += _ADAM_PASSES * (setting.master_bytes + setting.state_bytes)
     on_host = setting.offload_optimizer
-    # Without a device of its own a rank copies, within the one memory, what would move.
+    # On CPU, offload copies within the same memory.
     host, link = machine.host_memory_bytes_per_second, machine.host_bytes_per_second
     host, link = (host, link) if machine.is_gpu else (machine.memory_bytes_per_second, machine.memory_bytes_per_second)
     seconds = (1 - on_host) * elements * per_element / machine.memory_bytes_per_second

@@ -1,8 +1,9 @@
-"""What one micro step computes and keeps, found by running the model on fake tensors (paper 3.1).
+"""Traces what one micro step computes and keeps, by running the model on fake tensors (paper 3.1).
 
-The dense part runs forward and backward on tensors that have shapes and no memory, so the activations that autograd
-keeps are exact, also for interactions of a user's own, and a model of any size can be traced anywhere. Of a run of
-equal layers three are traced and the middle one stands for the others, so the time doesn't grow with depth.
+The dense part runs forward and backward on tensors that have shapes but no memory. The activations that autograd keeps
+are therefore exact, even for user-defined interactions, and a model of any size can be traced on any machine. Of
+consecutive equal layers only three are traced. The middle one stands for the rest, so the time does not grow with
+depth.
 """
 
 import contextlib
@@ -27,15 +28,15 @@ from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.planner.live_memory import LiveMemory
 
 _ALIKE = 3
-"""So many of a run of equal layers are traced: the middle one has equal neighbours on both sides."""
+"""How many of consecutive equal layers are traced, so that the middle one has equal neighbors on both sides."""
 _LAYERS = "model.layers."
 _UNTRACEABLE = (RuntimeError, AssertionError, TypeError)
-"""What torch raises where code asks fake tensors for their values, or mixes them with real ones."""
+"""What torch raises if code reads the values of fake tensors, or mixes them with real tensors."""
 EventKind = Literal["enter", "leave", "gradient", "loss", "end"]
 
 
 class UntraceableError(ValueError):
-    """A model that can't run on fake tensors; the message says why."""
+    """The model cannot run on fake tensors. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Event:
-    """A moment of the step, and what came since the one before.
+    """A point in the step, with the work and memory since the previous event.
 
-    kind: "enter" and "leave" of a layer, or of a module that owns weights, in the forward and when it is recomputed;
-    "enter" also when its backward begins; "gradient" of a weight is there; "loss", where the forward turns round;
-    "end". name: of the module or the weight. kept: bytes that became alive, less those freed; gradients of weights are
-    freed at once. peak: the most bytes at once, over those alive at the event before.
+    kind: "enter" and "leave" mark a layer, or a module that owns weights, in the forward and in recomputation; "enter"
+    also marks the start of its backward. "gradient": a weight's gradient is ready. "loss": end of the forward. "end":
+    end of the step. name: of the module or weight. kept: bytes allocated minus bytes freed; gradients of weights are
+    freed at once. peak: largest number of live bytes, relative to the previous event.
     """
 
     kind: EventKind
@@ -70,7 +71,7 @@ class Event:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One micro step. weights: elements by name; modules: names of the weights that a module itself owns."""
+    """One micro step. weights: elements by name. modules: names of the weights that each module owns directly."""
 
     events: tuple[Event, ...]
     weights: dict[str, int]
@@ -78,23 +79,23 @@ class StepTrace:
 
     @property
     def num_weights(self) -> int:
-        """Elements of all weights."""
+        """Number of elements of all weights."""
         return sum(self.weights.values())
 
     @property
     def loss_at(self) -> int:
-        """Index of the event where the forward turns round."""
+        """Index of the "loss" event, the end of the forward."""
         return next(index for index, event in enumerate(self.events) if event.kind == "loss")
 
     @property
     def kept_bytes(self) -> int:
-        """Activations alive when the forward is done."""
+        """Bytes of the activations that are live at the end of the forward."""
         return sum(event.kept for event in self.events[: self.loss_at + 1])
 
 
 @dataclass(frozen=True)
 class Precision:
-    """weights: dtype of the dense part. autocast: of torch.autocast, None where it is off."""
+    """weights: dtype of the dense part. autocast: dtype of torch.autocast; None means off."""
 
     weights: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
@@ -109,16 +110,18 @@ def trace_step(
     precision: Precision = FP32,
     checkpointing: str | int | Sequence[str] = "none",
 ) -> StepTrace:
-    """Trace one micro step of `config`'s dense part over `batch_size` examples.
+    """Trace one micro step of the dense part of `config` with `batch_size` examples.
 
     checkpointing: `dhen.activation_checkpointing` of a ds_config. Raises ValueError as `checkpoint_layers` does, and
-    UntraceableError for an interaction whose code depends on its numbers.
+    UntraceableError if an interaction's code depends on the values of its tensors.
     """
     by_kind = not isinstance(checkpointing, str | int)
     depth = len(config.layer_specs)
     recomputed = 0 if by_kind else {"none": 0, "all": depth}.get(checkpointing, checkpointing)
     if recomputed > depth:
-        raise ValueError(f"{checkpointing}, but the model has {depth} layers.")
+        raise ValueError(
+            f'{checkpointing}, but the model has {depth} layers. Use "none", "all" or a number up to {depth}.'
+        )
     entries, places = _shortened(config, recomputed)
     what = tuple(checkpointing) if by_kind else sum(place < recomputed for place, _ in places)
     with _saying_why():
@@ -127,7 +130,7 @@ def trace_step(
 
 
 def evaluation_bytes(config: DhenConfig, batch_size: int, precision: Precision = FP32) -> int:
-    """The most bytes of activations at once while `batch_size` examples are scored. Raises UntraceableError."""
+    """Peak bytes of activations while `batch_size` examples are evaluated. Raises UntraceableError."""
     entries, _ = _shortened(config, 0)
     with _saying_why():
         return _evaluation(_as_text(config, entries), batch_size, precision)
@@ -139,7 +142,7 @@ def _saying_why() -> Iterator[None]:
         yield
     except _UNTRACEABLE as error:
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        raise UntraceableError(f"the model can't be traced on tensors without values ({why}).") from error
+        raise UntraceableError(f"the model cannot be traced on tensors without values ({why}).") from error
 
 
 def _as_text(config: DhenConfig, entries: list[dict[str, Any]]) -> str:
@@ -149,7 +152,7 @@ def _as_text(config: DhenConfig, entries: list[dict[str, Any]]) -> str:
 
 
 def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-    """The layers to trace, and for each the first layer of the model that it stands for, and how many."""
+    """The layers to trace, and for each the first layer that it stands for and the number of these layers."""
     raw = [{}] * config.num_layers if config.layers is None else config.layers
     num_inputs, keys = config.num_input_embeddings, []
     for index, (entry, spec) in enumerate(zip(raw, config.layer_specs, strict=True)):
@@ -202,10 +205,10 @@ def _evaluation(config: str, batch_size: int, precision: Precision) -> int:
 def _on_fake_tensors(
     config: str, batch_size: int, precision: Precision
 ) -> Iterator[tuple[DhenForClickPrediction, dict[str, Tensor]]]:
-    """The dense part and a batch for it, without memory."""
+    """The dense part and a batch on fake tensors."""
     with FakeTensorMode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _default_dtype(precision.weights):  # .to() can't change fake weights
+        with _default_dtype(precision.weights):  # .to() cannot change fake weights
             model = DhenForClickPrediction(DhenConfig(**json.loads(config)), with_tables=False)
         num_sparse, dim = len(model.config.sparse_features), model.config.embedding_dim
         embeddings_BFD = torch.empty(batch_size, num_sparse, dim, requires_grad=num_sparse > 0)
@@ -224,7 +227,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _Recorder(LiveMemory):
-    """Live memory cut into events, with the operations between them."""
+    """Live memory divided into events, with the operations between them."""
 
     def __init__(self, external: Sequence[Tensor]) -> None:
         super().__init__(external)
@@ -242,7 +245,7 @@ class _Recorder(LiveMemory):
         return result
 
     def record(self, kind: EventKind, name: str) -> None:
-        """An event: all that came since the last one is its."""
+        """Record an event with everything since the last one."""
         work = tuple(self._work)
         self.events.append(Event(kind, name, self.bytes - self._before, self.peak - self._before, work))
         self._work, self._before = [], self.bytes
@@ -276,7 +279,7 @@ def _bytes_of(values: Any) -> int:
 
 
 def _lengthened(trace: StepTrace, places: Sequence[tuple[int, int]]) -> StepTrace:
-    """The trace of the whole model: what a traced layer stands for is repeated, in the forward and in the backward."""
+    """The trace of the whole model: repeats each traced layer, forward and backward, for the layers it stands for."""
     events: list[Event] = []
     is_backward = False
     for short, group in itertools.groupby(trace.events, key=lambda event: event.layer):
@@ -300,13 +303,13 @@ def _stands_for(place: tuple[int, int]) -> list[int]:
 
 
 def _names(name: str, places: Sequence[tuple[int, int]]) -> list[str]:
-    """The names in the whole model of what is called so in the traced one."""
+    """The names in the whole model that correspond to `name` in the traced model."""
     short = _layer_of(name)
     return [name] if short is None else [_renamed(name, layer) for layer in _stands_for(places[short])]
 
 
 def layer_name(layer: int | None) -> str:
-    """The name of the module that is that layer."""
+    """The module name of a layer."""
     return f"{_LAYERS}{layer}"
 
 

@@ -1,8 +1,8 @@
-"""What ZeRO stage 3 holds of the weights while a step goes through the modules: DeepSpeed 0.19.8's rules, replayed.
+"""Which weights ZeRO stage 3 holds during a step: a replay of DeepSpeed 0.19.8's rules.
 
-A module's weights are gathered when it is entered, and those of the modules after it ahead of time, as far as two
-limits allow. Several weights are gathered into one flat buffer and copied out of it; the buffer stays until the last of
-them was asked for. A module's weights are let go when it is left, unless they are small, or needed again soon.
+A module's weights are gathered when it is entered. The weights of later modules are prefetched as far as two limits
+allow. Several weights are gathered into one flat buffer and copied out of it; the buffer stays until the last of them
+has been used. A module's weights are released when it is left, unless they are small or needed again soon.
 """
 
 from collections import deque
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """DeepSpeed's stage3_* keys of the same names, in elements, with its defaults."""
+    """DeepSpeed's stage3_* keys of the same names, in elements, with DeepSpeed's defaults."""
 
     param_persistence_threshold: int = 100_000
     prefetch_bucket_size: int = 50_000_000
@@ -22,14 +22,14 @@ class Limits:
 
     @classmethod
     def of(cls, zero: Mapping[str, Any]) -> "Limits":
-        """Those of a ds_config's zero_optimization."""
+        """The limits in the zero_optimization section of a ds_config."""
         names = cls.__dataclass_fields__
         return cls(**{name: int(zero[f"stage3_{name}"]) for name in names if f"stage3_{name}" in zero})
 
 
 @dataclass
 class _Gather:
-    """An all-gather. number: since the start; flat: elements of its buffer; waiting: its weights not asked for yet."""
+    """An all-gather. number: counted from the start. flat: elements of its buffer. waiting: weights not used yet."""
 
     number: int
     flat: int
@@ -40,11 +40,11 @@ class _Gather:
 
 @dataclass
 class Gathering:
-    """Elements that are gathered, as modules are entered and left in the order `visits`.
+    """Number of gathered elements while modules are entered and left.
 
-    weights: elements by name. modules: names of the weights that each owns. visits: the modules that are entered, in
-    order, over a whole step. elements: gathered now, flat buffers included; peak: the most within the last call.
-    sent: elements of each all-gather since the start; waited: the numbers of those that were waited for, in order.
+    weights: elements by name. modules: names of the weights that each module owns. visits: the modules that a whole
+    step enters, in order. elements: gathered now, including flat buffers. peak: maximum during the last call. sent:
+    elements of each all-gather since the start. waited: numbers of the all-gathers that were waited for, in order.
     """
 
     weights: Mapping[str, int]
@@ -63,7 +63,7 @@ class Gathering:
     _num_available: int = 0
 
     def __post_init__(self) -> None:
-        """Small weights are there from the start."""
+        """Small weights are always gathered."""
         self.persistent = {
             name for name, size in self.weights.items() if size <= self.limits.param_persistence_threshold
         }
@@ -74,7 +74,7 @@ class Gathering:
         )
 
     def enter(self, module: str) -> None:
-        """Gather the module's weights, wait for them, and gather ahead."""
+        """Gather the module's weights, wait for them, and prefetch."""
         self.peak = self.elements
         own = self.modules.get(module, ())
         self._gather([name for name in own if name not in self._available and name not in self._in_flight])
@@ -86,7 +86,7 @@ class Gathering:
         self._step += 1
 
     def leave(self, module: str) -> None:
-        """Let go of the module's weights, but for those that persist or come again soon."""
+        """Release the module's weights, except those that persist or are needed again soon."""
         self.peak = self.elements
         soon = self._soon()
         for name in self.modules.get(module, ()):
@@ -114,7 +114,7 @@ class Gathering:
             self.waited.append(gather.number)
             self._available |= set(gather.weights)
             size = sum(self.weights[other] for other in gather.weights)
-            self._add(size - gather.flat if len(gather.weights) == 1 else size)  # of a single one the buffer is it
+            self._add(size - gather.flat if len(gather.weights) == 1 else size)  # a single weight uses the buffer
         gather.waiting.discard(name)
         if not gather.waiting and len(gather.weights) > 1:
             self._add(-gather.flat)
@@ -124,7 +124,7 @@ class Gathering:
         self.peak = max(self.peak, self.elements)
 
     def _forget(self, own: Sequence[str]) -> None:
-        """Take what the module uses now off the queue of what will be needed."""
+        """Remove the weights that the module uses now from the queue of weights to prefetch."""
         new = {name for name in own if self._last_fetched_for.get(name, -1) < self._step}
         while self._queue and new:
             name, step = self._queue.popleft()
@@ -132,7 +132,7 @@ class Gathering:
             new.discard(name)
 
     def _ahead(self) -> list[str]:
-        """The weights that are gathered ahead."""
+        """The weights to prefetch now."""
         room = min(self.limits.max_live_parameters - self._num_available, self.limits.prefetch_bucket_size)
         names: list[str] = []
         elements = 0
@@ -145,7 +145,7 @@ class Gathering:
         return names
 
     def _soon(self) -> set[str]:
-        """Weights of the modules that are entered within the reuse distance."""
+        """Weights of the modules that will be entered within the reuse distance."""
         names: set[str] = set()
         distance = 0
         for module in self.visits[self._step :]:

@@ -1,4 +1,4 @@
-"""This process in its job: who it is, what must be true before DeepSpeed and FBGEMM are imported, who is lost."""
+"""This process and its job: ranks and process groups, set-up before DeepSpeed and FBGEMM are imported, lost ranks."""
 
 from dhen.runtime.environment import prepare_environment
 

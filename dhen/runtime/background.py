@@ -1,4 +1,4 @@
-"""Work in a thread that doesn't outlive the process, as those of an executor would after Ctrl-C or a lost rank."""
+"""Runs work in a daemon thread. Unlike an executor's, it does not outlive the process after Ctrl-C or a lost rank."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 def in_background(function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-    """Call it in a thread of its own; the future has what it returned or raised."""
+    """Call `function(*arguments)` in a new thread. The future gets its result or its exception."""
     result: Future[Result] = Future()
 
     def run() -> None:

@@ -1,6 +1,6 @@
-"""Collectives on tensors whose length differs from rank to rank.
+"""Collectives on tensors whose lengths differ between ranks.
 
-Every function here communicates over the group it is given; all ranks of that group call it in the same order.
+Every function communicates over the given group. All ranks of the group must call the functions in the same order.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 def all_to_all(
     tensor: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Send `send_sizes[r]` elements of a flat tensor to each rank r; returns what came, in the order of the senders."""
+    """Send `send_sizes[r]` elements of a flat tensor to each rank r. Returns the received elements, in rank order."""
     if len(send_sizes) == 1:
         return tensor
     received = tensor.new_empty(sum(receive_sizes))
@@ -23,7 +23,7 @@ def all_to_all(
 
 
 def all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All ranks' flat tensors one after another, on the CPU; they may differ in length."""
+    """Concatenate the flat tensors of all ranks, which may differ in length. The result is on the CPU."""
     world_size = dist.get_world_size(group)
     sizes = torch.zeros(world_size, dtype=torch.int64, device=tensor.device)
     dist.all_gather_into_tensor(sizes, sizes.new_tensor([len(tensor)]), group=group)

@@ -1,6 +1,6 @@
-"""What must be true before DeepSpeed and FBGEMM are imported: accelerator, versions that match, no needless noise.
+"""Set-up before DeepSpeed and FBGEMM are imported: accelerator, matching versions, silenced warnings.
 
-Importing `dhen.runtime` runs `prepare_environment`; the rooms that use DeepSpeed or FBGEMM import it first.
+Importing `dhen.runtime` runs `prepare_environment`. Packages that use DeepSpeed or FBGEMM import it first.
 """
 
 import importlib.metadata
@@ -19,11 +19,11 @@ FIRST_MINOR_OFFSET = 5  # FBGEMM 1.m is built against torch 2.(m + 5): 1.6 with 
 
 
 class EnvironmentMismatchError(RuntimeError):
-    """The installed packages can't work together."""
+    """The installed packages do not work together."""
 
 
 def prepare_environment() -> None:
-    """Set what DeepSpeed reads at import, check the FBGEMM build, quieten what a user can't act on. No effect twice."""
+    """Set the variables DeepSpeed reads at import, check the FBGEMM build, silence useless warnings. Idempotent."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     _put_scripts_on_path()
     keep_extensions_apart()
@@ -32,7 +32,7 @@ def prepare_environment() -> None:
 
 
 def _put_scripts_on_path() -> None:
-    """Let DeepSpeed find `ninja` when the virtual environment's Python was called by path, not activated."""
+    """Let DeepSpeed find `ninja` if the virtual environment's Python was called by its path, without activation."""
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
@@ -49,28 +49,28 @@ def _installed_versions() -> dict[str, str]:
 
 
 def _check_fbgemm(installed: dict[str, str], torch_version: str, accelerator: str) -> None:
-    """Raise EnvironmentMismatchError unless exactly one FBGEMM is there, built for this torch and this device."""
+    """Raise EnvironmentMismatchError unless exactly one FBGEMM is installed, built for this torch and this device."""
     torch_minor = int(torch_version.split(".")[1])
     wanted = f"1.{torch_minor - FIRST_MINOR_OFFSET}"
-    advice = f"Use fbgemm-gpu-cpu=={wanted}.0 (CPU) or fbgemm-gpu=={wanted}.0 (GPU), one of them, with this torch."
+    advice = f"Install either fbgemm-gpu-cpu=={wanted}.0 (CPU) or fbgemm-gpu=={wanted}.0 (GPU) for this torch."
     if not installed:
         raise EnvironmentMismatchError(f"FBGEMM is not installed; torch is {torch_version}. {advice}")
     if len(installed) > 1:
         raise EnvironmentMismatchError(
-            f"Both {' and '.join(installed)} are installed; they overwrite each other's files. Uninstall both. {advice}"
+            f"{' and '.join(installed)} are both installed and overwrite each other's files. Uninstall both. {advice}"
         )
     ((package, version),) = installed.items()
     if not version.startswith(wanted + "."):
         raise EnvironmentMismatchError(f"{package} {version} was not built for torch {torch_version}. {advice}")
     if accelerator == "cuda" and package == "fbgemm-gpu-cpu":
         raise EnvironmentMismatchError(
-            f"This machine has a GPU, and {package} computes on CPU. Install requirements-cuda.txt in a new "
-            "environment, or set DS_ACCELERATOR=cpu to leave the GPU alone."
+            f"This machine has a GPU, but {package} runs on CPU only. Install requirements-cuda.txt in a new "
+            "environment, or set DS_ACCELERATOR=cpu to run without the GPU."
         )
 
 
 def _silence() -> None:
-    """Quieten what DeepSpeed and torch say on every run and a user can do nothing about."""
+    """Silence what DeepSpeed and torch print on every run and a user cannot act on."""
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).*deprecated.*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     import deepspeed

@@ -1,11 +1,12 @@
-"""Which rank was lost: a dead one shows in the others as a closed connection, which doesn't say whose.
+"""Names the rank that was lost. When a rank dies, the others only see a closed connection, which does not say whose.
 
-While it trains, every rank has a thread that waits on the job's store, without polling, for the question "are you
-there?" and answers it. A rank whose collective fails asks all, and writes down who doesn't answer; at that all threads
-end their ranks, also those that wait for a rank which is about to end.
+During training, a thread of every rank waits on the job's store, without polling, for the question "are you there?" and
+answers it. A rank whose collective fails asks all ranks and records the ones that do not answer. Then the threads end
+all remaining ranks, including those that wait for a rank which is about to end.
 
-That is so under gloo, whose collectives fail with an exception in Python. NCCL's don't: on GPUs the launcher ends the
-ranks of the node where one was lost, and NCCL's watchdog the others after the job's timeout; their logs say which.
+This works with gloo, whose collectives raise a Python exception on failure. NCCL's do not: on GPUs, the launcher ends
+the other ranks of the same node, and NCCL's watchdog ends the ranks on other nodes after the job's timeout. Their logs
+name the lost rank.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ _ending = threading.Lock()
 
 @contextlib.contextmanager
 def naming_lost_ranks(topology: Topology) -> Iterator[None]:
-    """Around training: where a collective fails because a rank is gone, say which, and end this rank with status 1."""
+    """Wrap training: if a collective fails because a rank was lost, name that rank and exit with status 1."""
     answering = threading.Thread(target=_answer, args=(topology, _store().clone()), daemon=True)
     answering.start()
     try:
@@ -46,7 +47,7 @@ def naming_lost_ranks(topology: Topology) -> Iterator[None]:
 
 
 def _leave(topology: Topology, answering: threading.Thread) -> None:
-    """End the thread. Rank 0, which holds the store, lets the others do so first: they would report a lost store."""
+    """End the thread. Rank 0, which holds the store, lets the others leave first, or they would report a lost store."""
     store = _store()
     store.set(_QUESTION.format(topology.rank), _LEAVING)
     answering.join(_SECONDS_TO_READ)
@@ -57,9 +58,9 @@ def _leave(topology: Topology, answering: threading.Thread) -> None:
 
 
 def _answer(topology: Topology, store: dist.Store) -> None:
-    """Wait to be asked, say that this rank is there, and end it when others are lost."""
+    """Wait for the question, answer it, and end this rank if others are lost."""
     question = _QUESTION.format(topology.rank)
-    with contextlib.suppress(RuntimeError):  # the store is gone with the job
+    with contextlib.suppress(RuntimeError):  # the store disappears when the job ends
         store.wait([question], timedelta(days=365))
         if store.get(question) == _LEAVING:
             return
@@ -70,7 +71,7 @@ def _answer(topology: Topology, store: dist.Store) -> None:
 
 
 def _find_lost(topology: Topology) -> list[int]:
-    """The ranks that don't answer within a few seconds; rank 0 if the store, which it holds, can't be reached."""
+    """The ranks that do not answer within a few seconds; rank 0 if the store, which it holds, cannot be reached."""
     try:
         store, ranks = _store(), range(topology.world_size)
         if not store.check([_LOST]):
@@ -85,18 +86,18 @@ def _find_lost(topology: Topology) -> list[int]:
 
 
 def _end(topology: Topology, lost: list[int]) -> None:
-    """Name the lost ranks and leave at once: there is no waiting for collectives that never end."""
-    with _ending:  # never released: one message a rank
+    """Print the lost ranks and exit at once, without waiting for collectives that never finish."""
+    with _ending:  # never released, so each rank prints one message
         names = ", ".join(map(str, lost))
         print(
-            f"[rank {topology.rank}] error: rank {names} of {topology.world_size} is gone, so the job ends. What it "
-            "printed last says why, or its node's log if it was killed. Go on from the last checkpoint with "
-            "--resume_from_checkpoint true.",
+            f"[rank {topology.rank}] error: rank {names} of {topology.world_size} is gone, so the job ends. See the "
+            "last output of that rank for the reason, or the log of its node if it was killed. Continue from the last "
+            "checkpoint with --resume_from_checkpoint true.",
             file=sys.stderr,
             flush=True,
         )
         if topology.is_main:
-            time.sleep(_SECONDS_TO_READ)  # the others read the store, which is here
+            time.sleep(_SECONDS_TO_READ)  # rank 0 holds the store, and the others still read it
         os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""The machine that this job runs on: the memory that a rank may fill."""
+"""The machine that this job runs on: how much memory a rank may use."""
 
 import contextlib
 import os
@@ -10,13 +10,15 @@ import torch.distributed as dist
 from dhen.runtime.topology import Topology
 
 HOST_SHARE = 0.9
-"""Of a host's memory, what the system and the process itself leave."""
+"""Share of the host's memory that the system and the process itself leave free."""
 _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def rank_memory_bytes(topology: Topology) -> int:
-    """What a rank may fill: what is free on its GPU, or its share of the host; of the rank that has least. Call it
-    before anything is built. Communicates; all ranks call it."""
+    """Bytes that a rank may use: the free memory of its GPU, or its share of the host's. The minimum over all ranks.
+
+    Call it before anything is allocated. Communicates; all ranks call it.
+    """
     if topology.device.type == "cuda":
         has, _ = torch.cuda.mem_get_info(topology.device)
     else:
@@ -27,9 +29,9 @@ def rank_memory_bytes(topology: Topology) -> int:
 
 
 def host_bytes() -> int:
-    """Of this node's memory, or of what a container lets its processes have."""
+    """Memory of this node, or the limit of the container that this process runs in."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in _CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+        with contextlib.suppress(OSError, ValueError):  # the file is missing, or says "max"
             limits.append(int(path.read_text()))
     return min(limits)

@@ -1,4 +1,4 @@
-"""What reaches the terminal besides progress: the log, and a user's mistakes as one message that says what to do."""
+"""The log on the terminal, and user errors printed as one message that says what to do."""
 
 import logging
 import os
@@ -10,29 +10,30 @@ from contextlib import contextmanager
 from dhen.runtime.environment import EnvironmentMismatchError
 
 MISTAKES = (ValueError, OSError, EnvironmentMismatchError)
-"""ValueError is for the user's mistakes, assert for ours: so the errors of set-up are of these kinds."""
+"""Exceptions that report a user's mistake. Our own mistakes are assertion errors."""
 SECONDS_TO_BE_ENDED = 5.0
-"""Launchers look after their processes once a second or more often."""
+"""How long to wait for the launcher to end this process. Launchers check their processes at least once per second."""
 
 
 def log_to_stderr() -> None:
-    """Show what the project logs: all of it from rank 0, warnings from the others."""
+    """Print the project's log to stderr: everything from rank 0, and warnings from the other ranks."""
     rank = int(os.environ.get("RANK", "0"))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     project = logging.getLogger("dhen")
     project.handlers, project.propagate = [handler], False
-    # A home without a writable cache is no trouble for one picture, so matplotlib needn't say so.
+    # matplotlib warns if it has no writable cache, which does not matter for a single figure.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     project.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 @contextmanager
 def user_errors(*also: type[Exception]) -> Iterator[None]:
-    """Around setting up: print a mistake's message and exit with status 1; DHEN_TRACEBACK=1 shows where.
+    """Wrap set-up: print a user's mistake as one message and exit with status 1. DHEN_TRACEBACK=1 shows the traceback.
 
-    also: kinds of errors that are a user's mistake here. The ranks of a node mostly meet the same mistake, or lose the
-    rank that met it: so its first rank speaks, and the others only if nobody has ended them after a while.
+    also: further exceptions that are user errors here. Usually all ranks of a node hit the same error, or lose the rank
+    that hit it. So a node's first rank prints it, and the others print theirs only if they are still running a few
+    seconds later.
     """
     try:
         yield
@@ -44,4 +45,4 @@ def user_errors(*also: type[Exception]) -> Iterator[None]:
         is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
         who = f"[rank {os.environ['RANK']}] " if is_one_of_many else ""
         print(f"{who}error: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # no waiting for other ranks: the launcher ends them
+        os._exit(1)  # does not wait for other ranks: the launcher ends them

@@ -1,4 +1,4 @@
-"""Which process this is, and the process groups (paper 3.2): one object, made once, handed to whoever communicates."""
+"""This process's place in the job, and the process groups (paper 3.2). Passed to all code that communicates."""
 
 import os
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from deepspeed.accelerator import get_accelerator
 from dhen.runtime.host_allocator import keep_freed_memory
 
 ShardGroup = Literal["world", "node"] | int
-"""Which ranks hold one replica of the dense part together: all, those of a node, or that many neighbours."""
+"""The ranks that jointly hold one replica of the dense part: all, those of a node, or that many consecutive ranks."""
 
 _SET_BY_LAUNCHERS = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class ShardGroups:
-    """The process groups of hybrid sharding (paper figure 5).
+    """The process groups of hybrid sharding (paper 3.2.2, figure 5).
 
-    shard: the ranks that hold one replica together, this one among them. replica: the ranks that hold the same shard of
-    all replicas. replica_index: which replica this rank belongs to.
+    shard: the ranks that hold this rank's replica together. replica: the ranks that hold the same shard in all
+    replicas. replica_index: number of the replica that this rank belongs to.
     """
 
     shard: dist.ProcessGroup
@@ -36,10 +36,10 @@ class ShardGroups:
 
 @dataclass(frozen=True)
 class Topology:
-    """This process's place in the job. `world` is the group of all ranks; `device` is where this rank computes.
+    """This process's place in the job. world: the group of all ranks. device: where this rank computes.
 
-    Ranks are numbered node by node, as every launcher does: rank = node * local_size + local_rank. timeout: of the
-    collectives of every group.
+    Ranks are numbered node by node, as every launcher does: rank = node * local_size + local_rank. timeout: for the
+    collectives of all groups.
     """
 
     rank: int
@@ -52,13 +52,13 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank speaks for the job: rank 0."""
+        """Whether this is rank 0, which reports for the whole job."""
         return self.rank == 0
 
     def shard_size(self, shard_group: ShardGroup) -> int:
-        """Number of ranks in a shard group. Communicates over all ranks unless it is "world".
+        """Number of ranks in a shard group. Communicates over all ranks unless `shard_group` is "world".
 
-        Raises ValueError where the job's ranks can't be divided so.
+        Raises ValueError if the job's ranks cannot be divided into such groups.
         """
         if shard_group == "world":
             return self.world_size
@@ -68,50 +68,50 @@ class Topology:
         return shard_size(shard_group, everyone.view(-1, 2).tolist())
 
     def shard_groups(self, size: int) -> ShardGroups:
-        """Make the groups for shards over `size` neighbouring ranks. Communicates; all ranks call it, once."""
+        """Create the groups for shards over `size` consecutive ranks. Communicates; all ranks call it once."""
         shards = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
         replicas = [list(range(first, self.world_size, size)) for first in range(size)]
-        # Without a timeout of its own a new group takes torch's default, not the job's.
+        # Without an explicit timeout, a new group uses torch's default instead of the job's timeout.
         shard = [dist.new_group(ranks, timeout=self.timeout) for ranks in shards][self.rank // size]
         replica = [dist.new_group(ranks, timeout=self.timeout) for ranks in replicas][self.rank % size]
         return ShardGroups(shard, replica, size, len(shards), self.rank // size)
 
     def barrier(self) -> None:
-        """Wait for all ranks of the world."""
+        """Wait for all ranks."""
         devices = [self.device.index] if self.device.type == "cuda" else None
         dist.barrier(group=self.world, device_ids=devices)
 
 
 def shard_size(shard_group: Literal["node"] | int, places: Sequence[Sequence[int]]) -> int:
-    """Ranks of a shard group; places: (ranks on its node, local rank) of each rank. Raises ValueError."""
+    """Number of ranks in a shard group. places: (ranks on its node, local rank) of each rank. Raises ValueError."""
     world_size = len(places)
     sizes = [local_size for local_size, _ in places]
     local_size = sizes[0]
     if len(set(sizes)) > 1:
         unequal = ", ".join(map(str, sorted(set(sizes))))
         raise ValueError(
-            f"{shard_group!r}, but the nodes have {unequal} ranks. Replicas must be cut alike: start as many ranks on "
-            'every node, or use "world".'
+            f"{shard_group!r}, but the nodes have {unequal} ranks, and all replicas must be sharded alike. Start the "
+            'same number of ranks on every node, or use "world".'
         )
     if [local_rank for _, local_rank in places] != [rank % local_size for rank in range(world_size)]:
-        raise ValueError(f'{shard_group!r}, but the launcher numbers the ranks across nodes. Use "world".')
+        raise ValueError(f'{shard_group!r}, but the launcher does not number the ranks node by node. Use "world".')
     size = local_size if shard_group == "node" else shard_group
     fits = [n for n in range(2, world_size + 1) if world_size % n == 0 and (local_size % n == 0 or n % local_size == 0)]
     if size != world_size and size not in fits:
         allowed = ", ".join(map(str, fits))
         raise ValueError(
-            f"{shard_group!r}, which is {size} ranks, but this job has {world_size} ranks, {local_size} on each node. "
-            f'Use one of {allowed}, or "world"; one rank alone would shard nothing (that is ZeRO stage 0).'
+            f"{shard_group!r} ({size} ranks per group), but this job has {world_size} ranks, {local_size} on each "
+            f'node. Use one of {allowed}, or "world". A group of one rank shards nothing; use ZeRO stage 0 for that.'
         )
     return size
 
 
 def start(timeout_minutes: float = 30.0) -> Topology:
-    """Join the job that the launcher started (deepspeed, torchrun, accelerate launch; none means one rank).
+    """Join the job that the launcher started (deepspeed, torchrun or accelerate launch; without one, a job of 1 rank).
 
-    Communicates: all ranks call it, once. gloo on CPU, NCCL on GPUs. On CPU the cores are shared out among the ranks of
-    the node unless OMP_NUM_THREADS says otherwise, and freed memory stays with the process. Raises ConnectionError, one
-    line, where this rank can't join.
+    Communicates: all ranks call it once. Uses NCCL on GPUs and gloo on CPU. On CPU, the ranks of a node share its cores
+    evenly unless OMP_NUM_THREADS is set, and freed memory stays with the process. Raises ConnectionError, in one line,
+    if this rank cannot join.
     """
     if "RANK" not in os.environ:
         _become_the_only_rank()
@@ -168,13 +168,13 @@ def _why_not_joined(said: str) -> str:
 
 
 def stop() -> None:
-    """Leave the job: ends the process groups, so that the process exits without a complaint."""
+    """Leave the job: destroy the process groups, so that the process exits without warnings."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _become_the_only_rank() -> None:
-    """Fill in what a launcher would have set for a job of one rank; port 0 lets the system choose a free one."""
+    """Set the variables that a launcher sets, for a job of one rank. Port 0 lets the system choose a free port."""
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in alone.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"

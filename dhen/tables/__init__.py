@@ -1,3 +1,3 @@
 """Embedding tables, model-parallel over all ranks (paper 3.1, figure 4)."""
 
-import dhen.runtime  # noqa: F401  before DeepSpeed and FBGEMM are imported
+import dhen.runtime  # noqa: F401  must be imported before DeepSpeed and FBGEMM

@@ -1,6 +1,6 @@
-"""A batch's ids on their way to the ranks that own their tables (paper 3.2.1).
+"""Sends a batch's ids to the ranks that own their tables (paper 3.1, figure 4).
 
-Ids travel in a thread and a process group of their own, so that the next batch's leave while this one is computed on.
+The exchange has its own thread and process group, so that the next batch's ids travel while this batch computes.
 
 Shapes: B examples of this rank, F sparse features, S table shards of this rank, W ranks.
 """
@@ -23,15 +23,15 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
 
 IDS = "ids' all-to-all"
-"""Its name in a profiler's trace."""
+"""Name of the exchange in a profiler trace."""
 
 
 @dataclass(frozen=True)
 class OwnIds:
-    """A batch's ids where their tables are: FBGEMM's ids, offsets and weights for this rank's shards.
+    """The ids that this rank's shards look up for the global batch, as FBGEMM's ids, offsets and weights.
 
-    batch_size: of this rank's own examples; padded_batch: of the largest batch of all ranks. on_device: when they have
-    come, on CUDA.
+    batch_size: of this rank's own examples. padded_batch: size of the largest batch of any rank. on_device: on CUDA,
+    the event that marks their arrival.
     """
 
     batch_size: int
@@ -42,7 +42,7 @@ class OwnIds:
     on_device: torch.cuda.Event | None = None
 
     def wait(self) -> None:
-        """Let the current stream wait for them."""
+        """Make the current stream wait for them."""
         if self.on_device is None:
             return
         stream = torch.cuda.current_stream()
@@ -53,12 +53,12 @@ class OwnIds:
 
 
 SentIds = Future[OwnIds]
-"""A batch whose ids are on their way to the tables."""
+"""A batch whose ids are in transit to the tables."""
 
 
 @dataclass(frozen=True)
 class _BatchFacts:
-    """What all ranks know of one another's batch after the first, small all-gather."""
+    """What every rank knows about the other ranks' batches after a first, small all-gather."""
 
     batch_sizes: list[int]
     id_counts: list[list[int]]  # [from rank][to rank]
@@ -71,10 +71,10 @@ class _BatchFacts:
 
 
 class IdExchange:
-    """Sends every id to the rank that owns its table, each batch after the one before.
+    """Sends every id to the rank that owns its table, one batch after another.
 
-    tables: of the model. shards_by_rank: in the order in which each rank looks them up; the same on all ranks.
-    overlap False sends at once.
+    tables: all tables of the model. shards_by_rank: each rank's shards in lookup order, the same on all ranks.
+    overlap: send in a background thread; if False, `send` blocks until the ids have arrived.
     """
 
     def __init__(
@@ -85,10 +85,11 @@ class IdExchange:
         *,
         overlap: bool = True,
     ) -> None:
-        """Communicates: all ranks make theirs together."""
+        """Communicates: all ranks must construct it together."""
         self._tables, self._overlap = tuple(tables), overlap
         self._device, self._rank, self._world_size = topology.device, topology.rank, topology.world_size
-        # A group's collectives must be called in one order by all ranks, and the thread keeps no order with others.
+        # All ranks must call a group's collectives in the same order. The thread runs in no fixed order with the main
+        # thread, so it needs its own group.
         self._group = dist.new_group(timeout=topology.timeout)
         self._last_sent: SentIds | None = None
         self._stream = torch.cuda.Stream(topology.device) if topology.device.type == "cuda" else None
@@ -104,21 +105,21 @@ class IdExchange:
         self._owner = torch.tensor(owner, dtype=torch.int64, device=self._device)
         self._num_embeddings_F = torch.tensor([table.num_embeddings for table in tables], device=self._device)
         self._is_mean_F = torch.tensor(is_mean, dtype=torch.bool, device=self._device)
-        # Received bags come rank by rank and shard by shard; FBGEMM wants them shard by shard and rank by rank.
+        # Bags arrive grouped by rank, then by shard; FBGEMM needs them grouped by shard, then by rank.
         by_shard = torch.arange(self._world_size * self._own).view(self._world_size, self._own).t().reshape(-1)
         self._by_shard = by_shard.to(self._device, torch.int32)
 
     @property
     def _own(self) -> int:
-        """S."""
+        """Number of this rank's shards, S."""
         return self._num_shards[self._rank]
 
     def send(self, sparse: SparseIds) -> SentIds:
-        """Begin to bring every id to its table's owner. Communicates over all ranks.
+        """Start sending every id to its table's owner. Communicates over all ranks.
 
-        The future raises IndexError for an id outside its table (on CUDA it is a device-side assertion).
+        The future raises IndexError if an id is outside its table (on CUDA, a device-side assertion).
         """
-        # What the caller has queued by now makes the ids; what it queues later, the thread shall not wait for.
+        # The thread must wait for the work that produces the ids, which is queued by now, but for nothing queued later.
         ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
         if self._overlap:
             self._last_sent = in_background(self._send, sparse, ready, self._last_sent)
@@ -128,7 +129,7 @@ class IdExchange:
         return sent
 
     def settle(self) -> None:
-        """Wait until no ids are on their way."""
+        """Wait until no ids are in transit."""
         if self._last_sent is not None:
             wait([self._last_sent])
 
@@ -140,7 +141,7 @@ class IdExchange:
         if self._stream is None:
             with record_function(IDS):
                 return self._send_checked(sparse)
-        torch.cuda.set_device(self._device)  # a thread has its own
+        torch.cuda.set_device(self._device)  # each thread has its own current device
         with torch.cuda.stream(self._stream), record_function(IDS):
             self._stream.wait_event(ready)
             for tensor in (sparse.ids, sparse.lengths_FB, sparse.weights):
@@ -153,11 +154,14 @@ class IdExchange:
         check_ids(sparse, self._num_embeddings_F, self._tables)
         weights = self._pooling_weights(sparse)
         facts = self._compare_batches(sparse, weights is not None)
-        own = self._send_bags(sparse, weights, facts) if facts.has_lengths else (*self._send_single_ids(sparse), None)
-        return OwnIds(sparse.batch_size, *own, facts.padded_batch)
+        if facts.has_lengths:
+            ids, offsets, weights = self._send_bags(sparse, weights, facts)
+        else:
+            (ids, offsets), weights = self._send_single_ids(sparse), None
+        return OwnIds(sparse.batch_size, ids, offsets, weights, facts.padded_batch)
 
     def _pooling_weights(self, sparse: SparseIds) -> Tensor | None:
-        """Per-id weights under which a sum is the pooling that each feature asks for."""
+        """Per-id weights that turn the sum over a bag into each feature's pooling."""
         if not self._has_mean or sparse.lengths_FB is None:
             return sparse.weights
         scale_FB = torch.where(self._is_mean_F[:, None], 1.0 / sparse.lengths_FB.clamp(min=1), 1.0)
@@ -181,13 +185,13 @@ class IdExchange:
         return _BatchFacts(
             batch_sizes=batch_sizes,
             id_counts=[row[3:] for row in rows],
-            # A batch that must be padded is sent with its lengths: the padding is empty bags.
+            # A padded batch is sent with its lengths, because the padding consists of empty bags.
             has_lengths=any(row[1] for row in rows) or len(set(batch_sizes)) > 1,
             has_weights=any(row[2] for row in rows),
         )
 
     def _send_single_ids(self, sparse: SparseIds) -> tuple[Tensor, Tensor]:
-        """The short way where every bag holds one id and all batches are of one size."""
+        """The fast path: every bag holds one id, and all batches have the same size."""
         batch, own, ranks = sparse.batch_size, self._own, self._world_size
         ids_FB = sparse.ids.to(self.wire_dtype).view(len(self._tables), batch)
         sent = ids_FB if self._is_identity_order else ids_FB[self._order]
@@ -224,15 +228,18 @@ class IdExchange:
 
 
 def check_ids(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence[SparseFeature]) -> None:
-    """Raise IndexError for an id outside its table: FBGEMM would train row 0 in its stead, or read foreign memory."""
+    """Raise IndexError if an id is outside its table; FBGEMM would train row 0 instead, or read out of bounds."""
     if sparse.num_features != len(tables):
-        raise ValueError(f"The batch has {sparse.num_features} sparse features, the model {len(tables)}.")
+        raise ValueError(
+            f"The batch has {sparse.num_features} sparse features, but the model has {len(tables)}. Prepare the data "
+            "with the model's schema."
+        )
     if not sparse.ids.numel():
         return
     if sparse.lengths_FB is None:
         least_F, most_F = torch.aminmax(sparse.ids.view(len(tables), -1), dim=1)
         all_inside = ((least_F >= 0) & (most_F < num_embeddings_F)).all()
-    elif sparse.ids.device.type == "cuda":  # the host needn't wait for the counts
+    elif sparse.ids.device.type == "cuda":  # the host does not have to wait for the counts
         all_inside = _is_inside(sparse, num_embeddings_F).all()
     else:
         of_tables = zip(sparse.ids.split(sparse.lengths_FB.sum(1).tolist()), tables, strict=True)
@@ -245,14 +252,14 @@ def check_ids(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence[Spar
 
 
 def _is_inside(sparse: SparseIds, num_embeddings_F: Tensor) -> Tensor:
-    """For each id, whether it is a row of its table."""
+    """For each id, whether it is inside its table."""
     counts_F = sparse.batch_size if sparse.lengths_FB is None else sparse.lengths_FB.sum(1)
     limit = num_embeddings_F.repeat_interleave(counts_F, output_size=sparse.ids.numel())
     return (sparse.ids >= 0) & (sparse.ids < limit)
 
 
 def _first_outside(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence[SparseFeature]) -> str:
-    """Which id isn't a row of its table, in words."""
+    """The error message about the first id that is outside its table."""
     position = int((~_is_inside(sparse, num_embeddings_F)).nonzero()[0])
     if sparse.lengths_FB is None:
         bag = position
@@ -261,5 +268,5 @@ def _first_outside(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence
     table = tables[bag // sparse.batch_size]
     return (
         f"Feature {table.name!r}, row {bag % sparse.batch_size} of the batch: id {int(sparse.ids[position])} is "
-        f"outside its table, which has ids 0 to {table.num_embeddings - 1}. Prepare the data by the model's schema."
+        f"outside its table, which has ids 0 to {table.num_embeddings - 1}. Prepare the data with the model's schema."
     )

@@ -1,4 +1,4 @@
-"""FBGEMM's tables of one rank: where their weights live, their dtype, their optimizer (paper 3.2.1)."""
+"""Builds one rank's FBGEMM tables: location and dtype of the weights, and the optimizer (paper 3.1, figure 4)."""
 
 from collections.abc import Collection, Sequence
 
@@ -35,10 +35,11 @@ def make_lookup(
     rounds_stochastically: bool = False,
     cached: Collection[int] = (),
 ) -> SplitTableBatchedEmbeddingBagsCodegen:
-    """FBGEMM's tables of (rows, columns) each, on `device`, summed over bags, with the optimizer in their backward.
+    """FBGEMM tables on `device` that sum over each bag and run the optimizer in their backward.
 
-    rounds_stochastically: fp16 updates; on the CPU FBGEMM ignores it, see `RoundedTables`. cached: numbers of the
-    tables that stay in the host's memory, on CUDA, behind a cache on the GPU.
+    sizes: (rows, columns) of each table. rounds_stochastically: round fp16 updates stochastically; FBGEMM ignores this
+    on CPU, see `RoundedTables`. cached: on CUDA, indices of the tables that stay in host memory, with a cache on the
+    GPU.
     """
     return SplitTableBatchedEmbeddingBagsCodegen(
         [(*size, *_location(device, index in cached)) for index, size in enumerate(sizes)],
@@ -50,13 +51,13 @@ def make_lookup(
         stochastic_rounding=rounds_stochastically,
         cache_load_factor=CACHED_SHARE,
         pooling_mode=PoolingMode.SUM,
-        bounds_check_mode=BoundsCheckMode.NONE,  # ids are checked before they travel
+        bounds_check_mode=BoundsCheckMode.NONE,  # ids are checked before they are sent
         device=device,
     )
 
 
 def _location(device: torch.device, is_cached: bool) -> tuple[EmbeddingLocation, ComputeDevice]:
-    """FBGEMM refuses crossed pairs."""
+    """Where a table's weights are, and where it computes. FBGEMM rejects mixed pairs of the two."""
     if device.type == "cpu":
         return EmbeddingLocation.HOST, ComputeDevice.CPU
     return EmbeddingLocation.MANAGED_CACHING if is_cached else EmbeddingLocation.DEVICE, ComputeDevice.CUDA

@@ -1,4 +1,4 @@
-"""All-to-all between the ranks that own the embedding tables and the data-parallel batch (paper 3.2.1)."""
+"""All-to-all between the owners of the embedding tables and the data-parallel batch (paper 3.1, figure 4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from dhen.tables.wire import Wire
 
 EMBEDDINGS, GRADIENTS = "embeddings' all-to-all", "gradients' all-to-all"
 WAITING = "waiting for an all-to-all"
-"""Names in a profiler's trace."""
+"""Names in a profiler trace."""
 
 
 @dataclass(frozen=True)
 class ColumnBlock:
-    """Where one shard's output goes: columns [first, last) of feature `feature`'s embedding."""
+    """Where a shard's output goes: columns [first, last) of the embedding of feature number `feature`."""
 
     feature: int
     first: int
@@ -32,9 +32,9 @@ class ColumnBlock:
 
 @dataclass(frozen=True)
 class PooledLayout:
-    """Which column blocks each rank computes, in the order in which it lays them side by side.
+    """Which column blocks each rank computes, in the order of its output.
 
-    Together the blocks cover every column of all `num_features` embeddings of `embedding_dim` columns once.
+    Together, the blocks cover each of the `num_features * embedding_dim` columns exactly once.
     """
 
     blocks_by_rank: tuple[tuple[ColumnBlock, ...], ...]
@@ -44,12 +44,12 @@ class PooledLayout:
 
     @cached_property
     def widths_by_rank(self) -> tuple[tuple[int, ...], ...]:
-        """Columns of each block that a rank computes for each example, by rank."""
+        """Width of each block, by rank."""
         return tuple(tuple(block.width for block in blocks) for blocks in self.blocks_by_rank)
 
     @cached_property
     def _runs(self) -> tuple["_Run", ...]:
-        """Blocks in the features' order; those that are side by side on one rank too are one run."""
+        """Blocks in feature order. Blocks that are also adjacent on their rank are merged into one run."""
         runs: list[_Run] = []
         places = [
             (block.feature * self.embedding_dim + block.first, rank, sum(widths[:index]), block.width)
@@ -66,7 +66,7 @@ class PooledLayout:
 
     @cached_property
     def _runs_by_rank(self) -> tuple[tuple["_Run", ...], ...]:
-        """The same in the order in which each rank has them."""
+        """The runs of each rank, in the order of its output."""
         return tuple(
             tuple(sorted((run for run in self._runs if run.rank == rank), key=lambda run: run.start))
             for rank in range(len(self.blocks_by_rank))
@@ -74,17 +74,17 @@ class PooledLayout:
 
     @property
     def is_one_part_in_order(self) -> bool:
-        """Whether a single rank computes all, in the features' order."""
+        """Whether a single rank computes all blocks, in feature order."""
         return len(self.blocks_by_rank) == len(self._runs) == 1
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """parts[r]: (B, width of r) -> embeddings_BFD, in one copy, or none where one part is all in order."""
+        """parts[r]: (B, width of r) -> embeddings_BFD. Copies once, or not at all if one part is all in order."""
         pieces = [parts[run.rank].narrow(1, run.start, run.width) for run in self._runs]
         joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         return joined.view(-1, self.num_features, self.embedding_dim)
 
     def split(self, x_BFD: Tensor, out: Sequence[Tensor]) -> None:
-        """The reverse of `join`: copy x_BFD's columns into out[r]: (B, width of r)."""
+        """The inverse of `join`: copy the columns of x_BFD into out[r]: (B, width of r)."""
         columns = x_BFD.reshape(-1, self.num_features * self.embedding_dim)
         for part, runs in zip(out, self._runs_by_rank, strict=True):
             if runs:
@@ -93,7 +93,7 @@ class PooledLayout:
 
 @dataclass(frozen=True)
 class _Run:
-    """Columns [column, column + width) of all features' embeddings side by side: from `start` of `rank`'s part."""
+    """Columns [column, column + width) of the concatenated embeddings. They begin at `start` in the part of `rank`."""
 
     column: int
     rank: int
@@ -103,27 +103,27 @@ class _Run:
 
 @dataclass(frozen=True)
 class Wires:
-    """What pooled embeddings travel as, and their gradients in the backward."""
+    """Wire formats of the pooled embeddings (forward) and of their gradients (backward)."""
 
     forward: Wire = Wire("fp32")
     backward: Wire = Wire("fp32")
 
 
 class PooledExchange:
-    """The bridge for pooled embeddings: from table owners to the data-parallel batch, and gradients the other way.
+    """Sends one batch's pooled embeddings from table owners to the data-parallel batch, and their gradients back.
 
-    One batch: pooled, (world_size * padded_batch, own width), grouped by the rank whose examples they are, every rank's
-    batch padded to the largest -> embeddings_BFD of this rank's own `batch_size` examples.
+    `pooled` is (world_size * padded_batch, own width), grouped by the rank that the examples belong to, with every
+    rank's batch padded to the largest. The result is embeddings_BFD of this rank's own `batch_size` examples.
 
-    `start` begins the all-to-all and `finish` waits for it, so that what is computed in between runs under it. In the
-    backward it is the other way round: the gradients leave where `finish` was, and are waited for where `start` was.
-    overlap False waits at once, both ways.
+    `start` begins the all-to-all and `finish` waits for it, so it overlaps with whatever is computed in between. The
+    backward mirrors this: the backward of `finish` sends the gradients, and the backward of `start` waits for them.
+    With overlap False, both directions wait at once.
 
-    The loss is a mean over each rank's batch, and the dense gradients are averaged over ranks; table gradients arrive
-    as a sum over ranks, so they are divided by the world size here, and nowhere else.
+    The loss is a mean over each rank's batch, and DeepSpeed averages the dense gradients over ranks. Table gradients
+    arrive as a sum over ranks, so they are divided by the world size here, and nowhere else.
 
-    Gradients are about 1 / global batch; on an fp16 wire they are multiplied by the power of two at or below the global
-    batch, and divided by it where they arrive.
+    Gradients are of the order of 1 / global batch. For an fp16 wire they are multiplied by the largest power of two
+    that is at most the global batch, and divided by it on arrival.
     """
 
     def __init__(
@@ -143,23 +143,23 @@ class PooledExchange:
         self._under_way: _UnderWay | None = None
 
     def start(self, pooled: Tensor) -> Tensor:
-        """Begin to send. Communicates over the group. Returns a ticket for `finish`, which carries the gradient."""
+        """Start sending. Communicates over the group. Returns a ticket for `finish`; the gradient flows through it."""
         return _Start.apply(pooled, self)
 
     def finish(self, ticket: Tensor) -> Tensor:
-        """Wait for the others' embeddings: embeddings_BFD."""
+        """Wait for the embeddings from the other ranks. Returns embeddings_BFD."""
         return _Finish.apply(ticket, self)
 
     def send_pooled(self, pooled: Tensor) -> None:
-        """Forward, first half."""
+        """First half of the forward."""
         wire, blocks = self._wires.forward, self._layout.widths_by_rank
         own = blocks[self._layout.rank]
         sent = wire.encode(pooled, own)
-        sizes = [wire.row_size(own)] * len(blocks), [wire.row_size(widths) for widths in blocks]
-        self._send(EMBEDDINGS, sent.reshape(-1), *sizes)
+        send_widths, receive_widths = [wire.row_size(own)] * len(blocks), [wire.row_size(widths) for widths in blocks]
+        self._send(EMBEDDINGS, sent.reshape(-1), send_widths, receive_widths)
 
     def receive_embeddings(self) -> Tensor:
-        """Forward, second half."""
+        """Second half of the forward."""
         wire, blocks = self._wires.forward, self._layout.widths_by_rank
         parts = self._receive([wire.row_size(widths) for widths in blocks])
         return self._layout.join(
@@ -167,7 +167,7 @@ class PooledExchange:
         )
 
     def send_gradient(self, grad_BFD: Tensor) -> None:
-        """Backward, first half."""
+        """First half of the backward."""
         wire, blocks = self._wires.backward, self._layout.widths_by_rank
         flat, parts = self._split(grad_BFD)
         if wire.dtype != "fp32":
@@ -179,7 +179,7 @@ class PooledExchange:
         self._send(GRADIENTS, flat, [wire.row_size(widths) for widths in blocks], [own] * len(blocks))
 
     def _split(self, grad_BFD: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """A gradient by the ranks that it goes to, padded: all of it side by side in memory, and each rank's part."""
+        """The gradient split by destination rank and padded: one flat buffer, and a view of it for each rank."""
         rows, padded = grad_BFD.shape[0], self._padded_batch
         widths = [sum(of_rank) for of_rank in self._layout.widths_by_rank]
         if self._layout.is_one_part_in_order:
@@ -193,7 +193,7 @@ class PooledExchange:
         return flat, parts
 
     def receive_gradient(self) -> Tensor:
-        """Backward, second half: the gradient of `pooled`, averaged over ranks."""
+        """Second half of the backward: the gradient of `pooled`, averaged over ranks."""
         wire, blocks = self._wires.backward, self._layout.widths_by_rank
         own = blocks[self._layout.rank]
         (rows,) = self._receive([wire.row_size(own)], count=len(blocks))
@@ -218,7 +218,7 @@ class PooledExchange:
                 self._under_way.handle.wait()
 
     def _receive(self, widths: Sequence[int], count: int = 1) -> list[Tensor]:
-        """What came, in matrices of these widths and `count` padded batches of rows."""
+        """What has arrived: one matrix for each width, with `count` padded batches of rows."""
         self._wait()
         under_way, self._under_way = self._under_way, None
         rows = count * self._padded_batch
@@ -228,7 +228,7 @@ class PooledExchange:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """An all-to-all that was begun; one rank alone has no handle. sent: kept until it is over."""
+    """An all-to-all in progress. handle: None in a job of one rank. sent: kept alive until the all-to-all is done."""
 
     handle: dist.Work | None
     received: Tensor

@@ -1,11 +1,14 @@
-"""Embedding tables, model-parallel over all ranks on FBGEMM, and the bridge to the data-parallel batch (paper 3.2.1).
+"""Model-parallel embedding tables on FBGEMM, and the bridge to the data-parallel batch (paper 3.1, figure 4).
 
-For its own examples each rank has ids of all features; of the tables it has a few, or some columns of them. So ids
-travel to the tables' owners by all-to-all, each owner looks up its tables for the global batch, and the pooled
-embeddings travel back. In the backward gradients take the same way, and FBGEMM applies the tables' optimizer inside it.
+The paper shards the tables across a pod; here they are sharded over all ranks.
 
-With `overlap` none of the three is waited for at once: `send_ids` brings the next batch's ids while this one computes,
-embeddings come while the dense features go through their MLP, and gradients go back under that MLP's backward.
+Each rank has the ids of all features for its own examples, but holds only a few tables, or some columns of them. An
+all-to-all sends the ids to the tables' owners, each owner looks up its tables for the global batch, and a second
+all-to-all returns the pooled embeddings. In the backward pass the gradients travel to the owners, where FBGEMM applies
+the tables' optimizer as part of the backward.
+
+With `overlap`, all three exchanges run in the background: the ids of the next batch travel while this batch computes,
+embeddings travel during the MLP of the dense features, and gradients travel during the backward of that MLP.
 
 Shapes: B examples of this rank, F sparse features, D embedding dimension, S table shards of this rank, W ranks.
 """
@@ -33,38 +36,38 @@ from dhen.tables.pooled_exchange import WAITING, ColumnBlock, PooledExchange, Po
 from dhen.tables.stochastic_rounding import RoundedTables, round_stochastically
 
 _DECAYED_ROWS = 1 << 16
-"""At once, in float32."""
+"""Rows that are converted to float32 at a time."""
 
 
 class PendingEmbeddings:
-    """Looked-up embeddings on their way: call it for embeddings_BFD, as often as you like."""
+    """Looked-up embeddings that are still in transit. Call it to get embeddings_BFD, as often as you like."""
 
     def __init__(self, exchange: PooledExchange, ticket: Tensor) -> None:
         self._exchange, self._ticket = exchange, ticket
         self._embeddings_BFD: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        """Wait for them, the first time."""
+        """Return the embeddings; the first call waits for them."""
         if self._embeddings_BFD is None:
             self._embeddings_BFD = self._exchange.finish(self._ticket)
         return self._embeddings_BFD
 
 
 class ShardedTables(nn.Module):
-    """All embedding tables of the model, of which this rank holds the shards that `placement` gives it.
+    """All embedding tables of the model. This rank holds the shards that `placement` assigns to it.
 
-    Called like `PlainTables`: SparseIds of this rank's examples -> embeddings_BFD, float32. Every forward that is
-    followed by a backward updates the tables with the learning rate set before it. Forward and backward communicate
-    over `topology.world`; all ranks call them in step, and may bring batches of different sizes.
+    Called like `PlainTables`: SparseIds of this rank's examples -> embeddings_BFD, float32. The backward updates the
+    tables with the learning rate that was set before the forward. Forward and backward communicate over
+    `topology.world`: all ranks must call them together, but their batches may differ in size.
 
-    `look_up` gives the same, not waited for; `send_ids` begins a lookup to come.
+    `look_up` does the same without waiting; `send_ids` sends the ids of a later lookup ahead of time.
 
-    table_rounding: of fp16 tables. wires: dtypes of the all-to-all. overlap: whether communication runs under
-    computation; the numbers are the same.
-    epsilon: Adagrad's: an update is learning rate * g / (sqrt(sum of g^2) + epsilon). A larger one makes the first
-    updates of a row small, so rows that are rarely seen stay near their start.
+    table_rounding: how updates of fp16 tables are rounded. wires: dtypes of the all-to-all. overlap: whether
+    communication overlaps with computation; results are the same either way.
+    epsilon: Adagrad's; an update is learning rate * g / (sqrt(sum of g^2) + epsilon). A larger value makes the first
+    updates of a row smaller, so rows that are rarely seen stay close to their initial values.
 
-    Never hand this module to DeepSpeed, which would broadcast rank 0's shards over everyone's.
+    Never pass this module to DeepSpeed: it would overwrite every rank's shards with rank 0's.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class ShardedTables(nn.Module):
         wires: Wires | None = None,
         overlap: bool = True,
     ) -> None:
-        """Communicates: all ranks make theirs together."""
+        """Communicates: all ranks must construct it together."""
         super().__init__()
         self.tables = tuple(tables)
         self.embedding_dim = embedding_dim
@@ -92,7 +95,7 @@ class ShardedTables(nn.Module):
         self.is_frozen = False
         self._wires, self._overlap = wires or Wires(), overlap
         self._device, self._world_size = topology.device, topology.world_size
-        # NCCL has a stream for each group: under ZeRO-3, whose is the world's, embeddings would wait for its weights.
+        # NCCL runs one stream per group. In ZeRO-3's group, the world, embeddings would queue behind its weights.
         on_gpu = self._device.type == "cuda"
         self._group = dist.new_group(timeout=topology.timeout) if on_gpu else topology.world
         by_rank = [_in_order(placement.of_rank(rank)) for rank in range(topology.world_size)]
@@ -126,12 +129,12 @@ class ShardedTables(nn.Module):
     def forward(self, sparse: SparseIds | SentIds) -> Tensor:
         """Look up and pool: SparseIds of this rank's B examples -> embeddings_BFD.
 
-        Raises IndexError for an id outside its table (on CUDA a device-side assertion).
+        Raises IndexError if an id is outside its table (on CUDA, a device-side assertion).
         """
         return self.look_up(sparse)()
 
     def look_up(self, sparse: SparseIds | SentIds) -> PendingEmbeddings:
-        """`forward`, without waiting for the others' embeddings."""
+        """Like `forward`, but does not wait for the embeddings of the other ranks."""
         with torch.no_grad() if self.is_frozen else contextlib.nullcontext():
             sent = self.send_ids(sparse) if isinstance(sparse, SparseIds) else sparse
             with record_function(WAITING):
@@ -149,15 +152,15 @@ class ShardedTables(nn.Module):
             return PendingEmbeddings(exchange, exchange.start(pooled))
 
     def send_ids(self, sparse: SparseIds) -> SentIds:
-        """Begin to bring every id to its table's owner, after the batches before. Communicates over all ranks."""
+        """Start sending every id to its table's owner; batches are sent in order. Communicates over all ranks."""
         return self._ids.send(sparse)
 
     def settle(self) -> None:
-        """Wait until no ids are on their way."""
+        """Wait until no ids are in transit."""
         self._ids.settle()
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Learning rate of the updates to come. Set it before the forward: FBGEMM's backward uses the forward's."""
+        """Set the learning rate of the next updates. Call it before the forward; a backward uses its forward's rate."""
         if self._lookup is not None:
             self._lookup.set_learning_rate(learning_rate)
         if self._rounded is not None:
@@ -165,9 +168,9 @@ class ShardedTables(nn.Module):
 
     @torch.no_grad()
     def decay_whole_tables(self, rate: float) -> None:
-        """Shrink every weight of every table by `rate` (learning rate times L2). Touches all rows: for small tables.
+        """Multiply every weight by 1 - `rate` (rate: learning rate times L2). For small tables: it touches every row.
 
-        fp16 ones are rounded stochastically: to nearest, most would never move.
+        fp16 weights are rounded stochastically; rounded to nearest, most would never change.
         """
         for weight in self._weights():
             if weight.dtype == torch.float16:
@@ -177,9 +180,9 @@ class ShardedTables(nn.Module):
                 weight.mul_(1.0 - rate)
 
     def shard_tensors(self) -> list[tuple[TableShard, dict[str, Tensor]]]:
-        """This rank's shards with their tensors, to read or to copy into.
+        """This rank's shards and their tensors, which may be read or overwritten in place.
 
-        "weight" is (rows, columns); the Adagrad optimizers have "sum" too, (rows, columns) or for row-wise (rows,).
+        "weight" is (rows, columns). The Adagrad optimizers add "sum": (rows, columns), or (rows,) for row-wise Adagrad.
         """
         if self._lookup is None:
             return []
@@ -190,7 +193,7 @@ class ShardedTables(nn.Module):
         return list(zip(self.shards, tensors, strict=True))
 
     def _weights(self) -> list[Tensor]:
-        """Every shard's weight, to read or to write: a GPU's cache is written back to the host's memory and emptied."""
+        """The weights of all shards. On a GPU, first writes the cache back to host memory and empties it."""
         if self._lookup is None:
             return []
         self._lookup.flush()
@@ -199,7 +202,7 @@ class ShardedTables(nn.Module):
 
 
 def _in_order(shards: Sequence[TableShard]) -> tuple[TableShard, ...]:
-    """Of a rank's shards, those of one width side by side."""
+    """A rank's shards, ordered so that shards of equal width are adjacent."""
     return tuple(sorted(shards, key=lambda shard: shard.num_columns))
 
 

@@ -1,8 +1,9 @@
-"""FP16 tables whose updates are rounded stochastically (paper 3.2.3), on the CPU.
+"""FP16 tables with stochastically rounded updates (paper 3.2.1), on CPU.
 
-A step that is smaller than half of what FP16 resolves is lost by rounding to nearest, every time. Rounded up with the
-probability of the part that is lost, it is kept on average. FBGEMM does so on CUDA and ignores the option on the CPU;
-there its lookup serves the forward, and the update is done here, in float32, for the rows of the batch.
+Rounding to nearest loses every update that is smaller than half the distance between two FP16 numbers. Stochastic
+rounding rounds up with a probability equal to the fraction that would be lost, so the update is kept on average.
+FBGEMM does this on CUDA but ignores the option on CPU. On CPU, FBGEMM does the lookup, and the update is done here, in
+float32, for the rows of the batch.
 """
 
 from dataclasses import dataclass
@@ -16,19 +17,19 @@ from torch.nn.functional import embedding_bag
 _LARGEST = torch.finfo(torch.float16).max
 _LEAST_NORMAL = torch.finfo(torch.float16).smallest_normal
 _DROPPED_BITS = 13
-"""Bits of float32's mantissa that float16 hasn't."""
+"""Mantissa bits of float32 that float16 does not have."""
 _AT_ONCE = 1 << 16
-"""Numbers that are updated together: what is computed of them stays in the cache."""
+"""Numbers that are updated together; few enough for the intermediate results to stay in the CPU's cache."""
 
 
 def round_stochastically(x: Tensor) -> Tensor:
-    """float32 -> float16, to one of the two neighbours, so that the mean is x; beyond float16's range it saturates."""
+    """Round float32 to one of the two neighboring float16 numbers, so that the mean is x. Saturates out of range."""
     x = x.clamp(-_LARGEST, _LARGEST)
-    # Below its least normal number float16's are equally far apart, as far as those just above it: shifted there, they
-    # are rounded as all others are.
+    # Subnormal float16 numbers are evenly spaced, as far apart as the smallest normal ones. Shifted into that range,
+    # they round like all other numbers.
     shift = torch.copysign((x.abs() < _LEAST_NORMAL).float().mul_(_LEAST_NORMAL), x)
     bits = x.add_(shift).view(torch.int32)
-    # Four draws of 16 random bits in one of 64; only 13 of each are used.
+    # One 64-bit draw serves as four 16-bit draws, of which 13 bits each are used.
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_()
     draws = draws.view(torch.int16)[: x.numel()].view(x.shape).bitwise_and_((1 << _DROPPED_BITS) - 1)
     bits.add_(draws).bitwise_and_(-1 << _DROPPED_BITS)
@@ -37,10 +38,10 @@ def round_stochastically(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Width:
-    """Neighbouring tables of one width, as one: their rows one after another.
+    """Adjacent tables of equal width, joined into one.
 
-    tables: numbers of the first and of the one behind the last; columns: of the lookup's output, likewise. first_rows:
-    number of each table's first row.
+    tables: range of table numbers, end exclusive. columns: range of columns in the lookup's output, end exclusive.
+    first_rows: number of each table's first row.
     """
 
     tables: tuple[int, int]
@@ -51,29 +52,29 @@ class _Width:
 
 
 class RoundedTables:
-    """Lookup by FBGEMM, update here. Serves the tables of one `lookup`, whose weights and states it works on.
+    """Looks up with FBGEMM's `lookup`, and updates its weights and optimizer states in place.
 
-    All tables of one width are updated together; those of one width should be neighbours. optimizer: "rowwise_adagrad",
-    "adagrad" or "sgd". epsilon: Adagrad's.
+    Adjacent tables of equal width are updated together, so tables should be ordered by width. optimizer:
+    "rowwise_adagrad", "adagrad" or "sgd". epsilon: Adagrad's.
     """
 
     def __init__(self, lookup: SplitTableBatchedEmbeddingBagsCodegen, optimizer: str, epsilon: float) -> None:
         self.learning_rate = 0.0
         self._lookup = lookup
         self._optimizer, self._epsilon = optimizer, epsilon
-        self._leaf = torch.empty(0, requires_grad=True)  # of the graph: the weights aren't autograd's
+        self._leaf = torch.empty(0, requires_grad=True)  # so that backward runs: autograd does not track the weights
         self._widths = _by_width(lookup, has_state=optimizer != "sgd")
 
     def __call__(self, ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Pooled embeddings, as the lookup gives them. Its backward updates the tables."""
+        """The lookup's pooled embeddings. Their backward updates the tables."""
         return _LookUp.apply(self._leaf, self, ids, offsets, per_sample_weights)
 
     def look_up(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """Forward."""
+        """The forward: FBGEMM's lookup."""
         return self._lookup(ids, offsets, per_sample_weights=weights)
 
     def update(self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, learning_rate: float) -> None:
-        """One step from the gradient of all pooled embeddings, (bags, sum of columns)."""
+        """The backward: one optimizer step. grad: of all pooled embeddings, (bags, sum of columns)."""
         num_bags = grad.shape[0]
         for of_width in self._widths:
             first, last = of_width.tables
@@ -84,7 +85,7 @@ class RoundedTables:
             table_of_id = bag_of_id // num_bags
             by_row, order = (ids[here] + of_width.first_rows[table_of_id]).sort(stable=True)
             rows, counts = by_row.unique_consecutive(return_counts=True)
-            # A row of `grads` is a bag's gradient for one table; bags are counted table by table.
+            # A row of `grads` is one bag's gradient for one table; bags are numbered table by table.
             grads = grad[:, slice(*of_width.columns)].reshape(-1, of_width.weight.shape[1])
             grad_of_id = ((bag_of_id - table_of_id * num_bags) * (last - first) + table_of_id)[order]
             weight_of_id = None if weights is None else weights[here][order]
@@ -93,7 +94,7 @@ class RoundedTables:
             for row in range(0, len(rows), at_once):
                 of_rows = starts[row : row + at_once + 1]
                 of_ids = slice(int(of_rows[0]), int(of_rows[-1]))
-                # A row's gradient is a sum over its ids of their bags': a lookup again, of bags in place of rows.
+                # A row's gradient is the sum of its ids' bag gradients: again a lookup, of bags instead of rows.
                 grad_of_rows = embedding_bag(
                     grad_of_id[of_ids],
                     grads,
@@ -109,7 +110,7 @@ class RoundedTables:
         of_width.weight[rows] = round_stochastically(before.sub_(step, alpha=learning_rate))
 
     def _step(self, rows: Tensor, grad: Tensor, state: Tensor | None) -> Tensor:
-        """What a learning rate of 1 would take off the rows."""
+        """The update for a learning rate of 1, to be subtracted from the rows."""
         if state is None:
             return grad
         squares = grad.square()
@@ -142,7 +143,7 @@ def _by_width(lookup: SplitTableBatchedEmbeddingBagsCodegen, *, has_state: bool)
 
 
 def _joined(tables: list[Tensor]) -> Tensor:
-    """Tables that FBGEMM keeps one behind the other, as one: the same memory, all their rows."""
+    """One tensor over all rows of tables that FBGEMM stores back to back. Shares their memory."""
     joined = tables[0].as_strided((sum(map(len, tables)), *tables[0].shape[1:]), tables[0].stride())
     ends = [table.data_ptr() + table.nbytes for table in tables]
     assert [table.data_ptr() for table in tables[1:]] == ends[:-1]
@@ -164,5 +165,6 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, ...]:
-        ctx.tables.update(grad, *ctx.inputs, ctx.learning_rate)
+        ids, offsets, weights = ctx.inputs
+        ctx.tables.update(grad, ids, offsets, weights, ctx.learning_rate)
         return None, None, None, None, None

@@ -1,9 +1,9 @@
-"""Table shards on disk, by table and column, so that a save made under one placement loads under any other.
+"""Saves and loads table shards by table and column, so that a checkpoint loads under any placement.
 
-Each rank writes `tables-<rank>.safetensors` with its own shards under the keys `<table>/<first>:<last>/<tensor>`,
-where first and last are columns and tensor is "weight" or the optimizer's "sum". A reader takes, of all the files, the
-columns that its own shards need. Row-wise Adagrad's sum is one number a row *and shard*: it loads only under the cut it
-was saved with.
+Each rank writes its own shards to `tables-<rank>.safetensors`, under the keys `<table>/<first>:<last>/<tensor>`: first
+and last are columns, and tensor is "weight" or the optimizer's "sum". To load, a rank reads the columns that its shards
+need from all files. Row-wise Adagrad's sum has one number per row *and shard*, so it loads only if the table is cut as
+it was when saved.
 """
 
 import re
@@ -23,7 +23,7 @@ _KEY = re.compile(r"(?P<table>.+)/(?P<first>\d+):(?P<last>\d+)/(?P<tensor>\w+)")
 
 
 class TableStorageError(ValueError):
-    """Saved tables that don't fit the model's; the message names the folder and the table."""
+    """Saved tables do not fit this model. The message names the folder and the table."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Stored:
 
 
 def save_tables(tables: ShardedTables, folder: Path, rank: int) -> None:
-    """Write this rank's shards and their optimizer state into `folder`. Doesn't communicate."""
+    """Write this rank's shards and their optimizer state into `folder`. Does not communicate."""
     tensors = {
         f"{shard.name}/{shard.first_column}:{shard.last_column}/{kind}": tensor.detach().cpu().contiguous()
         for shard, of_shard in tables.shard_tensors()
@@ -45,9 +45,9 @@ def save_tables(tables: ShardedTables, folder: Path, rank: int) -> None:
 
 
 def load_tables(tables: ShardedTables, folder: Path) -> None:
-    """Fill this rank's shards and their optimizer state from `folder`, whatever placement they were saved under.
+    """Load this rank's shards and their optimizer state from `folder`, whatever placement they were saved under.
 
-    Doesn't communicate. Raises TableStorageError for a missing table, other sizes or another optimizer.
+    Does not communicate. Raises TableStorageError for a missing table, other sizes or another optimizer.
     """
     stored = _index(folder, _kind(tables))
     for shard, of_shard in tables.shard_tensors():
@@ -57,14 +57,16 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
 
 
 def _kind(tables: ShardedTables) -> dict[str, str]:
-    """What a save must share with the run that loads it, by key of the ds_config."""
+    """What must be the same in the saving and the loading run, by key of the dhen section."""
     return {"table_optimizer": tables.optimizer, "table_dtype": tables.table_dtype}
 
 
 def _index(folder: Path, kind: dict[str, str]) -> dict[tuple[str, str], list[_Stored]]:
     files = sorted(folder.glob("tables-*.safetensors"))
     if not files:
-        raise TableStorageError(f"{folder}: no tables-*.safetensors in it, so these are not a checkpoint's tables.")
+        raise TableStorageError(
+            f"{folder} has no tables-*.safetensors files, so it is not a checkpoint of tables. Use another checkpoint."
+        )
     index: dict[tuple[str, str], list[_Stored]] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -72,10 +74,10 @@ def _index(folder: Path, kind: dict[str, str]) -> dict[tuple[str, str], list[_St
             for name, value in kind.items():
                 if saved_with.get(name) != value:
                     raise TableStorageError(
-                        f"{path}: saved with {name} {saved_with.get(name)!r}, this run has {value!r}. Set dhen.{name} "
-                        "back, or start from the exported model with --model_name_or_path."
+                        f"{path} was saved with {name} {saved_with.get(name)!r}, but this run has {value!r}. Change "
+                        f"dhen.{name} back, or start from the exported model with --model_name_or_path."
                     )
-            for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 match = _KEY.fullmatch(key)
                 assert match, f"{path}: key {key!r}"
                 piece = _Stored(path, key, int(match["first"]), int(match["last"]))
@@ -90,8 +92,9 @@ def _columns(pieces: list[_Stored], shard: TableShard, shape: tuple[int, ...], w
         if not exact:
             cuts = ", ".join(f"{piece.first}:{piece.last}" for piece in pieces) or "none"
             raise TableStorageError(
-                f"{where}: row-wise Adagrad's state of columns {first}:{last} is needed, saved are {cuts}. Its cut "
-                "can't be changed: resume with the placement of the save, or start from the exported model."
+                f"{where}: row-wise Adagrad's state needs columns {first}:{last}, but the checkpoint has {cuts}. This "
+                "state cannot be cut differently. Resume with the placement of the checkpoint, or start from the "
+                "exported model with --model_name_or_path."
             )
         found = [_read(exact[0], ...)]
     else:
@@ -104,7 +107,10 @@ def _columns(pieces: list[_Stored], shard: TableShard, shape: tuple[int, ...], w
         ]
     tensor = torch.cat(found, dim=-1) if found else torch.empty(0)
     if tuple(tensor.shape) != shape:
-        raise TableStorageError(f"{where}: saved shape {tuple(tensor.shape)}, the model's is {shape}.")
+        raise TableStorageError(
+            f"{where}: the saved shape is {tuple(tensor.shape)}, but the model needs {shape}. Use the model and data "
+            "schema of the checkpoint."
+        )
     return tensor
 
 

@@ -1,10 +1,14 @@
-"""What travels of a matrix of embeddings or their gradients: fewer bytes an element, for one all-to-all (paper 3.2.1).
+"""Wire formats of the all-to-all: embeddings and their gradients in fewer bytes per element (paper 3.2.1).
 
-Rows are examples; a row is several blocks of columns, each of one table shard. fp16 saturates where a number is beyond
-what it can hold; what was infinite before stays so, and shows that the training diverges. Gradients of a mean over many
-examples are smaller than what fp16 resolves, so they are multiplied by a power of two on the way. int8 has one scale
-for each row and block, its largest magnitude over 127, so a large table doesn't cost a small one its digits; the scales
-travel in the row, behind its values, and a block with an infinite value arrives as NaN. NaN stays NaN.
+Rows are examples. A row consists of blocks of columns, one block per table shard. NaN stays NaN in every format.
+
+fp16 saturates: a finite number out of range becomes the largest fp16 number. Infinity stays infinity, so that a
+diverging run is noticed. Gradients of a mean over many examples can be too small for fp16, so they are multiplied by a
+power of two before they are sent.
+
+int8 has one scale for each row and block, the block's largest magnitude / 127, so that large values of one table do not
+cost another table its precision. The scales are sent at the end of the row. A block that contains infinity arrives as
+NaN.
 """
 
 import functools
@@ -21,7 +25,7 @@ _LARGEST_INT = 127
 
 
 class Wire:
-    """Turns rows into what is sent, and back.
+    """Encodes rows for sending, and decodes them.
 
     >>> wire = Wire("int8")
     >>> sent = wire.encode(torch.tensor([[1.0, -2.0, 0.5, 0.25]]), widths=[4])
@@ -34,17 +38,17 @@ class Wire:
         self.torch_dtype = _FLOATS.get(dtype, torch.int8)
 
     def row_size(self, widths: Sequence[int]) -> int:
-        """Elements that are sent of a row whose blocks have these widths."""
+        """Elements sent for a row whose blocks have these widths."""
         return sum(widths) + (_SCALE_BYTES * len(widths) if self.dtype == "int8" else 0)
 
     def encode(self, rows: Tensor, widths: Sequence[int], scale: float = 1.0) -> Tensor:
-        """float32 (rows, sum of widths) -> what is sent: (rows, row_size). scale: fp16's, a power of two."""
+        """Encode float32 (rows, sum of widths) as (rows, row_size). scale: a power of two, used by fp16 only."""
         if self.dtype == "int8":
             return _to_int8(rows, widths)
         return _to_fp16(rows * scale if scale != 1.0 else rows) if self.dtype == "fp16" else rows.to(self.torch_dtype)
 
     def decode(self, sent: Tensor, widths: Sequence[int], scale: float = 1.0) -> Tensor:
-        """The reverse, but for what the dtype can't hold; `scale` is the one it was encoded with."""
+        """Decode what `encode` returned for the same `widths` and `scale`, as float32."""
         if self.dtype == "int8":
             return _from_int8(sent, widths)
         return sent.float().div_(scale) if self.dtype == "fp16" and scale != 1.0 else sent.float()
@@ -78,14 +82,14 @@ def _from_int8(sent: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _largest(magnitudes: Tensor, widths: Sequence[int]) -> Tensor:
-    """The largest of each row and block: (rows, blocks)."""
+    """The largest magnitude of each row and block: (rows, blocks)."""
     if len(set(widths)) == 1:
         return magnitudes.unflatten(1, (len(widths), -1)).amax(2)
     return torch.stack([block.amax(1) for block in magnitudes.split(list(widths), dim=1)], dim=1)
 
 
 def _spread(scales: Tensor, widths: Sequence[int]) -> Tensor:
-    """A block's scale for each of its columns: (rows, sum of widths)."""
+    """Repeat each block's scale for all of its columns: (rows, sum of widths)."""
     if len(set(widths)) == 1:
         return scales.repeat_interleave(widths[0], dim=1)
     return scales[:, _block_of_column(tuple(widths), scales.device)]
@@ -93,6 +97,6 @@ def _spread(scales: Tensor, widths: Sequence[int]) -> Tensor:
 
 @functools.cache
 def _block_of_column(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Made once, because a copy to a GPU makes the host wait for all that is queued there."""
+    """Cached, because a copy to a GPU makes the host wait for all work queued there."""
     with torch.inference_mode(False):
         return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)).to(device)

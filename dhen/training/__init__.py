@@ -1,1 +1,1 @@
-"""From batches to an evaluated, saved model."""
+"""Training: the loop, metrics, progress reports, checkpoints and export."""

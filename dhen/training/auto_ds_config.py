@@ -1,6 +1,6 @@
-"""--ds_config auto: the planner chooses the memory techniques for the machine at hand (paper 3.1).
+"""--ds_config auto: the planner chooses the memory techniques for this machine (paper 3.1).
 
-A resumed run takes those of the run that wrote its checkpoint: another ZeRO stage couldn't read it.
+A resumed run keeps the techniques of the run that wrote its checkpoint, because another ZeRO stage could not load it.
 """
 
 import logging
@@ -32,15 +32,15 @@ def choose_ds_config(
     memory_bytes: int,
     ids_per_bag: Mapping[str, float],
 ) -> DsConfig:
-    """The ds_config that rank 0 plans, on all ranks. Communicates; all ranks call it.
+    """Plan the ds_config on rank 0 and return it on all ranks. Communicates; all ranks call it.
 
-    memory_bytes: of a rank. Raises ValueError, on all ranks, where nothing fits or nothing can be planned.
+    memory_bytes: memory per rank. Raises ValueError on all ranks if no set of techniques fits or planning fails.
     """
     training, recipe = arguments.training, arguments.recipe(topology.world_size)
 
     def choose() -> tuple[dict[str, Any], str]:
         if training.resume_from_checkpoint:
-            return _of_the_run(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)), recipe)
+            return _saved_ds_config(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)), recipe)
         return _planned(config, training, topology, memory_bytes, ids_per_bag)
 
     raw, why = rank_zeros(topology, choose)
@@ -57,8 +57,8 @@ def _planned(
     nodes, rest = divmod(topology.world_size, topology.local_size)
     if rest:
         raise DsConfigError(
-            f"ds_config auto plans for nodes that are alike; this job has {topology.world_size} ranks, "
-            f"{topology.local_size} on this node. Name a ds_config."
+            f"ds_config auto needs the same number of ranks on every node, but this job has {topology.world_size} "
+            f"ranks, {topology.local_size} of them on this node. Name a ds_config."
         )
     job = Job(
         config,
@@ -78,13 +78,13 @@ def _planned(
     return planner.whole_ds_config(chosen.technique), f"{chosen.technique}, because {planner.reason(chosen)}"
 
 
-def _of_the_run(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], str]:
-    """The ds_config of the run that wrote the checkpoint; what the recipe decides is the recipe's again."""
+def _saved_ds_config(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """The ds_config of the run that wrote the checkpoint, with the recipe's values set back to "auto"."""
     path = checkpoint.parent / DS_CONFIG_FILE
     if not path.is_file():
         raise DsConfigError(
-            f"ds_config auto: a resumed run takes the ds_config of the run that wrote {checkpoint}, and {path} isn't "
-            "there. Name the ds_config that it was trained with."
+            f"ds_config auto: a resumed run uses the ds_config of the run that wrote {checkpoint}, but {path} does not "
+            "exist. Name the ds_config that the run was trained with."
         )
     raw = read_json(path)
     for key in recipe.values():
@@ -94,4 +94,4 @@ def _of_the_run(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], str]:
             section = section.get(part, {})
         if name in section:
             section[name] = AUTO
-    return raw, f"that of {path}, because the checkpoint was written under it"
+    return raw, f"taken from {path}, because the checkpoint was written with it"

@@ -1,4 +1,4 @@
-"""curves.png: loss, NE and AUC over the samples seen."""
+"""curves.png: loss, NE, AUC and learning rate over the samples seen."""
 
 import csv
 from pathlib import Path
@@ -13,9 +13,9 @@ _COLOURS = {"train": "#8aa1b4", "validation": "#c4502f"}
 
 
 def draw_curves(metrics: Path, best_possible_ne: float | None = None) -> Path:
-    """Draw curves.png beside a run's metrics.csv; returns its path.
+    """Draw curves.png beside a run's metrics.csv, and return its path.
 
-    best_possible_ne: a line in the NE panel, where the data knows it.
+    best_possible_ne: if known, drawn as a line in the NE panel.
     """
     with metrics.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

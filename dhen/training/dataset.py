@@ -1,4 +1,4 @@
-"""From what the user names (a prepared folder, raw files, a hub data set, or nothing) to a run's data."""
+"""Opens the data of a run, given a prepared folder, raw files, a hub data set, or the name of the quickstart."""
 
 import json
 import logging
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dhen.config.arguments import ArgumentError, Arguments, DataArguments, Paths
+from dhen.config.arguments import Arguments, DataArguments
+from dhen.config.command_line import ArgumentError, Paths
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation import preprocessing
@@ -29,14 +30,15 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 30.0
 QUICKSTART = "quickstart"
 QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
+_USE_RAW = "Use the raw files instead: they are prepared with the model's schema."
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """The data of a run.
 
-    prepared: its folder. schema: its features, in the model's order. start: what fine-tuning takes over from a trained
-    model. loaders: by split.
+    prepared: the prepared folder. schema: the features, in the model's order. start: what fine-tuning takes from the
+    trained model; None without fine-tuning. loaders: one loader per split.
     """
 
     prepared: Path
@@ -46,14 +48,14 @@ class TrainingData:
 
     @cached_property
     def ids_per_bag(self) -> dict[str, float]:
-        """Mean number of ids per example, by multi-valued feature."""
+        """Mean number of ids per example, for each multi-valued feature."""
         return mean_bag_sizes(self.prepared, self.schema)
 
 
 def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
-    """Prepare the data, unless an earlier run has, and open its splits. Communicates; all ranks call it.
+    """Prepare the data, unless an earlier run did, and open its splits. Communicates; all ranks call it.
 
-    Raises ArgumentError, DataError, ValueError or FileNotFoundError about what the user named.
+    Raises ArgumentError, DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     data, training = arguments.data, arguments.training
     cache = Path(data.cache_dir) if data.cache_dir else Path(training.output_dir).parent / "prepared"
@@ -70,7 +72,7 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
 
 
 def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:
-    """A loader per split: train is shuffled and cut into micro steps, the others are read in order."""
+    """One loader per split. The training split is shuffled and cut into micro steps; the others are read in order."""
     training = arguments.training
     open_split = partial(
         BatchLoader,
@@ -97,20 +99,21 @@ def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schem
 
 
 def _check_splits(arguments: Arguments, schema: Schema) -> None:
-    """Raise ArgumentError where the data lacks what the arguments rely on."""
+    """Raise ArgumentError if the data lacks labels, or a split that the arguments need."""
     training = arguments.training
     for split, counts in schema.splits.items():
         if counts.unlabelled:
-            raise ArgumentError(f"{counts.unlabelled:,} rows of the {split} split have no label. Give labelled rows.")
+            raise ArgumentError(f"{counts.unlabelled:,} rows in the {split} split have no label. Use labelled rows.")
     if "validation" not in schema.splits:
+        needs = "needs a validation split, but the data has none. Add one with validation_file or split_fractions."
         if training.early_stopping_patience:
-            raise ArgumentError("early_stopping_patience needs a validation split, and the data has none.")
+            raise ArgumentError(f"early_stopping_patience {needs}")
         if training.lr_scheduler_type == "reduce_lr_on_plateau":
-            raise ArgumentError("lr_scheduler_type reduce_lr_on_plateau needs a validation split; the data has none.")
+            raise ArgumentError(f"lr_scheduler_type reduce_lr_on_plateau {needs}")
 
 
 def _without_effect(arguments: Arguments, schema: Schema, start: StartingPoint | None) -> list[str]:
-    """A sentence about each setting that nothing reads, and about each frozen weight that was never trained."""
+    """A sentence for each setting that has no effect, and one for frozen weights that were never trained."""
     sentences = settings_without_effect(arguments.data, schema) + arguments.training.without_effect()
     if start:
         sentences += ignored_architecture(arguments.architecture, start)
@@ -125,17 +128,17 @@ def prepare_dataset(
     schema_from: Path | None = None,
     only_split: str | None = None,
 ) -> Path:
-    """The prepared folder for `data`. Rank 0 prepares it, the others wait, however long. All ranks call it.
+    """Return the prepared folder for `data`. Rank 0 prepares it and the others wait. All ranks call it.
 
-    schema_from: a trained model whose features, ids and transforms are to be used; labels may then be missing.
-    only_split: of a hub data set, whose other splits aren't read then.
+    schema_from: a trained model whose features, ids and transforms to use; labels are then optional. only_split: the
+    only split to read from a hub data set.
 
-    Raises DataError, ValueError or FileNotFoundError about what the user named.
+    Raises DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     work = in_background(_prepare, data, cache, schema_from, only_split) if topology.is_main else None
     answer: list[Path | None] = [None]
     while answer[0] is None:
-        # A word now and then: the process group takes a rank that is silent for half an hour for dead.
+        # Broadcast None as a heartbeat: the process group fails if a collective waits for half an hour.
         if work is not None and wait([work], HEARTBEAT_SECONDS).done:
             answer = [work.result()]
         dist.broadcast_object_list(answer, src=0, group=topology.world)
@@ -143,20 +146,20 @@ def prepare_dataset(
 
 
 def settings_without_effect(data: DataArguments, schema: Schema) -> list[str]:
-    """A sentence about each setting, other than the default, that made no difference to the data of `schema`."""
+    """A sentence for each setting that the user changed but that had no effect on the data of `schema`."""
     if not is_prepared(data.dataset_name):
         return preprocessing.settings_without_effect(_settings(data), schema)
     default, elsewhere = DataArguments(), ("dataset_name", "cache_dir")
     names = [item.name for item in fields(DataArguments) if item.name not in elsewhere]
     return [
-        f"{name} has no effect: {data.dataset_name} is prepared already"
+        f"{name} has no effect: {data.dataset_name} is already prepared"
         for name in names
         if getattr(data, name) != getattr(default, name)
     ]
 
 
 def is_prepared(name: Paths) -> bool:
-    """Whether it is a prepared folder, not raw data."""
+    """Whether the name is that of a prepared folder."""
     return isinstance(name, str) and (Path(name) / SCHEMA_FILE).is_file()
 
 
@@ -174,10 +177,10 @@ def _prepare(data: DataArguments, cache: Path, schema_from: Path | None, only_sp
 
 
 def _prepare_quickstart(data: DataArguments, cache: Path) -> Path:
-    """Generate the quickstart's click log, prepare it, and note the best NE that its truth allows."""
+    """Generate the quickstart's click log, prepare it, and record the best possible NE, which the generator knows."""
     raw = cache / QUICKSTART
     if not holds_click_log(raw, QUICKSTART_ROWS):
-        logger.info("generating %s rows of click log in %s", f"{sum(QUICKSTART_ROWS.values()):,}", raw)
+        logger.info("generating a click log of %s rows in %s", f"{sum(QUICKSTART_ROWS.values()):,}", raw)
         generate_click_log(raw, QUICKSTART_ROWS)
     files = {split: f"{raw}/{split}.tsv.gz" for split in QUICKSTART_ROWS}
     named = replace(
@@ -193,7 +196,7 @@ def _prepare_quickstart(data: DataArguments, cache: Path) -> Path:
 
 
 def check_prepared_for(folder: Path, trained: Path) -> Schema:
-    """The schema of a prepared folder, features in the trained model's order. Raises ValueError where they differ."""
+    """The schema of a prepared folder, in the trained model's feature order. Raises ValueError if they do not match."""
     schema, wanted = Schema.load(folder), Schema.load(trained)
     dense = {column.name: column for column in schema.dense}
     sparse = {column.name: column for column in schema.sparse}
@@ -201,17 +204,19 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
         for column in want:
             if have.get(column.name) != column:
                 raise ValueError(
-                    f"{folder}: {kind} feature {column.name!r} is {have.get(column.name, 'missing')}, the model at "
-                    f"{trained} was trained on {column}. Give the raw files: they are prepared by its schema."
+                    f"{folder}: {kind} feature {column.name!r} is {have.get(column.name, 'missing')}, but the model in "
+                    f"{trained} was trained on {column}. {_USE_RAW}"
                 )
         if extra := set(have) - {column.name for column in want}:
-            raise ValueError(f"{folder}: {kind} features {sorted(extra)} are unknown to the model at {trained}.")
+            raise ValueError(
+                f"{folder}: the model in {trained} has no {kind} features {sorted(extra)}. Prepare data without them."
+            )
     for column in wanted.sparse:
         if column.encoding == "vocabulary":
             mine, its = load_vocabulary(folder, column.name), load_vocabulary(trained, column.name)
             if not mine.keys.equals(its.keys):
                 raise ValueError(
-                    f"{folder}: the vocabulary of {column.name!r} is not the one of the model at {trained}, so its ids "
-                    "mean other keys. Give the raw files: they are prepared by its schema."
+                    f"{folder}: the vocabulary of {column.name!r} differs from that of the model in {trained}, so the "
+                    f"ids have other meanings. {_USE_RAW}"
                 )
     return replace(schema, dense=wanted.dense, sparse=wanted.sparse)

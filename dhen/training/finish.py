@@ -1,4 +1,4 @@
-"""The end of a run: the best weights come back, are tested and exported, and summary.json says how good they are."""
+"""Finishes a run: loads the best weights, tests and exports them, and writes summary.json."""
 
 import json
 import logging
@@ -18,8 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress: ProgressReporter) -> None:
-    """Test the best weights, or the last with load_best_model_at_end false; export them. Communicates; all ranks call
-    it."""
+    """Test and export the best weights, or the last ones if load_best_model_at_end is false.
+
+    Communicates; all ranks call it.
+    """
     model, state, best_ne = trainer.model, trainer.state, data.schema.best_possible_ne
     output_dir, seconds = Path(arguments.training.output_dir), progress.watch.seconds
     tested_step = _load_best(trainer, output_dir) if arguments.training.load_best_model_at_end else state.step
@@ -47,25 +49,25 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         rate = summary["samples_per_second"]
         logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
         logger.info(
-            "everything is in %s: curves.png, metrics.csv, summary.json, the model in %s/", output_dir, MODEL_FOLDER
+            "results are in %s: curves.png, metrics.csv, summary.json, and the model in %s/", output_dir, MODEL_FOLDER
         )
 
 
 def _load_best(trainer: Trainer, output_dir: Path) -> int:
-    """Bring back the weights of the best checkpoint; returns its step. Communicates; all ranks call it."""
+    """Load the weights of the best checkpoint and return its step. Communicates; all ranks call it."""
     state = trainer.state
     if state.best_step in (None, state.step):
         return state.step
     folder = checkpoint_of(output_dir, state.best_step)
-    if not is_whole(folder):  # the run resumed from another folder, or from before a better one took its place
+    if not is_whole(folder):  # for example, the run was resumed from a checkpoint in another folder
         if trainer.model.topology.is_main:
-            logger.warning("%s is the best checkpoint, but it is gone: the last weights are tested", folder)
+            logger.warning("the best checkpoint, %s, no longer exists: testing the last weights instead", folder)
         return state.step
     load_checkpoint(trainer.model, folder, with_random_state=False)
     return state.best_step
 
 
 def _earlier_rate(output_dir: Path) -> float:
-    """samples/s that the run's summary has already: a resume of a finished run makes no update of its own."""
+    """samples/s from an earlier summary.json, for a finished run that is resumed and makes no step. 0 without one."""
     path = output_dir / SUMMARY_FILE
     return json.loads(path.read_text(encoding="utf-8"))["samples_per_second"] or 0.0 if path.is_file() else 0.0

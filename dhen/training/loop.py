@@ -1,4 +1,4 @@
-"""The training loop: batches in, updates, evaluations and checkpoints; it ends at the last step or stops early."""
+"""The training loop: steps, evaluations and checkpoints, until the last step or early stopping."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from dhen.training.saved.checkpoint import TrainerState, delete_old_checkpoints,
 
 
 def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
-    """Metrics over all examples of all ranks. Communicates; all ranks call it."""
+    """Compute the metrics over all examples of all ranks. Communicates; all ranks call it."""
     metrics = ClickMetrics()
     with model.evaluating():
         for batch in loader.epoch(0):
@@ -30,7 +30,7 @@ def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
 
 
 class Trainer:
-    """Trains `model` on `train`, evaluates it on `validation`, keeps checkpoints in `output_dir`."""
+    """Trains `model` on `train`, evaluates it on `validation`, and saves checkpoints in `output_dir`."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Trainer:
     ) -> None:
         self.model, self.arguments, self.output_dir = model, arguments, output_dir
         self.train_loader, self.validation_loader = train, validation
-        self.total_steps = total_steps(arguments, len(train))
+        self.total_steps = arguments.max_steps if arguments.max_steps > 0 else arguments.num_train_epochs * len(train)
         world_size = model.topology.world_size
         self._shares = world_size * arguments.gradient_accumulation_steps
         self._is_dense_frozen = arguments.freeze == "dense"
@@ -70,14 +70,14 @@ class Trainer:
         self.state = TrainerState()
 
     def restore(self, state: TrainerState) -> None:
-        """Go on from `state`, which came with the checkpoint that the model was loaded from."""
+        """Continue from `state`, the trainer state of the checkpoint that the model was loaded from."""
         self.state = state
         self._schedule.load_state_dict(state.schedule)
         self._best.load_state_dict(state.best_metric)
 
     @property
     def data_order(self) -> dict[str, Any]:
-        """What decides which rows each step takes, and what the model sees of them."""
+        """Everything that determines which rows each step trains on, and how the model sees them."""
         arguments = self.arguments
         return {
             "seed": arguments.seed,
@@ -89,7 +89,7 @@ class Trainer:
         }
 
     def train(self, progress: ProgressReporter) -> None:
-        """Train to the end. Communicates; all ranks call it."""
+        """Train until the last step or early stopping. Communicates; all ranks call it."""
         self._progress = progress
         self.model.engine.module.train(not self._is_dense_frozen)
         accumulation = self.arguments.gradient_accumulation_steps
@@ -102,7 +102,7 @@ class Trainer:
                 self._micro_step(batch, sent_ids)
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
-                    self._after_update(batch.global_rows, factor)
+                    self._finish_step(batch.global_rows, factor)
                     if self._is_done():
                         break
         self.model.settle()
@@ -122,33 +122,43 @@ class Trainer:
         loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")
         if self.arguments.looked_up_l2 and embeddings_BFD is not None:
             loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()
-        # Summed over all ranks and micro steps this is the mean over the step's rows, however unevenly they are shared:
-        # DeepSpeed and the bridge average over ranks, and DeepSpeed divides by the accumulation steps.
+        # DeepSpeed and the tables average gradients over ranks, and DeepSpeed divides by the accumulation steps. With
+        # this factor the result is the mean over the rows of the step, even if ranks have different numbers of rows.
         self.model.step(loss * (self._shares / batch.global_rows))
         self._running_loss.update(logits_B.detach(), batch.labels_B)
 
-    def _after_update(self, rows: int, factor: float) -> None:
-        state, arguments = self.state, self.arguments
-        table_learning_rate = self._table_learning_rate * factor
-        if arguments.whole_table_l2 and self.model.tables is not None and not self.model.tables.is_frozen:
-            self.model.tables.decay_whole_tables(table_learning_rate * arguments.whole_table_l2)
+    def _finish_step(self, rows: int, factor: float) -> None:
+        """Decay the tables, count the step, then log, evaluate and save if each is due."""
+        state, arguments, tables = self.state, self.arguments, self.model.tables
+        if arguments.whole_table_l2 and tables is not None and not tables.is_frozen:
+            tables.decay_whole_tables(self._table_learning_rate * factor * arguments.whole_table_l2)
+        is_epoch_end = self._count_step(rows)
+        is_last = state.step == self.total_steps
+        if is_last or self._is_due(arguments.logging_steps):
+            self._log(factor)
+        improved = False
+        evaluates = is_last or self._is_due(arguments.eval_steps, otherwise=is_epoch_end)
+        if evaluates and self.validation_loader is not None:
+            improved = self._evaluate()
+        saves = is_last or self._is_due(arguments.save_steps, otherwise=evaluates)
+        if saves or (improved and arguments.load_best_model_at_end):
+            self._save()
+
+    def _count_step(self, rows: int) -> bool:
+        """Count a step on `rows` examples. Returns whether it was the last of its epoch."""
+        state = self.state
         state.step += 1
         state.step_in_epoch += 1
         state.samples_seen += rows
+        self._progress.advance(state.step, rows)
         is_epoch_end = state.step_in_epoch == len(self.train_loader)
         if is_epoch_end:
             state.epoch, state.step_in_epoch = state.epoch + 1, 0
-        self._progress.advance(state.step, rows)
-        is_last = state.step == self.total_steps
-        if state.step % arguments.logging_steps == 0 or is_last:
-            self._log(factor)
-        improved = False
-        evaluates = is_last or (state.step % arguments.eval_steps == 0 if arguments.eval_steps else is_epoch_end)
-        if evaluates and self.validation_loader is not None:
-            improved = self._evaluate()
-        saves = state.step % arguments.save_steps == 0 if arguments.save_steps else evaluates
-        if saves or is_last or (improved and arguments.load_best_model_at_end):
-            self._save()
+        return is_epoch_end
+
+    def _is_due(self, every: int, otherwise: bool = False) -> bool:
+        """Whether this step is a multiple of `every`; `otherwise` if `every` is 0."""
+        return self.state.step % every == 0 if every else otherwise
 
     def _log(self, factor: float) -> None:
         loss, ne = self._running_loss.take(self.model.topology.world)
@@ -156,15 +166,15 @@ class Trainer:
         self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
 
     def _check_finite(self, loss: float) -> None:
-        """Stop at a loss that isn't a number, before anything of it is saved."""
+        """Raise FloatingPointError if the loss is not finite, so that no broken weights are saved."""
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss} at step {self.state.step}. Lower learning_rate or table_learning_rate, add "
-                "warmup_steps, or clip by max_grad_norm; the last checkpoint in output_dir is from before."
+                "warmup_steps, or set max_grad_norm. The last checkpoint in output_dir was saved before this."
             )
 
     def _evaluate(self) -> bool:
-        """Evaluate on the validation split; returns whether it is the best so far."""
+        """Evaluate on the validation split. Returns whether the result is the best so far."""
         with self._progress.paused():
             self.model.average_buffers()
             values = evaluate(self.model, self.validation_loader)
@@ -188,7 +198,7 @@ class Trainer:
 
 
 def with_ids_ahead(model: ParallelDhen, batches: Iterator[Batch]) -> Iterator[tuple[Batch, SentIds | None]]:
-    """Each batch on the device with its ids on the way: the next one's leave before this one is computed on."""
+    """Yield each batch on the device with its ids in flight: the next batch's ids are sent before this one is used."""
     ahead = None
     for batch in batches:
         on_device = batch.to(model.topology.device)
@@ -198,8 +208,3 @@ def with_ids_ahead(model: ParallelDhen, batches: Iterator[Batch]) -> Iterator[tu
         ahead = following
     if ahead is not None:
         yield ahead
-
-
-def total_steps(arguments: TrainingArguments, steps_per_epoch: int) -> int:
-    """Updates of the whole run."""
-    return arguments.max_steps if arguments.max_steps > 0 else arguments.num_train_epochs * steps_per_epoch

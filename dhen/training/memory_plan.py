@@ -1,6 +1,6 @@
-"""What a run is expected to need of each rank's memory, said at its start (paper 3.1).
+"""Predicts the memory that a run needs per rank, and logs it at the start (paper 3.1).
 
-Only a word beforehand: where it can't be predicted the run goes on all the same.
+The prediction is for information only. If it is not possible, the run continues without it.
 """
 
 import logging
@@ -21,7 +21,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A micro step traced, or why it can't be; memory_bytes: what a rank has; evaluation: bytes of its activations."""
+    """The trace of a micro step, or the `problem` that prevents it.
+
+    memory_bytes: memory per rank. evaluation: bytes of activations in an evaluation step.
+    """
 
     trace: StepTrace | None
     problem: str
@@ -30,7 +33,7 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, config: DhenConfig, ds_config: DsConfig, memory_bytes: int, eval_batch_size: int) -> "MemoryPlan":
-        """To be made before the model is: ZeRO stage 3 has another `linear` for the whole process."""
+        """Trace a micro step. Call this before the model is built, because ZeRO stage 3 patches torch's `linear`."""
         batch_size = ds_config.deepspeed["train_micro_batch_size_per_gpu"]
         try:
             precision = precision_of(ds_config)
@@ -40,7 +43,7 @@ class MemoryPlan:
             return cls(None, str(error), memory_bytes)
 
     def use(self, model: ParallelDhen) -> MemoryUse | None:
-        """A rank's at its worst moment; None where it can't be predicted."""
+        """Peak memory use of the fullest rank; None if it cannot be predicted."""
         if self.trace is None:
             return None
         topology, config, is_gpu = model.topology, model.config, model.topology.device.type == "cuda"
@@ -54,26 +57,26 @@ class MemoryPlan:
         return replace(use, host=use.host + on_host)
 
     def announce(self, model: ParallelDhen) -> None:
-        """Say it, and warn where it is more than there is."""
+        """Log the prediction, and warn if it exceeds the memory of a rank."""
         use = self.use(model)
         if use is None:
-            logger.info("memory: can't be predicted: %s", self.problem)
+            logger.info("memory: cannot be predicted: %s", self.problem)
             return
         parts = ", ".join(f"{name} {gib(size)}" for name, size in sorted(use.parts.items(), key=lambda part: -part[1]))
-        beside = f", and {gib(use.host)} of the host's" if use.host else ""
+        host = f" of device memory, and {gib(use.host)} GiB of host memory" if use.host else ""
         logger.info(
-            "memory: a rank is expected to need at most %s of %s GiB%s, in %s: %s",
-            gib(use.peak), gib(self.memory_bytes), beside, use.moment, parts,
+            "memory: a rank is expected to need at most %s of %s GiB%s. Peak during %s, in GiB: %s",
+            gib(use.peak), gib(self.memory_bytes), host, use.moment, parts,
         )  # fmt: skip
         if use.peak > self.memory_bytes:
             logger.warning(
-                "memory: that is more than a rank has. `python tools/plan.py` shows which techniques make it fit, and "
-                "--ds_config auto takes them; per_device_eval_batch_size counts too."
+                "memory: this is more than a rank has. `python tools/plan.py` shows which techniques make the model "
+                "fit, and --ds_config auto applies them. Or lower the batch sizes for training and evaluation."
             )
 
 
 def precision_of(ds_config: DsConfig) -> Precision:
-    """Of the dense part: bf16 weights, or fp32 ones under autocast."""
+    """Precision of the dense part: bf16 weights, fp32 weights under autocast, or plain fp32."""
     if ds_config.deepspeed.get("bf16", {}).get("enabled"):
         return Precision(torch.bfloat16)
     is_autocast = ds_config.deepspeed.get("torch_autocast", {}).get("enabled")

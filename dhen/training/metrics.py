@@ -1,6 +1,6 @@
-"""Metrics of click prediction (paper 4.1): exact, over all examples of all ranks.
+"""Metrics of click prediction (paper 4.1), exact over all examples of all ranks.
 
-Sums are float64 and summed over ranks before anything is divided; nothing is an average of averages.
+Sums are kept in float64 and reduced over ranks before the division, so no metric is an average of averages.
 """
 
 import math
@@ -16,10 +16,13 @@ from dhen.runtime.collectives import all_gather_uneven
 
 @dataclass(frozen=True)
 class MetricValues:
-    """auc: area under the ROC curve. ne: normalized entropy, logloss over the entropy of the same examples' click rate,
-    so 1 is as good as predicting that rate. logloss: nats an example. calibration: mean prediction over click rate.
+    """The metrics of an evaluation.
 
-    NaN where the examples don't define it: auc, ne and calibration need clicks, auc and ne other examples too.
+    auc: area under the ROC curve. ne: normalized entropy, that is, logloss / entropy of the examples' click rate; 1 is
+    as good as always predicting that rate. logloss: nats per example. calibration: mean prediction / click rate.
+
+    A metric is NaN if the examples do not define it: auc, ne and calibration need clicks; auc and ne also need
+    examples without a click.
     """
 
     auc: float
@@ -30,7 +33,7 @@ class MetricValues:
 
 
 def normalized_entropy(logloss_sum: float, clicks: float, examples: float) -> float:
-    """Logloss over the entropy of the click rate (paper 4.1); NaN where that entropy is 0."""
+    """Logloss / entropy of the click rate (paper 4.1). NaN if that entropy is 0."""
     if not 0 < clicks < examples:
         return math.nan
     rate = clicks / examples
@@ -39,17 +42,17 @@ def normalized_entropy(logloss_sum: float, clicks: float, examples: float) -> fl
 
 
 def _sums(logits_B: Tensor, labels_B: Tensor) -> Tensor:
-    """Of logloss, of predictions, of labels, and the number of examples: float64, (4,)."""
+    """Sums of logloss, predictions and labels, and the number of examples: float64, (4,)."""
     logits_B, labels_B = logits_B.detach().double(), labels_B.double()
-    # One term an example, none of them a difference of large numbers, so a confident logit keeps its digits.
+    # One logsigmoid per example has no difference of large numbers, so the loss of a confident logit keeps its digits.
     logloss = -logsigmoid((2 * labels_B - 1) * logits_B).sum()
-    # `new_full` fills on the device; a tensor from a Python number would be copied to it, which waits for it.
+    # `new_full` fills on the device. torch.tensor(…) would be copied from the host, which waits for the device.
     examples = labels_B.new_full((), len(labels_B))
     return torch.stack([logloss, logits_B.sigmoid().sum(), labels_B.sum(), examples])
 
 
 class RunningLoss:
-    """Sums for the lines of progress: kept on the device, read only when a line is due.
+    """Running sums for the progress lines. They stay on the device and are read only when a line is due.
 
     >>> running = RunningLoss(torch.device("cpu"))
     >>> running.update(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
@@ -62,17 +65,17 @@ class RunningLoss:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Add a batch: logits_B, and labels_B of 0 and 1. Doesn't communicate or wait for the device."""
+        """Add a batch of logits_B, and labels_B of 0 and 1. Does not communicate or wait for the device."""
         self._sums += _sums(logits_B, labels_B)
 
     def peek(self, group: dist.ProcessGroup | None = None) -> float:
-        """Sum of the log loss since the last `take`, 0 without examples. Communicates over `group` as `take` does."""
+        """Sum of the log loss since the last `take`; 0 without examples. Communicates over `group` like `take`."""
         return _sum_over(self._sums, group)[0].item()
 
     def take(self, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
-        """(logloss, ne) since the last call, NaN without examples; the next window starts empty.
+        """Return (logloss, ne) since the last call, NaN without examples, and reset the sums.
 
-        Communicates over `group`, all its ranks call it; None: this process alone.
+        Communicates over `group`; all its ranks call it. None: this process alone.
         """
         logloss, _, clicks, examples = _sum_over(self._sums, group).tolist()
         self._sums.zero_()
@@ -80,7 +83,7 @@ class RunningLoss:
 
 
 class ClickMetrics:
-    """Metrics of an evaluation. Keeps 5 bytes an example on each rank, for the AUC.
+    """Accumulates the metrics of an evaluation. Keeps 5 bytes per example on each rank, for the AUC.
 
     >>> metrics = ClickMetrics()
     >>> metrics.update(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
@@ -94,24 +97,25 @@ class ClickMetrics:
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Add this rank's examples, of which there may be none: logits_B, and labels_B of 0 and 1.
+        """Add this rank's examples, possibly none: logits_B, and labels_B of 0 and 1.
 
-        Raises ValueError for shapes that differ and for another label; NaN is that of rows without one.
+        Raises ValueError if the shapes differ or a label is not 0 or 1. NaN marks rows without a label.
         """
         if logits_B.shape != labels_B.shape or logits_B.dim() != 1:
-            raise ValueError(f"logits {tuple(logits_B.shape)} and labels {tuple(labels_B.shape)} must both be (B,).")
+            raise ValueError(f"logits {tuple(logits_B.shape)} and labels {tuple(labels_B.shape)} must have shape (B,).")
         wrong = labels_B[(labels_B != 0) & (labels_B != 1)]
         if wrong.isnan().any():
-            raise ValueError("The data has no labels, so it can't be evaluated. Score it with recipes/predict.py.")
+            raise ValueError("Some rows have no label and cannot be evaluated. Score them with recipes/predict.py.")
         if len(wrong):
-            raise ValueError(f"A label is {wrong[0].item():g}. Labels are 0 or 1: prepare the data again.")
+            raise ValueError(f"A label is {wrong[0].item():g}. Labels must be 0 or 1. Prepare the data again.")
         self._sums = self._sums.to(logits_B.device) + _sums(logits_B, labels_B)
         self._logits.append(logits_B.detach().float())
         self._labels.append(labels_B.to(torch.uint8))
 
     def compute(self, group: dist.ProcessGroup | None = None) -> MetricValues:
-        """The metrics of all examples so far. Communicates over `group`, all its ranks call it, also those without
-        examples, and all get the same values; None: this process alone.
+        """Compute the metrics over all examples so far. All ranks get the same values.
+
+        Communicates over `group`; all its ranks call it, including those without examples. None: this process alone.
         """
         device = self._sums.device
         logits = torch.cat([part.to(device) for part in self._logits])
@@ -130,12 +134,12 @@ class ClickMetrics:
 
 
 def exact_auc(scores: Tensor, labels: Tensor) -> float:
-    """Share of (click, other) pairs that the scores rank rightly, ties counting half (Mann-Whitney).
+    """Fraction of (click, no click) pairs that the scores rank correctly; ties count half (Mann-Whitney).
 
-    NaN without both kinds of labels, and where a score is NaN: a model that has diverged has no ranking.
+    NaN unless both labels occur, and if any score is NaN, because a diverged model has no ranking.
     """
-    # Not torchmetrics' binary_auroc: it divides and integrates in float32, also for float64 scores, and is off by 5e-8
-    # at a million examples. Here all is whole numbers up to the last division.
+    # torchmetrics' binary_auroc divides and integrates in float32, even for float64 scores, and is off by 5e-8 for a
+    # million examples. Here everything is an integer until the last division.
     clicks = int(labels.sum())
     others = len(labels) - clicks
     if not clicks or not others or scores.isnan().any():
@@ -153,14 +157,14 @@ def exact_auc(scores: Tensor, labels: Tensor) -> float:
 
 
 def _communication_device(group: dist.ProcessGroup) -> torch.device:
-    """Where tensors must lie for the group's backend."""
+    """The device on which the group's backend needs its tensors."""
     return (
         torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else torch.device("cpu")
     )
 
 
 def _sum_over(sums: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over the ranks; `sums` keeps this rank's own. Communicates over `group`."""
+    """Sum over the ranks of `group`, without changing `sums`. Communicates over `group`."""
     if group is None:
         return sums
     total = sums.to(_communication_device(group), copy=True)

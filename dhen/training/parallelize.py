@@ -1,12 +1,12 @@
-"""The one place where model, placement, topology and ds_config meet.
+"""Parallelizes the model: the one place where model, placement, topology and ds_config meet.
 
-In this order, each step relying on the one before:
-1. the embedding tables are placed over the ranks and built on FBGEMM; DeepSpeed never sees them, because its engine
-   broadcasts every parameter that it is given and would overwrite the ranks' different shards;
-2. the dense part is built from the same seed on all ranks, under zero.Init where ZeRO stage 3 shards its parameters;
-3. weights of a trained model, where there are any, replace the initial ones;
-4. activation checkpointing and offload wrap the layers that they are asked for;
-5. DeepSpeed's engine wraps the dense part, over all ranks, or in hybrid shards by hsdp.py.
+`parallelize` works in this order; each step needs the one before:
+1. Place the embedding tables on the ranks and build them on FBGEMM. DeepSpeed never gets them, because its engine
+   broadcasts every parameter and would overwrite the ranks' different shards.
+2. Build the dense part from the same seed on all ranks, under zero.Init if ZeRO stage 3 shards its parameters.
+3. If there is a trained model, copy its weights over the initial ones.
+4. Wrap layers for activation checkpointing and offload, as many as the ds_config says.
+5. Wrap the dense part in DeepSpeed's engine, over all ranks or, for hybrid shards, by hsdp.py.
 """
 
 import contextlib
@@ -42,17 +42,17 @@ WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ReplicatedFeatures:
-    """Parts a batch's ids between the tables that the dense part holds on every rank, and the others."""
+    """Splits a batch's ids between replicated tables, which are in the dense part of every rank, and sharded tables."""
 
     def __init__(self, config: DhenConfig, names: Collection[str], device: torch.device) -> None:
-        """names: of the features whose tables are replicated."""
+        """names: the features whose tables are replicated."""
         self._own = [index for index, table in enumerate(config.tables) if table.name in names]
         self._others = [index for index, table in enumerate(config.tables) if table.name not in names]
         self._tables = [config.tables[index] for index in self._own]
         self._num_embeddings_F = torch.tensor([table.num_embeddings for table in self._tables], device=device)
 
     def own(self, sparse: SparseIds | None) -> SparseIds | None:
-        """Ids of the replicated tables; None where none is. Raises IndexError for an id outside its table."""
+        """Ids for the replicated tables; None if there are none. Raises IndexError for an id outside its table."""
         if not self._own:
             return None
         own = sparse.select(self._own)
@@ -60,16 +60,16 @@ class ReplicatedFeatures:
         return own
 
     def others(self, sparse: SparseIds) -> SparseIds:
-        """Ids of the tables that are spread over the ranks."""
+        """Ids for the sharded tables."""
         return sparse.select(self._others) if self._own else sparse
 
 
 @dataclass
 class ScoringDhen:
-    """DHEN spread over the ranks of `topology`, for predictions.
+    """A DHEN model over the ranks of `topology`, for predictions.
 
-    tables: the embedding tables, model-parallel; None where there are none, or all are replicated.
-    dense: the dense part, data-parallel, with the tables that `placement` replicates.
+    tables: the sharded, model-parallel tables; None if there are none, or all tables are replicated.
+    dense: the data-parallel dense part, including the tables that `placement` replicates.
     """
 
     config: DhenConfig
@@ -82,16 +82,16 @@ class ScoringDhen:
         self._replicated = ReplicatedFeatures(self.config, self.placement.replicated, self.topology.device)
 
     def send_ids(self, sparse: SparseIds) -> SentIds | None:
-        """Begin to bring the ids of a batch to their tables; None without tables. Communicates over all ranks."""
+        """Start sending a batch's ids to their tables. None without sharded tables. Communicates over all ranks."""
         return None if self.tables is None else self.tables.send_ids(self._replicated.others(sparse))
 
     def settle(self) -> None:
-        """Wait for ids that are on their way and that nobody will look up."""
+        """Wait for ids that were sent but will not be looked up."""
         if self.tables is not None:
             self.tables.settle()
 
     def look_up(self, sparse: SparseIds | SentIds | None) -> PendingEmbeddings | None:
-        """Begin to look up this rank's B examples; None without tables. Communicates over all ranks."""
+        """Start looking up this rank's B examples. None without sharded tables. Communicates over all ranks."""
         if self.tables is None:
             return None
         return self.tables.look_up(self._replicated.others(sparse) if isinstance(sparse, SparseIds) else sparse)
@@ -101,14 +101,14 @@ class ScoringDhen:
     ) -> Tensor:
         """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3.
 
-        sparse: the batch's ids, for the tables that are replicated; not read where none is.
+        sparse: the batch's ids; needed only if tables are replicated.
         """
         own = self._replicated.own(sparse)
         return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN).logits
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within it nothing is trained: no gradients, dropout off, batch norm fixed."""
+        """Evaluation mode inside this context: no gradients, no dropout, fixed batch norm statistics."""
         module = getattr(self.dense, "module", self.dense)
         was_training = module.training
         module.eval()
@@ -121,9 +121,9 @@ class ScoringDhen:
 
 @dataclass
 class ParallelDhen(ScoringDhen):
-    """The same, for training: `dense` is DeepSpeed's engine around the dense part, under ZeRO.
+    """A DHEN model over the ranks, for training: `dense` is DeepSpeed's engine around the dense part.
 
-    shard_size: the number of ranks that ZeRO shards over, all or those of a shard group.
+    shard_size: number of ranks that ZeRO shards over: all ranks, or those of a shard group.
     """
 
     ds_config: DsConfig
@@ -135,27 +135,26 @@ class ParallelDhen(ScoringDhen):
         return self.dense
 
     def set_learning_rates(self, dense: float, tables: float) -> None:
-        """Learning rates of the steps to come. Call it before `look_up`: FBGEMM's backward uses the forward's."""
+        """Set the learning rates. Call this before `look_up`: FBGEMM reads the tables' rate in the forward pass."""
         if self.tables is not None:
             self.tables.set_learning_rate(tables)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = dense
 
     def step(self, loss: Tensor) -> None:
-        """One micro step: backward, then DeepSpeed's step. Communicates over all ranks.
+        """Take one micro step: the backward pass, then DeepSpeed's step. Communicates over all ranks.
 
-        FBGEMM updates the tables inside the backward; DeepSpeed updates the dense part at the boundary of gradient
-        accumulation. It divides the loss by the accumulation steps, so with k of them the tables take k updates from
-        gradients of 1/k the size.
+        FBGEMM updates the tables inside the backward pass. DeepSpeed updates the dense part after the last micro step.
+        It divides the loss by the number of micro steps k, so the tables take k updates with gradients of 1/k the size.
         """
         self.engine.backward(loss)
         self.engine.step()
 
     def average_buffers(self) -> None:
-        """Give all ranks the mean of their batch norms' running statistics, which nothing else keeps together.
+        """Average the running statistics of batch norms over the ranks; nothing else synchronizes them. Communicates.
 
-        Communicates. Call it before an evaluation, so that all ranks score with one model, and before a save, which
-        keeps rank 0's.
+        Call this before an evaluation, so that all ranks score with the same model, and before a save, which stores
+        only rank 0's statistics.
         """
         for buffer in self.engine.module.buffers():
             if buffer.is_floating_point():
@@ -163,9 +162,9 @@ class ParallelDhen(ScoringDhen):
                 buffer /= self.topology.world_size
 
     def dense_state_dict(self) -> dict[str, Tensor]:
-        """All weights of the dense part in fp32, whole, and its buffers, on rank 0's CPU; empty on the other ranks.
+        """The full fp32 weights and the buffers of the dense part, on rank 0's CPU. Empty on the other ranks.
 
-        Communicates under ZeRO 1 to 3, weight by weight, so no device holds them all.
+        Communicates under ZeRO stages 1 to 3, one weight at a time, so no device needs memory for all of them.
         """
         parameters = dict(self.engine.module.named_parameters())
         state = {}
@@ -192,12 +191,12 @@ def parallelize(
     replicated: Collection[str] | None = None,
     fill_table: Callable[[str, Tensor], None] | None = None,
 ) -> ParallelDhen:
-    """Build `config`'s model over all ranks of `topology` as `ds_config` says. Communicates; all ranks call it.
+    """Build the model of `config` over all ranks, as `ds_config` says. Communicates; all ranks call it.
 
-    dense_weights: weights of the dense part that replace the initial ones, by name; what is left out keeps its own.
-    ids_per_bag: mean number of ids by sparse feature, for the cost of its table; 1 where it is left out. table_cuts:
-    number of column shards by table, and replicated: the tables that are, where a checkpoint fixes them. fill_table:
-    writes a trained model's rows over the initial weight of the replicated table of that name.
+    dense_weights: trained weights of the dense part by name; other weights keep their initial values. ids_per_bag: mean
+    number of ids per sparse feature, for the cost of its table; 1 by default. table_cuts, replicated: the number of
+    column shards per table and the replicated tables, if a checkpoint fixes them. fill_table: copies a trained model's
+    rows into the replicated table of the given name.
     """
     groups = _shard_groups(topology, ds_config)
     shard_size = topology.world_size if groups is None else groups.shard_size
@@ -210,13 +209,13 @@ def parallelize(
         _fill_tables(dense, placement.replicated, fill_table)
     _save_activations(dense, ds_config, topology.device)
     engine = _engine(dense, ds_config, groups)
-    # Weights came from one seed; dropout draws from another on each rank.
+    # All ranks drew the weights from one seed. For dropout, each rank needs its own.
     torch.manual_seed(seed + topology.rank)
     return ParallelDhen(config, topology, placement, tables, engine, ds_config, shard_size)
 
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
-    """The tables over all ranks, to be loaded by the caller, and the whole dense part on each. No DeepSpeed."""
+    """Build the model for scoring, without DeepSpeed: empty tables over all ranks, and the full dense part on each."""
     placement = place_for_scoring(config, topology)
     tables = shard_tables(config, topology, placement, DhenSection(table_optimizer="sgd"), ADAGRAD_EPSILON, seed=0)
     dense = DhenForClickPrediction(config, with_tables=False)
@@ -227,7 +226,7 @@ def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weight
 def shard_tables(
     config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, epsilon: float, seed: int
 ) -> ShardedTables | None:
-    """This rank's share of the model's tables; None where the model has none. Communicates; all ranks call it."""
+    """Build this rank's shards of the tables; None if no table is sharded. Communicates; all ranks call it."""
     sharded = [table for table in config.tables if table.name not in placement.replicated]
     if not sharded:
         return None
@@ -248,7 +247,7 @@ def shard_tables(
 
 
 def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None:
-    """The groups of hybrid sharding; None where ZeRO shards over all ranks anyway."""
+    """The groups of hybrid sharding; None if ZeRO shards over all ranks."""
     try:
         size = topology.shard_size(ds_config.dhen.shard_group)
     except ValueError as error:
@@ -257,8 +256,8 @@ def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None
         return topology.shard_groups(size)
     if ds_config.dhen.shard_group != "world":
         logger.info(
-            "dhen.shard_group %r is all %d ranks of this job, one replica: plain ZeRO. all_reduce_dtype and "
-            "async_all_reduce have no effect.",
+            "dhen.shard_group %r covers all %d ranks of this job, so there is only one replica. This is plain ZeRO: "
+            "all_reduce_dtype and async_all_reduce have no effect.",
             ds_config.dhen.shard_group,
             size,
         )
@@ -278,7 +277,7 @@ def _dense_part(
 
 
 def _save_activations(dense: DhenForClickPrediction, ds_config: DsConfig, device: torch.device) -> None:
-    """Checkpointing first, so that offload takes what it keeps."""
+    """Wrap for checkpointing first, so that offload moves only the activations that checkpointing keeps."""
     section, key = ds_config.dhen, "activation_checkpointing"
     try:
         checkpoint_layers(dense, section.activation_checkpointing)
@@ -315,16 +314,16 @@ def _fill_tables(dense: DhenForClickPrediction, names: Collection[str], fill_tab
 
 @contextlib.contextmanager
 def _changing(weight: Tensor) -> Iterator[Tensor]:
-    """The whole weight, to be written, also where ZeRO stage 3 has it in shards."""
+    """The full weight, for writing, even if ZeRO stage 3 shards it."""
     is_sharded = hasattr(weight, "ds_id")
     with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_sharded):
         yield weight
 
 
 def _whole_weight(parameter: nn.Parameter) -> Tensor:
-    """The fp32 weight that the optimizer holds where ZeRO shards it, else the parameter itself, as a frozen one's."""
+    """The full fp32 weight: from the optimizer if it holds one, else (a frozen weight, say) from the parameter."""
     whole = safe_get_full_fp32_param(parameter)
     if whole is not None:
-        return whole.float()  # bf16 where the masters are
+        return whole.float()  # bf16 if the master weights are
     with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
         return parameter.detach().float().clone()

@@ -1,7 +1,7 @@
-"""What a run tells its user: lines or a live bar, metrics.csv, TensorBoard, curves. Rank 0 speaks for all.
+"""Reports the progress of a run: terminal lines, a live bar, metrics.csv, TensorBoard and curves.png.
 
-A logging step's line, its row of metrics.csv and its TensorBoard points hold the same numbers; TensorBoard's x is the
-number of samples seen.
+Only rank 0 reports. Each logging step has the same numbers in its line, its row of metrics.csv and its TensorBoard
+points. TensorBoard's x-axis is the number of samples seen.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 METRICS_FILE = "metrics.csv"
 TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_CURVES = 30.0
-"""Drawing takes about a second, and the other ranks wait for it; the end of a run draws in any case."""
+"""Drawing takes about a second, during which the other ranks wait. The end of a run always draws."""
 COLUMNS = (
     "step", "samples_seen", "split", "loss", "ne", "auc", "calibration", "learning_rate", "samples_per_second",
     "memory_gib", "seconds",
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 class Stopwatch:
-    """Seconds of training, without what happens while it is paused. Goes on from `before` seconds."""
+    """Counts the seconds of training, without pauses. `before`: seconds to start from."""
 
     def __init__(self, before: float = 0.0) -> None:
         self._since: float | None = time.perf_counter()
@@ -37,12 +37,12 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds so far."""
+        """Seconds counted so far."""
         return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Not counting within it; a pause within a pause changes nothing."""
+        """Do not count inside this context. A pause inside a pause has no effect."""
         was_running = self._since is not None
         self._before, self._since = self.seconds, None
         try:
@@ -53,11 +53,11 @@ class Stopwatch:
 
 
 class ProgressReporter:
-    """Reports the run to terminal and files. On other ranks than 0 (is_main False) it keeps time and says nothing.
+    """Reports a run to the terminal and to files. Ranks other than 0 (is_main False) only keep time.
 
-    resumed_at: the step at which the run goes on; what an earlier session wrote about later steps is dropped, so that
-    metrics.csv and TensorBoard have each step once, and the clock goes on from there. best_possible_ne: of the
-    validation split, where the data knows it; a line in curves.png.
+    resumed_at: the step from which the run continues. Rows of metrics.csv and TensorBoard points of later steps are
+    dropped, so each step appears once, and the clock continues from that step. best_possible_ne: of the validation
+    split, if known; it is drawn as a line in curves.png.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ProgressReporter:
         self._started = self._drawn = time.perf_counter()
 
     def advance(self, step: int, rows: int) -> None:
-        """An update is done: the `step`-th of the run, on `rows` examples of all ranks."""
+        """Record that step number `step` is done, on `rows` examples over all ranks."""
         self._samples += rows
         self._seconds_at_update = self.watch.seconds
         if self._bar is not None:
@@ -97,11 +97,11 @@ class ProgressReporter:
 
     @property
     def samples_per_second(self) -> float:
-        """From the start or the resume to the last update, evaluations and checkpoints not counted."""
+        """Mean rate from the start or resume to the last step, without evaluations and checkpoints."""
         return self._samples / max(self._seconds_at_update - self._first_seconds, 1e-9)
 
     def log_step(self, step: int, samples_seen: int, loss: float, ne: float, learning_rate: float) -> None:
-        """A line of progress; loss and NE are of the updates since the last one."""
+        """Report a logging step. loss and ne cover the steps since the last line."""
         if not self._is_main:
             return
         seconds = self.watch.seconds
@@ -109,7 +109,7 @@ class ProgressReporter:
         self._samples_at_line = self._samples
         self._seconds_at_line = self._seconds_at_update = seconds
         used, total = _memory_gib(self._device)
-        # By the clock on the wall: what is left has its evaluations and checkpoints too.
+        # Wall-clock time, because the remaining steps include evaluations and checkpoints too.
         elapsed = time.perf_counter() - self._started
         eta = duration(elapsed / max(step - self._first_step, 1) * (self.total_steps - step))
         line = (
@@ -125,7 +125,7 @@ class ProgressReporter:
         self._record("train", step, samples_seen, numbers)
 
     def log_evaluation(self, split: str, step: int, samples_seen: int, values: dict[str, Any]) -> None:
-        """A line of metrics of a split; now and then curves.png is drawn anew."""
+        """Report the metrics of a split, and redraw curves.png if it was drawn a while ago."""
         if not self._is_main:
             return
         self._say(
@@ -139,7 +139,7 @@ class ProgressReporter:
                 self._draw_curves()
 
     def _draw_curves(self) -> None:
-        # Imported here, because matplotlib takes a second and only rank 0 needs it.
+        # Imported here because matplotlib takes a second to import and only rank 0 needs it.
         from dhen.training.curves import draw_curves
 
         draw_curves(self._csv_path, self._best_possible_ne)
@@ -147,14 +147,14 @@ class ProgressReporter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it the clock of samples/s stands still: for evaluations and checkpoints."""
+        """Stop the samples/s clock inside this context, for evaluations and checkpoints."""
         _finish_queued_work(self._device)
         with self.watch.paused():
             yield
             _finish_queued_work(self._device)
 
     def close(self) -> None:
-        """End the bar and write what is still in memory."""
+        """Remove the bar and write what is still buffered."""
         if not self._is_main:
             return
         if self._bar is not None:
@@ -178,13 +178,13 @@ class ProgressReporter:
 
 
 def short(value: float) -> str:
-    """Two digits and a power of ten, without the zeros of Python's own: 1.0e-3."""
+    """Format with two digits and a short power of ten: 1.0e-3, where Python writes 1.0e-03."""
     digits, power = f"{value:.1e}".split("e")
     return f"{digits}e{int(power)}"
 
 
 def duration(seconds: float) -> str:
-    """For a reader: 45s, 14m, 3h05m."""
+    """Format for reading: 45s, 14m, 3h05m."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f}s"
@@ -192,7 +192,7 @@ def duration(seconds: float) -> str:
 
 
 def _memory_gib(device: torch.device) -> tuple[float, float]:
-    """(peak of the allocator, of the device) on CUDA; (this process, of the machine) on CPU."""
+    """(used, total): on CUDA, the allocator's peak and the device's memory; on CPU, this process and the machine."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         return torch.cuda.max_memory_allocated(device) / 2**30, total / 2**30
@@ -200,7 +200,7 @@ def _memory_gib(device: torch.device) -> tuple[float, float]:
 
 
 def _finish_queued_work(device: torch.device) -> None:
-    """On CUDA, wait for the work that Python has only queued: it belongs to what was timed before."""
+    """On CUDA, wait for queued kernels, so that their time counts for the code that queued them."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -209,15 +209,15 @@ def _start_bar(console: Console, total_steps: int, step: int) -> Progress:
     columns = (MofNCompleteColumn(), TaskProgressColumn(), BarColumn(bar_width=None), TextColumn("{task.description}"))
     bar = Progress(*columns, console=console, transient=True, expand=True)
     bar.start()
-    atexit.register(bar.stop)  # the cursor comes back after a failure too
+    atexit.register(bar.stop)  # shows the cursor again, even after a failure
     bar.add_task("starting", total=total_steps, completed=step)
     return bar
 
 
 def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
-    """Drop the rows of later steps, which a resumed run will write again; without a resume, all.
+    """Drop the rows after `step`, which a resumed run writes again. Step 0 drops all rows.
 
-    Returns samples_seen and seconds of the last row that stays, (0, 0.0) without one.
+    Returns samples_seen and seconds of the last row kept, or (0, 0.0) if there is none.
     """
     if not path.is_file():
         return 0, 0.0
@@ -225,7 +225,7 @@ def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
         path.unlink()
         return 0, 0.0
     with path.open(newline="", encoding="utf-8") as file:
-        # A run that was killed while it wrote leaves a last row without its last columns, maybe with half a step.
+        # A run that was killed while writing leaves an incomplete last row, possibly with a truncated step.
         rows = [row for row in csv.DictReader(file) if row.get(COLUMNS[-1]) and int(row["step"]) <= step]
     draft = path.with_name(f".{path.name}.draft")
     with draft.open("w", newline="", encoding="utf-8") as file:
@@ -237,7 +237,7 @@ def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
 
 
 def _summary_writer(folder: Path, purge_step: int) -> Any:
-    # Imported here, because TensorBoard takes a second and only rank 0 needs it.
+    # Imported here because TensorBoard takes a second to import and only rank 0 needs it.
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,4 +1,4 @@
-"""A run folder: what a run leaves behind besides its checkpoints, and the errors about one that is in use."""
+"""The run folder: the files that a run writes besides its checkpoints, and the check for an earlier run."""
 
 import json
 import logging
@@ -29,12 +29,13 @@ OF_A_RUN = (
     SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "latest", DS_CONFIG_FILE, "placement.json",
     "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py", ENVIRONMENT_FILE,
 )  # fmt: skip
-"""What a run writes into its folder."""
+"""The files and folders that a run writes."""
 logger = logging.getLogger(__name__)
 
 
-def check_run_folder(path: Path, training: TrainingArguments) -> None:
-    """Raise ArgumentError where a run in the folder would lose an earlier one's work unasked. Changes nothing."""
+def check_run_folder(training: TrainingArguments) -> None:
+    """Raise ArgumentError if a new run in output_dir would overwrite an earlier one. Changes nothing."""
+    path = Path(training.output_dir)
     if path.exists() and not path.is_dir():
         raise ArgumentError(f"output_dir {path} is a file. Choose another --output_dir.")
     has_run = any((path / name).exists() for name in (SUMMARY_FILE, MODEL_FOLDER)) or bool(checkpoints(path))
@@ -42,26 +43,26 @@ def check_run_folder(path: Path, training: TrainingArguments) -> None:
         return
     if not training.overwrite_output_dir:
         raise ArgumentError(
-            f"output_dir {path} holds a run already. Choose another --output_dir, go on from its last checkpoint with "
+            f"output_dir {path} already holds a run. Choose another --output_dir, continue the run with "
             "--resume_from_checkpoint true, or replace it with --overwrite_output_dir."
         )
     origin = training.model_name_or_path
     if origin and Path(origin).resolve().is_relative_to(path.resolve()):
         raise ArgumentError(
-            f"model_name_or_path {origin} is the run that overwrite_output_dir would delete. Choose another "
+            f"model_name_or_path {origin} is in output_dir, which overwrite_output_dir would delete. Choose another "
             "--output_dir."
         )
 
 
 def _resumes_its_own(checkpoint: str | None, path: Path) -> bool:
-    """Whether the run goes on from a checkpoint of this very folder."""
+    """Whether the run continues from a checkpoint in this folder."""
     if checkpoint is None:
         return False
     return checkpoint.lower() in NEWEST or Path(checkpoint).resolve().is_relative_to(path.resolve())
 
 
 def clear_run_folder(path: Path) -> None:
-    """Make the folder, without what an earlier run wrote; other files stay. Rank 0 calls it, once nothing can fail."""
+    """Create the folder, or delete an earlier run's files in it; other files stay. Rank 0 calls it after all checks."""
     path.mkdir(parents=True, exist_ok=True)
     for pattern in OF_A_RUN:
         for found in path.glob(pattern):
@@ -72,7 +73,7 @@ def clear_run_folder(path: Path) -> None:
 
 
 def write_setup(path: Path, arguments: Arguments, model: ParallelDhen) -> None:
-    """arguments.yaml, ds_config.json and placement.json: all as resolved, so that the run can be repeated."""
+    """Write arguments.yaml, ds_config.json and placement.json with all values resolved, so the run can be repeated."""
     write_yaml(_resolved(arguments, model.config), path / ARGUMENTS_FILE)
     write_json(path / DS_CONFIG_FILE, model.ds_config.as_dict())
     write_json(path / "placement.json", model.placement.as_dict())
@@ -80,7 +81,7 @@ def write_setup(path: Path, arguments: Arguments, model: ParallelDhen) -> None:
 
 
 def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tuning: str | None) -> None:
-    """Say what is about to be trained, on what, and how it is spread."""
+    """Log what will be trained, on which data, and how it is distributed."""
     config = model.config
     table_weights = sum(table.num_embeddings for table in config.tables) * config.embedding_dim
     rows = ", ".join(
@@ -91,7 +92,7 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
     logger.info("data: %d dense and %d sparse features; %s", len(schema.dense), len(schema.sparse), rows)
     skipped = sum(counts.bad_rows for counts in schema.splits.values())
     if skipped:
-        logger.info("data: %s bad rows were skipped; bad_rows.csv beside the prepared data lists them", f"{skipped:,}")
+        logger.info("data: %s bad rows were skipped; see bad_rows.csv in the prepared folder", f"{skipped:,}")
     logger.info(
         "model: %d layers, %s dense weights, %s table weights; %d ranks on %s, ZeRO stage %d%s (%s)",
         len(config.layer_specs),
@@ -111,25 +112,25 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
 
 
 def _resolved(arguments: Arguments, config: DhenConfig) -> dict[str, Any]:
-    """The arguments with the architecture that is built: in fine-tuning it is the trained model's."""
-    asked_once = ("overwrite_output_dir", "resume_from_checkpoint")  # not part of what would be repeated
+    """The arguments with the architecture that was built: when fine-tuning, that of the trained model."""
+    asked_once = ("overwrite_output_dir", "resume_from_checkpoint")  # these apply to this call only
     values = {name: value for name, value in arguments.as_dict().items() if name not in asked_once}
     return values | {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
 
 
 def num_dense_weights(model: ParallelDhen) -> int:
-    """Weights of the dense part, whole, however ZeRO shards them."""
+    """Number of weights in the dense part over all shards."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.engine.module.parameters())
 
 
 def metrics_of(values: MetricValues, best_possible_ne: float | None = None) -> dict[str, Any]:
-    """For summary.json; where the data knows the best NE that any model can reach, it stands beside."""
+    """The metrics for summary.json, with the best possible NE if it is known."""
     best = {} if best_possible_ne is None else {"best_possible_ne": best_possible_ne}
     return asdict(values) | best
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Strict JSON (NaN as null), whole or not at all."""
+    """Write strict JSON (NaN as null). The file is renamed into place when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -145,7 +146,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def print_metrics(by_split: dict[str, dict[str, Any]], console: Console | None = None) -> None:
-    """A table of the metrics of each split."""
+    """Print a table with the metrics of each split."""
     has_best = any("best_possible_ne" in values for values in by_split.values())
     columns = ["auc", "ne", *(["best_possible_ne"] if has_best else []), "logloss", "calibration", "examples"]
     table = Table(box=None, pad_edge=False)

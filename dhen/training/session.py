@@ -1,13 +1,14 @@
-"""Sets a run up: the model over all ranks, and a trainer at the run's first step or at a checkpoint's.
+"""Sets up a run: the ds_config, the model over all ranks, the trainer and the progress reporter.
 
-Every function that takes a topology, a model or a trainer communicates; all ranks call it.
+All ranks must call these functions, because most of them communicate.
 """
 
 import logging
 from pathlib import Path
 from typing import Any
 
-from dhen.config.arguments import ArgumentError, Arguments, TrainingArguments
+from dhen.config.arguments import Arguments, TrainingArguments
+from dhen.config.command_line import ArgumentError
 from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.machine_at_hand import rank_memory_bytes
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None:
-    """The ds_config that the user names, checked; None for "auto", which plans once the model is known."""
+    """Read and check the user's ds_config. Returns None for "auto", which is planned later, when the model is known."""
     if arguments.ds_config == AUTO:
         return None
     return read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size), _num_layers(arguments))
@@ -42,13 +43,13 @@ def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None
 def build_model(
     arguments: Arguments, topology: Topology, data: TrainingData, ds_config: DsConfig | None
 ) -> ParallelDhen:
-    """The model over all ranks, with a trained model's weights in fine-tuning. Says what is trained, on what, and how.
+    """Build the model over all ranks, with the trained model's weights when fine-tuning. Logs the set-up of the run.
 
-    ds_config: None lets the planner choose. Raises ArgumentError, DsConfigError or CheckpointError.
+    ds_config: None lets the planner choose one. Raises ArgumentError, DsConfigError or CheckpointError.
     """
     training, start = arguments.training, data.start
     config = start.config if start else config_for(arguments.architecture, data.schema)
-    if training.resume_from_checkpoint:  # before the model is built: other tables can't be placed as the save's were
+    if training.resume_from_checkpoint:  # check first: the checkpoint's placement fits only the same tables
         check_same_model(_checkpoint(training), config)
     memory_bytes = rank_memory_bytes(topology)
     if ds_config is None:
@@ -77,7 +78,7 @@ def build_model(
 
 
 def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) -> Trainer:
-    """The trainer, at step 0 in an empty run folder, or at the step of the checkpoint that is resumed."""
+    """Make the trainer: at step 0, with the run folder cleared, or at the step of the checkpoint to resume from."""
     training, topology = arguments.training, model.topology
     output_dir = Path(training.output_dir)
     trainer = Trainer(model, training, data.loaders["train"], data.loaders.get("validation"), output_dir)
@@ -86,14 +87,14 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
         trainer.restore(load_checkpoint(model, folder, trainer.data_order))
         if topology.is_main:
             point_latest_at(folder, output_dir)
-            logger.info("resuming from %s: step %d of %d", folder, trainer.state.step, trainer.total_steps)
+            logger.info("resuming from %s at step %d of %d", folder, trainer.state.step, trainer.total_steps)
     elif topology.is_main:
         clear_run_folder(output_dir)
     return trainer
 
 
-def report_progress(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
-    """Write the run's set-up into its folder, and start to report: terminal, metrics.csv, TensorBoard, curves.png."""
+def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
+    """Write the set-up to the run folder, and start reporting to the terminal, metrics.csv and TensorBoard."""
     output_dir, topology = Path(arguments.training.output_dir), trainer.model.topology
     if topology.is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def report_progress(arguments: Arguments, data: TrainingData, trainer: Trainer) 
 
 
 def _num_layers(arguments: Arguments) -> int:
-    """Depth of the model that is trained; in fine-tuning that is the trained model's depth."""
+    """Number of layers of the model. When fine-tuning, it comes from the trained model."""
     if arguments.training.model_name_or_path:
         return len(TrainedModel.open(arguments.training.model_name_or_path).config.layer_specs)
     return len(DhenConfig(**vars(arguments.architecture)).layer_specs)
@@ -120,10 +121,10 @@ def _checkpoint(training: TrainingArguments) -> Path:
 
 
 def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[str, Any]:
-    """What a resumed run keeps of its checkpoint's placement: arguments of `parallelize`.
+    """The parts of the checkpoint's placement that a resumed run must keep, as arguments of `parallelize`.
 
-    The replicated tables, because the dense optimizer holds their state; and under row-wise Adagrad, which keeps one
-    number per row and shard, the column cuts of the others.
+    Replicated tables stay replicated, because the dense optimizer holds their state. Under row-wise Adagrad, sharded
+    tables keep their column cuts, because its state has one number per row and shard.
     """
     if not training.resume_from_checkpoint:
         return {}
@@ -136,12 +137,12 @@ def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[s
 
 
 def _check_replicated(training: TrainingArguments, model: ParallelDhen) -> None:
-    """Raise ArgumentError for an option that acts on sharded tables only, where tables are replicated."""
+    """Raise ArgumentError if an option that works on sharded tables only is set and some tables are replicated."""
     replicated = model.placement.replicated
     options = {name: getattr(training, name) for name in ("freeze", "looked_up_l2", "whole_table_l2")}
     for name, value in options.items():
         if replicated and value and value != "none":
             raise ArgumentError(
-                f"{name} is {value}, but {model.ds_config.path} replicates tables ({', '.join(replicated)}), which are "
-                f"trained as the dense part is. Leave out {name}, or set dhen.placement.replicate_below_rows to 0."
+                f"{name} is {value}, which works on sharded tables only, but {model.ds_config.path} replicates "
+                f"{', '.join(replicated)}. Remove {name}, or set dhen.placement.replicate_below_rows to 0."
             )

@@ -83,8 +83,8 @@ def test_yaml_numbers_as_people_write_them(tmp_path):
         ("freeze: all", ["recipe.yaml: freeze is 'all'", "'tables' or 'dense'"]),
         ("head_mlp: [a]", ["recipe.yaml: head_mlp.0 is 'a'"]),
         ("dataset_name: 5", ["recipe.yaml: dataset_name is 5", "string"]),
-        ("- linear", ["recipe.yaml", "mapping", "list"]),
-        ("a: [", ["recipe.yaml: not YAML", "line 1"]),
+        ("- linear", ["recipe.yaml: expected a mapping", "got a list"]),
+        ("a: [", ["recipe.yaml: not valid YAML", "line 1"]),
     ],
 )
 def test_a_mistake_in_yaml_names_file_key_and_value(tmp_path, text, words):
@@ -109,9 +109,9 @@ def test_a_mistake_in_yaml_names_file_key_and_value(tmp_path, text, words):
         (["--adam_beta1=1"], ["adam_beta1 is 1.0"]),
         (["--dataset_name=a", "--train_file=b"], ["dataset_name and train_file"]),
         (["--test_file=a"], ["without train_file"]),
-        (["--resume_from_checkpoint=true", "--overwrite_output_dir"], ["both given"]),
-        (["--freeze=tables", "--whole_table_l2=0.1"], ["no effect on tables that freeze keeps"]),
-        (["--freeze=tables"], ["freeze is 'tables'", "nothing is trained yet", "--model_name_or_path"]),
+        (["--resume_from_checkpoint=true", "--overwrite_output_dir"], ["both set"]),
+        (["--freeze=tables", "--whole_table_l2=0.1"], ["freeze is 'tables'", "no effect", "Set both to 0"]),
+        (["--freeze=tables"], ["freeze is 'tables'", "no trained model", "--model_name_or_path"]),
         (["--table_epsilon=-1"], ["table_epsilon is -1"]),
     ],
 )
@@ -138,6 +138,19 @@ def test_values_that_another_leaves_unread_are_named():
     ]  # fmt: skip
     read = [*flags, "--lr_scheduler_type=reduce_lr_on_plateau", "--learning_rate_scaling=sqrt"]
     assert parse_arguments(read).training.without_effect() == []
+
+
+def test_help_shows_each_flag_once_with_its_type_and_its_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--help"], description="Train.")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "Train." in text
+    wanted = ("--hash_size INT", "(default: 100000)", "--batch_norm [BOOL]", "Turn --load_best_model_at_end off.")
+    assert [words for words in wanted if words not in text] == []
+    noise = ("--hash-size", "default: None", "default: []", "--local_rank")
+    assert [words for words in noise if words in text] == []
 
 
 def test_the_quickstart_is_for_those_who_name_nothing(tmp_path):

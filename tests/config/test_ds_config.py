@@ -99,33 +99,33 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"timers": {"throughputs": {}}}, "timers: 'throughputs'. Did you mean 'throughput'"),
         (adam(bettas=[0.9, 0.9]), "optimizer.params for AdamW: 'bettas'. Did you mean 'betas'"),
         (adam(amsgrd=True, torch_adam=True), "optimizer.params for AdamW: 'amsgrd'. Did you mean 'amsgrad'"),
-        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is None. Give an object"),
-        ({"zero_optimization": True}, "zero_optimization is True. Give an object"),
-        (adam(max_grad_norm=1.0), "optimizer.params.max_grad_norm: clipping is the recipe's"),
+        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is None. Use an object"),
+        ({"zero_optimization": True}, "zero_optimization is True. Use an object"),
+        (adam(max_grad_norm=1.0), "optimizer.params.max_grad_norm: the recipe sets clipping"),
         ({"optimizer": {"type": "AdmaW", "params": {}}}, "optimizer.type 'AdmaW'. Did you mean 'AdamW'"),
         ({"optimizer": {"type": "sgd", "params": {}}}, "optimizer.type 'sgd'. Did you mean 'SGD'"),
         ({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}}, "for SGD: 'momentun'. Did you mean 'momentum'"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization|stage"),
         ({"dhen": {"table_optimiser": "sgd"}}, "Did you mean 'table_optimizer'"),
         ({"dhen": {"table_optimizer": "adam"}}, "table_optimizer is 'adam'"),
-        ({"train_micro_batch_size_per_gpu": 32}, "the recipe makes it 64"),
+        ({"train_micro_batch_size_per_gpu": 32}, "the recipe sets 64"),
         ({"steps_per_print": "auto"}, 'steps_per_print is "auto"'),
-        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
-        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16 under ZeRO stage 0"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled is not supported"),
+        ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16.enabled with ZeRO stage 0"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'only "bfloat16" is supported'),
         ({"torch_autocast": {"enable": True}}, "Did you mean 'enabled'"),
         ({"communication_data_type": "fp16"}, "Use 'bf16', which has the range of fp32"),
-        ({"communication_data_type": "bf16", "torch_autocast": AUTOCAST}, "ignores under torch_autocast"),
+        ({"communication_data_type": "bf16", "torch_autocast": AUTOCAST}, "ignores it with torch_autocast"),
         ({"optimizer": {"parms": {}, "type": "AdamW"}}, "Did you mean 'params'"),
         ({"optimizer": {}}, "optimizer is missing"),
-        ({"activation_checkpointing": {"partition_activations": True}}, "turns nothing on"),
+        ({"activation_checkpointing": {"partition_activations": True}}, "activation_checkpointing has no effect"),
         ({"gradient_allreduce_op": "sum"}, "number of ranks"),
         ({"bfloat16": {"enabled": True}}, "old name of"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "lr_scheduler_type"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/no/drive"}}},
-            "zero_optimization.offload_param.nvme_path is '/no/drive', which is no folder",
+            "zero_optimization.offload_param.nvme_path is '/no/drive', not a folder",
         ),
         ({"dhen": {"shard_group": "nodes"}}, "shard_group"),
         ({"dhen": {"shard_group": 0}}, "shard_group"),
@@ -139,7 +139,7 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
                 "bf16": {"enabled": True},
                 "data_types": {"grad_accum_dtype": "fp32"},
             },
-            "Use stage 2, or leave grad_accum_dtype out",
+            "Use stage 2, or remove grad_accum_dtype",
         ),
         (
             {"dhen": {"shard_group": 2}, "zero_optimization": {"stage": 2, "contiguous_gradients": False}},
@@ -223,7 +223,7 @@ def test_what_the_recipe_decides_is_always_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [('{"a": 1, "a": 2}', "'a' stands twice"), ("{,}", "not strict JSON"), ("[]", "JSON object")]
+    ("text", "says"), [('{"a": 1, "a": 2}', "'a' appears twice"), ("{,}", "not strict JSON"), ("[]", "JSON object")]
 )
 def test_json_must_be_strict(tmp_path, text, says):
     path = tmp_path / "x.json"
@@ -265,13 +265,13 @@ def test_the_depth_takes_the_first_rung_that_it_fits_under(tmp_path, num_layers,
 @pytest.mark.parametrize(
     ("rungs", "words"),
     [
-        ([{"max_layers": 4}], "the model has 9 layers, and the last rung of dhen.by_depth has max_layers 4"),
-        ([{"max_layers": 4}, {"max_layers": 4}], "dhen.by_depth[1].max_layers is 4. Rungs stand in the order"),
+        ([{"max_layers": 4}], "the model has 9 layers, but the last rung of dhen.by_depth has max_layers 4"),
+        ([{"max_layers": 4}, {"max_layers": 4}], "dhen.by_depth[1].max_layers is 4. Rungs must be in increasing order"),
         ([{}, {"max_layers": 20}], "dhen.by_depth[0].max_layers is null"),
         ([{"max_layers": "8"}], 'dhen.by_depth[0].max_layers is "8"'),
         ([{"max_layers": 2, "zero_optimisation": {}}, {}], "dhen.by_depth[0]: unknown key 'zero_optimisation'"),
         ([{"max_layers": 2, "dhen": {"table_dtype": "bf16"}}, {}], "dhen.by_depth[0]: dhen.table_dtype is 'bf16'"),
-        ({"max_layers": 4}, "dhen.by_depth is a list of objects"),
+        ({"max_layers": 4}, "dhen.by_depth must be a list of objects"),
     ],
 )
 def test_mistakes_in_rungs_are_named(tmp_path, rungs, words):

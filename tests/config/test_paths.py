@@ -2,9 +2,13 @@
 
 import pytest
 
-from dhen.config.arguments import ArgumentError, parse_arguments
+from dhen.config.arguments import parse_arguments
+from dhen.data.formats.roles import load_roles
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.sources import open_sources
 from dhen.paths import find, looked_in
 from dhen.training.saved.scoring import parse_scoring_arguments
+from dhen.training.saved.trained_model import TrainedModel
 from tests import ROOT
 
 FRAPPE = "recipes/configs/frappe.yaml"
@@ -36,11 +40,23 @@ def test_every_path_of_a_run_is_looked_up():
     assert scoring.dataset_name == [str(ROOT / "README.md"), "mine.csv"]
 
 
-def test_a_file_in_neither_place_is_an_error_that_lists_both(tmp_path):
-    with pytest.raises(ArgumentError, match=r"none\.yaml: no such file") as caught:
-        parse_arguments(["--config=none.yaml"])
-    assert str(tmp_path) in str(caught.value)
-    assert str(ROOT) in str(caught.value)
+@pytest.mark.parametrize(
+    ("look_up", "words"),
+    [
+        (lambda: parse_arguments(["--config=none.yaml"]), "none.yaml: no such file"),
+        (lambda: parse_arguments(["--interaction_files=none.py"]), "none.py: no such Python file"),
+        (lambda: open_sources(PreparationSettings("none.csv")), "none.csv: no such file"),
+        (lambda: open_sources(PreparationSettings("none_*.csv")), "none_*.csv: no file matches"),
+        (lambda: load_roles("none.yaml"), "none.yaml: no such schema file"),
+        (lambda: TrainedModel.open("runs/none"), "runs/none: no trained model here"),
+    ],
+)
+def test_a_file_in_neither_place_is_an_error_that_lists_both(tmp_path, look_up, words):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        look_up()
+    said = str(caught.value)
+    assert words in said
+    assert said.endswith(f"Looked in {tmp_path} and {ROOT}.")
     assert looked_in("/none.yaml") == "", "an absolute path has one place"
 
 

@@ -1,4 +1,4 @@
-"""Tiny prepared folders written with pyarrow alone, and what a batch says in plain Python, to compare it with them."""
+"""Writes tiny prepared folders with pyarrow alone, and turns batches back into plain Python rows to compare."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ MIXED = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A folder with one split, and its rows as Python has them."""
+    """A folder with one split, and its rows as plain Python."""
 
     folder: Path
     schema: Schema
@@ -29,7 +29,7 @@ class Prepared:
 
 
 def write_prepared(folder, num_rows, sparse=MIXED, dense=DENSE, group_rows=7, groups_per_file=3, seed=0, split="train"):
-    """Random rows; row r's label is r's lowest bit, its I1 is r."""
+    """Write random rows. Row r has the label r % 2 and I1 = r."""
     table = random_table(num_rows, sparse, dense, seed)
     write_split(folder / split, table, group_rows, groups_per_file)
     schema = Schema(tuple(dense), tuple(sparse), {split: SplitCounts(num_rows, num_rows // 2)})
@@ -69,7 +69,7 @@ def random_table(num_rows, sparse, dense, seed=0):
 
 
 def rows_of(batch, schema):
-    """A batch's rows as Python has them: what its jagged tensors mean by the words of `SparseIds` and `Batch`."""
+    """Return a batch's rows as plain Python, following the documentation of `SparseIds` and `Batch`."""
     count = len(batch.labels_B)
     rows = [{"label": label} for label in batch.labels_B.tolist()]
     for row, values in zip(rows, batch.dense_BN.tolist(), strict=True):

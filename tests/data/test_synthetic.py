@@ -1,4 +1,4 @@
-"""The generated click log: reproducible, in Criteo's format, and what it says about its best NE is true."""
+"""The generated click log is reproducible and in Criteo's format, and its best possible NE is correct."""
 
 import gzip
 import hashlib
@@ -110,15 +110,14 @@ def test_a_log_from_before_versions_is_not_taken_for_this_one(tmp_path):
 
 
 def test_the_version_stands_for_this_log(tmp_path):
-    """Where this fails, the generator has changed: raise VERSION, so that logs kept from before aren't used, and put
-    the new digest here."""
+    """If this fails, the generator has changed. Raise VERSION, so that old logs are not reused, and the digest."""
     generate_click_log(tmp_path, {"test": 500})
     digest = hashlib.blake2b(gzip.decompress((tmp_path / "test.tsv.gz").read_bytes()), digest_size=8).hexdigest()
     assert (VERSION, digest) == (1, "5c47ccfc5a1abb21")
 
 
 def test_clicks_follow_the_probabilities(drawn):
-    """In every tenth of the probabilities and overall, the number of clicks is within four standard deviations."""
+    """In each decile of the probabilities and overall, the clicks are within four standard deviations."""
     deviations = []
     for tenth in np.array_split(np.argsort(drawn.probabilities), 10):
         chances = drawn.probabilities[tenth]
@@ -153,7 +152,7 @@ def test_the_probability_is_the_stated_function(drawn):
 
 
 def test_interactions_matter(drawn):
-    """A linear model of all features, as good as it gets, explains far less than the truth does."""
+    """Even the best linear model on all features explains far less than the true probabilities."""
     logs = np.nan_to_num(np.sign(drawn.integers) * np.log1p(np.abs(drawn.integers)))
     features = np.concatenate([logs, np.isnan(drawn.integers), drawn.categories], axis=1)
     train, test = slice(0, 40_000), slice(40_000, None)
@@ -212,6 +211,6 @@ def test_truth_json_is_written_last_and_never_beside_unfinished_files(tmp_path, 
 
 
 def test_too_few_rows_for_an_ne_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"test\.tsv\.gz: [01] of its 1 rows are clicks.*Ask for more rows"):
+    with pytest.raises(ValueError, match=r"test\.tsv\.gz: [01] of 1 rows are clicks.*Generate more rows"):
         generate_click_log(tmp_path, {"test": 1})
     assert not (tmp_path / TRUTH_FILE).exists()

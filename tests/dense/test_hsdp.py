@@ -448,11 +448,11 @@ def test_the_size_of_a_shard_group(shard_group, nodes, size):
     ("shard_group", "nodes", "words"),
     [
         (4, [3, 3], "this job has 6 ranks, 3 on each node. Use one of 3, 6"),
-        (2, [3, 3], "2 ranks, but this job has 6"),
+        (2, [3, 3], r"2 ranks per group\), but this job has 6"),
         (5, [4, 4], "Use one of 2, 4, 8"),
         (8, [4, 4, 4], "Use one of 2, 4, 12"),
         (16, [4, 4], "16 ranks"),
-        ("node", [1, 1], "one rank alone"),
+        ("node", [1, 1], "A group of one rank shards nothing"),
         ("node", [4, 3], "the nodes have 3, 4 ranks"),
     ],
 )
@@ -475,7 +475,7 @@ def messages_about_groups(topology: Topology) -> list[str]:
 
 def test_on_one_node_the_log_says_that_it_is_plain_zero():
     ((message,),) = run_ranks(1, messages_about_groups)
-    assert "dhen.shard_group 'node' is all 1 ranks of this job, one replica: plain ZeRO" in message
+    assert "dhen.shard_group 'node' covers all 1 ranks of this job, so there is only one replica" in message
 
 
 def see_groups(topology: Topology) -> tuple[list[timedelta], float]:
@@ -493,7 +493,7 @@ def test_groups_have_the_timeout_of_the_job_and_replicas_clip_by_one_norm():
 
 
 def test_ranks_numbered_across_nodes_are_refused():
-    with pytest.raises(ValueError, match="numbers the ranks across nodes"):
+    with pytest.raises(ValueError, match="does not number the ranks node by node"):
         shard_size("node", [(2, 0), (2, 0), (2, 1), (2, 1)])
 
 

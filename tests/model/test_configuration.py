@@ -1,4 +1,4 @@
-"""DhenConfig refuses what it doesn't know, fills in what is left out, and survives its JSON file."""
+"""DhenConfig rejects unknown keys, fills in defaults, and survives a round trip through its JSON file."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 from transformers import AutoConfig, HfArgumentParser
 
-from dhen.config.arguments import copy_for_parser
+from dhen.config.command_line import copy_for_parser
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 
 FEATURES = [{"name": "site", "num_embeddings": 10}, {"name": "words", "num_embeddings": 7, "pooling": "mean"}]
@@ -16,8 +16,8 @@ FEATURES = [{"name": "site", "num_embeddings": 10}, {"name": "words", "num_embed
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"embeding_dim": 8}, "unknown field of DhenConfig 'embeding_dim'. Did you mean 'embedding_dim'?"),
-        ({"hidden_size": 8}, "unknown field of DhenConfig 'hidden_size'"),
+        ({"embeding_dim": 8}, "unknown DhenConfig field 'embeding_dim'. Did you mean 'embedding_dim'?"),
+        ({"hidden_size": 8}, "unknown DhenConfig field 'hidden_size'"),
         ({"embedding_dim": "8"}, "embedding_dim is '8'. Use int."),
         ({"batch_norm": "false"}, "batch_norm is 'false'. Use bool."),
         ({"dense_mlp": [8.0]}, "dense_mlp is [8.0]. Use list[int]."),
@@ -32,18 +32,18 @@ FEATURES = [{"name": "site", "num_embeddings": 10}, {"name": "words", "num_embed
         ({"activation": "relu6"}, "unknown activation 'relu6'. Did you mean 'relu'?"),
         ({"embedding_init_std": -0.1}, "embedding_init_std is -0.1"),
         ({"interactions": []}, "at least one interaction"),
-        ({"interactions": '["linear"'}, "interactions is not JSON"),
+        ({"interactions": '["linear"'}, "interactions is not valid JSON"),
         ({"layers": []}, "layers is empty"),
         ({"layers": ["linear"]}, "layers[0]: expected an object"),
         (
             {"layers": [{"interactions": ["linear"]}, {"ensembel": "sum"}]},
-            "layers[1]: unknown key of a layer: 'ensembel'. Did you mean",
+            "layers[1]: unknown layer key 'ensembel'. Did you mean",
         ),
         ({"layers": [{"dropout": "0.1"}]}, "layers[0]: dropout is '0.1'. Use float."),
         ({"layers": [{"norm": "layernorm"}]}, "layers[0]: unknown norm 'layernorm'. Did you mean 'layer_norm'?"),
         (
             {"ensemble": "sum", "interactions": ["linear", {"kind": "linear", "num_embeddings": 3}]},
-            "they yield [16, 3] embeddings",
+            "but their num_embeddings are [16, 3]",
         ),
         ({"num_dense_embeddings": 0}, "the 2 dense features would be ignored"),
         ({"sparse_features": [FEATURES[0], FEATURES[0]]}, "['site'] appear more than once"),
@@ -51,10 +51,10 @@ FEATURES = [{"name": "site", "num_embeddings": 10}, {"name": "words", "num_embed
         ({"sparse_features": [{"name": "site", "num_embedding": 3}]}, "Did you mean 'num_embeddings'?"),
         ({"sparse_features": [{"name": "site", "num_embeddings": 0}]}, "'site': num_embeddings is 0"),
         ({"sparse_features": [{"name": "site", "num_embeddings": 3, "pooling": "max"}]}, "pooling is 'max'"),
-        ({"sparse_features": [{"name": "user.site", "num_embeddings": 3}]}, "'user.site' can't name a table"),
-        ({"sparse_features": [{"name": "type", "num_embeddings": 3}]}, "'type' can't name a table"),
-        ({"sparse_features": [{"name": "training", "num_embeddings": 3}]}, "'training' can't name a table"),
-        ({"sparse_features": [{"name": "", "num_embeddings": 3}]}, "'' can't name a table"),
+        ({"sparse_features": [{"name": "user.site", "num_embeddings": 3}]}, "'user.site': the name is not allowed"),
+        ({"sparse_features": [{"name": "type", "num_embeddings": 3}]}, "'type': the name is not allowed"),
+        ({"sparse_features": [{"name": "training", "num_embeddings": 3}]}, "'training': the name is not allowed"),
+        ({"sparse_features": [{"name": "", "num_embeddings": 3}]}, "'': the name is not allowed"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments, message):
@@ -126,7 +126,7 @@ def test_transformers_own_arguments_pass():
 
 
 def test_the_architecture_makes_a_command_line():
-    parser = HfArgumentParser(copy_for_parser(DhenArchitecture))  # it would overwrite the class's own types
+    parser = HfArgumentParser(copy_for_parser(DhenArchitecture))  # the parser overwrites the class's types
     (plain,) = parser.parse_args_into_dataclasses([])
     assert DhenArchitecture(**vars(plain)) == DhenArchitecture()
     words = [
@@ -146,7 +146,7 @@ def test_the_architecture_makes_a_command_line():
     assert (config.head_mlp, config.norm, config.batch_norm, config.embedding_init_std) == ([8, 4], "none", True, 0.1)
     assert len(config.layer_specs) == 1
     assert all(item.metadata["help"] for item in fields(DhenArchitecture))
-    # The parser rewrites the types of the dataclass that it is given; the config's must stay.
+    # The parser rewrites the types of the dataclass it gets. The config's own must not change.
     assert DhenConfig(num_dense_features=1, interactions=["linear"]).interactions == ["linear"]
 
 

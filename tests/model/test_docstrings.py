@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the model room run and print what they say; every public module has one."""
+"""The docstring examples in dhen.model run and print what they show, and every public module has one."""
 
 import doctest
 import importlib
@@ -11,7 +11,7 @@ from torch import nn
 import dhen.model
 
 MODULES = [info.name for info in pkgutil.walk_packages(dhen.model.__path__, "dhen.model.")]
-# Taken or told apart by kind: an abstract parent has no example of its own.
+# Abstract base classes have no example.
 WITHOUT_EXAMPLE = {"Interaction", "DhenPreTrainedModel"}
 
 

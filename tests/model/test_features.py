@@ -1,4 +1,4 @@
-"""Tables pool as a loop in plain Python does, start the same however they are cut, and dense features join them."""
+"""Tables pool like a plain Python loop, start with the same values under any sharding, and dense features join them."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_embeddings_of_bfloat16_tables_are_float32():
 
 
 def test_ids_of_another_number_of_features_are_refused():
-    with pytest.raises(ValueError, match="of 2 sparse features, but the model has 3"):
+    with pytest.raises(ValueError, match="ids for 2 features, but the model has 3"):
         make_tables()(SparseIds(torch.ones(4, dtype=torch.int64), 2))
 
 
@@ -115,7 +115,7 @@ def test_initial_values_hang_on_seed_name_and_column_alone():
 
 
 def test_initial_values_are_the_same_on_every_machine_and_day():
-    """The seeds are a hash of the names that doesn't change between processes, as Python's hash() does."""
+    """Seeds are hashed from names by a hash that, unlike Python's hash(), is the same in every process."""
     values = init_table("site", 2, 8, range(2, 4), seed=7)
     expected = torch.tensor([[-0.505399942, -0.096862055], [0.258241564, 0.689786792]])
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)

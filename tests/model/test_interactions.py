@@ -1,4 +1,4 @@
-"""Each interaction equals its formula, written out here in plain torch, in float64."""
+"""Each interaction equals its formula, written here in plain torch in float64."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from dhen.model.interactions import InteractionContext, InteractionSpec, build_i
 B, M, L, D, N = 4, 5, 3, 6, 2
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
 
-# One row an option that changes the arithmetic; every kind must appear.
+# One row per option that changes the arithmetic. Every kind must appear.
 CASES = [
     ("linear", {}),
     ("linear", {"bias": True}),
@@ -32,7 +32,7 @@ CASES = [
 
 
 def make(kind, options, **context):
-    """The interaction in float64, with no parameter left at a value (0 or 1) that would hide its use."""
+    """Build the interaction in float64. No parameter stays at 0 or 1, where it might not affect the result."""
     shapes = {"num_inputs": M, "num_outputs": L, "embedding_dim": D, "num_dense_features": N} | context
     module = build_interaction(InteractionSpec(kind, L, options), InteractionContext(**shapes)).double()
     with torch.no_grad():
@@ -116,7 +116,7 @@ def self_attention(s, x, dense, options):
 
 
 def convolution(s, x, dense, options):
-    """Each pixel by the definition of a convolution, zeros outside; channel by channel down the rows."""
+    """Each pixel by the definition of a convolution with zero padding. Channels are stacked along the rows."""
     kernel, bias = s["convolution.weight"], s["convolution.bias"]
     channels, _, height, width = kernel.shape
     top, left = (height - 1) // 2, (width - 1) // 2
@@ -190,7 +190,7 @@ def test_gradients_are_those_of_finite_differences(kind, options):
     def call(x, dense, *values):
         return torch.func.functional_call(module, dict(zip(keys, values, strict=True)), (x, dense))
 
-    # fast_mode: one random projection of the Jacobian instead of a column a parameter.
+    # fast_mode: one random projection of the Jacobian instead of one column per parameter.
     assert torch.autograd.gradcheck(call, (x, dense, *parameters), fast_mode=True)
 
 
@@ -212,7 +212,7 @@ def test_rows_of_a_batch_do_not_meet(kind, options):
     torch.testing.assert_close(module(x, dense)[1:2], module(x[1:2], dense[1:2]), **TOLERANCE)
 
 
-# Negative controls: the tests above would notice these mistakes.
+# Negative controls: the tests above would catch these mistakes.
 
 
 def test_a_transposed_weight_is_caught():

@@ -23,7 +23,7 @@ def make(num_inputs, **settings):
 
 
 def norm(kind, layer, x):
-    """Norms by their definitions; batch norm in evaluation, where its running mean is 0 and variance 1."""
+    """The norms by definition. Batch norm is in evaluation mode, with running mean 0 and variance 1."""
     if kind == "none":
         return x
     if kind == "batch_norm":
@@ -114,5 +114,5 @@ def test_pre_norm_puts_one_more_norm_after_the_last_layer():
 
 
 def test_sums_of_unequal_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"needs interactions of equal num_embeddings, not \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"needs the same num_embeddings from every interaction, but got \[3, 2\]"):
         Ensemble("sum", [3, 2])

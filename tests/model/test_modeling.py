@@ -1,4 +1,4 @@
-"""The whole model: outputs, loss, saving and loading, and the corners (no rows, no dense, no sparse features)."""
+"""The complete model: outputs, loss, saving, loading, and edge cases (no rows, no dense or sparse features)."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def make_batch(batch_size=B):
 
 
 def trained(model, steps=3):
-    """A few steps, so that no weight or running statistic is at its initial value."""
+    """Train a few steps, so that no weight or running statistic keeps its initial value."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
         sparse, dense, labels = make_batch()
@@ -135,7 +135,7 @@ def test_a_model_without_tables_loads_from_a_whole_one_in_silence(tmp_path):
 
 
 def test_weights_missing_from_a_file_are_initialised_and_the_rest_is_kept(tmp_path):
-    """The head's and a table's sizes differ; batch norm statistics and all else come from the file."""
+    """The sizes of the head and of one table differ. Everything else comes from the file."""
     model = trained(make_model())
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -225,7 +225,7 @@ def test_float64_stays_float64():
 
 
 def test_the_graph_compiles_whole():
-    """aot_eager traces forward and backward as a compiled run does, without building machine code."""
+    """aot_eager traces forward and backward like a compiled run, but does not generate machine code."""
     model, (sparse, dense, labels) = make_model(interactions=[*ALL_KINDS], batch_norm=False), make_batch()
     embeddings = model.tables(sparse).detach()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -242,11 +242,11 @@ def test_the_graph_compiles_whole():
         ({}, "pass sparse or inputs_embeds"),
         (
             {"inputs_embeds": torch.ones(B, 3, D), "dense": torch.ones(B, N)},
-            "(5, 3, 8), but this model's is (batch, 2, 8)",
+            "(5, 3, 8), but the model expects (batch, 2, 8)",
         ),
         (
             {"inputs_embeds": torch.ones(B, 2, D), "dense": torch.ones(B, 4)},
-            "dense has shape (5, 4), but this model's is (batch, 3,)",
+            "dense has shape (5, 4), but the model expects (batch, 3)",
         ),
         ({"inputs_embeds": torch.ones(B, 2, D)}, "dense has shape (5, 0)"),
     ],
@@ -265,5 +265,5 @@ def test_ids_without_tables_are_refused():
 
 
 def test_a_model_of_no_features_is_refused():
-    with pytest.raises(ValueError, match="nothing to learn from"):
+    with pytest.raises(ValueError, match="the model has no input"):
         DhenModel(DhenConfig(interactions=["linear"]))

@@ -1,4 +1,4 @@
-"""A user adds an interaction by a decorated class in their own file; mistakes get an error that helps."""
+"""Users add interactions as decorated classes in their own files. Mistakes raise an error that says what to do."""
 
 import re
 
@@ -30,7 +30,7 @@ def test_the_factorization_machine_has_the_options_of_advanced_dlrm_with_two_oth
 
 @pytest.mark.parametrize("kind", ["linear", "wukong"])
 def test_a_taken_name_is_refused(kind):
-    with pytest.raises(ValueError, match=f"{kind!r} is taken"):
+    with pytest.raises(ValueError, match=f"{kind!r} is already taken"):
 
         @register_interaction(kind)
         class Other(Interaction):
@@ -60,8 +60,11 @@ def test_a_wrong_entry_is_named_when_the_config_is_made(entry, message):
     [
         ({"kind": "linear", "use_dense": True}, "use_dense is true, but num_dense_features is 0"),
         ({"kind": "self_attention", "num_heads": 3}, "num_heads is 3. Use a divisor of embedding_dim, 8"),
-        ({"kind": "advanced_dlrm", "example_weights": True}, "compress_to is not set"),
-        ({"kind": "advanced_dlrm", "cross_width": 4}, "num_cross_layers is 0"),
+        (
+            {"kind": "advanced_dlrm", "example_weights": True},
+            "example_weights has no effect because compress_to is not set",
+        ),
+        ({"kind": "advanced_dlrm", "cross_width": 4}, "cross_width has no effect because num_cross_layers is 0"),
         ({"kind": "advanced_dlrm", "compress_to": 0}, "compress_to is 0"),
         ({"kind": "convolution", "kernel_size": [3]}, "kernel_size is [3]"),
         ({"kind": "convolution", "kernel_size": [2, 3]}, "kernel_size is [2, 3]. Use two odd numbers"),

@@ -1,4 +1,4 @@
-"""An interaction as a user writes it in their own file."""
+"""An interaction as a user would write it in their own file."""
 
 import torch
 from torch import Tensor, nn

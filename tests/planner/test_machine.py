@@ -44,8 +44,8 @@ def test_a_file_of_the_users_own_is_read_and_values_can_be_replaced(tmp_path):
         ({"seconds_per_operation": -1e-6}, "seconds_per_operation is -1e-06. Use 0 or more."),
         ({"host_memory_gib": -2}, "host_memory_gib is -2.0. Use 0 or more."),
         ({"flops": {"fp32": -1}}, "flops.fp32 is -1.0. Use a number above 0."),
-        ({"flops": {"bf16": 1e12}}, "flops has bf16. Give fp32"),
-        ({"host_bytes_per_second": 0}, "A GPU's offload needs both."),
+        ({"flops": {"bf16": 1e12}}, "flops has only bf16. Add fp32"),
+        ({"host_bytes_per_second": 0}, "is missing. Give both"),
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_file_and_key(tmp_path, change, words):
@@ -79,7 +79,7 @@ def test_other_mistakes_are_one_line_too(tmp_path):
     with pytest.raises(MachineError, match="a machine is a mapping"):
         read_machine(str(tmp_path / "list.yaml"))
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(MachineError, match="not YAML") as caught:
+    with pytest.raises(MachineError, match="not valid YAML") as caught:
         read_machine(str(tmp_path / "broken.yaml"))
     assert "\n" not in str(caught.value)
 

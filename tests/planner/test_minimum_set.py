@@ -116,7 +116,7 @@ def test_when_nothing_fits_it_says_what_it_needs_what_there_is_and_what_to_chang
     message = str(caught.value)
     smallest = min((made.memory(technique).peak for technique in made.candidates()), default=0)
     assert f"needs {gib(smallest)} GiB and " in message
-    assert "there are 0.019 GiB and " in message
+    assert "a rank has 0.019 GiB and " in message
     assert "Possible solutions: a smaller per_device_train_batch_size" in message
 
 
@@ -163,7 +163,7 @@ def test_the_tables_exchange_takes_as_long_as_the_machines_links_let_it():
 
 
 def test_tables_that_fit_on_no_rank_are_said_so():
-    with pytest.raises(PlacementError, match="fits on no rank"):
+    with pytest.raises(PlacementError, match="does not fit"):
         planner(1e-6, machine=replace(MACHINE, host_memory_gib=0.0))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dhen.planner.nearest_machine import machine_of_gpu
-from dhen.runtime import machine_at_hand
+from dhen.training import session
 from tests.recipes.launch import TINY, run_script, summary
 
 SMALL = (*TINY, "--per_device_train_batch_size=16", "--max_steps=3", "--eval_steps=3")
@@ -60,13 +60,13 @@ def test_auto_trains_on_two_ranks_with_what_it_chose_and_says_why(tmp_path, clic
 
 
 def has_next_to_nothing() -> None:
-    machine_at_hand.rank_memory_bytes = lambda topology: 600_000
+    session.rank_memory_bytes = lambda topology: 600_000
 
 
 def test_auto_refuses_where_nothing_fits(tmp_path, click_log):
     done = run_script("train.py", *flags(tmp_path / "run", click_log), ranks=2, patch=has_next_to_nothing)
     assert done.status != 0
-    assert "fit on no rank" in done.output
+    assert "do not fit on" in done.output
     assert "Possible solutions" in done.output
     assert "Traceback" not in done.output
 
@@ -79,7 +79,7 @@ def test_the_memory_plan_is_said_at_start(click_log, sharded, tmp_path):
     assert "activations" in line
     tight = run_script("train.py", *named, "--overwrite_output_dir", patch=has_next_to_nothing)
     assert tight.status == 0, "a prediction fails no run"
-    assert "that is more than a rank has. `python tools/plan.py`" in tight.output
+    assert "this is more than a rank has. `python tools/plan.py`" in tight.output
 
 
 def test_what_cannot_be_traced_trains_without_a_memory_plan(click_log, tmp_path):
@@ -87,17 +87,17 @@ def test_what_cannot_be_traced_trains_without_a_memory_plan(click_log, tmp_path)
     own = (f"--interaction_files={tmp_path / 'mine.py'}", "--interactions=linear,signed")
     done = run_script("train.py", *flags(tmp_path / "run", click_log, *own, ds_config="ds_configs/zero2.json"))
     assert done.status == 0, done.output
-    assert "memory: can't be predicted: the model can't be traced" in done.output
+    assert "memory: cannot be predicted: the model cannot be traced" in done.output
     done = run_script("train.py", *flags(tmp_path / "other", click_log, *own))
     assert done.status != 0
-    assert "ds_config auto: the model can't be traced" in done.output
+    assert "ds_config auto: the model cannot be traced" in done.output
     assert "Name a ds_config" in done.output
 
 
 def test_a_resumed_run_keeps_the_stage_of_its_checkpoint(click_log, sharded):
     done = run_script("train.py", *flags(sharded, click_log, "--resume_from_checkpoint=true", "--max_steps=6"), ranks=2)
     assert done.status == 0, done.output
-    assert f"ds_config: auto: that of {sharded / 'ds_config.json'}" in done.output
+    assert f"ds_config: auto: taken from {sharded / 'ds_config.json'}" in done.output
     assert "resuming from" in done.output
     assert summary(sharded)["zero_stage"] == 3
     assert summary(sharded)["steps"] == 6
@@ -109,7 +109,7 @@ def test_without_the_runs_ds_config_a_resume_is_refused(click_log, sharded, tmp_
     checkpoint = f"--resume_from_checkpoint={tmp_path / 'copy/checkpoint-3'}"
     done = run_script("train.py", *flags(tmp_path / "run", click_log, checkpoint), ranks=2)
     assert done.status != 0
-    assert "Name the ds_config that it was trained with" in done.output
+    assert "Name the ds_config that the run was trained with" in done.output
 
 
 @pytest.mark.parametrize(

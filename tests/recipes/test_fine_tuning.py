@@ -145,8 +145,8 @@ def test_frozen_tables_are_those_of_the_trained_model_by_name_and_key(old_run, n
     run = tmp_path / "run"
     flags = [f"--model_name_or_path={old_run}", "--freeze=tables"]
     output = train(new_log.flags, run, *flags, ranks=2, stage=stage)
-    assert "freeze tables keeps rows that are new as they are drawn at random: " in output
-    assert "    new takes the place of gone" in output
+    assert "freeze tables leaves new rows at their random initial values: " in output
+    assert "    new replaces gone and uses its weights in the layers" in output
     # All rows have kept their bits since the start, so they show the start.
     taken_in_all = 0
     for feature in ("city", "app"):
@@ -158,12 +158,12 @@ def test_frozen_tables_are_those_of_the_trained_model_by_name_and_key(old_run, n
         taken_in_all += taken
     assert torch.equal(table_of(run, "page"), table_of(old_run, "page"))
     assert torch.equal(table_of(run, "grown"), init_table("grown", 40, 4, range(4), SEED, None))
-    assert "    grown: 0 of 40 rows kept, 30 dropped (hashed into 30 rows before, 40 now)" in output
+    assert "    grown: 0 of 40 rows kept, 30 dropped (hash size was 30, is now 40)" in output
     new_rows = len(table_of(run, "new"))
     assert torch.equal(table_of(run, "new"), init_table("new", new_rows, 4, range(4), SEED, None))
     assert f"    new: 0 of {new_rows} rows kept, 0 dropped (new feature)" in output
     assert "  tables dropped: 1 gone" in output
-    kept, rows, fresh = numbers(r"tables: ([\d,]+) of ([\d,]+) rows taken over, ([\d,]+) new", output)
+    kept, rows, fresh = numbers(r"tables: ([\d,]+) of ([\d,]+) rows kept, ([\d,]+) new", output)
     in_new = sum(len(table_of(run, entry["name"])) for entry in NEW["sparse"])
     assert (kept, rows, fresh) == (taken_in_all + 50, in_new, in_new - taken_in_all - 50)
     # The dense part has been trained meanwhile.
@@ -180,7 +180,7 @@ def test_a_frozen_dense_part_keeps_every_bit(old_run, new_log, tmp_path, stage):
     assert before.keys() == after.keys()
     assert any("running_mean" in name for name in before)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    assert f"dense weights: {len(before)} of {len(before)} taken over" in output
+    assert f"dense weights: {len(before)} of {len(before)} kept" in output
     assert not torch.equal(table_of(run, "page"), table_of(old_run, "page"))
 
 
@@ -221,8 +221,8 @@ def test_another_pooling_and_transform_are_said(tmp_path):
     prepared = new.prepared(tmp_path / "prepared")
     start = start_from(TrainedModel.open(tmp_path / "run"), prepared, Schema.load(prepared))
     report = start.report()
-    assert "words: 20 of 20 rows kept, 0 dropped (same hash; pooling was sum, is mean)" in report
-    assert "age: transform was log1p, is identity" in report
+    assert "words: 20 of 20 rows kept, 0 dropped (same hash; pooling was sum, is now mean)" in report
+    assert "age: transform was log1p, is now identity" in report
     assert frozen_and_new("tables", start) == frozen_and_new("dense", start) == []
 
 
@@ -249,8 +249,8 @@ def test_an_architecture_that_has_no_effect_is_named(old_run, new_log, tmp_path)
     output = train(new_log.flags, tmp_path / "run", f"--model_name_or_path={old_run}", *more)
     warnings = [line for line in output.splitlines() if "has no effect" in line]
     assert warnings == [
-        "interactions ['linear'] has no effect: fine-tuning keeps the trained model's ['advanced_dlrm', 'linear']",
-        "dropout 0.3 has no effect: fine-tuning keeps the trained model's 0.0",
+        "interactions ['linear'] has no effect: fine-tuning keeps ['advanced_dlrm', 'linear'] from the trained model",
+        "dropout 0.3 has no effect: fine-tuning keeps 0.0 from the trained model",
     ]  # and none about embedding_dim and the like, which are the trained model's
     written = yaml.safe_load((tmp_path / "run" / "arguments.yaml").read_text())
     assert (written["dropout"], written["batch_norm"], written["embedding_dim"]) == (0.0, True, 4)
@@ -289,6 +289,6 @@ def test_the_later_half_of_criteos_rows_after_the_earlier(tmp_path):
         table, taken = expected_start(old, new, column.name)
         assert torch.equal(table_of(new, column.name), table)
         taken_in_all, rows_in_all = taken_in_all + taken, rows_in_all + len(table)
-    kept, rows, fresh = numbers(r"tables: ([\d,]+) of ([\d,]+) rows taken over, ([\d,]+) new", output)
+    kept, rows, fresh = numbers(r"tables: ([\d,]+) of ([\d,]+) rows kept, ([\d,]+) new", output)
     assert (kept, rows, fresh) == (taken_in_all, rows_in_all, rows_in_all - taken_in_all)
     assert 1000 < kept < rows - 1000

@@ -16,7 +16,6 @@ from tests.recipes.launch import TINY, summary
 SCRIPTS = Path(sys.executable).parent
 LAUNCHERS = {
     "deepspeed": (["deepspeed", "--num_gpus", "2", "--master_port", "{port}"], 2),
-    "deepspeed, accelerators": (["deepspeed", "--num_accelerators", "1", "--master_port", "{port}"], 1),
     "torchrun": (["torchrun", "--nproc_per_node", "2", "--master_port", "{port}"], 2),
     "accelerate": (
         ["accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",

@@ -95,9 +95,9 @@ def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path, click_log, name,
 
 def test_an_unfinished_folder_is_refused_by_name(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
-    with pytest.raises(CheckpointError, match="isn't a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         find_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path)
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
         find_checkpoint("true", tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_another_zero_stage_is_refused_with_a_way_out(tmp_path, click_log, saved
     checkpoint = saved(SetUp(2, 2)) / "checkpoint-20"
     other = SetUp(3, 2).run(tmp_path / "other", click_log, f"--resume_from_checkpoint={checkpoint}")
     assert other.status != 0
-    assert "saved by 2 ranks, 2 to a replica, under ZeRO stage 2" in other.output
+    assert "saved by 2 ranks, 2 per replica, under ZeRO stage 2" in other.output
     assert "--model_name_or_path" in other.output
 
 

@@ -94,12 +94,12 @@ def test_after_a_resume_from_an_earlier_checkpoint_that_is_the_newest(tmp_path, 
 
 def fail_to_export() -> None:
     """A patch: writing the model fails as on a full disk."""
-    from dhen.training.saved import trained_model
+    from dhen.training import finish
 
     def full(*args: object) -> None:
         raise OSError("No space left on device: 'model'")
 
-    trained_model.export_model = full
+    finish.export_model = full
 
 
 def test_a_failure_at_the_end_is_one_line_too(tmp_path, data):

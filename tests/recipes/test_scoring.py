@@ -105,13 +105,13 @@ def test_predict_needs_no_labels(trained, exported, tmp_path, expected, ranks):
     assert (exported.parent / "prepared").is_dir()
 
 
-def rows_of_test_without_labels_are_not_evaluated(trained, exported, tmp_path):
+def test_rows_without_labels_are_not_evaluated(trained, exported, tmp_path):
     with gzip.open(trained.raw / "test.tsv.gz", "rt") as file:
         (tmp_path / "unlabelled.tsv").write_text("".join(line.partition("\t")[2] for line in file))
     flags = [f"--model_name_or_path={exported}", f"--dataset_name={tmp_path / 'unlabelled.tsv'}"]
     done = run_script("evaluate.py", *flags)
     assert done.status == 1
-    assert done.output.splitlines()[-1].startswith("error: The data has no labels"), done.output
+    assert done.output.splitlines()[-1].startswith("error: Some rows have no label"), done.output
 
 
 def test_skipped_rows_are_reported(trained, exported, tmp_path):
@@ -142,7 +142,7 @@ def test_a_split_of_a_hub_data_set_is_scored_alone(tmp_path):
     run = [f"--output_dir={tmp_path / 'run'}", "--ds_config=ds_configs/zero0.json", "--max_steps=1"]
     done = run_script("train.py", *data, *run, *TINY, "--split_fractions", "0.5", "0.5", "0")
     assert done.status == 0, done.output
-    assert "split_fractions has no effect: the data has splits of its own" in done.output
+    assert "split_fractions has no effect: the data has its own splits" in done.output
     for split, rows in ((None, 40), ("validation", 30)):
         output = tmp_path / "metrics.json"
         flags = [f"--split={split}"] if split else []
@@ -165,14 +165,14 @@ def test_another_vocabulary_or_schema_is_refused(trained, exported, tmp_path):
     done = run_script("evaluate.py", f"--model_name_or_path={exported}", f"--dataset_name={hashed}")
     assert done.status == 1
     (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
-    assert all(word in line for word in ("'C1'", "hash", "Give the raw files")), line
+    assert all(word in line for word in ("'C1'", "hash", "Use the raw files")), line
     # A vocabulary of the same size with other keys: the schemas are equal.
     other = Path(shutil.copytree(trained.prepared, tmp_path / "other"))
     path = other / "vocabulary" / "C3.parquet"
     table = pyarrow.parquet.read_table(path)
     keys = table["key"].to_pylist()
     pyarrow.parquet.write_table(table.set_column(0, "key", [[keys[1], keys[0], *keys[2:]]]), path)
-    with pytest.raises(ValueError, match="vocabulary of 'C3' is not the one of the model"):
+    with pytest.raises(ValueError, match="vocabulary of 'C3' differs from that of the model"):
         check_prepared_for(other, exported)
 
 
@@ -181,7 +181,7 @@ def test_another_vocabulary_or_schema_is_refused(trained, exported, tmp_path):
     [
         (["--model_name_or_path=none"], "none: no trained model here"),
         ([], "--model_name_or_path is missing"),
-        (["--model_name_or_path={exported}"], "Give --dataset_name"),
+        (["--model_name_or_path={exported}"], "Add --dataset_name"),
         (["--model_name_or_path={exported}", "--dataset_name=none.tsv"], "none.tsv: no such file"),
         (["--model_name_or_path={exported}", "--dataset_name={raw}", "--split=test"], "--split has no effect"),
         (["--model_name_or_path={run}", "--bad_rows=skip"], "--bad_rows has no effect"),

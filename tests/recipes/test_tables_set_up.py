@@ -173,7 +173,7 @@ def test_tables_of_another_dtype_are_not_resumed(tmp_path, click_log, whole):
     resume = f"--resume_from_checkpoint={whole / 'checkpoint-20'}"
     done = try_to_train(tmp_path, click_log, {"table_optimizer": "adagrad", "table_dtype": "fp16"}, resume)
     assert done.status != 0
-    assert "saved with table_dtype 'fp32', this run has 'fp16'" in done.output
+    assert "saved with table_dtype 'fp32', but this run has 'fp16'" in done.output
 
 
 @pytest.fixture(scope="module")
@@ -229,5 +229,5 @@ def test_what_is_for_sharded_tables_alone_is_refused(tmp_path, click_log, costs_
     section = {"placement": {"replicate_below_rows": 60, "costs": str(costs_of_a_slow_machine)}}
     done = try_to_train(tmp_path, click_log, section, "--whole_table_l2=0.1")
     assert done.status != 0
-    assert "whole_table_l2 is 0.1, but" in done.output
+    assert "whole_table_l2 is 0.1, which works on sharded tables only" in done.output
     assert "or set dhen.placement.replicate_below_rows to 0." in done.output

@@ -76,8 +76,8 @@ MISTAKES = {
     "no such data": (1, ["--dataset_name={mistakes}/none.tsv", NEW], ["none.tsv: no such file"]),
     "bad row": (1, [BAD, NEW], ["bad_row.tsv: row 4: ", "'five'"]),
     "bad row, 2 ranks": (2, [BAD, NEW], ["[rank 0] error: ", "bad_row.tsv: row 4: ", "'five'"]),
-    "a run is there": (1, [LOG, RUN], ["holds a run already", "--resume_from_checkpoint", "--overwrite_output_dir"]),
-    "a run is there, 2 ranks": (2, [LOG, RUN], ["[rank 0] error: ", "holds a run already"]),
+    "a run is there": (1, [LOG, RUN], ["already holds a run", "--resume_from_checkpoint", "--overwrite_output_dir"]),
+    "a run is there, 2 ranks": (2, [LOG, RUN], ["[rank 0] error: ", "already holds a run"]),
     "not to be overwritten before all is right": (1, [BAD, RUN, "--overwrite_output_dir"], ["bad_row.tsv: row 4: "]),
     "nor before the schedule is checked": (
         1,
@@ -90,7 +90,7 @@ MISTAKES = {
         ["overwrite_output_dir would delete"],
     ),
     "output_dir is a file": (1, [LOG, "--output_dir={mistakes}/bad_row.tsv"], ["bad_row.tsv is a file"]),
-    "no such checkpoint": (1, [LOG, NEW, "--resume_from_checkpoint=true"], ["no whole checkpoint"]),
+    "no such checkpoint": (1, [LOG, NEW, "--resume_from_checkpoint=true"], ["no complete checkpoint"]),
     "no such model": (1, [LOG, NEW, "--model_name_or_path={new}"], ["no trained model here"]),
     "no such ds_config": (1, [LOG, NEW, "--ds_config=ds_configs/zero9.json"], ["no such ds_config", "zero2.json"]),
     "not strict JSON": (1, [LOG, NEW, "--ds_config={mistakes}/not_strict.json"], ["not_strict.json: not strict JSON"]),
@@ -111,6 +111,13 @@ MISTAKES = {
     ),
     "an architecture that can't be": (1, [LOG, NEW, "--dropout=1.5"], ["dropout is 1.5"]),
 }
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py"])
+def test_help_has_an_example(script):
+    done = run_script(script, "--help")
+    assert done.status == 0, done.output
+    assert f"    deepspeed recipes/{script} --" in done.output
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -74,4 +74,4 @@ def test_a_folder_that_the_user_named_is_only_reported(tmp_path, monkeypatch, ca
     with caplog.at_level(logging.WARNING):
         keep_extensions_apart()
     assert lock.exists()
-    assert f"{lock}: no process of this machine holds this lock" in caplog.text
+    assert f"{lock}: no process on this machine holds this lock" in caplog.text

@@ -39,4 +39,4 @@ def test_other_costs_and_nodes_elsewhere_change_nothing(of_rank_zero):
 def test_an_error_of_rank_zero_is_raised_on_all_ranks():
     ours, theirs = run_ranks(2, plan, ["none.json", "gpu"])
     assert ours == theirs
-    assert "zero0.json: none.json: no such file of costs" in ours
+    assert "zero0.json: none.json: no such cost file" in ours

@@ -96,7 +96,7 @@ def test_a_table_larger_than_a_rank_is_cut_because_it_must():
     assert all(placement.bytes_of_rank(rank) <= whole // 3 for rank in range(4))
     with pytest.raises(PlacementError) as caught:
         place([table], 16, 2, memory_bytes=whole // 3)
-    for words in ("'C0' fits on no rank", "need", "have", "Possible solutions", "memory_gib", "fp16"):
+    for words in ("'C0' does not fit", "need", "have", "Possible solutions", "memory_gib", "fp16"):
         assert words in str(caught.value)
 
 
@@ -133,8 +133,8 @@ def test_tables_go_where_the_user_puts_them():
     assert (at["C2", 0], at["C2", 8]) == (0, 2)
     for wrong, words in (
         ({"C9": [0]}, "'C9'"),
-        ({"C1": [4]}, "ranks 0 to 3, not 4"),
-        ({"C1": [0, 1, 2]}, "can be cut into 1, 2, 4"),
+        ({"C1": [4]}, "names rank 4, but this job has ranks 0 to 3"),
+        ({"C1": [0, 1, 2]}, "can only be cut into 1, 2, 4"),
     ):
         with pytest.raises(PlacementError, match=words):
             place(tables, 16, 4, by_hand=wrong)

@@ -209,7 +209,7 @@ def test_an_id_outside_its_table_is_named_and_never_looked_up():
     assert "'sums', row 1" in messages[1]
     assert "id -1" in messages[1]
     assert "'more', row 1" in messages[2]
-    assert "2 sparse features, the model 3" in messages[3]
+    assert "2 sparse features, but the model has 3" in messages[3]
 
 
 def save_after_training(topology: Topology, folder, optimizer: str, cuts: dict[str, int] = WHOLE) -> None:
@@ -259,7 +259,7 @@ def test_saved_tables_load_under_any_cut(tmp_path, saved, loaded):
 def test_row_wise_state_is_not_moved_to_another_cut(tmp_path):
     run_ranks(1, save_after_training, tmp_path, "rowwise_adagrad", CUT)
     (message,) = run_ranks(1, load_fails, tmp_path, "rowwise_adagrad")
-    assert "columns 0:8 is needed, saved are 0:4, 4:8" in message
+    assert "needs columns 0:8, but the checkpoint has 0:4, 4:8" in message
 
 
 def load_fails(topology: Topology, folder, optimizer: str) -> str:

@@ -50,12 +50,12 @@ def test_a_file_without_a_needed_rate_is_an_error_that_names_it(tmp_path):
     COSTS.save(path)
     assert read_costs(str(path), StepSetting(2, 2, 100, "sgd")) == COSTS
     for setting, words in (
-        (StepSetting(2, 2, 100, "sgd", "fp16"), ("lookup has no 'fp16'", "only 'fp32'")),
+        (StepSetting(2, 2, 100, "sgd", "fp16"), ("lookup has no 'fp16'", "has only 'fp32'")),
         (StepSetting(2, 2, 100, "rowwise_adagrad"), ()),
     ):
         if not words:
             replace(COSTS, update={"sgd/fp32": RATE}).save(path)
-            words = ("update has no 'rowwise_adagrad/fp32'", "only 'sgd/fp32'")
+            words = ("update has no 'rowwise_adagrad/fp32'", "has only 'sgd/fp32'")
         with pytest.raises(CostsError) as caught:
             read_costs(str(path), setting)
         for word in (str(path), "calibrate_costs", *words):

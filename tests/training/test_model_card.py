@@ -36,5 +36,5 @@ def test_a_metric_that_does_not_exist_is_left_out_of_the_metadata():
 def test_the_text_has_layers_rows_and_metrics():
     text = card_of(test=METRICS, eval=METRICS).text
     assert "2 layers over" in text
-    assert "Trained on 4,321 rows, 77 updates." in text
+    assert "Trained on 4,321 rows for 77 steps." in text
     assert text.count("| 0.75000 | 0.80000 | 0.40000 | 1.0100 | 1,200 |") == 2

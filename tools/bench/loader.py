@@ -1,16 +1,14 @@
-"""How many rows a second the batch loader delivers, beside how many the model of a recipe trains on one rank.
+"""Compares the rows per second of the batch loader with those that one rank trains on.
 
-Each runs on one core, with all its threads. Rounds alternate between the two, so that what else the machine does hits
-both; the ratio is that of the medians. The loader reads a whole shuffled epoch from files; training repeats batches in
-memory, so it never waits for the loader.
-
-With --world_size W the loader is that of one rank of W. Every rank decodes all rows of the epoch, because the order is
-one for all ranks, and gathers its own share only: so the rows that a rank gets in a second fall as W grows, and with
-them the ratio (measured on a busy CPU: 64 for one rank, 13 for 4, 7 for 16, 1.6 for 64). Where it is below 1, so many
-ranks would wait for their data.
-
-Example:
     python tools/bench/loader.py --config recipes/configs/quickstart.yaml --rounds 5 --json
+
+Loader and training each run on one core, with all their threads. They take turns in each round, so that other work on
+the machine slows both; the ratio is that of the medians. The loader reads a whole shuffled epoch from files. Training
+repeats batches in memory, so it never waits for the loader.
+
+With --world_size W the loader is that of one rank of W. All ranks share one order of rows, so each rank decodes all
+rows of the epoch, and keeps its own share. The rows per second of a rank fall as W grows, and so does the ratio. On a
+busy CPU it was 64 for 1 rank, 13 for 4, 7 for 16, and 1.6 for 64. If the ratio is below 1, the ranks wait for data.
 """
 
 import sys
@@ -41,6 +39,8 @@ from dhen.runtime.topology import Topology
 from dhen.training.dataset import prepare_dataset
 from dhen.training.parallelize import ParallelDhen, parallelize
 from dhen.training.saved.fine_tuning import config_for
+from tools.bench.clock import now
+from tools.bench.launch import argument_parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "recipes" / "configs" / "quickstart.yaml"
@@ -50,7 +50,7 @@ WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Round:
-    """Rows a second, each by the clock on the wall."""
+    """Rows per second in wall-clock time."""
 
     loader: float
     training: float
@@ -58,7 +58,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured. The medians are over the rounds, and the ratio is that of the medians."""
+    """The rounds, the medians over the rounds, and the ratio of the medians."""
 
     config: str
     batch_size: int
@@ -70,7 +70,7 @@ class Result:
 
 
 def main() -> int:
-    """Exit status: 0, or 1 where the ratio is below --at_least."""
+    """Exit status: 0, or 1 if the ratio is below --at_least."""
     options = parse_options()
     log_to_stderr()
     if hasattr(os, "sched_setaffinity"):  # Linux
@@ -87,37 +87,43 @@ def main() -> int:
     else:
         print_result(result)
     if result.ratio < options.at_least:
-        print(f"bench_loader: the ratio {result.ratio:.1f} is below {options.at_least:g}", file=sys.stderr)
+        print(f"loader: the ratio {result.ratio:.1f} is below {options.at_least:g}", file=sys.stderr)
         return 1
     return 0
 
 
 def parse_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--config", default=str(QUICKSTART), help="recipe; default: the quickstart")
-    add("--ds_config", default=str(ZERO2), help="default: ds_configs/zero2.json")
-    add("--cache_dir", default="runs/prepared", help="where prepared data is kept; default: runs/prepared")
-    add("--world_size", type=int, default=1, help="ranks among which the loader shares out the rows; default: 1")
-    add("--rounds", type=int, default=5, help="default: 5")
-    add("--steps", type=int, default=60, help="updates of training in each round; default: 60")
-    add("--at_least", type=float, default=0.0, metavar="RATIO", help="exit with status 1 where the ratio is lower")
-    add("--json", action="store_true", help="write the result as JSON")
+    add("--config", default=str(QUICKSTART), help="recipe")
+    add("--ds_config", default=str(ZERO2), help="ds_config")
+    add("--cache_dir", default="runs/prepared", help="folder of prepared data")
+    add("--world_size", type=int, default=1, help="ranks that share the loader's rows")
+    add("--rounds", type=int, default=5, help="measured epochs of the loader, and turns of training")
+    add("--steps", type=int, default=60, help="updates of training in each round")
+    add("--at_least", type=float, default=0.0, metavar="RATIO", help="exit with status 1 if the ratio is lower")
+    add("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args()
     for name in ("rounds", "steps", "world_size"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name} is {getattr(options, name)}; use 1 or more")
+            parser.error(f"--{name} is {getattr(options, name)}. Use 1 or more.")
     return options
 
 
 def measure(arguments: Arguments, options: argparse.Namespace, topology: Topology) -> Result:
-    """Alternate between loader and training."""
+    """Measure the loader and training in turns."""
     training = arguments.training
     prepared = prepare_dataset(arguments.data, Path(options.cache_dir), topology)
     batch_size = training.per_device_train_batch_size
-    share = {"batch_size": batch_size, "world_size": options.world_size}
-    loader = BatchLoader(prepared, "train", shuffle=True, seed=training.seed, **share)
+    loader = BatchLoader(
+        prepared,
+        "train",
+        batch_size=batch_size,
+        world_size=options.world_size,
+        shuffle=True,
+        seed=training.seed,
+    )
     ds_config = read_ds_config(arguments.ds_config, replace(arguments.recipe(1), gradient_accumulation_steps=1))
     model = parallelize(config_for(arguments.architecture, loader.schema), topology, ds_config, seed=training.seed)
     model.set_learning_rates(training.learning_rate, training.table_learning_rate)
@@ -127,29 +133,36 @@ def measure(arguments: Arguments, options: argparse.Namespace, topology: Topolog
         Round(loader=rate_of_loader(loader, epoch), training=rate_of_training(model, batches))
         for epoch in range(1, options.rounds + 1)
     ]
-    medians = [statistics.median(getattr(one, name) for one in rounds) for name in ("loader", "training")]
-    ratio = medians[0] / medians[1]
-    return Result(options.config, batch_size, rounds, *medians, ratio, options.world_size)
+    loader_rate = statistics.median(one.loader for one in rounds)
+    training_rate = statistics.median(one.training for one in rounds)
+    return Result(
+        config=options.config,
+        batch_size=batch_size,
+        rounds=rounds,
+        loader_rows_per_second=loader_rate,
+        training_rows_per_second=training_rate,
+        ratio=loader_rate / training_rate,
+        world_size=options.world_size,
+    )
 
 
 def rate_of_loader(loader: BatchLoader, epoch: int) -> float:
-    """Rows a second of one whole epoch, the start of its thread and the first window included."""
+    """Rows per second of a whole epoch, including the start of its thread and the first window."""
     started = time.perf_counter()
     rows = sum(len(batch.labels_B) for batch in loader.epoch(epoch))
     return rows / (time.perf_counter() - started)
 
 
 def rate_of_training(model: ParallelDhen, batches: list[Batch]) -> float:
-    """Rows a second of look-up, forward, backward and update."""
-    started = time.perf_counter()
+    """Rows per second of lookup, forward, backward and update."""
+    device = model.topology.device
+    started = now(device)
     train(model, batches)
-    if model.topology.device.type == "cuda":
-        torch.cuda.synchronize()
-    return sum(len(batch.labels_B) for batch in batches) / (time.perf_counter() - started)
+    return sum(len(batch.labels_B) for batch in batches) / (now(device) - started)
 
 
 def train(model: ParallelDhen, batches: list[Batch]) -> None:
-    """One update a batch."""
+    """Make one update per batch."""
     for batch in batches:
         batch = batch.to(model.topology.device)
         logits_B = model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse)
@@ -157,7 +170,7 @@ def train(model: ParallelDhen, batches: list[Batch]) -> None:
 
 
 def print_result(result: Result) -> None:
-    """A table of the rounds, medians last."""
+    """Print a table of the rounds; the last row has the medians."""
     table = Table(box=None, pad_edge=False)
     for column in ("round", "loader rows/s", "training rows/s", "ratio"):
         table.add_column(column, justify="right")
@@ -165,7 +178,7 @@ def print_result(result: Result) -> None:
         table.add_row(str(number), f"{one.loader:,.0f}", f"{one.training:,.0f}", f"{one.loader / one.training:.1f}")
     medians = (result.loader_rows_per_second, result.training_rows_per_second)
     table.add_row("median", *(f"{rate:,.0f}" for rate in medians), f"{result.ratio:.1f}", style="bold")
-    ranks = "" if result.world_size == 1 else f", a loader of one of {result.world_size} ranks"
+    ranks = "" if result.world_size == 1 else f", the loader of one rank of {result.world_size}"
     print(f"{result.config}, batches of {result.batch_size:,} rows, one core{ranks}")
     Console().print(table)
 

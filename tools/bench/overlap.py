@@ -1,10 +1,10 @@
-"""The tables' all-to-all under what is computed meanwhile: a trace of one rank, and a picture of it (paper 3.2.1).
+"""Shows how much of the tables' all-to-all runs while the rank computes (paper 3.1, figure 4): a trace and a picture.
 
     python tools/bench/overlap.py --output runs/overlap
 
-Trains a model with 26 tables on two ranks of this machine, first with `overlap_tables`, then without, and traces some
-steps of rank 0 by torch.profiler. Writes trace-on.json and trace-off.json, for chrome://tracing or Perfetto,
-overlap.png with both, and overlap.json: the share of the all-to-alls' time in which the rank computed, not waited.
+The benchmark trains a model on two ranks of this machine, first with `overlap_tables` and then without it. It traces
+some steps of rank 0 with torch.profiler. It writes trace-on.json and trace-off.json for chrome://tracing or Perfetto,
+overlap.png with both timelines, and overlap.json with the share of the all-to-alls' time in which the rank computed.
 """
 
 import sys
@@ -14,8 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 
 import argparse
 import json
-import os
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -36,6 +34,7 @@ from dhen.tables.id_exchange import IDS
 from dhen.tables.pooled_exchange import EMBEDDINGS, GRADIENTS, WAITING
 from dhen.training.loop import with_ids_ahead
 from dhen.training.parallelize import ParallelDhen, parallelize
+from tools.bench.launch import argument_parser, is_rank, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP, FORWARD, BACKWARD = "step", "dense forward", "backward"
@@ -43,16 +42,16 @@ LANES = {
     FORWARD: "#8aa1b4", BACKWARD: "#5b7489", WAITING: "#d9d9d9", IDS: "#3a7d44", EMBEDDINGS: "#c4502f",
     GRADIENTS: "#e0a030",
 }  # fmt: skip
-"""What is drawn, from the top, and its colour."""
+"""The lanes of the picture, from top to bottom, and their colours."""
 EXCHANGES = (IDS, EMBEDDINGS, GRADIENTS)
 IDS_TYPE = ["int"]
-"""Of an all-to-all's input in the trace."""
+"""The type of the ids in the trace's all-to-alls."""
 WARM_UP, TRACED = 3, 3
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that took from `first` to `last`, in microseconds of the trace, in a thread."""
+    """An event in a thread, from `first` to `last` in microseconds of the trace."""
 
     name: str
     first: float
@@ -61,7 +60,7 @@ class Span:
 
 
 def build(topology: Topology, arguments: argparse.Namespace, *, overlap: bool) -> ParallelDhen:
-    """The model. Communicates; all ranks call it."""
+    """The model under ds_configs/zero2.json. Communicates; all ranks call it."""
     recipe = Recipe(arguments.batch_size, 1, topology.world_size, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
     ds_config = read_ds_config(ROOT / "ds_configs/zero2.json", recipe)
     section = ds_config.dhen.model_copy(update={"overlap_tables": overlap})
@@ -80,7 +79,7 @@ def build(topology: Topology, arguments: argparse.Namespace, *, overlap: bool) -
 
 
 def batches(arguments: argparse.Namespace, rank: int) -> Iterator[Batch]:
-    """Uniform ids; none is looked at."""
+    """Random batches, one more than are traced."""
     generator = torch.Generator().manual_seed(rank)
     size = arguments.batch_size
     for _ in range(WARM_UP + TRACED + 1):
@@ -90,7 +89,7 @@ def batches(arguments: argparse.Namespace, rank: int) -> Iterator[Batch]:
 
 
 def traced_steps(model: ParallelDhen, arguments: argparse.Namespace) -> dict[str, Any]:
-    """A Chrome trace of some steps. Communicates; all ranks call it."""
+    """Take the steps and return a Chrome trace of the last ones. Communicates; all ranks call it."""
     config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # ids travel in another thread
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, experimental_config=config
@@ -117,7 +116,10 @@ def traced_steps(model: ParallelDhen, arguments: argparse.Namespace) -> dict[str
 
 
 def spans_of(trace: dict[str, Any]) -> list[Span]:
-    """What is drawn of a trace. An all-to-all of embeddings or gradients is from its call until its bytes have come."""
+    """The trace's events in LANES, and its steps.
+
+    An all-to-all of embeddings or gradients lasts from its call until its last byte arrives.
+    """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     origin = min((event["ts"] for event in events), default=0.0)
     on_the_wire, spans = [], []
@@ -128,14 +130,14 @@ def spans_of(trace: dict[str, Any]) -> list[Span]:
             spans.append(span)
         elif span.name == "gloo:all_to_all" and event["args"].get("Input type") != IDS_TYPE:
             on_the_wire.append(span)
-    # gloo's thread does one after the other, so the operations are in the order of the calls.
+    # gloo's thread runs one operation at a time, so operations and calls are in the same order.
     calls = [span for span in spans if span.name in (EMBEDDINGS, GRADIENTS)]
     arrived = {call: operation.last for call, operation in zip(calls, on_the_wire, strict=False)}
     return [replace(span, last=max(span.last, arrived.get(span, 0.0))) for span in spans]
 
 
 def share_under_compute(spans: Sequence[Span]) -> dict[str, float]:
-    """Of each exchange's time within steps, and of all: the part in which the rank's main thread computed."""
+    """Share of each exchange's time, and of all exchanges' time, in which the rank's main thread computed."""
     steps = [span for span in spans if span.name == STEP]
     main = steps[0].thread
     waits = [s for s in spans if s.thread == main and s.name in (WAITING, IDS)]
@@ -157,12 +159,12 @@ def _without(spans: Sequence[tuple[float, float]], holes: Sequence[tuple[float, 
 
 
 def draw(by_mode: dict[str, list[Span]], shares: dict[str, dict[str, float]], path: Path) -> None:
-    """A timeline for each, one below the other, over the same time."""
+    """Draw the timelines below each other, with one time axis."""
     figure = Figure(figsize=(11, 2.6 * len(by_mode)), layout="constrained")
     axes = figure.subplots(len(by_mode), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (mode, spans) in zip(axes, by_mode.items(), strict=True):
         _draw_lanes(axis, spans)
-        title = f"overlap_tables {mode}: {shares[mode]['all']:.0%} of the all-to-alls' time is under compute"
+        title = f"overlap_tables {mode}: the rank computes during {shares[mode]['all']:.0%} of the all-to-alls' time"
         axis.set_title(title, loc="left", fontsize=10)
     axes[-1].set_xlabel("ms, rank 0 of 2")
     figure.savefig(path, dpi=90)
@@ -181,9 +183,8 @@ def _draw_lanes(axis: Axes, spans: Sequence[Span]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """One rank's part. Communicates; all ranks call it."""
-    topology = job.start()
+def trace_both(topology: Topology, arguments: argparse.Namespace) -> None:
+    """Trace steps with and without overlap; rank 0 writes and prints. Communicates; all ranks call it."""
     output = Path(arguments.output)
     spans: dict[str, list[Span]] = {}
     for mode in ("on", "off"):
@@ -198,33 +199,31 @@ def work(arguments: argparse.Namespace) -> None:
         (output / "overlap.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         for mode, of_mode in shares.items():
             print(f"overlap {mode}: " + ", ".join(f"{name} {share:.0%}" for name, share in of_mode.items()))
-        print(f"written to {output}")
-    job.stop()
+        print(f"{output} has the traces, overlap.png and overlap.json")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The arguments; the ranks get the same."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="runs/overlap", help="folder of the traces and of the picture")
-    parser.add_argument("--batch_size", type=int, default=2048, help="examples of a rank")
+def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, which the ranks get too."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--output", default="runs/overlap", help="folder to write to")
+    parser.add_argument("--batch_size", type=int, default=2048, help="examples per rank")
     parser.add_argument("--dim", type=int, default=32, help="embedding dimension")
     parser.add_argument("--layers", type=int, default=2, help="DHEN layers")
     parser.add_argument("--tables", type=int, default=26, help="sparse features")
     parser.add_argument("--rows", type=int, default=100_000, help="rows of each table")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(command_line)
 
 
 def main() -> int:
-    """Start two ranks."""
+    """Start two ranks, which trace and write."""
     arguments = parse_arguments()
-    if "RANK" in os.environ:
-        work(arguments)
+    if is_rank():
+        trace_both(job.start(), arguments)
+        job.stop()
         return 0
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "KINETO_LOG_LEVEL": "99"} | os.environ
-    return subprocess.run([*launcher, __file__, *sys.argv[1:]], env=environment).returncode
+    run_ranks(2, __file__, KINETO_LOG_LEVEL="99")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""Placements of embedding tables compared: by cost, by size, round-robin; predicted for many ranks, measured on four.
+"""Compares placements of embedding tables: by cost, by size, and round-robin (paper 3.1, figure 4).
 
     python tools/bench/placement.py
     python tools/bench/placement.py --costs costs.json --dims 64 --measured_ranks 4
 
-Criteo-1TB's 26 tables as MLPerf trains them; of several --ids_per_bag the tables take turns. Predicted: the longest
-rank's seconds a step by the costs. Measured: a job of that many ranks on this machine's CPU, gloo between them, with
-the tables capped at --max_rows; whole steps of lookup, all-to-all, its way back and update, the placements taking turns
-in each round. Two figures are taken of a step: its wall-clock seconds, and the CPU seconds of the rank that has most of
-them. On fewer cores than ranks the others' work fills the wall-clock time that an uneven placement would lose; the
-second figure is what a core for every rank would wait for.
+The tables are the 26 of Criteo-1TB, as MLPerf trains them. If --ids_per_bag has several values, the tables take them in
+turn. For each number in --ranks, the benchmark predicts the slowest rank's seconds per step from the costs. For each
+number in --measured_ranks, it starts a job on this machine's CPU, with gloo, and tables of at most --max_rows rows. A
+measured step is the lookup, the all-to-all, the all-to-all of the gradients and the update. The placements take turns
+in each round.
+
+Each step has two figures: wall-clock seconds, and the CPU seconds of the busiest rank. Use the second one if the
+machine has fewer cores than ranks: then other ranks use the time in which an uneven placement would wait.
 """
 
 import sys
@@ -18,10 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,6 +37,7 @@ from dhen.tables.placement.costs import Costs, StepSetting, read_costs, shard_se
 from dhen.tables.placement.packing import longest_first
 from dhen.tables.placement.plan import Placement, PlacementOptions, TableShard, place_tables
 from dhen.tables.sharded_tables import ShardedTables
+from tools.bench.launch import argument_parser, is_rank, results_of_ranks
 
 CRITEO_1TB = (
     40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938,
@@ -48,7 +48,7 @@ LOCAL_SIZE = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be placed."""
+    """The tables to place, and what their placement depends on."""
 
     tables: tuple[SparseFeature, ...]
     dim: int
@@ -57,12 +57,12 @@ class Problem:
     ids_per_bag: dict[str, float]
 
     def by_cost(self, max_column_shards: int | None = None) -> Placement:
-        """The project's own way."""
+        """By predicted seconds, as the project does it."""
         options = PlacementOptions(max_column_shards=max_column_shards)
         return place_tables(self.tables, self.dim, self.setting, self.costs, self.ids_per_bag, options)
 
     def whole_tables(self, ranks: Sequence[int]) -> Placement:
-        """Table i, whole, on ranks[i]; the lower bound is as if it could be cut, as by cost it can."""
+        """Table i, uncut, on ranks[i]. The lower bound is that of `by_cost`, which may cut tables."""
         shards = []
         for index, (table, rank) in enumerate(zip(self.tables, ranks, strict=True)):
             rows, ids = table.num_embeddings, self.ids_per_bag[table.name]
@@ -73,11 +73,11 @@ class Problem:
         return Placement(tuple(shards), self.setting.world_size, (), self.by_cost().unsliceable)
 
     def by_size(self) -> Placement:
-        """The largest table first, each to the rank with the fewest weights."""
+        """The largest table first; each goes to the rank with the fewest weights."""
         return self.whole_tables(longest_first([t.num_embeddings for t in self.tables], self.setting.world_size))
 
     def round_robin(self) -> Placement:
-        """Tables in turn."""
+        """Table i on rank i modulo the number of ranks."""
         return self.whole_tables([index % self.setting.world_size for index in range(len(self.tables))])
 
 
@@ -91,7 +91,7 @@ WAYS: dict[str, Callable[[Problem], Placement]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """One placement. Seconds a step: predicted, of the longest rank; wall, cpu: measured, one of each round."""
+    """One placement, in seconds per step. predicted: of the slowest rank. wall, cpu: measured, one per round."""
 
     ranks: int
     dim: int
@@ -105,35 +105,45 @@ class Result:
 
 
 def make_problem(arguments: argparse.Namespace, world: int, dim: int, ids_per_bag: list[int], max_rows: int) -> Problem:
-    """Criteo's tables on so many ranks; capped rows are for what is measured here, whose costs are then taken."""
+    """Criteo's tables on `world` ranks. Tables with capped rows are measured here, so they take --measured_costs."""
     tables = tuple(SparseFeature(f"C{i}", min(rows, max_rows)) for i, rows in enumerate(CRITEO_1TB))
     ids = {table.name: float(ids_per_bag[i % len(ids_per_bag)]) for i, table in enumerate(tables)}
     costs = arguments.costs if max_rows == max(CRITEO_1TB) else arguments.measured_costs
-    return Problem(
-        tables, dim, StepSetting(world, min(world, LOCAL_SIZE), arguments.batch_size), read_costs(costs), ids
-    )
+    setting = StepSetting(world, min(world, LOCAL_SIZE), arguments.batch_size)
+    return Problem(tables, dim, setting, read_costs(costs), ids)
 
 
 def compare(
     problem: Problem, ids_per_bag: list[int], topology: Topology | None = None, rounds: int = 0
 ) -> list[Result]:
-    """All ways; measured where there is a job. Communicates then; all ranks call it."""
+    """All placements, measured if there is a topology. Communicates in that case; all ranks call it."""
     placements = {way: place(problem) for way, place in WAYS.items()}
-    seconds = measure(problem, placements, topology, rounds) if topology else {way: ([], []) for way in WAYS}
-    where = (problem.setting.world_size, problem.dim, ids_per_bag)
-    return [
-        Result(*where, way, len(plan.shards), plan.makespan, plan.lower_bound, *seconds[way])
-        for way, plan in placements.items()
-    ]
+    seconds = measure(problem, placements, topology, rounds) if topology else {}
+    results = []
+    for way, placement in placements.items():
+        wall, cpu = seconds.get(way, ([], []))
+        result = Result(
+            ranks=problem.setting.world_size,
+            dim=problem.dim,
+            ids_per_bag=ids_per_bag,
+            way=way,
+            shards=len(placement.shards),
+            predicted=placement.makespan,
+            lower_bound=placement.lower_bound,
+            wall=wall,
+            cpu=cpu,
+        )
+        results.append(result)
+    return results
 
 
 def measure(
     problem: Problem, placements: dict[str, Placement], topology: Topology, rounds: int
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Wall-clock seconds, and CPU seconds of the busiest rank, of each round, by way. Communicates."""
+    """By way: wall-clock seconds per round, and the busiest rank's CPU seconds per round. Communicates."""
     systems = {way: build(problem, plan, topology) for way, plan in placements.items()}
     seconds: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in systems}
-    for number in range(rounds + 1):  # the first is for warming up
+    for number in range(rounds + 1):  # the first round warms up
         sparse = make_batch(problem, topology, number)
         for way, tables in systems.items():
             topology.barrier()
@@ -153,9 +163,15 @@ def measure(
 
 def build(problem: Problem, placement: Placement, topology: Topology) -> ShardedTables:
     """This rank's tables. Communicates; all ranks call it."""
-    setting = problem.setting
-    what = {"optimizer": setting.optimizer, "table_dtype": setting.table_dtype, "init_std": 0.01}
-    tables = ShardedTables(problem.tables, problem.dim, placement, topology, **what)
+    tables = ShardedTables(
+        problem.tables,
+        problem.dim,
+        placement,
+        topology,
+        optimizer=problem.setting.optimizer,
+        table_dtype=problem.setting.table_dtype,
+        init_std=0.01,
+    )
     tables.set_learning_rate(0.01)
     return tables
 
@@ -173,98 +189,75 @@ def make_batch(problem: Problem, topology: Topology, seed: int) -> SparseIds:
 
 
 def show(results: Sequence[Result]) -> None:
-    """One row a placement: its longest rank over its lower bound, and its seconds over those of placing by cost."""
+    """One row per placement: the slowest rank over the lower bound, and the seconds over those of placing by cost."""
     table = Table(box=None, pad_edge=False)
-    for column in (
-        "ranks",
-        "dim",
-        "ids",
-        "placed by",
-        "shards",
-        "x bound",
-        "predicted",
-        "CPU",
-        "range",
-        "wall",
-        "range",
-    ):
+    columns = ["ranks", "dim", "ids", "placed by", "shards", "x bound", "predicted", "CPU", "range", "wall", "range"]
+    for column in columns:
         table.add_column(column, justify="left" if column == "placed by" else "right")
+    base = results[0]
     for result in results:
-        of_case = [
-            r for r in results if (r.ranks, r.dim, r.ids_per_bag) == (result.ranks, result.dim, result.ids_per_bag)
-        ]
-        base = next(r for r in of_case if r.way == "cost" and bool(r.wall) == bool(result.wall))
+        if result.way == "cost":  # the first one of each case
+            base = result
         cells = [f"{result.predicted / result.lower_bound:.3f}", f"{result.predicted / base.predicted:.2f}"]
-        for part in ("cpu", "wall"):
-            cells += ratio(getattr(result, part), getattr(base, part))
+        cells += [*ratio(result.cpu, base.cpu), *ratio(result.wall, base.wall)]
         ids = ",".join(map(str, result.ids_per_bag))
         table.add_row(str(result.ranks), str(result.dim), ids, result.way, str(result.shards), *cells)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(
-        "x bound: over max(mean rank, longest shard that can't be cut). Predicted, and measured on this machine: over"
-    )
-    print("placing by cost; CPU: of the busiest rank, wall: of the job; medians, in rounds from-to")
+    print("x bound: the slowest rank's predicted seconds over the mean rank's, or over the longest uncuttable shard's.")
+    print("predicted, CPU, wall: seconds over those of placing by cost; CPU is the busiest rank's, wall the job's.")
+    print("CPU and wall are ratios of medians; range is the ratio's range over the rounds.")
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
-    """Of the medians, and its range over the rounds."""
+    """The ratio of the medians, and the ratio's range over the rounds."""
     if not seconds:
         return "-", "-"
     by_round = [own / other for own, other in zip(seconds, base, strict=True)]
     return f"{statistics.median(seconds) / statistics.median(base):.2f}", f"{min(by_round):.2f}-{max(by_round):.2f}"
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """One rank's part of what is measured, for its number of ranks; rank 0 writes it."""
-    topology = job.start()
+def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Result]:
+    """Compare the placements in all cases on the job's ranks. Communicates; all ranks call it."""
     results = []
     for ids_per_bag in ([1], arguments.ids_per_bag):
         for dim in arguments.dims:
             problem = make_problem(arguments, topology.world_size, dim, ids_per_bag, arguments.max_rows)
             results += compare(problem, ids_per_bag, topology, arguments.rounds)
-    if topology.is_main:
-        write(results, Path(arguments.output))
-    job.stop()
-
-
-def start_ranks(ranks: int) -> list[Result]:
-    """This tool in a job of that many ranks. Raises CalledProcessError."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"DS_ACCELERATOR": "cpu"}
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "results.json"
-        subprocess.run([*launcher, __file__, *sys.argv[1:], f"--output={output}"], env=environment, check=True)
-        return [Result(**result) for result in json.loads(output.read_text())]
+    return results
 
 
 def write(results: Sequence[Result], output: Path) -> None:
-    """As JSON."""
+    """Write the results as JSON."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The arguments; the ranks get the same."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 128], help="numbers of ranks to predict for")
-    parser.add_argument("--measured_ranks", type=int, nargs="*", default=[4], help="numbers of ranks to measure")
-    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64], help="embedding dimensions")
-    parser.add_argument("--ids_per_bag", type=int, nargs="+", default=[1, 3, 10, 20], help="of a table, in turn")
-    parser.add_argument("--batch_size", type=int, default=4096, help="examples of a rank")
-    parser.add_argument("--max_rows", type=int, default=200_000, help="cap of a measured table's rows")
-    parser.add_argument("--costs", default="gpu", help="costs to predict with: gpu, cpu or a file")
-    parser.add_argument("--measured_costs", default="cpu", help="costs to predict with what is measured here")
-    parser.add_argument("--rounds", type=int, default=9, help="measured steps of each placement")
-    parser.add_argument("--output", default="runs/bench_placement.json", help="the file to write")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    """The command line, which the ranks get too."""
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--ranks", type=int, nargs="+", default=[8, 16, 128], help="numbers of ranks to predict for")
+    add("--measured_ranks", type=int, nargs="*", default=[4], help="numbers of ranks to measure")
+    add("--dims", type=int, nargs="+", default=[16, 64], help="embedding dimensions")
+    add("--ids_per_bag", type=int, nargs="+", default=[1, 3, 10, 20], help="ids per bag, which the tables take in turn")
+    add("--batch_size", type=int, default=4096, help="examples per rank")
+    add("--max_rows", type=int, default=200_000, help="most rows of a measured table")
+    add("--costs", default="gpu", help="costs for the predictions: gpu, cpu or a file")
+    add("--measured_costs", default="cpu", help="costs for the predictions beside measurements")
+    add("--rounds", type=int, default=9, help="measured steps per placement")
+    add("--output", default="runs/bench_placement.json", help="JSON file to write")
     return parser.parse_args()
 
 
 def main() -> int:
     """Predict, measure, show."""
     arguments = parse_arguments()
-    if "RANK" in os.environ:
-        work(arguments)
+    if is_rank():
+        topology = job.start()
+        results = measure_all(topology, arguments)
+        if topology.is_main:
+            write(results, Path(arguments.output))
+        job.stop()
         return 0
     results = []
     for ids_per_bag in ([1], arguments.ids_per_bag):
@@ -273,12 +266,10 @@ def main() -> int:
                 problem = make_problem(arguments, world, dim, ids_per_bag, max(CRITEO_1TB))
                 results += compare(problem, ids_per_bag)
     for ranks in arguments.measured_ranks:
-        try:
-            results += start_ranks(ranks)
-        except subprocess.CalledProcessError as error:
-            return error.returncode
+        results += [Result(**result) for result in results_of_ranks(ranks, __file__, DS_ACCELERATOR="cpu")]
     show(results)
     write(results, Path(arguments.output))
+    print(f"{arguments.output} has the results")
     return 0
 
 

@@ -1,20 +1,20 @@
-"""The planner's predictions beside what runs need: memory and seconds over depth and technique (paper 3.1).
+"""Compares the planner's predictions with training runs: memory and seconds by depth and technique (paper 3.1).
 
     python tools/bench/plan.py --depths 1 4 12
     python tools/bench/plan.py --depths 1 4 12 32 --rounds 0 --link_mbit 0 --local_mbit 0
     python tools/bench/plan.py --cap_mib 500 --embedding_dim 32 --num_embeddings_out 12
 
-The first line builds a cluster on this machine (tools/cluster.py) and trains every technique at every depth: bytes of
-tensors alive at the worst moment of the fullest rank, and seconds of a step. A pause stands for the accelerator, as
-long as the machine's rates make the layer's operations, in every technique alike, also where a layer is recomputed.
-What the links give an all-reduce and an all-gather, and what a hop takes, the ranks measure before. It prints both
-beside the predictions, with the median and worst error of memory, and Kendall's tau of the order by speed. Links and
-accelerator are so slow that what the ranks' own CPU does, of which they have too little, hardly counts.
+The first command builds a cluster on this machine (tools/cluster.py) and trains every technique at every depth. It
+measures the peak bytes of live tensors on the fullest rank, and the seconds per step. A pause stands for the
+accelerator: it lasts as long as the layer's operations take at the machine's rates, in all techniques, and again when a
+layer is recomputed. Before that, the ranks measure what an all-reduce and an all-gather get of the links' rates. The
+command prints measurements beside predictions, with the median and worst error of memory, and with Kendall's tau of the
+order by speed. Links and accelerator are slow, so that the ranks' shortage of CPU cores hardly matters.
 
-The second line measures memory alone, on links without a limit.
+The second command measures memory only, on unlimited links.
 
-With --cap_mib no rank may take more than that beyond what its libraries hold (RLIMIT_DATA). It prints, for each
-technique, the deepest model that the planner says will train, and the deepest that does.
+With --cap_mib, a rank may allocate that much beyond what its libraries hold (RLIMIT_DATA). The third command prints for
+each technique the deepest model that the planner says will train, and the deepest that does.
 """
 
 import sys
@@ -32,14 +32,15 @@ from rich.console import Console
 from rich.table import Table
 
 from dhen.planner.minimum_set import Planner
-from tools.bench.plan_grid import TECHNIQUES, Point, job_of, techniques
-from tools.cluster import Cluster, ClusterError, signals_end_it, wait
+from tools.bench import launch
+from tools.bench.plan_grid import POINTS_FILE, TECHNIQUES, TRAINED_FILE, Point, job_of, techniques
+from tools.cluster import Cluster, ClusterError, signals_end_it
 
 _CAPPED = ("dp", "zero2", "hsdp", "zero3", "zero3+recompute", "zero3+recompute+offload")
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
-    """Pairs in the same order in both, less those in the other, as a share of all; ties count for neither."""
+    """Pairs in the same order in both minus pairs in opposite orders, as a share of all pairs; a tie counts as 0."""
     pairs = [(i, j) for i in range(len(first)) for j in range(i)]
     score = sum(_sign(first[i] - first[j]) * _sign(second[i] - second[j]) for i, j in pairs)
     return score / len(pairs)
@@ -50,7 +51,7 @@ def _sign(value: float) -> int:
 
 
 def show(points: Sequence[Point], console: Console) -> None:
-    """A row a point, then how good the predictions are."""
+    """Print a row per point, then the errors and the agreement of the orders."""
     table = Table(box=None, pad_edge=False)
     for column in ("layers", "technique", "MiB", "predicted", "off by", "seconds", "predicted"):
         table.add_column(column, justify="left" if column == "technique" else "right")
@@ -76,7 +77,7 @@ def show(points: Sequence[Point], console: Console) -> None:
 
 
 def show_savings(points: Sequence[Point], console: Console) -> None:
-    """What each technique saves and costs beside plain data parallel, at the deepest model of the grid."""
+    """Print what each technique saves and costs beside the first one, at the deepest model of the grid."""
     depth = max(point.depth for point in points)
     of_depth = [point for point in points if point.depth == depth]
     plain = of_depth[0]
@@ -93,7 +94,7 @@ def show_savings(points: Sequence[Point], console: Console) -> None:
 
 
 def deepest_predicted(name: str, arguments: argparse.Namespace) -> int:
-    """The deepest model that the planner lets this technique train under the cap."""
+    """The deepest model that trains under the cap with this technique, as the planner says."""
 
     def fits(depth: int) -> bool:
         (technique,) = techniques(depth, [name])
@@ -103,23 +104,24 @@ def deepest_predicted(name: str, arguments: argparse.Namespace) -> int:
 
 
 def deepest_trained(name: str, guess: int, cluster: Cluster, arguments: argparse.Namespace) -> int:
-    """The deepest that trains, each depth in a job of its own, looked for around a guess."""
-    file = Path(arguments.output) / "trained.json"
+    """The deepest model that trains. Each depth is a job of its own; the search starts at `guess`. Raises JobError."""
 
     def trains(depth: int) -> bool:
-        file.unlink(missing_ok=True)
-        what = [*sys.argv[1:], "--techniques", name, "--depths", str(depth)]
-        wait(cluster.start(arguments.ranks_per_node, [__file__, *what]))
-        if not file.is_file():
-            raise ClusterError(f"the job of {name} at {depth} layers failed; see above.")
-        return json.loads(file.read_text())
+        return launch.results_of_cluster(
+            cluster,
+            arguments.ranks_per_node,
+            [__file__, *sys.argv[1:], "--techniques", name, "--depths", str(depth)],
+            file=Path(arguments.output) / TRAINED_FILE,
+            job=f"the job of {name} at {depth} layers",
+        )
 
     return _deepest(trains, arguments.deepest, guess)
 
 
 def _deepest(holds: Callable[[int], bool], most: int, guess: int | None = None) -> int:
-    """The largest number up to `most` for which it holds, 0 where it holds for none: by bisection, from a guess on in
-    steps that double until it is between two.
+    """The largest number up to `most` for which `holds` is true, or 0 if there is none.
+
+    The search is a bisection. With a guess it starts there, with steps that double until the number is enclosed.
     """
     good, bad, step = 0, most + 1, 1
     at = (good + bad) // 2 if guess is None else min(max(guess, 1), most)
@@ -138,56 +140,57 @@ def _deepest(holds: Callable[[int], bool], most: int, guess: int | None = None) 
 
 
 def measure_under_a_cap(arguments: argparse.Namespace, console: Console) -> None:
-    """The table of depths. Raises ClusterError."""
-    # One arena and small mmaps, so that what is freed is given back at once and counts no more.
-    os.environ |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    """Find and print the deepest models. Raises ClusterError and JobError."""
+    os.environ |= launch.RETURN_FREED_MEMORY
     table = Table("technique", "deepest predicted", "deepest trained", box=None, pad_edge=False)
     found = []
     with signals_end_it(), Cluster(arguments.nodes, link_mbit=0, local_mbit=0) as cluster:
         for name in arguments.techniques:
             predicted = deepest_predicted(name, arguments)
-            depths = predicted, deepest_trained(name, predicted, cluster, arguments)
-            table.add_row(name, *map(str, depths))
-            found.append({"technique": name, "predicted": depths[0], "trained": depths[1]})
-            print(f"{name}: predicted {depths[0]}, trained {depths[1]}", file=sys.stderr, flush=True)
+            trained = deepest_trained(name, predicted, cluster, arguments)
+            table.add_row(name, str(predicted), str(trained))
+            found.append({"technique": name, "predicted": predicted, "trained": trained})
+            print(f"{name}: predicted {predicted}, trained {trained}", file=sys.stderr, flush=True)
     (Path(arguments.output) / "depths.json").write_text(json.dumps(found, indent=2) + "\n")
     console.print(table)
 
 
 def measure_grid(arguments: argparse.Namespace, console: Console) -> None:
-    """The grid, a depth a job. Raises ClusterError."""
+    """Measure and print the grid, in a job per depth. Raises ClusterError and JobError."""
     points: list[Point] = []
-    file = Path(arguments.output) / "points.json"
-    rates = {"link_mbit": arguments.link_mbit, "local_mbit": arguments.local_mbit}
-    with signals_end_it(), Cluster(arguments.nodes, **rates) as cluster:
+    file = Path(arguments.output) / POINTS_FILE
+    with (
+        signals_end_it(),
+        Cluster(arguments.nodes, link_mbit=arguments.link_mbit, local_mbit=arguments.local_mbit) as cluster,
+    ):
         for depth in arguments.depths:
-            file.unlink(missing_ok=True)
-            wait(cluster.start(arguments.ranks_per_node, [__file__, *sys.argv[1:], "--depths", str(depth)]))
-            if not file.is_file():
-                raise ClusterError(f"the job of {depth} layers failed; see above.")
-            points += [Point(**values) for values in json.loads(file.read_text())]
+            measured = launch.results_of_cluster(
+                cluster,
+                arguments.ranks_per_node,
+                [__file__, *sys.argv[1:], "--depths", str(depth)],
+                file=file,
+                job=f"the job of {depth} layers",
+            )
+            points += [Point(**values) for values in measured]
     file.write_text(json.dumps([vars(point) for point in points], indent=2) + "\n")
     show(points, console)
     show_savings(points, console)
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; the ranks get the same."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=2, help="nodes of the cluster on this machine")
-    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each")
-    parser.add_argument("--link_mbit", type=float, default=25, help="a node's link, Mbit/s")
-    parser.add_argument("--local_mbit", type=float, default=600, help="inside a node, Mbit/s")
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 4, 12, 32], help="DHEN layers")
-    parser.add_argument("--techniques", nargs="+", choices=TECHNIQUES, help="what is trained; all by default")
-    parser.add_argument("--embedding_dim", type=int, default=16, help="of the model")
-    parser.add_argument("--num_embeddings_out", type=int, default=6, help="of each of a layer's four interactions")
-    parser.add_argument("--gflops", type=float, default=1.0, help="of the accelerator that a pause stands for")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each technique; 0 times none")
-    parser.add_argument("--cap_mib", type=float, default=0, help="find the deepest models under this cap instead")
-    parser.add_argument("--deepest", type=int, default=96, help="with --cap_mib, the most layers to try")
-    parser.add_argument("--output", default="runs/bench_plan", help="folder of points.json, depths.json")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    """The command line, which the ranks get too."""
+    parser = launch.argument_parser(__doc__)
+    launch.add_cluster_arguments(parser, link_mbit=25, local_mbit=600)
+    add = parser.add_argument
+    add("--depths", type=int, nargs="+", default=[1, 4, 12, 32], help="DHEN layers")
+    add("--techniques", nargs="+", choices=TECHNIQUES, help="techniques to train (default: all)")
+    add("--embedding_dim", type=int, default=16, help="embedding dimension of the model")
+    add("--num_embeddings_out", type=int, default=6, help="embeddings that each of a layer's four interactions returns")
+    add("--gflops", type=float, default=1.0, help="Gflop per second of the accelerator that a pause stands for")
+    add("--rounds", type=int, default=3, help="timed steps per technique; 0 measures memory only")
+    add("--cap_mib", type=float, default=0, help="find the deepest models under this cap instead")
+    add("--deepest", type=int, default=96, help="with --cap_mib, the most layers to try")
+    add("--output", default="runs/bench_plan", help="folder of points.json or depths.json")
     arguments = parser.parse_args(command_line)
     if arguments.techniques is None:
         arguments.techniques = list(_CAPPED if arguments.cap_mib else TECHNIQUES)
@@ -195,19 +198,19 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
 
 
 def main() -> int:
-    """Measure and show."""
+    """Measure and show. Exit status: 0, or 2 if the cluster or a job on it fails."""
     arguments = parse_arguments()
-    if "RANK" in os.environ:
-        from tools.bench.plan_ranks import work
+    if launch.is_rank():
+        from tools.bench.plan_ranks import measure_as_a_rank
 
-        work(arguments)
+        measure_as_a_rank(arguments)
         return 0
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 110)
     try:
         (measure_under_a_cap if arguments.cap_mib else measure_grid)(arguments, console)
-    except ClusterError as error:
-        print(f"bench_plan: {error}", file=sys.stderr)
+    except (ClusterError, launch.JobError) as error:
+        print(f"plan: {error}", file=sys.stderr)
         return 2
     return 0
 

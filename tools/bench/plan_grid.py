@@ -1,4 +1,4 @@
-"""The grid of tools/bench/plan.py: model, machine and techniques, and what was measured of each."""
+"""The grid of tools/bench/plan.py: model, machine, techniques, and the points that are measured."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,9 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine
 from dhen.planner.minimum_set import Job, Technique
 
+POINTS_FILE, TRAINED_FILE = "points.json", "trained.json"
 BATCH, NUM_DENSE, TABLES, ROWS = 64, 13, 8, 1000
-_ALL = -1
+_ALL = -1  # of the layers
 TECHNIQUES = {
     "dp": Technique("dp"),
     "dp+recompute": Technique("dp", checkpointing=_ALL),
@@ -30,7 +31,7 @@ TECHNIQUES = {
 
 @dataclass(frozen=True)
 class Point:
-    """One technique at one depth: bytes of the fullest rank and seconds of a step, measured and predicted."""
+    """One technique at one depth: peak bytes of the fullest rank and seconds per step, measured and predicted."""
 
     depth: int
     technique: str
@@ -41,12 +42,12 @@ class Point:
 
     @property
     def error(self) -> float:
-        """Of the predicted peak, relative."""
+        """Relative error of the predicted peak."""
         return self.predicted_peak / self.peak - 1
 
 
 def techniques(depth: int, names: Sequence[str]) -> Iterator[Technique]:
-    """Those of that name, all layers recomputed where any are."""
+    """The techniques with these names. One that recomputes does so in all `depth` layers."""
     for name in names:
         technique = TECHNIQUES[name]
         recomputed = depth if technique.checkpointing == _ALL else 0
@@ -54,9 +55,7 @@ def techniques(depth: int, names: Sequence[str]) -> Iterator[Technique]:
 
 
 def machine_of(arguments: argparse.Namespace) -> Machine:
-    """The cluster of tools/cluster.py, with an accelerator that a pause stands for; of its links the ranks find out
-    what a step gets.
-    """
+    """The cluster of tools/cluster.py with the accelerator that the pauses stand for. Its links are not measured."""
     return Machine(
         name=f"{arguments.nodes} network namespaces",
         source="tools/cluster.py",
@@ -75,7 +74,7 @@ def machine_of(arguments: argparse.Namespace) -> Machine:
 
 
 def job_of(depth: int, arguments: argparse.Namespace, machine: Machine | None = None) -> Job:
-    """The model of the grid at a depth. machine: with measured links."""
+    """The model of the grid at a depth. machine: by default without measured links."""
     config = DhenConfig(
         num_dense_features=NUM_DENSE,
         sparse_features=[{"name": f"C{index}", "num_embeddings": ROWS} for index in range(TABLES)],

@@ -1,12 +1,9 @@
-"""What a rank of tools/bench/plan.py does: build each technique, take steps, count seconds and bytes alive."""
+"""A rank of tools/bench/plan.py: builds each technique, takes steps, measures seconds and bytes of live tensors."""
 
 import argparse
-import ctypes
 import functools
-import gc
 import json
 import os
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -31,21 +28,30 @@ from dhen.planner.step_trace import trace_step
 from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import ParallelDhen, parallelize
-from tools.bench.plan_grid import BATCH, NUM_DENSE, ROWS, TABLES, Point, job_of, machine_of, techniques
-from tools.bench.sharding_ranks import paused, replace_reduce_scatter
+from tools.bench.plan_grid import (
+    BATCH,
+    NUM_DENSE,
+    POINTS_FILE,
+    ROWS,
+    TABLES,
+    TRAINED_FILE,
+    Point,
+    job_of,
+    machine_of,
+    techniques,
+)
+from tools.bench.stand_ins import memory_cap, paused, replace_reduce_scatter
 
 _WARM = 3
-"""Steps until DeepSpeed's stage 3 knows the order of the modules."""
+"""Steps after which DeepSpeed's stage 3 knows the order of the modules."""
 _MEASURED = 2
-
-
 _CALIBRATIONS, _REPETITIONS, _CALIBRATION_BYTES = 5, 3, 2**18
 _PASSES = 3
-"""Of an all-reduce, which is two, and an all-gather."""
+"""Passes of the ring: two of an all-reduce and one of an all-gather."""
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """Measure all depths on this rank; rank 0 writes the points. Communicates; all ranks call it."""
+def measure_as_a_rank(arguments: argparse.Namespace) -> None:
+    """Measure all depths; rank 0 writes the points. Communicates; all ranks call it."""
     topology = job.start(timeout_minutes=5)
     replace_reduce_scatter()
     if arguments.cap_mib:
@@ -54,23 +60,23 @@ def work(arguments: argparse.Namespace) -> None:
     if arguments.rounds and topology.world_size > 1:
         machine = with_measured_links(machine, topology)
         if topology.is_main:
-            efficiency, hop = machine.link_efficiency, 1e3 * machine.seconds_per_collective
-            print(f"links give {efficiency:.0%} of their rate, and a hop takes {hop:.2f} ms", flush=True)
+            efficiency, hop_ms = machine.link_efficiency, 1e3 * machine.seconds_per_collective
+            print(f"collectives get {efficiency:.0%} of the links' rates, and a hop takes {hop_ms:.2f} ms", flush=True)
     points = [point for depth in arguments.depths for point in measure(topology, depth, arguments, machine)]
     if topology.is_main:
-        Path(arguments.output).mkdir(parents=True, exist_ok=True)
-        (Path(arguments.output) / "points.json").write_text(json.dumps([vars(point) for point in points], indent=2))
+        (Path(arguments.output) / POINTS_FILE).write_text(json.dumps([vars(point) for point in points]))
     job.stop()
 
 
 def with_measured_links(machine: Machine, topology: Topology) -> Machine:
-    """What an all-reduce and an all-gather over all ranks get of the links' rates, and what a hop takes, so that the
-    machine says of them what was measured. Communicates; all ranks call it.
+    """`machine` with the share of the links' rates that collectives get, and the seconds per hop, as measured.
+
+    Communicates; all ranks call it.
     """
     ranks = topology.world_size
 
     def seconds(elements: int) -> float:
-        """Of both, of so many elements a rank."""
+        """Seconds of an all-reduce and an all-gather with this many elements per rank."""
         whole, shard, times = torch.zeros(ranks * elements), torch.zeros(elements), []
         for _ in range(_CALIBRATIONS):
             topology.barrier()
@@ -82,18 +88,18 @@ def with_measured_links(machine: Machine, topology: Topology) -> Machine:
         return statistics.median(times)
 
     elements = _CALIBRATION_BYTES // 4 // ranks
-    hops, ring = seconds(1), {"nodes": ranks // topology.local_size, "ranks": ranks}
-    # Where the links have no limit, a small message takes as long as a large one.
-    of_bytes = max(seconds(elements) - hops, hops)
+    hops = seconds(1)
+    of_bytes = max(seconds(elements) - hops, hops)  # on unlimited links a large message is as fast as a small one
+    at_full_rate = machine.gathered(4 * ranks * elements, nodes=ranks // topology.local_size, ranks=ranks)
     return replace(
         machine,
-        link_efficiency=_PASSES * machine.gathered(4 * ranks * elements, **ring) / of_bytes,
+        link_efficiency=_PASSES * at_full_rate / of_bytes,
         seconds_per_collective=hops / _PASSES / (ranks - 1),
     )
 
 
 def measure(topology: Topology, depth: int, arguments: argparse.Namespace, machine: Machine) -> list[Point]:
-    """All techniques at one depth: memory one by one, then seconds interleaved. Communicates; all ranks call it."""
+    """All techniques at one depth: memory one after another, then seconds in turns. Communicates; all ranks call it."""
     planner = Planner(job_of(depth, arguments, machine))
     steps: dict[Technique, Callable[[], None]] = {}
     peaks: dict[Technique, int] = {}
@@ -108,7 +114,7 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace, machi
         add_pauses(planner, model)
         steps[technique] = step
     seconds: dict[Technique, list[float]] = {technique: [] for technique in steps}
-    for number in range(-1 if arguments.rounds else 0, arguments.rounds):  # the first is for warming up
+    for number in range(-1 if arguments.rounds else 0, arguments.rounds):  # the first round warms up
         for technique, step in steps.items():
             topology.barrier()
             start = time.perf_counter()
@@ -116,16 +122,25 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace, machi
             topology.barrier()
             if number >= 0:
                 seconds[technique].append(time.perf_counter() - start)
+    predictions = {technique: planner.predict(technique) for technique in steps}
     return [
-        Point(depth, str(technique), peaks[technique], statistics.median(seconds[technique] or [0.0]),
-              prediction.memory.peak, prediction.seconds.total)
-        for technique in steps
-        for prediction in [planner.predict(technique)]
-    ]  # fmt: skip
+        Point(
+            depth=depth,
+            technique=str(technique),
+            peak=peaks[technique],
+            seconds=statistics.median(seconds[technique] or [0.0]),
+            predicted_peak=prediction.memory.peak,
+            predicted_seconds=prediction.seconds.total,
+        )
+        for technique, prediction in predictions.items()
+    ]
 
 
 def worst_of_ranks(memory: LiveMemory, step: Callable[[], None]) -> int:
-    """Bytes of the fullest rank. Of several steps a rank's least counts: gloo's threads may let go late."""
+    """Peak bytes of the fullest rank. Communicates; all ranks call it.
+
+    A rank takes the lowest peak of several steps, because gloo's threads may free their tensors late.
+    """
     peaks = []
     for _ in range(_MEASURED):
         memory.reset_peak()
@@ -137,7 +152,7 @@ def worst_of_ranks(memory: LiveMemory, step: Callable[[], None]) -> int:
 
 
 def build(planner: Planner, technique: Technique, topology: Topology) -> ParallelDhen:
-    """The model as the technique's ds_config has it. Communicates; all ranks call it."""
+    """The model under the technique's ds_config. Communicates; all ranks call it."""
     whole = planner.whole_ds_config(technique)
     section = DhenSection(**whole.pop("dhen", {}))
     settings = whole | {
@@ -151,7 +166,7 @@ def build(planner: Planner, technique: Technique, topology: Topology) -> Paralle
 
 
 def batch(seed: int) -> tuple[SparseIds, Tensor, Tensor]:
-    """A rank's examples."""
+    """One rank's examples."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, ROWS, (TABLES * BATCH,), generator=generator)
     dense_BN = torch.randn(BATCH, NUM_DENSE, generator=generator)
@@ -159,12 +174,12 @@ def batch(seed: int) -> tuple[SparseIds, Tensor, Tensor]:
 
 
 def take_step(model: ParallelDhen, sparse: SparseIds, dense_BN: Tensor, labels_B: Tensor) -> None:
-    """One step. Communicates; all ranks call it."""
+    """Take one step. Communicates; all ranks call it."""
     model.step(binary_cross_entropy_with_logits(model.score(model.look_up(sparse), dense_BN, sparse), labels_B))
 
 
 def add_pauses(planner: Planner, model: ParallelDhen) -> None:
-    """Let every layer take as long as the machine's file says that it computes, recomputation too."""
+    """Let every layer take as long as its operations do at the machine's rates, also when it is recomputed."""
     trace = trace_step(planner.job.config, BATCH)
     parts = segments(trace, None)
     for index, layer in enumerate(model.engine.module.model.layers):
@@ -184,28 +199,20 @@ def add_pauses(planner: Planner, model: ParallelDhen) -> None:
 
 
 def train_under_a_cap(topology: Topology, arguments: argparse.Namespace) -> NoReturn:
-    """One technique at one depth with so much memory a rank; rank 0 writes whether it trained. Ends the rank."""
-    (depth,), file = arguments.depths, Path(arguments.output) / "trained.json"
-    warm = Planner(job_of(1, arguments))
-    plain = next(iter(techniques(1, arguments.techniques)))
-    # What libraries allocate once isn't the model's, and some hang rather than fail where they can't.
-    take_step(build(warm, plain, topology), *batch(topology.rank))
-    gc.collect()
+    """Train one technique at one depth under the cap; rank 0 writes whether it trained. Communicates; ends the rank."""
+    (depth,), file = arguments.depths, Path(arguments.output) / TRAINED_FILE
+    (plain,) = techniques(1, arguments.techniques)
+    # Warm up without the cap: what libraries allocate once is not the model's, and some hang if they cannot.
+    take_step(build(Planner(job_of(1, arguments)), plain, topology), *batch(topology.rank))
     planner = Planner(job_of(depth, arguments))
     (technique,) = techniques(depth, arguments.techniques)
     planner.whole_ds_config(technique)
-    ctypes.CDLL(None).malloc_trim(0)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    limit = int(status["VmData"].split()[0]) * 1024 + int(arguments.cap_mib * 2**20)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     try:
-        model = build(planner, technique, topology)
-        for _ in range(_WARM + 1):
-            take_step(model, *batch(topology.rank))
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
-            raise
-        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        with memory_cap(arguments.cap_mib, topology.device):
+            model = build(planner, technique, topology)
+            for _ in range(_WARM + 1):
+                take_step(model, *batch(topology.rank))
+    except MemoryError:
         file.write_text("false")
         os._exit(1)
     topology.barrier()

@@ -1,12 +1,15 @@
-"""What half precision and a quantized wire save and cost: bytes between nodes, memory, NE (paper 3.2.3).
+"""Measures what half precision and a quantized wire save and cost: bytes between nodes, memory, NE (paper 3.2.1).
 
     python tools/bench/precision.py --config recipes/configs/frappe.yaml --epochs 1
 
-Trains the recipe once a variant and seed, on two nodes of this machine (tools/cluster.py), and prints: what node 0's
-interface sent in the training steps, by step (evaluation and tests not among them); MiB of all ranks' tables; MiB of
-the tensors that rank 0's engine holds between a backward and the optimizer's step; and the test split's NE over the
-seeds beside that of plain fp32. results.json has every run, and the engine's tensors by dtype. Arguments that it
-doesn't know go to recipes/train.py.
+The benchmark trains the recipe once per variant and seed, on two nodes of this machine (tools/cluster.py). It prints
+for each variant:
+- what node 0 sends per training step, without evaluation and test;
+- MiB of the tables of all ranks, and MiB of the tensors that rank 0's engine holds between backward and optimizer step;
+- the test split's NE over the seeds, and how far it is from that of fp32.
+
+results.json has every run, and the engine's tensors by dtype. The benchmark passes arguments that it does not know to
+recipes/train.py.
 """
 
 import sys
@@ -17,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 import argparse
 import functools
 import json
-import math
-import os
 import runpy
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from tools.cluster import INTERFACE, Cluster, ClusterError, signals_end_it, wait
+from tools.bench.launch import JobError, argument_parser, is_rank, results_of_cluster
+from tools.cluster import Cluster, ClusterError, bytes_sent, signals_end_it
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_FILE = "measured.json"
@@ -47,17 +49,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16 optimizer": ("zero2_bf16", {"bf16": BF16_OPTIMIZER}),
     "paper": ("paper", {}),
 }
-"""ds_config and what is changed in it."""
-
-
+"""The ds_config of each variant, and the changes to it."""
 ROLES = ("weights", "masters", "moments", "gradients", "buffers")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run. bytes_a_step: that left node 0. table_bytes: of all ranks, with the optimizer's states.
+    """One run. bytes_a_step: what node 0 sends. table_bytes: of all ranks, with the optimizer's states.
 
-    dense_bytes: of rank 0's engine between backward and step, by "<role> <dtype>".
+    dense_bytes: what rank 0's engine holds between backward and step, by "<role> <dtype>".
     """
 
     variant: str
@@ -70,7 +70,7 @@ class Result:
 
 
 def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Cluster, folder: Path) -> Result:
-    """Train one variant on the cluster. Raises RuntimeError if it fails."""
+    """Train one variant on the cluster. Raises JobError if that fails."""
     name, changes = VARIANTS[variant]
     config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
     for key, value in changes.items():
@@ -80,57 +80,64 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
     ds_config.write_text(json.dumps(config), encoding="utf-8")
     flags = [f"--config={arguments.config}", f"--ds_config={ds_config}", f"--output_dir={run}", f"--seed={seed}"]
     flags += ["--overwrite_output_dir", f"--num_train_epochs={arguments.epochs}", "--lr_scheduler_type=constant"]
-    if wait(cluster.start(arguments.ranks_per_node, [__file__, *flags, *arguments.more])):
-        raise RuntimeError(f"{variant} with seed {seed} failed; what it printed stands above.")
-    measured, summary, placement = (
-        json.loads((run / file).read_text(encoding="utf-8"))
-        for file in (MEASURED_FILE, "summary.json", "placement.json")
+    measured = results_of_cluster(
+        cluster,
+        arguments.ranks_per_node,
+        [__file__, *flags, *arguments.more],
+        file=run / MEASURED_FILE,
+        job=f"{variant} with seed {seed}",
     )
-    tables = sum(shard["num_bytes"] for shard in placement["shards"])
-    test = summary["test"]
-    return Result(variant, seed, measured["bytes_a_step"], tables, measured["dense_bytes"], test["ne"], test["auc"])
+    summary, placement = (
+        json.loads((run / file).read_text(encoding="utf-8")) for file in ("summary.json", "placement.json")
+    )
+    return Result(
+        variant=variant,
+        seed=seed,
+        bytes_a_step=measured["bytes_a_step"],
+        table_bytes=sum(shard["num_bytes"] for shard in placement["shards"]),
+        dense_bytes=measured["dense_bytes"],
+        ne=summary["test"]["ne"],
+        auc=summary["test"]["auc"],
+    )
 
 
 def train_here() -> None:
-    """One rank's part: recipes/train.py, with counters read around its steps. Communicates; all ranks call it."""
-    recipe = runpy.run_path(str(ROOT / "recipes" / "train.py"))
-    recipe["log_to_stderr"]()
-    arguments = recipe["parse_arguments"](quickstart=recipe["QUICKSTART"])
-    topology = recipe["job"].start()
-    model, loaders, prepared = recipe["set_up"](arguments, topology)
-    trainer, progress = recipe["make_trainer"](arguments, model, loaders)
-    trainer.validation_loader = None  # its traffic is no step's
-    dense_bytes: dict[str, int] = {}
-    step = model.engine.step
+    """One rank's part: recipes/train.py with measured steps; rank 0 writes the result. Communicates; all call it."""
+    from dhen.training.loop import Trainer  # the process that launches does not need DeepSpeed
 
-    def measure_and_step() -> None:
-        if trainer.state.step == 1 and not dense_bytes:  # before the first step Adam has no moments
-            dense_bytes.update(engine_bytes(model.engine))
-        step()
+    train = Trainer.train
+    measured: dict[Path, dict[str, Any]] = {}
 
-    model.engine.step = measure_and_step
-    topology.barrier()
-    before = bytes_sent()
-    trainer.train(progress)
-    topology.barrier()
-    sent = bytes_sent() - before
-    progress.close()
-    recipe["finish"](arguments, trainer, progress, loaders, prepared)
-    if topology.is_main:
-        measured = {"bytes_a_step": sent / trainer.state.step, "dense_bytes": dense_bytes}
-        (Path(arguments.training.output_dir) / MEASURED_FILE).write_text(json.dumps(measured), encoding="utf-8")
-    recipe["job"].stop()
+    def train_and_measure(trainer: Trainer, progress: Any) -> None:
+        trainer.validation_loader = None  # the bytes are those of training steps
+        engine, topology = trainer.model.engine, trainer.model.topology
+        step = engine.step
+        dense_bytes: dict[str, int] = {}
 
+        def measure_and_step() -> None:
+            if trainer.state.step == 1 and not dense_bytes:  # before the first step Adam has no moments
+                dense_bytes.update(engine_bytes(engine))
+            step()
 
-def bytes_sent() -> int:
-    """Bytes that have left this node over its link."""
-    return int(Path(f"/sys/class/net/{INTERFACE}/statistics/tx_bytes").read_text())
+        engine.step = measure_and_step
+        topology.barrier()
+        before = bytes_sent()
+        train(trainer, progress)
+        topology.barrier()
+        if topology.is_main:
+            bytes_a_step = (bytes_sent() - before) / trainer.state.step
+            measured[trainer.output_dir / MEASURED_FILE] = {"bytes_a_step": bytes_a_step, "dense_bytes": dense_bytes}
+
+    Trainer.train = train_and_measure
+    runpy.run_path(str(ROOT / "recipes" / "train.py"), run_name="__main__")
+    for file, values in measured.items():
+        file.write_text(json.dumps(values), encoding="utf-8")
 
 
 def engine_bytes(engine: Any) -> dict[str, int]:
-    """Bytes of the tensors that a DeepSpeed engine holds, by "<role> <dtype>", each storage once."""
+    """Bytes of the tensors that a DeepSpeed engine holds, by "<role> <dtype>". Each storage counts once."""
     optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)  # ZeRO's wraps torch's
+    inner = getattr(optimizer, "optimizer", optimizer)  # ZeRO's optimizer wraps torch's
     parameters = list(engine.module.parameters())
     held = vars(optimizer) if optimizer is not inner else {}
     by_role: dict[str, Iterable[Tensor]] = {
@@ -143,7 +150,7 @@ def engine_bytes(engine: Any) -> dict[str, int]:
         ],
         "buffers": tensors_in([value for name, value in held.items() if "param" not in name]),
     }
-    if optimizer is not inner:  # ZeRO keeps masters beside what torch's optimizer steps
+    if optimizer is not inner:  # ZeRO keeps masters that torch's optimizer does not see
         masters = [value for name, value in held.items() if "fp32" in name]
         by_role["masters"] = [*by_role["masters"], *tensors_in(masters)]
     seen: set[int] = set()
@@ -160,7 +167,7 @@ def engine_bytes(engine: Any) -> dict[str, int]:
 
 @functools.singledispatch
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers, and in plain objects that hold them."""
+    """Every tensor in nested containers, and in ZeRO's own objects."""
     if type(value).__module__.startswith("deepspeed.runtime.zero") and hasattr(value, "__dict__"):
         yield from tensors_in(vars(value))
 
@@ -187,13 +194,13 @@ def _(value: Iterable) -> Iterator[Tensor]:
 
 
 def show(results: Sequence[Result]) -> None:
-    """One row a variant, over its seeds."""
+    """Print one row per variant, over its seeds."""
     table = Table(box=None, pad_edge=False)
-    columns = ("variant", "KiB a step", "tables", *ROLES[:4], "NE", "from", "to", "of fp32", "AUC")
+    columns = ("variant", "KiB per step", "tables", *ROLES[:4], "NE", "from", "to", "of fp32", "AUC")
     for column in columns:
         table.add_column(column, justify="left" if column == "variant" else "right")
     ne = {v: [r.ne for r in results if r.variant == v] for v in dict.fromkeys(r.variant for r in results)}
-    base = statistics.mean(ne["fp32"]) if "fp32" in ne else math.nan
+    base = statistics.mean(ne["fp32"]) if "fp32" in ne else None
     for variant, of_variant in ne.items():
         first, *others = (result for result in results if result.variant == variant)
         mean = statistics.mean(of_variant)
@@ -208,30 +215,35 @@ def show(results: Sequence[Result]) -> None:
             f"{mean:.5f}",
             f"{min(of_variant):.5f}",
             f"{max(of_variant):.5f}",
-            f"{mean / base - 1:+.2%}",
+            f"{mean / base - 1:+.2%}" if base else "-",
             f"{statistics.mean([first.auc, *(result.auc for result in others)]):.5f}",
         )
     Console(width=None if sys.stdout.isatty() else 130).print(table)
-    print("MiB: tables with their states on all ranks; rank 0's weights, masters, Adam's moments and gradients")
+    print("MiB of the tables with their states on all ranks, then of rank 0's weights, masters, moments and gradients.")
+    print("NE over the seeds: mean, from lowest to highest, and the mean's distance from that of fp32.")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The arguments; what isn't known goes to train.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="recipes/configs/frappe.yaml", help="recipe to train")
-    parser.add_argument("--epochs", type=int, default=1, help="epochs of each run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run of each variant for each")
-    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each of the two nodes, 2 or more")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="what is compared")
-    parser.add_argument("--output", default="runs/precision", help="folder of the runs and of results.json")
+    """The command line. `more` has the arguments for train.py."""
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--config", default="recipes/configs/frappe.yaml", help="recipe to train")
+    add("--epochs", type=int, default=1, help="epochs per run")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each variant has a run per seed")
+    add("--ranks_per_node", type=int, default=2, help="ranks on each of the two nodes, 2 or more")
+    add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="variants to compare")
+    add("--output", default="runs/precision", help="folder of the runs and of results.json")
     arguments, arguments.more = parser.parse_known_args()
     if arguments.ranks_per_node < 2:
-        parser.error("--ranks_per_node: the paper's variant shards within a node, over two ranks at least.")
+        parser.error(
+            f"--ranks_per_node is {arguments.ranks_per_node}, but the variant 'paper' shards over the ranks of a node. "
+            "Use 2 or more."
+        )
     return arguments
 
 
 def main() -> int:
-    """Train all variants and show them; one that fails is left out, and said at the end."""
+    """Train and show all variants. Exit status: 0, 1 if a run fails, or 2 without a cluster."""
     arguments = parse_arguments()
     folder = Path(arguments.output).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -242,21 +254,22 @@ def main() -> int:
                 for variant in arguments.variants:
                     try:
                         results.append(train(variant, seed, arguments, cluster, folder))
-                    except RuntimeError as error:
+                    except JobError as error:
                         failures.append(str(error))
                     text = json.dumps([asdict(result) for result in results], indent=2)
                     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     except ClusterError as error:
-        print(f"compare_precision: {error}", file=sys.stderr)
+        print(f"precision: {error}", file=sys.stderr)
         return 2
-    show(results)
+    if results:
+        show(results)
     for failure in failures:
-        print(f"compare_precision: {failure}", file=sys.stderr)
+        print(f"precision: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
+    if is_rank():
         train_here()
     else:
         sys.exit(main())

@@ -1,18 +1,19 @@
-"""Sharding schemes of the dense part over depth: samples/s, bytes between nodes, memory (the paper's Figure 6).
+"""Compares sharding schemes of the dense part by depth: samples/s, bytes between nodes, memory (paper 3.2, figure 6).
 
     python tools/bench/sharding.py --nodes 2 --ranks_per_node 2 --depths 2 4 8
     deepspeed --hostfile hosts tools/bench/sharding.py --depths 2 4 8 16 --compute_ms 0 --interface ib0
 
-By itself it builds a cluster on this machine (tools/cluster.py); started by a launcher it takes the ranks that it gets.
-All schemes of a depth run in one process, interleaved in rounds, and ratios are of medians. On CPU a fixed sleep stands
-for the accelerator's compute, in every scheme alike: with real compute gloo's threads would have no idle core to
-overlap on. Ratios are a property of the rates and the compute chosen; bytes are exact. gloo's reduce-scatter moves
-twice a ring's bytes, which would flatter HSDP, so a ring takes its place, in every scheme alike.
+The first command builds a cluster on this machine (tools/cluster.py). The second one uses the launcher's ranks. All
+schemes of a depth run in one process and take turns in each round; ratios are ratios of medians.
 
-Schemes: DP (ZeRO-0), ZeRO-2, FSDP (ZeRO-3), HSDP with the all-reduce waited for at once and under the backward, torch
-FSDP2 on a flat mesh and on a nodes x ranks mesh, and hpZ (ZeRO-3 with a second copy of the weights in each node). hpZ's
-groups stay in the process for good, where they would change the other schemes: it comes last, in a job of its own for
-each depth, not interleaved.
+A fixed sleep stands for the accelerator's compute in every scheme, because gloo's threads need idle CPU cores to
+overlap with it. So ratios depend on the rates and the sleep that you choose; bytes are exact. gloo's reduce-scatter
+moves twice as many bytes as a ring. That would favor HSDP, so on CPUs a ring replaces it in every scheme.
+
+dp is ZeRO-0, zero2 ZeRO-2 and fsdp ZeRO-3. hsdp overlaps its all-reduce with the backward pass; hsdp_sync waits for it
+at once. torch_fsdp and torch_hsdp are torch's FSDP2 on a flat mesh and on a mesh of nodes and ranks. hpz is ZeRO-3 with
+a second copy of the weights in each node. Its process groups stay in the process and would change the other schemes, so
+hpz runs last, in a job per depth.
 """
 
 import sys
@@ -22,26 +23,27 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench.sharding_schemes import SCHEMES, Benchmark, Measured, read
-from tools.cluster import INTERFACE, Cluster, ClusterError, signals_end_it, wait
+from tools.bench import launch
+from tools.bench.sharding_schemes import JOB_FILE, SCHEMES, Benchmark, Measured, benchmark_of
+from tools.cluster import INTERFACE, Cluster, ClusterError, signals_end_it
 
-MEASURED_FILE, JOB_FILE = "measured.json", "job.json"
+MEASURED_FILE = "measured.json"
 
 
 def show(results: Sequence[Measured], console: Console) -> None:
-    """One row a scheme and depth; samples/s as a ratio to FSDP's, with the range over the rounds."""
+    """Print a row per depth and scheme; samples/s also as a ratio to fsdp's, with its range over the rounds."""
     table = Table(box=None, pad_edge=False)
-    columns = ("depth", "scheme", "samples/s", "of fsdp", "from", "to", "MiB sent", "in theory", "off by", "peak MiB")
+    columns = ("depth", "scheme", "samples/s", "x fsdp", "from", "to", "MiB sent", "in theory", "off by", "peak MiB")
     for column in columns:
         table.add_column(column, justify="left" if column == "scheme" else "right")
     for result in results:
@@ -49,19 +51,19 @@ def show(results: Sequence[Measured], console: Console) -> None:
         sent, theory = result.bytes_sent, result.bytes_in_theory
         table.add_row(
             str(result.depth),
-            f"{result.scheme} (not interleaved)" if SCHEMES[result.scheme].is_apart else result.scheme,
-            f"{result.samples_per_second:,.1f}" if result.seconds else "too much",
+            f"{result.scheme} (own job)" if SCHEMES[result.scheme].is_apart else result.scheme,
+            f"{result.samples_per_second:,.1f}" if result.seconds else "no memory",
             *ratios(base, result),
             "-" if sent is None else f"{sent / 2**20:.2f}",
             f"{theory / 2**20:.2f}",
             f"{sent / theory - 1:+.1%}" if sent and theory else "-",
-            "-" if result.peak_mib is None else f"{result.peak_mib:.0f}" if result.fits else "too much",
+            "-" if result.peak_mib is None else f"{result.peak_mib:.0f}" if result.fits else "no memory",
         )
     console.print(table)
 
 
 def ratios(base: Measured | None, result: Measured) -> tuple[str, str, str]:
-    """Speed over that of `base`: of the medians, and the least and the most of a round, where both ran in it."""
+    """Speed over that of `base`: by medians, and the lowest and highest of a round if both took turns."""
     if base is None or not (base.seconds and result.seconds):
         return "-", "-", "-"
     of_medians = f"{statistics.median(base.seconds) / statistics.median(result.seconds):.2f}"
@@ -72,7 +74,7 @@ def ratios(base: Measured | None, result: Measured) -> tuple[str, str, str]:
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
-    """Throughput over depth, a line a scheme: the paper's Figure 6."""
+    """Draw throughput over depth, one line per scheme: the paper's figure 6."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -92,111 +94,97 @@ def plot(results: Sequence[Measured], path: Path) -> None:
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; the ranks get the same."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=2, help="nodes of the cluster on this machine")
-    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each")
-    parser.add_argument("--link_mbit", type=float, default=100, help="a node's link, Mbit/s")
-    parser.add_argument("--local_mbit", type=float, default=2400, help="inside a node, Mbit/s")
-    parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8], help="DHEN layers")
-    parser.add_argument(
-        "--embeddings", type=int, default=46, help="embeddings of a layer; its weights grow by the square"
-    )
-    parser.add_argument(
-        "--compute_ms", type=float, default=40, help="sleep in a layer's forward; twice in its backward"
-    )
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, help="what is compared (default: all that can be)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each scheme")
-    parser.add_argument(
-        "--memory_cap_mib", type=float, default=0, help="measure peaks too, with so much a rank at most"
-    )
-    parser.add_argument("--trace", action="store_true", help="write a Chrome trace of an hsdp step")
-    parser.add_argument(
-        "--interface", default=INTERFACE, help="network interface whose bytes are counted (default: %(default)s)"
-    )
-    parser.add_argument("--output", default="runs/bench_sharding", help="folder of measured.json, figure6.png, traces")
-    parser.add_argument("--on_cluster", action="store_true", help=argparse.SUPPRESS)  # set for the ranks of our own
-    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    """The command line, which the ranks get too."""
+    parser = launch.argument_parser(__doc__)
+    launch.add_cluster_arguments(parser, link_mbit=100, local_mbit=2400)
+    add = parser.add_argument
+    add("--depths", type=int, nargs="+", default=[2, 4, 8], help="DHEN layers")
+    add("--embeddings", type=int, default=46, help="embeddings in a layer; its weights grow with the square")
+    add("--compute_ms", type=float, default=40, help="sleep in a layer's forward; its backward sleeps twice as long")
+    add("--schemes", nargs="+", choices=SCHEMES, help="schemes to compare (default: all that can run)")
+    add("--rounds", type=int, default=5, help="measured steps per scheme")
+    add("--memory_cap_mib", type=float, default=0, help="measure peak memory too, with this cap per rank")
+    add("--trace", action="store_true", help="write a Chrome trace of an hsdp step")
+    add("--interface", default=INTERFACE, help="network interface whose bytes are counted")
+    add("--output", default="runs/bench_sharding", help=f"folder of {MEASURED_FILE}, figure6.png and the traces")
+    add("--on_cluster", action="store_true", help=argparse.SUPPRESS)  # set for the ranks of our own cluster
+    add("--memory", action="store_true", help=argparse.SUPPRESS)  # and for the jobs that measure memory
     arguments = parser.parse_args(command_line)
-    is_launched = "RANK" in os.environ and not arguments.on_cluster
+    is_launched = launch.is_rank() and not arguments.on_cluster
     if arguments.schemes is None:
         arguments.schemes = [name for name, scheme in SCHEMES.items() if not (is_launched and scheme.is_apart)]
     if is_launched and arguments.memory_cap_mib:
-        parser.error("--memory_cap_mib needs a job for each scheme and depth, which a launcher can't start. Remove it.")
+        parser.error("--memory_cap_mib needs a job per scheme and depth, but a launcher starts one job. Remove it.")
     if is_launched and "hpz" in arguments.schemes and len(arguments.schemes) * len(arguments.depths) > 1:
-        parser.error("hpz changes what else its process runs. Under a launcher name it alone, with one depth.")
+        parser.error("hpz changes the other runs of its process. Under a launcher, name only hpz and one depth.")
     return arguments
 
 
 def main() -> int:
-    """Measure and show."""
+    """Measure and show. Exit status: 0, or 2 if the cluster or a job on it fails."""
     arguments = parse_arguments()
     output = Path(arguments.output)
-    if "RANK" in os.environ:
-        from tools.bench.sharding_ranks import (
-            work,  # torch, which the process that only builds the cluster doesn't need
-        )
-
-        results = work(arguments)
-        rates = (arguments.link_mbit, arguments.local_mbit) if arguments.on_cluster else (None, None)
-        benchmark = Benchmark(*rates, arguments.compute_ms, results)
-        if results:
-            benchmark.write(output / (JOB_FILE if arguments.on_cluster else MEASURED_FILE))
-        if results and not arguments.on_cluster:
-            present(benchmark, output)
+    if launch.is_rank():
+        measure_as_a_rank(arguments, output)
         return 0
     try:
-        benchmark = measure_on_a_cluster(arguments)
-    except (ClusterError, JobError) as error:
-        kept = (
-            f" What was measured before is in {output / MEASURED_FILE}." if (output / MEASURED_FILE).is_file() else ""
-        )
-        print(f"bench_sharding: {error}{kept}", file=sys.stderr)
+        benchmark = measure_on_a_cluster(arguments, output)
+    except (ClusterError, launch.JobError) as error:
+        is_begun = (output / MEASURED_FILE).is_file()
+        kept = f" {output / MEASURED_FILE} has the results of the earlier jobs." if is_begun else ""
+        print(f"sharding: {error}{kept}", file=sys.stderr)
         return 2
     present(benchmark, output)
     return 0
 
 
-class JobError(RuntimeError):
-    """A job on the cluster failed; the message says which."""
+def measure_as_a_rank(arguments: argparse.Namespace, output: Path) -> None:
+    """One rank's part; rank 0 writes the results. Communicates; all ranks call it."""
+    from tools.bench.sharding_ranks import measure_all  # imports torch, which the process that launches does not need
+
+    results = measure_all(arguments)
+    if not results:
+        return
+    if arguments.on_cluster:
+        Benchmark(arguments.link_mbit, arguments.local_mbit, arguments.compute_ms, results).write(output / JOB_FILE)
+    else:
+        benchmark = Benchmark(None, None, arguments.compute_ms, results)
+        benchmark.write(output / MEASURED_FILE)
+        present(benchmark, output)
 
 
 def present(benchmark: Benchmark, output: Path) -> None:
     """Print the table, draw the figure."""
     show(benchmark.results, Console(width=None if sys.stdout.isatty() else 110))
     plot(benchmark.results, output / "figure6.png")
-    print(f"{MEASURED_FILE} and figure6.png are in {output}")
+    print(f"{output} has {MEASURED_FILE} and figure6.png")
 
 
-def measure_on_a_cluster(arguments: argparse.Namespace) -> Benchmark:
-    """All schemes: together at all depths, then each that stands apart in jobs of its own, then memory.
+def measure_on_a_cluster(arguments: argparse.Namespace, output: Path) -> Benchmark:
+    """Measure the schemes that take turns, at all depths; then the others, in a job per depth; then memory.
 
-    After each job measured.json has what there is. Raises ClusterError, and JobError where a job fails.
+    Writes measured.json after each job. Raises ClusterError, and JobError if a job fails.
     """
-    together = [name for name in arguments.schemes if not SCHEMES[name].is_apart]
-    jobs = [(together, arguments.depths)] if together else []
+    in_turns = [name for name in arguments.schemes if not SCHEMES[name].is_apart]
+    jobs = [(in_turns, arguments.depths)] if in_turns else []
     jobs += [([name], [depth]) for name in arguments.schemes if SCHEMES[name].is_apart for depth in arguments.depths]
-    rates, output = (arguments.link_mbit, arguments.local_mbit), Path(arguments.output)
-    results: list[Measured] = []
-    order = {depth: place for place, depth in enumerate(arguments.depths)}
-
-    def keep() -> Benchmark:
-        benchmark = Benchmark(*rates, arguments.compute_ms, sorted(results, key=lambda result: order[result.depth]))
-        benchmark.write(output / MEASURED_FILE)
-        return benchmark
-
+    benchmark = Benchmark(arguments.link_mbit, arguments.local_mbit, arguments.compute_ms, [])
     (output / MEASURED_FILE).unlink(missing_ok=True)
-    with signals_end_it(), Cluster(arguments.nodes, link_mbit=rates[0], local_mbit=rates[1]) as cluster:
+    with (
+        signals_end_it(),
+        Cluster(arguments.nodes, link_mbit=arguments.link_mbit, local_mbit=arguments.local_mbit) as cluster,
+    ):
         for schemes, depths in jobs:
-            run_job(cluster, arguments, schemes, depths, output / JOB_FILE)
-            results += read(output / JOB_FILE).results
-            (output / JOB_FILE).unlink()
-            keep()
+            results = benchmark_of(run_job(cluster, arguments, schemes, depths, output / JOB_FILE)).results
+            together = sorted([*benchmark.results, *results], key=lambda result: arguments.depths.index(result.depth))
+            benchmark = replace(benchmark, results=together)
+            benchmark.write(output / MEASURED_FILE)
     if arguments.memory_cap_mib:
-        peaks = peaks_of_all(arguments)
-        results = [replace(result, peak_mib=peaks[result.scheme, result.depth]) for result in results]
-    return keep()
+        peaks = peaks_of_all(arguments, output)
+        with_peaks = [replace(r, peak_mib=peaks[r.scheme, r.depth]) for r in benchmark.results]
+        benchmark = replace(benchmark, results=with_peaks)
+        benchmark.write(output / MEASURED_FILE)
+    return benchmark
 
 
 def run_job(
@@ -206,31 +194,28 @@ def run_job(
     depths: Sequence[int],
     file: Path,
     *more: str,
-) -> None:
-    """Run this file on all ranks, which write `file`. Raises JobError where they don't."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)
-    what = ["--on_cluster", "--schemes", *schemes, "--depths", *map(str, depths), *more]
-    status = wait(cluster.start(arguments.ranks_per_node, [__file__, *sys.argv[1:], *what]))
-    if not file.is_file():
-        at = ", ".join(map(str, depths))
-        raise JobError(f"the job of {', '.join(schemes)} at {at} layers failed with status {status}; see above.")
+) -> Any:
+    """Measure schemes at depths in a job of their own; returns what rank 0 writes to `file`. Raises JobError."""
+    flags = ["--on_cluster", "--schemes", *schemes, "--depths", *map(str, depths), *more]
+    return launch.results_of_cluster(
+        cluster,
+        arguments.ranks_per_node,
+        [__file__, *sys.argv[1:], *flags],
+        file=file,
+        job=f"the job of {', '.join(schemes)} at {', '.join(map(str, depths))} layers",
+    )
 
 
-def peaks_of_all(arguments: argparse.Namespace) -> dict[tuple[str, int], float]:
-    """Peak MiB of rank 0 by scheme and depth, each in a job of its own, on unlimited links; infinite above the cap."""
-    # One arena and small mmaps, so that what is freed is given back at once and counts no more.
-    os.environ |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+def peaks_of_all(arguments: argparse.Namespace, output: Path) -> dict[tuple[str, int], float]:
+    """Peak MiB of rank 0 by scheme and depth, in a job each, on unlimited links; infinite if the cap is too low."""
+    os.environ |= launch.RETURN_FREED_MEMORY
     peaks = {}
     with signals_end_it(), Cluster(arguments.nodes, link_mbit=0, local_mbit=0) as cluster:
         for name in arguments.schemes:
             for depth in arguments.depths:
-                peak_file = Path(arguments.output) / f"peak-{name}-{depth}.json"
-                with contextlib.redirect_stderr(None):  # a job that ends above the cap is no failure
-                    run_job(cluster, arguments, [name], [depth], peak_file, "--memory")
-                peak = json.loads(peak_file.read_text())
+                with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure
+                    peak = run_job(cluster, arguments, [name], [depth], output / JOB_FILE, "--memory")
                 peaks[name, depth] = math.inf if peak is None else peak
-                peak_file.unlink()
     return peaks
 
 

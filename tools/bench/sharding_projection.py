@@ -1,15 +1,15 @@
-"""FSDP against HSDP on a cluster that isn't here: a simulation of one step, checked against what was measured.
+"""Projects what HSDP gains over FSDP on the paper's cluster, by a simulation that is checked against measurements.
 
     python tools/bench/sharding_projection.py --measured runs/bench_sharding/measured.json
 
-A step is simulated layer by layer: compute, the fabric inside the node, and the link between nodes are three resources,
-each doing one thing at a time; a layer's weights are gathered one layer ahead. Two constants are fitted to the FSDP and
-the synchronous HSDP of tools/bench/sharding.py, the share of the nominal rate that a collective reaches and the seconds
-that each takes besides; the other schemes and depths show how far the simulation can be trusted. Then it takes the
-paper's machine: 32 nodes of 8 A100, 600 GB/s inside, 25 GB/s a node between. How much HSDP gains there depends on how
-long a layer computes, which the paper doesn't say: so a band is printed, beside its 1.2x.
+The simulation goes through a step layer by layer. Compute, the fabric inside a node and the link between nodes each do
+one thing at a time. The weights of a layer are gathered one layer ahead. Two constants are fitted to the fsdp and
+hsdp_sync of tools/bench/sharding.py: the share of the nominal rate that a collective gets, and its latency. The
+deviations of all three schemes show how far you can trust the simulation.
 
-Rates and compute of the benchmark stand in measured.json. What is left out is printed with the projection.
+The projection is for the paper's machine: 32 nodes of 8 A100, 600 GB/s inside a node, 25 GB/s between nodes. The gain
+depends on how long a layer computes, which the paper does not say. So the tool prints a range of gains beside the
+paper's 1.2x, and what the simulation leaves out. It takes the benchmark's rates and compute from measured.json.
 """
 
 import sys
@@ -18,24 +18,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench.sharding_schemes import SCHEMES, Measured, read
+from tools.bench.launch import argument_parser
+from tools.bench.sharding_schemes import SCHEMES, Benchmark, Measured, read
 
 PAPERS_GAIN = 1.2
+SIMULATED = ("fsdp", "hsdp_sync", "hsdp")
 LEFT_OUT = "congestion, stragglers, kernels that share the GPU with communication, the optimizer's time"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in bytes/s. link: of a node, both ways. fabric: inside a node, of one rank or, if shared, of all.
-
-    efficiency: share of the rates that a collective reaches. latency: seconds that each takes besides.
+    """A cluster. link: bytes per second of a node in each direction. fabric: bytes per second inside a node, of one
+    rank or, if shared, of all its ranks. efficiency: share of these rates that a collective gets. latency: of each
+    collective in seconds.
     """
 
     nodes: int
@@ -47,17 +50,17 @@ class Machine:
     latency: float = 0.0
 
     def flat_ring(self, size: float) -> float:
-        """Seconds of an all-gather or reduce-scatter of `size` bytes over all ranks, at the pace of a node's link."""
+        """Seconds of an all-gather or reduce-scatter of `size` bytes over all ranks, which the nodes' links limit."""
         ranks = self.nodes * self.ranks_per_node
         return self._seconds(size * (ranks - 1) / ranks, self.link)
 
     def inside(self, size: float) -> float:
-        """Seconds of one over the ranks of a node."""
+        """Seconds of an all-gather or reduce-scatter of `size` bytes over the ranks of a node."""
         sharers = self.ranks_per_node if self.is_fabric_shared else 1
         return self._seconds(sharers * size * (self.ranks_per_node - 1) / self.ranks_per_node, self.fabric)
 
     def across(self, size: float) -> float:
-        """Seconds of the all-reduces of a node's shards of `size` bytes together: they share its link."""
+        """Seconds of the all-reduces of all shards on a node, `size` bytes together, which share its link."""
         return self._seconds(2 * size * (self.nodes - 1) / self.nodes, self.link)
 
     def _seconds(self, size: float, rate: float) -> float:
@@ -70,7 +73,7 @@ def step_seconds(scheme: str, machine: Machine, depth: int, layer_bytes: float, 
     gather = machine.inside(layer_bytes) if is_hybrid else machine.flat_ring(layer_bytes)
     compute_free = fabric_free = link_free = 0.0
     for seconds, is_backward in [(forward_seconds, False)] * depth + [(2 * forward_seconds, True)] * depth:
-        # One layer ahead: it was asked for when the layer before began to compute.
+        # One layer ahead: the gather was requested when the previous layer began to compute.
         fabric_free = max(fabric_free, compute_free - seconds) + gather
         compute_free = max(compute_free, fabric_free) + seconds
         if not is_backward:
@@ -84,14 +87,14 @@ def step_seconds(scheme: str, machine: Machine, depth: int, layer_bytes: float, 
 
 
 def fitted(machine: Machine, measured: Sequence[Measured], forward_seconds: float) -> Machine:
-    """The efficiency and latency under which the measured times of "fsdp" and "hsdp_sync" come out best."""
-    known = [result for result in measured if result.scheme in ("fsdp", "hsdp_sync") and result.seconds]
+    """`machine` with the efficiency and latency that fit the measured times of "fsdp" and "hsdp_sync" best."""
+    known = [result for result in measured if result.scheme in SIMULATED[:2] and result.seconds]
 
     def error(candidate: Machine) -> float:
         return sum(abs(deviation(candidate, result, forward_seconds)) for result in known)
 
     candidates = [
-        Machine(**{**vars(machine), "efficiency": share / 100, "latency": milliseconds / 1e3})
+        replace(machine, efficiency=share / 100, latency=milliseconds / 1e3)
         for share in range(50, 101, 2)
         for milliseconds in range(0, 41, 2)
     ]
@@ -99,68 +102,121 @@ def fitted(machine: Machine, measured: Sequence[Measured], forward_seconds: floa
 
 
 def deviation(machine: Machine, result: Measured, forward_seconds: float) -> float:
-    """Simulated over measured seconds, less 1."""
+    """Simulated over measured seconds, minus 1."""
     simulated = step_seconds(result.scheme, machine, result.depth, result.model_bytes / result.depth, forward_seconds)
     return simulated / statistics.median(result.seconds) - 1
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A measured scheme beside its simulation, in seconds per step."""
+
+    depth: int
+    scheme: str
+    measured: float
+    simulated: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times faster hsdp is, if the forward of a layer computes for this long."""
+
+    forward_seconds: float
+    over_fsdp: float
+    over_hsdp_sync: float
+
+
+def check(benchmark: Benchmark, machine: Machine) -> list[Checked]:
+    """Every measured scheme that the simulation knows."""
+    return [
+        Checked(result.depth, result.scheme, seconds, seconds * (1 + deviation(machine, result, forward_seconds)))
+        for forward_seconds in [benchmark.compute_ms / 1e3]
+        for result in benchmark.results
+        if result.scheme in SIMULATED and result.seconds
+        for seconds in [statistics.median(result.seconds)]
+    ]
+
+
+def project(machine: Machine, depth: int, layer_bytes: float) -> list[Gain]:
+    """The gains over a range of compute times, from an eighth of the time that gathers a layer to four times that."""
+    gains = []
+    for share in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0):
+        forward_seconds = share * machine.flat_ring(layer_bytes)
+        fsdp, hsdp_sync, hsdp = (
+            step_seconds(scheme, machine, depth, layer_bytes, forward_seconds) for scheme in SIMULATED
+        )
+        gains.append(Gain(forward_seconds, over_fsdp=fsdp / hsdp, over_hsdp_sync=hsdp_sync / hsdp))
+    return gains
+
+
+def show(fit: Machine, checks: Sequence[Checked], papers: Machine, gains: Sequence[Gain], model: str) -> None:
+    """Print the fitted constants, the check and the projection."""
+    console = Console()
+    console.print(f"fitted: {fit.efficiency:.0%} of the nominal rates, {fit.latency * 1e3:.0f} ms per collective")
+    table = Table("depth", "scheme", "measured s", "simulated s", "off by", box=None, pad_edge=False)
+    for each in checks:
+        off = f"{each.simulated / each.measured - 1:+.0%}"
+        table.add_row(str(each.depth), each.scheme, f"{each.measured:.2f}", f"{each.simulated:.2f}", off)
+    console.print(table)
+    console.print(
+        f"\n{papers.nodes} x {papers.ranks_per_node} A100 (paper 4.4), {model}, the efficiency above and no latency. "
+        f"Left out: {LEFT_OUT}."
+    )
+    table = Table("a layer's forward, ms", "hsdp / fsdp", "hsdp / hsdp_sync", box=None, pad_edge=False)
+    for gain in gains:
+        table.add_row(f"{gain.forward_seconds * 1e3:.1f}", f"{gain.over_fsdp:.2f}", f"{gain.over_hsdp_sync:.2f}")
+    console.print(table)
+    console.print(f"The paper reports {PAPERS_GAIN}x over FSDP, and not how long a layer computes.")
+
+
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, required=True, help="measured.json of tools/bench/sharding.py")
-    parser.add_argument("--link_mbit", type=float, help="a node's link, where measured.json doesn't have it, Mbit/s")
-    parser.add_argument("--local_mbit", type=float, help="inside a node, likewise")
-    parser.add_argument("--depth", type=int, default=8, help="layers of the projected model")
-    parser.add_argument("--layer_mib", type=float, default=256, help="MiB of a layer's weights in the projected model")
+    """The command line."""
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--measured", type=Path, required=True, help="measured.json of tools/bench/sharding.py")
+    add("--link_mbit", type=float, help="rate of a node's link in Mbit/s, if measured.json does not have it")
+    add("--local_mbit", type=float, help="rate inside a node in Mbit/s, if measured.json does not have it")
+    add("--depth", type=int, default=8, help="layers of the projected model")
+    add("--layer_mib", type=float, default=256, help="MiB of weights in each layer of the projected model")
+    add("--json", type=Path, metavar="FILE", help="write the fit, the check and the projection as JSON")
     return parser.parse_args(command_line)
 
 
 def main() -> int:
-    """Fit, check, project."""
+    """Fit, check, project. Exit status: 0, or 2 if measured.json is unusable."""
     arguments = parse_arguments()
-    benchmark = read(arguments.measured)
+    try:
+        benchmark = read(arguments.measured)
+    except (OSError, ValueError) as error:
+        print(f"sharding_projection: {arguments.measured}: {error}", file=sys.stderr)
+        return 2
     link_mbit, local_mbit = arguments.link_mbit or benchmark.link_mbit, arguments.local_mbit or benchmark.local_mbit
     if not (link_mbit and local_mbit):
         print(
-            f"sharding_projection: {arguments.measured} was measured on links of no known rate. Say --link_mbit and "
+            f"sharding_projection: {arguments.measured} does not say the links' rates. Give --link_mbit and "
             "--local_mbit.",
             file=sys.stderr,
         )
         return 2
-    measured, forward_seconds = benchmark.results, benchmark.compute_ms / 1e3
-    first = measured[0]
-    here = Machine(first.nodes, first.ranks // first.nodes, link_mbit * 125e3, local_mbit * 125e3, True)
-    here = fitted(here, measured, forward_seconds)
-    console = Console()
-    console.print(f"fitted: {here.efficiency:.0%} of the nominal rates, {here.latency * 1e3:.0f} ms a collective")
-    check = Table("depth", "scheme", "measured s", "simulated s", "off by", box=None, pad_edge=False)
-    for result in measured:
-        if result.scheme in ("fsdp", "hsdp_sync", "hsdp") and result.seconds:
-            off, seconds = deviation(here, result, forward_seconds), statistics.median(result.seconds)
-            check.add_row(
-                str(result.depth), result.scheme, f"{seconds:.2f}", f"{seconds * (1 + off):.2f}", f"{off:+.0%}"
-            )
-    console.print(check)
-    papers = Machine(32, 8, 25e9, 600e9, False, here.efficiency, 0.0)
-    size = arguments.layer_mib * 2**20
-    flat = papers.flat_ring(size)
-    console.print(
-        f"\n32 x 8 A100 (paper 4.4), {arguments.depth} layers of {arguments.layer_mib:g} MiB, the efficiency above, no "
-        f"latency; gathering a layer over all ranks takes {flat * 1e3:.1f} ms. Left out: {LEFT_OUT}"
+    first = benchmark.results[0]
+    nominal = Machine(
+        nodes=first.nodes,
+        ranks_per_node=first.ranks // first.nodes,
+        link=link_mbit * 125e3,
+        fabric=local_mbit * 125e3,
+        is_fabric_shared=True,
     )
-    band = Table("a layer's forward, ms", "hsdp / fsdp", "hsdp / hsdp_sync", box=None, pad_edge=False)
-    for share in (0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0):
-        times = {
-            scheme: step_seconds(scheme, papers, arguments.depth, size, share * flat)
-            for scheme in ("fsdp", "hsdp_sync", "hsdp")
-        }
-        band.add_row(
-            f"{share * flat * 1e3:.1f}",
-            f"{times['fsdp'] / times['hsdp']:.2f}",
-            f"{times['hsdp_sync'] / times['hsdp']:.2f}",
-        )
-    console.print(band)
-    console.print(f"the paper's figure is {PAPERS_GAIN}x over FSDP; where in this band it lies, it doesn't say")
+    fit = fitted(nominal, benchmark.results, benchmark.compute_ms / 1e3)
+    checks = check(benchmark, fit)
+    papers = Machine(
+        nodes=32, ranks_per_node=8, link=25e9, fabric=600e9, is_fabric_shared=False, efficiency=fit.efficiency
+    )
+    gains = project(papers, arguments.depth, arguments.layer_mib * 2**20)
+    show(fit, checks, papers, gains, f"{arguments.depth} layers of {arguments.layer_mib:g} MiB")
+    if arguments.json:
+        content = {"fit": asdict(fit), "check": [asdict(each) for each in checks]}
+        content |= {"paper": asdict(papers), "projection": [asdict(gain) for gain in gains]}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 

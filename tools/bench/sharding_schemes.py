@@ -1,4 +1,4 @@
-"""The sharding schemes that are compared, what each sends between nodes in theory, and what was measured of them."""
+"""The sharding schemes of tools/bench/sharding.py, what each sends between nodes in theory, and the results."""
 
 import json
 import statistics
@@ -7,17 +7,19 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+JOB_FILE = "job.json"  # in --output, what one job's rank 0 writes
 BATCH = 16
-"""Examples of a rank's step."""
+"""Examples per rank and step."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to share the dense part. stage None is torch's FSDP2, on a flat or a two-level mesh.
+    """A way to shard the dense part. stage: of ZeRO; None is torch's FSDP2, on a flat or a two-level mesh.
 
-    passes: how often the whole model crosses the ring of all ranks in a step; hybrid schemes cross nodes in an
-    all-reduce of the shards alone. keeps_last: the matrix at which the forward turns round isn't gathered again.
-    is_apart: it changes its process for good, so each depth has a job of its own and isn't interleaved with the others.
+    passes: how often the whole model passes through the ring of all ranks in a step. A hybrid scheme has none: its only
+    traffic between nodes is the all-reduce of the shards. keeps_last: the last matrix of the forward pass is still
+    gathered when the backward pass starts. is_apart: the scheme changes its process permanently, so each depth is a job
+    of its own, which takes no turns with other schemes.
     """
 
     name: str
@@ -29,7 +31,7 @@ class Scheme:
     is_apart: bool = False
 
     def bytes_sent(self, model_bytes: int, matrix_bytes: int, nodes: int, ranks: int) -> float:
-        """What leaves a node in a step, in theory."""
+        """Bytes that a node sends per step, in theory."""
         if self.is_hybrid:
             return 2 * model_bytes * (nodes - 1) / nodes
         return (self.passes * model_bytes - self.keeps_last * matrix_bytes) * (ranks - 1) / ranks
@@ -45,7 +47,7 @@ SCHEMES = {
         Scheme("hsdp", 3, is_hybrid=True),
         Scheme("torch_fsdp", None, passes=3),
         Scheme("torch_hsdp", None, is_hybrid=True),
-        # Gathered over all ranks in the forward and within the node in the backward, reduced over all ranks.
+        # Gathers over all ranks in the forward pass and within the node in the backward pass; reduces over all ranks.
         Scheme("hpz", 3, passes=2, is_apart=True),
     )
 }
@@ -53,11 +55,11 @@ SCHEMES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """One scheme at one depth. seconds: of a step, one a round; none where it ran out of memory.
+    """One scheme at one depth. seconds: one value per round; empty if the scheme ran out of memory.
 
-    bytes_sent: that left node 0 in a step; None without the interface whose counter says it. matrix_bytes: of one
-    layer's largest matrix. peak_mib: of rank 0 over what it had before the model, None if it wasn't asked for;
-    infinite where it ran out of memory.
+    bytes_sent: what node 0 sent per step; None without the interface that counts it. matrix_bytes: of a layer's largest
+    matrix. peak_mib: what rank 0 allocated beyond what it had before the model; None if it was not measured, infinite
+    if the scheme ran out of memory.
     """
 
     scheme: str
@@ -72,26 +74,26 @@ class Measured:
 
     @property
     def fits(self) -> bool:
-        """Whether it ran in the memory that it had."""
+        """Whether the scheme had enough memory."""
         return bool(self.seconds) and self.peak_mib != inf
 
     @property
     def samples_per_second(self) -> float:
-        """Of all ranks together, at the median step."""
+        """Samples per second of all ranks, by the median step."""
         return BATCH * self.ranks / statistics.median(self.seconds)
 
     @property
     def bytes_in_theory(self) -> float:
-        """What a ring moves."""
+        """What node 0 sends per step, in theory."""
         return SCHEMES[self.scheme].bytes_sent(self.model_bytes, self.matrix_bytes, self.nodes, self.ranks)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured, and under what: measured.json.
+    """The results and their conditions: measured.json.
 
-    link_mbit, local_mbit: rates of a node's link and inside it, None where nothing limited them. compute_ms: the sleep
-    in a layer's forward; its backward has twice that.
+    link_mbit, local_mbit: rates of a node's link and inside a node; None on a cluster that nothing limits. compute_ms:
+    the sleep in a layer's forward; its backward sleeps twice as long.
     """
 
     link_mbit: float | None
@@ -105,7 +107,11 @@ class Benchmark:
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def read(path: Path) -> Benchmark:
-    """The benchmark that measured.json holds."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+def benchmark_of(values: dict[str, Any]) -> Benchmark:
+    """The benchmark in the content of measured.json."""
     return Benchmark(**values | {"results": [Measured(**result) for result in values["results"]]})
+
+
+def read(path: Path) -> Benchmark:
+    """The benchmark in a measured.json."""
+    return benchmark_of(json.loads(path.read_text(encoding="utf-8")))

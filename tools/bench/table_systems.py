@@ -1,4 +1,4 @@
-"""What tools/bench/tables.py compares: systems that look up a batch's ids and update their tables in a backward."""
+"""The systems of tools/bench/tables.py. Each looks up a batch's ids, and updates its tables in the backward."""
 
 import json
 import tempfile
@@ -27,7 +27,7 @@ CRITEO = (
     1460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5_683, 8_351_593, 3_194, 27, 14_992, 5_461_306,
     10, 5_652, 2_173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572,
 )  # fmt: skip
-"""Rows of the Criteo Kaggle data's tables."""
+"""Rows of the 26 tables of the Criteo Kaggle data."""
 LEARNING_RATE = 0.01
 FP16, ROUNDED = "ours fp16", "ours fp16 rounded"
 OURS = {
@@ -38,12 +38,12 @@ OURS = {
 }
 TORCHREC, EMBEDDING_BAG = "torchrec", "embedding bag"
 OPTIMIZER = {EMBEDDING_BAG: "adagrad"}
-"""Row-wise Adagrad in all others; torch has none."""
+"""The other systems have row-wise Adagrad, which torch does not have."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is looked up. batch_size: of a rank."""
+    """The lookups that are timed. batch_size: examples per rank."""
 
     ranks: int
     dim: int
@@ -53,16 +53,16 @@ class Case:
 
     @property
     def tables(self) -> tuple[SparseFeature, ...]:
-        """Criteo's, capped."""
+        """Criteo's tables, with at most max_rows rows."""
         return tuple(SparseFeature(f"C{i}", min(rows, self.max_rows)) for i, rows in enumerate(CRITEO))
 
 
 Step = tuple[Callable[[SparseIds], Tensor], Callable[[Tensor], None]]
-"""Forward: ids to embeddings; backward with the update: from their gradient."""
+"""A forward, from ids to embeddings or a loss, and a backward that also updates the tables."""
 
 
 def build(system: str, case: Case, topology: Topology, *, whole_step: bool = False) -> Step:
-    """One of them; whole_step: with a dense part around the tables. Communicates; all ranks call it."""
+    """The step of a system. whole_step: with a dense part on the tables. Communicates; all ranks call it."""
     if system in OURS:
         return (build_training if whole_step else build_ours)(case, topology, **OURS[system])
     return {TORCHREC: build_torchrec, EMBEDDING_BAG: build_embedding_bag}[system](case, topology)
@@ -81,7 +81,7 @@ def build_ours(case: Case, topology: Topology, **options: Any) -> Step:
 
 
 def build_training(case: Case, topology: Topology, **options: Any) -> Step:
-    """This project's tables under a DHEN of two layers: whole training steps, on random labels."""
+    """This project's tables under a DHEN of two layers: whole training steps, with random labels."""
     wires = options.pop("wires", None)
     if wires is not None:
         options["all_to_all_dtype"] = {"forward": wires.forward.dtype, "backward": wires.backward.dtype}
@@ -108,7 +108,7 @@ def build_training(case: Case, topology: Topology, **options: Any) -> Step:
 
 
 def _with_section(section: dict[str, Any]) -> Path:
-    """ds_configs/zero2.json with this in its "dhen" section."""
+    """A copy of ds_configs/zero2.json with this "dhen" section."""
     raw = json.loads((ROOT / "ds_configs/zero2.json").read_text(encoding="utf-8"))
     path = Path(tempfile.mkdtemp()) / "zero2.json"
     path.write_text(json.dumps(raw | {"dhen": section}), encoding="utf-8")
@@ -116,7 +116,7 @@ def _with_section(section: dict[str, Any]) -> Path:
 
 
 def build_torchrec(case: Case, topology: Topology) -> Step:
-    """TorchRec's DistributedModelParallel, table-wise, its planner's own choice of ranks."""
+    """TorchRec's DistributedModelParallel with table-wise sharding; its planner chooses the ranks."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor
     from torchrec.distributed import DistributedModelParallel

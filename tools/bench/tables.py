@@ -1,12 +1,14 @@
-"""Embedding tables by themselves: this project's, TorchRec's, and nn.EmbeddingBag under DDP, interleaved in one run.
+"""Compares embedding tables (paper 3.1, figure 4): this project's, TorchRec's, and nn.EmbeddingBag under DDP.
 
     pip install -e '.[bench]' && pip install --no-deps torchrec==1.8.0
     python tools/bench/tables.py --ranks 1 2 4 --dims 16 64 128
 
-Twenty-six tables of Criteo's sizes, capped at --max_rows so that EmbeddingBag's copies on every rank fit; a step looks
-ids up and sends back a gradient of ones, and the optimizer (row-wise Adagrad; Adagrad for EmbeddingBag, which has no
-row-wise) updates the tables. The dense model is left out, so nothing is there to overlap with; with --whole_step
-there is one, of two layers, and only this project's variants are compared: what stochastic rounding costs a training.
+The tables are 26 with Criteo's numbers of rows, but at most --max_rows, so that the copies of EmbeddingBag fit on every
+rank. A step looks ids up and sends back a gradient of ones; then the optimizer updates the tables. It is row-wise
+Adagrad, and plain Adagrad for EmbeddingBag, because torch has no row-wise one. The systems take turns in each round.
+
+There is no dense model, so nothing overlaps with the all-to-all. With --whole_step there is a dense model of two
+layers, and only this project's variants are compared. That shows what stochastic rounding costs in training.
 """
 
 import sys
@@ -17,9 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 import argparse
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,14 +33,16 @@ from dhen.model.features import SparseIds
 from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, lookup_work, update_work
+from tools.bench.clock import now, slowest
+from tools.bench.launch import argument_parser, is_rank, results_of_ranks
 from tools.bench.table_systems import EMBEDDING_BAG, FP16, OPTIMIZER, OURS, ROUNDED, TORCHREC, Case, build
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One system in one case; seconds of each round, the slowest rank's. cpu_seconds: of all ranks together.
+    """One system in one case: the slowest rank's seconds in each round. cpu_seconds: the sum over the ranks.
 
-    bandwidth_share: of the tables' traffic in memory, over that of a plain copy by all ranks at once.
+    bandwidth_share: bytes per second of the tables' memory traffic, over those of a plain copy by all ranks at once.
     """
 
     system: str
@@ -52,40 +54,40 @@ class Measured:
 
     @property
     def seconds(self) -> list[float]:
-        """Of whole steps."""
+        """Seconds of whole steps."""
         return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
 
     @property
-    def cpu_microseconds_a_sample(self) -> float:
-        """Of all threads of all ranks."""
+    def cpu_microseconds_per_sample(self) -> float:
+        """CPU time of all threads of all ranks."""
         return 1e6 * statistics.median(self.cpu_seconds) / (self.case.ranks * self.case.batch_size)
 
 
 def measure(
     case: Case, systems: Sequence[str], rounds: int, topology: Topology, *, whole_step: bool = False
 ) -> list[Measured]:
-    """All systems, a step of each a round. Communicates; all ranks call it."""
+    """Measure all systems, one step each per round. Communicates; all ranks call it."""
     steps = {system: build(system, case, topology, whole_step=whole_step) for system in systems}
     batches = [make_batch(case, topology, seed) for seed in range(4)]
     times: dict[str, list[list[float]]] = {system: [] for system in steps}
-    for round_number in range(-2, rounds):  # the first two are for warming up
+    for round_number in range(-2, rounds):  # the first two rounds warm up
         for system, (forward, backward) in steps.items():
             topology.barrier()
-            start, cpu = clock(topology), time.process_time()
+            start, cpu = now(topology.device), time.process_time()
             embeddings = forward(batches[round_number % len(batches)])
-            middle = clock(topology)
+            middle = now(topology.device)
             backward(embeddings)
-            end = clock(topology)
+            end = now(topology.device)
             if round_number >= 0:
                 times[system].append([middle - start, end - middle, time.process_time() - cpu])
     copied = copy_bandwidth(topology)
     results = []
     for system, of_system in times.items():
-        slowest = torch.tensor(of_system, dtype=torch.float64, device=topology.device)
-        total = slowest.clone()
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        longest = torch.tensor(of_system, dtype=torch.float64, device=topology.device)
+        total = longest.clone()
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
         dist.all_reduce(total)
-        forward, backward, _ = slowest.T.tolist()
+        forward, backward, _ = longest.T.tolist()
         result = Measured(system, case, forward, backward, total[:, 2].tolist(), 0.0)
         share = table_bytes(case, system) / statistics.median(result.seconds) / copied
         results.append(replace(result, bandwidth_share=share))
@@ -93,7 +95,7 @@ def measure(
 
 
 def table_bytes(case: Case, system: str) -> float:
-    """Memory traffic of a step's lookups and updates on all ranks, with the system's own dtype and optimizer."""
+    """Bytes that all ranks' lookups and updates of a step read and write, with the system's dtype and optimizer."""
     setting = StepSetting(
         case.ranks,
         case.ranks,
@@ -111,22 +113,20 @@ def table_bytes(case: Case, system: str) -> float:
 
 
 def copy_bandwidth(topology: Topology) -> float:
-    """Bytes a second, read and written, of a copy by all ranks at once. Communicates; all ranks call it."""
+    """Bytes per second that all ranks together read and write in a plain copy. Communicates; all ranks call it."""
     source = torch.ones(2**24, device=topology.device)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(5):
         topology.barrier()
-        start = clock(topology)
+        start = now(topology.device)
         target.copy_(source)
-        seconds.append(clock(topology) - start)
-    slowest = torch.tensor(statistics.median(seconds), device=topology.device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return topology.world_size * 2 * source.numel() * 4 / float(slowest)
+        seconds.append(now(topology.device) - start)
+    return topology.world_size * 2 * source.numel() * 4 / slowest(topology, statistics.median(seconds))
 
 
 def make_batch(case: Case, topology: Topology, seed: int) -> SparseIds:
-    """Uniform ids; the same for all systems."""
+    """Uniform ids of this rank's examples; the same for all systems."""
     generator = torch.Generator().manual_seed(1000 * seed + topology.rank)
     count = case.batch_size * case.ids_per_bag
     ids = torch.cat([torch.randint(0, t.num_embeddings, (count,), generator=generator) for t in case.tables])
@@ -134,18 +134,11 @@ def make_batch(case: Case, topology: Topology, seed: int) -> SparseIds:
     return SparseIds(ids, len(case.tables), lengths if case.ids_per_bag > 1 else None).to(topology.device)
 
 
-def clock(topology: Topology) -> float:
-    """Seconds, when all that was started on the device is done."""
-    if topology.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def show(results: Sequence[Measured]) -> None:
-    """One row a system and case, with its speed over TorchRec's and over EmbeddingBag's where they ran."""
+    """One row per case and system, with its speed over TorchRec's and over EmbeddingBag's if they ran."""
     table = Table(box=None, pad_edge=False)
-    bases = {TORCHREC: "TorchRec", EMBEDDING_BAG: "Bag"}
-    bases = {base: name for base, name in bases.items() if any(result.system == base for result in results)}
+    names = {TORCHREC: "TorchRec", EMBEDDING_BAG: "Bag"}
+    bases = {base: name for base, name in names.items() if any(result.system == base for result in results)}
     columns = ["ranks", "dim", "ids", "system", "ms", "CPU us"]
     for name in bases.values():
         columns += [f"x {name}", "from-to", "forward", "backward"]
@@ -155,26 +148,27 @@ def show(results: Sequence[Measured]) -> None:
         case = result.case
         of_case = {other.system: other for other in results if other.case == case}
         cells = [str(case.ranks), str(case.dim), str(case.ids_per_bag), result.system]
-        cells += [f"{1e3 * statistics.median(result.seconds):.1f}", f"{result.cpu_microseconds_a_sample:.1f}"]
+        cells += [f"{1e3 * statistics.median(result.seconds):.1f}", f"{result.cpu_microseconds_per_sample:.1f}"]
         for base in bases:
             cells += ratios(of_case[base], result) if base in of_case else ["", "", "", ""]
         table.add_row(*cells, f"{result.bandwidth_share:.0%}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    print("ms: median step; CPU us: of all ranks, an example; x: speed over the other's by median steps, from-to over")
-    print("rounds, then of forward and backward alone; bandwidth: the tables' memory traffic over a plain copy's")
+    print("ms: the median step. CPU us: CPU microseconds per example. bandwidth: memory traffic over a plain copy's.")
+    if bases:
+        print(f"x {', x '.join(bases.values())}: times as fast, by medians; then the range over the rounds, and the")
+        print("same for the forward and the backward alone.")
     for case in dict.fromkeys(result.case for result in results):
         of_case = {result.system: result for result in results if result.case == case}
         if FP16 in of_case and ROUNDED in of_case:
             whole, spread, *_ = ratios(of_case[ROUNDED], of_case[FP16])
-            at = f"{case.ranks} ranks, dim {case.dim}, {case.ids_per_bag} ids a bag"
-            cpu = of_case[ROUNDED].cpu_microseconds_a_sample / of_case[FP16].cpu_microseconds_a_sample
-            print(
-                f"stochastic rounding, {at}: {whole} times ({spread}) the step to nearest, {cpu:.2f} times its CPU time"
-            )
+            at = f"{case.ranks} ranks, dim {case.dim}, {case.ids_per_bag} ids per bag"
+            cpu = of_case[ROUNDED].cpu_microseconds_per_sample / of_case[FP16].cpu_microseconds_per_sample
+            costs = f"{whole} times ({spread}) the seconds and {cpu:.2f} times the CPU time of rounding to nearest"
+            print(f"stochastic rounding, {at}: {costs}")
 
 
 def ratios(base: Measured, result: Measured) -> list[str]:
-    """How many times as fast as `base`: by medians, from-to over rounds, forward, backward."""
+    """How many times as fast as `base`: by medians, the range over the rounds, the forward, the backward."""
     whole, forward, backward = (
         statistics.median(getattr(base, part)) / statistics.median(getattr(result, part))
         for part in ("seconds", "forward", "backward")
@@ -184,62 +178,63 @@ def ratios(base: Measured, result: Measured) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The arguments; the ranks get the same."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line, which the ranks get too."""
+    parser = argument_parser(__doc__)
     systems = [*OURS, TORCHREC, EMBEDDING_BAG]
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128], help="embedding dimensions")
-    parser.add_argument("--ids_per_bag", type=int, nargs="+", default=[1, 20], help="ids of each bag")
-    parser.add_argument("--batch_size", type=int, default=4096, help="examples of a rank")
-    parser.add_argument("--max_rows", type=int, default=100_000, help="cap of a table's rows")
-    parser.add_argument("--rounds", type=int, default=9, help="measured steps of each system")
-    parser.add_argument("--systems", nargs="+", default=systems, choices=systems, help="what is compared")
-    parser.add_argument("--whole_step", action="store_true", help="with a dense part, this project's variants alone")
-    parser.add_argument("--output", default="runs/bench_tables.json", help="the file to write")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ids_per_bag", type=int, nargs="+", default=[1, 20], help="ids per bag")
+    parser.add_argument("--batch_size", type=int, default=4096, help="examples per rank")
+    parser.add_argument("--max_rows", type=int, default=100_000, help="most rows of a table")
+    parser.add_argument("--rounds", type=int, default=9, help="measured steps per system")
+    parser.add_argument("--systems", nargs="+", default=systems, choices=systems, help="systems to compare")
+    parser.add_argument("--whole_step", action="store_true", help="train with a dense part; this project's tables only")
+    parser.add_argument("--output", default="runs/bench_tables.json", help="JSON file to write")
     arguments = parser.parse_args()
     arguments.systems = [system for system in arguments.systems if system in OURS or not arguments.whole_step]
     if TORCHREC in arguments.systems and importlib.util.find_spec("torchrec") is None:
         arguments.systems.remove(TORCHREC)
-        if "RANK" not in os.environ:
-            print("torchrec isn't installed, so it is left out; the first line of --help installs it", file=sys.stderr)
+        if not is_rank():
+            print("torchrec is not installed, so it is left out; --help shows how to install it", file=sys.stderr)
     if not arguments.systems:
-        parser.error("nothing is left to compare.")
+        parser.error("--systems names no system that can run. Name one of this project's.")
     return arguments
 
 
-def work(arguments: argparse.Namespace) -> None:
-    """One rank's part, for its number of ranks."""
-    topology = job.start()
+def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
+    """Compare the systems in all cases on the job's ranks. Communicates; all ranks call it."""
     results = []
     for dim in arguments.dims:
         for ids_per_bag in arguments.ids_per_bag:
             case = Case(topology.world_size, dim, ids_per_bag, arguments.batch_size, arguments.max_rows)
             results += measure(case, arguments.systems, arguments.rounds, topology, whole_step=arguments.whole_step)
-    if topology.is_main:
-        Path(arguments.output).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
-    job.stop()
+    return results
+
+
+def write(results: Sequence[Measured], output: Path) -> None:
+    """Write the results as JSON."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
 
 
 def main() -> int:
     """Measure each number of ranks in a job of its own, and show all."""
     arguments = parse_arguments()
-    if "RANK" in os.environ:
-        work(arguments)
-        return 0
     output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    everything = []
+    if is_rank():
+        topology = job.start()
+        results = measure_all(topology, arguments)
+        if topology.is_main:
+            write(results, output)
+        job.stop()
+        return 0
+    results = []
     for ranks in arguments.ranks:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | os.environ
-        done = subprocess.run([*launcher, __file__, *sys.argv[1:]], env=environment)
-        if done.returncode:
-            return done.returncode
-        everything += json.loads(output.read_text())
-    output.write_text(json.dumps(everything, indent=2) + "\n")
-    show([Measured(**{**entry, "case": Case(**entry["case"])}) for entry in everything])
-    print(f"written to {output}")
+        values = results_of_ranks(ranks, __file__)
+        results += [Measured(**value | {"case": Case(**value["case"])}) for value in values]
+        write(results, output)
+    show(results)
+    print(f"{output} has the results")
     return 0
 
 

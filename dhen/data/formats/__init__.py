@@ -1,1 +1,1 @@
-"""Readers of raw files: blocks of rows in, columns out."""
+"""Readers for raw files. They yield blocks of rows as typed columns."""

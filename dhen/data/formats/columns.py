@@ -1,6 +1,6 @@
-"""Columns of text (or of whatever a Parquet file holds) as the typed columns of a `RawChunk`, all rows at once.
+"""Converts raw columns (text, or any type in a Parquet file) to the typed columns of a `RawChunk`, all rows at once.
 
-Each function returns the values and complains about the rows that it can't read to the chunk's `RowChecks`.
+Each function returns the values and reports the rows that it cannot read to the chunk's `RowChecks`.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from dhen.data.formats.raw_rows import RowChecks
 from dhen.data.formats.roles import SparseRole
 
-A_NUMBER = "a finite number of at most 3.4e38"
+A_NUMBER = "a finite number up to 3.4e38"
 _HEX = np.zeros(256, dtype=bool)
 _HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
 
@@ -19,7 +19,7 @@ _HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
 def label_column(
     values: pa.Array, name: str, checks: RowChecks, *, is_required: bool, minus_one: bool = False
 ) -> pa.Array:
-    """0 or 1 as float32; NaN for a blank where labels aren't required. `minus_one`: -1 means 0 too (libsvm)."""
+    """Return labels as float32: 0, 1, or NaN if blank and labels are optional. `minus_one`: -1 means 0 (libsvm)."""
     numbers, unread = parse_numbers(values, pl.Float64)
     is_blank = np.isnan(numbers) & ~unread
     allowed = (numbers == 0) | (numbers == 1) | ((numbers == -1) & minus_one)
@@ -29,32 +29,36 @@ def label_column(
 
 
 def no_labels(num_rows: int) -> pa.Array:
-    """The label column of rows whose label is unknown: NaN."""
+    """Return the label column for rows without labels: NaN."""
     return pa.array(np.full(num_rows, np.nan, dtype=np.float32), from_pandas=False)
 
 
 def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Integers as float64, null where blank."""
+    """Return integers as float64, null if blank."""
     numbers, unread = parse_numbers(values, pl.Int64)
-    checks.refuse(unread, lambda i: f"column {name!r}: {_shown(values, i)} isn't an integer; write digits or a blank")
+    checks.refuse(
+        unread, lambda i: f"column {name!r}: {_shown(values, i)} is not an integer; use digits or leave it blank"
+    )
     return pa.array(numbers, from_pandas=True)
 
 
 def number_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Finite numbers as float64, null where blank or NaN."""
+    """Return finite numbers as float64, null if blank or NaN."""
     numbers, unread = parse_numbers(values, pl.Float64)
     is_bad = unread | ~(fit_float32(numbers) | np.isnan(numbers))
-    checks.refuse(is_bad, lambda i: f"column {name!r}: {_shown(values, i)} isn't {A_NUMBER}; write one or a blank")
+    checks.refuse(
+        is_bad, lambda i: f"column {name!r}: {_shown(values, i)} is not {A_NUMBER}; correct it or leave it blank"
+    )
     return pa.array(numbers, from_pandas=True)
 
 
 def fit_float32(numbers: np.ndarray) -> np.ndarray:
-    """Mask of the numbers that stay finite in the prepared folder."""
+    """Return a mask of the numbers that are finite in float32."""
     return np.abs(numbers) <= np.finfo(np.float32).max
 
 
 def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Ids of one to eight hex digits, in lower case, null where blank."""
+    """Return ids of one to eight hex digits in lower case, null if blank."""
     offsets, data = string_buffers(values)
     lengths = np.diff(offsets)
     digits = data[offsets[0] : offsets[-1]]
@@ -64,7 +68,9 @@ def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
         is_bad = (np.diff(wrong_up_to[offsets - offsets[0]]) > 0) | (lengths > 8)
         checks.refuse(
             is_bad,
-            lambda i: f"column {name!r}: the id {_shown(values, i)} isn't hex; write 1 to 8 of 0-9 a-f, or a blank",
+            lambda i: (
+                f"column {name!r}: the id {_shown(values, i)} is not hex; use 1 to 8 of 0-9 a-f, or leave it blank"
+            ),
         )
     has_capitals = ((digits >= ord("A")) & (digits <= ord("F"))).any()
     return pc.ascii_lower(values) if has_capitals else values
@@ -73,7 +79,7 @@ def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
 def sparse_columns(
     columns: dict[str, pa.Array], role: SparseRole, checks: RowChecks
 ) -> tuple[pa.Array, pa.Array | None]:
-    """A sparse feature by its role: (keys, weights or None). A key is the text of the id, so that 7 and "7" agree."""
+    """Return (keys, weights or None) of a sparse feature. A key is the id as text, so 7 and "7" are the same key."""
     values = columns[role.source]
     if not role.is_multi_valued:
         keys = key_strings(values, role.source, checks)
@@ -91,12 +97,12 @@ def sparse_columns(
     checks.refuse(
         lengths != weight_lengths,
         lambda i: (
-            f"column {role.source!r} has {lengths[i]} ids and {role.weights!r} {weight_lengths[i]} weights; "
-            f"give each id one weight"
+            f"column {role.source!r} has {lengths[i]} ids, but {role.weights!r} has {weight_lengths[i]} weights; "
+            f"give one weight per id"
         ),
     )
     agree = checks.is_good & (lengths == weight_lengths)
-    # Rows that don't agree are refused already: empty them, so that ids and weights stay in step.
+    # Rows that do not agree are already marked as bad. Empty them, so that ids and weights stay aligned.
     lists, weight_lists = (pc.if_else(pa.array(agree), one, pa.scalar([], one.type)) for one in (lists, weight_lists))
     lengths = np.where(agree, lengths, 0)
     keys = _keys_of_list(lists, lengths, role.source, checks)
@@ -104,21 +110,21 @@ def sparse_columns(
     numbers, _ = parse_numbers(pc.list_flatten(weight_lists), pl.Float64)
     keep = _is_present(keys)
     is_bad = np.bincount(rows, weights=~fit_float32(numbers) & keep, minlength=len(lengths)) > 0
-    checks.refuse(is_bad, lambda i: f"column {role.weights!r}: not every weight is {A_NUMBER}")
-    with np.errstate(over="ignore"):  # of a row that is refused
+    checks.refuse(is_bad, lambda i: f"column {role.weights!r}: a weight is not {A_NUMBER}")
+    with np.errstate(over="ignore"):  # only in bad rows
         weights = pa.array(numbers.astype(np.float32), from_pandas=False)
     return lists_of(lengths, keys, keep=keep), lists_of(lengths, weights, keep=keep)
 
 
 def key_strings(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Single ids as text, null where blank."""
+    """Return single ids as text, null if blank."""
     keys, is_bad = _keys(values)
     checks.refuse(is_bad, lambda i: f"column {name!r}: the id {_shown(values, i)} is neither text nor an integer")
     return keys
 
 
 def string_buffers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """(offsets, bytes) of a string array, without a copy: value i is data[offsets[i] : offsets[i + 1]]."""
+    """Return (offsets, data) of a string array without copying. Value i is data[offsets[i] : offsets[i + 1]]."""
     assert pa.types.is_string(values.type), values.type
     _, offsets, data = values.buffers()
     if len(values) == 0:
@@ -129,7 +135,7 @@ def string_buffers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray, np.ndarray]:
-    """(float64 with NaN where blank or unreadable, mask of the unreadable)."""
+    """Return (numbers, unread): float64, NaN for blank or unreadable values, and a mask of the unreadable ones."""
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
     series = pl.Series(pl.from_arrow(values))
@@ -139,7 +145,7 @@ def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray
 
 
 def _keys(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """(text, mask of those that aren't ids). Floats are ids where they are whole: pandas makes them of integers."""
+    """Return (text, mask of non-ids). Whole floats are ids, because pandas stores integers with blanks as floats."""
     none_bad = np.zeros(len(values), dtype=bool)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -167,7 +173,7 @@ def _keys_of_list(lists: pa.Array, lengths: np.ndarray, name: str, checks: RowCh
 
 
 def _split(values: pa.Array, separator: str | None) -> pa.Array:
-    """Lists: the file's own, the parts of a text, or the one value that there is."""
+    """Return lists: those in the file, a text split at the separator, or one-value lists."""
     if pa.types.is_list(values.type):
         return values
     if pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
@@ -188,7 +194,7 @@ def _is_present(keys: pa.Array) -> np.ndarray:
 
 
 def lists_of(lengths: np.ndarray, values: pa.Array, keep: np.ndarray | None = None) -> pa.Array:
-    """Lists of the given lengths over flat values; those outside `keep` are left out."""
+    """Return lists of the given lengths over flat values, without the values that are not in `keep`."""
     if keep is not None and not keep.all():
         kept_up_to = np.concatenate(([0], np.cumsum(keep)))
         offsets = kept_up_to[np.concatenate(([0], np.cumsum(lengths)))]

@@ -1,6 +1,6 @@
-"""Criteo's click logs: tab-separated, without header: label, 13 integers (I1-I13), 26 categories in hex (C1-C26).
+"""Criteo's click logs: tab-separated, no header; label, 13 integers (I1-I13), 26 categories in hex (C1-C26).
 
-Blank means missing. Where labels aren't required, the file may be Criteo's own test set, which has no label column.
+A blank is a missing value. If labels are optional, the file may lack the label column, like Criteo's own test set.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from functools import cached_property
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import Counted, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.raw_rows import CountCallback, RawChunk, RowChecks, ignore_counts
 from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole
 from dhen.data.schema import LABEL
 
@@ -27,7 +27,7 @@ class CriteoReader:
 
     @cached_property
     def roles(self) -> ColumnRoles:
-        """I1-I13 dense by log1p, C1-C26 sparse."""
+        """I1-I13 are dense with log1p, C1-C26 are sparse."""
         return ColumnRoles(
             dense=tuple(DenseRole(name) for name in INTEGERS),
             sparse=tuple(SparseRole(name) for name in CATEGORIES),
@@ -36,7 +36,7 @@ class CriteoReader:
         )
 
     def chunks(self, file: str) -> Iterator[RawChunk]:
-        """The rows of `file` in order. Raises FileNotFoundError or DataError."""
+        """Yield the rows of `file` in order. Raises FileNotFoundError or DataError."""
         names = [LABEL, *INTEGERS, *CATEGORIES]
         if not self.is_label_required:
             tabs = [line.count("\t") for _, line in text_blocks.first_lines(file)]
@@ -45,13 +45,13 @@ class CriteoReader:
         for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
             yield self._typed(block, names)
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
-        """Lines of `file`."""
-        return text_blocks.count_lines(file, counted)
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
+        """Return the number of lines in `file`."""
+        return text_blocks.count_lines(file, on_count)
 
     def _typed(self, block: text_blocks.TextBlock, names: list[str]) -> RawChunk:
         strings, rows, bad = text_blocks.split_columns(block, names, delimiter="\t", quote=None)
-        raw = {name: text_blocks.one_array(strings[name]) for name in names}
+        raw = {name: strings[name].combine_chunks() for name in names}
         checks = RowChecks(block.file, rows, text_blocks.line_quoter(raw, "\t"))
         typed: dict[str, pa.Array] = {}
         if LABEL in raw:

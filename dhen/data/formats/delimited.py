@@ -1,6 +1,6 @@
-"""Delimited text (CSV, TSV and the like) whose columns a YAML schema names (dhen/data/formats/roles.py).
+"""Delimited text (CSV, TSV and the like). A YAML schema names the columns (dhen/data/formats/roles.py).
 
-Quoted values may hold the delimiter, but no line end.
+Quoted values may contain the delimiter, but no line breaks.
 """
 
 import csv
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, RowChecks, ignore_counts
 from dhen.data.formats.roles import ColumnRoles
 from dhen.data.schema import LABEL, weights_column
 
@@ -24,7 +24,7 @@ class DelimitedReader:
     block_bytes: int = text_blocks.BLOCK_BYTES
 
     def chunks(self, file: str) -> Iterator[RawChunk]:
-        """The rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for a column without role."""
+        """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
         names, header_rows = self._column_names(file)
         quote, delimiter = self.roles.quote, self.roles.delimiter
         quoting = text_blocks.Quoting(quote.encode(), delimiter.encode()) if quote is not None else None
@@ -37,18 +37,18 @@ class DelimitedReader:
                 quote=self.roles.quote,
                 null_values=self.roles.null_values,
             )
-            raw = {name: text_blocks.one_array(strings[name]) for name in names}
+            raw = {name: strings[name].combine_chunks() for name in names}
             checks = RowChecks(file, rows, text_blocks.line_quoter(raw, self.roles.delimiter))
             table = typed_table(raw, self.roles, checks, is_label_required=self.is_label_required)
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
-        """Lines of `file` after its header."""
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
+        """Return the number of lines in `file` after its header."""
         _, header_rows = self._column_names(file)
-        return text_blocks.count_lines(file, counted) - header_rows
+        return text_blocks.count_lines(file, on_count) - header_rows
 
     def _column_names(self, file: str) -> tuple[list[str], int]:
-        """(names, rows up to the header's end)."""
+        """Return (column names, number of rows up to and including the header)."""
         row, line = text_blocks.first_line(file)
         quoting = csv.QUOTE_NONE if self.roles.quote is None else csv.QUOTE_MINIMAL
         cells = next(csv.reader([line], delimiter=self.roles.delimiter, quotechar=self.roles.quote, quoting=quoting))
@@ -57,7 +57,9 @@ class DelimitedReader:
         else:
             names, header_rows = list(self.roles.columns), 0
             if not names:
-                raise DataError(f"{file}: the schema says `header: false` but names no columns. Add `columns: [...]`.")
+                raise DataError(
+                    f"{file}: the schema has `header: false` but no column names. Add `columns: [...]` to it."
+                )
         self.roles.check_columns(names, file, is_label_required=self.is_label_required)
         return names, header_rows
 
@@ -65,7 +67,7 @@ class DelimitedReader:
 def typed_table(
     raw: dict[str, pa.Array], roles: ColumnRoles, checks: RowChecks, *, is_label_required: bool
 ) -> pa.Table:
-    """The raw columns by their roles, as `RawChunk.table`; serves every format with named columns."""
+    """Convert raw columns to a `RawChunk.table` by their roles. Works for every format with named columns."""
     typed: dict[str, pa.Array] = {}
     if roles.label in raw:
         typed[LABEL] = columns.label_column(raw[roles.label], roles.label, checks, is_required=is_label_required)

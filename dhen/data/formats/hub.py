@@ -1,6 +1,6 @@
-"""Data sets of the Hugging Face hub, streamed through `datasets`; a YAML schema names their columns.
+"""Data sets on the Hugging Face hub, streamed through `datasets`. A YAML schema names the columns.
 
-A "file" is `name:split` here, and its rows are numbered from 1.
+Here a "file" is `name:split`, and its rows are numbered from 1.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import datasets
 import pyarrow as pa
 
 from dhen.data.formats.parquet import BATCH_ROWS, check_types, typed_chunk, used_columns
-from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, say_nothing
+from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, ignore_counts
 from dhen.data.formats.roles import ColumnRoles
 
 _SPLIT_NAMES = {
@@ -22,19 +22,19 @@ _SPLIT_NAMES = {
     "dev": "validation",
     "test": "test",
 }
-"""What hub data sets call a split, and what it is here."""
+"""Maps the hub's names for splits to ours."""
 
 
 @dataclass(frozen=True)
 class HubReader:
-    """Streams the splits of a data set, `owner/name` or `owner/name/configuration`; nothing is stored on disk."""
+    """Streams the splits of a data set, `owner/name` or `owner/name/configuration`, without storing it on disk."""
 
     roles: ColumnRoles
     is_label_required: bool = True
     batch_rows: int = BATCH_ROWS
 
     def chunks(self, file: str) -> Iterator[RawChunk]:
-        """The rows of a split in order. Raises DataError, or ValueError for a column without role."""
+        """Yield the rows of a split in order. Raises DataError, or ValueError for wrong columns."""
         row = 0
         is_checked = False
         for table in self._tables(file):
@@ -46,12 +46,12 @@ class HubReader:
             yield typed_chunk(raw, self.roles, file, row, self.is_label_required)
             row += table.num_rows
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
-        """Rows of a split, by streaming through it once."""
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
+        """Return the number of rows in a split, by streaming through it once."""
         rows = 0
         for table in self._tables(file):
             rows += table.num_rows
-            counted(rows, 0)
+            on_count(rows, 0)
         return rows
 
     def _tables(self, file: str) -> Iterator[pa.Table]:
@@ -64,7 +64,7 @@ class HubReader:
 
 
 def hub_splits(name: str) -> dict[str, str]:
-    """Our split names to the "files" of a data set. Raises DataError where it can't be reached or has none of them."""
+    """Return the "file" for each split, by our names. Raises DataError if the data set is unreachable or has none."""
     try:
         present = datasets.get_dataset_split_names(*_path_and_configuration(name))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -74,18 +74,21 @@ def hub_splits(name: str) -> dict[str, str]:
         ours = _SPLIT_NAMES.get(split)
         if ours in found:
             raise DataError(
-                f"{name}: it has the splits {found[ours].rpartition(':')[2]} and {split}, which both mean {ours} here. "
-                "Save the right one as Parquet files and give those."
+                f"{name}: the splits {found[ours].rpartition(':')[2]} and {split} both map to {ours}. "
+                "Save the right one as Parquet files and use those."
             )
         if ours is not None:
             found[ours] = f"{name}:{split}"
     if not found:
-        raise DataError(f"{name}: its splits are {', '.join(present)}; one of {', '.join(_SPLIT_NAMES)} is needed.")
+        raise DataError(
+            f"{name}: the splits are {', '.join(present)}, but at least one of {', '.join(_SPLIT_NAMES)} is needed. "
+            "Save the rows as Parquet files and use those."
+        )
     return found
 
 
 def hub_revision(file: str) -> str:
-    """A text that changes with the content of a split."""
+    """Return a string that changes whenever the content of a split changes."""
     name, split = file.rsplit(":", 1)
     try:
         builder = datasets.load_dataset_builder(*_path_and_configuration(name))
@@ -102,8 +105,8 @@ def _path_and_configuration(name: str) -> tuple[str, str | None]:
 
 
 def _reason(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     return (
-        f"there is no such path here, and it can't be read from the Hugging Face hub either ({said:.300}). Check the "
-        f"name and the connection."
+        f"no such local path, and the data set cannot be read from the Hugging Face hub ({text:.300}). Check the name "
+        f"and the connection."
     )

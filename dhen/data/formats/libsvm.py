@@ -1,23 +1,23 @@
-"""libsvm, libfm and libffm text: a label and tokens, separated by blanks.
+"""libsvm, libfm and libffm text: a label and tokens, separated by spaces.
 
-Two forms, told apart by what most of the first lines of the first file have:
+There are two forms. The more common one in the first lines of the first file is used:
 
     1 17:1 203:1 998:1        `id:value` (or a bare `id`): token i of a row is field i, from 1; every row has all fields
-    1 0:17:1 2:203:1          `field:id:value` (libffm): fields may be left out, which means blank
+    1 0:17:1 2:203:1          `field:id:value` (libffm): fields may be omitted, which means blank
 
-A sparse feature takes its ids; the value beside must be 1. Without a YAML schema the fields of the first line of
-that form are single-valued sparse features named by their numbers. A schema (roles.py) refers to fields by number:
+A sparse feature takes the ids, and each value must be 1. Without a YAML schema, the fields in the first line of that
+form become single-valued sparse features named by their numbers. A schema (roles.py) refers to fields by number:
 
     sparse:
       - 1
       - {name: user, column: "2"}
-      - {name: tags, column: "3", multi_valued: true}         # libffm: any number of tokens of field 3
-      - {name: words, column: "4", weights: value}            # and their values are the weights of the ids
+      - {name: tags, column: "3", multi_valued: true}         # libffm: any number of tokens in field 3
+      - {name: words, column: "4", weights: value}            # the values are the weights of the ids
     dense:
-      - {name: price, column: "5"}                            # takes the value, whatever the id
+      - {name: price, column: "5"}                            # takes the value and ignores the id
     ignored: [6]
 
-The labels may be 0 and 1, or -1 and 1. Comments (`# ...`) and `qid:` aren't part of the forms.
+Labels are 0 and 1, or -1 and 1. Comments (`# ...`) and `qid:` are not supported.
 """
 
 from collections.abc import Iterator
@@ -28,18 +28,18 @@ import polars as pl
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import BadRow, Counted, DataError, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.raw_rows import BadRow, CountCallback, DataError, RawChunk, RowChecks, ignore_counts
 from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole
 from dhen.data.schema import LABEL, weights_column
 
 _LIBFFM = 0
 VALUE = "value"
-"""What `weights` of a sparse feature says where the values beside its ids are their weights."""
+"""`weights` has this value in the schema if the values next to the ids are their weights."""
 
 
 @dataclass(frozen=True)
 class LibsvmReader:
-    """Reads both forms, plain or .gz. `num_fields` is None for libffm, whose tokens name their fields."""
+    """Reads both forms, plain or .gz. `num_fields` is None for libffm, where each token names its field."""
 
     roles: ColumnRoles
     num_fields: int | None
@@ -50,7 +50,7 @@ class LibsvmReader:
     def for_file(
         cls, file: str, roles: ColumnRoles | None, *, is_label_required: bool, block_bytes: int
     ) -> "LibsvmReader":
-        """A reader for the form of `file`. Raises DataError where no line has one, ValueError for wrong roles."""
+        """Return a reader for the form of `file`. Raises DataError for an unknown form, ValueError for wrong roles."""
         is_libffm, fields = _form(file)
         if roles is None:
             roles = ColumnRoles(sparse=tuple(SparseRole(field) for field in dict.fromkeys(fields)))
@@ -59,13 +59,13 @@ class LibsvmReader:
         return cls(roles, None if is_libffm else len(fields), is_label_required, block_bytes)
 
     def chunks(self, file: str) -> Iterator[RawChunk]:
-        """The rows of `file` in order. Raises FileNotFoundError or DataError."""
+        """Yield the rows of `file` in order. Raises FileNotFoundError or DataError."""
         for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
             yield self._typed(block)
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
-        """Lines of `file`."""
-        return text_blocks.count_lines(file, counted)
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
+        """Return the number of lines in `file`."""
+        return text_blocks.count_lines(file, on_count)
 
     def _typed(self, block: text_blocks.TextBlock) -> RawChunk:
         lines = _lines(block)
@@ -80,7 +80,7 @@ class LibsvmReader:
             counts = np.bincount(tokens.rows, minlength=len(lines))
             checks.refuse(
                 counts != self.num_fields,
-                lambda i: f"it has {counts[i]} fields, not {self.num_fields} as most of the first rows",
+                lambda i: f"the row has {counts[i]} fields, but most of the first rows have {self.num_fields}",
             )
         self._refuse_unknown_fields(tokens, checks)
         typed = {LABEL: label}
@@ -100,14 +100,14 @@ class LibsvmReader:
             checks.refuse(
                 is_bad,
                 lambda i: (
-                    f"field {role.source}: a value beside its id isn't 1. Values can be weights ({VALUE!r} as "
-                    f"`weights` in a schema), or the field is dense"
+                    f"field {role.source}: a value is not 1. If the values are weights, set `weights: {VALUE}` in the "
+                    f"schema; if they are numbers, list the field under dense"
                 ),
             )
         if not role.is_multi_valued:
             return {role.name: tokens.keys.take(self._single(tokens, role, checks))}
         where = tokens.of_field(role.source)
-        # An id left empty is no id.
+        # Skip empty ids.
         where = where[tokens.keys.is_valid().to_numpy(zero_copy_only=False)[where]]
         lengths = np.bincount(tokens.rows[where], minlength=len(checks.rows))
         lists = {role.name: columns.lists_of(lengths, tokens.keys.take(pa.array(where)))}
@@ -117,12 +117,14 @@ class LibsvmReader:
         return lists
 
     def _single(self, tokens: "_Tokens", role: DenseRole | SparseRole, checks: RowChecks) -> pa.Array:
-        """For each row the index of its one token of the field, null where it has none."""
+        """Return the index of each row's token in the field, null if the row has none."""
         where = tokens.of_field(role.source)
         counts = np.bincount(tokens.rows[where], minlength=len(checks.rows))
         checks.refuse(
             counts > 1,
-            lambda i: f"field {role.source} stands there {counts[i]} times. `multi_valued: true` in a schema allows it",
+            lambda i: (
+                f"field {role.source} appears {counts[i]} times. To allow this, set `multi_valued: true` in the schema"
+            ),
         )
         at = np.zeros(len(checks.rows), dtype=np.int64)
         at[tokens.rows[where]] = where
@@ -138,15 +140,15 @@ class LibsvmReader:
         checks.refuse(
             is_bad,
             lambda i: (
-                f"it has a field other than {', '.join(known):.100}; the fields are those of the first good "
-                f"row, or those that --dataset_schema lists"
+                f"the row has a field other than {', '.join(known):.100}. The fields come from --dataset_schema or, "
+                f"without a schema, from the first good row"
             ),
         )
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """All tokens of a block, flat: the row, the field's name, the key (null where empty) and the value of each."""
+    """All tokens in a block as flat columns: row, field name, key (null if empty) and value."""
 
     rows: np.ndarray
     fields: pl.Series
@@ -155,7 +157,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, words: pl.Series, has_label: np.ndarray, is_libffm: bool, checks: RowChecks) -> "_Tokens":
-        """Cut the words of each row after its label; complain about those of another form or without a finite value."""
+        """Parse the words after each label. Marks rows with a malformed token or a non-finite value as bad."""
         lengths = words.list.len().to_numpy().astype(np.int64)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         places = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths) - has_label[rows]
@@ -164,17 +166,19 @@ class _Tokens:
         texts = words.explode().filter(pl.Series(is_token))
         colons = texts.str.count_matches(":", literal=True).to_numpy()
         form = "field:id:value" if is_libffm else "id:value"
-        _refuse_rows(rows[(colons != 2) if is_libffm else (colons > 1)], f"not every token reads {form}", checks)
+        _refuse_rows(
+            rows[(colons != 2) if is_libffm else (colons > 1)], f"a token does not have the form {form}", checks
+        )
         parts = [texts.str.split_exact(":", 2).struct.field(f"field_{i}") for i in range(3)]
         fields, keys, values = parts if is_libffm else (pl.Series(places + 1).cast(pl.String), parts[0], parts[1])
         numbers, unread = columns.parse_numbers(_arrow(values.fill_null("1")), pl.Float64)
         is_bad = unread | ~columns.fit_float32(numbers)
-        _refuse_rows(rows[is_bad], f"the value of a token isn't {columns.A_NUMBER}", checks)
+        _refuse_rows(rows[is_bad], f"the value of a token is not {columns.A_NUMBER}", checks)
         keys = pl.select(pl.when(keys != "").then(keys)).to_series()
         return cls(rows, fields, _arrow(keys), numbers)
 
     def of_field(self, field: str) -> np.ndarray:
-        """Indices of the tokens of a field."""
+        """Return the indices of the tokens in a field."""
         return np.flatnonzero((self.fields == field).fill_null(False).to_numpy())
 
 
@@ -185,9 +189,9 @@ def _refuse_rows(rows: np.ndarray, reason: str, checks: RowChecks) -> None:
 
 
 def _form(file: str) -> tuple[bool, list[str]]:
-    """(whether tokens name their fields, the fields of the first line of the form that most of the first lines have).
+    """Return (whether the file is libffm, the fields in the first line of the most common form).
 
-    Lines of libfm are of one form where they have as many tokens.
+    Only the first lines are compared. Without field names, lines with different numbers of tokens have different forms.
     """
     by_form: dict[int, list[list[str]]] = {}
     rows = text_blocks.first_lines(file)
@@ -198,7 +202,7 @@ def _form(file: str) -> tuple[bool, list[str]]:
         if tokens and (colons == {2} or max(colons) < 2):
             by_form.setdefault(_LIBFFM if colons == {2} else len(tokens), []).append(tokens)
     if not by_form:
-        reason = "neither `id:value` nor `field:id:value` stands after the label, nor in any of the first rows"
+        reason = "expected `id:value` or `field:id:value` after the label, but none of the first rows has that form"
         raise DataError(str(BadRow(file, rows[0][0], reason, rows[0][1][: text_blocks.LONGEST_QUOTE])))
     form = max(by_form, key=lambda form: len(by_form[form]))
     tokens = by_form[form][0]
@@ -208,7 +212,7 @@ def _form(file: str) -> tuple[bool, list[str]]:
 
 
 def _lines(block: text_blocks.TextBlock) -> pl.Series:
-    """The lines, with one blank between words and none at the ends."""
+    """Return the lines with single spaces between words and none at the ends."""
     if not block.text:
         return pl.Series([], dtype=pl.String)
     lines = pl.Series([block.text[:-1].decode("utf-8")]).str.split("\n").explode()
@@ -225,7 +229,8 @@ def _check_roles(roles: ColumnRoles, file: str, fields: list[str] | None) -> Non
     for role in roles.sparse:
         if role.weights not in (None, VALUE) or role.separator is not None or role.characters is not None:
             raise ValueError(
-                f"{role.name!r} has weights, a separator or characters; of these libsvm files know `weights: {VALUE}`."
+                f"{role.name!r}: libsvm files do not support separator, characters, or weights other than "
+                f"`weights: {VALUE}`. Correct the schema."
             )
     if fields is not None:
         plain = [SparseRole(role.source) for role in (*roles.dense, *roles.sparse)]

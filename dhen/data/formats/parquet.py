@@ -1,6 +1,6 @@
-"""Parquet files whose columns a YAML schema names (dhen/data/formats/roles.py). Multi-valued features are list columns.
+"""Parquet files. A YAML schema names the columns (dhen/data/formats/roles.py). Multi-valued features are list columns.
 
-Memory holds a batch of rows and what Parquet needs to read it: at most one row group of the file.
+Holds one batch of rows in memory, plus what Parquet needs to read it: at most one row group of the file.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from dhen.data.formats.delimited import typed_table
-from dhen.data.formats.raw_rows import Counted, DataError, RawChunk, RowChecks, say_nothing
+from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, RowChecks, ignore_counts
 from dhen.data.formats.roles import ColumnRoles
 
 BATCH_ROWS = 65_536
@@ -27,7 +27,7 @@ class ParquetReader:
     batch_rows: int = BATCH_ROWS
 
     def chunks(self, file: str) -> Iterator[RawChunk]:
-        """The rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for a column without role."""
+        """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
         size = Path(file).stat().st_size if Path(file).is_file() else 0
         with _open(file) as parquet:
             present = parquet.schema_arrow.names
@@ -44,10 +44,12 @@ class ParquetReader:
                     )
                     row += len(batch)
             except (pa.ArrowInvalid, OSError) as error:
-                raise DataError(f"{file}: damaged after row {row} ({_line(error)}). Fetch the file again.") from error
+                raise DataError(
+                    f"{file}: damaged after row {row} ({_line(error)}). Download or copy the file again."
+                ) from error
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
-        """Rows of `file`, by its metadata."""
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
+        """Return the number of rows in `file`, from its metadata."""
         with _open(file) as parquet:
             return parquet.metadata.num_rows
 
@@ -55,7 +57,7 @@ class ParquetReader:
 def typed_chunk(
     raw: dict[str, pa.Array], roles: ColumnRoles, file: str, row: int, is_label_required: bool, bytes_read: int = 0
 ) -> RawChunk:
-    """The chunk of raw columns whose first row is number `row` + 1 of the file."""
+    """Return a chunk made of raw columns. Its first row is row `row` + 1 of the file."""
     num_rows = len(next(iter(raw.values())))
     numbers = np.arange(row + 1, row + num_rows + 1)
     checks = RowChecks(file, numbers, lambda i: str({name: column[i].as_py() for name, column in raw.items()}))
@@ -64,13 +66,13 @@ def typed_chunk(
 
 
 def used_columns(roles: ColumnRoles, present: list[str]) -> list[str]:
-    """The file's columns that have a role, in the file's order."""
+    """Return the columns that have a role, in the order of the file."""
     wanted = {roles.label, *(column for feature in (*roles.dense, *roles.sparse) for column in feature.columns)}
     return [name for name in present if name in wanted]
 
 
 def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
-    """Raise DataError where a column's type can't serve its role."""
+    """Raise DataError if a column's type does not fit its role."""
     lists = {c for feature in roles.sparse if feature.is_multi_valued for c in feature.columns}
     singles = {roles.label, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
     for name in used_columns(roles, schema.names):
@@ -78,11 +80,11 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
         if name in singles and is_list:
             raise DataError(
-                f"{file}: the column {name!r} holds lists ({kind}). If it is a sparse feature, write "
+                f"{file}: column {name!r} has lists ({kind}). If it is a sparse feature, write "
                 f"{{name: {name}, multi_valued: true}} in the schema."
             )
         if pa.types.is_nested(kind.value_type if is_list else kind):
-            raise DataError(f"{file}: the column {name!r} is {kind}; numbers, texts and lists of them can be read.")
+            raise DataError(f"{file}: column {name!r} has the type {kind}. Use numbers, strings, or lists of them.")
 
 
 def _open(file: str) -> pyarrow.parquet.ParquetFile:
@@ -91,7 +93,7 @@ def _open(file: str) -> pyarrow.parquet.ParquetFile:
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: no such file. Check the path.") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: not a whole Parquet file ({_line(error)}). Fetch it again.") from error
+        raise DataError(f"{file}: not a complete Parquet file ({_line(error)}). Download or copy it again.") from error
 
 
 def _line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Raw rows as the readers hand them on: typed columns of bounded size, and what was wrong with the other rows."""
+"""What readers yield: chunks of typed columns, and bad rows with the reason for each."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,24 +10,23 @@ import pyarrow as pa
 from dhen.data.formats.roles import ColumnRoles
 
 LONGEST_QUOTE = 200
-"""Characters of a bad row that are shown and kept."""
+"""Number of characters of a bad row that are shown and kept."""
+
+CountCallback = Callable[[int, int], None]
+"""A callback that receives the number of rows and bytes read from a file so far."""
 
 
-Counted = Callable[[int, int], None]
-"""Is told rows and bytes of a file that were read so far."""
-
-
-def say_nothing(rows: int, bytes_read: int) -> None:
-    """For those who don't want to know."""
+def ignore_counts(rows: int, bytes_read: int) -> None:
+    """The callback that ignores the counts."""
 
 
 class DataError(ValueError):
-    """Something in the user's data, or in its description, is wrong. The message says where and what to do."""
+    """The user's data or its schema is wrong. The message says where, and what to do."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that can't be used. `row` is the 1-based line of a text file, the 1-based row of a Parquet file."""
+    """A row that cannot be used. `row` counts from 1: the line of a text file or the row of a Parquet file."""
 
     file: str
     row: int
@@ -40,16 +39,16 @@ class BadRow:
 
 @dataclass(frozen=True)
 class RawChunk:
-    """Some consecutive rows of a file.
+    """Consecutive rows of a file.
 
-    rows: int64, the 1-based number in the file of each good row.
-    table: one row a good row: `label` float32 (NaN where unknown), a float64 column a dense feature (null where
-        blank), a string column a single-valued sparse feature (null where blank), a list<string> column a multi-valued
-        one, with a list<float32> column `<feature>:weights` where its ids carry weights.
-    bad: the rows of this stretch of the file that aren't in `table`, in order.
-    end_row: the number of the last row of this stretch; blank lines may have been left out.
-    header_rows: rows of the file that are no data.
-    bytes_read: how far into the file (of its size on disk) this chunk ends.
+    rows: int64, the number of each good row in the file, from 1.
+    table: the good rows. `label` is float32, NaN if unknown. Each dense feature is a float64 column, null if blank.
+        Each single-valued sparse feature is a string column, null if blank. Each multi-valued one is a list<string>
+        column, with a list<float32> column `<feature>:weights` if its ids have weights.
+    bad: the bad rows in this part of the file, in order.
+    end_row: the number of the last row in this part of the file, including blank lines.
+    header_rows: number of header rows in the file.
+    bytes_read: where this chunk ends in the file, in bytes on disk.
     """
 
     file: str
@@ -62,24 +61,24 @@ class RawChunk:
 
 
 class Reader(Protocol):
-    """One raw format. A reader is made for a set of files that all have the same columns."""
+    """Reads one raw format. All files of one reader must have the same columns."""
 
     @property
     def roles(self) -> ColumnRoles:
-        """What each column is."""
+        """The role of each column."""
 
     def chunks(self, file: str) -> Iterator[RawChunk]:
-        """The rows of `file`, in order, in chunks whose size doesn't depend on the file's."""
+        """Yield the rows of `file` in order, in chunks of bounded size."""
 
-    def count_rows(self, file: str, counted: Counted = say_nothing) -> int:
-        """How many rows `file` has beside its header, good or bad, without parsing them.
+    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
+        """Return the number of rows after the header, good or bad, without parsing them.
 
-        counted: told now and then how many there are so far.
+        on_count: called from time to time with the counts so far.
         """
 
 
 class RowChecks:
-    """Collects what is wrong with the rows of a chunk: for each row the first complaint, with the lazily quoted row."""
+    """Collects the bad rows in a chunk: the first reason for each, and its text, which is quoted only if needed."""
 
     def __init__(self, file: str, rows: np.ndarray, quote: Callable[[int], str]) -> None:
         self.file = file
@@ -89,7 +88,7 @@ class RowChecks:
         self._bad: list[BadRow] = []
 
     def refuse(self, is_bad: np.ndarray, reason: Callable[[int], str]) -> None:
-        """Take the rows of the mask out; `reason(i)` is asked for row i of the chunk, for bad rows only."""
+        """Mark the rows in the mask as bad. `reason(i)` is called only for bad rows; i is the index in the chunk."""
         if not is_bad.any():
             return
         for index in np.flatnonzero(is_bad & self.is_good):
@@ -106,7 +105,7 @@ class RowChecks:
         header_rows: int = 0,
         bytes_read: int = 0,
     ) -> RawChunk:
-        """The chunk of the good rows. `earlier` are bad rows of the same stretch that never came into the table."""
+        """Return the chunk with the good rows of `table`. `earlier`: bad rows that never made it into `table`."""
         rows = self.rows
         if not self.is_good.all():
             table = table.filter(pa.array(self.is_good))

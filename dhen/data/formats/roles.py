@@ -1,21 +1,21 @@
-"""What each raw column is: label, dense, sparse or ignored. For most formats a small YAML file says it.
+"""The role of each raw column: label, dense, sparse or ignored. Most formats take it from a small YAML file.
 
 label: click
-delimiter: ","            # these four are for text files; what is shown is the default
-header: true              # or false, and then `columns: [name, ...]` in the file's order
-quote: '"'                # null: quotes mean nothing
-null_values: [""]         # texts that mean blank
+delimiter: ","            # this and the next three are for text files; the values shown are the defaults
+header: true              # if false, also give `columns: [name, ...]` in the order of the file
+quote: '"'                # null turns quoting off
+null_values: [""]         # values that count as blank
 dense:
   - price                 # log1p
-  - {name: age, column: c7, transform: identity}              # the column c7, named anew
+  - {name: age, column: c7, transform: identity}              # reads the column c7
 sparse:
   - user
-  - {name: item, encoding: vocabulary, min_count: 2}          # also hash_size; over the command's own settings
+  - {name: item, encoding: vocabulary, min_count: 2}          # overrides the command's settings; also hash_size
   - {name: genres, separator: "|", pooling: mean}             # multi-valued, "7|12|40"
-  - {name: tags, separator: "|", weights: tag_weights}        # and the column of their weights, "1|0.5|0.5"
+  - {name: tags, separator: "|", weights: tag_weights}        # weights from another column, "1|0.5|0.5"
   - {name: history, multi_valued: true}                       # Parquet: a list column
   - {name: hour_of_day, column: time, characters: [6, 8]}     # characters 6 and 7 (from 0) of the column `time`
-ignored: [id]             # every other column must stand here; or "*" for all others
+ignored: [id]             # all other columns must be listed here; "*" ignores all of them
 """
 
 import difflib
@@ -29,7 +29,8 @@ from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationErro
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.schema import LABEL
-from dhen.model.names import can_name_a_table
+from dhen.model.names import is_valid_table_name
+from dhen.paths import looked_in
 
 _STRICT = ConfigDict(extra="forbid")
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]*")
@@ -45,18 +46,18 @@ class DenseRole:
 
     @property
     def source(self) -> str:
-        """The raw column that holds it."""
+        """The raw column with its values."""
         return self.column or self.name
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The raw columns it is made of."""
+        """All raw columns that it uses."""
         return (self.source,)
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class SparseRole:
-    """A categorical column. `encoding`, `hash_size` and `min_count` are None where the command's own settings hold."""
+    """A categorical column. If `encoding`, `hash_size` or `min_count` is None, the command's setting applies."""
 
     name: str
     column: str | None = None
@@ -70,25 +71,26 @@ class SparseRole:
     min_count: PositiveInt | None = None
 
     def __post_init__(self) -> None:
-        if not can_name_a_table(self.name):
+        if not is_valid_table_name(self.name):
             raise ValueError(
-                f"{self.name!r} can't name the feature's table: a dot, and the names of torch modules' own attributes "
-                f"('type', 'training', …) are not allowed. To rename it, write {{name: new, column: {self.source}}}."
+                f"{self.name!r} is not allowed as the name of a sparse feature. It must not be empty, contain a dot, "
+                f"start with '__', or be the name of a module attribute ('type', 'training', …). To rename it, write "
+                f"{{name: new, column: {self.source}}}."
             )
         if self.characters is not None and not 0 <= self.characters[0] < self.characters[1]:
             raise ValueError(
-                f"the characters of {self.name!r} are {list(self.characters)}. Give the first, from 0, and the one "
-                f"after the last: [6, 8] are two."
+                f"the characters of {self.name!r} are {list(self.characters)}. Give the first one, counted from 0, and "
+                f"the end, which is excluded: [6, 8] selects two."
             )
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:
                 raise ValueError(
-                    f"{self.name!r} has a {key}, which the encoding {encoding} doesn't use. Drop one of the two."
+                    f"{self.name!r} has a {key}, but the encoding {encoding} does not use it. Remove one of them."
                 )
 
     @property
     def is_multi_valued(self) -> bool:
-        """Whether a row holds any number of its ids. Weighted ids are always kept as lists."""
+        """Whether a row can have any number of ids. Weighted features are always multi-valued."""
         return self.multi_valued or self.separator is not None or self.weights is not None
 
     @property
@@ -98,18 +100,18 @@ class SparseRole:
 
     @property
     def source(self) -> str:
-        """The raw column that holds its ids."""
+        """The raw column with its ids."""
         return self.column or self.name
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The raw columns it is made of."""
+        """All raw columns that it uses."""
         return (self.source,) if self.weights is None else (self.source, self.weights)
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class ColumnRoles:
-    """The YAML file as values. Raises ValueError on construction where it contradicts itself."""
+    """The parsed YAML file. Raises ValueError if it contradicts itself."""
 
     label: str = LABEL
     dense: tuple[DenseRole, ...] = ()
@@ -124,35 +126,35 @@ class ColumnRoles:
     def __post_init__(self) -> None:
         names = [feature.name for feature in (*self.dense, *self.sparse)]
         if not names:
-            raise ValueError("there is neither a dense nor a sparse feature. List at least one.")
+            raise ValueError("there are no features. List at least one under dense or sparse.")
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"the feature {name!r} stands there twice. Give each feature its own name.")
+                raise ValueError(f"the feature {name!r} appears twice. Use a different name for each feature.")
             if name == LABEL or not _FEATURE_NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name!r} can't be the name of a feature: it becomes the name of a file and of a column. Use "
-                    f"letters, digits, '_', '-', '.' and blanks, and not {LABEL!r}. To rename it, write "
+                    f"{name!r} is not allowed as a feature name, because files and columns are named after it. Use "
+                    f"letters, digits, '_', '-', '.' and spaces, but not {LABEL!r}. To rename it, write "
                     f"{{name: new, column: {name}}}."
                 )
         for feature in (*self.dense, *self.sparse):
             if self.label in feature.columns:
                 raise ValueError(
-                    f"the feature {feature.name!r} is made of {self.label!r}, which is the label: the model would read "
-                    f"off what it is to predict. Remove the feature, or name another column as `label`."
+                    f"the feature {feature.name!r} uses the column {self.label!r}, which is the label. The model would "
+                    f"see what it has to predict. Remove the feature, or set `label` to another column."
                 )
         for key, letter in (("delimiter", self.delimiter), ("quote", self.quote)):
             if letter is not None and (len(letter) != 1 or not letter.isascii()):
-                raise ValueError(f"{key} is {letter!r}; it must be one ASCII character.")
+                raise ValueError(f"{key} is {letter!r}. Use a single ASCII character.")
         if self.header and self.columns:
-            raise ValueError("`columns` is for files without a header. Add `header: false` or remove `columns`.")
+            raise ValueError("`columns` is only for files without a header. Add `header: false` or remove `columns`.")
         for feature in self.sparse:
             if feature.separator == "":
-                raise ValueError(f"the separator of {feature.name!r} is empty. Give the text between two ids.")
+                raise ValueError(f"the separator of {feature.name!r} is empty. Give the text that separates two ids.")
             if feature.characters is not None and feature.is_multi_valued:
-                raise ValueError(f"{feature.name!r} has both `characters` and several values. Drop one of the two.")
+                raise ValueError(f"{feature.name!r} has `characters`, but is multi-valued. Remove one of the two.")
 
     def check_columns(self, present: list[str], file: str, *, is_label_required: bool) -> None:
-        """Raise ValueError unless the file's columns are the ones with a role, no more and no less."""
+        """Raise ValueError if a column is missing, is duplicated, or has no role."""
         for name in present:
             if present.count(name) > 1:
                 raise ValueError(f"{file}: row 1: two columns are named {name!r}. Rename one of them.")
@@ -163,8 +165,8 @@ class ColumnRoles:
                 near = difflib.get_close_matches(column, present, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"{file}: there is no column {column!r}; it has {', '.join(present)}.{hint} Correct the schema "
-                    f"(--dataset_schema) or the file."
+                    f"{file}: there is no column {column!r}. The columns are {', '.join(present)}.{hint} Correct the "
+                    f"schema (--dataset_schema) or the file."
                 )
         if self.ignored == "*":
             return
@@ -173,7 +175,7 @@ class ColumnRoles:
             if column not in known:
                 raise ValueError(
                     f"{file}: the column {column!r} has no role. List it under dense, sparse or ignored in the schema "
-                    f'(--dataset_schema), or write `ignored: "*"` there to drop all such columns.'
+                    f'(--dataset_schema), or write `ignored: "*"` there to ignore all such columns.'
                 )
 
 
@@ -181,13 +183,17 @@ def load_roles(path: str | Path) -> ColumnRoles:
     """Read a YAML schema. Raises FileNotFoundError, or ValueError naming the file, the key and what is allowed."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such schema file. Give a YAML file that says what each column is.")
+        raise FileNotFoundError(
+            f"{path}: no such schema file. Give a YAML file with the role of each column.{looked_in(path)}"
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a schema is a mapping with the keys label, dense, sparse, not {content!r:.80}.")
+        raise ValueError(
+            f"{path}: a schema must be a mapping with keys such as label, dense and sparse, got {content!r:.80}."
+        )
     allowed = ColumnRoles.__dataclass_fields__
     for key in content:
         if key not in allowed:
@@ -197,7 +203,7 @@ def load_roles(path: str | Path) -> ColumnRoles:
     for kind in ("dense", "sparse"):
         entries = content.get(kind) or []
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: {kind} is {entries!r:.80}. Give a list of columns.")
+            raise ValueError(f"{path}: {kind} is {entries!r:.80}. Use a list of columns.")
         content[kind] = [entry if isinstance(entry, dict) else {"name": str(entry)} for entry in entries]
     ignored = content.get("ignored") or []
     content["ignored"] = ignored if isinstance(ignored, str) else [str(column) for column in ignored]

@@ -1,8 +1,8 @@
-"""Text files, plain or gzip, as blocks of whole lines that carry their line numbers.
+"""Reads text files, plain or gzip, as blocks of whole lines with line numbers.
 
-A block is read by size, cut at its last line end and cleaned: CRLF becomes LF, a byte-order mark is dropped, blank
-lines are left out, and lines that no parser should see (no UTF-8, a carriage return inside, a misplaced quote) become
-bad rows. What is left is valid UTF-8 with one row a line, so the parser's row i is line `rows[i]` of the file.
+A block is read by size, cut at its last line break and cleaned. CRLF becomes LF. A byte-order mark and blank lines are
+dropped. Lines that a parser would misread become bad rows: invalid UTF-8, a carriage return inside the line, or a
+misplaced quote. The rest is valid UTF-8 with one row per line, so row i of the parser is line `rows[i]` of the file.
 """
 
 import contextlib
@@ -16,19 +16,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, Counted, DataError, say_nothing
+from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, CountCallback, DataError, ignore_counts
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20
 _FIRST_BYTES = 1 << 16
 _GZIP_MAGIC = b"\x1f\x8b"
-_OTHER_MAGICS = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_OTHER_MAGICS = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ": "an xz file",
+}
 _MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Quoting:
-    """Values may stand in quotes, and then hold the delimiter. Both are one ASCII letter."""
+    """Quoted values may contain the delimiter. Both are single ASCII characters."""
 
     quote: bytes
     delimiter: bytes
@@ -36,7 +41,7 @@ class Quoting:
 
 @dataclass(frozen=True)
 class TextBlock:
-    """Whole lines of a file. `rows`: int64, the 1-based number of each line of `text`; `bad`: the lines left out."""
+    """Whole lines of a file. `rows`: int64, the number of each line in `text`, from 1. `bad`: the lines left out."""
 
     file: str
     text: bytes
@@ -49,9 +54,9 @@ class TextBlock:
 def text_blocks(
     file: str, *, block_bytes: int = BLOCK_BYTES, header_rows: int = 0, quoting: Quoting | None = None
 ) -> Iterator[TextBlock]:
-    """Cut `file` into blocks of about `block_bytes`, without its first `header_rows` lines.
+    """Yield `file` in blocks of about `block_bytes`, without its first `header_rows` lines.
 
-    Raises FileNotFoundError, or DataError for an empty file, a truncated or damaged .gz and another archive.
+    Raises FileNotFoundError, or DataError for an empty file, a damaged or truncated .gz, or another type of archive.
     """
     line_number = 0
     for text, bytes_read in _whole_lines(file, block_bytes):
@@ -68,47 +73,49 @@ def text_blocks(
 
 
 def first_lines(file: str) -> list[tuple[int, str]]:
-    """The lines of the file's first block, without bad and blank ones: (number, text), by which to tell a form.
+    """Return (number, text) of the good lines in the first block, from which callers detect the format.
 
-    A bad one among them is a matter for whoever reads the rows. Raises DataError where no line is left.
+    Bad lines are skipped here; reading the rows reports them. Raises DataError if no line is left.
     """
     for block in text_blocks(file, block_bytes=_FIRST_BYTES):
         if block.text:
             return list(zip(block.rows.tolist(), block.text[:-1].decode("utf-8").split("\n"), strict=True))
         if block.bad:
             raise DataError(str(block.bad[0]))
-    raise DataError(f"{file}: it holds blank lines only. Give a file with rows.")
+    raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
 
 
 def first_line(file: str) -> tuple[int, str]:
-    """The first line that isn't blank: (its number, its text). A header, or a row to recognise a form by."""
+    """Return (number, text) of the first line that is not blank. Raises DataError if that line is bad."""
     for block in text_blocks(file, block_bytes=_FIRST_BYTES):
         if block.bad and (not block.text or block.bad[0].row < block.rows[0]):
             raise DataError(str(block.bad[0]))
         if block.text:
             return int(block.rows[0]), block.text[: block.text.index(b"\n")].decode("utf-8")
-    raise DataError(f"{file}: it holds blank lines only. Give a file with rows.")
+    raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
 
 
-def count_lines(file: str, counted: Counted = say_nothing) -> int:
-    """Number of lines, blank ones too. A last line needs no line end."""
+def count_lines(file: str, on_count: CountCallback = ignore_counts) -> int:
+    """Return the number of lines, including blank ones. The last line may lack a line break."""
     lines = 0
     for text, bytes_read in _whole_lines(file, BLOCK_BYTES):
         lines += text.count(b"\n")
-        counted(lines, bytes_read)
+        on_count(lines, bytes_read)
     return lines
 
 
 def split_columns(
     block: TextBlock, names: list[str], *, delimiter: str, quote: str | None, null_values: tuple[str, ...] = ("",)
 ) -> tuple[pa.Table, np.ndarray, tuple[BadRow, ...]]:
-    """Cut each line into columns of strings, null where blank: (table, line number of each of its rows, bad rows)."""
+    """Split each line into string columns, null if blank. Returns (table, line number of each row, bad rows)."""
     bad: list[BadRow] = []
     ragged: list[int] = []
 
     def refuse(row: pyarrow.csv.InvalidRow) -> str:
         ragged.append(row.number - 1)
-        reason = f"it has {row.actual_columns} columns, not {row.expected_columns} (the separator is {delimiter!r})"
+        reason = (
+            f"the row has {row.actual_columns} columns, not {row.expected_columns} (the delimiter is {delimiter!r})"
+        )
         bad.append(BadRow(block.file, int(block.rows[row.number - 1]), reason, row.text[:LONGEST_QUOTE]))
         return "skip"
 
@@ -117,7 +124,7 @@ def split_columns(
         return pa.table({name: pa.array([], kind) for name in names}), block.rows, block.bad
     table = pyarrow.csv.read_csv(
         pa.BufferReader(block.text),
-        # One thread, one block: row numbers are only told then.
+        # Row numbers are only reported with a single thread and a single block.
         pyarrow.csv.ReadOptions(use_threads=False, column_names=names, block_size=len(block.text) + 1),
         pyarrow.csv.ParseOptions(
             delimiter=delimiter,
@@ -130,22 +137,17 @@ def split_columns(
         ),
     )
     rows = np.delete(block.rows, ragged) if ragged else block.rows
-    assert table.num_rows == len(rows), f"{block.file}: lines up to {block.end_row}: rows and lines don't match"
+    assert table.num_rows == len(rows), f"{block.file}: rows and lines up to {block.end_row} do not match"
     return table, rows, (*block.bad, *bad)
 
 
-def one_array(column: pa.ChunkedArray) -> pa.Array:
-    """A table's column as one array."""
-    return column.combine_chunks()
-
-
 def line_quoter(raw: dict[str, pa.Array], delimiter: str) -> Callable[[int], str]:
-    """A function that gives back row i of the columns as text."""
+    """Return a function that returns row i of the columns as text."""
     return lambda i: delimiter.join(str(column[i].as_py() or "") for column in raw.values())
 
 
 def _open(file: str) -> tuple[BinaryIO, BinaryIO]:
-    """(the file on disk, its content)."""
+    """Return (file on disk, decompressed content)."""
     try:
         raw = open(file, "rb")  # noqa: SIM115 (the caller closes it)
     except FileNotFoundError:
@@ -155,12 +157,12 @@ def _open(file: str) -> tuple[BinaryIO, BinaryIO]:
     for other, name in _OTHER_MAGICS.items():
         if magic.startswith(other):
             raw.close()
-            raise DataError(f"{file}: it is {name}. Plain text and gzip can be read: unpack it first.")
+            raise DataError(f"{file}: this is {name}. Unpack it first; only plain text and gzip can be read.")
     return raw, gzip.GzipFile(fileobj=raw) if magic.startswith(_GZIP_MAGIC) else raw
 
 
 def _whole_lines(file: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Blocks that end with a line end, and how far into the file on disk each one ends."""
+    """Yield blocks of whole lines, and the position in the file on disk where each block ends."""
     raw, content = _open(file)
     with raw, content:
         rest: list[bytes] = []
@@ -176,10 +178,10 @@ def _whole_lines(file: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
             held += len(data) - end
             if held > LONGEST_LINE_BYTES:
                 raise DataError(
-                    f"{file}: a line is longer than {LONGEST_LINE_BYTES >> 20} MiB. Is it a text file with line ends?"
+                    f"{file}: a line is longer than {LONGEST_LINE_BYTES >> 20} MiB. Check that this is a text file."
                 )
         if is_empty:
-            raise DataError(f"{file}: the file is empty. Give a file with rows, or leave it out.")
+            raise DataError(f"{file}: the file is empty. Use a file with rows, or remove it from the list.")
         if held:
             yield b"".join((*rest, b"\n")), raw.tell()
 
@@ -189,13 +191,13 @@ def _read(file: str, content: BinaryIO, size: int) -> bytes:
         return content.read(size)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(
-            f"{file}: the .gz is truncated or damaged after row {_readable_rows(file)} ({error}). Fetch the file "
-            "again; `gzip -t` checks it."
+            f"{file}: the .gz is truncated or damaged after row {_readable_rows(file)} ({error}). Download or copy the "
+            "file again, and check it with `gzip -t`."
         ) from error
 
 
 def _readable_rows(file: str) -> int:
-    """Whole lines before the place where a .gz is damaged."""
+    """Return the number of whole lines before the damage in a .gz."""
     rows = 0
     with gzip.open(file) as content, contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error):
         while data := content.read1(1 << 16):
@@ -227,13 +229,14 @@ def _clean(
 
 def _complaint(line: bytes, quoting: Quoting | None) -> str | None:
     if b"\r" in line:
-        return "there is a carriage return within the line. Lines end in LF or CRLF"
+        return "there is a carriage return within the line. Lines must end in LF or CRLF"
     if not _is_utf8(line):
-        return "it isn't UTF-8. Convert the file, for example with iconv"
+        return "the line is not valid UTF-8. Convert the file, for example with iconv"
     if _has_misplaced_quote(line + b"\n", quoting):
         return (
-            f"a quote ({quoting.quote.decode()}) is out of place or not closed. A quoted value starts and ends at a "
-            f"separator and holds no line end; a quote in it is doubled. `quote: null` turns quotes off"
+            f"a quote ({quoting.quote.decode()}) is misplaced or not closed. A quoted value must start and end at a "
+            f"delimiter, contain no line break, and double its inner quotes. To turn quoting off, set `quote: null` in "
+            f"the schema"
         )
     return None
 
@@ -249,9 +252,9 @@ def _is_utf8(text: bytes) -> bool:
 
 
 def _has_misplaced_quote(text: bytes, quoting: Quoting | None) -> bool:
-    """Whether some line holds an open quote, or one that stands neither at a separator nor beside another quote.
+    """Whether a line has an unclosed quote, or a quote that is next to neither a delimiter nor another quote.
 
-    Parsers differ on those, and one that swallows a line end would shift every row number after it.
+    Parsers treat these differently. One that reads past a line break would shift all row numbers after it.
     """
     if quoting is None or quoting.quote not in text:
         return False

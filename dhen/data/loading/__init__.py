@@ -1,1 +1,1 @@
-"""From a prepared folder to batches."""
+"""Turns a prepared folder into batches."""

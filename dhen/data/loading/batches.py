@@ -1,8 +1,8 @@
-"""Batches from a prepared folder: each rank's share of every step, each row once an epoch, resumable at any step.
+"""Batches from a prepared folder: each rank's share of every step, each row once per epoch, resumable at any step.
 
-An epoch has one global order of rows, which depends on the seed and the epoch alone. A step takes the next
-`batch_size * world_size * accumulation_steps` rows of it and cuts them into near-equal pieces for ranks and micro
-steps, so what a step learns from doesn't depend on the number of ranks. Each rank decodes all rows and takes its own.
+An epoch has one global order of rows, which depends only on the seed and the epoch. A step takes the next
+`batch_size * world_size * accumulation_steps` rows and splits them into near-equal pieces for ranks and micro steps.
+The number of ranks therefore does not change which rows a step trains on. Each rank decodes all rows and takes its own.
 
 Shapes: B rows of this rank and micro step, F sparse features, N dense features, S single-valued sparse features.
 """
@@ -31,10 +31,10 @@ READ_AHEAD_BATCHES = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's rows of one micro step.
+    """One rank's rows in one micro step.
 
-    labels_B: 0, 1, or NaN where the data has no labels. rows_B: each row's number within the split, from 0; it stays on
-    the CPU. global_rows: rows of the whole step, over all ranks and micro steps.
+    labels_B: 0, 1, or NaN if the row has no label. rows_B: the number of each row within the split, from 0; it stays on
+    the CPU. global_rows: number of rows in the whole step, over all ranks and micro steps.
     """
 
     labels_B: Tensor
@@ -44,7 +44,7 @@ class Batch:
     global_rows: int
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; asynchronous from pinned memory."""
+        """Return the same batch on `device`. Copies from pinned memory are asynchronous."""
         if device.type == "cpu":
             return self
         return replace(
@@ -55,7 +55,7 @@ class Batch:
         )
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, from which a GPU copies without waiting."""
+        """Return the same batch in page-locked memory, from which copies to a GPU are asynchronous."""
 
         def pin(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.pin_memory()
@@ -70,16 +70,17 @@ class Batch:
 
 
 class BatchLoader:
-    """Batches of one split for one rank.
+    """Loads the batches of one split for one rank.
 
-    batch_size: rows of a rank in a micro step. A step's rows are cut into accumulation_steps * world_size pieces; piece
-    a * world_size + rank is this rank's micro step a. The last step of an epoch may be smaller, and some of its pieces
-    empty; drop_last leaves it out.
+    batch_size: rows per rank and micro step. A step's rows are split into accumulation_steps * world_size pieces. Piece
+    a * world_size + rank is micro step a of this rank. The last step of an epoch may be smaller, and some of its pieces
+    may be empty; drop_last skips it.
 
-    window_rows: rows that are shuffled together, of which memory holds twice as many (epoch_order.py).
+    window_rows: number of rows that are shuffled together. Memory holds twice as many (epoch_order.py).
 
-    schema: the folder's, or the same with its features in another order. Raises FileNotFoundError or ValueError that
-    name the file and column where the folder doesn't hold what its schema says.
+    schema: None for the folder's schema, or the same schema with features in another order.
+
+    Raises FileNotFoundError, or ValueError naming the file and column, if the folder does not match its schema.
     """
 
     def __init__(
@@ -116,23 +117,25 @@ class BatchLoader:
         self._groups = find_row_groups(Path(folder), split, self.schema)
         self.num_rows = sum(group.num_rows for group in self._groups)
         if not self.num_rows:
-            raise ValueError(f"{folder}/{split}: it has no rows. Prepare the data with a larger share for {split}.")
+            raise ValueError(
+                f"{folder}/{split}: the split has no rows. Prepare the data with a larger share for {split}."
+            )
         if not len(self):
             raise ValueError(
-                f"{folder}/{split}: its {self.num_rows:,} rows are less than one step's {self._global_batch:,}, and "
-                "drop_last leaves the last step out. Use a smaller batch."
+                f"{folder}/{split}: the split has {self.num_rows:,} rows, but a step needs {self._global_batch:,}, and "
+                "drop_last skips smaller steps. Use a smaller batch."
             )
 
     def __len__(self) -> int:
-        """Steps (updates) of an epoch."""
+        """Number of steps (updates) per epoch."""
         full, rest = divmod(self.num_rows, self._global_batch)
         return full + (rest > 0 and not self.drop_last)
 
     @cached_property
     def digest(self) -> str:
-        """A text that differs where the data does: of the schema, and of the labels and ids of the first rows.
+        """A digest of the schema and of the labels and ids in the first row group.
 
-        Where the files lie and how raw values were read is no part of it.
+        It does not depend on the location of the files or on how the raw values were read.
         """
         schema = {key: value for key, value in asdict(self.schema).items() if key in ("dense", "sparse", "splits")}
         digest = hashlib.blake2b(json.dumps(schema).encode(), digest_size=16)
@@ -143,16 +146,16 @@ class BatchLoader:
         return digest.hexdigest()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """This rank's micro batches of steps first_step, first_step + 1, … of an epoch, `accumulation_steps` a step.
+        """Iterate over this rank's batches of an epoch from step `first_step` on, `accumulation_steps` per step.
 
-        They are read ahead by a thread, which ends with the iterator. first_step len(self) gives none; beyond it, and
-        below 0, ValueError.
+        A thread reads ahead and ends with the iterator. If first_step is len(self), there are no batches. Raises
+        ValueError if first_step is negative or larger.
         """
         _check_at_least(0, "epoch", epoch)
         if first_step not in range(len(self) + 1):
             raise ValueError(
                 f"first_step is {first_step}, but an epoch of {self.split} has {len(self)} steps. "
-                "Resume with the data and batch sizes of the run that is resumed."
+                "Resume with the data and batch sizes of the original run."
             )
         return read_ahead(lambda: self._batches(epoch, first_step), READ_AHEAD_BATCHES)
 

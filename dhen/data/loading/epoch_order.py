@@ -1,7 +1,7 @@
-"""The order of an epoch's rows, and reading them in it, window by window.
+"""The order of rows in an epoch, and a reader that follows it window by window.
 
-Shuffled, the row groups are permuted, consecutive ones make a window, and the rows are permuted within it: so a few row
-groups are read as a whole, and memory holds two windows, whatever the split's size.
+Shuffling permutes the row groups, joins consecutive ones into windows, and permutes the rows within each window. Row
+groups are therefore read as a whole, and memory holds two windows regardless of the size of the split.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dhen.data.schema import Schema
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The row groups of an epoch in windows of at least `window_rows` rows; is_shuffled False: as in the files."""
+    """Orders row groups into windows of at least `window_rows` rows. is_shuffled False: in the order of the files."""
 
     groups: Sequence[RowGroup]
     epoch: int
@@ -25,7 +25,7 @@ class EpochOrder:
     window_rows: int
 
     def windows(self) -> list[list[RowGroup]]:
-        """The row groups in order, put together to windows."""
+        """Return the row groups in order, grouped into windows."""
         order = range(len(self.groups))
         if self.is_shuffled:
             order = self._generator().permutation(len(self.groups))
@@ -40,20 +40,20 @@ class EpochOrder:
         return windows
 
     def within(self, window: int, num_rows: int) -> np.ndarray:
-        """The order of the rows of a window: positions in it."""
+        """Return the order of the rows within a window, as positions in the window."""
         return self._generator(window).permutation(num_rows) if self.is_shuffled else np.arange(num_rows)
 
     def _generator(self, *purpose: int) -> np.random.Generator:
-        """By seed and epoch alone, each `purpose` its own stream."""
+        """Return a generator that depends only on seed, epoch and `purpose`."""
         return np.random.Generator(
             np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(self.epoch, *purpose)))
         )
 
 
 class EpochReader:
-    """An epoch's rows in their global order, asked for in ascending spans.
+    """Reads the rows of an epoch in their global order.
 
-    Holds the window that it reads from, while `decoder`, of one thread, decodes the next; never a third.
+    Holds the current window while `decoder`, which has one thread, decodes the next one. There is never a third.
     """
 
     def __init__(self, order: EpochOrder, schema: Schema, decoder: Executor) -> None:
@@ -66,7 +66,10 @@ class EpochReader:
         self._next: Future[Rows] | None = None
 
     def read(self, first: int, last: int) -> Rows:
-        """Rows `first` to `last` - 1 of the epoch's order, copied. No call may go back behind the last one."""
+        """Return a copy of rows `first` to `last` - 1 in the epoch's order.
+
+        Successive calls must move forward: `first` may not be smaller than the `last` of the previous call.
+        """
         parts = []
         while first < last:
             window = int(np.searchsorted(self._ends, first, side="right"))
@@ -78,8 +81,8 @@ class EpochReader:
         return concatenate(parts) if parts else empty_rows(self._schema)
 
     def _go_to(self, window: int) -> None:
-        """Have a window at hand: that of the last call or a later one. Nothing but self._rows ever holds it."""
-        assert window >= self._window, "an epoch is read forward"
+        """Load a window: the current one or a later one. Only self._rows may refer to it, so that it can be freed."""
+        assert window >= self._window, "an epoch can only be read forward"
         if window == self._window:
             return
         decoding = self._next if window == self._window + 1 else None

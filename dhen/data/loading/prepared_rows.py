@@ -1,4 +1,4 @@
-"""Rows of a prepared split as arrays: its row groups, checked against the schema, and their decoding.
+"""Decodes the rows of a prepared split into arrays, after checking its files against the schema.
 
 Shapes: R rows, N dense features, S single-valued sparse features.
 """
@@ -13,12 +13,12 @@ import pyarrow.parquet
 
 from dhen.data.schema import LABEL, Schema, SparseColumn, weights_column
 
-_DAMAGED = "Prepare the data again."
+_PREPARE_AGAIN = "Prepare the data again."
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group of a Parquet file. first_row: number of its first row within the split."""
+    """A row group in a Parquet file. first_row: number of its first row within the split."""
 
     path: Path
     index: int
@@ -28,7 +28,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Bags:
-    """A multi-valued feature: row r has ids[offsets[r]:offsets[r + 1]], and as many weights, or None for weight 1."""
+    """A multi-valued feature. Row r has ids[offsets[r]:offsets[r + 1]] and as many weights; None: all weights are 1."""
 
     offsets: np.ndarray
     ids: np.ndarray
@@ -36,7 +36,7 @@ class Bags:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Ids of each row, int64."""
+        """Number of ids in each row, int64."""
         return np.diff(self.offsets)
 
     def take(self, index: np.ndarray) -> "Bags":
@@ -50,9 +50,9 @@ class Bags:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Decoded rows. rows_R: their numbers within the split. bags: of the multi-valued features in the schema's order.
+    """Decoded rows. rows_R: their numbers within the split. bags: one per multi-valued feature, in schema order.
 
-    The single-valued ids lie row by row, so that gathering a row touches few cache lines.
+    Single-valued ids are stored row by row, so that gathering a row touches few cache lines.
     """
 
     rows_R: np.ndarray
@@ -73,9 +73,9 @@ class Rows:
 
 
 def empty_rows(schema: Schema, count: int = 0) -> Rows:
-    """`count` rows not yet filled in, their bags without ids."""
+    """Return `count` uninitialized rows with empty bags."""
     num_single = sum(not column.is_multi_valued for column in schema.sparse)
-    # By the tables' sizes, not the files' types: the same for all files, and half the memory for all but huge tables.
+    # Chosen by table size, not file type: it is the same for all files, and only huge tables need int64.
     is_small = all(column.num_embeddings <= 2**31 for column in schema.sparse)
     bags = [
         Bags(np.zeros(count + 1, np.int64), np.empty(0, np.int64), np.empty(0, np.float32) if c.is_weighted else None)
@@ -92,7 +92,7 @@ def empty_rows(schema: Schema, count: int = 0) -> Rows:
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """One part after another; at least one."""
+    """Concatenate one or more parts."""
     if len(parts) == 1:
         return parts[0]
     return Rows(
@@ -105,19 +105,19 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
 
 
 def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
-    """The row groups of a split, in the order of its rows, empty ones left out.
+    """Return the row groups of a split in the order of its rows, without empty ones.
 
-    Raises FileNotFoundError or ValueError that name the file and column where the folder isn't what the schema says.
+    Raises FileNotFoundError, or ValueError naming the file and column, if the folder does not match the schema.
     """
     if split not in schema.splits:
-        raise FileNotFoundError(f"{folder}: there is no split {split!r}, it has {', '.join(schema.splits)}.")
+        raise FileNotFoundError(f"{folder}: there is no split {split!r}. The splits are {', '.join(schema.splits)}.")
     groups, first_row = [], 0
     for path in sorted((folder / split).glob("*.parquet")):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 columns, metadata = file.schema_arrow, file.metadata
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path}: not readable as Parquet: {error}. {_DAMAGED}") from error
+            raise ValueError(f"{path}: cannot be read as Parquet: {error}. {_PREPARE_AGAIN}") from error
         _check_columns(path, columns, schema)
         for index in range(metadata.num_row_groups):
             num_rows = metadata.row_group(index).num_rows
@@ -126,14 +126,14 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
             first_row += num_rows
     if first_row != schema.splits[split].rows:
         raise ValueError(
-            f"{folder / split}: its Parquet files have {first_row:,} rows, schema.json says "
-            f"{schema.splits[split].rows:,}. The folder is damaged. {_DAMAGED}"
+            f"{folder / split}: the Parquet files have {first_row:,} rows, but schema.json says "
+            f"{schema.splits[split].rows:,}. The folder is damaged. {_PREPARE_AGAIN}"
         )
     return groups
 
 
 def mean_bag_sizes(folder: Path, schema: Schema) -> dict[str, float]:
-    """Mean ids of a multi-valued feature's bags in train, by the files' metadata; an empty bag counts 1."""
+    """Return the mean bag size of each multi-valued feature in train, from file metadata. An empty bag counts as 1."""
     names = [column.name for column in schema.sparse if column.is_multi_valued]
     if not names:
         return {}
@@ -150,9 +150,9 @@ def mean_bag_sizes(folder: Path, schema: Schema) -> dict[str, float]:
 
 
 def decode(groups: Sequence[RowGroup], schema: Schema) -> Rows:
-    """The rows of some row groups, one group after another; beside the result, memory holds one group in Arrow's form.
+    """Decode row groups one after another. Besides the result, memory holds one group as an Arrow table.
 
-    Raises ValueError that names the file and column: for what can't be read, blanks, and ids outside their table.
+    Raises ValueError naming the file and column for unreadable data, null values, and ids outside their table.
     """
     rows = empty_rows(schema, sum(group.num_rows for group in groups))
     bags: list[tuple[Bags, ...]] = []
@@ -186,10 +186,12 @@ class _Columns:
             with pyarrow.parquet.ParquetFile(group.path) as file:
                 self._table = file.read_row_group(group.index, columns=list(_wanted(schema)))
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{group.path}: row group {group.index} can't be read: {error}. {_DAMAGED}") from error
+            raise ValueError(
+                f"{group.path}: row group {group.index} cannot be read: {error}. {_PREPARE_AGAIN}"
+            ) from error
 
     def values(self, name: str) -> np.ndarray:
-        return self._without_blanks(name, self._table[name]).to_numpy()
+        return self._without_nulls(name, self._table[name]).to_numpy()
 
     def ids(self, column: SparseColumn) -> np.ndarray:
         return self._inside_table(column, self.values(column.name))
@@ -202,34 +204,34 @@ class _Columns:
         weight_offsets, weights = self._lists(weights_column(column.name))
         if not np.array_equal(weight_offsets, offsets):
             raise ValueError(
-                f"{self._path}: column {column.name!r} has rows whose ids and weights differ in number. {_DAMAGED}"
+                f"{self._path}: column {column.name!r}: some rows do not have one weight per id. {_PREPARE_AGAIN}"
             )
         return Bags(offsets, ids, weights)
 
     def _lists(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        column = self._without_blanks(name, self._table[name])
+        column = self._without_nulls(name, self._table[name])
         lists = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
         offsets = lists.offsets.to_numpy().astype(np.int64)
-        return offsets - offsets[0], self._without_blanks(name, lists.flatten()).to_numpy()
+        return offsets - offsets[0], self._without_nulls(name, lists.flatten()).to_numpy()
 
-    def _without_blanks(self, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    def _without_nulls(self, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
         if values.null_count:
-            raise ValueError(f"{self._path}: column {name!r} has {values.null_count} blanks. {_DAMAGED}")
+            raise ValueError(f"{self._path}: column {name!r} has {values.null_count} null values. {_PREPARE_AGAIN}")
         return values
 
     def _inside_table(self, column: SparseColumn, ids: np.ndarray) -> np.ndarray:
-        """`ids` themselves. FBGEMM would take an id outside its table for row 0 and say nothing."""
+        """Return `ids` after checking them. FBGEMM silently reads row 0 for an id outside its table."""
         if len(ids) and (ids.min() < 0 or ids.max() >= column.num_embeddings):
             wrong = ids[(ids < 0) | (ids >= column.num_embeddings)][0]
             raise ValueError(
-                f"{self._path}: column {column.name!r} has the id {wrong}, its table has rows 0 to "
-                f"{column.num_embeddings - 1}. {_DAMAGED}"
+                f"{self._path}: column {column.name!r} has the id {wrong}, but its table has rows 0 to "
+                f"{column.num_embeddings - 1}. {_PREPARE_AGAIN}"
             )
         return ids
 
 
 def _wanted(schema: Schema) -> dict[str, tuple[str, Callable[[pa.DataType], bool]]]:
-    """Columns to be read: what each must be, in words and as a check."""
+    """Return the columns to read, with the type that each must have: as text and as a check."""
 
     def is_id(found: pa.DataType) -> bool:
         return pa.types.is_int32(found) or pa.types.is_int64(found)
@@ -253,7 +255,7 @@ def _check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
     for name, (kind, fits) in _wanted(schema).items():
         if name not in columns.names or not fits(columns.field(name).type):
             found = columns.field(name).type if name in columns.names else "missing"
-            raise ValueError(f"{path}: column {name!r} must be {kind}, it is {found}. {_DAMAGED}")
+            raise ValueError(f"{path}: column {name!r} must be {kind}, but is {found}. {_PREPARE_AGAIN}")
 
 
 def _joined(parts: Sequence[Bags]) -> Bags:

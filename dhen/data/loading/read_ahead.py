@@ -1,4 +1,4 @@
-"""Reading ahead: a thread makes what the consumer will ask for next."""
+"""Reads ahead: a thread produces the next items before the consumer asks for them."""
 
 import contextlib
 import queue
@@ -19,10 +19,10 @@ _END = object()
 
 
 def read_ahead(make: Callable[[], Generator[Item, None, None]], depth: int) -> Iterator[Item]:
-    """Yield what `make()` yields, made by a thread that is at most `depth` items ahead, and one in its hands.
+    """Yield the items of `make()`. A thread produces them: up to `depth` are queued, and one more is in progress.
 
-    Its error is raised here. The thread begins with the first item asked for; it ends, with the generator closed,
-    when the items end or the iterator is closed or dropped.
+    Errors in the thread are raised here. The thread starts when the first item is requested. It closes the generator
+    and ends when the items run out or when the iterator is closed or dropped.
     """
     ready: queue.Queue = queue.Queue(depth)
     is_dropped = threading.Event()
@@ -42,7 +42,7 @@ def read_ahead(make: Callable[[], Generator[Item, None, None]], depth: int) -> I
                 for item in items:
                     if not put(item):
                         return
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # any error goes to the consumer
             put(_Failure(error))
         else:
             put(_END)

@@ -1,1 +1,1 @@
-"""From raw rows to a prepared folder of ids and numbers."""
+"""Turns raw rows into a prepared folder of ids and numbers."""

@@ -1,4 +1,4 @@
-"""Prepared folders kept by content: the same raw files and settings are prepared once."""
+"""A cache of prepared folders: the same raw files and settings are prepared only once."""
 
 import contextlib
 import hashlib
@@ -16,11 +16,11 @@ from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER
 from dhen.data.schema import SCHEMA_FILE
 
 _DIGESTS_FILE = ".digests.json"
-_NOT_THE_CONTENT = {
+_NOT_IN_DIGEST = {
     *("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema", "schema_from"),
     "block_bytes",
 }
-"""Settings that say where something is (what it holds is digested), or that don't change the result."""
+"""Settings that are paths (the digest covers the files' contents instead) or that do not change the result."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 def prepare_cached(
     settings: PreparationSettings, cache: str | Path, *, progress: ProgressCallback | None = None
 ) -> Path:
-    """The prepared folder for these settings: under `cache`, made now if it isn't there yet.
+    """Return the prepared folder for these settings, creating it under `cache` if needed.
 
-    Where dataset_name is a prepared folder itself, that is it. Safe to be called by several processes at once: the
-    first to finish gives the folder, the others drop theirs. Raises what `prepare` raises.
+    If dataset_name is already a prepared folder, returns it. Several processes may call this at once: the first to
+    finish provides the folder, and the others discard theirs. Raises what `prepare` raises.
     """
     name = settings.dataset_name
     if isinstance(name, str | Path) and settings.schema_from is None and (Path(name) / SCHEMA_FILE).is_file():
@@ -44,20 +44,20 @@ def prepare_cached(
             if not (folder / SCHEMA_FILE).is_file():
                 raise
     else:
-        logger.info("%s: prepared earlier from the same files and settings", folder)
+        logger.info("%s: reusing the folder prepared earlier from the same files and settings", folder)
     return folder
 
 
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
-    """What the result depends on: the files, the settings and this program's format."""
-    said = {name: value for name, value in asdict(settings).items() if name not in _NOT_THE_CONTENT}
+    """Return a digest of everything that determines the result: files, settings and PREPARATION_VERSION."""
+    relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
     _, format_name, sources = open_sources(settings)
     inputs = [
         (source.splits, [_fingerprint(format_name, file, digests) for file in source.files]) for source in sources
     ]
-    if not settings.is_label_required:  # such rows carry the names of their files
+    if not settings.is_label_required:  # these rows include the names of their files
         inputs.append([source.files for source in sources])
-    digest = hashlib.blake2b(json.dumps([PREPARATION_VERSION, format_name, said, inputs]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([PREPARATION_VERSION, format_name, relevant, inputs]).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())
     if settings.schema_from is not None:
@@ -71,25 +71,25 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
 def _fingerprint(format_name: str, file: str, digests: "FileDigests") -> str:
     if format_name != "hub":
         return digests.of(Path(file))
-    from dhen.data.formats.hub import hub_revision  # `datasets` takes a second to import: only those who use it wait
+    from dhen.data.formats.hub import hub_revision  # here, because importing `datasets` takes a second
 
     return hub_revision(file)
 
 
 class FileDigests:
-    """Digests of whole files. Those read before are kept in the cache, by path, and hold while size and times do."""
+    """Digests of whole files, cached by path. A digest stays valid until the file's size or times change."""
 
     def __init__(self, cache: Path) -> None:
         self._path = cache / _DIGESTS_FILE
         self._known: dict[str, list[int | str]] = {}
         self._is_new = False
-        with contextlib.suppress(OSError, ValueError):  # none yet, or damaged: then files are read again
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged: read the files again
             self._known = json.loads(self._path.read_text(encoding="utf-8"))
 
     def of(self, file: Path) -> str:
-        """The digest of a file's content, whatever its name and times."""
+        """Return the digest of a file's content, independent of its name and times."""
         status = file.stat()
-        # The time of change too: whoever edits a file can set the time of its last modification back, but not this one.
+        # Include ctime, because whoever edits a file can reset mtime, but not ctime.
         mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         path = str(file.resolve())
         known = self._known.get(path, [])
@@ -102,7 +102,7 @@ class FileDigests:
         return digest
 
     def save(self) -> None:
-        """Keep them for the next time. Of two processes that do so at once one is forgotten, and reads again."""
+        """Store the digests for the next run. If two processes save at once, one set is lost and recomputed later."""
         if self._is_new:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.draft")

@@ -1,4 +1,4 @@
-"""From raw values to what the model reads: ids by hash or vocabulary, transformed dense values."""
+"""Converts raw values to model inputs: ids by hash or vocabulary, and transformed dense values."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,6 @@ import pyarrow as pa
 
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.formats.roles import ColumnRoles, SparseRole
-from dhen.data.formats.text_blocks import one_array
 from dhen.data.preparation.hashing import hashed_ids
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.vocabulary import Vocabulary
@@ -16,19 +15,19 @@ from dhen.data.schema import LABEL, DenseColumn, SparseColumn, weights_column
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes raw tables (`RawChunk.table`) as prepared ones (dhen/data/schema.py)."""
+    """Encodes raw tables (`RawChunk.table`) as prepared tables (dhen/data/schema.py)."""
 
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
     vocabularies: dict[str, Vocabulary]
 
     def encode(self, raw: pa.Table) -> pa.Table:
-        """The same rows with ids and transformed values."""
-        encoded: dict[str, pa.Array] = {LABEL: one_array(raw[LABEL])}
+        """Return the same rows with ids and transformed values."""
+        encoded: dict[str, pa.Array] = {LABEL: raw[LABEL].combine_chunks()}
         for dense in self.dense:
             encoded[dense.name] = pa.array(_transformed(raw[dense.name].to_numpy(), dense), from_pandas=False)
         for sparse in self.sparse:
-            column = one_array(raw[sparse.name])
+            column = raw[sparse.name].combine_chunks()
             if sparse.is_multi_valued:
                 ids = self._ids(column.flatten(), sparse)
                 encoded[sparse.name] = pa.ListArray.from_arrays(_offsets(column), ids)
@@ -36,7 +35,7 @@ class Encoder:
                 encoded[sparse.name] = self._ids(column, sparse)
             if sparse.is_weighted:
                 name = weights_column(sparse.name)
-                encoded[name] = one_array(raw[name])
+                encoded[name] = raw[name].combine_chunks()
         return pa.table(encoded)
 
     def _ids(self, keys: pa.Array, sparse: SparseColumn) -> pa.Array:
@@ -50,7 +49,7 @@ class Encoder:
 def new_columns(
     roles: ColumnRoles, settings: PreparationSettings, vocabularies: dict[str, Vocabulary]
 ) -> tuple[tuple[DenseColumn, ...], tuple[SparseColumn, ...]]:
-    """The schema's columns for new data. `vocabularies` holds those of the features that `uses_vocabulary`."""
+    """Return the schema's dense and sparse columns. `vocabularies`: one per feature that is encoded by a vocabulary."""
     dense = tuple(DenseColumn(role.name, role.transform) for role in roles.dense)
     sparse = tuple(
         SparseColumn(
@@ -74,15 +73,15 @@ def new_columns(
 def check_same_features(
     roles: ColumnRoles, dense: tuple[DenseColumn, ...], sparse: tuple[SparseColumn, ...], folder: str
 ) -> None:
-    """Raise DataError unless raw data with these roles can be encoded by the schema of `folder`."""
+    """Raise DataError unless raw data with these roles has the features in the schema of `folder`."""
     present = {role.name: "dense" for role in roles.dense} | {role.name: _kind(role) for role in roles.sparse}
     wanted = {column.name: "dense" for column in dense} | {column.name: _kind(column) for column in sparse}
     for name, kind in wanted.items():
         if present.get(name) != kind:
-            has = f"has it as {present[name]}" if name in present else "doesn't have it"
+            has = f"has it as {present[name]}" if name in present else "does not have it"
             raise DataError(
-                f"{folder}: its feature {name!r} is {kind}, but the raw data {has}. Give data with the same features, "
-                f"or prepare it without schema_from."
+                f"{folder}: the feature {name!r} is {kind}, but the raw data {has}. Use data with the same features, "
+                f"or prepare the data without schema_from."
             )
 
 
@@ -98,6 +97,6 @@ def _transformed(values: np.ndarray, column: DenseColumn) -> np.ndarray:
 
 
 def _offsets(lists: pa.ListArray) -> pa.Array:
-    """Offsets into `lists.flatten()`; a null list is empty."""
+    """Return offsets into `lists.flatten()`. A null list is empty."""
     lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     return pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))

@@ -1,4 +1,4 @@
-"""Where prepared rows came from: rows that a model is to score keep the file and the row that they stood in."""
+"""The origin of prepared rows: rows to be scored keep the name of their raw file and their row number in it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,26 +9,26 @@ import pyarrow.parquet
 from dhen.data.formats.raw_rows import RawChunk
 
 FILE, ROW = ":file", ":row"
-"""Columns of a prepared folder. The row is the 1-based line of a text file, or row of a Parquet file, as in
-bad_rows.csv. No feature's name starts with a colon."""
+"""Columns in a prepared folder. Rows count from 1, as in bad_rows.csv: the line of a text file or the row of a Parquet
+file. Feature names cannot start with a colon."""
 _COLUMNS = pa.schema([(FILE, pa.string()), (ROW, pa.int64())])
 
 
 def add_origins(prepared: pa.Table, chunk: RawChunk) -> pa.Table:
-    """The prepared rows of a chunk with their file and row."""
+    """Return the prepared rows of a chunk with their file and row number added."""
     files = pa.repeat(pa.scalar(chunk.file), prepared.num_rows)
     return prepared.append_column(FILE, files).append_column(ROW, pa.array(chunk.rows))
 
 
 class Origins:
-    """Files and rows of a prepared split, in its order; null where the folder doesn't hold them."""
+    """Reads the files and row numbers of a prepared split in order; null if the folder does not have them."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self._tables = _tables(folder / split)
         self._waiting = _COLUMNS.empty_table()
 
     def take(self, count: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-        """(files, rows) of the next `count` rows."""
+        """Return (files, row numbers) of the next `count` rows."""
         while self._waiting.num_rows < count:
             self._waiting = pa.concat_tables([self._waiting, next(self._tables)])
         taken, self._waiting = self._waiting.slice(0, count), self._waiting.slice(count)

@@ -1,11 +1,11 @@
-"""Raw files to a prepared folder (dhen/data/schema.py), in a stream.
+"""Streams raw files into a prepared folder (dhen/data/schema.py).
 
-Hashed ids take one pass over the data, a vocabulary one more before it (which counts the rows of the train
-split), a sequential split a first one that counts lines without
-parsing them. Rows are read, encoded and written chunk by chunk, so
-memory holds a block of the input (8 MiB of text, or 65,536 Parquet rows) with its few copies, and one row group of
-each split, whatever the input's size. One thing grows with the data: the distinct keys of the features that are
-encoded by a vocabulary (`KeyCounts` says how much a key takes).
+Hashed ids need one pass over the data. A vocabulary adds a pass before it that counts the keys of the train split. A
+sequential split adds a first pass that counts lines without parsing them.
+
+Rows are read, encoded and written chunk by chunk. Memory therefore holds a few copies of one input block (8 MiB of
+text, or 65,536 Parquet rows) and one row group per split, regardless of the input's size. Only the distinct keys of
+features encoded by a vocabulary grow with the data (`KeyCounts` says how much memory a key takes).
 """
 
 import fcntl
@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from dhen.data.formats.raw_rows import BadRow, DataError
-from dhen.data.formats.text_blocks import one_array
 from dhen.data.preparation.encoding import Encoder, check_same_features, new_columns
 from dhen.data.preparation.origins import add_origins
 from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, RawStream
@@ -31,39 +30,39 @@ from dhen.data.preparation.writing import BadRowList, SplitWriter
 from dhen.data.schema import Schema, SplitCounts
 
 PREPARATION_VERSION = 2
-"""Goes up when the same input and settings give another folder: then nothing old is taken from a cache."""
+"""Raise this when the same input and settings give a different folder, so that older cached folders are not reused."""
 _UNFINISHED = ".unfinished-"
 
 
 def prepare(settings: PreparationSettings, folder: str | Path, *, progress: ProgressCallback | None = None) -> Schema:
-    """Write the prepared folder and return its schema. The folder appears whole or not at all.
+    """Write the prepared folder atomically and return its schema.
 
-    progress: called after each chunk; without it a log line tells the state every ten seconds.
+    progress: called after each chunk. Without it, progress is logged every ten seconds.
 
-    Raises FileExistsError where `folder` exists, FileNotFoundError, ValueError, and DataError (a ValueError) for data
-    that can't be used: the message names file and row.
+    Raises FileExistsError if `folder` exists, FileNotFoundError, ValueError for wrong settings, and DataError (a
+    ValueError) for data that cannot be used. The message of a DataError names file and row.
     """
     folder = Path(folder)
     if folder.exists():
-        raise FileExistsError(f"{folder}: it exists already. Remove it or choose another folder.")
-    with _appearing_whole(folder) as unfinished:
+        raise FileExistsError(f"{folder}: the folder already exists. Remove it or choose another one.")
+    with _atomic_folder(folder) as unfinished:
         return _prepare_in(unfinished, settings, progress or LogProgress())
 
 
 def settings_without_effect(settings: PreparationSettings, schema: Schema) -> list[str]:
-    """A sentence about each setting, other than the default, that made no difference to what was prepared."""
+    """Return a sentence for each setting that differs from its default but did not affect the prepared data."""
     hashed, looked_up = ([c for c in schema.sparse if c.encoding == kind] for kind in ("hash", "vocabulary"))
     has_own_splits = len(schema.source.get("files", {})) > 1 or bool(settings.files_by_split())
     reasons = {
-        "hash_size": "" if any(c.num_embeddings == settings.hash_size for c in hashed) else "no table takes its size",
-        "min_count": "" if any(c.min_count == settings.min_count for c in looked_up) else "no vocabulary is made by it",
-        "id_encoding": "" if any(c.encoding == settings.id_encoding for c in schema.sparse) else "no feature takes it",
+        "hash_size": "" if any(c.num_embeddings == settings.hash_size for c in hashed) else "no table has this size",
+        "min_count": "" if any(c.min_count == settings.min_count for c in looked_up) else "no vocabulary uses it",
+        "id_encoding": "" if any(c.encoding == settings.id_encoding for c in schema.sparse) else "no feature uses it",
     }
     reasons |= dict.fromkeys(
-        ("split_fractions", "split_order", "split_seed"), "the data has splits of its own" if has_own_splits else ""
+        ("split_fractions", "split_order", "split_seed"), "the data has its own splits" if has_own_splits else ""
     )
     if not has_own_splits and settings.split_order == "sequential":
-        reasons["split_seed"] = "rows are split in their order"
+        reasons["split_seed"] = "rows are split in order"
     default = {item.name: item.default for item in fields(PreparationSettings)}
     return [
         f"{name} has no effect: {reason}"
@@ -98,22 +97,24 @@ def _new_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
 
 
 def _count_vocabularies(stream: RawStream, settings: PreparationSettings) -> dict[str, Vocabulary]:
-    """The first of two passes. Keys of the train split count: a key that only tests know has nothing to learn from."""
+    """Count keys in a separate pass. Only the train split counts: a key that never occurs there cannot be trained."""
     roles = {r.name: r for r in stream.roles.sparse if (r.encoding or settings.id_encoding) == "vocabulary"}
     if not roles:
         return {}
     if "train" not in stream.splits:
-        raise DataError("a vocabulary is made from the train split, but there is none. Give train rows or schema_from.")
+        raise DataError(
+            "a vocabulary is built from the train split, but there is none. Add train rows or set schema_from."
+        )
     counts = {name: KeyCounts() for name in roles}
     for part in stream.chunks("counting keys", only="train"):
         table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
         for name, count in counts.items():
-            count.add(flat_keys(one_array(table[name])))
+            count.add(flat_keys(table[name].combine_chunks()))
     return {name: count.vocabulary(roles[name].min_count or settings.min_count) for name, count in counts.items()}
 
 
 def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_origins: bool) -> dict[str, SplitCounts]:
-    """The last pass. with_origins: with the file and row of each row."""
+    """Encode and write all rows in the last pass. with_origins: also write the file and row number of each row."""
     first_bad: BadRow | None = None
     writers = {split: SplitWriter(folder / split) for split in stream.splits}
     bad_rows = dict.fromkeys(stream.splits, 0)
@@ -136,41 +137,41 @@ def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_ori
     for split, count in counts.items():
         if count.rows == 0:
             raise DataError(
-                f"the split {split} has no rows ({count.bad_rows} bad ones were skipped), of "
-                f"{sum(c.rows for c in counts.values())} in all. Give more rows, or other files or split_fractions."
+                f"the split {split} has no rows ({count.bad_rows} bad rows were skipped); all splits together have "
+                f"{sum(c.rows for c in counts.values())}. Add rows, or change the files or split_fractions."
             )
     return counts
 
 
 def _refuse_mostly_bad(counts: dict[str, SplitCounts], first_bad: BadRow | None) -> None:
-    """Raise DataError where most rows were skipped: then it isn't the rows that are wrong."""
+    """Raise DataError if most rows were skipped: the format or schema is then probably wrong, not the rows."""
     good, bad = (sum(getattr(count, name) for count in counts.values()) for name in ("rows", "bad_rows"))
     if bad > good:
         raise DataError(
-            f"{bad:,} of {good + bad:,} rows are bad, more than half, so the format or the schema is probably another. "
-            f"The first is {first_bad}"
+            f"{bad:,} of {good + bad:,} rows are bad. This is more than half, so the format or the schema is probably "
+            f"wrong. The first bad row: {first_bad}"
         )
 
 
 def _source(settings: PreparationSettings, format_name: str, sources: tuple[Source, ...]) -> dict[str, object]:
-    """What schema.json says about where the rows came from."""
-    said = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-    del said["block_bytes"]
+    """Return the `source` entry of schema.json, which says where the rows came from."""
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    del values["block_bytes"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
-    return {"format": format_name, "preparation_version": PREPARATION_VERSION, "files": files, "settings": said}
+    return {"format": format_name, "preparation_version": PREPARATION_VERSION, "files": files, "settings": values}
 
 
 @contextmanager
-def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """A hidden sibling to write into, which takes the folder's name at the end, or goes if anything fails.
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Provide a hidden sibling folder for writing. It is renamed to `folder` on success and removed on failure.
 
-    A killed process leaves the sibling, `.<name>.unfinished-*`, which the next one that prepares into the same place
-    removes. Where another process finished the same folder first, raises FileExistsError.
+    If the process is killed, the sibling `.<name>.unfinished-*` remains. The next preparation in the same parent folder
+    removes it. Raises FileExistsError if another process has created `folder` in the meantime.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_what_killed_ones_left(folder.parent)
+    _remove_leftovers(folder.parent)
     unfinished, lock = _locked_folder(f".{folder.name}{_UNFINISHED}", folder.parent)
-    # mkdtemp makes it for the owner alone; the finished folder is like any other.
+    # mkdtemp restricts access to the owner. Give the folder the usual permissions.
     unfinished.chmod(0o777 & ~_umask())
     try:
         yield unfinished
@@ -179,26 +180,26 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
         except OSError as error:
             if not folder.exists():
                 raise
-            raise FileExistsError(f"{folder}: another process has made it in the meantime.") from error
+            raise FileExistsError(f"{folder}: another process has created this folder in the meantime.") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.close(lock)
 
 
 def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
-    """A new folder and an open descriptor of it, which locks it as long as this process lives."""
+    """Create a folder and return it with an open descriptor, which locks it as long as this process lives."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         descriptor = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks: then nobody takes it for left behind
+        with suppress(OSError):  # if the file system has no locks, nobody else can lock and remove it either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if folder.exists():
             return folder, descriptor
-        os.close(descriptor)  # another process took it for left behind, before it was locked
+        os.close(descriptor)  # another process removed it as a leftover before it was locked
 
 
-def _remove_what_killed_ones_left(parent: Path) -> None:
-    """Unfinished folders that no living process has locked."""
+def _remove_leftovers(parent: Path) -> None:
+    """Remove unfinished folders that no running process has locked."""
     for folder in parent.glob(f".*{_UNFINISHED}*"):
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)

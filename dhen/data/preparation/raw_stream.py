@@ -1,4 +1,4 @@
-"""The rows of all sources, chunk by chunk, each with its split; read as many times as there are passes."""
+"""Streams the rows of all sources with their splits, chunk by chunk, once per pass."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparationProgress:
-    """How far a pass is. `bytes_total` is 0 where it isn't known."""
+    """The progress of a pass. `bytes_total` is 0 if unknown."""
 
     stage: str
     rows: int
@@ -33,7 +33,7 @@ ProgressCallback = Callable[[PreparationProgress], None]
 
 @dataclass(frozen=True)
 class SplitChunk:
-    """A chunk, and for each of its good and of its bad rows an index into `splits`."""
+    """A chunk, with an index into `splits` for each good row and each bad row."""
 
     chunk: RawChunk
     splits: tuple[str, ...]
@@ -42,7 +42,7 @@ class SplitChunk:
 
 
 class RawStream:
-    """All that is to be prepared. Making one counts the rows where they are split in their order."""
+    """All rows to prepare. The constructor counts the rows if they are split sequentially."""
 
     def __init__(
         self, reader: Reader, sources: tuple[Source, ...], settings: PreparationSettings, progress: ProgressCallback
@@ -61,18 +61,18 @@ class RawStream:
         bytes_total = sum(_size(file) for file in source.files)
         rows = bytes_before = 0
 
-        def counted(rows_of_file: int, bytes_read: int) -> None:
-            state = PreparationProgress(_COUNTING, rows + rows_of_file, bytes_before + bytes_read, bytes_total)
+        def report(rows_in_file: int, bytes_read: int) -> None:
+            state = PreparationProgress(_COUNTING, rows + rows_in_file, bytes_before + bytes_read, bytes_total)
             self._progress(state)
 
         for file in source.files:
-            rows += self._reader.count_rows(file, counted)
+            rows += self._reader.count_rows(file, report)
             bytes_before += _size(file)
         self._progress(PreparationProgress(_COUNTING, rows, bytes_total, bytes_total, is_done=True))
         return rows
 
     def chunks(self, stage: str, only: str | None = None) -> Iterator[SplitChunk]:
-        """One pass over all rows; with `only`, over the sources that have rows of this split."""
+        """Make one pass over all rows. `only`: read just the sources that have rows in this split."""
         rules = {s: rule for s, rule in self._rules.items() if only is None or only in s.splits}
         bytes_total = sum(_size(file) for source in rules for file in source.files)
         rows = bytes_before = 0
@@ -95,7 +95,7 @@ class RawStream:
 
 
 class LogProgress:
-    """One log line every ten seconds, and one at the end of a pass."""
+    """Logs a line every ten seconds and at the end of each pass."""
 
     _EVERY_SECONDS = 10.0
 
@@ -115,7 +115,7 @@ class LogProgress:
 
 
 def _stop(bad_row: BadRow) -> DataError:
-    return DataError(f"{bad_row} Correct it, or skip and list such rows with --bad_rows skip.")
+    return DataError(f"{bad_row} Correct it, or use --bad_rows skip to skip and list bad rows.")
 
 
 def _size(file: str) -> int:

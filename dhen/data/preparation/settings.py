@@ -1,4 +1,4 @@
-"""What the user says about raw data: where it is, how it is read, how it is split and encoded."""
+"""The user's settings for raw data: where it is, and how to read, split and encode it."""
 
 import math
 from collections.abc import Sequence
@@ -16,23 +16,24 @@ Paths = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class PreparationSettings:
-    """Raw files and how to prepare them. Raises ValueError naming the setting where they contradict themselves.
+    """Which raw files to prepare, and how. Raises ValueError naming a setting that is wrong or contradicts another.
 
-    dataset_name: path, glob, folder, several of them, or the name of a data set on the Hugging Face hub
-        (`owner/name`, or `owner/name/configuration`); its rows are split by `split_fractions`, except a hub data set
-        that has several of the splits train, validation and test itself.
-    train_file, validation_file, test_file: instead of dataset_name, paths or globs for each split.
-    dataset_format: `auto` goes by the name, and for .txt and .tsv by the first line.
-    dataset_schema: YAML file that says what each column is (dhen/data/formats/roles.py); csv, parquet and hub need it.
-    split_fractions: shares of train, validation and test; must sum to 1.
-    split_order: `random` by a hash of split_seed and the row's position, or `sequential`: first rows train, last test.
+    dataset_name: one or more paths, globs or folders, or the name of a data set on the Hugging Face hub (`owner/name`
+        or `owner/name/configuration`). Its rows are split by `split_fractions`, unless a hub data set already has
+        several of the splits train, validation and test.
+    train_file, validation_file, test_file: paths or globs for each split, instead of dataset_name.
+    dataset_format: `auto` detects the format from the file's name, and for .txt and .tsv from its first lines.
+    dataset_schema: YAML file with the role of each column (dhen/data/formats/roles.py). Required for csv, parquet, hub.
+    split_fractions: shares of train, validation and test. They must sum to 1.
+    split_order: `random` splits by a hash of split_seed and the row's position. `sequential` puts the first rows into
+        train and the last into test.
     id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split.
-    bad_rows: `error` stops at the first one, `skip` counts and lists them.
-    is_label_required: False to prepare rows to predict: where labels are absent or blank, the label column holds NaN.
-    only_split: of a hub data set the one split that is read, whole; None reads all that it has.
-    schema_from: prepared folder (or saved model) whose features, ids and transforms are used as they are; the
-        encoding settings above have no effect then.
-    block_bytes: how much of a text file is in memory at once; has no effect on the result.
+    bad_rows: `error` stops at the first bad row, `skip` counts and lists them.
+    is_label_required: False to prepare rows to predict. The label is NaN for rows without one.
+    only_split: read only this split of a hub data set, without splitting it further. None: read all of its splits.
+    schema_from: prepared folder or saved model whose features, ids and transforms are reused. The encoding settings
+        above then have no effect.
+    block_bytes: how much of a text file to read at a time. Does not affect the result.
     """
 
     dataset_name: Paths = None
@@ -62,34 +63,34 @@ class PreparationSettings:
         object.__setattr__(self, "split_fractions", fractions)
         if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
             raise ValueError(
-                f"split_fractions is {fractions}; give three shares of train, validation and test that sum to 1, such "
+                f"split_fractions is {fractions}. Use three shares for train, validation and test that sum to 1, such "
                 f"as 0.8 0.1 0.1."
             )
         if self.hash_size < 2:
-            raise ValueError(f"hash_size is {self.hash_size}; a table needs at least 2 rows, of which row 0 is blank.")
+            raise ValueError(f"hash_size is {self.hash_size}. Use 2 or more, because row 0 of a table is for blanks.")
         if self.min_count < 1:
-            raise ValueError(f"min_count is {self.min_count}; give 1 or more.")
+            raise ValueError(f"min_count is {self.min_count}. Use 1 or more.")
         if self.block_bytes < 1:
-            raise ValueError(f"block_bytes is {self.block_bytes}; give 1 or more.")
+            raise ValueError(f"block_bytes is {self.block_bytes}. Use 1 or more.")
         if bool(self.dataset_name) == bool(self.files_by_split()):
             raise ValueError(
-                "give either dataset_name, which is split by split_fractions, or files by split (train_file, "
-                "validation_file, test_file), and not both."
+                "give either dataset_name, which is split by split_fractions, or files per split (train_file, "
+                "validation_file, test_file), but not both."
             )
 
     def files_by_split(self) -> dict[str, tuple[str, ...]]:
-        """Patterns of each split that the user gave files for."""
+        """Return the paths or globs for each split that the user gave files for."""
         given = zip(SPLITS, (self.train_file, self.validation_file, self.test_file), strict=True)
         return {split: as_tuple(paths) for split, paths in given if paths}
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}.")
+            raise ValueError(f"{name} is {value!r}. Use one of: {', '.join(allowed)}.")
 
 
 def as_tuple(paths: Paths) -> tuple[str, ...]:
-    """One path, several, or none, as a tuple."""
+    """Return one path, several or none as a tuple."""
     if not paths:
         return ()
     return (str(paths),) if isinstance(paths, str | Path) else tuple(str(path) for path in paths)

@@ -1,4 +1,4 @@
-"""From the user's settings to the files, the reader of their format, and the split rule of each set of files."""
+"""Turns the user's settings into files, a reader for their format, and a split rule for each set of files."""
 
 import glob
 import re
@@ -15,6 +15,7 @@ from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
 from dhen.data.preparation.splitting import SplitRule, WholeSplit, split_rule, splits_with_rows
 from dhen.data.schema import SCHEMA_FILE
+from dhen.paths import looked_in
 
 _SUFFIXES = {
     ".parquet": "parquet",
@@ -32,24 +33,24 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """Files that are read one after the other, and the splits that their rows go to."""
+    """Files to read one after another, and the splits that their rows go to."""
 
     files: tuple[str, ...]
     splits: tuple[str, ...]
 
     def must_be_counted(self, settings: PreparationSettings) -> bool:
-        """Whether the rule needs the number of rows: where they are split in their order."""
+        """Whether the split rule needs the number of rows, as a sequential split does."""
         return len(self.splits) > 1 and settings.split_order == "sequential"
 
     def rule(self, settings: PreparationSettings, num_rows: int | None = None) -> SplitRule:
-        """Which row goes where. num_rows: of all files, where they `must_be_counted`."""
+        """Return the split rule. num_rows: total number of rows in the files, only needed if they `must_be_counted`."""
         if len(self.splits) == 1:
             return WholeSplit(self.splits)
         return split_rule(settings.split_fractions, settings.split_order, settings.split_seed, num_rows)
 
 
 def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Source, ...]]:
-    """(reader, its format's name, what it shall read). Raises FileNotFoundError, ValueError or DataError."""
+    """Return (reader, name of its format, sources to read). Raises FileNotFoundError, ValueError or DataError."""
     format_name = format_of(settings)
     if format_name == "hub":
         found = _on_the_hub(settings)
@@ -58,28 +59,30 @@ def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Sour
         files = [file for some in found.values() for file in some]
         for file in files:
             if files.count(file) > 1:
-                raise DataError(f"{file}: it is in two splits. Give each split its own files.")
+                raise DataError(f"{file}: the file is used for two splits. Use different files for each split.")
     if settings.only_split is not None:
         if settings.only_split not in found:
             raise DataError(
-                f"{settings.dataset_name}: there is no split {settings.only_split}; it has {', '.join(found)}."
+                f"{settings.dataset_name}: there is no split {settings.only_split}. Use one of: {', '.join(found)}."
             )
         split = settings.only_split
         return _reader(format_name, settings, found[split][0]), format_name, (Source(found[split], (split,)),)
-    is_split_by_us = not found or (format_name == "hub" and len(found) == 1)
-    if is_split_by_us:
+    has_own_splits = len(found) > 1 or (len(found) == 1 and format_name != "hub")
+    if has_own_splits:
+        sources = tuple(Source(some, (split,)) for split, some in found.items())
+    else:
         files = next(iter(found.values())) if found else _files(as_tuple(settings.dataset_name))
         sources = (Source(files, splits_with_rows(settings.split_fractions)),)
-    else:
-        sources = tuple(Source(some, (split,)) for split, some in found.items())
     return _reader(format_name, settings, sources[0].files[0]), format_name, sources
 
 
 def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
     names = as_tuple(settings.dataset_name)
     if len(names) != 1:
-        raise ValueError("the format hub takes one dataset_name; its own splits are used, so no file by split.")
-    from dhen.data.formats.hub import hub_splits  # `datasets` takes a second to import: only those who use it wait
+        raise ValueError(
+            "the format hub needs exactly one dataset_name, and no train_file, validation_file or test_file."
+        )
+    from dhen.data.formats.hub import hub_splits  # here, because importing `datasets` takes a second
 
     return {split: (file,) for split, file in hub_splits(names[0]).items()}
 
@@ -90,7 +93,7 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
     if format_name == "criteo":
         if roles is not None:
             raise ValueError(
-                "dataset_schema has no effect on the format criteo. Remove it, or give --dataset_format csv."
+                "dataset_schema has no effect on the format criteo. Remove it, or use --dataset_format csv."
             )
         return CriteoReader(is_required, block_bytes)
     if format_name == "libsvm":
@@ -98,7 +101,7 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
     if roles is None:
         raise ValueError(
             f"the format {format_name} needs dataset_schema, a YAML file that says which columns are label, dense and "
-            f"sparse. recipes/configs/schemas has examples."
+            f"sparse. See recipes/configs/schemas for examples."
         )
     if format_name == "csv":
         return DelimitedReader(roles, is_required, block_bytes)
@@ -110,7 +113,7 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
 
 
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """The files that paths, globs and folders stand for, in the given order, those of a pattern by name."""
+    """Return the files for paths, globs and folders, in the given order, and sorted by name within each pattern."""
     found: list[str] = []
     for pattern in patterns:
         path = Path(pattern)
@@ -118,25 +121,25 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
             some = [pattern]
         elif path.is_dir():
             if (path / SCHEMA_FILE).is_file():
-                raise DataError(f"{pattern}: it is a prepared folder already. Give the raw files.")
+                raise DataError(f"{pattern}: this is already a prepared folder. Use the raw files.")
             some = [str(file) for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
             if not some:
-                raise FileNotFoundError(f"{pattern}: the folder holds no files.")
+                raise FileNotFoundError(f"{pattern}: the folder has no files. Check the path.")
         elif glob.has_magic(pattern):
             some = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
             if not some:
-                raise FileNotFoundError(f"{pattern}: no file matches. Check the pattern and the folder.")
+                raise FileNotFoundError(f"{pattern}: no file matches. Check the pattern.{looked_in(pattern)}")
         else:
-            raise FileNotFoundError(f"{pattern}: no such file. Check the path.")
+            raise FileNotFoundError(f"{pattern}: no such file. Check the path.{looked_in(pattern)}")
         found.extend(some)
     for file in found:
         if found.count(file) > 1:
-            raise DataError(f"{file}: it is given twice, so its rows would count twice. Give each file once.")
+            raise DataError(f"{file}: the file is given twice, so its rows would count twice. Give each file once.")
     return tuple(found)
 
 
 def format_of(settings: PreparationSettings) -> str:
-    """The name of the format: what dataset_format says, or the files' names and first lines."""
+    """Return the name of the format, from dataset_format or, for `auto`, from the first file's name and lines."""
     if settings.dataset_format != "auto":
         return settings.dataset_format
     patterns = as_tuple(settings.dataset_name) or tuple(p for some in settings.files_by_split().values() for p in some)
@@ -159,6 +162,6 @@ def format_of(settings: PreparationSettings) -> str:
     if 2 * sum(_LIBSVM_LINE.match(line) is not None for line in lines) > len(lines):
         return "libsvm"
     raise DataError(
-        f"{file}: neither its name nor its first lines tell its format. Give --dataset_format, one of "
-        f"{', '.join(FORMATS)}; csv, parquet and hub need --dataset_schema too."
+        f"{file}: cannot detect the format from the name or the first lines. Set --dataset_format to one of "
+        f"{', '.join(FORMATS)}; csv, parquet and hub also need --dataset_schema."
     )

@@ -1,6 +1,6 @@
-"""Which split a row goes to, as a function of its position in the input: 0 for the first row of the first file.
+"""Assigns rows to splits by their position in the input. The first row of the first file has position 0.
 
-Header lines have no position; bad rows and blank lines have one, so that skipping some moves no other row.
+Header lines have no position. Bad rows and blank lines do, so skipping them does not move other rows.
 """
 
 from dataclasses import dataclass
@@ -13,59 +13,59 @@ from dhen.data.schema import SPLITS
 
 
 class SplitRule(Protocol):
-    """Rows to splits."""
+    """Assigns each row to a split."""
 
     splits: tuple[str, ...]
 
     def assign(self, positions: np.ndarray) -> np.ndarray:
-        """int64, for each position an index into `splits`."""
+        """Return an index into `splits` for each position, int64."""
 
 
 @dataclass(frozen=True)
 class WholeSplit:
-    """Every row goes to one split: the user gave a file for each."""
+    """Puts all rows into one split, because the user gave files for each split."""
 
     splits: tuple[str, ...]
 
     def assign(self, positions: np.ndarray) -> np.ndarray:
-        """All zeros."""
+        """Return zeros."""
         return np.zeros(len(positions), dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class RandomSplit:
-    """Each row by itself, by a hash of its position and the seed: the shares are met up to chance."""
+    """Assigns each row independently by a hash of its position and the seed. The shares hold on average."""
 
     splits: tuple[str, ...]
     upper: tuple[float, ...]
     seed: int
 
     def assign(self, positions: np.ndarray) -> np.ndarray:
-        """By where the hash falls in [0, 1)."""
+        """Assign by where the hash falls in [0, 1)."""
         return np.searchsorted(self.upper[:-1], hash_positions(positions, self.seed), side="right")
 
 
 @dataclass(frozen=True)
 class SequentialSplit:
-    """First rows train, last rows test. `ends`: the position after each split's last row."""
+    """Puts the first rows into train and the last into test. `ends`: the position after each split's last row."""
 
     splits: tuple[str, ...]
     ends: tuple[int, ...]
 
     def assign(self, positions: np.ndarray) -> np.ndarray:
-        """By the position itself."""
+        """Assign by the position itself."""
         return np.searchsorted(self.ends[:-1], positions, side="right")
 
 
 def splits_with_rows(fractions: tuple[float, float, float]) -> tuple[str, ...]:
-    """The splits whose share isn't 0."""
+    """Return the splits whose share is not 0."""
     return tuple(split for split, share in zip(SPLITS, fractions, strict=True) if share > 0)
 
 
 def split_rule(
     fractions: tuple[float, float, float], order: Literal["random", "sequential"], seed: int, num_rows: int | None
 ) -> SplitRule:
-    """The rule for shares of train, validation and test. `sequential` needs the number of rows of the input."""
+    """Return the rule for the shares of train, validation and test. `sequential` needs num_rows."""
     splits = splits_with_rows(fractions)
     upper = np.cumsum([share for share in fractions if share > 0])
     if order == "random":

@@ -1,7 +1,7 @@
-"""Vocabularies: which keys of a feature have a row of their own in its table, and which row.
+"""Vocabularies: which keys of a feature have their own row in its table, and which row that is.
 
-vocabulary/<feature>.parquet holds `key` (string), `id` (int64) and `count` (int64), by ascending id. Ids run from 1 by
-descending count, then by key; id 0 stands for blank, rare and unseen keys.
+vocabulary/<feature>.parquet has the columns `key` (string), `id` (int64) and `count` (int64), sorted by id. Ids start
+at 1 and are assigned by descending count, then by key. Id 0 stands for blank, rare and unseen keys.
 """
 
 from pathlib import Path
@@ -22,8 +22,8 @@ _COMPACT_ROWS = 1 << 20
 class KeyCounts:
     """Counts the keys of one feature over many chunks.
 
-    Memory is what this must hold: every distinct key of the data, about 60 bytes a key of up to 12 letters, and up to
-    a million keys (or as many as the distinct ones) that wait to be merged.
+    Holds in memory every distinct key of the data, at about 60 bytes per key of up to 12 characters. Up to a million
+    more keys (or as many as the distinct ones) wait to be merged.
     """
 
     def __init__(self) -> None:
@@ -32,17 +32,17 @@ class KeyCounts:
         self._waiting_rows = 0
 
     def add(self, keys: pa.Array) -> None:
-        """Count the keys of a chunk; nulls don't count."""
+        """Count the keys in a chunk, except nulls."""
         counts = pl.DataFrame({"key": pl.Series(pl.from_arrow(keys))}).drop_nulls()
         counts = counts.group_by("key").agg(pl.len().cast(pl.Int64).alias("count"))
         self._waiting.append(counts)
         self._waiting_rows += len(counts)
-        # Merging costs as much as the whole: wait until as much again is there, and the total cost stays linear.
+        # A merge costs as much as all keys so far. Waiting until their number doubles keeps the total cost linear.
         if self._waiting_rows > max(_COMPACT_ROWS, len(self._merged)):
             self._merge()
 
     def vocabulary(self, min_count: int) -> "Vocabulary":
-        """The keys seen at least `min_count` times, with their ids."""
+        """Return the keys seen at least `min_count` times, with their ids."""
         self._merge()
         kept = self._merged.filter(pl.col("count") >= min_count).sort(["count", "key"], descending=[True, False])
         return Vocabulary(pa.array(kept["key"].to_arrow(), pa.string()), kept["count"].to_numpy())
@@ -53,13 +53,13 @@ class KeyCounts:
 
 
 class Vocabulary:
-    """Keys of a feature in the order of their ids: keys[i] has id i + 1."""
+    """The keys of a feature in the order of their ids: keys[i] has id i + 1."""
 
     def __init__(self, keys: pa.Array, counts: np.ndarray) -> None:
         self.keys = keys
         self.counts = counts
         self._version = 0
-        # Found by hash, then compared by key: a sorted array serves all chunks, a hash join would be built for each.
+        # Find keys by hash, then compare the text. A sorted array serves all chunks; a hash join is built per chunk.
         while True:
             hashes = self._hashes(keys)
             self._order = np.argsort(hashes, kind="stable")
@@ -70,11 +70,11 @@ class Vocabulary:
 
     @property
     def num_embeddings(self) -> int:
-        """Rows that the feature's table needs: one a key, and row 0."""
+        """Number of rows in the feature's table: one per key, plus row 0."""
         return len(self.keys) + 1
 
     def ids(self, keys: pa.Array) -> np.ndarray:
-        """int64 ids, 0 for null and for keys that aren't in the vocabulary."""
+        """Return int64 ids, 0 for nulls and for keys that are not in the vocabulary."""
         ids = np.full(len(keys), MISSING_ID, dtype=np.int64)
         if len(keys) == 0 or len(self.keys) == 0:
             return ids
@@ -101,25 +101,27 @@ class Vocabulary:
 
 
 def vocabulary_path(folder: Path, feature: str) -> Path:
-    """Where a feature's vocabulary lies in a prepared folder."""
+    """Return the path of a feature's vocabulary in a prepared folder."""
     return Path(folder) / VOCABULARY_FOLDER / f"{feature}.parquet"
 
 
 def load_vocabulary(folder: Path, feature: str) -> Vocabulary:
-    """Read a feature's vocabulary from a prepared folder or from a saved model that carries one.
+    """Read a feature's vocabulary from a prepared folder or a saved model.
 
-    Raises FileNotFoundError, or ValueError where its ids don't run from 1.
+    Raises FileNotFoundError, or ValueError if its ids are not 1, 2, 3, ….
     """
     path = vocabulary_path(folder, feature)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, but {feature!r} is encoded by a vocabulary. Prepare it again.")
+        raise FileNotFoundError(
+            f"{path}: no such file, but {feature!r} is encoded by a vocabulary. Prepare the data again."
+        )
     table = pyarrow.parquet.read_table(path, columns=["key", "id", "count"]).combine_chunks()
     if not np.array_equal(table["id"].to_numpy(), np.arange(1, table.num_rows + 1)):
-        raise ValueError(f"{path}: the ids don't run from 1 to {table.num_rows}. Prepare the data again.")
+        raise ValueError(f"{path}: the ids do not run from 1 to {table.num_rows}. Prepare the data again.")
     keys = pa.concat_arrays([pa.array([], pa.string()), *table["key"].cast(pa.string()).chunks])
     return Vocabulary(keys, table["count"].to_numpy())
 
 
 def flat_keys(column: pa.Array) -> pa.Array:
-    """The keys of a raw column, of a multi-valued one too."""
+    """Return the keys in a raw column as a flat array, also for a multi-valued feature."""
     return pc.list_flatten(column) if pa.types.is_list(column.type) else column

@@ -1,6 +1,6 @@
-"""Writes a prepared folder: splits as Parquet parts of full row groups, and the list of bad rows.
+"""Writes a prepared folder: each split as Parquet parts with full row groups, and the list of bad rows.
 
-What is written depends on the rows and their order only, not on the chunks that they came in.
+The files depend only on the rows and their order, not on the chunks that the rows came in.
 """
 
 import csv
@@ -20,7 +20,7 @@ BAD_ROWS_FILE = "bad_rows.csv"
 
 
 class SplitWriter:
-    """Writes one split's rows. Holds at most one row group and one chunk in memory."""
+    """Writes the rows of one split. Holds at most one row group and one chunk in memory."""
 
     def __init__(self, folder: Path, row_group_rows: int = ROW_GROUP_ROWS) -> None:
         self.folder = folder
@@ -48,14 +48,14 @@ class SplitWriter:
             self._write_row_group(self._row_group_rows)
 
     def close(self) -> None:
-        """Write what is left and close the last part."""
+        """Write the remaining rows and close the last part."""
         if self._waiting_rows:
             self._write_row_group(self._waiting_rows)
         if self._part is not None:
             self._part.close()
 
     def counts(self, bad_rows: int) -> SplitCounts:
-        """How many rows were written."""
+        """Return the counts of the rows written so far."""
         return SplitCounts(self.rows, self.clicks, bad_rows, self.unlabelled)
 
     def _write_row_group(self, num_rows: int) -> None:
@@ -77,7 +77,7 @@ class SplitWriter:
 
 
 class BadRowList:
-    """Writes bad_rows.csv (file, row, reason, text), row by row; the file is made at the first bad row."""
+    """Writes bad_rows.csv (file, row, reason, text). The file is created for the first bad row."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / BAD_ROWS_FILE

@@ -1,4 +1,4 @@
-"""The interactions of paper 2.3, Wukong's factorization machine, and the registry for a user's own."""
+"""The interactions of paper 2.3, Wukong's factorization machine, and a registry for user-defined interactions."""
 
 from dhen.model.interactions.attention import SelfAttention
 from dhen.model.interactions.convolution import Convolution

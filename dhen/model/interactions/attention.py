@@ -11,7 +11,7 @@ from dhen.model.mlp import Activation, activation_module
 
 
 class MultiHeadAttention(nn.Module):
-    """softmax(Q K^T / sqrt(D / H)) V in H heads, joined and mapped by one more linear layer.
+    """softmax(Q K^T / sqrt(D / H)) V in H heads, concatenated and mapped by one more linear layer.
 
     >>> import torch
     >>> MultiHeadAttention(embedding_dim=4, num_heads=2)(torch.ones(3, 5, 4)).shape
@@ -19,7 +19,7 @@ class MultiHeadAttention(nn.Module):
     """
 
     def __init__(self, embedding_dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        """dropout: share of the attention weights that training drops. Raises ValueError if H doesn't divide D."""
+        """dropout: dropout rate on the attention weights. Raises ValueError if H does not divide D."""
         super().__init__()
         if num_heads < 1 or embedding_dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}. Use a divisor of embedding_dim, {embedding_dim}.")
@@ -39,7 +39,7 @@ class MultiHeadAttention(nn.Module):
 
 @register_interaction("self_attention")
 class SelfAttention(Interaction):
-    """u = W E(X), E one transformer encoder layer, W in R^(L x M): H = Norm(X + A(X)), E = Norm(H + FF(H)).
+    """u = W E(X) with one transformer encoder layer E and W in R^(L x M): H = Norm(X + A(X)), E = Norm(H + FF(H)).
 
     A: multi-head attention. FF: linear, activation, linear. With `norm_first`: H = X + A(Norm(X)), E = H + FF(Norm(H)).
 
@@ -60,8 +60,8 @@ class SelfAttention(Interaction):
         activation: Activation | None = None,
         use_dense: bool = False,
     ) -> None:
-        """feedforward_dim: inner size of FF; None: 4 D. dropout: in A and FF and on their outputs. activation: of FF;
-        None takes the layer's. Raises ValueError if num_heads doesn't divide D.
+        """feedforward_dim: inner size of FF; None: 4 D. dropout: rate within A and FF and on their outputs. activation:
+        of FF; the layer's if None. Raises ValueError if num_heads does not divide D.
         """
         super().__init__(context, use_dense=use_dense)
         dim = context.embedding_dim

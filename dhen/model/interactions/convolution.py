@@ -14,7 +14,9 @@ from dhen.model.mlp import Activation, activation_module
 
 @register_interaction("convolution")
 class Convolution(Interaction):
-    """u = W act(Conv2d(X)): X as an image of one channel, M by D; C channels out, of the same size; W in R^(L x C M).
+    """u = W act(Conv2d(X)): X is a one-channel M x D image, Conv2d outputs C channels of this size, W in R^(L x C M).
+
+    Conv2d has a bias, which the paper does not print.
 
     >>> import torch
     >>> convolution = Convolution(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
@@ -31,13 +33,14 @@ class Convolution(Interaction):
         activation: Activation = "identity",
         use_dense: bool = False,
     ) -> None:
-        """num_channels: C. kernel_size: over M, over D; edges are padded with zeros. activation: the paper has none.
+        """num_channels: C. kernel_size: over M and over D; zero padding keeps the size M x D. activation: the paper
+        has none.
 
-        Raises ValueError if kernel_size isn't two odd numbers: only those have a middle, which keeps the size.
+        Raises ValueError unless kernel_size is two odd numbers, because an even kernel has no center.
         """
         super().__init__(context, use_dense=use_dense)
         if len(kernel_size) != 2 or any(size < 1 or size % 2 == 0 for size in kernel_size):
-            raise ValueError(f"kernel_size is {list(kernel_size)}. Use two odd numbers, over M and over D.")
+            raise ValueError(f"kernel_size is {list(kernel_size)}. Use two odd numbers, one for M and one for D.")
         if num_channels < 1:
             raise ValueError(f"num_channels is {num_channels}. Use 1 or more.")
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)

@@ -1,4 +1,4 @@
-"""Deep cross in both kinds (paper 2.3): eq. 7 as printed, and DCN-V2's cross of the flattened embeddings.
+"""Two kinds of deep cross (paper 2.3): eq. 7 as printed, and DCN-V2's cross of the flattened embeddings.
 
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension.
 """
@@ -22,14 +22,14 @@ class DeepCross(Interaction):
     """
 
     def __init__(self, context: InteractionContext, *, use_dense: bool = False) -> None:
-        """W is initialised as Glorot, b as 0."""
+        """W uses Glorot initialization, and b starts at 0."""
         super().__init__(context, use_dense=use_dense)
         self.weight = nn.Parameter(torch.empty(context.embedding_dim, context.num_outputs))
         self.bias = nn.Parameter(torch.empty(context.embedding_dim, context.num_outputs))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw W again, and set b to 0."""
+        """Draw W again and set b to 0."""
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -42,20 +42,21 @@ class DeepCross(Interaction):
 
 
 class CrossNet(nn.Module):
-    """x_(l+1) = x_0 * (W_l x_l + b_l) + x_l over vectors of a width (DCN-V2); W_l = U_l V_l where it is low rank.
+    """x_(l+1) = x_0 * (W_l x_l + b_l) + x_l over vectors of size `width` (DCN-V2), with W_l = U_l V_l if low rank.
 
     >>> CrossNet(6, num_cross_layers=2, cross_width=3)(torch.ones(2, 6)).shape
     torch.Size([2, 6])
     """
 
     def __init__(self, width: int, num_cross_layers: int, cross_width: int | None = None) -> None:
-        """cross_width: of the low rank, U_l (width, cross_width), V_l (cross_width, width); None: W_l is full.
+        """cross_width: the rank of W_l = U_l V_l, with U_l (width, cross_width) and V_l (cross_width, width). None: W_l
+        is a full matrix.
 
-        Raises ValueError if either number is below 1.
+        Raises ValueError if num_cross_layers or cross_width is below 1.
         """
         super().__init__()
         if num_cross_layers < 1 or (cross_width is not None and cross_width < 1):
-            raise ValueError(f"num_cross_layers is {num_cross_layers}, cross_width {cross_width}. Use 1 or more.")
+            raise ValueError(f"num_cross_layers is {num_cross_layers} and cross_width is {cross_width}. Use 1 or more.")
         self.layers = nn.ModuleList()
         for _ in range(num_cross_layers):
             if cross_width is None:
@@ -74,9 +75,9 @@ class CrossNet(nn.Module):
 
 @register_interaction("deep_cross_flattened")
 class FlattenedDeepCross(Interaction):
-    """u = W reshape(cross(flatten(X))): DCN-V2's cross layers over all M * D numbers, then W over the M embeddings.
+    """u = W reshape(cross(flatten(X))): DCN-V2's cross layers over all M * D values, then W over the M embeddings.
 
-    The crossed vector is M embeddings still, so W in R^(L x M) leads to L, as in eq. 6.
+    The crossed vector still holds M embeddings, so W in R^(L x M) maps them to L, as in eq. 6.
 
     >>> cross = FlattenedDeepCross(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4), cross_width=2)
     >>> cross(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
@@ -91,7 +92,7 @@ class FlattenedDeepCross(Interaction):
         cross_width: int | None = None,
         use_dense: bool = False,
     ) -> None:
-        """num_cross_layers, cross_width: of the CrossNet; cross_width None: full weights, (M * D) x (M * D) each."""
+        """num_cross_layers, cross_width: see CrossNet. cross_width None: full (M * D) x (M * D) weights."""
         super().__init__(context, use_dense=use_dense)
         self.cross = CrossNet(self.num_rows * context.embedding_dim, num_cross_layers, cross_width)
         self.mix = MixEmbeddings(self.num_rows, context.num_outputs)

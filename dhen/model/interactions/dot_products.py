@@ -1,4 +1,4 @@
-"""AdvancedDlrm (paper 2.3, whose formula it omits) and Wukong's factorization machine: dots, then an over arch.
+"""AdvancedDlrm (paper 2.3, which omits its formula) and Wukong's factorization machine: dots, then an over arch.
 
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N dense features, K compressed embeddings.
 """
@@ -15,7 +15,7 @@ from dhen.model.mlp import MLP, Activation
 
 
 class PairwiseDots(nn.Module):
-    """The dot product x_i . x_j of each pair i < j, row by row of the upper triangle of X X^T: M (M - 1) / 2 numbers.
+    """The M (M - 1) / 2 dot products x_i . x_j with i < j: the upper triangle of X X^T, row by row.
 
     >>> PairwiseDots(3)(torch.ones(2, 3, 4))
     tensor([[4., 4., 4.],
@@ -31,7 +31,7 @@ class PairwiseDots(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the places of the upper triangle in the flattened (M, M); from_pretrained leaves them unset."""
+        """Set the upper triangle's indices into the flattened (M, M) matrix. from_pretrained leaves them unset."""
         row, column = torch.triu_indices(self.num_inputs, self.num_inputs, offset=1, device=self.triangle.device)
         self.triangle.copy_(row * self.num_inputs + column)
 
@@ -42,10 +42,10 @@ class PairwiseDots(nn.Module):
 
 
 class CompressedDots(nn.Module):
-    """X (X^T W) with W in R^(M x K): the dots of each embedding with K mixtures of all, at cost M K D, not M M D.
+    """X (X^T W) with W in R^(M x K): dots of each embedding with K mixtures of all. The cost is M K D, not M M D.
 
-    With `example_weights`, X (X^T (a * W)) where a_m = 2 sigmoid(x_m . v_m + c_m): each example weighs its own
-    embeddings. V and c start at 0, and so a at 1.
+    With `example_weights`, X (X^T (a * W)) where a_m = 2 sigmoid(x_m . v_m + c_m): each example weights its own
+    embeddings. V and c start at 0, so a starts at 1.
 
     >>> CompressedDots(num_inputs=3, embedding_dim=4, compress_to=2)(torch.ones(5, 3, 4)).shape
     torch.Size([5, 6])
@@ -61,7 +61,7 @@ class CompressedDots(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw W again, and set V and c to 0."""
+        """Draw W again and set V and c to 0."""
         nn.init.xavier_uniform_(self.weight)
         if self.gate is not None:
             nn.init.zeros_(self.gate)
@@ -79,10 +79,11 @@ class CompressedDots(nn.Module):
 
 @register_interaction("advanced_dlrm")
 class AdvancedDlrm(Interaction):
-    """v = [dots(X), dense], u = W_m MLP(v): DLRM's pairwise dots, through the over arch, back to L embeddings.
+    """v = [dots(X), dense], u = W_m MLP(v): DLRM's pairwise dots pass through the over arch, then map to L embeddings.
 
-    dots: x_i . x_j for i < j, or X (X^T W) with `compress_to`. The options follow v on its way: dots are normalised,
-    joined with the dense vector (`use_dense`), crossed (v <- v0 * (U V v + b) + v), and enter the over arch.
+    dots: x_i . x_j for i < j, or X (X^T W) with `compress_to`. If the options are set, the dots are normalized, joined
+    with the dense vector (`use_dense`) and crossed (v <- v0 * (U V v + b) + v), in this order, before the over arch.
+    W_m has a bias, which the paper does not print.
 
     >>> dlrm = AdvancedDlrm(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
     >>> dlrm(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
@@ -105,23 +106,23 @@ class AdvancedDlrm(Interaction):
         activation: Activation | None = None,
         use_dense: bool = False,
     ) -> None:
-        """over_arch: hidden sizes; W_m is the linear layer after them. compress_to: K; None takes all pairs.
+        """over_arch: hidden sizes; W_m is the linear layer after them. compress_to: K; None: all pairs.
 
-        example_weights: weigh the embeddings per example before they are compressed. normalize: layer norm of the dots.
-        num_cross_layers, cross_width: low-rank cross layers and their width; None: 32. batch_norm, activation: None
-        takes the layer's. use_dense: join the raw dense features. Raises ValueError if there is nothing to multiply, or
-        an option has nothing to act on.
+        example_weights: weight the embeddings per example before compression. normalize: apply layer norm to the dots.
+        num_cross_layers, cross_width: number and rank of low-rank cross layers; rank None: 32. batch_norm, activation:
+        the layer's if None. use_dense: append the raw dense features. Raises ValueError if there are no pairs, or if an
+        option would have no effect.
         """
         super().__init__(context, use_dense=use_dense)
         if example_weights and compress_to is None:
-            raise ValueError("example_weights weighs what is compressed, but compress_to is not set. Set it too.")
+            raise ValueError("example_weights has no effect because compress_to is not set. Set compress_to too.")
         if cross_width is not None and num_cross_layers == 0:
-            raise ValueError("cross_width is set, but num_cross_layers is 0. Set it too.")
+            raise ValueError("cross_width has no effect because num_cross_layers is 0. Set num_cross_layers too.")
         if compress_to is not None and compress_to < 1:
             raise ValueError(f"compress_to is {compress_to}. Use 1 or more.")
         if compress_to is None:
             if context.num_inputs < 2:
-                raise ValueError("one embedding alone has no pairs. Set compress_to, or use another interaction.")
+                raise ValueError("a single embedding has no pairs. Set compress_to, or use another interaction.")
             self.dots: nn.Module = PairwiseDots(context.num_inputs)
         else:
             self.dots = CompressedDots(context.num_inputs, context.embedding_dim, compress_to, example_weights)
@@ -150,7 +151,7 @@ class AdvancedDlrm(Interaction):
 
 @register_interaction("factorization_machine")
 class FactorizationMachine(AdvancedDlrm):
-    """u = W_m MLP(LayerNorm(X (X^T W))): Wukong's factorization machine block, which is a setting of AdvancedDlrm.
+    """u = W_m MLP(LayerNorm(X (X^T W))): Wukong's factorization machine block, a special case of AdvancedDlrm.
 
     >>> machine = FactorizationMachine(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
     >>> machine(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
@@ -160,5 +161,5 @@ class FactorizationMachine(AdvancedDlrm):
     def __init__(
         self, context: InteractionContext, *, compress_to: int = 8, normalize: bool = True, **options: Any
     ) -> None:
-        """The options of AdvancedDlrm, of which these two have other defaults."""
+        """Takes the options of AdvancedDlrm, with different defaults for these two."""
         super().__init__(context, compress_to=compress_to, normalize=normalize, **options)

@@ -1,4 +1,4 @@
-"""Interactions by name: what every interaction is, and how a user's own joins the paper's five.
+"""Interactions by name: their base class, and a registry to which users can add their own.
 
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N dense features.
 """
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from dhen.model.mlp import Activation
 from dhen.model.names import check_names, check_type, unknown_name
+from dhen.paths import looked_in
 
 
 @dataclass(frozen=True)
 class InteractionContext:
-    """What an interaction is told by its layer: its shapes, and the defaults of its MLPs.
+    """What a layer tells its interactions: shapes, and defaults for their MLPs.
 
     num_inputs: M. num_outputs: L. num_dense_features: N.
     """
@@ -35,7 +36,7 @@ class InteractionContext:
 
 @dataclass(frozen=True)
 class InteractionSpec:
-    """One entry of a layer's list: which interaction, how many embeddings it yields (L), and its own options."""
+    """One entry in a layer's list of interactions: the kind, its number of output embeddings (L), and its options."""
 
     kind: str
     num_embeddings: int
@@ -43,16 +44,16 @@ class InteractionSpec:
 
 
 class Interaction(nn.Module):
-    """u_BLD = Interaction(x_BMD), for one example alone: rows of a batch never meet, save in batch norm.
+    """u_BLD = Interaction(x_BMD). Examples in a batch do not affect each other, except through batch norm.
 
-    With `use_dense` the raw dense features enter as one more embedding, a linear map of dense_BN, that `rows` appends
-    to x_BMD; `num_rows` counts it. An interaction that takes the dense vector in another way overrides `append_dense`.
+    With `use_dense`, `rows` appends one more embedding to x_BMD, a linear map of dense_BN, and `num_rows` counts it. An
+    interaction that uses the dense vector in another way sets `append_dense` to False.
     """
 
     append_dense = True
 
     def __init__(self, context: InteractionContext, *, use_dense: bool = False) -> None:
-        """Raises ValueError if `use_dense` is set and the data has no dense features."""
+        """Raises ValueError if `use_dense` is set but the data has no dense features."""
         super().__init__()
         if use_dense and context.num_dense_features == 0:
             raise ValueError("use_dense is true, but num_dense_features is 0. Remove use_dense from the interaction.")
@@ -63,7 +64,7 @@ class Interaction(nn.Module):
         self.dense_row = nn.Linear(context.num_dense_features, context.embedding_dim) if appends else None
 
     def rows(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
-        """x_BMD, and below it the dense row where there is one: (B, num_rows, D)."""
+        """Return x_BMD followed by the dense embedding, if there is one: (B, num_rows, D)."""
         if self.dense_row is None:
             return x_BMD
         return torch.cat([x_BMD, self.dense_row(dense_BN).unsqueeze(1)], dim=1)
@@ -76,15 +77,15 @@ class Interaction(nn.Module):
 _INTERACTIONS: dict[str, type[Interaction]] = {}
 
 PRESETS: dict[str, tuple[str, ...]] = {"wukong": ("factorization_machine", "linear")}
-"""Names that stand for several interactions of one layer. `wukong`: the layer of Wukong (Meta, 2024), a factorization
-machine block beside a linear compression block, concatenated, added to the shortcut and normalised."""
+"""Names that stand for several interactions in one layer. `wukong` is the layer of Wukong (Meta, 2024): the outputs of
+a factorization machine block and a linear compression block are concatenated, added to the shortcut and normalized."""
 
 
 def register_interaction(kind: str) -> Callable[[type[Interaction]], type[Interaction]]:
-    """Class decorator: makes an Interaction available to configs as `kind`.
+    """Class decorator that makes an Interaction available to configs as `kind`.
 
-    Its options are the keyword-only arguments of its __init__, with annotations of JSON's types. Import the file before
-    the config that names it is made. Raises ValueError if the name is taken.
+    Its options are the keyword-only arguments of its __init__, annotated with JSON types. Import the file before
+    creating a config that uses the kind. Raises ValueError if the name is taken.
 
     >>> @register_interaction("double")
     ... class Double(Interaction):
@@ -99,7 +100,9 @@ def register_interaction(kind: str) -> Callable[[type[Interaction]], type[Intera
             interaction.__qualname__,
         )
         if kind in PRESETS or (known is not None and not is_same_class):
-            raise ValueError(f"interaction kind {kind!r} is taken by {known or 'a preset'}. Choose another name.")
+            raise ValueError(
+                f"interaction kind {kind!r} is already taken by {known or 'a preset'}. Choose another name."
+            )
         _INTERACTIONS[kind] = interaction
         return interaction
 
@@ -107,21 +110,24 @@ def register_interaction(kind: str) -> Callable[[type[Interaction]], type[Intera
 
 
 def import_interactions(path: str | Path) -> None:
-    """Run a user's Python file, so that what it registers is known. Raises ValueError naming the file."""
+    """Run a user's Python file to register its interactions. Raises ValueError naming the file."""
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
-        raise ValueError(f"{path}: no such Python file. Give one whose classes are decorated by register_interaction.")
+        raise ValueError(
+            f"{path}: no such Python file. Give a file that registers classes with @register_interaction."
+            f"{looked_in(path)}"
+        )
     known = dict(_INTERACTIONS)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
     if known == _INTERACTIONS:
-        raise ValueError(f"{path}: registers no interaction. Known without it: {', '.join(sorted(known))}.")
+        raise ValueError(f"{path}: registers no interaction. Decorate its classes with @register_interaction.")
 
 
 def interaction_kinds() -> tuple[str, ...]:
-    """All registered kinds, sorted."""
+    """Return all registered kinds, sorted."""
     return tuple(sorted(_INTERACTIONS))
 
 
@@ -134,12 +140,12 @@ class InteractionOption:
 
 
 def interaction_options(kind: str) -> dict[str, InteractionOption]:
-    """The options of a kind by name. Raises ValueError with the nearest right kind."""
+    """Return the options of a kind by name. Raises ValueError with the nearest known kind."""
     if kind not in _INTERACTIONS:
         message = unknown_name("interaction kind", kind, [*_INTERACTIONS, *PRESETS])
-        raise ValueError(f"{message} One of your own is known once its file is imported (--interaction_files).")
+        raise ValueError(f"{message} To use your own interaction, import its file with --interaction_files.")
     options: dict[str, InteractionOption] = {}
-    # A class without an __init__ has its parent's; one whose __init__ takes **options has its parent's options too.
+    # A class without an __init__ uses its parent's. If its __init__ takes **options, it also has its parent's options.
     for cls in _INTERACTIONS[kind].__mro__:
         if "__init__" not in cls.__dict__:
             continue
@@ -157,7 +163,7 @@ def interaction_options(kind: str) -> dict[str, InteractionOption]:
 def check_interaction(spec: InteractionSpec) -> None:
     """Raise ValueError if the kind or an option is unknown, an option's type is wrong, or L is below 1."""
     known = interaction_options(spec.kind)
-    check_names(f"option of interaction {spec.kind!r}:", spec.options, known)
+    check_names(f"option for interaction {spec.kind!r}:", spec.options, known)
     for name, value in spec.options.items():
         check_type(f"interaction {spec.kind!r}: {name}", value, known[name].annotation)
     if spec.num_embeddings < 1:
@@ -165,7 +171,7 @@ def check_interaction(spec: InteractionSpec) -> None:
 
 
 def build_interaction(spec: InteractionSpec, context: InteractionContext) -> Interaction:
-    """The module that `spec` describes. Raises ValueError naming the kind and what is wrong with its options."""
+    """Build the module that `spec` describes. Raises ValueError naming the kind and the wrong option."""
     check_interaction(spec)
     try:
         return _INTERACTIONS[spec.kind](context, **spec.options)

@@ -1,1 +1,1 @@
-"""Which rank holds which part of which table."""
+"""Decides which rank holds which part of each table (paper 3.1)."""

@@ -1,4 +1,4 @@
-"""The tables' placement in a job: rank 0 plans for all, within the memory of the rank that has least (paper 3.1)."""
+"""The placement that all ranks of a job share: rank 0 plans it, within the least memory of any rank (paper 3.1)."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ _Plan = TypeVar("_Plan")
 
 
 def setting_of(section: DhenSection, world_size: int, local_size: int, batch_size: int) -> StepSetting:
-    """What the tables' costs depend on, as the ds_config's section has it. batch_size: of a rank."""
+    """The settings that the tables' costs depend on, from the dhen section. batch_size: examples per rank."""
     return StepSetting(
         world_size,
         local_size,
@@ -45,10 +45,10 @@ def place_as_asked(
     ids_per_bag: Mapping[str, float] | None = None,
     **fixed: Any,
 ) -> Placement:
-    """The placement as the ds_config's section asks for it. Raises PlacementError, CostsError.
+    """Place the tables as the dhen section asks. Raises PlacementError, CostsError.
 
-    costs, memory_bytes: where the section doesn't say them; what a rank has, and where that is a GPU's with the host's
-    too as the second. fixed: options that a checkpoint decides.
+    costs, memory_bytes: defaults for what the section leaves out. memory_bytes: the memory of a rank; on GPUs, the
+    device's alone, then the device's plus the host's. fixed: options that a checkpoint determines.
     """
     asked = section.placement
     options = PlacementOptions(
@@ -78,41 +78,54 @@ def place_for_training(
     table_cuts: Mapping[str, int] | None,
     replicated: Collection[str] | None,
 ) -> Placement:
-    """The placement as the ds_config has it; dhen/training/parallelize.py says what the arguments are.
+    """Place the tables for training as the ds_config asks. dhen/training/parallelize.py documents the arguments.
 
-    Communicates; all ranks call it. Raises DsConfigError, on all of them.
+    Communicates; all ranks call it. Raises DsConfigError on all of them.
     """
     section, batch_size = ds_config.dhen, ds_config.deepspeed["train_micro_batch_size_per_gpu"]
     setting = setting_of(section, topology.world_size, topology.local_size, batch_size)
     setting = replace(setting, zero_stage=ds_config.zero_stage, shard_size=shard_size)
-    what = (config, section, setting, _costs_name(topology), _memory_bytes(topology), ids_per_bag)
-    fixed = {"cuts": table_cuts or {}, "replicated": replicated}
+    memory_bytes = _memory_bytes(topology)
+
+    def place() -> Placement:
+        return place_as_asked(
+            config,
+            section,
+            setting,
+            costs=_costs_name(topology),
+            memory_bytes=memory_bytes,
+            ids_per_bag=ids_per_bag,
+            cuts=table_cuts or {},
+            replicated=replicated,
+        )
+
     try:
-        return rank_zeros(topology, lambda: place_as_asked(*what, **fixed))
+        return rank_zeros(topology, place)
     except (PlacementError, CostsError) as error:
         raise DsConfigError(f"{ds_config.path}: {error}") from error
 
 
 def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
-    """The placement of tables that are only looked up. Communicates; all ranks call it. Raises PlacementError."""
+    """Place tables that are only looked up. Communicates; all ranks call it. Raises PlacementError."""
     section = DhenSection(table_optimizer="sgd")
     setting = setting_of(section, topology.world_size, topology.local_size, _SCORING_BATCH)
-    what = (config, section, setting, _costs_name(topology), _memory_bytes(topology))
+    memory_bytes = _memory_bytes(topology)
 
     def place() -> Placement:
         try:
-            return place_as_asked(*what)
+            return place_as_asked(config, section, setting, costs=_costs_name(topology), memory_bytes=memory_bytes)
         except PlacementError as error:
-            solutions = "more ranks, or ranks with more memory; to score, tables are fp32."
+            solutions = "more ranks, or ranks with more memory. Scoring always uses fp32 tables."
             raise PlacementError(error.needs, solutions) from None
 
     return rank_zeros(topology, place)
 
 
 def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
-    """The plan that rank 0 makes, on all ranks, or its ValueError. Communicates over all ranks.
+    """Make a plan on rank 0 and return it on all ranks, or raise its ValueError there. Communicates over all ranks.
 
-    By itself a rank might come to another: its node may hold more ranks, other files of costs, another math library.
+    On its own, a rank could reach a different plan: its node may have more ranks, other cost files or another math
+    library.
     """
     answer: list[_Plan | ValueError | None] = [None]
     if topology.is_main:
@@ -128,9 +141,9 @@ def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
 
 
 def table_memory(config: DhenConfig, placement: Placement, device_bytes: int | None) -> tuple[int, int]:
-    """Bytes of the fullest rank's tables: on its device, with the replicated ones, and on the host behind a cache.
+    """Bytes of the tables on the fullest rank: on its device, including replicated tables, and in host memory.
 
-    device_bytes: of a GPU's memory; None where ranks compute on the host, so that all is the first.
+    device_bytes: memory of a GPU. None if ranks compute on the host; then everything counts as on the device.
     """
     room = math.inf if device_bytes is None else MEMORY_SHARE * device_bytes
     on_device, on_host = 0, 0
@@ -151,7 +164,7 @@ def _costs_name(topology: Topology) -> str:
 def place_within(
     limits: Sequence[int], options: PlacementOptions, place: Callable[[PlacementOptions], Placement]
 ) -> Placement:
-    """The placement under the first limit of a rank's memory that is enough. Raises PlacementError."""
+    """The placement under the first of `limits`, bytes per rank, that suffices. Raises PlacementError if none does."""
     *smaller, largest = limits
     for limit in smaller:
         with contextlib.suppress(PlacementError):
@@ -160,9 +173,9 @@ def place_within(
 
 
 def _memory_bytes(topology: Topology) -> list[int]:
-    """A rank's share of the host's memory. Communicates.
+    """The least memory of any rank, as limits to try in order. Communicates over all ranks.
 
-    On GPUs the device's, and if that isn't enough, both: what is beyond the device is cached there.
+    On CPU, a rank's share of the host's memory. On GPUs, first the device's memory, then both together.
     """
     limits = [host_bytes() // topology.local_size]
     if topology.device.type == "cuda":

@@ -1,17 +1,17 @@
-"""Which shards stay on the GPU, and which wait in the host's memory behind a cache, where a GPU is too small."""
+"""Chooses the shards that move to host memory, with a cache on the GPU, when a GPU's memory is too small."""
 
 from collections.abc import Sequence
 
 from dhen.tables.placement.plan import TableShard
 
 MEMORY_SHARE = 0.8
-"""Of a device's memory, for tables."""
+"""Share of a device's memory that tables may use."""
 
 
 def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozenset[int]:
-    """Which of the shards must leave the device for the rest, and the cache of those that left, to fit into it.
+    """Indices of the shards to move to host memory, so that the rest and the caches fit into `device_bytes`.
 
-    The largest leave first: fewest tables pay for the way over the bus.
+    The largest shards move first, so that as few tables as possible are read over the bus.
     """
     left: set[int] = set()
     by_size = sorted(range(len(shards)), key=lambda index: (-shards[index].num_bytes, index))
@@ -20,7 +20,7 @@ def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozense
         if needed <= device_bytes:
             break
         saved = shards[index].num_bytes - shards[index].cached_bytes
-        if saved > 0:  # of a few columns the cache takes more than the rows
+        if saved > 0:  # if a shard has few columns, its cache can be larger than the shard
             needed -= saved
             left.add(index)
     return frozenset(left)

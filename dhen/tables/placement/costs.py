@@ -1,8 +1,8 @@
-"""What a table shard costs a rank, in seconds a step (paper 3.1: the empirical cost function). Pure Python.
+"""What a table shard costs its rank, in seconds per step (paper 3.1: the empirical cost function). Pure Python.
 
-Three parts: the lookup, the optimizer's update in the backward, and the all-to-all that brings ids and gradients to the
-shard and pooled embeddings away. The first two are linear in ids and bytes, with rates that tools/calibrate_costs.py
-measures on a machine; the third is bytes over the links, those inside a node and those between nodes apart.
+The cost has three parts: the lookup, the optimizer's update in the backward, and the all-to-all of ids, pooled
+embeddings and gradients. The first two are linear in ids and bytes, with rates that tools/calibrate_costs.py measures
+on a machine. The third is bytes divided by link speed, separately for links inside a node and between nodes.
 """
 
 import json
@@ -17,23 +17,23 @@ _STRICT = ConfigDict(extra="forbid")
 _FOLDER = Path(__file__).parent / "costs"
 _ID_BYTES, _OUTPUT_BYTES = 8, 4
 CACHED_SHARE = 0.2
-"""Of the rows of a table in the host's memory, how many a GPU caches: FBGEMM's default."""
+"""Share of rows that a GPU caches of a table in host memory; FBGEMM's default."""
 _CACHED_ROW_BYTES, _CACHE_SLOT_BYTES = 4, 16
-"""What FBGEMM's cache keeps on the GPU of each row of the table, and of each that is cached, beside its weights."""
+"""Bookkeeping of FBGEMM's cache on the GPU: bytes per row of the table, and bytes per cached row."""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
 WIRE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0}
 
 
 class CostsError(ValueError):
-    """A file of costs that can't be used; the message names the file and the key."""
+    """A cost file cannot be used. The message names the file and the key."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a lookup or an update does.
+    """The work of a lookup or an update.
 
-    ids: that are looked up. rows: different ones among them. row_bytes: of those rows and their states, from and to
-    memory. other_bytes: of rows that are in the cache by then, of embeddings and of their gradients.
+    ids: number of ids. rows: number of distinct rows among them. row_bytes: memory traffic of these rows and their
+    states. other_bytes: traffic of rows that are already in the cache, of embeddings and of their gradients.
     """
 
     ids: float
@@ -44,7 +44,7 @@ class Work:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class WorkRate:
-    """Seconds of a shard's lookup or update: so much by itself, and so much for each unit of its `Work`."""
+    """Seconds of a shard's lookup or update: a fixed cost, plus a cost per unit of its `Work`."""
 
     seconds_per_shard: float
     seconds_per_id: float
@@ -53,7 +53,7 @@ class WorkRate:
     seconds_per_other_byte: float
 
     def seconds(self, work: Work) -> float:
-        """What the work takes."""
+        """Seconds that the work takes."""
         return (
             self.seconds_per_shard
             + self.seconds_per_id * work.ids
@@ -65,9 +65,9 @@ class WorkRate:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Costs:
-    """The rates of one kind of machine. Bytes a second are a rank's, in one direction.
+    """The rates of one kind of machine. Bytes per second are per rank, in one direction.
 
-    machine, source: what was measured, and how. lookup: by dtype of the table. update: by `StepSetting.update_key`.
+    machine, source: what was measured, and how. lookup: rates by table dtype. update: by `StepSetting.update_key`.
     """
 
     machine: str
@@ -78,20 +78,20 @@ class Costs:
     inter_node_bytes_per_second: float
 
     def save(self, path: Path) -> None:
-        """Write them as JSON."""
+        """Write the rates as JSON."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def read_costs(name: str, *needed_for: "StepSetting") -> Costs:
-    """The costs that ship under `name` ("cpu", "gpu"), or those of a file.
+    """Read the built-in costs called `name` ("cpu", "gpu"), or the file of that name.
 
-    Raises CostsError, also where the file lacks a rate that one of the settings needs.
+    Raises CostsError, also if the file lacks a rate that one of the settings needs.
     """
     shipped = {path.stem: path for path in _FOLDER.glob("*.json")}
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise CostsError(
-            f"{name}: no such file of costs. Use {', '.join(sorted(shipped))}, or make one with "
+            f"{name}: no such cost file. Use {', '.join(sorted(shipped))}, or create a file with "
             "`python tools/calibrate_costs.py`."
         )
     try:
@@ -100,7 +100,7 @@ def read_costs(name: str, *needed_for: "StepSetting") -> Costs:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise CostsError(
-            f"{path}: {key or 'the file'}: {first['msg']}. Write it anew with `python tools/calibrate_costs.py`."
+            f"{path}: {key or 'the file'}: {first['msg']}. Recreate the file with `python tools/calibrate_costs.py`."
         ) from error
     for setting in needed_for:
         for part, rates, key in (
@@ -109,20 +109,20 @@ def read_costs(name: str, *needed_for: "StepSetting") -> Costs:
         ):
             if key not in rates:
                 raise CostsError(
-                    f"{path}: {part} has no {key!r}, which this run's tables need, only "
-                    f"{', '.join(map(repr, sorted(rates))) or 'nothing'}. Write it anew with "
-                    "`python tools/calibrate_costs.py`, or take other tables."
+                    f"{path}: {part} has no {key!r}, which this run's tables need. It has only "
+                    f"{', '.join(map(repr, sorted(rates))) or 'no entries'}. Recreate the file with "
+                    "`python tools/calibrate_costs.py`, or change dhen.table_dtype, table_optimizer or table_rounding."
                 )
     return costs
 
 
 @dataclass(frozen=True)
 class StepSetting:
-    """What a step asks of the tables.
+    """The settings of a job that the tables' costs depend on.
 
-    batch_size: examples a rank. wire_forward, wire_backward: dtypes of the all-to-all, keys of WIRE_BYTES.
-    table_rounding: of fp16 tables' updates. zero_stage, shard_size: of the dense part, which replicated tables belong
-    to; the ranks that ZeRO shards over, None for all.
+    batch_size: examples per rank. wire_forward, wire_backward: dtypes of the all-to-all, keys of WIRE_BYTES.
+    table_rounding: rounding of updates to fp16 tables. zero_stage, shard_size: ZeRO stage and number of ranks that ZeRO
+    shards over (None: all), for the dense part, which includes the replicated tables.
     """
 
     world_size: int
@@ -138,27 +138,27 @@ class StepSetting:
 
     @property
     def global_batch(self) -> int:
-        """Examples of all ranks."""
+        """Examples on all ranks."""
         return self.batch_size * self.world_size
 
     @property
     def update_key(self) -> str:
-        """Of `Costs.update`: "<optimizer>/<dtype>", and " rounded" where fp16 is rounded stochastically."""
+        """Key of `Costs.update`: "<optimizer>/<dtype>", plus " rounded" if fp16 is rounded stochastically."""
         rounded = self.table_dtype == "fp16" and self.table_rounding == "stochastic"
         return f"{self.optimizer}/{self.table_dtype}{' rounded' if rounded else ''}"
 
     @property
     def of_replicated(self) -> "StepSetting":
-        """The setting of one rank's own lookups in replicated tables, whose states are of the dense optimizer."""
+        """The setting of one rank's own lookups in replicated tables. Their states belong to the dense optimizer."""
         return replace(self, world_size=1, local_size=1, table_dtype="fp32", optimizer="adagrad")
 
     def shard_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a shard's weights and of its optimizer's state."""
+        """Bytes of a shard's weights and optimizer state."""
         state = {"rowwise_adagrad": 4, "adagrad": 4 * columns, "sgd": 0}[self.optimizer]
         return rows * (columns * WEIGHT_BYTES[self.table_dtype] + state)
 
     def cached_bytes(self, rows: int, columns: int) -> int:
-        """Of these, what stays on a GPU when the shard is in the host's memory: the cache, and row-wise states."""
+        """Bytes that stay on the GPU when the shard is in host memory: the cache, and row-wise optimizer state."""
         state = 4 if self.optimizer == "rowwise_adagrad" else 0
         slot = _CACHE_SLOT_BYTES + columns * WEIGHT_BYTES[self.table_dtype]
         return int(rows * (state + _CACHED_ROW_BYTES + CACHED_SHARE * slot))
@@ -166,7 +166,7 @@ class StepSetting:
 
 @dataclass(frozen=True)
 class ShardSeconds:
-    """What a shard costs its rank in a step."""
+    """Seconds per step that a shard costs its rank."""
 
     lookup: float
     update: float
@@ -174,33 +174,33 @@ class ShardSeconds:
 
     @property
     def total(self) -> float:
-        """All three."""
+        """Sum of the three."""
         return self.lookup + self.update + self.exchange
 
 
 def rows_touched(ids: float, rows: int) -> float:
-    """Expected number of different rows among `ids` uniform ids of `rows`; real, skewed ids touch fewer."""
+    """Expected number of distinct rows among `ids` ids drawn uniformly from `rows`. Real, skewed ids touch fewer."""
     return rows * -math.expm1(ids * math.log1p(-1.0 / rows)) if rows > 1 else 1.0
 
 
 def lookup_work(ids: float, bags: int, rows: int, columns: int, setting: StepSetting) -> Work:
-    """A row is read for each id, the first time from memory; an embedding is written for each bag."""
+    """The work of a lookup: reads one row per id, the first time from memory, and writes one embedding per bag."""
     touched, row_bytes = rows_touched(ids, rows), columns * WEIGHT_BYTES[setting.table_dtype]
     return Work(ids, touched, touched * row_bytes, (ids - touched) * row_bytes + bags * columns * _OUTPUT_BYTES)
 
 
 def update_work(ids: float, bags: int, rows: int, columns: int, setting: StepSetting) -> Work:
-    """A bag's gradient is read for each id; each different row and its state are read and written."""
+    """The work of an update: reads one bag's gradient per id, and reads and writes each distinct row and its state."""
     touched = rows_touched(ids, rows)
     gradient_bytes = max(ids, bags) * columns * _OUTPUT_BYTES
     return Work(ids, touched, 2 * touched * setting.shard_bytes(1, columns), gradient_bytes)
 
 
 def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> ShardSeconds:
-    """Seconds a step of a shard of `rows` x `columns`, whose bags hold `ids_per_bag` ids on average."""
+    """Seconds per step of a shard of `rows` x `columns` whose bags hold `ids_per_bag` ids on average."""
     bags = setting.global_batch
     ids = bags * ids_per_bag
-    # All ranks' bags come here; a rank's own don't travel.
+    # The bags of all ranks come here; this rank's own bags do not travel.
     world, local = setting.world_size, setting.local_size
     seconds_per_byte = (local - 1) / world / costs.intra_node_bytes_per_second
     seconds_per_byte += (world - local) / world / costs.inter_node_bytes_per_second
@@ -213,9 +213,9 @@ def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, i
 
 
 def replicated_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> float:
-    """Seconds a step of a table that every rank has: its own bags looked up, all gradients reduced by the dense part.
+    """Seconds per step of a replicated table: a rank looks up its own bags, and the dense part reduces the gradients.
 
-    Beside them the dense part's optimizer goes over all rows, at the rate of what isn't in the cache.
+    The dense optimizer also updates all rows, at the rate of rows that are not in the cache.
     """
     own = shard_seconds(costs, setting.of_replicated, rows, columns, ids_per_bag)
     weight_bytes = rows * columns * WEIGHT_BYTES["fp32"]
@@ -224,9 +224,9 @@ def replicated_seconds(costs: Costs, setting: StepSetting, rows: int, columns: i
 
 
 def _dense_traffic_seconds(costs: Costs, setting: StepSetting, weight_bytes: int) -> float:
-    """Of a weight of the dense part, in rings over the ranks that ZeRO shards over; then, in hybrid shards, the shard
-    all-reduced over the replicas. An all-reduce is two passes; stages 1 and 2 gather the weights after it, stage 3
-    reduces and scatters in one pass and gathers twice."""
+    """Seconds to reduce and gather a dense weight in rings over the ranks that ZeRO shards over, and with hybrid
+    sharding to all-reduce its shard over the replicas. An all-reduce takes two passes. Stages 1 and 2 add an all-gather
+    of the weights; stage 3 takes one pass to reduce-scatter and two to gather."""
     world, shard = setting.world_size, setting.shard_size or setting.world_size
 
     def rate(ranks: int) -> float:
@@ -239,5 +239,6 @@ def _dense_traffic_seconds(costs: Costs, setting: StepSetting, weight_bytes: int
 
 
 def replicated_bytes(rows: int, columns: int) -> int:
-    """Of a replicated table on every rank: fp32 weight, gradient, Adam's two. ZeRO shards some of it; this is most."""
+    """Bytes of a replicated table on each rank: fp32 weight, gradient and Adam's two states. An upper bound, because
+    ZeRO shards some of it."""
     return 4 * rows * columns * WEIGHT_BYTES["fp32"]

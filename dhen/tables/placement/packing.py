@@ -1,8 +1,8 @@
-"""How often each table is cut by columns, and which rank each shard goes to (paper 3.1). Pure Python, deterministic.
+"""Cuts tables by columns and assigns the shards to ranks (paper 3.1). Pure Python, deterministic.
 
-Shards go to ranks by longest processing time first (LPT, Graham 1969), within a limit of memory. Where that leaves one
-rank far above the others, the table that holds it back is cut into more equal shards, until cutting helps no more; then
-a search of bounded length, from a fixed seed, tries other numbers of shards for a few tables at a time.
+Shards are assigned by longest processing time first (LPT, Graham 1969), within a memory limit. While one rank is much
+slower than the others, its costliest table is cut into more equal shards, until cutting no longer helps. Then a bounded
+search with a fixed seed tries other numbers of shards for a few tables at a time.
 """
 
 import heapq
@@ -13,19 +13,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 _TOLERANCE = 1.05
-"""Cutting stops when the longest rank is within this of the lower bound."""
+"""Cutting stops when the slowest rank is within this factor of the lower bound."""
 _GAIN = 0.99
-"""One cut after the other is kept if the longest rank comes down to this."""
+"""A cut is kept if it brings the slowest rank below this fraction of the best time so far."""
 _NEAR = 1.005
-"""The search ends when the longest rank is within this of what no plan is below."""
+"""The search ends when the slowest rank is within this factor of a bound that no plan can beat."""
 _TRIES, _TRIED_SHARDS = 5_000, 400_000
-"""Most plans that the search makes, and most shards in all of them: under a second."""
+"""Limits of the search, which takes less than a second: plans, and shards in all plans together."""
 _MOST_CHANGES = 3
-"""Tables whose number of shards the search changes at once."""
+"""The search changes the number of shards of at most this many tables at once."""
 
 
 class NoRoomError(Exception):
-    """Item number `item` fits on no rank."""
+    """No rank has room for item number `item`."""
 
     def __init__(self, item: int) -> None:
         super().__init__(item)
@@ -34,7 +34,7 @@ class NoRoomError(Exception):
 
 @dataclass(frozen=True)
 class Cut:
-    """A table cut into `count` equal shards; seconds and num_bytes are of one of them."""
+    """A table cut into `count` equal shards. seconds, num_bytes: of a single shard."""
 
     count: int
     seconds: float
@@ -43,9 +43,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class CuttableTable:
-    """A table to be placed: its possible cuts, from the fewest shards to the most.
+    """A table to place. cuts: its possible cuts, from fewest to most shards.
 
-    ranks: of its shards, where they are given; there is but one cut then.
+    ranks: ranks of its shards if the user fixes them; then there is only one cut.
     """
 
     cuts: tuple[Cut, ...]
@@ -54,7 +54,7 @@ class CuttableTable:
 
 @dataclass(frozen=True)
 class Packing:
-    """The cut of each table, and the ranks of its shards. loads: seconds of each rank."""
+    """The cut of each table and the ranks of its shards. loads: seconds of each rank."""
 
     cuts: tuple[Cut, ...]
     ranks: tuple[tuple[int, ...], ...]
@@ -62,7 +62,7 @@ class Packing:
 
     @property
     def makespan(self) -> float:
-        """Seconds of the longest rank."""
+        """Seconds of the slowest rank."""
         return max(self.loads)
 
 
@@ -73,11 +73,11 @@ def longest_first(
     limit: int | None = None,
     fixed: Mapping[int, int] | None = None,
 ) -> list[int]:
-    """LPT: the rank of each item. The costliest item first, each to the rank with the least cost so far that has room.
+    """LPT: the rank of each item. Assigns the costliest item first, always to the least loaded rank that has room.
 
-    sizes, limit: of memory, an item's and a rank's. fixed: items whose rank is given. Its longest rank is at most
-    4/3 - 1/(3 num_ranks) times the best possible (Graham 1969), where memory and fixed items don't interfere. Raises
-    NoRoomError.
+    sizes, limit: memory of each item and of a rank. fixed: rank by item, for items whose rank is given. Without memory
+    limits and fixed items, the slowest rank takes at most 4/3 - 1/(3 num_ranks) times the best possible (Graham 1969).
+    Raises NoRoomError.
     """
     ranks, fixed = [-1] * len(costs), fixed or {}
     load, used = [0.0] * num_ranks, [0] * num_ranks
@@ -105,23 +105,23 @@ def longest_first(
 
 
 class Packer:
-    """Packs tables onto ranks; a rank's shards take at most `limit` bytes."""
+    """Packs tables onto ranks, with at most `limit` bytes per rank."""
 
     def __init__(self, tables: Sequence[CuttableTable], num_ranks: int, limit: int | None = None) -> None:
         self._tables, self._num_ranks, self._limit = tables, num_ranks, limit
         self.unsliceable = max((table.cuts[-1].seconds for table in tables), default=0.0)
-        """Seconds of the longest shard that can't be cut further: no rank that holds it is below."""
-        # Each cut adds to the total, so no plan's mean rank is below the uncut tables'.
+        """Seconds of the slowest shard that cannot be cut further. The rank that holds it takes at least as long."""
+        # Every cut adds to the total, so the mean over ranks is lowest when no table is cut.
         uncut = math.fsum(table.cuts[0].count * table.cuts[0].seconds for table in tables)
         self._bound = max(uncut / num_ranks, self.unsliceable)
 
     def pack(self) -> Packing:
-        """The plan. Raises NoRoomError with a table's number where no cutting makes the tables fit."""
+        """Make the plan. Raises NoRoomError with a table's number if the tables do not fit however they are cut."""
         return self._refined(self._cut_where_it_helps())
 
     def assign(self, choice: Sequence[int]) -> Packing:
-        """Each table with the cut of that number, placed by LPT of their costs; where that leaves no room for one, by
-        LPT of their sizes, which packs tighter. Raises NoRoomError with the table's number."""
+        """Cut each table as `choice` says and place the shards by LPT on their costs. If a shard finds no room, use
+        LPT on their sizes, which packs more tightly. Raises NoRoomError with the table's number."""
         cuts = [table.cuts[number] for table, number in zip(self._tables, choice, strict=True)]
         owners = [table for table, cut in enumerate(cuts) for _ in range(cut.count)]
         seconds = [cuts[table].seconds for table in owners]
@@ -144,12 +144,12 @@ class Packer:
         return Packing(tuple(cuts), tuple(tuple(next(rest) for _ in range(cut.count)) for cut in cuts), tuple(loads))
 
     def _assign_within_memory(self, choice: list[int]) -> Packing:
-        """`assign`, with tables cut further, in `choice`, where they must be to fit. Raises NoRoomError."""
+        """`assign`, but cut tables further if they do not fit, updating `choice`. Raises NoRoomError."""
         while True:
             try:
                 return self.assign(choice)
             except NoRoomError as error:
-                # The shard that has no room, or the largest other one: smaller shards fill the ranks better.
+                # Cut the table that found no room, or else the one with the largest shards: small shards pack better.
                 choice[self._to_cut(error.item, choice)] += 1
 
     def _to_cut(self, table: int, choice: Sequence[int]) -> int:
@@ -164,7 +164,7 @@ class Packer:
         return choice[table] + 1 < len(self._tables[table].cuts)
 
     def _cut_where_it_helps(self) -> tuple[list[int], Packing]:
-        """Cut the table that holds the longest rank back, while that brings the longest rank down."""
+        """Cut the slowest rank's costliest table, as long as that makes the slowest rank faster."""
         choice = [0] * len(self._tables)
         best = plan = self._assign_within_memory(choice)
         chosen = list(choice)
@@ -178,7 +178,7 @@ class Packer:
             choice[max(tables, key=lambda table: (plan.cuts[table].seconds, -table))] += 1
             try:
                 plan = self._assign_within_memory(choice)
-            except NoRoomError:  # cut for cost, the shards may fit no more; there is a plan that does
+            except NoRoomError:  # cut for cost, the shards may no longer fit; the best plan so far does
                 break
             if plan.makespan < _GAIN * best.makespan:
                 best, chosen, patience = plan, list(choice), most
@@ -187,7 +187,7 @@ class Packer:
         return chosen, best
 
     def _refined(self, found: tuple[list[int], Packing]) -> Packing:
-        """The same or a better plan, by trying other cuts of a few tables, again and again, from a fixed seed."""
+        """Improve the plan by repeatedly trying other cuts for a few tables, with a fixed seed."""
         choice, best = found
         left = _TRIED_SHARDS
         for changed in itertools.islice(self._changed_cuts(choice), _TRIES):
@@ -198,13 +198,13 @@ class Packer:
                 plan = self.assign(changed)
             except NoRoomError:
                 continue
-            # As short, with no more to do in all, is well: it leads on to others.
+            # Accept equally good plans too: they can lead to better ones.
             if (plan.makespan, math.fsum(plan.loads)) <= (best.makespan, math.fsum(best.loads)):
                 best, choice[:] = plan, changed
         return best
 
     def _changed_cuts(self, choice: list[int]) -> Iterator[list[int]]:
-        """Without end: `choice`, as it is by then, with one to three tables cut otherwise."""
+        """Yield variants of the current `choice` forever, each with one to three tables cut differently."""
         cuttable = [table for table, of_table in enumerate(self._tables) if len(of_table.cuts) > 1]
         draw = random.Random(0)
         while cuttable:

@@ -1,7 +1,7 @@
-"""Which rank holds which part of which embedding table (paper 3.1). Pure Python; deterministic.
+"""Plans which rank holds which part of each embedding table (paper 3.1). Pure Python, deterministic.
 
-Every shard has a cost in seconds a step (table_costs.py); how tables are cut and shards dealt out to the ranks is
-table_packing.py's. Here are what a user may decide, what else a rank's memory must hold, and the plan to be read.
+costs.py estimates the seconds per step of every shard; packing.py cuts the tables and assigns the shards to ranks. This
+file has the user's options, the memory that replicated tables take, and the resulting plan.
 """
 
 import math
@@ -15,7 +15,7 @@ from dhen.tables.placement.costs import Costs, StepSetting, replicated_bytes, re
 from dhen.tables.placement.packing import Cut, CuttableTable, NoRoomError, Packer, Packing
 
 _COLUMNS = 4
-"""FBGEMM wants multiples of so many columns."""
+"""FBGEMM needs the number of columns to be a multiple of this."""
 _GIB = 2**30
 _SOLUTIONS = (
     'more ranks; a larger dhen.placement.memory_gib; dhen.table_dtype "fp16"; dhen.table_optimizer "rowwise_adagrad" '
@@ -24,7 +24,7 @@ _SOLUTIONS = (
 
 
 class PlacementError(ValueError):
-    """Tables that can't be placed; the message says what they need, what there is, and what to do."""
+    """The tables cannot be placed. The message says what they need, what is available, and what to do."""
 
     def __init__(self, needs: str, solutions: str = "") -> None:
         super().__init__(f"{needs} Possible solutions: {solutions}" if solutions else needs)
@@ -33,10 +33,10 @@ class PlacementError(ValueError):
 
 @dataclass(frozen=True)
 class TableShard:
-    """Columns [first_column, last_column) of table number `table`, all rows of it, on `rank`.
+    """Columns [first_column, last_column) of all rows of table number `table`, on `rank`.
 
-    num_bytes: of its weights and optimizer state; cached_bytes: on a GPU, where these are in the host's memory.
-    seconds: what a step is expected to spend on it.
+    num_bytes: size of its weights and optimizer state. cached_bytes: what it still takes on the GPU when these are in
+    host memory. seconds: expected time per step.
     """
 
     table: int
@@ -51,16 +51,16 @@ class TableShard:
 
     @property
     def num_columns(self) -> int:
-        """Width of the shard."""
+        """Number of columns in the shard."""
         return self.last_column - self.first_column
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Every shard of every table, by rank and then by table. The same on all ranks.
+    """Every shard of every table, ordered by rank, then by table. The same on all ranks.
 
-    replicated: tables that every rank has whole, in its dense part. unsliceable: seconds of the longest shard that a
-    table must have, cut as often as it can be.
+    replicated: tables that every rank holds in full, in its dense part. unsliceable: seconds of the slowest shard that
+    remains when every table is cut as often as possible.
     """
 
     shards: tuple[TableShard, ...]
@@ -73,51 +73,56 @@ class Placement:
         return tuple(shard for shard in self.shards if shard.rank == rank)
 
     def bytes_of_rank(self, rank: int) -> int:
-        """Bytes of weights and optimizer states on `rank`."""
+        """Bytes of the weights and optimizer states of `rank`'s shards."""
         return sum(shard.num_bytes for shard in self.of_rank(rank))
 
     def seconds_of_rank(self, rank: int) -> float:
-        """What a step is expected to spend on `rank`'s shards."""
+        """Expected seconds per step for `rank`'s shards."""
         return math.fsum(shard.seconds for shard in self.of_rank(rank))
 
     @property
     def makespan(self) -> float:
-        """Seconds a step of the longest rank."""
+        """Seconds per step of the slowest rank."""
         return max(self.seconds_of_rank(rank) for rank in range(self.world_size))
 
     def makespan_at(self, costs: Costs, setting: StepSetting, ids_per_bag: Mapping[str, float]) -> float:
-        """Seconds a step of the longest rank by other costs than those that it was planned by."""
+        """Seconds per step of the slowest rank under other costs than the plan was made with."""
 
         def seconds(shard: TableShard) -> float:
-            what = shard.num_embeddings, shard.num_columns, ids_per_bag.get(shard.name, 1.0)
-            return shard_seconds(costs, setting, *what).total
+            return shard_seconds(
+                costs,
+                setting,
+                rows=shard.num_embeddings,
+                columns=shard.num_columns,
+                ids_per_bag=ids_per_bag.get(shard.name, 1.0),
+            ).total
 
         return max(math.fsum(map(seconds, self.of_rank(rank))) for rank in range(self.world_size))
 
     @property
     def lower_bound(self) -> float:
-        """Seconds that no placement can be below: the mean rank's, or the longest shard's that can't be cut further.
+        """Seconds that no placement can beat: the mean over ranks, or the slowest shard that cannot be cut further.
 
-        The mean is of these shards; fewer have a smaller one, because every cut costs something.
+        The mean is that of the shards as cut. Fewer shards would have a smaller mean, because every cut adds cost.
         """
         return max(math.fsum(shard.seconds for shard in self.shards) / self.world_size, self.unsliceable)
 
     def cuts(self) -> dict[str, int]:
-        """Number of column shards of each table, 0 where it is replicated."""
+        """Number of column shards of each table; 0 if it is replicated."""
         cuts = dict.fromkeys(self.replicated, 0)
         for shard in self.shards:
             cuts[shard.name] = cuts.get(shard.name, 0) + 1
         return cuts
 
     def as_dict(self) -> dict[str, Any]:
-        """For placement.json in the run folder."""
+        """The contents of placement.json in the run folder."""
         return asdict(self) | {"makespan": self.makespan, "lower_bound": self.lower_bound}
 
     def as_table(self) -> str:
-        """The placement for a reader: one line a rank, and the imbalance."""
+        """The placement as text: one line per rank, then the imbalance."""
         cuts = self.cuts()
         mean = math.fsum(shard.seconds for shard in self.shards) / self.world_size
-        lines = ["rank  shards       MiB  ms a step  of mean  tables (with columns where a table is cut)"]
+        lines = ["rank  shards       MiB    ms/step  of mean  tables (with columns if a table is cut)"]
         for rank in range(self.world_size):
             own, seconds = self.of_rank(rank), self.seconds_of_rank(rank)
             names = [
@@ -128,20 +133,21 @@ class Placement:
                 f"{seconds / mean if mean else 0:>8.2f}  {', '.join(names) or '-'}"
             )
         if self.replicated:
-            lines.append(f" all {len(self.replicated):>7}  in the dense part, replicated: {', '.join(self.replicated)}")
+            lines.append(f" all {len(self.replicated):>7}  replicated in the dense part: {', '.join(self.replicated)}")
         if self.lower_bound:
-            lines.append(f"the longest rank is {self.makespan / self.lower_bound:.2f} times the lower bound")
+            lines.append(f"the slowest rank takes {self.makespan / self.lower_bound:.2f} times the lower bound")
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class PlacementOptions:
-    """What a user may decide instead of the plan.
+    """What the user or a checkpoint decides instead of the planner.
 
-    max_column_shards: of one table; None: as many as its columns allow. by_hand: ranks of a table by its name, one for
-    each of its column shards. memory_bytes: of a rank, for weights and optimizer states; None: no limit. cuts: number
-    of column shards by table, fixed, as those of a checkpoint. replicate_below_rows: smaller tables are replicated
-    where that is cheaper and there is memory. replicated: the tables that are, fixed; None: the plan decides.
+    max_column_shards: of one table; None means as many as its columns allow. by_hand: a table's ranks, one for each of
+    its column shards, by table name. memory_bytes: per rank, for weights and optimizer states; None means no limit.
+    cuts: fixed number of column shards by table name, as in a checkpoint. replicate_below_rows: tables with fewer rows
+    are replicated if that is cheaper and there is memory. replicated: the tables to replicate; None means the planner
+    decides.
     """
 
     max_column_shards: int | None = None
@@ -154,7 +160,7 @@ class PlacementOptions:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is to be placed, and by which costs."""
+    """The tables to place, and the costs to place them by."""
 
     tables: Sequence[SparseFeature]
     dim: int
@@ -164,7 +170,7 @@ class _Problem:
     options: PlacementOptions
 
     def cuttable(self, table: SparseFeature) -> CuttableTable:
-        """Its cuts into equal shards, or the one that is fixed."""
+        """The table's possible cuts into equal shards, or its fixed cut."""
         units, options = self.dim // _COLUMNS, self.options
         ranks = options.by_hand.get(table.name)
         fixed = len(ranks) if ranks else options.cuts.get(table.name)
@@ -178,7 +184,7 @@ class _Problem:
         return Cut(count, seconds, self.setting.shard_bytes(table.num_embeddings, columns))
 
     def place(self, replicated: Collection[str]) -> Placement:
-        """All tables but the replicated ones. Raises PlacementError where they don't fit beside these."""
+        """Place all tables except the replicated ones. Raises PlacementError if they do not fit beside these."""
         tables = [table for table in self.tables if table.name not in replicated]
         of_replicated = sum(
             replicated_bytes(table.num_embeddings, self.dim) for table in self.tables if table.name in replicated
@@ -187,8 +193,9 @@ class _Problem:
         room = None if limit is None else limit - of_replicated
         if room is not None and room < 0:
             raise PlacementError(
-                f"the replicated tables need {of_replicated / _GIB:.3f} GiB on every rank, which has "
-                f"{limit / _GIB:.3f}. Use a smaller dhen.placement.replicate_below_rows, or a larger memory_gib."
+                f"the replicated tables need {of_replicated / _GIB:.3f} GiB on every rank, but a rank has only "
+                f"{limit / _GIB:.3f} GiB. Use a smaller dhen.placement.replicate_below_rows, or a larger "
+                "dhen.placement.memory_gib."
             )
         cuttable = [self.cuttable(table) for table in tables]
         if room is not None:
@@ -203,15 +210,24 @@ class _Problem:
         return Placement(self._shards(tables, packing), world, names, packer.unsliceable)
 
     def _shards(self, tables: Sequence[SparseFeature], packing: Packing) -> tuple[TableShard, ...]:
-        """The packing, for others to read: by rank, and then by table."""
+        """The packing as shards, ordered by rank, then by table."""
         shards = []
         for number, (table, cut, ranks) in enumerate(zip(tables, packing.cuts, packing.ranks, strict=True)):
             rows, columns = table.num_embeddings, self.dim // cut.count
             cached_bytes = self.setting.cached_bytes(rows, columns)
             for piece, rank in enumerate(ranks):
-                span = piece * columns, (piece + 1) * columns
-                what = (number, table.name, rows, *span, rank, cut.num_bytes, cut.seconds, cached_bytes)
-                shards.append(TableShard(*what))
+                shard = TableShard(
+                    table=number,
+                    name=table.name,
+                    num_embeddings=rows,
+                    first_column=piece * columns,
+                    last_column=(piece + 1) * columns,
+                    rank=rank,
+                    num_bytes=cut.num_bytes,
+                    seconds=cut.seconds,
+                    cached_bytes=cached_bytes,
+                )
+                shards.append(shard)
         return tuple(sorted(shards, key=lambda shard: (shard.rank, shard.table, shard.first_column)))
 
 
@@ -225,9 +241,9 @@ def place_tables(
 ) -> Placement:
     """Cut tables by columns and place the shards. Deterministic.
 
-    What is replicated is left out of the shards, and of the tables that `TableShard.table` counts.
-    ids_per_bag: mean number of ids by feature, 1 where it is left out. Raises PlacementError where the tables don't fit
-    or an option can't be, ValueError unless 4 divides embedding_dim.
+    Replicated tables have no shards, and `TableShard.table` does not count them. ids_per_bag: mean number of ids by
+    feature, 1 if a feature is missing. Raises PlacementError if the tables do not fit or an option is impossible, and
+    ValueError unless embedding_dim is a multiple of 4.
     """
     options = options or PlacementOptions()
     _check(tables, embedding_dim, setting, options)
@@ -240,23 +256,24 @@ def place_tables(
     except PlacementError:
         if not replicated:
             raise
-        return problem.place(())  # replicated for speed alone, they take memory that the others need
+        return problem.place(())  # replication is only for speed, and the other tables need the memory
 
 
 def _worth_replicating(problem: _Problem) -> list[str]:
-    """The tables whose all-reduce costs a rank less than its share of their all-to-all, among the small ones."""
+    """The small tables that cost a rank less when replicated than its share of them costs when sharded."""
     setting, options, chosen = problem.setting, problem.options, []
     for table in problem.tables:
         if table.num_embeddings < options.replicate_below_rows and table.name not in options.by_hand:
             ids = problem.ids_per_bag.get(table.name, 1.0)
-            what = (problem.costs, setting, table.num_embeddings, problem.dim, ids)
-            if replicated_seconds(*what) < shard_seconds(*what).total / setting.world_size:
+            shape = {"rows": table.num_embeddings, "columns": problem.dim, "ids_per_bag": ids}
+            sharded = shard_seconds(problem.costs, setting, **shape).total / setting.world_size
+            if replicated_seconds(problem.costs, setting, **shape) < sharded:
                 chosen.append(table.name)
     return chosen
 
 
 def _check_by_hand(tables: Sequence[SparseFeature], cuttable: Sequence[CuttableTable], room: int) -> None:
-    """Raise PlacementError where what the user puts on a rank is more than it holds."""
+    """Raise PlacementError if the user puts more on a rank than it can hold."""
     needs: dict[int, int] = {}
     names: dict[int, list[str]] = {}
     for table, of_table in zip(tables, cuttable, strict=True):
@@ -266,9 +283,10 @@ def _check_by_hand(tables: Sequence[SparseFeature], cuttable: Sequence[CuttableT
     for rank, need in sorted(needs.items()):
         if need > room:
             raise PlacementError(
-                f"dhen.placement.tables puts {', '.join(dict.fromkeys(names[rank]))} on rank {rank}, {need / _GIB:.3f} "
-                f"GiB with their optimizer's state, but it has {max(room, 0) / _GIB:.3f} GiB. Name more ranks for a "
-                "table, move one, leave one to the plan, or set a larger dhen.placement.memory_gib."
+                f"dhen.placement.tables puts {', '.join(dict.fromkeys(names[rank]))} on rank {rank}. With optimizer "
+                f"state they need {need / _GIB:.3f} GiB, but the rank has {max(room, 0) / _GIB:.3f} GiB. List more "
+                "ranks for a table, move a table to another rank, remove one from dhen.placement.tables, or set a "
+                "larger dhen.placement.memory_gib."
             )
 
 
@@ -279,9 +297,9 @@ def _no_room(
     need = sum(whole.count * whole.num_bytes for whole in (of_table.cuts[0] for of_table in cuttable))
     beside = f" beside {of_replicated / _GIB:.3f} GiB of replicated tables" if of_replicated else ""
     return (
-        f"table {name!r} fits on no rank: it has {cut.count} shards of {cut.num_bytes / _GIB:.3f} GiB. All "
-        f"tables need {need / _GIB:.3f} GiB with their optimizer's state; {world} ranks of "
-        f"{limit / _GIB:.3f} GiB have {world * limit / _GIB:.3f}{beside}."
+        f"table {name!r} does not fit: its smallest possible shard, 1 of {cut.count}, needs "
+        f"{cut.num_bytes / _GIB:.3f} GiB. With optimizer state, all tables need {need / _GIB:.3f} GiB; {world} ranks "
+        f"of {limit / _GIB:.3f} GiB have {world * limit / _GIB:.3f} GiB{beside}."
     )
 
 
@@ -291,8 +309,8 @@ def _check(
     if embedding_dim % _COLUMNS:
         below = embedding_dim // _COLUMNS * _COLUMNS
         raise ValueError(
-            f"embedding_dim is {embedding_dim}; FBGEMM needs a multiple of {_COLUMNS}, {max(below, _COLUMNS)} or "
-            f"{below + _COLUMNS}."
+            f"embedding_dim is {embedding_dim}, but FBGEMM needs a multiple of {_COLUMNS}. Use "
+            f"{max(below, _COLUMNS)} or {below + _COLUMNS}."
         )
     names = [table.name for table in tables]
     units = embedding_dim // _COLUMNS
@@ -301,16 +319,19 @@ def _check(
             raise PlacementError(f"dhen.placement.tables: {unknown_name('table', name, names)}")
         if name in (options.replicated or ()):
             raise PlacementError(
-                f"dhen.placement.tables.{name}: the checkpoint has this table replicated, in the dense part on every "
-                "rank, and its optimizer's state with it. Leave it out of dhen.placement.tables, or start a new run."
+                f"dhen.placement.tables.{name}: the checkpoint has this table replicated in the dense part of every "
+                "rank, with its optimizer state. Remove it from dhen.placement.tables, or start a new run."
             )
         last = setting.world_size - 1
         outside = [rank for rank in ranks if not 0 <= rank <= last]
         if outside:
-            raise PlacementError(f"dhen.placement.tables.{name}: this job has ranks 0 to {last}, not {outside[0]}.")
+            raise PlacementError(
+                f"dhen.placement.tables.{name} names rank {outside[0]}, but this job has ranks 0 to {last}."
+            )
         if not ranks or units % len(ranks):
             allowed = [n for n in range(1, units + 1) if units % n == 0]
             raise PlacementError(
-                f"dhen.placement.tables.{name} names {len(ranks)} ranks, but {embedding_dim} columns can be cut into "
-                f"{', '.join(map(str, allowed))} equal shards of a multiple of {_COLUMNS}."
+                f"dhen.placement.tables.{name} names {len(ranks)} ranks, but {embedding_dim} columns can only be cut "
+                f"into {', '.join(map(str, allowed))} equal shards, each a multiple of {_COLUMNS} columns wide. Name "
+                "that many ranks."
             )

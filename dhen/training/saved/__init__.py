@@ -1,1 +1,1 @@
-"""What a run leaves and takes up again: checkpoints, exported models, scores."""
+"""Checkpoints and exported models: saving, loading, scoring and fine-tuning."""

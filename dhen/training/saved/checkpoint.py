@@ -1,9 +1,9 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped, on the same ranks or on others.
+"""Checkpoints: everything a run needs to continue as if it had not stopped, on the same or a different set of ranks.
 
 `output_dir/checkpoint-<step>/` holds DeepSpeed's files (dense weights and optimizer), `tables-<rank>.safetensors`,
-`random-<rank>.pt` and `trainer_state.json`. The last is written when all ranks are done, so a folder with it is whole
-and one without it is not a checkpoint; then `output_dir/latest` is moved to the new name. A save that is cut off at any
-point leaves the one before it in place.
+`random-<rank>.pt` and `trainer_state.json`. The last file is written when all ranks are done: a checkpoint is complete
+if it has this file. Then `output_dir/latest` is set to the new name. An interrupted save leaves the previous
+checkpoint in place.
 """
 
 import json
@@ -26,24 +26,25 @@ logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 NEWEST = ("true", LATEST)
-"""What --resume_from_checkpoint says for the newest checkpoint of output_dir."""
+"""The values of --resume_from_checkpoint that mean the newest checkpoint in output_dir."""
 STATE_FILE = "trainer_state.json"
 FORMAT_VERSION = 1
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
 _PREFIX = "checkpoint-"
+_INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
-    "Resume with the same (and with the same --model_name_or_path, if the run started from a trained model), or start "
-    "anew from the exported model with --model_name_or_path."
+    "Resume with the same value (and the same --model_name_or_path, if the run started from a trained model), or start "
+    "a new run from the exported model with --model_name_or_path."
 )
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be resumed; the message names the folder and says what to do."""
+    """A checkpoint that cannot be resumed. The message names the folder and says what to do."""
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands. step: updates done in all; step_in_epoch: those of the current epoch."""
+    """The progress of a run. step: steps done in total. step_in_epoch: steps done in the current epoch."""
 
     step: int = 0
     epoch: int = 0
@@ -59,7 +60,7 @@ def save_checkpoint(
 ) -> Path:
     """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it.
 
-    data_order: what decides which rows a step takes; a resume must have the same.
+    data_order: everything that determines which rows a step trains on. A resumed run must have the same.
     """
     topology = model.topology
     folder = checkpoint_of(output_dir, state.step)
@@ -88,10 +89,10 @@ def load_checkpoint(
     *,
     with_random_state: bool = True,
 ) -> TrainerState:
-    """Bring model, optimizers and random state back to `folder`. Communicates; all ranks call it.
+    """Load model, optimizers and random state from `folder`. Communicates; all ranks call it.
 
-    Raises CheckpointError, before anything is loaded, where the folder isn't a whole checkpoint or was saved by another
-    set-up, of another model or on other data.
+    Raises CheckpointError before loading anything if the checkpoint is not complete, or its set-up, model or data
+    differ from this run's.
     """
     check_same_model(folder, model.config)
     values = _read_state(folder)
@@ -101,22 +102,22 @@ def load_checkpoint(
     is_same_cut = saved["shard_size"] == here["shard_size"]
     if saved["zero_stage"] != here["zero_stage"] or not (is_same_cut or _can_be_resharded(model)):
         raise CheckpointError(
-            f"{folder}: saved by {saved['world_size']} ranks, {saved['shard_size']} to a replica, under ZeRO stage "
-            f"{saved['zero_stage']}; this job has {here['world_size']}, {here['shard_size']} to a replica, and stage "
-            f"{here['zero_stage']}. Resume with the same stage (with Adam under stages 1 to 3 the number of ranks may "
-            "differ), or start from the exported model with --model_name_or_path."
+            f"{folder}: saved by {saved['world_size']} ranks, {saved['shard_size']} per replica, under ZeRO stage "
+            f"{saved['zero_stage']}. This job has {here['world_size']} ranks, {here['shard_size']} per replica, and "
+            f"stage {here['zero_stage']}. Use the same stage and, unless the optimizer is Adam, the same number of "
+            "ranks per replica. Or start from the exported model with --model_name_or_path."
         )
     saved_order = values.pop("data_order")
     for name, value in (data_order or {}).items():
         if saved_order.get(name, value) != value:
             raise CheckpointError(
-                f"{folder}: saved with {name} {_shown(saved_order[name], value)}. Rows would be learned twice or never "
-                f"or as others. {_WAY_OUT}"
+                f"{folder}: saved with {name} {_shown(saved_order[name], value)}. Some rows would be trained twice and "
+                f"others never. {_WAY_OUT}"
             )
     if is_same_cut or here["zero_stage"] == 0:
         loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if loaded is None:
-            raise CheckpointError(f"{folder}: DeepSpeed finds no checkpoint of its own in it.")
+            raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in this folder. Resume from another one.")
     else:
         load_resharded(model, folder)
     if model.tables is not None:
@@ -127,9 +128,9 @@ def load_checkpoint(
 
 
 def check_same_model(folder: Path, config: DhenConfig) -> None:
-    """Raise CheckpointError that names what differs where `folder` was saved of another model than `config`'s.
+    """Raise CheckpointError, naming the difference, if the checkpoint's model is not that of `config`.
 
-    Checkpoints that don't say what model they are of are let pass.
+    Checkpoints that do not describe their model pass.
     """
     now = _model_facts(config)
     for name, saved in _read_state(folder).get("model", {}).items():
@@ -138,18 +139,16 @@ def check_same_model(folder: Path, config: DhenConfig) -> None:
 
 
 def saved_table_cuts(folder: Path) -> dict[str, int]:
-    """Number of column shards of each table, as the checkpoint has them."""
+    """Number of column shards per table in the checkpoint; 0 for a replicated table."""
     return _read_state(folder)["table_cuts"]
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path:
-    """The folder that --resume_from_checkpoint means: a path, or 'true' for the newest whole one of output_dir."""
+    """The folder that --resume_from_checkpoint names: a path, or 'true' for the newest complete one in output_dir."""
     if wanted.lower() not in NEWEST:
         folder = Path(wanted)
         if not is_whole(folder):
-            raise CheckpointError(
-                f"{folder}: no {STATE_FILE} in it, so it isn't a whole checkpoint.{_have(output_dir)}"
-            )
+            raise CheckpointError(f"{folder}: {_INCOMPLETE}{_have(output_dir)}")
         return folder
     latest = output_dir / LATEST
     if latest.is_file():
@@ -159,38 +158,40 @@ def find_checkpoint(wanted: str, output_dir: Path) -> Path:
     whole = checkpoints(output_dir)
     if not whole:
         raise CheckpointError(
-            f"{output_dir}: no whole checkpoint to resume from. Start without --resume_from_checkpoint."
+            f"{output_dir}: there is no complete checkpoint to resume from. Remove --resume_from_checkpoint."
         )
     return whole[-1]
 
 
 def point_latest_at(folder: Path, output_dir: Path) -> None:
-    """Make `folder` the one that --resume_from_checkpoint true means, if it lies in output_dir. Rank 0 calls it: after
-    a save, and after a resume from an earlier checkpoint, which makes the later ones another history."""
+    """Make `folder` the checkpoint that --resume_from_checkpoint true uses, if it is in output_dir.
+
+    Rank 0 calls it after a save, and after a resume, because later checkpoints are not part of the resumed run.
+    """
     if folder.resolve().parent == output_dir.resolve():
         _write_atomically(output_dir / LATEST, folder.name + "\n")
 
 
 def checkpoint_of(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of an update is kept."""
+    """The folder of the checkpoint at this step."""
     return output_dir / f"{_PREFIX}{step}"
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run in the order they were saved: after a resume from an earlier one not by step."""
+    """The complete checkpoints of a run, in the order they were saved. After a resume, this may not be step order."""
     found = [folder for folder in output_dir.glob(f"{_PREFIX}*") if is_whole(folder)]
     return sorted(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a save of it was finished."""
+    """Whether the checkpoint is complete."""
     return (folder / STATE_FILE).is_file()
 
 
 def delete_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
-    """Keep the `limit` newest checkpoints, and the best one besides, and nothing of saves that were cut off.
+    """Delete all checkpoints but the `limit` newest and the best one, and the remains of interrupted saves.
 
-    Rank 0 calls it, after a save.
+    Rank 0 calls it after a save.
     """
     for folder in output_dir.glob(f"{_PREFIX}*"):
         if not is_whole(folder):
@@ -201,7 +202,7 @@ def delete_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) 
 
 
 def _set_up(model: ParallelDhen) -> dict[str, int]:
-    """What the ranks' files depend on. shard_size: ranks that hold one replica of the dense part together."""
+    """The values that the ranks' files depend on. shard_size: number of ranks that share one dense replica."""
     return {
         "world_size": model.topology.world_size,
         "shard_size": model.shard_size,
@@ -210,7 +211,7 @@ def _set_up(model: ParallelDhen) -> dict[str, int]:
 
 
 def _model_facts(config: DhenConfig) -> dict[str, Any]:
-    """What the weights depend on, as JSON has it: the features, in their order, and the architecture."""
+    """The values that the weights depend on, in JSON types: the features, in order, and the architecture."""
     facts = {
         "sparse features": [table.name for table in config.tables],
         "rows of tables": {table.name: table.num_embeddings for table in config.tables},
@@ -222,7 +223,7 @@ def _model_facts(config: DhenConfig) -> dict[str, Any]:
 
 
 def _shown(saved: Any, now: Any) -> str:
-    """Both values; of lists of one length and of mappings only the first place where they differ."""
+    """Both values. For mappings and lists of equal length, only the first difference."""
     if isinstance(saved, list) and isinstance(now, list) and len(saved) == len(now):
         saved, now = dict(enumerate(saved, start=1)), dict(enumerate(now, start=1))
     where = ""
@@ -233,7 +234,7 @@ def _shown(saved: Any, now: Any) -> str:
 
 
 def _can_be_resharded(model: ParallelDhen) -> bool:
-    """Stage 0 has nothing to cut; the loader of DeepSpeed's universal form knows Adam's states."""
+    """Stage 0 needs no resharding. DeepSpeed's universal form supports the states of Adam only."""
     return model.ds_config.zero_stage == 0 or "adam" in model.ds_config.deepspeed["optimizer"]["type"].lower()
 
 
@@ -244,7 +245,7 @@ def _have(output_dir: Path) -> str:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     if not is_whole(folder):
-        raise CheckpointError(f"{folder}: no {STATE_FILE} in it, so it isn't a whole checkpoint.")
+        raise CheckpointError(f"{folder}: {_INCOMPLETE}")
     values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     check_format_version(
         folder / STATE_FILE,
@@ -256,7 +257,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; first the file that makes it count as one."""
+    """Delete a checkpoint, starting with the file that marks it as complete."""
     (folder / STATE_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,8 +1,8 @@
-"""Starting from a trained model on other data: what carries over is matched by name, the rest starts anew.
+"""Fine-tuning: starts from a trained model on new data. Matching weights are kept; all others start anew.
 
-Tables are matched by feature name, and their rows by key where both sides have a vocabulary; hashed tables match where
-their sizes do, since the hash is the same. Dense weights are matched by name and shape. A feature keeps its place among
-the embeddings where it can, because the first layer's weights know it by its place.
+Tables are matched by feature name. With a vocabulary on both sides, rows are matched by key. Hashed tables match if
+their sizes are equal, because the hash is the same. Dense weights are matched by name and shape. A feature keeps its
+position among the embeddings if possible, because the first layer's weights depend on the position.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,11 @@ from dhen.training.saved.trained_model import TrainedModel
 
 @dataclass(frozen=True)
 class TableMatch:
-    """What becomes of one feature's table. rows_kept of its `rows` come from the trained model, rows_dropped of whose
-    have no place any more."""
+    """How one feature's table matches the trained model.
+
+    rows: rows in the new table. rows_kept: rows copied from the trained model. rows_dropped: the trained model's other
+    rows. how: the reason, in words.
+    """
 
     feature: str
     rows: int
@@ -36,7 +39,7 @@ class TableMatch:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """All that a run takes over from a trained model."""
+    """Everything that a run takes from a trained model."""
 
     trained: TrainedModel
     schema: Schema
@@ -49,14 +52,14 @@ class StartingPoint:
     _rows: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
     def load_tables(self, tables: ShardedTables) -> None:
-        """Copy the rows that carry over into this rank's shards. Doesn't communicate."""
+        """Copy the matching rows into this rank's shards. Does not communicate."""
         for shard, tensors in tables.shard_tensors():
             self.fill_table(shard.name, tensors["weight"], shard.first_column, shard.last_column)
 
     def fill_table(
         self, name: str, weight: Tensor, first_column: int | None = None, last_column: int | None = None
     ) -> None:
-        """Copy the rows that carry over into these columns of a table, by default all."""
+        """Copy the matching rows into these columns of a table, by default all columns."""
         old_rows = self._rows.get(name)
         if old_rows is not None:
             source = self.trained.table(name, first_column, last_column)
@@ -64,47 +67,47 @@ class StartingPoint:
             weight[is_kept.to(weight.device)] = source[old_rows[is_kept]].to(weight)
 
     def report(self) -> str:
-        """What was taken over, started anew and dropped, counted, for the log."""
+        """The counts of kept, new and dropped rows and weights, for the log."""
         kept, rows = sum(match.rows_kept for match in self.tables), sum(match.rows for match in self.tables)
         lines = [f"fine-tuning from {self.trained.folder}"]
-        lines.append(f"  tables: {kept:,} of {rows:,} rows taken over, {rows - kept:,} new")
+        lines.append(f"  tables: {kept:,} of {rows:,} rows kept, {rows - kept:,} new")
         for match in self.tables:
             lines.append(
                 f"    {match.feature}: {match.rows_kept:,} of {match.rows:,} rows kept, {match.rows_dropped:,} dropped "
                 f"({match.how})"
             )
         lines.append(f"  tables dropped: {len(self.dropped_tables)} {', '.join(self.dropped_tables)}".rstrip())
-        lines += [f"    {sentence}" for sentence in (*self.places_taken(), *self.transforms_changed())]
+        lines += [f"    {sentence}" for sentence in (*self.replaced_features(), *self.changed_transforms())]
         total = len(self.dense_weights) + len(self.new_dense_weights)
-        lines.append(f"  dense weights: {len(self.dense_weights)} of {total} taken over")
+        lines.append(f"  dense weights: {len(self.dense_weights)} of {total} kept")
         for words, names in (("new", self.new_dense_weights), ("dropped", self.dropped_dense_weights)):
             if names:
                 lines.append(f"    {words}: {', '.join(names)}")
         return "\n".join(lines)
 
-    def places_taken(self) -> list[str]:
-        """Features that stand where another one stood: the layers' weights there are that one's."""
+    def replaced_features(self) -> list[str]:
+        """A sentence for each feature that takes the position of another one, and with it that one's weights."""
         return [
-            f"{new.name} takes the place of {old.name}"
+            f"{new.name} replaces {old.name} and uses its weights in the layers"
             for kind in ("sparse", "dense")
             for old, new in zip(getattr(self.trained.schema, kind), getattr(self.schema, kind), strict=False)
             if old.name != new.name
         ]
 
-    def transforms_changed(self) -> list[str]:
-        """Dense features whose values reach the trained weights on another scale."""
+    def changed_transforms(self) -> list[str]:
+        """A sentence for each dense feature that reaches the trained weights on a different scale."""
         before = {column.name: column.transform for column in self.trained.schema.dense}
         return [
-            f"{column.name}: transform was {before[column.name]}, is {column.transform}"
+            f"{column.name}: transform was {before[column.name]}, is now {column.transform}"
             for column in self.schema.dense
             if before.get(column.name, column.transform) != column.transform
         ]
 
 
 def start_from(trained: TrainedModel, prepared: Path, schema: Schema) -> StartingPoint:
-    """Match the trained model with the data of `prepared`. Doesn't communicate."""
-    sparse = _in_place([column.name for column in trained.schema.sparse], schema.sparse)
-    dense = _in_place([column.name for column in trained.schema.dense], schema.dense)
+    """Match the trained model with the data in `prepared`. Does not communicate."""
+    sparse = _keep_positions([column.name for column in trained.schema.sparse], schema.sparse)
+    dense = _keep_positions([column.name for column in trained.schema.dense], schema.dense)
     schema = replace(schema, sparse=sparse, dense=dense)
     config = config_for(_architecture_of(trained.config), schema)
     new_shapes = _dense_shapes(config)
@@ -132,7 +135,7 @@ def start_from(trained: TrainedModel, prepared: Path, schema: Schema) -> Startin
 
 
 def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
-    """The config of a model of this architecture for data of this schema."""
+    """The config of a model with this architecture, for data with this schema."""
     tables = [
         {"name": column.name, "num_embeddings": column.num_embeddings, "pooling": column.pooling}
         for column in schema.sparse
@@ -142,25 +145,25 @@ def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
 
 
 def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[str]:
-    """What the user set, other than the default, and the trained model has otherwise: its architecture counts."""
+    """A sentence for each architecture option that the user changed but that fine-tuning ignores."""
     wanted, default = (config_for(architecture, start.schema) for architecture in (asked, DhenArchitecture()))
     return [
-        f"{item.name} {getattr(wanted, item.name)!r} has no effect: fine-tuning keeps the trained model's "
-        f"{getattr(start.config, item.name)!r}"
+        f"{item.name} {getattr(wanted, item.name)!r} has no effect: fine-tuning keeps "
+        f"{getattr(start.config, item.name)!r} from the trained model"
         for item in fields(DhenArchitecture)
         if getattr(wanted, item.name) not in (getattr(default, item.name), getattr(start.config, item.name))
     ]
 
 
 def frozen_and_new(freeze: str, start: StartingPoint) -> list[str]:
-    """What `freeze` keeps although the trained model doesn't have it: it stays as it is drawn at random."""
+    """A sentence if `freeze` covers weights that the trained model does not have: they would stay random."""
     new_rows = {match.feature: match.rows - match.rows_kept for match in start.tables if match.rows > match.rows_kept}
     if freeze == "tables" and new_rows:
         counts = ", ".join(f"{count:,} of {name}" for name, count in new_rows.items())
-        return [f"freeze tables keeps rows that are new as they are drawn at random: {counts}"]
+        return [f"freeze tables leaves new rows at their random initial values: {counts}"]
     if freeze == "dense" and start.new_dense_weights:
         names = ", ".join(start.new_dense_weights)
-        return [f"freeze dense keeps weights that are new as they are drawn at random: {names}"]
+        return [f"freeze dense leaves new weights at their random initial values: {names}"]
     return []
 
 
@@ -168,14 +171,14 @@ def _architecture_of(config: DhenConfig) -> DhenArchitecture:
     return DhenArchitecture(**{item.name: getattr(config, item.name) for item in fields(DhenArchitecture)})
 
 
-def _in_place(old_names: Sequence[str], columns: Sequence[SparseColumn]) -> tuple[SparseColumn, ...]:
-    """The columns, those that the trained model knows at the places where it knows them, as far as there are."""
+def _keep_positions(old_names: Sequence[str], columns: Sequence[SparseColumn]) -> tuple[SparseColumn, ...]:
+    """Reorder the columns: known ones keep their old positions if possible, and new ones fill the gaps."""
     by_name = {column.name: column for column in columns}
-    places = [by_name.get(name) for name in old_names[: len(columns)]]
-    places += [None] * (len(columns) - len(places))
-    placed = {column.name for column in places if column is not None}
+    positions = [by_name.get(name) for name in old_names[: len(columns)]]
+    positions += [None] * (len(columns) - len(positions))
+    placed = {column.name for column in positions if column is not None}
     rest = iter([column for column in columns if column.name not in placed])
-    return tuple(column if column is not None else next(rest) for column in places)
+    return tuple(column if column is not None else next(rest) for column in positions)
 
 
 def _dense_shapes(config: DhenConfig) -> dict[str, torch.Size]:
@@ -187,17 +190,17 @@ def _dense_shapes(config: DhenConfig) -> dict[str, torch.Size]:
 def _match_table(
     old_folder: Path, old: SparseColumn | None, new_folder: Path, new: SparseColumn
 ) -> tuple[TableMatch, Tensor | None]:
-    """What carries over to the new table, and for each of its rows the old row that it comes from, or -1."""
+    """Match one table. Also returns, for each new row, the old row to copy or -1; None if no row matches."""
     rows = new.num_embeddings
     if old is None:
         return TableMatch(new.name, rows, 0, 0, "new feature"), None
     if old.encoding != new.encoding:
-        how = f"was encoded by {old.encoding}, is by {new.encoding}"
+        how = f"encoding was {old.encoding}, is now {new.encoding}"
         return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
-    pooling = "" if old.pooling == new.pooling else f"; pooling was {old.pooling}, is {new.pooling}"
+    pooling = "" if old.pooling == new.pooling else f"; pooling was {old.pooling}, is now {new.pooling}"
     if old.encoding == "hash":
         if old.num_embeddings != rows:
-            how = f"hashed into {old.num_embeddings:,} rows before, {rows:,} now"
+            how = f"hash size was {old.num_embeddings:,}, is now {rows:,}"
             return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
         return TableMatch(new.name, rows, rows, 0, f"same hash{pooling}"), torch.arange(rows)
     old_rows = _rows_by_key(old_folder, new_folder, new.name, rows)

@@ -11,9 +11,9 @@ _METRICS = {"auc": "AUC", "ne": "normalized entropy", "logloss": "log loss", "ca
 
 
 def model_card(config: DhenConfig, schema: Schema, summary: dict[str, Any]) -> str:
-    """Markdown: what the model is, what it was trained on, how well it does, how to use it.
+    """Markdown text: the architecture, the training data, the metrics, and how to use the model.
 
-    summary: a run's summary.json; its values that are dictionaries are the metrics of a split.
+    summary: the contents of summary.json. Each value that is a dictionary holds the metrics of a split.
     """
     splits = {name: values for name, values in summary.items() if isinstance(values, dict)}
     parameters = sum(table.num_embeddings for table in config.tables) * config.embedding_dim
@@ -44,7 +44,7 @@ Deep and Hierarchical Ensemble Network (Zhang et al. 2022), {len(config.layer_sp
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
-Trained on {schema.splits["train"].rows:,} rows, {summary["steps"]:,} updates.
+Trained on {schema.splits["train"].rows:,} rows for {summary["steps"]:,} steps.
 
 ## Use
 
@@ -55,12 +55,13 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained("this folder")
 ```
 
-`schema.json` and `vocabulary/` turn raw rows into this model's ids: `recipes/predict.py --model_name_or_path` does it.
+To score raw rows, run `recipes/predict.py --model_name_or_path`. It uses `schema.json` and `vocabulary/` to map values
+to ids.
 """
 
 
 def _metadata(splits: dict[str, dict[str, Any]]) -> ModelCardData:
-    """What the Hugging Face hub reads: library, tags, and the metrics that exist on each split."""
+    """Metadata for the Hugging Face hub: library, tags, and the metrics of each split, without NaN."""
     results = [
         EvalResult(
             task_type="tabular-classification",
@@ -73,7 +74,7 @@ def _metadata(splits: dict[str, dict[str, Any]]) -> ModelCardData:
         )
         for split, values in splits.items()
         for metric, name in _METRICS.items()
-        if values[metric] == values[metric]  # NaN has no place in YAML of the hub
+        if values[metric] == values[metric]  # the hub's metadata has no NaN
     ]
     return ModelCardData(
         library_name="transformers",

@@ -1,7 +1,7 @@
-"""A checkpoint of the dense part that other ranks wrote: cut anew for this job, through DeepSpeed's universal form.
+"""Reshards a checkpoint of the dense part for a different number of ranks, through DeepSpeed's universal checkpoint.
 
-ZeRO saves the shards as the ranks held them. Where a job has another number of them (more or fewer ranks, another
-shard group), rank 0 turns the checkpoint into one of whole weights, from which every rank takes its shard.
+ZeRO saves the shards as the ranks hold them. If a job shards over a different number of ranks, rank 0 converts the
+checkpoint to full weights, and each rank loads its own shard from these.
 """
 
 import shutil
@@ -17,20 +17,20 @@ from dhen.training.parallelize import ParallelDhen
 
 
 class ReshardingError(ValueError):
-    """A checkpoint that can't be cut anew; the message names the folder and what DeepSpeed said."""
+    """A checkpoint that cannot be resharded. The message has the folder and DeepSpeed's error."""
 
 
 def load_resharded(model: ParallelDhen, checkpoint: Path) -> None:
-    """Load the dense part, weights and optimizer, of `checkpoint`. Communicates; all ranks call it.
+    """Load the weights and optimizer of the dense part from `checkpoint`. Communicates; all ranks call it.
 
-    The ZeRO stage must be the save's. Raises ReshardingError.
+    The ZeRO stage must be that of the checkpoint. Raises ReshardingError.
     """
     folder = checkpoint / "universal"
     try:
         failure = _convert(checkpoint, folder) if model.topology.is_main else None
         model.topology.barrier()
         if not (folder / "zero").is_dir():
-            raise ReshardingError(f"{checkpoint}: DeepSpeed can't convert it: {failure or 'see rank 0'}")
+            raise ReshardingError(f"{checkpoint}: DeepSpeed cannot convert this checkpoint: {failure or 'see rank 0'}")
         with _universal(model):
             model.engine.load_checkpoint(str(checkpoint), tag=folder.name, load_lr_scheduler_states=False)
         _load_buffers(model, folder)
@@ -42,7 +42,7 @@ def load_resharded(model: ParallelDhen, checkpoint: Path) -> None:
 
 
 def _convert(checkpoint: Path, folder: Path) -> str | None:
-    """Write the universal form into `folder`; returns what DeepSpeed complains of. A process of its own: it forks."""
+    """Write the universal checkpoint to `folder`. Runs in its own process, because it forks. Returns any error."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(folder), "--num_extract_workers=1"]
@@ -64,9 +64,9 @@ def _universal(model: ParallelDhen) -> Iterator[None]:
 
 
 def _load_buffers(model: ParallelDhen, folder: Path) -> None:
-    """The universal form's loader leaves out buffers, the running statistics of batch norms."""
+    """Load the buffers (running statistics of batch norms), which DeepSpeed's universal loader skips."""
     first, *_ = sorted(folder.glob("*mp_rank_00_model_states.pt"))
     saved = torch.load(first, map_location="cpu", weights_only=False)["module"]
     for name, buffer in model.engine.module.named_buffers():
-        if name in saved:  # the others are constants
+        if name in saved:  # other buffers are constants
             buffer.copy_(saved[name])

@@ -1,5 +1,6 @@
-"""Scoring with a trained model: what evaluate.py and predict.py share."""
+"""Scoring with a trained model: the parts that evaluate.py and predict.py share."""
 
+import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +9,14 @@ from typing import Literal
 
 import yaml
 
-from dhen.config.arguments import (
+from dhen.config.arguments import DataArguments, DatasetFormat, import_interaction_files
+from dhen.config.command_line import (
     ArgumentError,
-    DataArguments,
     Parser,
     Paths,
     check_types,
     copy_for_parser,
     find_paths,
-    import_interaction_files,
     option,
     unknown_argument,
 )
@@ -34,32 +34,50 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ScoringArguments:
-    """What to score, and with which model."""
+    """Which rows to score, with which model."""
 
-    model_name_or_path: str | None = option(None, "Trained model: a run folder or an exported model.")
-    dataset_name: Paths = option(None, "Raw files, glob, prepared folder or hub data set; default: the run's own data.")
-    dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = option(
-        "auto", "Format of raw files."
+    model_name_or_path: str | None = option(None, "Trained model: a run folder or an exported model. Required.")
+    dataset_name: Paths = option(
+        None,
+        "Data to score: raw files, globs, a prepared folder, or a Hugging Face data set (owner/name). Default: the "
+        "data that the run was trained on.",
     )
-    dataset_schema: str | None = option(None, "YAML of the columns (csv, parquet, hub).")
+    dataset_format: DatasetFormat = option(
+        "auto", "Format of the raw files. auto decides by the file name and, for .txt and .tsv, by the first line."
+    )
+    dataset_schema: str | None = option(
+        None,
+        "YAML file that says which columns are the label, dense features and sparse features. csv, parquet and hub "
+        "require it.",
+    )
     split: Literal["train", "validation", "test"] | None = option(
         None,
-        "Split of the run's own data, of a prepared folder or of a hub data set, test by default; of raw files all "
-        "rows are scored.",
+        "Split to score. Default: test. Not allowed with raw files, because all their rows are scored.",
     )
-    bad_rows: Literal["error", "skip"] = option("error", "Stop at a malformed row, or skip, count and list it.")
-    per_device_eval_batch_size: int = option(4096, "Examples of one rank in one step.")
+    bad_rows: Literal["error", "skip"] = option(
+        "error", "What to do with malformed rows. error: stop at the first. skip: list them in bad_rows.csv."
+    )
+    per_device_eval_batch_size: int = option(
+        4096, "Examples per rank in one step. Lower it if scoring runs out of memory."
+    )
     cache_dir: str | None = option(
-        None, "Where raw files are kept once prepared; default: as in training, or beside the exported model."
+        None,
+        "Folder for prepared data, which later calls reuse. Default: the folder that training used, or 'prepared' "
+        "beside the exported model.",
     )
-    output: str | None = option(None, "File to write: JSON from evaluate.py, Parquet from predict.py.")
-    interaction_files: list[str] = option([], "Python files that register the model's own interactions.")
-    local_rank: int = option(0, "Set by DeepSpeed's launcher; not used.")
+    output: str | None = option(
+        None,
+        "File to write. evaluate.py writes the metrics as JSON, by default to no file. predict.py writes Parquet, by "
+        "default predictions.parquet.",
+    )
+    interaction_files: list[str] = option([], "Python files that register your own interactions, as in training.")
+    local_rank: int = option(0, argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 
 def parse_scoring_arguments(command_line: Sequence[str] | None, description: str) -> ScoringArguments:
-    """Arguments from the command line. Raises ArgumentError."""
-    parser = Parser([copy_for_parser(ScoringArguments)], description=description, allow_abbrev=False)
+    """Read the arguments from the command line. description: the text above --help. Raises ArgumentError."""
+    usage = "%(prog)s --model_name_or_path FOLDER [--argument VALUE ...]"
+    parser = Parser([copy_for_parser(ScoringArguments)], usage=usage, description=description)
     given, unknown = parser.parse_args_into_dataclasses(
         command_line, return_remaining_strings=True, look_for_args_file=False
     )
@@ -67,20 +85,20 @@ def parse_scoring_arguments(command_line: Sequence[str] | None, description: str
         raise unknown_argument(unknown[0], [ScoringArguments])
     arguments = check_types(ScoringArguments, vars(given), "command line")
     if arguments.model_name_or_path is None:
-        raise ArgumentError("--model_name_or_path is missing. Give a run folder or an exported model.")
+        raise ArgumentError("--model_name_or_path is missing. Set it to a run folder or an exported model.")
     find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
     import_interaction_files(arguments.interaction_files)
     return arguments
 
 
 def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[ScoringDhen, BatchLoader]:
-    """The model over all ranks, and a loader of this rank's share of the rows. Communicates; all ranks call it."""
+    """Build the model over all ranks, and a loader for this rank's rows. Communicates; all ranks call it."""
     trained = TrainedModel.open(arguments.model_name_or_path)
     folder, split = _prepared(arguments, trained, topology)
     schema = check_prepared_for(folder, trained.folder)
     if topology.is_main and split in schema.splits and schema.splits[split].bad_rows:
         logger.warning(
-            "%s bad rows were skipped and have no number; %s lists them",
+            "%s bad rows were skipped and are not numbered; %s lists them",
             f"{schema.splits[split].bad_rows:,}",
             folder / "bad_rows.csv",
         )
@@ -99,7 +117,7 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
 
 
 def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topology) -> tuple[Path, str]:
-    """The prepared folder and the split of it to score."""
+    """The prepared folder, and the split in it to score."""
     name, of_run = arguments.dataset_name, _data_of_run(trained)
     split = arguments.split or "test"
     if is_prepared(name):
@@ -110,7 +128,7 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
         _refuse_ignored(arguments, is_raw=False)
         if of_run is None:
             raise ArgumentError(
-                f"{trained.folder} doesn't lie in the folder of its run, so its data isn't known. Give --dataset_name."
+                f"{trained.folder} is not inside the folder of its run, so its data is unknown. Add --dataset_name."
             )
         return prepare_dataset(of_run, cache, topology), split
     data = DataArguments(
@@ -128,21 +146,21 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
 
 
 def _refuse_ignored(arguments: ScoringArguments, *, is_raw: bool, is_on_hub: bool = False) -> None:
-    """Raise ArgumentError for an argument that has no effect on the data that is scored."""
+    """Raise ArgumentError for an argument that has no effect on this kind of data."""
     given = {
         "split": arguments.split is not None and is_raw and not is_on_hub,
         "dataset_format": arguments.dataset_format != "auto" and not is_raw,
         "dataset_schema": arguments.dataset_schema is not None and not is_raw,
         "bad_rows": arguments.bad_rows != "error" and not is_raw,
     }
-    data = "all rows of raw files are scored" if is_raw else "the data is prepared already"
+    reason = "all rows of raw files are scored" if is_raw else "the data is already prepared"
     for name, is_given in given.items():
         if is_given:
-            raise ArgumentError(f"--{name} has no effect here: {data}. Leave it out.")
+            raise ArgumentError(f"--{name} has no effect here: {reason}. Remove it.")
 
 
 def _data_of_run(trained: TrainedModel) -> DataArguments | None:
-    """What the run was trained on; None where the model doesn't lie in its run folder."""
+    """The data that the run was trained on; None if the model is not inside its run folder."""
     path = trained.folder.parent / ARGUMENTS_FILE
     if not path.is_file():
         return None

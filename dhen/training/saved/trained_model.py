@@ -1,8 +1,8 @@
-"""A trained model on disk: what `save_pretrained` would write, plus what turns raw click logs into its inputs.
+"""A trained model on disk, in the format of `save_pretrained`, with the files that turn raw click logs into its inputs.
 
-The folder holds config.json, the weights as safetensors with an index (each rank writes the tables that it owns, so no
-rank ever holds them all, and a table that is cut by columns comes together some rows at a time), the data's schema.json
-and vocabulary/, and a model card. Transformers loads it as it is: `AutoModel.from_pretrained(folder)`.
+The folder holds config.json, safetensors files with an index, the data's schema.json and vocabulary/, and a model card.
+Each rank writes its own tables, and a table that is sharded by columns is assembled a block of rows at a time, so no
+rank needs memory for all tables. Transformers can load the folder: `AutoModel.from_pretrained(folder)`.
 """
 
 import contextlib
@@ -37,25 +37,25 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TABLES = "tables."
 _ROWS_BYTES = 64 * 2**20
-"""Of a cut table, at once in memory."""
+"""Size of the block of rows that is in memory while a column-sharded table is written."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """An exported model that can be read piece by piece."""
+    """An exported model, which can be read one tensor at a time."""
 
     folder: Path
 
     @classmethod
     def open(cls, path: str | Path) -> "TrainedModel":
-        """The export at `path`, which is one itself or a run folder that holds one. Raises FileNotFoundError."""
+        """Open the exported model at `path`, which is its folder or a run folder. Raises FileNotFoundError."""
         for folder in (Path(path), Path(path) / MODEL_FOLDER):
             if (folder / "config.json").is_file() and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
                 _check_version(folder / _INDEX)
                 return cls(folder)
         raise FileNotFoundError(
-            f"{path}: no trained model here. Give the folder of a finished run (it holds {MODEL_FOLDER}/) or of an "
-            f"exported model (it holds config.json and safetensors).{looked_in(path)}"
+            f"{path}: no trained model here. Use the folder of a finished run (it contains {MODEL_FOLDER}/) or of an "
+            f"exported model (it contains config.json and safetensors).{looked_in(path)}"
         )
 
     @cached_property
@@ -65,7 +65,7 @@ class TrainedModel:
 
     @cached_property
     def schema(self) -> Schema:
-        """The schema of the data that it was trained on; its vocabularies are in `folder` too."""
+        """The schema of the training data. Its vocabularies are in `folder` too."""
         return Schema.load(self.folder)
 
     @cached_property
@@ -82,7 +82,7 @@ class TrainedModel:
         return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
 
     def table(self, feature: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
-        """Columns [first, last) of a feature's table, by default all: (rows, columns)."""
+        """Columns [first, last) of a feature's table, by default all. Shape (rows, columns)."""
         return self._read(f"{_TABLES}{feature}.weight", first_column, last_column)
 
     def _read(self, name: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
@@ -92,16 +92,16 @@ class TrainedModel:
             return file.get_slice(name)[:, first_column:last_column]
 
     def load_tables(self, tables: ShardedTables) -> None:
-        """Fill this rank's shards. Doesn't communicate."""
+        """Load this rank's shards. Does not communicate."""
         for shard, tensors in tables.shard_tensors():
             tensors["weight"].copy_(self.table(shard.name, shard.first_column, shard.last_column))
 
 
 def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str) -> None:
-    """Write the trained model into `folder`, whole or not at all. Communicates; all ranks call it.
+    """Write the trained model to `folder`, which appears only when it is complete. Communicates; all ranks call it.
 
-    schema: of the data, features in the model's order. prepared: the data folder, for its vocabularies. card: the text
-    of the model card.
+    schema: the schema of the data, in the model's feature order. prepared: the prepared folder, for its vocabularies.
+    card: the text of the model card.
     """
     topology = model.topology
     draft = folder.with_name(f".{folder.name}.draft")
@@ -134,9 +134,9 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
 
 
 def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> dict[str, tuple[str, int]]:
-    """All tables, each by the rank that holds its first columns. Communicates for those that are cut by columns.
+    """Write each table on the rank that holds its first columns. Communicates if tables are sharded by columns.
 
-    Returns what this rank wrote: name -> (file, bytes).
+    Returns the tensors that this rank wrote: name -> (file, bytes).
     """
     whole_file, rank = f"model-tables-{topology.rank:05d}.safetensors", topology.rank
     weights = {shard.name: tensors["weight"] for shard, tensors in tables.shard_tensors() if not _is_cut(shard, tables)}
@@ -160,7 +160,7 @@ def _is_cut(shard: TableShard, tables: ShardedTables) -> bool:
 
 
 def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
-    """The shards of each table that is cut, by their columns; the same on all ranks."""
+    """The shards of each column-sharded table, in column order; the same on all ranks."""
     by_table: dict[int, list[TableShard]] = {}
     for shard in tables.placement.shards:
         if _is_cut(shard, tables):
@@ -169,9 +169,9 @@ def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
 
 
 def _write_cut_table(tables: ShardedTables, shards: list[TableShard], key: str, path: Path, topology: Topology) -> int:
-    """Bring a table's columns together, some rows at a time, and write them: no rank ever holds the table.
+    """Assemble the columns of a table, a block of rows at a time, and write them. No rank holds the full table.
 
-    Communicates among the ranks of `shards`; all ranks may call it. Returns the file's bytes of weights.
+    Communicates among the ranks of `shards`; all ranks may call it. Returns the size of the weights in bytes.
     """
     owner, rows = shards[0].rank, shards[0].num_embeddings
     own = {shard.first_column: tensors["weight"] for shard, tensors in tables.shard_tensors() if shard in shards}
@@ -200,7 +200,7 @@ def _write_cut_table(tables: ShardedTables, shards: list[TableShard], key: str, 
 
 
 def _write_header(file: BinaryIO, key: str, shape: tuple[int, int], num_bytes: int) -> None:
-    """The head of a safetensors file of one float32 tensor, whose rows follow; the library writes whole files only."""
+    """Write the header of a safetensors file for one float32 tensor. The library can only write complete files."""
     header = {"__metadata__": {"format": "pt"}}
     header |= {key: {"dtype": "F32", "shape": list(shape), "data_offsets": [0, num_bytes]}}
     text = json.dumps(header).encode()
@@ -210,7 +210,7 @@ def _write_header(file: BinaryIO, key: str, shape: tuple[int, int], num_bytes: i
 
 def _check_version(index: Path) -> None:
     """Raise FormatVersionError for another format. A model that `save_pretrained` wrote does not say its version."""
-    metadata = json.loads(index.read_text(encoding="utf-8"))["metadata"] if index.is_file() else {}
+    metadata = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}) if index.is_file() else {}
     check_format_version(index, metadata, FORMAT_VERSION, "train the model again with this code")
 
 

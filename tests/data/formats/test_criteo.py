@@ -73,12 +73,12 @@ BAD_VALUES = [
     (0, "2", r"label is '2'; it must be 0 or 1"),
     (0, "", r"label is blank; it must be 0 or 1"),
     (0, "-1", r"label is '-1'"),
-    (1, "3.5", r"column 'I1': '3.5' isn't an integer"),
-    (13, "x", r"column 'I13': 'x' isn't an integer"),
-    (2, "99999999999999999999", r"column 'I2': '9+' isn't an integer"),
-    (14, "68fd1e6g", r"column 'C1': the id '68fd1e6g' isn't hex"),
-    (39, "68fd1e640", r"column 'C26': the id '68fd1e640' isn't hex"),
-    (20, "é", r"column 'C7': the id 'é' isn't hex"),
+    (1, "3.5", r"column 'I1': '3.5' is not an integer"),
+    (13, "x", r"column 'I13': 'x' is not an integer"),
+    (2, "99999999999999999999", r"column 'I2': '9+' is not an integer"),
+    (14, "68fd1e6g", r"column 'C1': the id '68fd1e6g' is not hex"),
+    (39, "68fd1e640", r"column 'C26': the id '68fd1e640' is not hex"),
+    (20, "é", r"column 'C7': the id 'é' is not hex"),
 ]
 
 
@@ -96,8 +96,8 @@ def test_a_bad_value_is_named_with_file_and_row(tmp_path, column, value, message
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("1\t2\t3", "it has 3 columns, not 40"),
-        ("\t" * 40, "it has 41 columns, not 40"),
+        ("1\t2\t3", "the row has 3 columns, not 40"),
+        ("\t" * 40, "the row has 41 columns, not 40"),
         ("a\rb", "a carriage return within the line"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_row_of_another_form_is_named(tmp_path, line, message):
 def test_a_row_that_is_not_utf8_is_named(tmp_path):
     raw = tmp_path / "raw.txt"
     raw.write_bytes("\n".join(reference.criteo_lines(3)).encode() + b"\n1\t\xff\n")
-    with pytest.raises(DataError, match=r"raw\.txt: row 4: it isn't UTF-8"):
+    with pytest.raises(DataError, match=r"raw\.txt: row 4: the line is not valid UTF-8"):
         prepare(PreparationSettings(str(raw)), tmp_path / "out")
 
 
@@ -174,5 +174,5 @@ def test_rows_to_predict_may_lack_the_label_column_or_the_label(tmp_path):
     labels = pl.read_parquet(tmp_path / "out" / "test" / "*.parquet")["label"]
     assert labels.is_nan().to_list() == [True] * 7 + [False] * 5
     assert labels.null_count() == 0
-    with pytest.raises(DataError, match=r"test\.txt: row 1: it has 39 columns, not 40"):
+    with pytest.raises(DataError, match=r"test\.txt: row 1: the row has 39 columns, not 40"):
         prepare(PreparationSettings(without), tmp_path / "never")

@@ -63,18 +63,18 @@ def test_labels_may_be_absent_where_they_are_not_required(tmp_path):
 @pytest.mark.parametrize(
     ("line", "schema", "message"),
     [
-        ("0 1:1", None, "it has 1 fields, not 2"),
-        ("0 1:1 2:1 3:1", None, "it has 3 fields, not 2"),
-        ("0 1:0.5 2:1", None, "field 1: a value beside its id isn't 1"),
-        ("0 1:x 2:1", None, "the value of a token isn't a finite number"),
-        ("0 1:1 2:1:1", None, "not every token reads id:value"),
+        ("0 1:1", None, "the row has 1 fields, but most of the first rows have 2"),
+        ("0 1:1 2:1 3:1", None, "the row has 3 fields, but most of the first rows have 2"),
+        ("0 1:0.5 2:1", None, "field 1: a value is not 1. If the values are weights"),
+        ("0 1:x 2:1", None, "the value of a token is not a finite number"),
+        ("0 1:1 2:1:1", None, "a token does not have the form id:value"),
         ("2 1:1 2:1", None, "the label is '2'; it must be 0 or 1"),
         ("1:1 2:1", None, "the label is blank; it must be 0 or 1"),
-        ("0 7:1:1", FFM_SCHEMA, "it has a field other than"),
-        ("0 0:1:1 0:2:1", FFM_SCHEMA, "field 0 stands there 2 times"),
-        ("0 0:1", FFM_SCHEMA, "not every token reads field:id:value"),
-        ("0 1:1e39 2:1", None, "the value of a token isn't a finite number"),
-        ("0 2:1:nan", FFM_SCHEMA, "the value of a token isn't a finite number"),
+        ("0 7:1:1", FFM_SCHEMA, "the row has a field other than"),
+        ("0 0:1:1 0:2:1", FFM_SCHEMA, "field 0 appears 2 times"),
+        ("0 0:1", FFM_SCHEMA, "a token does not have the form field:id:value"),
+        ("0 1:1e39 2:1", None, "the value of a token is not a finite number"),
+        ("0 2:1:nan", FFM_SCHEMA, "the value of a token is not a finite number"),
     ],
 )
 def test_a_bad_row_is_named_or_skipped(tmp_path, line, schema, message):

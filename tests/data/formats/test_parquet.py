@@ -1,4 +1,4 @@
-"""Parquet files and hub data sets; the hub's code path is run on a local folder."""
+"""Parquet files and hub data sets. The tests of the hub's code path read a local folder."""
 
 import polars as pl
 import pyarrow as pa
@@ -96,13 +96,13 @@ def test_one_split_of_a_hub_data_set_is_read_alone(tmp_path):
         pyarrow.parquet.write_table(TABLE.slice(0, rows), tmp_path / "set" / f"{split}.parquet")
     made = prepare(PreparationSettings(**where, only_split="train"), tmp_path / "out")
     assert {split: counts.rows for split, counts in made.splits.items()} == {"train": 2}
-    with pytest.raises(DataError, match="there is no split validation; it has train, test"):
+    with pytest.raises(DataError, match=r"there is no split validation\. Use one of: train, test"):
         prepare(PreparationSettings(**where, only_split="validation"), tmp_path / "never")
 
 
 def test_two_splits_of_a_hub_data_set_that_mean_the_same_are_refused(monkeypatch):
     monkeypatch.setattr("datasets.get_dataset_split_names", lambda *_: ["train", "validation", "dev"])
-    with pytest.raises(DataError, match="it has the splits validation and dev, which both mean validation here"):
+    with pytest.raises(DataError, match="the splits validation and dev both map to validation"):
         hub_splits("owner/name")
 
 
@@ -111,11 +111,11 @@ def test_two_splits_of_a_hub_data_set_that_mean_the_same_are_refused(monkeypatch
     [
         ("y", pa.array([0, 1, 3]), "row 3: column 'y': the label is 3; it must be 0 or 1"),
         ("y", pa.array([0, None, 1]), "row 2: column 'y': the label is blank"),
-        ("price", pa.array([0, 1, float("inf")]), "row 3: column 'price': inf isn't a finite number"),
+        ("price", pa.array([0, 1, float("inf")]), "row 3: column 'price': inf is not a finite number"),
         ("item", pa.array([0, 1.5, 1]), "row 2: column 'item': the id 1.5 is neither text nor an integer"),
-        ("shares", pa.array([[0.5, 1.0], [1.0], []]), "row 2: column 'seen' has 0 ids and 'shares' 1 weights"),
-        ("user", pa.array([[1], [2], [3]]), r"the column 'user' holds lists .*multi_valued: true"),
-        ("user", pa.array([{"a": 1}] * 3), r"the column 'user' is struct"),
+        ("shares", pa.array([[0.5, 1.0], [1.0], []]), "row 2: column 'seen' has 0 ids, but 'shares' has 1 weights"),
+        ("user", pa.array([[1], [2], [3]]), r"column 'user' has lists .*multi_valued: true"),
+        ("user", pa.array([{"a": 1}] * 3), r"column 'user' has the type struct"),
     ],
 )
 def test_a_bad_value_is_named_with_file_and_row(tmp_path, column, values, message):
@@ -139,7 +139,7 @@ def test_a_truncated_file_is_an_error_even_when_skipping(tmp_path, keep):
     where = write(tmp_path, TABLE)
     data = (tmp_path / "raw.parquet").read_bytes()
     (tmp_path / "raw.parquet").write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    with pytest.raises(DataError, match=r"raw\.parquet: not a whole Parquet file"):
+    with pytest.raises(DataError, match=r"raw\.parquet: not a complete Parquet file"):
         prepared(tmp_path, **where, bad_rows="skip")
 
 

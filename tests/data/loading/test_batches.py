@@ -32,7 +32,7 @@ def order(folder, epoch=0, first_step=0, **options):
 
 
 def pieces_by_step(folder, epoch=0, *, world_size, accumulation_steps, **options):
-    """[step][piece]: batches of all ranks, piece after piece as a step's rows are cut."""
+    """The batches of all ranks as [step][piece], in the order of the step's rows."""
     loaders = [
         BatchLoader(folder, "train", rank=rank, world_size=world_size, accumulation_steps=accumulation_steps, **options)
         for rank in range(world_size)
@@ -209,14 +209,14 @@ def test_drop_last_leaves_out_the_smaller_step(prepared):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 84, "drop_last": True}, "83 rows are less than one step's 84, and drop_last"),
+        ({"batch_size": 84, "drop_last": True}, "the split has 83 rows, but a step needs 84, and drop_last"),
         ({"batch_size": 42, "world_size": 2, "drop_last": True}, "Use a smaller batch"),
         ({"batch_size": 0}, "batch_size is 0. Use 1 or more."),
         ({"batch_size": 5, "seed": -1}, "seed is -1. Use 0 or more."),
         ({"batch_size": 5, "world_size": 0}, "world_size is 0. Use 1 or more."),
         ({"batch_size": 5, "accumulation_steps": 0}, "accumulation_steps is 0. Use 1 or more."),
         ({"batch_size": 5, "window_rows": 0}, "window_rows is 0. Use 1 or more."),
-        # With accumulation this rank's pieces would be those of others, and their rows come twice.
+        # With accumulation, this rank would take other ranks' pieces, and their rows would come twice.
         ({"batch_size": 5, "rank": 2, "world_size": 2, "accumulation_steps": 2}, "rank is 2, but world_size is 2. Use"),
         ({"batch_size": 5, "rank": -1, "world_size": 2}, "rank is -1, but world_size is 2. Use 0 to 1."),
     ],
@@ -262,7 +262,7 @@ def test_pinned_batches_reach_the_gpu_unchanged(prepared):
 
 
 def windows_alive(monkeypatch, folder, kept):
-    """The most windows that lived at once, the one being decoded among them."""
+    """The largest number of windows alive at once, including the one being decoded."""
     alive, most = weakref.WeakSet(), [0]
 
     def counting(groups, schema):
@@ -285,7 +285,7 @@ class Forgetful(list):
 
 
 def test_two_windows_are_held_and_no_third(monkeypatch, prepared):
-    # One where the reader is done with a window before the decoder's thread gets its turn.
+    # It is 1 if the reader finishes a window before the decoder thread runs.
     assert windows_alive(monkeypatch, prepared.folder, kept=Forgetful()) <= 2
 
 

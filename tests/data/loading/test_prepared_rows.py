@@ -1,4 +1,4 @@
-"""A prepared folder that isn't what its schema says is an error that names the file and the column."""
+"""A prepared folder that does not match its schema raises an error that names the file and the column."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def read_all(prepared):
 
 
 def replace_column(path, name, values):
-    """Rewrite a file; values None: without the column."""
+    """Rewrite a file with other values in a column. None removes the column."""
     table = pq.read_table(path)
     at = table.column_names.index(name)
     pq.write_table(table.remove_column(at) if values is None else table.set_column(at, name, values), path)
@@ -38,7 +38,7 @@ def assert_says(error, *words):
 
 
 def test_a_split_that_is_not_there(prepared):
-    with pytest.raises(FileNotFoundError, match="there is no split 'test', it has train"):
+    with pytest.raises(FileNotFoundError, match=r"there is no split 'test'\. The splits are train"):
         BatchLoader(prepared.folder, "test", batch_size=8)
 
 
@@ -49,20 +49,20 @@ def test_a_folder_without_schema(tmp_path):
 
 def test_a_split_without_rows(prepared):
     empty = replace(prepared.schema, splits={"test": SplitCounts(0, 0)})
-    with pytest.raises(ValueError, match="test: it has no rows"):
+    with pytest.raises(ValueError, match="test: the split has no rows"):
         BatchLoader(prepared.folder, "test", batch_size=8, schema=empty)
 
 
 def test_a_missing_file_shows_in_the_number_of_rows(prepared):
     second_part(prepared).unlink()
-    with pytest.raises(ValueError, match=r"have 39 rows, schema\.json says 60") as error:
+    with pytest.raises(ValueError, match=r"have 39 rows, but schema\.json says 60") as error:
         BatchLoader(prepared.folder, "train", batch_size=8)
     assert_says(error, "prepared/train", "damaged", "Prepare the data again")
 
 
 def test_a_file_that_is_no_parquet(prepared):
     second_part(prepared).write_bytes(b"PAR1 but no more")
-    with pytest.raises(ValueError, match="not readable as Parquet") as error:
+    with pytest.raises(ValueError, match="cannot be read as Parquet") as error:
         BatchLoader(prepared.folder, "train", batch_size=8)
     assert_says(error, "part-00001.parquet")
 
@@ -74,15 +74,15 @@ LISTS = pa.array([[1.0]] * 21, pa.list_(pa.float64()))
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("label", None, "column 'label' must be float32, it is missing"),
-        ("I2", FLOATS, "column 'I2' must be float32, it is double"),
-        ("site", FLOATS, "column 'site' must be int32 or int64, it is double"),
-        ("site", pa.array([1] * 21, pa.uint64()), "column 'site' must be int32 or int64, it is uint64"),
-        ("zone", None, "column 'zone' must be int32 or int64, it is missing"),
-        ("tags", pa.array([1] * 21), "column 'tags' must be a list of int32 or int64, it is int64"),
-        ("words", LISTS, "column 'words' must be a list of int32 or int64, it is list<"),
-        ("words:weights", LISTS, "column 'words:weights' must be a list of float32, it is list<"),
-        ("words:weights", None, "column 'words:weights' must be a list of float32, it is missing"),
+        ("label", None, "column 'label' must be float32, but is missing"),
+        ("I2", FLOATS, "column 'I2' must be float32, but is double"),
+        ("site", FLOATS, "column 'site' must be int32 or int64, but is double"),
+        ("site", pa.array([1] * 21, pa.uint64()), "column 'site' must be int32 or int64, but is uint64"),
+        ("zone", None, "column 'zone' must be int32 or int64, but is missing"),
+        ("tags", pa.array([1] * 21), "column 'tags' must be a list of int32 or int64, but is int64"),
+        ("words", LISTS, "column 'words' must be a list of int32 or int64, but is list<"),
+        ("words:weights", LISTS, "column 'words:weights' must be a list of float32, but is list<"),
+        ("words:weights", None, "column 'words:weights' must be a list of float32, but is missing"),
     ],
 )
 def test_a_column_that_is_missing_or_of_another_type(prepared, column, values, message):
@@ -95,15 +95,15 @@ def test_a_column_that_is_missing_or_of_another_type(prepared, column, values, m
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("site", pa.array([1] * 20 + [50], pa.int32()), "has the id 50, its table has rows 0 to 49"),
+        ("site", pa.array([1] * 20 + [50], pa.int32()), "has the id 50, but its table has rows 0 to 49"),
         ("site", pa.array([-1] + [1] * 20, pa.int32()), "has the id -1"),
         ("site", pa.array([2**32] * 21), "has the id 4294967296"),
-        ("tags", pa.array([[1, 2]] * 20 + [[30]]), "has the id 30, its table has rows 0 to 29"),
-        ("zone", pa.array([1] * 20 + [None], pa.int32()), "has 1 blanks"),
-        ("I1", pa.array([1] * 20 + [None], pa.float32()), "has 1 blanks"),
-        ("tags", pa.array([[1]] * 20 + [None]), "has 1 blanks"),
-        ("tags", pa.array([[1]] * 20 + [[3, None]]), "has 1 blanks"),
-        ("words", pa.array([[1, 2, 3, 4]] * 21), "has rows whose ids and weights differ in number"),
+        ("tags", pa.array([[1, 2]] * 20 + [[30]]), "has the id 30, but its table has rows 0 to 29"),
+        ("zone", pa.array([1] * 20 + [None], pa.int32()), "has 1 null values"),
+        ("I1", pa.array([1] * 20 + [None], pa.float32()), "has 1 null values"),
+        ("tags", pa.array([[1]] * 20 + [None]), "has 1 null values"),
+        ("tags", pa.array([[1]] * 20 + [[3, None]]), "has 1 null values"),
+        ("words", pa.array([[1, 2, 3, 4]] * 21), "some rows do not have one weight per id"),
     ],
 )
 def test_values_that_no_prepared_column_has_reach_the_consumer_as_an_error(prepared, column, values, message):
@@ -120,7 +120,7 @@ def test_damaged_pages_reach_the_consumer_as_an_error(prepared):
     second_part(prepared).write_bytes(content)
     batches = loader.epoch(0)
     assert next(batches).rows_B.tolist() == list(range(8))
-    with pytest.raises(ValueError, match=r"part-00001.parquet: row group 0 can't be read"):
+    with pytest.raises(ValueError, match=r"part-00001.parquet: row group 0 cannot be read"):
         list(batches)
 
 

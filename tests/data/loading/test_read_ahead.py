@@ -1,4 +1,4 @@
-"""The thread that reads ahead: bounded, it passes errors on, and it ends with its iterator."""
+"""The read-ahead thread is bounded, passes errors on, and ends with its iterator."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ def threads():
 
 
 class Counter:
-    """A generator's view of its own life."""
+    """A generator function that records what it has yielded and whether it was closed."""
 
     def __init__(self, items=10**9, fails_at=None):
         self.items, self.fails_at = items, fails_at
@@ -54,7 +54,7 @@ def test_it_is_bounded_and_waits_for_the_consumer():
     assert counter.made == 0
     assert [next(items) for _ in range(5)] == [0, 1, 2, 3, 4]
     time.sleep(0.3)
-    assert counter.made == 5 + 3 + 1  # taken, waiting, in the thread's hands
+    assert counter.made == 5 + 3 + 1  # taken, queued, in progress
     items.close()
 
 

@@ -1,4 +1,4 @@
-"""Raw rows to prepared ones in plain Python, row by row and from the documents alone: what the fast code must equal."""
+"""A plain-Python reference for data preparation, row by row, written from the documentation alone."""
 
 import hashlib
 import math
@@ -56,7 +56,7 @@ def vocabulary(keys, min_count):
 
 
 def criteo_lines(num_rows, seed=0):
-    """Random lines in Criteo's format, with blanks, negatives and a skewed choice of categories."""
+    """Random lines in Criteo's format, with blanks, negative numbers and skewed categories."""
     chance = random.Random(seed)
 
     def integer():
@@ -72,7 +72,7 @@ def criteo_lines(num_rows, seed=0):
 
 
 def prepared_criteo(lines, hash_size):
-    """One dict a line, by hash."""
+    """One dict per line, with hashed ids."""
     rows = []
     for line in lines:
         label, *values = line.split("\t")
@@ -84,7 +84,7 @@ def prepared_criteo(lines, hash_size):
 
 
 def assert_same_rows(actual, expected):
-    """Equal, dense values to float32's precision."""
+    """Check that all rows are equal, with dense values to float32 precision."""
     assert len(actual) == len(expected)
     for got, wanted in zip(actual, expected, strict=True):
         assert got.keys() == wanted.keys()

@@ -1,4 +1,4 @@
-"""A raw file is prepared once for the same content and settings."""
+"""A raw file is prepared only once for the same content and settings."""
 
 import os
 
@@ -35,7 +35,7 @@ def test_other_content_or_settings_are_prepared_anew(tmp_path, raw):
     times = raw.stat()
     text = raw.read_text()
     raw.write_text(("1" if text[0] == "0" else "0") + text[1:])
-    # The same size and time: the content alone tells them apart.
+    # Same size and modification time: only the content differs.
     os.utime(raw, ns=(times.st_atime_ns, times.st_mtime_ns))
     folders.append(prepare_cached(PreparationSettings(str(raw)), tmp_path / "cache"))
     assert len(set(folders)) == 5
@@ -97,5 +97,5 @@ def test_a_prepared_folder_is_taken_as_it_is(tmp_path, raw):
     given = PreparationSettings(str(tmp_path / "prepared"))
     assert prepare_cached(given, tmp_path / "cache") == tmp_path / "prepared"
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(ValueError, match="it is a prepared folder already"):
+    with pytest.raises(ValueError, match="this is already a prepared folder"):
         prepare(given, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The hash is the one that is documented, and stays it."""
+"""The hash is the documented one and never changes."""
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ def test_values_are_pinned():
 
 @given(st.lists(st.none() | st.text(max_size=40)), st.integers(0, 2**64 - 1))
 def test_equals_plain_python(texts, salt):
-    # Half of a longer array, so that offsets don't start at 0.
+    # A slice, so that offsets do not start at 0.
     keys = pa.array(["xyz", *texts], pa.string()).slice(1)
     assert hash_texts(keys, salt).tolist() == [reference.hash_text(text or "", salt) for text in texts]
 

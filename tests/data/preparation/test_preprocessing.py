@@ -1,4 +1,4 @@
-"""From raw files to a folder: splits, determinism, wholeness, memory, given schemas, and files that can't be read."""
+"""Preparing raw files: splits, determinism, atomicity, memory, reused schemas, and unreadable files."""
 
 import gzip
 import re
@@ -38,7 +38,7 @@ def rows_of(folder, split="train"):
 
 
 def content_of(folder):
-    """Every byte of a prepared folder but what schema.json says about the source."""
+    """Every byte of a prepared folder, except the source entry in schema.json."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     del files["schema.json"]
     return files, replace(Schema.load(folder), source={})
@@ -127,7 +127,7 @@ def test_a_vocabulary_is_made_of_the_train_split(tmp_path, raw):
         assert load_vocabulary(tmp_path / "out", column.name).keys.to_pylist() == list(ids)
         for split, mine in (("train", keys[:240]), ("validation", keys[240:270]), ("test", keys[270:])):
             assert [row[column.name] for row in rows_of(tmp_path / "out", split)] == [ids.get(key, 0) for key in mine]
-    with pytest.raises(DataError, match="a vocabulary is made from the train split, but there is none"):
+    with pytest.raises(DataError, match="a vocabulary is built from the train split, but there is none"):
         prepare(PreparationSettings(test_file=raw, id_encoding="vocabulary"), tmp_path / "none")
 
 
@@ -154,7 +154,7 @@ def test_a_given_schema_must_have_the_same_features(tmp_path, raw):
     wanted = PreparationSettings(
         str(tmp_path / "new.csv"), dataset_schema=tmp_path / "schema.yaml", schema_from=tmp_path / "trained"
     )
-    with pytest.raises(DataError, match="its feature 'I1' is dense, but the raw data doesn't have it"):
+    with pytest.raises(DataError, match="the feature 'I1' is dense, but the raw data does not have it"):
         prepare(wanted, tmp_path / "out")
 
 
@@ -213,7 +213,9 @@ def test_what_another_process_prepares_meanwhile_is_let_be(tmp_path, raw):
 def test_more_bad_rows_than_good_ones_is_no_success(tmp_path):
     lines = [("9" + line[1:]) if i < 61 else line for i, line in enumerate(LINES[:120])]
     wanted = PreparationSettings(write(tmp_path / "bad.txt", lines), bad_rows="skip")
-    with pytest.raises(DataError, match=r"61 of 120 rows are bad, more than half.*first is .*bad\.txt: row 1: .*label"):
+    with pytest.raises(
+        DataError, match=r"61 of 120 rows are bad. This is more than half.*first bad row: .*bad\.txt: row 1: .*label"
+    ):
         prepare(wanted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -257,7 +259,7 @@ def test_settings_that_made_no_difference_are_named(tmp_path, raw, given, names)
 
 def test_an_existing_folder_is_not_touched(tmp_path, raw):
     (tmp_path / "out").mkdir()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         prepare(PreparationSettings(raw), tmp_path / "out")
 
 
@@ -294,9 +296,9 @@ def test_a_truncated_gz_is_always_an_error(tmp_path, cut, bad_rows):
     [
         ("empty.txt", b"", r"empty\.txt: the file is empty"),
         ("empty.gz", gzip.compress(b""), r"empty\.gz: the file is empty"),
-        ("blank.txt", b"\n\n", r"blank\.txt: it holds blank lines only"),
-        ("raw.zip", b"PK\x03\x04....", r"raw\.zip: it is a zip archive"),
-        ("what.txt", b"hello world\n", r"what\.txt: neither its name nor its first lines tell its format"),
+        ("blank.txt", b"\n\n", r"blank\.txt: the file has only blank lines"),
+        ("raw.zip", b"PK\x03\x04....", r"raw\.zip: this is a zip archive"),
+        ("what.txt", b"hello world\n", r"what\.txt: cannot detect the format from the name or the first lines"),
     ],
 )
 def test_files_that_hold_no_rows_are_refused(tmp_path, name, content, message):
@@ -307,7 +309,7 @@ def test_files_that_hold_no_rows_are_refused(tmp_path, name, content, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.txt", "none.txt: no such file"), ("no*.gz", "no file matches"), ("folder", "the folder holds no files")],
+    [("none.txt", "none.txt: no such file"), ("no*.gz", "no file matches"), ("folder", "the folder has no files")],
 )
 def test_files_that_are_not_there_are_named(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
@@ -318,18 +320,18 @@ def test_files_that_are_not_there_are_named(tmp_path, name, message):
 def test_a_file_given_twice_is_refused(tmp_path, raw):
     with pytest.raises(DataError, match="given twice"):
         prepare(PreparationSettings([raw, raw]), tmp_path / "out")
-    with pytest.raises(DataError, match="it is in two splits"):
+    with pytest.raises(DataError, match="the file is used for two splits"):
         prepare(PreparationSettings(train_file=raw, test_file=raw), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"split_fractions": (0.5, 0.2, 0.2)}, "three shares of train, validation and test that sum to 1"),
+        ({"split_fractions": (0.5, 0.2, 0.2)}, "three shares for train, validation and test that sum to 1"),
         ({"hash_size": 1}, "hash_size is 1"),
         ({"min_count": 0}, "min_count is 0"),
-        ({"bad_rows": "drop"}, "bad_rows is 'drop'; allowed: error, skip"),
-        ({"dataset_format": "tsv"}, "dataset_format is 'tsv'; allowed: auto, criteo"),
+        ({"bad_rows": "drop"}, "bad_rows is 'drop'. Use one of: error, skip"),
+        ({"dataset_format": "tsv"}, "dataset_format is 'tsv'. Use one of: auto, criteo"),
         ({"train_file": "b"}, "give either dataset_name"),
         ({"dataset_name": None}, "give either dataset_name"),
     ],

@@ -1,4 +1,4 @@
-"""Real click logs, where they lie beside the project: what is known of their counts. None of their rows is here."""
+"""Known counts of real click logs. Skipped without the logs, whose rows are not part of the project."""
 
 import pytest
 

@@ -47,7 +47,7 @@ def test_round_trip_through_a_folder(tmp_path):
 
 
 def colliding_keys():
-    """Two texts of 16 letters with the same hash: the second word undoes the difference that the first one made."""
+    """Two 16-character strings with the same hash: their second words cancel the difference of the first."""
     start = reference.mix((salt_of("vocabulary") + 16 * 0x9E3779B97F4A7C15) & (2**64 - 1))
     state = reference.mix(start ^ int.from_bytes(b"aaaaaaaa", "little"))
     for i in range(100_000):

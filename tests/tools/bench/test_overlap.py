@@ -1,12 +1,11 @@
-"""The tables' exchanges traced: ids of the next batch leave early; what was overlapped is measured as such."""
+"""tools/bench/overlap.py: the ids of the next batch leave early, and overlapped time is measured as such."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests import ROOT
+from tests.ranks import run_ranks
+from tools.bench import overlap as bench_overlap
 from tools.bench.overlap import BACKWARD, EMBEDDINGS, GRADIENTS, IDS, STEP, WAITING, Span, share_under_compute
 
 
@@ -14,9 +13,7 @@ from tools.bench.overlap import BACKWARD, EMBEDDINGS, GRADIENTS, IDS, STEP, WAIT
 def overlap(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("overlap")
     small = ["--batch_size=256", "--dim=16", "--layers=1", "--rows=1000", "--tables=8"]
-    command = [sys.executable, str(ROOT / "tools/bench/overlap.py"), f"--output={folder}", *small]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, bench_overlap.trace_both, bench_overlap.parse_arguments([f"--output={folder}", *small]))
     assert 0 < (folder / "overlap.png").stat().st_size < 150_000
     assert json.loads((folder / "trace-on.json").read_text())["traceEvents"]
     return json.loads((folder / "overlap.json").read_text())

@@ -1,25 +1,20 @@
-"""The benchmark of the planner: its ranks' part for real, how it counts what agrees, and its search for depths."""
+"""tools/bench/plan.py: real ranks and a real cap at a tiny size, how it compares orders, its search for depths."""
 
 import io
-import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 
-from dhen.planner.machine import read_machine
 from dhen.runtime.topology import Topology
 from tests import ROOT
 from tests.ranks import run_ranks
+from tests.tools.test_cluster import needs_namespaces
 from tools.bench import plan as bench_plan
 from tools.bench import plan_ranks
 from tools.bench.plan_grid import TECHNIQUES, Point, machine_of
-
-CAN_MAKE_A_CLUSTER = hasattr(os, "geteuid") and os.geteuid() == 0 and all(map(shutil.which, ("ip", "tc")))
 
 
 def test_order_is_compared_by_pairs():
@@ -67,10 +62,11 @@ def test_points_are_measured_beside_predictions():
         assert point.seconds > 0
 
 
-@pytest.mark.skipif(not CAN_MAKE_A_CLUSTER, reason="needs root and iproute2 for network namespaces")
+@needs_namespaces
 def test_under_a_cap_the_deepest_model_is_found(tmp_path):
-    """A cap that holds a few layers: as many are predicted as train, but for one."""
+    """A cap that holds a few layers: the predicted depth is that of the deepest that trains, or one off."""
     command = [sys.executable, "tools/bench/plan.py", "--cap_mib", "150", "--deepest", "5", "--techniques", "dp"]
+    command += ["--nodes", "1"]
     command += ["--embedding_dim", "32", "--num_embeddings_out", "12", "--output", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
@@ -83,23 +79,3 @@ def test_under_a_cap_the_deepest_model_is_found(tmp_path):
 
 def test_every_technique_is_another():
     assert len(set(TECHNIQUES.values())) == len(TECHNIQUES) >= 10
-
-
-def test_a_machine_is_measured_and_read_again(tmp_path):
-    output = tmp_path / "machine.yaml"
-    command = [
-        sys.executable,
-        "tools/calibrate_machine.py",
-        "--size",
-        "128",
-        "--batch_size",
-        "16",
-        "--output",
-        str(output),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    machine = read_machine(str(output))
-    assert machine.flops.keys() == {"fp32", "bf16"}
-    assert machine.compute_efficiency > 0
-    assert machine.local_bytes_per_second == read_machine("cpu").local_bytes_per_second
-    assert "links and host as in" in yaml.safe_load(output.read_text())["source"]

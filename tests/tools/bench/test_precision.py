@@ -1,56 +1,72 @@
-"""The comparison of precisions runs with its defaults on a small log, measures each dtype, and keeps what it has."""
+"""tools/bench/precision.py on a small log: a variant is trained on a cluster, and the engine's tensors are measured."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from dhen.data.schema import Schema
+from dhen.runtime.topology import Topology
+from dhen.training.parallelize import ParallelDhen
 from tests import ROOT
+from tests.ranks import run_ranks
 from tests.recipes.launch import TINY, prepared_click_log
+from tests.tiny_training import train
 from tests.tools.test_cluster import needs_namespaces
+from tools.bench.precision import Result, engine_bytes, show
 
-VARIANTS = ("fp32", "paper")
+PADDING = 4 * 64
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, dict]:
-    folder: Path = tmp_path_factory.mktemp("precision")
-    os.environ.setdefault("PYTEST_TMP", str(folder))
-    click_log = prepared_click_log(folder / "click_log", rows=160)
-    command = [sys.executable, str(ROOT / "tools/bench/precision.py"), f"--output={folder / 'out'}", "--seeds", "0"]
-    command += ["--config", "recipes/configs/criteo.yaml", "--variants", *VARIANTS]
-    flags = [f"--dataset_name={click_log}", *TINY, "--embedding_dim=16", "--per_device_train_batch_size=16"]
-    done = subprocess.run([*command, *flags, "--max_steps=4"], cwd=ROOT, capture_output=True, text=True, timeout=590)
+@needs_namespaces
+def test_the_papers_variant_has_its_metrics_and_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_TMP", os.environ.get("PYTEST_TMP", str(tmp_path)))
+    click_log = prepared_click_log(tmp_path / "click_log", rows=160)
+    command = [sys.executable, "tools/bench/precision.py", f"--output={tmp_path / 'out'}", "--seeds", "0"]
+    command += ["--config", "recipes/configs/criteo.yaml", "--variants", "paper", f"--dataset_name={click_log}"]
+    flags = [*TINY, "--embedding_dim=16", "--per_device_train_batch_size=16", "--max_steps=4"]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr
-    assert all(variant in done.stdout for variant in VARIANTS)
-    return {result["variant"]: result for result in json.loads((folder / "out/results.json").read_text())}
-
-
-@needs_namespaces
-def test_every_variant_has_its_metrics_and_its_bytes(results):
-    assert list(results) == list(VARIANTS)
-    for result in results.values():
-        assert 0 < result["ne"] < 10
-        assert result["bytes_a_step"] > 0
-    assert results["paper"]["bytes_a_step"] < results["fp32"]["bytes_a_step"]
-    # Row-wise Adagrad keeps 4 bytes a row beside 16 columns, and as many again for each further slice of a table. The
-    # placements differ, as do the costs of the two types.
-    halved = results["fp32"]["table_bytes"] * (16 * 2 + 4) / (16 * 4 + 4)
-    assert results["paper"]["table_bytes"] == pytest.approx(halved, rel=0.02)
-
-
-@needs_namespaces
-def test_the_engines_tensors_are_measured_by_role_and_dtype(results):
-    fp32, paper = results["fp32"]["dense_bytes"], results["paper"]["dense_bytes"]
-    assert {key.split()[1] for key in fp32 if key.split()[0] != "buffers"} == {"float32"}
+    assert any(line.startswith("paper ") for line in done.stdout.splitlines())
+    (paper,) = json.loads((tmp_path / "out/results.json").read_text())
+    assert paper["variant"] == "paper"
+    assert 0 < paper["ne"] < 10
+    assert paper["bytes_a_step"] > 0
+    # Row-wise Adagrad keeps 4 bytes per row beside 16 columns of fp16.
+    rows = sum(column.num_embeddings for column in Schema.load(click_log).sparse)
+    assert paper["table_bytes"] == pytest.approx(rows * (16 * 2 + 4), rel=0.02)
+    held = paper["dense_bytes"]
     for role in ("weights", "masters", "gradients"):  # a norm of the gradients is kept in float64
-        assert {key for key, size in paper.items() if key.startswith(role) and size > 8} == {f"{role} bfloat16"}
-    # ZeRO 2 over 4 ranks: whole weights; masters, gradients and twice as much for Adam's moments in shards.
-    padding = 4 * 64
-    assert fp32["weights float32"] == pytest.approx(4 * fp32["masters float32"], abs=padding)
-    assert fp32["moments float32"] == pytest.approx(2 * fp32["masters float32"], abs=padding)
-    assert fp32["gradients float32"] >= fp32["masters float32"]
-    assert paper["moments bfloat16"] == pytest.approx(2 * paper["masters bfloat16"], abs=padding)
+        assert {key for key, size in held.items() if key.startswith(role) and size > 8} == {f"{role} bfloat16"}
+    assert held["moments bfloat16"] == pytest.approx(2 * held["masters bfloat16"], abs=PADDING)
+
+
+def bytes_between_backward_and_step(topology: Topology) -> dict[str, int]:
+    held: dict[str, int] = {}
+
+    def measure_second(step: int, model: ParallelDhen) -> None:
+        take = model.engine.step
+        if step == 1:
+            model.engine.step = lambda: (held.update(engine_bytes(model.engine)), take())
+
+    train(topology, "zero2", steps=2, before_step=measure_second)
+    return held
+
+
+def test_the_engines_tensors_are_measured_by_role_and_dtype():
+    """ZeRO-2 over 4 ranks has whole weights; masters, gradients and twice as much for Adam's moments are in shards."""
+    held = run_ranks(4, bytes_between_backward_and_step)[0]
+    assert {key.split()[1] for key in held if key.split()[0] != "buffers"} == {"float32"}
+    assert held["weights float32"] == pytest.approx(4 * held["masters float32"], abs=PADDING)
+    assert held["moments float32"] == pytest.approx(2 * held["masters float32"], abs=PADDING)
+    assert held["gradients float32"] >= held["masters float32"]
+
+
+def test_ne_is_compared_with_fp32s_where_it_ran(capsys):
+    fp32, paper = (Result(variant, 0, 1024.0, 2**20, {}, ne, 0.8) for variant, ne in (("fp32", 0.5), ("paper", 0.51)))
+    show([fp32, paper])
+    assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()[1:3]] == ["+0.00%", "+2.00%"]
+    show([paper])
+    assert capsys.readouterr().out.splitlines()[1].split()[-2] == "-"

@@ -1,4 +1,4 @@
-"""The benchmark of sharding schemes, without a cluster: theory, table, figure, no memory, what is refused."""
+"""tools/bench/sharding.py without a cluster: theory, table, figure, no memory, what it refuses."""
 
 import gc
 import io
@@ -23,7 +23,7 @@ def test_what_leaves_a_node_in_theory():
     sent = {name: scheme.bytes_sent(1000, 100, 2, 4) for name, scheme in SCHEMES.items()}
     assert sent["dp"] == 2 * 1000 * 3 / 4
     assert sent["zero2"] == sent["torch_fsdp"] == 3 * 1000 * 3 / 4
-    assert sent["fsdp"] == sent["zero2"] - 100 * 3 / 4, "where the forward turns round a matrix is there already"
+    assert sent["fsdp"] == sent["zero2"] - 100 * 3 / 4, "the last matrix is still gathered when the backward starts"
     assert sent["hsdp"] == sent["hsdp_sync"] == sent["torch_hsdp"] == 2 * 1000 / 2
     assert sent["hpz"] == 2 * 1000 * 3 / 4, "its backward gathers within the node"
 
@@ -40,9 +40,9 @@ def test_the_table_says_what_is_missing(tmp_path):
     show(results, console)
     rows = {line.split()[1]: line.split() for line in console.file.getvalue().splitlines()[1:]}
     assert rows["hsdp"][3:7] == ["2.20", "1.83", "2.40", "-"], "no interface, no bytes"
-    assert rows["dp"][2:4] == ["too", "much"]
-    assert rows["zero2"][-2:] == ["too", "much"]
-    assert rows["hpz"][2:4] == ["(not", "interleaved)"]
+    assert rows["dp"][2:4] == ["no", "memory"]
+    assert rows["zero2"][-2:] == ["no", "memory"]
+    assert rows["hpz"][2:4] == ["(own", "job)"]
     assert rows["hpz"][5:8] == ["1.10", "-", "-"]
     plot(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
@@ -61,9 +61,9 @@ def test_all_reduces_under_a_backward_are_counted():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--memory_cap_mib", "100"], "--memory_cap_mib needs a job for each scheme"),
-        (["--schemes", "hsdp", "hpz"], "hpz changes what else its process runs"),
-        (["--schemes", "hpz", "--depths", "2", "4"], "name it alone, with one depth"),
+        (["--memory_cap_mib", "100"], "--memory_cap_mib needs a job per scheme"),
+        (["--schemes", "hsdp", "hpz"], "hpz changes the other runs of its process"),
+        (["--schemes", "hpz", "--depths", "2", "4"], "name only hpz and one depth"),
     ],
 )
 def test_what_a_launcher_cannot_do_is_refused(monkeypatch, capsys, flags, words):
@@ -76,7 +76,7 @@ def test_what_a_launcher_cannot_do_is_refused(monkeypatch, capsys, flags, words)
 
 
 def build_where_one_rank_has_no_memory(topology: Topology) -> list[bool]:
-    """Whether each of two schemes may be measured: the first fails on rank 1."""
+    """Whether each of two schemes can be measured; the first one fails on rank 1."""
     build, kept = sharding_ranks.build, []
 
     def failing(*arguments):
@@ -97,7 +97,7 @@ def test_all_ranks_leave_a_scheme_that_one_has_no_memory_for():
 
 
 def build_and_leave(topology: Topology) -> dict[str, tuple[int, int]]:
-    """Bytes that a scheme holds after a step, and once it is released."""
+    """Bytes that each scheme holds after a step, and after its release."""
     batch = torch.randn(sharding_ranks.BATCH, sharding_ranks.NUM_DENSE), torch.ones(sharding_ranks.BATCH)
     config = sharding_ranks.model_config(1, 4)
     held = {}
@@ -119,7 +119,7 @@ def bytes_of_tensors() -> int:
 
 
 def test_a_scheme_that_is_left_gives_its_memory_back():
-    """All of it, but under DeepSpeed's stage 3 sometimes a third of what this tiny model held."""
+    """Nearly all of it; DeepSpeed's stage 3 sometimes keeps a third of what this tiny model held."""
     held = run_ranks(4, build_and_leave, local_size=2)[0]
     for name, (with_it, after) in held.items():
         assert after < (0.5 if SCHEMES[name].stage == 3 else 0.05) * with_it, name

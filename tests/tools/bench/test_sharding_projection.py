@@ -1,11 +1,10 @@
-"""The projection finds the constants of a benchmark that its own simulation made up, and says what it leaves out."""
+"""tools/bench/sharding_projection.py finds the constants of measurements that its own simulation made up."""
 
-import subprocess
-import sys
+import json
 
 import pytest
 
-from tests import ROOT
+from tests.tools.forked_python import Finished, call
 from tools.bench.sharding_projection import LEFT_OUT, Machine, step_seconds
 from tools.bench.sharding_schemes import Benchmark, Measured
 
@@ -23,25 +22,33 @@ def made_up(link_mbit: float | None) -> Benchmark:
     return Benchmark(link_mbit, 1200, COMPUTE_MS, results)
 
 
-def project(path) -> subprocess.CompletedProcess:
-    tool = str(ROOT / "tools/bench/sharding_projection.py")
-    return subprocess.run([sys.executable, tool, "--measured", str(path)], capture_output=True, text=True)
+def project(path, *more) -> Finished:
+    return call("tools/bench/sharding_projection.py", "--measured", path, *more)
 
 
 def test_rates_and_compute_are_those_of_the_benchmark(tmp_path):
     made_up(50).write(tmp_path / "measured.json")
-    done = project(tmp_path / "measured.json")
-    assert done.returncode == 0, done.stderr
-    assert "fitted: 80% of the nominal rates, 6 ms a collective" in done.stdout
+    done = project(tmp_path / "measured.json", "--json", tmp_path / "projection.json")
+    assert done.status == 0, done.stderr
+    assert "fitted: 80% of the nominal rates, 6 ms per collective" in done.stdout
     assert done.stdout.count("+0%") + done.stdout.count("-0%") == 6, "it is off by nothing"
     assert LEFT_OUT in " ".join(done.stdout.split())
+    written = json.loads((tmp_path / "projection.json").read_text())
+    assert written["fit"] == vars(MACHINE)
+    assert all(each["simulated"] == pytest.approx(each["measured"]) for each in written["check"])
+    assert all(each["over_hsdp_sync"] >= 1 for each in written["projection"])
+    assert written["projection"][0]["over_fsdp"] > 1
 
 
-def test_links_of_unknown_rate_are_asked_for(tmp_path):
+def test_unusable_measurements_are_said_so(tmp_path):
     made_up(None).write(tmp_path / "measured.json")
     done = project(tmp_path / "measured.json")
-    assert done.returncode == 2
-    assert "Say --link_mbit" in done.stderr
+    assert done.status == 2
+    assert "Give --link_mbit" in done.stderr
+    done = project(tmp_path / "none.json")
+    assert done.status == 2
+    assert "none.json" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("scheme", ["fsdp", "hsdp"])

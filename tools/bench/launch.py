@@ -1,0 +1,89 @@
+"""Starts the ranks of a benchmark on this machine and reads what rank 0 writes.
+
+Each rank runs the benchmark's own file again, with the same arguments; `is_rank()` tells it so.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.cluster import Cluster, wait
+
+RETURN_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Environment of ranks whose memory is measured: one arena and small mmaps return freed memory at once."""
+
+
+class JobError(RuntimeError):
+    """A job on the cluster failed; the message says which."""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, and shows each default that is a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser whose help shows `description` as it is written. It accepts the --local_rank that launchers add."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser, *, link_mbit: float, local_mbit: float) -> None:
+    """Add the size of the cluster, and the default rates of its links."""
+    parser.add_argument("--nodes", type=int, default=2, help="nodes of the cluster on this machine")
+    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each node")
+    parser.add_argument(
+        "--link_mbit", type=float, default=link_mbit, help="rate of a node's link in Mbit/s; 0 means no limit"
+    )
+    parser.add_argument(
+        "--local_mbit", type=float, default=local_mbit, help="rate inside a node in Mbit/s; 0 means no limit"
+    )
+
+
+def is_rank() -> bool:
+    """Whether a launcher started this process."""
+    return "RANK" in os.environ
+
+
+def run_ranks(num_ranks: int, script: str, *more: str, **environment: str) -> None:
+    """Run `script` on `num_ranks` ranks, with this process's arguments and `more`, and `environment` on top of its own.
+
+    Ends this process with the launcher's exit status if that is not 0.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    whole_environment = {"OMP_NUM_THREADS": "1"} | os.environ | environment
+    status = subprocess.run([*launcher, script, *sys.argv[1:], *more], env=whole_environment).returncode
+    if status:
+        sys.exit(status)
+
+
+def results_of_ranks(num_ranks: int, script: str, **environment: str) -> Any:
+    """Run `script` as `run_ranks` does, and return the JSON that rank 0 writes to its --output."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "results.json"
+        run_ranks(num_ranks, script, f"--output={output}", **environment)
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def results_of_cluster(cluster: Cluster, ranks_per_node: int, command: Sequence[str], *, file: Path, job: str) -> Any:
+    """Run a script with its arguments on the cluster, and return the JSON that rank 0 writes to `file`.
+
+    job: the job's name for the message. Raises JobError if there is no such file in the end.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    status = wait(cluster.start(ranks_per_node, command))
+    if not file.is_file():
+        raise JobError(f"{job} failed with status {status}; the ranks' messages are above.")
+    results = json.loads(file.read_text(encoding="utf-8"))
+    file.unlink()
+    return results
