@@ -26,8 +26,12 @@ from typing import Any, Literal
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from dhen.data.format_version import VERSION_KEY, check_format_version
+
 LABEL = "label"
 SCHEMA_FILE = "schema.json"
+FORMAT_VERSION = 1
+"""Version of the prepared folder. Raise it when folders that were written before can no longer be read as they are."""
 SPLITS = ("train", "validation", "test")
 MISSING_ID = 0
 """The id of a blank value and of a key that is not in the vocabulary."""
@@ -91,7 +95,8 @@ class Schema:
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
         draft = folder / f".{SCHEMA_FILE}.draft"
-        draft.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)
+        draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         draft.replace(folder / SCHEMA_FILE)
 
     @classmethod
@@ -102,8 +107,11 @@ class Schema:
             raise FileNotFoundError(
                 f"{path}: no such file, so {folder} is not a prepared data folder. Make one with tools/prepare_data.py."
             )
+        text = path.read_text(encoding="utf-8")
         try:
-            return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
+            values = TypeAdapter(dict[str, Any]).validate_json(text)
+            check_format_version(path, values, FORMAT_VERSION, "create this folder again with this code")
+            return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])

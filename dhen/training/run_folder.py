@@ -17,15 +17,17 @@ from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.training.metrics import MetricValues
 from dhen.training.parallelize import ParallelDhen
+from dhen.training.run_environment import describe_environment
 from dhen.training.saved.checkpoint import NEWEST, checkpoints
 from dhen.training.saved.trained_model import MODEL_FOLDER
 
 SUMMARY_FILE = "summary.json"
 ARGUMENTS_FILE = "arguments.yaml"
 DS_CONFIG_FILE = "ds_config.json"
+ENVIRONMENT_FILE = "environment.json"
 OF_A_RUN = (
     SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "latest", DS_CONFIG_FILE, "placement.json",
-    "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py",
+    "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py", ENVIRONMENT_FILE,
 )  # fmt: skip
 """The files and folders that a run writes."""
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def write_setup(path: Path, arguments: Arguments, model: ParallelDhen) -> None:
     write_yaml(_resolved(arguments, model.config), path / ARGUMENTS_FILE)
     write_json(path / DS_CONFIG_FILE, model.ds_config.as_dict())
     write_json(path / "placement.json", model.placement.as_dict())
+    write_json(path / ENVIRONMENT_FILE, describe_environment(model.topology))
 
 
 def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tuning: str | None) -> None:

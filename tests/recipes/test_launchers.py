@@ -1,5 +1,6 @@
 """Every launcher starts a training run, on the number of ranks it was asked for, and nothing of ours warns."""
 
+import json
 import os
 import re
 import subprocess
@@ -44,6 +45,10 @@ def test_a_launcher_trains_without_a_warning(name, tmp_path, click_log):
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
     assert summary(tmp_path / "run")["world_size"] == ranks
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["world_size"] == ranks
+    assert "recipes/train.py" in environment["command"]
+    assert flags[0] in environment["command"]
     ours = [line for line in output.splitlines() if not OF_THE_LAUNCHER.search(line)]
     ours = [line for line in ours if not line.startswith("arguments: ")]  # names bad_rows: error
     suspicious = [line for line in ours if re.search(r"warn|deprecat|error|traceback", line, re.IGNORECASE)]

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from dhen.data.preparation.preprocessing import FORMAT_VERSION, prepare
+from dhen.data.preparation.preprocessing import PREPARATION_VERSION, prepare
 from dhen.data.preparation.raw_stream import ProgressCallback
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import open_sources
@@ -49,7 +49,7 @@ def prepare_cached(
 
 
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
-    """Return a digest of everything that determines the result: files, settings and FORMAT_VERSION."""
+    """Return a digest of everything that determines the result: files, settings and PREPARATION_VERSION."""
     relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
     _, format_name, sources = open_sources(settings)
     inputs = [
@@ -57,7 +57,7 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     ]
     if not settings.is_label_required:  # these rows include the names of their files
         inputs.append([source.files for source in sources])
-    digest = hashlib.blake2b(json.dumps([FORMAT_VERSION, format_name, relevant, inputs]).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps([PREPARATION_VERSION, format_name, relevant, inputs]).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())
     if settings.schema_from is not None:

@@ -29,7 +29,7 @@ from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, flat_keys, l
 from dhen.data.preparation.writing import BadRowList, SplitWriter
 from dhen.data.schema import Schema, SplitCounts
 
-FORMAT_VERSION = 2
+PREPARATION_VERSION = 2
 """Raise this when the same input and settings give a different folder, so that older cached folders are not reused."""
 _UNFINISHED = ".unfinished-"
 
@@ -158,7 +158,7 @@ def _source(settings: PreparationSettings, format_name: str, sources: tuple[Sour
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     del values["block_bytes"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
-    return {"format": format_name, "format_version": FORMAT_VERSION, "files": files, "settings": values}
+    return {"format": format_name, "preparation_version": PREPARATION_VERSION, "files": files, "settings": values}
 
 
 @contextmanager

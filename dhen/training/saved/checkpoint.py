@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.tables.storage import load_tables, save_tables
 from dhen.training.parallelize import ParallelDhen
@@ -27,6 +28,8 @@ LATEST = "latest"
 NEWEST = ("true", LATEST)
 """The values of --resume_from_checkpoint that mean the newest checkpoint in output_dir."""
 STATE_FILE = "trainer_state.json"
+FORMAT_VERSION = 1
+"""Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
 _PREFIX = "checkpoint-"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
@@ -72,7 +75,7 @@ def save_checkpoint(
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
-        facts |= {"model": _model_facts(model.config)}
+        facts |= {"model": _model_facts(model.config), VERSION_KEY: FORMAT_VERSION}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         point_latest_at(folder, output_dir)
     topology.barrier()
@@ -243,7 +246,14 @@ def _have(output_dir: Path) -> str:
 def _read_state(folder: Path) -> dict[str, Any]:
     if not is_whole(folder):
         raise CheckpointError(f"{folder}: {_INCOMPLETE}")
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    check_format_version(
+        folder / STATE_FILE,
+        values,
+        FORMAT_VERSION,
+        "start a new run, for example from an exported model with --model_name_or_path",
+    )
+    return values
 
 
 def _remove(folder: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.paths import looked_in
@@ -29,6 +30,8 @@ from dhen.tables.sharded_tables import ShardedTables
 from dhen.training.parallelize import ParallelDhen
 
 MODEL_FOLDER = "model"
+FORMAT_VERSION = 1
+"""Version of the exported model. Raise it when models that were exported before can no longer be read as they are."""
 VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -48,6 +51,7 @@ class TrainedModel:
         """Open the exported model at `path`, which is its folder or a run folder. Raises FileNotFoundError."""
         for folder in (Path(path), Path(path) / MODEL_FOLDER):
             if (folder / "config.json").is_file() and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
+                _check_version(folder / _INDEX)
                 return cls(folder)
         raise FileNotFoundError(
             f"{path}: no trained model here. Use the folder of a finished run (it contains {MODEL_FOLDER}/) or of an "
@@ -204,9 +208,15 @@ def _write_header(file: BinaryIO, key: str, shape: tuple[int, int], num_bytes: i
     file.write(struct.pack("<Q", len(text)) + text)
 
 
+def _check_version(index: Path) -> None:
+    """Raise FormatVersionError for another format. A model that `save_pretrained` wrote does not say its version."""
+    metadata = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}) if index.is_file() else {}
+    check_format_version(index, metadata, FORMAT_VERSION, "train the model again with this code")
+
+
 def _write_index(entries: dict[str, tuple[str, int]], folder: Path) -> None:
     index = {
-        "metadata": {"total_size": sum(size for _, size in entries.values())},
+        "metadata": {"total_size": sum(size for _, size in entries.values()), VERSION_KEY: FORMAT_VERSION},
         "weight_map": {name: file for name, (file, _) in sorted(entries.items())},
     }
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
