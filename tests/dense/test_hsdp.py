@@ -28,7 +28,7 @@ from dhen.training.parallelize import ParallelDhen
 from tests import ROOT
 from tests.plain import global_batches, plain_losses, recipe
 from tests.ranks import run_ranks
-from tests.tiny_training import STEPS, difference, train
+from tests.tiny_training import difference, train
 
 GLOBAL_BATCH = 48
 TOLERANCE = 1e-5
@@ -36,7 +36,7 @@ SHAPES = [(2, 2), (3, 2), (2, 3), (1, 4)]
 """Nodes and ranks on each."""
 SMALL_BUCKETS = {"reduce_bucket_size": 500}
 """So that a backward has several all-reduces under way, and some weights are larger than a bucket."""
-FEW_STEPS = 6
+STEPS, FEW_STEPS = 8, 6
 MICRO = {"accumulation": 2, "max_grad_norm": 0.05}
 
 
@@ -121,7 +121,7 @@ class Trained:
 
 def train_hsdp(topology: Topology, name: str, changes: dict[str, Any], shard_group: str | int) -> Trained:
     changes = changes | {"dhen": {"shard_group": shard_group} | changes.get("dhen", {})}
-    losses, model = train(topology, name.split()[0], global_batch=GLOBAL_BATCH, **changes)
+    losses, model = train(topology, name.split()[0], global_batch=GLOBAL_BATCH, **{"steps": STEPS} | changes)
     return Trained(losses, model.dense_state_dict(), hash_of_shard(model))
 
 
@@ -340,7 +340,15 @@ def count_messages(topology: Topology, accumulation: int) -> int:
         start(self, shards, put_away)
 
     ReplicaReduction.start = counted
-    train(topology, "zero3", accumulation, global_batch=GLOBAL_BATCH, dhen={"shard_group": "node"}, zero=SMALL_BUCKETS)
+    train(
+        topology,
+        "zero3",
+        accumulation,
+        global_batch=GLOBAL_BATCH,
+        dhen={"shard_group": "node"},
+        zero=SMALL_BUCKETS,
+        steps=STEPS,
+    )
     ReplicaReduction.start = start
     return len(messages)
 
