@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
         choices=("auto", *FORMATS),
         help="default: auto, which looks at names and first lines",
     )
-    add("--dataset_schema", metavar="YAML", help="roles of the columns; see dhen/data/formats/roles.py")
+    add("--dataset_schema", metavar="YAML", help="roles of the columns; see recipes/DATA.md")
     add("--split_fractions", nargs=3, type=float, help=f"train, validation, test; default: {default.split_fractions}")
     add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
     add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")
