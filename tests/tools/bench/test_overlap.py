@@ -25,10 +25,10 @@ def spans(overlap: dict, mode: str, name: str) -> list[Span]:
 
 def test_ids_of_the_next_batch_leave_before_this_ones_backward_ends(overlap):
     backwards, ids = (spans(overlap, "on", name) for name in (BACKWARD, IDS))
-    # Three steps are traced. The first two's ids had left before; the third's leave while the second's are there.
+    # Three steps are traced. The second step's ids are sent before the trace starts, but their thread may be late.
     assert len(backwards) == 3
-    assert len(ids) == 2
-    for backward, of_next in zip(backwards[1:], ids, strict=True):
+    assert len(ids) in (2, 3)
+    for backward, of_next in zip(backwards[1:], ids[-2:], strict=True):
         assert of_next.first < backward.last
 
 
