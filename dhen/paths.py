@@ -1,11 +1,14 @@
 """Resolves the relative paths that a user types: in the working directory first, then in the repository."""
 
 import glob
+import logging
 import sys
 from functools import cache
 from pathlib import Path
 
 import dhen
+
+logger = logging.getLogger(__name__)
 
 _MARK = "ds_configs"
 """A folder that exists only in the repository."""
@@ -25,9 +28,10 @@ def find(path: str) -> str:
     'no_such_file.yaml'
     """
     root = repository()
-    if root is None or Path(path).is_absolute() or _exists(path):
+    if root is None or Path(path).is_absolute() or _exists(path) or not _exists(str(root / path)):
         return path
-    return str(root / path) if _exists(str(root / path)) else path
+    logger.info("%s: taken from %s, because %s does not have it", path, root, Path.cwd())
+    return str(root / path)
 
 
 def looked_in(path: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -277,16 +278,20 @@ def _names_data_or_help(words: Sequence[str]) -> bool:
 def _resolve_paths(arguments: Arguments) -> None:
     data, training = arguments.data, arguments.training
     find_paths(data, "dataset_name", "dataset_schema", "train_file", "validation_file", "test_file")
-    find_paths(training, "interaction_files", "model_name_or_path", "resume_from_checkpoint")
+    find_paths(training, "interaction_files", "model_name_or_path")
     training.output_dir = training.output_dir or f"runs/{_name_of(data)}"
 
 
 def _name_of(data: DataArguments) -> str:
-    """Name for the run folder: the first word of the data's file name or, for train.*, the name of its folder."""
+    """Name for the run folder: the first word of the data's file or folder; for train* and globs, of its folder.
+
+    Never "prepared", where prepared data is kept beside the run folders.
+    """
     named = data.dataset_name or data.train_file or "quickstart"
-    path = Path(named if isinstance(named, str) else named[0])
-    word = re.match(r"[\w-]*", path.name).group().strip("_-")
-    return word if word and (data.dataset_name or word != "train") else path.resolve().parent.name or "data"
+    path = Path(os.path.abspath(named if isinstance(named, str) else named[0]))
+    words = [re.match(r"[\w-]*", name).group().strip("_-") for name in (path.name, path.parent.name)]
+    is_generic = re.compile(r"(train([-_\d].*)?|prepared)?", re.IGNORECASE)
+    return next((word for word in words if not is_generic.fullmatch(word)), "data")
 
 
 def import_interaction_files(paths: Sequence[str]) -> None:

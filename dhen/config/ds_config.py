@@ -17,6 +17,7 @@ from dhen.config.deepspeed_keys import check_sections, refusal, top_level_keys
 from dhen.config.dhen_section import DhenSection, PlacementSection, WireSection
 from dhen.config.known_faults import known_faults
 from dhen.model.names import unknown_name
+from dhen.paths import find, looked_in
 
 SECTION = "dhen"
 _RUNGS = "by_depth"
@@ -172,10 +173,11 @@ def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read the ds_config at `path` without checking its keys. Raises DsConfigError."""
+    path = Path(find(str(path)))
     if not path.is_file():
-        near = sorted(str(other) for other in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        have = f" Use one of those in {path.parent}: {', '.join(near)}." if near else ""
-        raise DsConfigError(f"{path}: no such ds_config.{have}")
+        near = sorted(str(other) for other in Path(find(str(path.parent))).glob("*.json"))
+        have = f" Use one of {', '.join(near)}." if near else ""
+        raise DsConfigError(f"{path}: no such ds_config.{have}{looked_in(path)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """This process's place in the job, and the process groups (paper 3.2). Passed to all code that communicates."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -115,12 +116,10 @@ def start(timeout_minutes: float = 30.0) -> Topology:
     """
     if "RANK" not in os.environ:
         _become_the_only_rank()
-    if missing := [
-        name for name in ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
-    ]:
+    if missing := [name for name in _SET_BY_LAUNCHERS if name not in os.environ]:
         raise ConnectionError(
-            f"The launcher sets RANK, but not {', '.join(missing)}. Start the script by deepspeed, torchrun, or "
-            "accelerate launch; or by python, with RANK unset, for one rank."
+            f"RANK is set, but not {', '.join(missing)}. Start the script with deepspeed, torchrun or accelerate "
+            "launch. For a single rank, unset RANK and start it with python."
         )
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])
@@ -129,7 +128,8 @@ def start(timeout_minutes: float = 30.0) -> Topology:
     if on_gpu:
         if local_rank >= torch.cuda.device_count():
             raise ConnectionError(
-                f"This node has {torch.cuda.device_count()} GPUs, but {local_size} ranks. Start one rank per GPU."
+                f"This process sees {torch.cuda.device_count()} GPU(s), but the launcher started {local_size} ranks on "
+                "this node. Start one rank per GPU."
             )
         torch.cuda.set_device(device)
     else:
@@ -152,19 +152,19 @@ def start(timeout_minutes: float = 30.0) -> Topology:
     )
 
 
-def _why_not_joined(said: str) -> str:
-    """The first line of what torch said, and what to do about it."""
-    port, first_line = os.environ["MASTER_PORT"], said.strip().partition("\n")[0]
-    place = f"{os.environ['MASTER_ADDR']}:{port}"
-    if "EADDRINUSE" in said or "address already in use" in said.lower():
+def _why_not_joined(message: str) -> str:
+    """The first line of torch's message and, where the network is to blame, what to do about it."""
+    port, first_line = os.environ["MASTER_PORT"], message.strip().partition("\n")[0].rstrip(".")
+    if "EADDRINUSE" in message or "address already in use" in message.lower():
         return (
-            f"Port {port} of this machine is taken, probably by another job. Give this one its own: "
-            f"deepspeed --master_port {int(port) + 1} …"
+            f"Port {port} of this machine is taken, probably by another job. Use another port, such as "
+            f"{int(port) + 1}: --master_port with deepspeed and torchrun, --main_process_port with accelerate."
         )
-    return (
-        f"Rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} can't join the job at {place}: {first_line:.200} "
-        "Check that all ranks started, and that this address and port are reachable from every node."
-    )
+    place = f"{os.environ['MASTER_ADDR']}:{port}"
+    advice = f"Check that all ranks started, and that every node can reach {place}."
+    is_network = re.search(r"connect|timed out|timeout|socket|address|host|store", message, re.IGNORECASE)
+    who = f"Rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+    return f"{who} cannot join the job at {place}: {first_line:.200}.{' ' + advice if is_network else ''}"
 
 
 def stop() -> None:

@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter
 
 CURVES_FILE = "curves.png"
 _PANELS = (("loss", "log loss"), ("ne", "normalized entropy"), ("auc", "AUC"), ("learning_rate", "learning rate"))
-_COLOURS = {"train": "#8aa1b4", "validation": "#c4502f"}
+_COLORS = {"train": "#8aa1b4", "validation": "#c4502f"}
 
 
 def draw_curves(metrics: Path, best_possible_ne: float | None = None) -> Path:
@@ -40,10 +40,10 @@ def draw_curves(metrics: Path, best_possible_ne: float | None = None) -> Path:
 
 
 def _draw(axis: Axes, rows: list[dict[str, str]], column: str) -> None:
-    for split, colour in _COLOURS.items():
+    for split, color in _COLORS.items():
         points = [
             (int(row["samples_seen"]), float(row[column])) for row in rows if row["split"] == split and row[column]
         ]
         if points:
             style = {"marker": "o", "markersize": 4} if split == "validation" else {}
-            axis.plot(*zip(*points, strict=True), color=colour, label=split, linewidth=1.5, **style)
+            axis.plot(*zip(*points, strict=True), color=color, label=split, linewidth=1.5, **style)

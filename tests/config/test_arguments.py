@@ -172,6 +172,5 @@ def test_help_shows_the_defaults_of_a_run_on_ones_own_data(tmp_path, capsys):
     for flags, default in ([], 2048), ([f"--config={quickstart}"], 512):
         with pytest.raises(SystemExit):
             parse_arguments([*flags, "--help"], quickstart=quickstart)
-        said = " ".join(capsys.readouterr().out.split())
-        assert f"one micro step. (default: {default})" in said
-        assert "Example: deepspeed recipes/train.py" in said
+        _, said = capsys.readouterr().out.split("  --per_device_train_batch_size INT\n")
+        assert f"(default: {default})" in said.split("  --")[0]

@@ -1,8 +1,11 @@
 """Relative paths: the working directory first, then the repository; the name of a run folder."""
 
+from pathlib import Path
+
 import pytest
 
 from dhen.config.arguments import parse_arguments
+from dhen.config.ds_config import read_json, read_section
 from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import open_sources
@@ -40,10 +43,22 @@ def test_every_path_of_a_run_is_looked_up():
     assert scoring.dataset_name == [str(ROOT / "README.md"), "mine.csv"]
 
 
+def test_what_opens_a_file_looks_it_up_too():
+    """Also for the tools, and for the paths that a run folder's arguments.yaml holds."""
+    settings = PreparationSettings("recipes/configs/*.yaml", dataset_schema="recipes/configs/schemas/frappe.yaml")
+    assert settings.dataset_name == str(ROOT / "recipes/configs/*.yaml")
+    assert settings.dataset_schema == str(ROOT / "recipes/configs/schemas/frappe.yaml")
+    assert load_roles("recipes/configs/schemas/frappe.yaml").sparse
+    assert read_section("ds_configs/hsdp.json").shard_group == "node"
+    with pytest.raises(ValueError, match=r"hsdp\.json"):  # the alternatives are the repository's
+        read_section("ds_configs/nothing.json")
+
+
 @pytest.mark.parametrize(
     ("look_up", "words"),
     [
         (lambda: parse_arguments(["--config=none.yaml"]), "none.yaml: no such file"),
+        (lambda: read_json(Path("none.json")), "none.json: no such ds_config"),
         (lambda: parse_arguments(["--interaction_files=none.py"]), "none.py: no such Python file"),
         (lambda: open_sources(PreparationSettings("none.csv")), "none.csv: no such file"),
         (lambda: open_sources(PreparationSettings("none_*.csv")), "none_*.csv: no file matches"),
@@ -70,6 +85,8 @@ def test_a_file_in_neither_place_is_an_error_that_lists_both(tmp_path, look_up, 
         (["--dataset_name=days/*.gz"], "days"),
         (["--train_file=avazu/train.csv"], "avazu"),
         (["--train_file=monday.csv", "--test_file=tuesday.csv"], "monday"),
+        (["--train_file=avazu/train-00001.csv"], "avazu"),
+        (["--dataset_name=adult/prepared"], "adult"),
         (["--dataset_name=a/log.csv", "--output_dir=runs/mine"], "mine"),
     ],
 )

@@ -221,8 +221,9 @@ def test_every_format_is_in_its_table():
 
 def test_every_interaction_and_option_is_in_the_guide():
     rows = {row[0].strip("`"): row[-1] for row in table(GUIDE, "The model")}
-    assert set(rows) == {*interaction_kinds(), *PRESETS}
-    for kind in interaction_kinds():
+    ours = [kind for kind in interaction_kinds() if "users" not in kind]  # other tests register some of a user's
+    assert set(rows) == {*ours, *PRESETS}
+    for kind in ours:
         for option in interaction_options(kind).keys() - {"use_dense"}:
             assert f"`{option}`" in rows[kind] or rows[kind] == "as `advanced_dlrm`", (kind, option)
 

@@ -146,8 +146,8 @@ def test_a_taken_port_is_one_line_that_says_how_to_choose_another(click_log, tmp
         flags = [f"--dataset_name={click_log}", f"--output_dir={tmp_path / 'run'}", *TINY]
         line = the_error(run_script("train.py", *flags, port=port))
     assert line == (
-        f"error: Port {port} of this machine is taken, probably by another job. Give this one its own: "
-        f"deepspeed --master_port {port + 1} …"
+        f"error: Port {port} of this machine is taken, probably by another job. Use another port, such as {port + 1}: "
+        "--master_port with deepspeed and torchrun, --main_process_port with accelerate."
     )
 
 

@@ -1,6 +1,5 @@
 """Calls a tool as a user does, quickly: the process forks from a server that has imported torch and DeepSpeed."""
 
-import multiprocessing
 import os
 import runpy
 import sys
@@ -9,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import ROOT
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["dhen.training.parallelize", "dhen.training.saved.scoring", "dhen.training.progress"])
+from tests.ranks import CONTEXT
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ def call(tool: str, *arguments: object, as_module: bool = False, **environment: 
     """`python tools/x.py …` in the repository's folder, or `python -m tools.x …`; tool: its path."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [str(each) for each in arguments]
-        process = _context.Process(target=_run, args=(tool, arguments, as_module, environment, folder))
+        process = CONTEXT.Process(target=_run, args=(tool, arguments, as_module, environment, folder))
         process.start()
         process.join()
         stdout, stderr = (path.read_text() if path.is_file() else "" for path in map(Path(folder).joinpath, "oe"))

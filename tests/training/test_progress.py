@@ -217,20 +217,20 @@ def test_a_metric_that_is_nan_is_written_and_drawn(tmp_path: Path) -> None:
     assert draw_curves(tmp_path / METRICS_FILE).is_file()
 
 
-def coloured_pixels(path: Path) -> tuple[int, int, int]:
-    """How many pixels are reddish, greenish, bluish: one colour leads the others."""
+def colored_pixels(path: Path) -> tuple[int, int, int]:
+    """How many pixels are reddish, greenish, bluish: one color leads the others."""
     pixels = matplotlib.image.imread(path)[..., :3]
     leads = pixels == pixels.max(axis=2, keepdims=True)
-    has_colour = np.ptp(pixels, axis=2) > 0.15
-    red, green, blue = ((leads[..., channel] & has_colour).sum() for channel in range(3))
+    has_color = np.ptp(pixels, axis=2) > 0.15
+    red, green, blue = ((leads[..., channel] & has_color).sum() for channel in range(3))
     return int(red), int(green), int(blue)
 
 
 def test_curves_show_training_validation_and_the_best_possible_ne(tmp_path: Path) -> None:
     report_run(tmp_path, 0, TOTAL)
-    validation, best, train = coloured_pixels(draw_curves(tmp_path / METRICS_FILE, best_possible_ne=0.8))
+    validation, best, train = colored_pixels(draw_curves(tmp_path / METRICS_FILE, best_possible_ne=0.8))
     assert min(train, validation, best) > 300
-    _, without_best, _ = coloured_pixels(draw_curves(tmp_path / METRICS_FILE))
+    _, without_best, _ = colored_pixels(draw_curves(tmp_path / METRICS_FILE))
     assert without_best == 0
 
 

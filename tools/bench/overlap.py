@@ -42,7 +42,7 @@ LANES = {
     FORWARD: "#8aa1b4", BACKWARD: "#5b7489", WAITING: "#d9d9d9", IDS: "#3a7d44", EMBEDDINGS: "#c4502f",
     GRADIENTS: "#e0a030",
 }  # fmt: skip
-"""The lanes of the picture, from top to bottom, and their colours."""
+"""The lanes of the picture, from top to bottom, and their colors."""
 EXCHANGES = (IDS, EMBEDDINGS, GRADIENTS)
 IDS_TYPE = ["int"]
 """The type of the ids in the trace's all-to-alls."""
@@ -172,9 +172,9 @@ def draw(by_mode: dict[str, list[Span]], shares: dict[str, dict[str, float]], pa
 
 def _draw_lanes(axis: Axes, spans: Sequence[Span]) -> None:
     start = next(span.first for span in spans if span.name == STEP)
-    for lane, (name, colour) in enumerate(LANES.items()):
+    for lane, (name, color) in enumerate(LANES.items()):
         bars = [((s.first - start) / 1e3, (s.last - s.first) / 1e3) for s in spans if s.name == name]
-        axis.broken_barh(bars, (lane - 0.4, 0.8), facecolors=colour)
+        axis.broken_barh(bars, (lane - 0.4, 0.8), facecolors=color)
     for span in spans:
         if span.name == STEP:
             axis.axvline((span.first - start) / 1e3, color="black", linewidth=0.6)

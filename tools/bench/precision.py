@@ -54,14 +54,14 @@ ROLES = ("weights", "masters", "moments", "gradients", "buffers")
 
 @dataclass(frozen=True)
 class Result:
-    """One run. bytes_a_step: what node 0 sends. table_bytes: of all ranks, with the optimizer's states.
+    """One run. bytes_per_step: what node 0 sends. table_bytes: of all ranks, with the optimizer's states.
 
     dense_bytes: what rank 0's engine holds between backward and step, by "<role> <dtype>".
     """
 
     variant: str
     seed: int
-    bytes_a_step: float
+    bytes_per_step: float
     table_bytes: int
     dense_bytes: dict[str, int]
     ne: float
@@ -92,7 +92,7 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
     return Result(
         variant=variant,
         seed=seed,
-        bytes_a_step=measured["bytes_a_step"],
+        bytes_per_step=measured["bytes_per_step"],
         table_bytes=sum(shard["num_bytes"] for shard in placement["shards"]),
         dense_bytes=measured["dense_bytes"],
         ne=summary["test"]["ne"],
@@ -124,8 +124,11 @@ def train_here() -> None:
         train(trainer, progress)
         topology.barrier()
         if topology.is_main:
-            bytes_a_step = (bytes_sent() - before) / trainer.state.step
-            measured[trainer.output_dir / MEASURED_FILE] = {"bytes_a_step": bytes_a_step, "dense_bytes": dense_bytes}
+            bytes_per_step = (bytes_sent() - before) / trainer.state.step
+            measured[trainer.output_dir / MEASURED_FILE] = {
+                "bytes_per_step": bytes_per_step,
+                "dense_bytes": dense_bytes,
+            }
 
     Trainer.train = train_and_measure
     runpy.run_path(str(ROOT / "recipes" / "train.py"), run_name="__main__")
@@ -195,7 +198,7 @@ def show(results: Sequence[Result]) -> None:
         }
         table.add_row(
             variant,
-            f"{first.bytes_a_step / 2**10:.1f}",
+            f"{first.bytes_per_step / 2**10:.1f}",
             f"{first.table_bytes / 2**20:.3f}",
             *(f"{by_role[role] / 2**20:.3f}" for role in ROLES[:4]),
             f"{mean:.5f}",

@@ -30,7 +30,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.schema import LABEL
 from dhen.model.names import is_valid_table_name
-from dhen.paths import looked_in
+from dhen.paths import find, looked_in
 
 _STRICT = ConfigDict(extra="forbid")
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]*")
@@ -181,7 +181,7 @@ class ColumnRoles:
 
 def load_roles(path: str | Path) -> ColumnRoles:
     """Read a YAML schema. Raises FileNotFoundError, or ValueError naming the file, the key and what is allowed."""
-    path = Path(path)
+    path = Path(find(str(path)))
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such schema file. Give a YAML file with the role of each column.{looked_in(path)}"

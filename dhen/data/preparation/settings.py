@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from dhen.data.formats.text_blocks import BLOCK_BYTES
 from dhen.data.schema import SPLITS
+from dhen.paths import find
 
 Format = Literal["criteo", "libsvm", "csv", "parquet", "hub"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -59,6 +60,8 @@ class PreparationSettings:
         self._check_choice("split_order", ("random", "sequential"))
         self._check_choice("id_encoding", ("hash", "vocabulary"))
         self._check_choice("bad_rows", ("error", "skip"))
+        for name in ("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema"):
+            object.__setattr__(self, name, _found(getattr(self, name)))
         fractions = tuple(self.split_fractions)
         object.__setattr__(self, "split_fractions", fractions)
         if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):
@@ -87,6 +90,13 @@ class PreparationSettings:
         value = getattr(self, name)
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}. Use one of: {', '.join(allowed)}.")
+
+
+def _found(paths: Paths | Path) -> Paths:
+    """The paths with those of the repository in place of the ones that exist only there."""
+    if paths is None or isinstance(paths, str | Path):
+        return find(str(paths)) if paths else None
+    return tuple(find(str(path)) for path in paths)
 
 
 def as_tuple(paths: Paths) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dhen.model.mlp import Activation
 from dhen.model.names import check_names, check_type, unknown_name
-from dhen.paths import looked_in
+from dhen.paths import find, looked_in
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def register_interaction(kind: str) -> Callable[[type[Interaction]], type[Intera
 
 def import_interactions(path: str | Path) -> None:
     """Run a user's Python file to register its interactions. Raises ValueError naming the file."""
-    path = Path(path)
+    path = Path(find(str(path)))
     if not path.is_file() or path.suffix != ".py":
         raise ValueError(
             f"{path}: no such Python file. Give a file that registers classes with @register_interaction."

@@ -111,8 +111,8 @@ def load_checkpoint(
     for name, value in (data_order or {}).items():
         if saved_order.get(name, value) != value:
             raise CheckpointError(
-                f"{folder}: saved with {name} {_shown(saved_order[name], value)}. Some rows would be trained twice and "
-                f"others never. {_WAY_OUT}"
+                f"{folder}: saved with {name} {_shown(saved_order[name], value)}. The resumed run would train on other "
+                f"rows or features than the saved one. {_WAY_OUT}"
             )
     if is_same_cut or here["zero_stage"] == 0:
         loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)

@@ -166,7 +166,9 @@ def _data_of_run(trained: TrainedModel) -> DataArguments | None:
         return None
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = DataArguments.__dataclass_fields__
-    return DataArguments(**{key: value for key, value in values.items() if key in names})
+    data = DataArguments(**{key: value for key, value in values.items() if key in names})
+    find_paths(data, "dataset_name")  # the other paths are found when the files are opened
+    return data
 
 
 def _cache_folder(arguments: ScoringArguments, trained: TrainedModel, of_run: DataArguments | None) -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.paths import looked_in
+from dhen.paths import find, looked_in
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.sharded_tables import ShardedTables
@@ -49,7 +49,8 @@ class TrainedModel:
     @classmethod
     def open(cls, path: str | Path) -> "TrainedModel":
         """Open the exported model at `path`, which is its folder or a run folder. Raises FileNotFoundError."""
-        for folder in (Path(path), Path(path) / MODEL_FOLDER):
+        place = Path(find(str(path)))
+        for folder in (place, place / MODEL_FOLDER):
             if (folder / "config.json").is_file() and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
                 _check_version(folder / _INDEX)
                 return cls(folder)

@@ -33,7 +33,7 @@ def test_the_papers_variant_has_its_metrics_and_its_bytes(tmp_path, monkeypatch)
     (paper,) = json.loads((tmp_path / "out/results.json").read_text())
     assert paper["variant"] == "paper"
     assert 0 < paper["ne"] < 10
-    assert paper["bytes_a_step"] > 0
+    assert paper["bytes_per_step"] > 0
     # Row-wise Adagrad keeps 4 bytes per row beside 16 columns of fp16.
     rows = sum(column.num_embeddings for column in Schema.load(click_log).sparse)
     assert paper["table_bytes"] == pytest.approx(rows * (16 * 2 + 4), rel=0.02)
