@@ -32,7 +32,7 @@ def run_ranks(
 ) -> list[Any]:
     """`function(topology, *args)` on each rank; returns the results by rank. Raises what a rank raised, as text.
 
-    local_size: ranks of one node, where they shall take themselves for several nodes' ranks. on_gpu: each on one.
+    local_size: ranks per node, where the ranks should behave as if they were on several nodes. on_gpu: each on one.
     """
     context = multiprocessing.get_context("spawn") if on_gpu else CONTEXT  # CUDA doesn't survive a fork
     results = context.Queue()

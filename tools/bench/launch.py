@@ -95,15 +95,18 @@ def results_of_ranks(num_ranks: int, script: str, **environment: str) -> Any:
         return json.loads(output.read_text(encoding="utf-8"))
 
 
-def results_of_cluster(cluster: Cluster, ranks_per_node: int, command: Sequence[str], *, file: Path, job: str) -> Any:
+def results_of_cluster(
+    cluster: Cluster, ranks_per_node: int, command: Sequence[str], *, file: Path, job: str, may_fail: bool = False
+) -> Any:
     """Run a script with its arguments on the cluster, and return the JSON that rank 0 writes to `file`.
 
-    job: the job's name for the message. Raises JobError if there is no such file in the end.
+    job: the job's name for the message. may_fail: running out of memory is a result. Raises JobError if there is no
+    such file in the end, or if the job failed and may not.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     status = wait(cluster.start(ranks_per_node, command))
-    if not file.is_file():
+    if not file.is_file() or (status and not may_fail):
         raise JobError(f"{job} failed with status {status}; the ranks' messages are above.")
     results = json.loads(file.read_text(encoding="utf-8"))
     file.unlink()

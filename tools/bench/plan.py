@@ -112,6 +112,7 @@ def deepest_trained(name: str, guess: int, cluster: Cluster, arguments: argparse
             [__file__, *sys.argv[1:], "--techniques", name, "--depths", str(depth)],
             file=Path(arguments.output) / TRAINED_FILE,
             job=f"the job of {name} at {depth} layers",
+            may_fail=True,
         )
 
     return _deepest(trains, arguments.deepest, guess)
@@ -200,9 +201,9 @@ def main() -> int:
     """Measure and show. Exit status: 0, or 2 if the cluster or a job on it fails."""
     arguments = parse_arguments()
     if launch.is_rank():
-        from tools.bench.plan_ranks import measure_as_a_rank
+        from tools.bench.plan_ranks import measure_points
 
-        measure_as_a_rank(arguments)
+        measure_points(arguments)
         return 0
     Path(arguments.output).mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 110)

@@ -40,7 +40,7 @@ _PASSES = 3
 """Passes of the ring: two of an all-reduce and one of an all-gather."""
 
 
-def measure_as_a_rank(arguments: argparse.Namespace) -> None:
+def measure_points(arguments: argparse.Namespace) -> None:
     """Measure all depths; rank 0 writes the points. Communicates; all ranks call it."""
     topology = job.start(timeout_minutes=5)
     replace_reduce_scatter()

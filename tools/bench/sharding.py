@@ -125,7 +125,7 @@ def main() -> int:
     arguments = parse_arguments()
     output = Path(arguments.output)
     if launch.is_rank():
-        measure_as_a_rank(arguments, output)
+        measure_schemes(arguments, output)
         return 0
     try:
         benchmark = measure_on_a_cluster(arguments, output)
@@ -138,7 +138,7 @@ def main() -> int:
     return 0
 
 
-def measure_as_a_rank(arguments: argparse.Namespace, output: Path) -> None:
+def measure_schemes(arguments: argparse.Namespace, output: Path) -> None:
     """One rank's part; rank 0 writes the results. Communicates; all ranks call it."""
     from tools.bench.sharding_ranks import measure_all  # imports torch, which the process that launches does not need
 
@@ -196,6 +196,7 @@ def run_job(cluster: Cluster, arguments: argparse.Namespace, *flags: str) -> Any
         [__file__, *sys.argv[1:], "--on_cluster", *flags],
         file=Path(arguments.output) / JOB_FILE,
         job=f"the job with {' '.join(flags)}",
+        may_fail="--memory" in flags,
     )
 
 

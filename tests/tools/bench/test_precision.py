@@ -25,15 +25,15 @@ def test_the_papers_variant_has_its_metrics_and_its_bytes(tmp_path, monkeypatch)
     monkeypatch.setenv("PYTEST_TMP", os.environ.get("PYTEST_TMP", str(tmp_path)))
     click_log = prepared_click_log(tmp_path / "click_log", rows=160)
     command = [sys.executable, "tools/bench/precision.py", f"--output={tmp_path / 'out'}", "--seeds", "0"]
-    command += ["--config", "recipes/configs/criteo.yaml", "--variants", "paper", f"--dataset_name={click_log}"]
+    command += ["--config", "recipes/configs/criteo.yaml", "--variants", "fp32", "paper", f"--dataset_name={click_log}"]
     flags = [*TINY, "--embedding_dim=16", "--per_device_train_batch_size=16", "--max_steps=4"]
     done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=590)
     assert done.returncode == 0, done.stderr
     assert any(line.startswith("paper ") for line in done.stdout.splitlines())
-    (paper,) = json.loads((tmp_path / "out/results.json").read_text())
+    fp32, paper = json.loads((tmp_path / "out/results.json").read_text())
     assert paper["variant"] == "paper"
     assert 0 < paper["ne"] < 10
-    assert paper["bytes_per_step"] > 0
+    assert 0 < paper["bytes_per_step"] < 0.75 * fp32["bytes_per_step"], "half precision on every wire"
     # Row-wise Adagrad keeps 4 bytes per row beside 16 columns of fp16.
     rows = sum(column.num_embeddings for column in Schema.load(click_log).sparse)
     assert paper["table_bytes"] == pytest.approx(rows * (16 * 2 + 4), rel=0.02)
