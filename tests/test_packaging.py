@@ -86,7 +86,7 @@ def third_party(path) -> set[str]:
             modules.add(node.module.split(".")[0])
     modules -= {*sys.stdlib_module_names, "dhen", "tools", "recipes"}
     packages = packages_distributions()
-    return {canonicalize_name(name) for module in modules for name in packages[module]}
+    return {canonicalize_name(name) for module in modules for name in packages.get(module, [module])}
 
 
 def test_what_the_code_imports_is_declared():
