@@ -29,8 +29,9 @@ from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine, read_machine, shipped_machines
-from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, Scheme, Technique, gib
+from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
 from dhen.planner.rungs import Plan, by_depth
+from dhen.planner.technique import Scheme, Technique
 from dhen.training.dataset import is_prepared
 from dhen.training.run_folder import write_json
 from dhen.training.saved.fine_tuning import config_for

@@ -19,15 +19,12 @@ from dhen.planner.machine import Machine
 from dhen.planner.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.planner.step_time import StepSeconds, segments, step_seconds
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
+from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
 from dhen.tables.placement.agreed import place_as_asked, setting_of, table_memory
 from dhen.tables.placement.costs import StepSetting, read_costs, replicated_seconds
 from dhen.tables.placement.plan import Placement
 
-Scheme = Literal["dp", "zero1", "zero2", "hsdp", "zero3"]
-Offload = Literal["none", "optimizer", "parameters"]
 PrecisionName = Literal["fp32", "bf16"]
-SCHEMES: dict[Scheme, int] = {"dp": 0, "zero1": 1, "zero2": 2, "hsdp": 3, "zero3": 3}
-"""ZeRO stage of each scheme, from the most to the least memory per rank."""
 _OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 _ALLOCATOR_SHARE = 0.95
 """Share of a GPU's memory that fragmentation leaves usable."""
@@ -42,35 +39,6 @@ def gib(size: int) -> str:
     """
     value = size / 2**30
     return f"{value:.2f}" if value >= 1 or not size else f"{value:.3g}"
-
-
-@dataclass(frozen=True)
-class Technique:
-    """A set of memory techniques. checkpointing, offload_activations: number of layers, counted from the input.
-
-    offload: what is kept in host memory: the "optimizer" states, or the "parameters" too.
-    """
-
-    scheme: Scheme = "dp"
-    checkpointing: int = 0
-    offload: Offload = "none"
-    offload_activations: int = 0
-
-    @property
-    def count(self) -> int:
-        """Number of techniques that are on."""
-        on = (self.scheme != "dp", self.checkpointing, self.offload != "none", self.offload == "parameters")
-        return sum(map(bool, (*on, self.offload_activations)))
-
-    def __str__(self) -> str:
-        parts = [self.scheme]
-        if self.checkpointing:
-            parts.append(f"recompute {self.checkpointing}")
-        if self.offload_activations:
-            parts.append(f"offload activations of {self.offload_activations}")
-        if self.offload != "none":
-            parts.append(f"offload {self.offload}")
-        return " + ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dhen.planner.minimum_set import Technique
+from dhen.planner.technique import Technique
 
 _SECTION = "dhen"
 

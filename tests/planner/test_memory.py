@@ -13,8 +13,9 @@ from dhen.model.features import SparseIds
 from dhen.planner.live_memory import LiveMemory
 from dhen.planner.machine import read_machine
 from dhen.planner.memory import MemorySetting, predict_memory
-from dhen.planner.minimum_set import Job, Planner, Technique
+from dhen.planner.minimum_set import Job, Planner
 from dhen.planner.step_trace import trace_step
+from dhen.planner.technique import Technique
 from dhen.planner.zero3_gathering import Gathering, Limits
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import parallelize

@@ -10,8 +10,9 @@ from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import Recipe, check_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import read_machine
-from dhen.planner.minimum_set import SCHEMES, Job, NothingFitsError, Planner, Prediction, Technique, gib
+from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
 from dhen.planner.rungs import Plan, by_depth, changes
+from dhen.planner.technique import SCHEMES, Technique
 from dhen.tables.placement.agreed import setting_of
 from dhen.tables.placement.costs import read_costs, replicated_bytes, replicated_seconds
 from dhen.tables.placement.plan import PlacementError

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine
-from dhen.planner.minimum_set import Job, Technique
+from dhen.planner.minimum_set import Job
+from dhen.planner.technique import Technique
 
 POINTS_FILE, TRAINED_FILE = "points.json", "trained.json"
 BATCH, NUM_DENSE, TABLES, ROWS = 64, 13, 8, 1000

@@ -22,9 +22,10 @@ from dhen.config.ds_config import DsConfig
 from dhen.model.features import SparseIds
 from dhen.planner.live_memory import LiveMemory
 from dhen.planner.machine import Machine
-from dhen.planner.minimum_set import Planner, Technique
+from dhen.planner.minimum_set import Planner
 from dhen.planner.step_time import compute_seconds, segments
 from dhen.planner.step_trace import trace_step
+from dhen.planner.technique import Technique
 from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import ParallelDhen, parallelize
