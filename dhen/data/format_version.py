@@ -1,4 +1,4 @@
-"""The version that a saved file has for its own format, so that no other format is misread."""
+"""The format version of a saved file, so that files in another format are refused, not misread."""
 
 from collections.abc import Mapping
 from pathlib import Path

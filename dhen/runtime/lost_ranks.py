@@ -2,7 +2,7 @@
 
 During training, a thread of every rank waits on the job's store, without polling, for the question "are you there?" and
 answers it. A rank whose collective fails asks all ranks and records the ones that do not answer. Then the threads end
-all remaining ranks, including those that wait for a rank which is about to end.
+all remaining ranks, including those that wait for a rank that is about to exit.
 
 This works with gloo, whose collectives raise a Python exception on failure. NCCL's do not: on GPUs, the launcher ends
 the other ranks of the same node, and NCCL's watchdog ends the ranks on other nodes after the job's timeout. Their logs

@@ -96,6 +96,6 @@ def _git(folder: Path | None = None) -> dict[str, Any] | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
         return done.stdout.strip()
 
-    # The second name fails where the folder only lies in somebody else's repository, which does not track it.
+    # The second name fails if the folder is untracked inside another repository, which does not track it.
     commit, _ = git("rev-parse", "HEAD", "HEAD:./").splitlines()
     return {"commit": commit, "is_dirty": bool(git("status", "--porcelain", "--untracked-files=no", "--", "."))}

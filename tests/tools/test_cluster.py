@@ -173,6 +173,8 @@ def test_the_slurm_script_starts_every_node_and_resumes(tmp_path, click_log, kil
     )
     assert done.returncode == 0, done.stderr
     assert losses_of(killed.run) == pytest.approx(losses_of(on_one_node), rel=1e-6)
+    assert (killed.run / "summary.json").is_file(), "several nodes test and export the model too"
+    assert (killed.run / "model" / "config.json").is_file()
     assert not list(tmp_path.glob(".hostfile*"))
 
 

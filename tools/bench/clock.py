@@ -1,4 +1,4 @@
-"""What time it is on a device, and on the slowest rank."""
+"""Time on a device, and on the slowest rank."""
 
 import time
 
