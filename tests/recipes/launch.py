@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.synthetic import generate_click_log
@@ -73,6 +75,7 @@ def _run(
     script: str, flags: tuple[str, ...], rank: int, ranks: int, port: int, log: str, patch: Callable | None
 ) -> None:
     os.environ |= rank_environment(rank, ranks, port)
+    torch.set_num_threads(1)  # torch read OMP_NUM_THREADS in the server; idle OpenMP threads would spin
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
