@@ -1,7 +1,8 @@
 """Reads a ds_config: DeepSpeed's own keys, checked by DeepSpeed's parser, and our section "dhen".
 
 DeepSpeed ignores unknown top-level keys and does not resolve "auto", so this file does both. What the recipe decides
-(batch size, learning rate, clipping) is "auto" in the JSON; a number there must match the recipe.
+(batch size, learning rate, clipping) is "auto" in the JSON; a number there must match the recipe. What follows from the
+model (sizes of buckets and of prefetching) may be "auto", too, and stays so until the model is known.
 """
 
 import json
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from dhen.config.deepspeed_keys import check_sections, refusal, top_level_keys
 from dhen.config.dhen_section import DhenSection, PlacementSection, WireSection
 from dhen.config.known_faults import known_faults
+from dhen.config.zero_sizes import SIZE_KEYS, ZERO, with_sizes
 from dhen.model.names import unknown_name
 from dhen.paths import find, looked_in
 
@@ -23,6 +25,7 @@ SECTION = "dhen"
 _RUNGS = "by_depth"
 AUTO = "auto"
 _PARAMS = "optimizer.params."
+_SIZES = [f"{ZERO}.{key}" for key in SIZE_KEYS]
 _WITHOUT_EFFECT = {
     "activation_checkpointing": "has no effect in DeepSpeed 0.19. Use dhen.activation_checkpointing.",
     "bfloat16": 'is the old name of "bf16". Use "bf16".',
@@ -80,8 +83,12 @@ class DsConfig:
         """ZeRO stage of the dense part, 0 to 3."""
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
+    def sized(self, weights: Mapping[str, int]) -> "DsConfig":
+        """This ds_config with its "auto" sizes resolved. weights: elements by name, of the dense part."""
+        return replace(self, deepspeed=with_sizes(self.deepspeed, weights))
+
     def as_dict(self) -> dict[str, Any]:
-        """The whole config with every "auto" resolved, for the run folder."""
+        """The whole config, for the run folder. Every "auto" is resolved if `sized` has been called."""
         return self.deepspeed | {SECTION: self.dhen.model_dump()}
 
 
@@ -258,8 +265,11 @@ def _resolve_auto(path: str, raw: dict[str, Any], values: dict[str, Any], prefix
         if isinstance(value, dict):
             _resolve_auto(path, value, values, f"{full}.")
         elif value == AUTO:
+            if full in _SIZES:
+                continue  # resolved when the model is known
             if full not in values:
-                raise DsConfigError(f'{path}: {full} is "auto", but only {", ".join(values)} can be. Set a value.')
+                allowed = ", ".join([*values, *_SIZES])
+                raise DsConfigError(f'{path}: {full} is "auto", but only {allowed} can be. Set a value.')
             raw[key] = values[full]
         elif full in values and value != values[full]:
             raise DsConfigError(
@@ -277,5 +287,10 @@ def _check_by_deepspeed(path: str, raw: dict[str, Any]) -> None:
 
 
 def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy for the parser, which changes its input. Without the global batch, which it would take for one rank's."""
-    return json.loads(json.dumps({key: value for key, value in raw.items() if key != "train_batch_size"}))
+    """A copy for the parser, which changes its input. Without the global batch, which it would take for one rank's.
+
+    "auto" sizes get values of no model, because the parser wants numbers.
+    """
+    return json.loads(
+        json.dumps({key: value for key, value in with_sizes(raw, {"": 1}).items() if key != "train_batch_size"})
+    )

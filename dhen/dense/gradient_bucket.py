@@ -1,25 +1,26 @@
-"""When ZeRO stages 2 and 3 reduce a bucket of gradients: DeepSpeed 0.19.8's rule, and that of hybrid sharding."""
+"""When ZeRO stages 2 and 3 reduce gradients: DeepSpeed 0.19.8's rule for stage 2, and LeanStage3's for stage 3."""
 
 from dataclasses import dataclass, field
 
 
 def is_nearly_full(elements: int, room: int) -> bool:
-    """Whether hybrid sharding reduces a bucket now: it does so at three quarters full, without waiting for more.
+    """Whether stage 3 reduces a bucket, or one gradient, now: it does so at three quarters of the bucket's capacity.
 
-    The gradients of a large layer then cross nodes during the backward of the very next layer.
+    The gradients of a large layer are then reduced, and cross nodes, during the backward of the very next layer.
     """
     return 4 * elements >= 3 * room
 
 
 @dataclass
 class GradientBucket:
-    """Gradients that wait to be reduced. room: capacity in elements; a larger gradient is reduced alone.
+    """Gradients that wait to be reduced together. room: capacity in elements. waiting: elements by name of the weight.
 
-    leaves_early: reduce once the bucket is nearly full. waiting: elements by name of the weight.
+    is_eager: stage 3's rule: a gradient that nearly fills a bucket is reduced alone, and a nearly full bucket at once.
+    Without it, a bucket is reduced when the next gradient does not fit.
     """
 
     room: int
-    leaves_early: bool = False
+    is_eager: bool = False
     waiting: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -27,18 +28,15 @@ class GradientBucket:
         """Number of elements that wait."""
         return sum(self.waiting.values())
 
-    def has_room_for(self, elements: int) -> bool:
-        """Whether another gradient of this size fits."""
-        return not self.waiting or self.elements + elements <= self.room
-
-    def put(self, name: str, elements: int) -> None:
-        """Add a gradient."""
+    def take(self, name: str, elements: int) -> list[dict[str, int]]:
+        """Add a gradient. Returns the gradients of each reduction that starts now, in order."""
+        if self.is_eager and is_nearly_full(elements, self.room):
+            return [{name: elements}]
+        due = [self.empty()] if self.waiting and self.elements + elements > self.room else []
         self.waiting[name] = elements
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the bucket must be reduced now."""
-        return self.leaves_early and is_nearly_full(self.elements, self.room)
+        if self.is_eager and is_nearly_full(self.elements, self.room):
+            due.append(self.empty())
+        return due
 
     def empty(self) -> dict[str, int]:
         """Empty the bucket and return its contents."""

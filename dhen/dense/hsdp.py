@@ -8,7 +8,7 @@ With gradient accumulation, only the last micro step communicates across nodes.
 
 DeepSpeed has no such stage, but its ZeRO optimizers accept the process group to shard over. Here an engine gives them
 the shard group, and a subclass of each overrides the method that stores a reduced shard. These methods are private to
-DeepSpeed: their names are those of DeepSpeed 0.19.8, appear only in this file, and are checked by
+DeepSpeed: their names are those of DeepSpeed 0.19.8, appear only in this file and in lean_stage3.py, and are checked by
 `tests/dense/test_hsdp.py`.
 """
 
@@ -24,19 +24,16 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
-from dhen.dense.gradient_bucket import is_nearly_full
+from dhen.dense.lean_stage3 import LeanStage3
 from dhen.runtime.topology import ShardGroups
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """An all-reduce in progress. on_wire: the concatenated gradient shards. like: their shapes and dtypes. put_away:
-    receives the averages."""
+    """An all-reduce in progress. put_away: called once the average has arrived."""
 
-    on_wire: Tensor
-    like: list[Tensor]
     handle: dist.Work
-    put_away: Callable[[list[Tensor]], None]
+    put_away: Callable[[], None]
 
 
 class ReplicaReduction:
@@ -46,32 +43,46 @@ class ReplicaReduction:
     """
 
     def __init__(self, groups: ShardGroups, wire_dtype: torch.dtype | None = None, *, is_async: bool = True) -> None:
-        self._groups, self._wire_dtype, self._is_async = groups, wire_dtype, is_async
+        self._groups, self._is_async = groups, is_async
+        self.wire_dtype = wire_dtype
         self._pending: list[_Pending] = []
 
     def start(self, shards: Sequence[Tensor], put_away: Callable[[list[Tensor]], None]) -> None:
-        """Start averaging `shards` in one all-reduce. Communicates over the replica group.
+        """Start averaging a copy of `shards` in one all-reduce. Communicates over the replica group.
 
         `finish` calls `put_away` with the averages, in the shapes and dtypes of `shards`.
         """
         on_wire = torch.cat([shard.reshape(-1) for shard in shards]).div_(self._groups.num_replicas)
-        if self._wire_dtype is not None:
-            on_wire = saturate(on_wire, self._wire_dtype, self._groups.num_replicas).to(self._wire_dtype)
-        handle = dist.all_reduce(on_wire, group=self._groups.replica, async_op=True)
+        if self.wire_dtype is not None:
+            on_wire = saturate(on_wire, self.wire_dtype, self._groups.num_replicas).to(self.wire_dtype)
         # Keep only the shapes and dtypes of the shards, not their memory.
         like = [torch.empty_like(shard, device="meta") for shard in shards]
-        self._pending.append(_Pending(on_wire, like, handle, put_away))
+
+        def put_parts_away() -> None:
+            parts = on_wire.split([shard.numel() for shard in like])
+            put_away([part.view(shard.shape).to(shard.dtype) for part, shard in zip(parts, like, strict=True)])
+
+        self._send(on_wire, put_parts_away)
+
+    def start_in_place(self, gradients: Sequence[Tensor]) -> None:
+        """Start averaging each of `gradients` where it lies, in its own dtype. Communicates over the replica group.
+
+        Nobody may read or write them before `finish` returns.
+        """
+        for gradient in gradients:
+            self._send(gradient.div_(self._groups.num_replicas), lambda: None)
+
+    def _send(self, on_wire: Tensor, put_away: Callable[[], None]) -> None:
+        handle = dist.all_reduce(on_wire, group=self._groups.replica, async_op=True)
+        self._pending.append(_Pending(handle, put_away))
         if not self._is_async:
             handle.wait()
 
     def finish(self) -> None:
-        """Wait for all averages and put them away, in the order of the calls to `start`."""
+        """Wait for all averages and put them away, in the order in which they were started."""
         for pending in self._pending:
             pending.handle.wait()
-            parts = pending.on_wire.split([shard.numel() for shard in pending.like])
-            pending.put_away(
-                [part.view(shard.shape).to(shard.dtype) for part, shard in zip(parts, pending.like, strict=True)]
-            )
+            pending.put_away()
         self._pending.clear()
 
     def agreed(self, norm: Tensor) -> Tensor:
@@ -95,22 +106,10 @@ def saturate(values: Tensor, dtype: torch.dtype, num_terms: int) -> Tensor:
     return torch.where(values.isinf(), values, values.clamp(-largest, largest))
 
 
-class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
+class HsdpStage3(LeanStage3):
     """ZeRO stage 3 inside the shard group: shards parameters, gradients and optimizer states over it."""
 
-    def take_over(self, reduction: ReplicaReduction) -> None:
-        """Replaces __init__: DeepSpeed creates the parent class, and the engine then changes its class to this one."""
-        self.hsdp_reduction = reduction
-
-    def reduce_independent_p_g_buckets_and_remove_grads(self, param: nn.Parameter) -> None:
-        """DeepSpeed's hook for one gradient in the backward.
-
-        DeepSpeed reduces a bucket when the next gradient does not fit. Here a nearly full bucket is reduced, too.
-        """
-        super().reduce_independent_p_g_buckets_and_remove_grads(param)
-        dtype = self.get_param_comm_dtype(param)
-        if is_nearly_full(self.ipg_buckets[dtype].elements, self.reduce_bucket_size):
-            self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+    hsdp_reduction: ReplicaReduction
 
     def partition_grads(self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]) -> list[Tensor]:
         """DeepSpeed's hook for a bucket's reduced shards. In the last micro step, first averages them across nodes."""
@@ -118,11 +117,15 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
         if not self.is_gradient_accumulation_boundary():
             return parent(params_to_release, grad_partitions)
         params = list(params_to_release)  # the caller clears its list
+        if self.hsdp_reduction.wire_dtype is None and not self.offload_optimizer:
+            buffers = parent(params, grad_partitions)
+            self.hsdp_reduction.start_in_place(self._runs(params))
+            return buffers
         if self.micro_step_id > 0:
             for param, shard in zip(params, grad_partitions, strict=True):
                 # Send the sum of the earlier micro steps along with the last one, and clear it, so that it is not
                 # added twice.
-                earlier = self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition[param.ds_id]
+                earlier = self._gradient_of[param.ds_id]
                 shard.add_(earlier.narrow(0, 0, shard.numel()).to(shard.device))
                 earlier.zero_()
         for param in params:
@@ -131,6 +134,17 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
             param.grad = None
         self.hsdp_reduction.start(grad_partitions, lambda averages: parent(params, averages))
         return []
+
+    def _runs(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """This rank's shards of the gradients, with neighbours in the gradients' buffer joined to one slice."""
+        shards = (self._gradient_of[param.ds_id] for param in params)
+        runs: list[tuple[int, int]] = []  # first and last element, the last one excluded
+        for first, end in sorted((shard.storage_offset(), shard.storage_offset() + shard.numel()) for shard in shards):
+            if runs and runs[-1][1] == first:
+                runs[-1] = (runs[-1][0], end)
+            else:
+                runs.append((first, end))
+        return [self.grad_partitions_flat_buffer[first:end] for first, end in runs]
 
     def independent_gradient_partition_epilogue(self) -> None:
         """DeepSpeed's hook for the end of a backward. Waits for all buckets; the last one has been started by now."""
@@ -148,10 +162,14 @@ class HsdpStage3(DeepSpeedZeroOptimizer_Stage3):
 class HsdpStages1And2(DeepSpeedZeroOptimizer):
     """ZeRO stages 1 and 2 inside the shard group: shards optimizer states, and in stage 2 gradients, over it."""
 
-    def take_over(self, reduction: ReplicaReduction) -> None:
-        """Replaces __init__: DeepSpeed creates the parent class, and the engine then changes its class to this one."""
-        self.hsdp_reduction = reduction
-        self.hsdp_bucket: list[tuple[nn.Parameter, int, Tensor]] = []
+    hsdp_reduction: ReplicaReduction
+    hsdp_bucket: list[tuple[nn.Parameter, int, Tensor]]
+
+    @classmethod
+    def take_over(cls, optimizer: DeepSpeedZeroOptimizer) -> None:
+        """Replaces __init__: change the class of an optimizer that DeepSpeed has just created."""
+        optimizer.__class__ = cls
+        optimizer.hsdp_bucket = []
 
     def copy_grads_in_partition(self, param: nn.Parameter, group_idx: int | None = None) -> None:
         """DeepSpeed's hook for one reduced gradient. In the last micro step, keeps it to be averaged across nodes."""
@@ -261,8 +279,8 @@ class HsdpEngine(deepspeed.DeepSpeedEngine):
         zero = super()._configure_zero_optimizer(optimizer)
         takers = {DeepSpeedZeroOptimizer_Stage3: HsdpStage3, DeepSpeedZeroOptimizer: HsdpStages1And2}
         assert type(zero) in takers, f"no HSDP for DeepSpeed's {type(zero).__name__}"
-        zero.__class__ = takers[type(zero)]
-        zero.take_over(self.hsdp_reduction)
+        takers[type(zero)].take_over(zero)
+        zero.hsdp_reduction = self.hsdp_reduction
         return zero
 
     def _configure_checkpointing(self) -> None:

@@ -7,7 +7,7 @@ step or an evaluation. Its parts show what to shrink.
 Not counted: workspaces inside kernels, NCCL's buffers, the CUDA context, and fragmentation of the allocator.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,9 +27,10 @@ class MemorySetting:
 
     *_bytes: bytes per element. reduce_bucket, sub_group: in elements. shard_size: number of ranks that ZeRO shards
     over. num_replicas: of the dense part, more than 1 under HSDP. master_bytes: for the optimizer's copy of the
-    weights. state_bytes: for all of its states. wire_bytes: for HSDP's all-reduce. async_all_reduce: False waits for it
-    at once. temporaries: extra memory of the optimizer's step: two copies of "one" weight at a time, one copy of "all"
-    weights (torch's optimizers on GPUs), or "none". accumulates: gradients are summed over several micro steps.
+    weights. state_bytes: for all of its states. wire_bytes: for HSDP's all-reduce. wire_copy: it works on a copy of the
+    gradients. async_all_reduce: False waits for it at once. temporaries: extra memory of the optimizer's step: two
+    copies of "one" weight at a time, one copy of "all" weights (torch's optimizers on GPUs), or "none" (fused).
+    accumulates: gradients are summed over several micro steps.
     """
 
     stage: int
@@ -40,6 +41,7 @@ class MemorySetting:
     master_bytes: int = 4
     state_bytes: int = 8
     wire_bytes: int = 4
+    wire_copy: bool = False
     async_all_reduce: bool = True
     reduce_bucket: int = 25_000_000
     sub_group: int = 1_000_000_000
@@ -63,7 +65,7 @@ class MemorySetting:
         offload = zero.get("offload_optimizer") or {}
         type_, params = raw["optimizer"]["type"].lower(), raw["optimizer"].get("params", {})
         moments = {"sgd": int(bool(params.get("momentum"))), "lion": 1, "adagrad": 1}.get(type_, 2)
-        is_torchs = params.get("torch_adam") or type_ == "sgd"
+        has_temporaries = (params.get("torch_adam") or type_ == "sgd") and not params.get("fused")
         return cls(
             stage=stage,
             shard_size=1 if stage == 0 else shard_size,
@@ -73,6 +75,7 @@ class MemorySetting:
             master_bytes=2 if small_master else 4,
             state_bytes=moments * (2 if small_states else 4),
             wire_bytes=_DTYPE_BYTES.get(ds_config.dhen.all_reduce_dtype or "", weight_bytes),
+            wire_copy=bool(ds_config.dhen.all_reduce_dtype or offload.get("device", "none") != "none"),
             async_all_reduce=ds_config.dhen.async_all_reduce,
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
@@ -80,13 +83,19 @@ class MemorySetting:
             overlap_comm=stage == 3 if zero.get("overlap_comm") is None else bool(zero["overlap_comm"]),
             offload_optimizer=float(offload.get("ratio", 1.0)) if offload.get("device", "none") != "none" else 0.0,
             offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
-            temporaries="none" if not is_torchs else "all" if is_gpu else "one",
+            temporaries="none" if not has_temporaries else "all" if is_gpu else "one",
             accumulates=raw.get("gradient_accumulation_steps", 1) not in (1, "auto"),
         )
 
     def gradient_bucket(self) -> GradientBucket:
         """The bucket in which gradients of stages 2 and 3 wait to be reduced."""
-        return GradientBucket(self.reduce_bucket, leaves_early=self.stage == 3 and self.num_replicas > 1)
+        return GradientBucket(self.reduce_bucket, is_eager=self.stage == 3)
+
+    @property
+    def shares_masters(self) -> bool:
+        """Whether the optimizer steps on the weights themselves: always in stage 0; in stage 3, LeanStage3 does so."""
+        is_offloaded = self.offload_optimizer or self.offload_param
+        return self.stage == 0 or (self.stage == 3 and not is_offloaded and self.weight_bytes == self.master_bytes)
 
 
 @dataclass(frozen=True)
@@ -132,9 +141,7 @@ class _Rank:
         size = setting.shard_size
         self._shard = sum(-(-elements // size) for elements in trace.weights.values())
         self._largest = max(trace.weights.values())
-        self._shares = _shares(trace.weights, size)
-        whole = setting.stage == 0
-        optimizer = self._shard * (setting.state_bytes + (0 if whole else setting.master_bytes))
+        optimizer = self._shard * (setting.state_bytes + (0 if setting.shares_masters else setting.master_bytes))
         on_host = int(optimizer * setting.offload_optimizer)
         stepped = int(min(self._shard, setting.sub_group) * setting.offload_optimizer)
         self._host_temporaries = 0 if setting.temporaries == "none" else 2 * stepped * setting.master_bytes
@@ -151,11 +158,8 @@ class _Rank:
                 self.rest["buckets"] = self._largest * setting.gradient_bytes
             return
         gradients, weights = self._shard * setting.gradient_bytes, self._shard * setting.weight_bytes
-        self.rest["buckets"] = setting.reduce_bucket * setting.gradient_bytes
         if on_host:
             self.host += gradients + int(self._shard * setting.offload_optimizer) * setting.master_bytes
-        else:
-            self.rest["gradients"] = gradients
         if setting.offload_param:
             self.host += weights
         else:
@@ -164,7 +168,7 @@ class _Rank:
     def micro_step(self) -> tuple[dict[str, int], str]:
         """The peak in the forward and backward: what is held then, and when."""
         setting = self._setting
-        flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._shares, self._trace.num_weights)
+        flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._trace.weights)
         activations = _Activations(self._trace, setting.offload_activations)
         gathering = gathering_of(self._trace, setting) if setting.stage == 3 else None
         owner = {weight: module for module, own in self._trace.modules.items() for weight in own}
@@ -225,7 +229,11 @@ class _Rank:
             gradients = at_once * setting.master_bytes
             temporary = self._temporaries(at_once, at_once) * setting.master_bytes
             if setting.stage < 3:  # while the gradients are joined into one tensor
-                temporary = max(temporary, max(self._shares.values()) * setting.gradient_bytes)
+                most = max(_shares(self._trace.weights, setting.shard_size).values())
+                temporary = max(temporary, most * setting.gradient_bytes)
+            else:  # the buffer of gradients, and a copy in the masters' dtype if it is another one
+                is_copied = setting.gradient_bytes != setting.master_bytes
+                gradients = self._shard * setting.gradient_bytes + is_copied * gradients
         return _sum(self.rest, {"gradients": gradients, "optimizer": temporary}), "optimizer step"
 
     def evaluation(self, activations: int) -> tuple[dict[str, int], str]:
@@ -243,7 +251,7 @@ def _sum(*parts: dict[str, int]) -> dict[str, int]:
 
 
 def _shares(weights: Mapping[str, int], shard_size: int) -> dict[str, int]:
-    """Elements of all weights that a rank owns part of; for each weight, the maximum over the ranks that share it."""
+    """By weight: elements of all weights that a rank with a part of it has parts of; the maximum over these ranks."""
     shard = -(-sum(weights.values()) // shard_size)
     spans, first = {}, 0
     for name, elements in weights.items():
@@ -288,9 +296,10 @@ class _Activations:
 class _Accumulated:
     """Gradients of stages 0 and 1: all are kept until the end of the backward, then reduced."""
 
-    def __init__(self, setting: MemorySetting, shares: dict[str, int], num_weights: int) -> None:
-        self._setting, self._share = setting, max(shares.values())
-        self._most, self._elements = num_weights, num_weights if setting.accumulates else 0
+    def __init__(self, setting: MemorySetting, weights: Mapping[str, int]) -> None:
+        self._setting, self._share = setting, max(_shares(weights, setting.shard_size).values())
+        self._most = sum(weights.values())
+        self._elements = self._most if setting.accumulates else 0
         self._bucket = setting.reduce_bucket * (2 if setting.overlap_comm else 1) if setting.stage else 0
 
     @property
@@ -315,59 +324,82 @@ class _Accumulated:
 class _Stage2:
     """Gradients of stage 2: they are copied into a bucket, and a full bucket is reduced through another copy.
 
-    shares: see `_shares`. A rank allocates room for the gradients of all weights that it owns part of when the first of
-    them is reduced. Ranks differ; this tracks the one that needs the most at any time.
+    A rank allocates room for the gradients of all weights that it owns part of when the first of them is reduced. Ranks
+    differ; this tracks the one that needs the most at any time.
     """
 
-    def __init__(self, setting: MemorySetting, shares: dict[str, int], num_weights: int) -> None:
-        del num_weights
-        self._setting, self._shares = setting, shares
+    def __init__(self, setting: MemorySetting, weights: Mapping[str, int]) -> None:
+        self._setting, self._shares = setting, _shares(weights, setting.shard_size)
         self._bucket = setting.gradient_bucket()
-        self._large = self._share = self._reduced = 0
-        self._summed = max(shares.values()) if setting.accumulates else 0  # sums of earlier micro steps
+        self._large = self._share = 0
+        self._summed = max(self._shares.values()) if setting.accumulates else 0  # sums of earlier micro steps
 
     @property
     def held(self) -> tuple[int, int]:
         """Bytes of gradients, and of buckets."""
         buckets = (2 if self._setting.overlap_comm else 1) * self._setting.reduce_bucket
         share = 0 if self._setting.offload_optimizer else self._share + self._summed
-        return (self._large + share) * self._bytes, buckets * self._bytes
-
-    @property
-    def _bytes(self) -> int:
-        return self._setting.gradient_bytes
+        return (self._large + share) * self._setting.gradient_bytes, buckets * self._setting.gradient_bytes
 
     def take(self, name: str, elements: int) -> tuple[int, int]:
         """Add a gradient. Returns what is held meanwhile."""
         held = self.held
-        if not self._bucket.has_room_for(elements):
-            held = self._flush(elements)
+        for due in self._bucket.take(name, elements):
+            gradients, buckets = self._reduce(due)
+            held = gradients + elements * self._setting.gradient_bytes, buckets
         if elements > self._bucket.room:
             self._large = elements
-        self._bucket.put(name, elements)
-        return max(held, self._flush(elements), key=sum) if self._bucket.is_due else held
-
-    def _flush(self, elements: int) -> tuple[int, int]:
-        """Reduce the bucket while a new gradient of `elements` is in memory. Returns what is held meanwhile."""
-        gradients, buckets = self.finish()
-        return gradients + elements * self._bytes, buckets
+        return held
 
     def finish(self) -> tuple[int, int]:
-        """Reduce the bucket. Returns what is held meanwhile."""
-        reduced = self._bucket.empty()
+        """What is held while the last gradients are reduced."""
+        return self._reduce(self._bucket.empty())
+
+    def _reduce(self, due: dict[str, int]) -> tuple[int, int]:
         gradients, buckets = self.held
-        self._reduced += sum(reduced.values())
-        self._share = max([self._share, *(self._shares[name] for name in reduced)])
+        self._share = max([self._share, *(self._shares[name] for name in due)])
         self._large = 0
-        return gradients, max(buckets, self.held[1]) + sum(reduced.values()) * self._bytes
+        return gradients, buckets + sum(due.values()) * self._setting.gradient_bytes
 
 
-class _Stage3(_Stage2):
-    """Gradients of stage 3. The bucket is always allocated; under HSDP, reduced shards wait for their all-reduce."""
+class _Stage3:
+    """Gradients of stage 3 (LeanStage3): they are reduced from where they are; several are joined in a copy.
+
+    The shards' buffer is allocated at the first reduction. Under HSDP, the all-reduce over replicas works in the buffer
+    or, as `MemorySetting.wire_copy` says, on copies, which are there until the end of the backward.
+    """
+
+    def __init__(self, setting: MemorySetting, weights: Mapping[str, int]) -> None:
+        self._setting, self._bucket = setting, setting.gradient_bucket()
+        self._shard = sum(-(-elements // setting.shard_size) for elements in weights.values())
+        self._is_allocated = setting.accumulates
+        self._on_wire = 0
 
     @property
     def held(self) -> tuple[int, int]:
         """Bytes of gradients, and of shards in the all-reduce over replicas."""
         setting = self._setting
-        wire = self._reduced // setting.shard_size * setting.wire_bytes if setting.num_replicas > 1 else 0
-        return self._large * self._bytes, wire
+        buffer = self._shard if self._is_allocated and not setting.offload_optimizer else 0
+        is_copied = setting.num_replicas > 1 and setting.wire_copy
+        wire = self._on_wire // setting.shard_size * setting.wire_bytes if is_copied else 0
+        return (self._bucket.elements + buffer) * setting.gradient_bytes, wire
+
+    def take(self, name: str, elements: int) -> tuple[int, int]:
+        """Add a gradient. Returns what is held meanwhile."""
+        reductions = self._bucket.take(name, elements)
+        held = [self._reduce(due, reductions[number:]) for number, due in enumerate(reductions)]
+        return max([self.held, *held], key=sum)
+
+    def finish(self) -> tuple[int, int]:
+        """What is held while the last gradients are reduced."""
+        due = self._bucket.empty()
+        return self._reduce(due, [due])
+
+    def _reduce(self, due: dict[str, int], alive: Sequence[dict[str, int]]) -> tuple[int, int]:
+        """Reduce `due` while the gradients in `alive` are in memory. Returns what is held meanwhile."""
+        setting, elements = self._setting, sum(due.values())
+        self._is_allocated = self._is_allocated or elements > 0
+        gradients = self.held[0] + sum(sum(each.values()) for each in alive) * setting.gradient_bytes
+        is_joined = len(due) > 1 or elements % setting.shard_size
+        self._on_wire += elements
+        return gradients, self.held[1] + (elements if is_joined else 0) * setting.gradient_bytes

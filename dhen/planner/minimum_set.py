@@ -14,10 +14,11 @@ import torch
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig
+from dhen.config.zero_sizes import SIZE_KEYS
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine
 from dhen.planner.memory import MemorySetting, MemoryUse, predict_memory
-from dhen.planner.step_time import StepSeconds, segments, step_seconds
+from dhen.planner.step_time import StepSeconds, step_seconds
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
 from dhen.tables.placement.agreed import place_as_asked, setting_of, table_memory
@@ -290,6 +291,7 @@ class Planner:
         machine = self.job.machine
         shard = self._shard_size(technique)
         config = DsConfig("plan", self.ds_config(technique), self._section(technique))
+        config = config.sized(self._traced(0, Precision()).weights)
         setting = MemorySetting.of(config, shard, self.job.world_size, is_gpu=machine.is_gpu)
         offloaded = technique.offload_activations if machine.is_gpu else 0
         return replace(setting, offload_activations=offloaded, accumulates=self.job.accumulation_steps > 1)
@@ -309,13 +311,6 @@ class Planner:
             return Precision()
         return Precision(autocast=torch.bfloat16) if technique.scheme == "dp" else Precision(torch.bfloat16)
 
-    @functools.cached_property
-    def _bucket(self) -> tuple[int, int]:
-        """Elements of the largest layer, and the larger of that and the largest single weight."""
-        trace = self._traced(0, Precision())
-        layer = max(sum(segment.gradients.values()) for segment in segments(trace, None))
-        return layer, max(layer, *trace.weights.values())
-
     def _section(self, technique: Technique) -> DhenSection:
         is_hybrid = technique.scheme == "hsdp"
         update: dict[str, Any] = {
@@ -332,24 +327,16 @@ class Planner:
         return "all" if count == self.job.depth else count or "none"
 
     def ds_config(self, technique: Technique) -> dict[str, Any]:
-        """DeepSpeed's part of the technique's ds_config. What the recipe decides is "auto".
-
-        Stage 3 prefetches one layer and releases each layer at once, so that at most two layers are gathered.
-        """
+        """DeepSpeed's part of the technique's ds_config. What the recipe decides, and ZeRO's sizes, are "auto"."""
         stage = SCHEMES[technique.scheme]
-        layer, bucket = self._bucket
-        zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket}
-        if stage == 3:
-            zero |= {
-                "stage3_prefetch_bucket_size": layer,
-                "stage3_max_live_parameters": 2 * layer,
-                "stage3_max_reuse_distance": 0,
-            }
+        keys = SIZE_KEYS if stage == 3 else SIZE_KEYS[:1] if stage else ()
+        zero: dict[str, Any] = {"stage": stage} | dict.fromkeys(keys, "auto")
         if technique.offload != "none":
             zero["offload_optimizer"] = {"device": "cpu"}
         if technique.offload == "parameters":
             zero["offload_param"] = {"device": "cpu"}
         params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+        params["fused"] = True
         raw: dict[str, Any] = {
             "train_batch_size": "auto",
             "train_micro_batch_size_per_gpu": "auto",

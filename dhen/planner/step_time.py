@@ -168,7 +168,8 @@ class _Timeline:
 
     def finish(self) -> float:
         """Reduce the remaining gradients. Returns when all resources are free."""
-        self._reduce(self._now)
+        if self._bucket.waiting:
+            self._reduce(self._bucket.elements, self._now)
         return max(self._now, self._fabric, self._link, self._host)
 
     def _take(self, gradients: Mapping[str, int]) -> None:
@@ -178,18 +179,13 @@ class _Timeline:
         """
         ready = self._began
         for name, elements in gradients.items():
-            if not self._bucket.has_room_for(elements):
-                self._reduce(ready)
-            self._bucket.put(name, elements)
+            for due in self._bucket.take(name, elements):
+                self._reduce(sum(due.values()), self._now if name in due else ready)
             ready = self._now
-            if self._bucket.is_due:
-                self._reduce(ready)
 
-    def _reduce(self, ready: float) -> None:
-        """Reduce the bucket over the shard group, then over the replicas, starting at `ready` or later."""
-        setting, elements = self._setting, sum(self._bucket.empty().values())
-        if not elements:
-            return
+    def _reduce(self, elements: int, ready: float) -> None:
+        """Reduce gradients over the shard group, then over the replicas, starting at `ready` or later."""
+        setting = self._setting
         ready = self._now if self._waits_for_reduction else ready
         self._fabric = max(self._fabric, ready) + self._links.reduce(elements * setting.gradient_bytes)
         if setting.num_replicas > 1:

@@ -1,8 +1,8 @@
-"""Which weights ZeRO stage 3 holds during a step: a replay of DeepSpeed 0.19.8's rules.
+"""Which weights ZeRO stage 3 holds during a step: a replay of DeepSpeed 0.19.8's rules, and LeanStage3's.
 
 A module's weights are gathered when it is entered. The weights of later modules are prefetched as far as two limits
-allow. Several weights are gathered into one flat buffer and copied out of it; the buffer stays until the last of them
-has been used. A module's weights are released when it is left, unless they are small or needed again soon.
+allow. Several weights are gathered into one flat buffer and copied out of it. A module's weights are released when it
+is left, unless they are small or needed again soon.
 """
 
 from collections import deque
@@ -29,12 +29,11 @@ class Limits:
 
 @dataclass
 class _Gather:
-    """An all-gather. number: counted from the start. flat: elements of its buffer. waiting: weights not used yet."""
+    """An all-gather in progress. number: counted from the start. flat: elements of its buffer."""
 
     number: int
     flat: int
     weights: list[str]
-    waiting: set[str]
     is_done: bool = False
 
 
@@ -101,7 +100,7 @@ class Gathering:
             return
         size = self.shard_size
         flat = sum(-(-self.weights[name] // size) * size for name in names)
-        gather = _Gather(len(self.sent), flat, list(names), set(names))
+        gather = _Gather(len(self.sent), flat, list(names))
         self._in_flight |= dict.fromkeys(names, gather)
         self._num_available += sum(self.weights[name] for name in names)
         self.sent.append(flat)
@@ -114,10 +113,11 @@ class Gathering:
             self.waited.append(gather.number)
             self._available |= set(gather.weights)
             size = sum(self.weights[other] for other in gather.weights)
-            self._add(size - gather.flat if len(gather.weights) == 1 else size)  # a single weight uses the buffer
-        gather.waiting.discard(name)
-        if not gather.waiting and len(gather.weights) > 1:
-            self._add(-gather.flat)
+            if len(gather.weights) > 1:  # a single weight uses the buffer
+                self._add(size)
+                self._add(-gather.flat)
+            else:
+                self._add(size - gather.flat)
 
     def _add(self, elements: int) -> None:
         self.elements += elements

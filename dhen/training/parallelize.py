@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from dhen.config.ds_config import DsConfig, DsConfigError
 from dhen.dense import hsdp
 from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.dense.activation_offload import offload_layers
+from dhen.dense.lean_stage3 import LeanStage3
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
@@ -201,6 +203,7 @@ def parallelize(
     groups = _shard_groups(topology, ds_config)
     shard_size = topology.world_size if groups is None else groups.shard_size
     placement = place_for_training(config, topology, ds_config, shard_size, ids_per_bag, table_cuts, replicated)
+    ds_config = ds_config.sized(weights_of(config, placement.replicated))
     tables = shard_tables(config, topology, placement, ds_config.dhen, table_epsilon, seed)
     dense = _dense_part(config, ds_config, placement.replicated, seed, groups)
     if dense_weights:
@@ -264,6 +267,13 @@ def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None
     return None
 
 
+def weights_of(config: DhenConfig, replicated: Collection[str] = ()) -> dict[str, int]:
+    """Number of elements of each weight of the dense part, by name. replicated: tables that belong to it."""
+    with torch.device("meta"):
+        dense = DhenForClickPrediction(config, with_tables=replicated)
+    return {name: weight.numel() for name, weight in dense.named_parameters()}
+
+
 def _dense_part(
     config: DhenConfig, ds_config: DsConfig, replicated: Collection[str], seed: int, groups: ShardGroups | None
 ) -> DhenForClickPrediction:
@@ -296,6 +306,8 @@ def _engine(dense: nn.Module, ds_config: DsConfig, groups: ShardGroups | None) -
     engine, *_ = deepspeed.initialize(
         model=dense, model_parameters=parameters, config=ds_config.deepspeed, dist_init_required=False
     )
+    if type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3:
+        LeanStage3.take_over(engine.optimizer)
     return engine
 
 

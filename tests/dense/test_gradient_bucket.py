@@ -1,11 +1,11 @@
-"""The rule by which gradients leave in buckets is DeepSpeed's own, and hybrid sharding's: real backwards, counted."""
+"""The rule by which gradients leave in buckets is DeepSpeed's own, and stage 3's: real backwards, counted."""
 
 import pytest
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from dhen.dense.gradient_bucket import GradientBucket
 from dhen.dense.hsdp import HsdpStage3
+from dhen.dense.lean_stage3 import LeanStage3
 from dhen.runtime.topology import Topology
 from tests.ranks import run_ranks
 from tests.tiny_training import train
@@ -14,7 +14,7 @@ ROOM = 2600
 CASES = {
     "zero1": (DeepSpeedZeroOptimizer, "reduce_ipg_grads"),
     "zero2": (DeepSpeedZeroOptimizer, "reduce_ipg_grads"),
-    "zero3": (DeepSpeedZeroOptimizer_Stage3, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"),
+    "zero3": (LeanStage3, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"),
     "hsdp": (HsdpStage3, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads"),
 }
 """By ds_config: the optimizer, and its method that reduces the bucket."""
@@ -41,15 +41,11 @@ def gradients_and_buckets(topology: Topology, name: str) -> tuple[list[int], lis
     return came, left
 
 
-def replayed(came: list[int], *, leaves_early: bool) -> list[int]:
+def replayed(came: list[int], *, is_eager: bool) -> list[int]:
     """The latter by the rule."""
-    bucket, left = GradientBucket(ROOM, leaves_early=leaves_early), []
+    bucket, left = GradientBucket(ROOM, is_eager=is_eager), []
     for number, elements in enumerate(came):
-        if not bucket.has_room_for(elements):
-            left.append(sum(bucket.empty().values()))
-        bucket.put(str(number), elements)
-        if bucket.is_due:
-            left.append(sum(bucket.empty().values()))
+        left += [sum(due.values()) for due in bucket.take(str(number), elements)]
     return [*left, bucket.elements] if bucket.waiting else left
 
 
@@ -57,5 +53,6 @@ def replayed(came: list[int], *, leaves_early: bool) -> list[int]:
 def test_buckets_leave_as_deepspeeds_do(name):
     came, left = run_ranks(4, gradients_and_buckets, name, local_size=2)[0]
     assert max(came) > ROOM, "a gradient larger than the bucket"
-    assert left == replayed(came, leaves_early=name == "hsdp")
-    assert left != replayed(came, leaves_early=name != "hsdp"), "the model must tell the rules apart"
+    is_eager = name in ("zero3", "hsdp")
+    assert left == replayed(came, is_eager=is_eager)
+    assert left != replayed(came, is_eager=not is_eager), "the model must tell the rules apart"

@@ -333,13 +333,13 @@ def test_one_replica_writes_a_checkpoint(tmp_path):
 def count_messages(topology: Topology, accumulation: int) -> int:
     """All-reduces across nodes in STEPS updates."""
     messages = []
-    start = ReplicaReduction.start
+    send = ReplicaReduction._send
 
-    def counted(self, shards, put_away):
-        messages.append(len(shards))
-        start(self, shards, put_away)
+    def counted(self, on_wire, put_away):
+        messages.append(on_wire.numel())
+        send(self, on_wire, put_away)
 
-    ReplicaReduction.start = counted
+    ReplicaReduction._send = counted
     train(
         topology,
         "zero3",
@@ -349,7 +349,7 @@ def count_messages(topology: Topology, accumulation: int) -> int:
         zero=SMALL_BUCKETS,
         steps=STEPS,
     )
-    ReplicaReduction.start = start
+    ReplicaReduction._send = send
     return len(messages)
 
 
@@ -397,18 +397,16 @@ def without_the_all_reduce(topology: Topology) -> dict[str, list[float]]:
 
 
 def without_the_wait(topology: Topology) -> dict[str, list[float]]:
-    """Shards are put away as they were started; the all-reduce comes after."""
-    finish = ReplicaReduction.finish
+    """The step takes the gradients as they were sent: each all-reduce is waited for in the backward after it."""
+    late: list[LazyWork] = []
 
     def too_early(self):
+        while late:
+            late.pop(0).wait()
         for pending in self._pending:
-            parts = pending.on_wire.split([shard.numel() for shard in pending.like])
-            pending.put_away([p.clone().view(like.shape) for p, like in zip(parts, pending.like, strict=True)])
-        self._pending = [
-            hsdp._Pending(pending.on_wire, pending.like, pending.handle, lambda averages: None)
-            for pending in self._pending
-        ]
-        finish(self)
+            pending.put_away()
+            late.append(pending.handle)
+        self._pending.clear()
 
     ReplicaReduction.finish = too_early
     return with_the_latest_all_reduce(topology)

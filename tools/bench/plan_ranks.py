@@ -150,7 +150,7 @@ def build(planner: Planner, technique: Technique, topology: Topology) -> Paralle
         "train_micro_batch_size_per_gpu": plan_grid.BATCH,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}},
     }
     settings.pop("train_batch_size")
     return parallelize(planner.job.config, topology, DsConfig("tools/bench/plan.py", settings, section))

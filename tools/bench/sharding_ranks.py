@@ -21,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig
+from dhen.config.zero_sizes import SIZE_KEYS
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime import topology as job
@@ -240,18 +241,14 @@ def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_second
 
 def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
     """This project: ZeRO over all ranks, or HSDP."""
-    layer = matrix_size(config)
-    zero: dict[str, Any] = {"stage": scheme.stage, "reduce_bucket_size": layer + layer // 4}
-    if scheme.stage == 3:
-        # At most two layers are gathered at a time, and all again in the backward pass, as the theory assumes.
-        zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
-        zero |= {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": 2 * layer}
+    sizes = SIZE_KEYS if scheme.stage == 3 else SIZE_KEYS[:1]
+    zero: dict[str, Any] = {"stage": scheme.stage} | dict.fromkeys(sizes, "auto")
     if scheme.name == "hpz":  # refused in a user's ds_config: two hpZ models in one process break each other
         zero["zero_hpz_partition_size"] = topology.local_size
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_clipping": 0.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}},
         "zero_optimization": zero,
     }
     is_one_node = topology.local_size == topology.world_size
@@ -289,7 +286,7 @@ def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def score(dense_BN: Any) -> Any:
         return model(inputs_embeds=dense_BN.new_empty(len(dense_BN), 0, config.embedding_dim), dense=dense_BN).logits
