@@ -83,11 +83,11 @@ def test_the_figure_is_drawn(folder):
 
 
 def test_where_nothing_fits_at_a_depth_it_says_so_and_goes_on(capsys, tmp_path):
-    flags = (*CRITEO, *CLUSTER, "--memory_gib", "0.055", "--depths", "1", "400")
+    flags = (*CRITEO, *CLUSTER, "--memory_gib", "0.035", "--depths", "1", "200")
     assert plan.main([*flags, "--write", str(tmp_path)]) == 0
     output = capsys.readouterr().out
     assert "nothing fits" in output
-    assert "400 layers with 256 examples per rank do not fit on 4 x 4 ranks" in output
+    assert "200 layers with 256 examples per rank do not fit on 4 x 4 ranks" in output
     assert "Possible solutions" in output
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["by_depth.json", "depth_1.json"]
 
