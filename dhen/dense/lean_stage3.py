@@ -16,7 +16,7 @@ The names used here are private to DeepSpeed and are checked by `tests/dense/tes
 from typing import Any
 
 from deepspeed.runtime.zero import partition_parameters
-from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
+from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3, IPGBucketZ3
 from torch import Tensor, nn
 
@@ -95,6 +95,13 @@ class LeanStage3(DeepSpeedZeroOptimizer_Stage3):
         super().step(closure)
         if not self.offload_optimizer:
             self._free_gradients()
+
+    def _post_step(self, timer_names: Any) -> None:
+        """DeepSpeed's hook after the step. Gathers the weights that stay gathered in one message, not in one each."""
+        missing = [weight for weight in self.persistent_parameters if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        if missing:
+            missing[0].all_gather_coalesced(missing).wait()
+        super()._post_step(timer_names)
 
     def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
         """DeepSpeed's hook that gives the optimizer the gradients of one sub-group: here a view of their buffer.
