@@ -33,6 +33,8 @@ def test_shipped_files_are_read_and_resolved(path):
     assert config.deepspeed["train_batch_size"] == 64 * 2 * 4
     assert config.deepspeed["gradient_clipping"] == 1.5
     assert config.deepspeed["optimizer"]["params"]["betas"] == [0.9, 0.98]
+    if path.stem == "by_depth":
+        return  # its rungs: tests/recipes/test_by_depth.py
     is_hybrid = path.stem.startswith("hsdp") or path.stem == "paper"
     assert f"zero{config.zero_stage}" in path.stem or (is_hybrid and config.zero_stage == 3)
     assert (config.dhen.shard_group == "node") == is_hybrid

@@ -36,6 +36,7 @@ def run_script(
     script: str,
     *flags: str,
     ranks: int = 1,
+    nodes: int = 1,
     port: int | None = None,
     kill_when: Callable[[], bool] | None = None,
     killed_rank: int | None = None,
@@ -43,12 +44,16 @@ def run_script(
 ) -> Finished:
     """Run recipes/<script> to its end, or until `kill_when` says to kill all ranks (SIGKILL), or `killed_rank` alone.
 
-    port: of the job, by default a free one. patch: called in each process before the script.
+    nodes: that the ranks behave as if they were on. port: of the job, by default a free one. patch: called in each
+    process before the script.
     """
     port = port or free_port()
     log = Path(os.environ["PYTEST_TMP"]) / f"{port}-{time.monotonic_ns()}.log"
     processes = [
-        CONTEXT.Process(target=_run, args=(script, flags, rank, ranks, port, str(log), patch)) for rank in range(ranks)
+        CONTEXT.Process(
+            target=_run, args=(script, flags, rank_environment(rank, ranks, port, ranks // nodes), str(log), patch)
+        )
+        for rank in range(ranks)
     ]
     for process in processes:
         process.start()
@@ -71,10 +76,8 @@ def run_script(
     return Finished(status, log.read_text() if log.is_file() else "")
 
 
-def _run(
-    script: str, flags: tuple[str, ...], rank: int, ranks: int, port: int, log: str, patch: Callable | None
-) -> None:
-    os.environ |= rank_environment(rank, ranks, port)
+def _run(script: str, flags: tuple[str, ...], environment: dict[str, str], log: str, patch: Callable | None) -> None:
+    os.environ |= environment
     torch.set_num_threads(1)  # torch read OMP_NUM_THREADS in the server; idle OpenMP threads would spin
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

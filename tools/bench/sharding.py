@@ -38,6 +38,14 @@ from tools.bench.sharding_schemes import JOB_FILE, SCHEMES, Benchmark, Measured,
 from tools.cluster import INTERFACE, Cluster, ClusterError, signals_end_it
 
 MEASURED_FILE = "measured.json"
+_DRAWN = {
+    "dp": ("DP", "C0"),
+    "fsdp": ("FSDP", "C1"),
+    "hsdp": ("HSDP", "C2"),
+    "torch_fsdp": ("torch's FSDP2", "C1"),
+    "torch_hsdp": ("torch's FSDP2, hybrid", "C2"),
+}
+"""What the figure shows: label, with ours in the paper's words, and color."""
 
 
 def show(results: Sequence[Measured], console: Console) -> None:
@@ -74,20 +82,24 @@ def ratios(base: Measured | None, result: Measured) -> tuple[str, str, str]:
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
-    """Draw throughput over depth, one line per scheme: the paper's figure 6."""
+    """Draw throughput over depth, each scheme to the depth at which it stops: the paper's figure 6. Torch's are thin."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name in dict.fromkeys(result.scheme for result in results):
+    for name, (label, color) in _DRAWN.items():
         of_scheme = [result for result in results if result.scheme == name]
         fits = [result for result in of_scheme if result.fits]
-        (line,) = axes.plot([r.depth for r in fits], [r.samples_per_second for r in fits], marker="o", label=name)
-        if fits and len(fits) < len(of_scheme):
-            last = fits[-1]
-            axes.plot(last.depth, last.samples_per_second, "x", markersize=14, color=line.get_color())
+        if not fits:
+            continue
+        style = {"linewidth": 1, "linestyle": "--"} if SCHEMES[name].stage is None else {"linewidth": 3}
+        speeds = [result.samples_per_second for result in fits]
+        axes.plot([result.depth for result in fits], speeds, marker="o", color=color, label=label, **style)
+        if len(fits) < len(of_scheme):
+            axes.plot(fits[-1].depth, speeds[-1], "x", markersize=16, markeredgewidth=2, color=color)
     first = results[0]
-    axes.set(xlabel="DHEN layers", ylabel="samples/s", yscale="log")
+    axes.set(xlabel="DHEN layers", ylabel="samples/s", xticks=sorted({result.depth for result in results}))
+    axes.set_ylim(bottom=0)
     axes.set_title(f"{first.nodes} nodes x {first.ranks // first.nodes} ranks; x: the next depth is out of memory")
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -41,6 +42,7 @@ OUT_OF_MEMORY = 12
 class Built:
     """A scheme's model: `step` takes one step, `release` frees its memory."""
 
+    model: nn.Module
     step: Callable[[Any, Any], None]
     release: Callable[[], None]
 
@@ -236,11 +238,22 @@ def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_second
     def step(dense_BN: Any, labels_B: Any) -> None:
         update(binary_cross_entropy_with_logits(score(dense_BN), labels_B))
 
-    return Built(step, release)
+    return Built(model, step, release)
 
 
 def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
     """This project: ZeRO over all ranks, or HSDP."""
+    model = parallelize(config, topology, ds_config_of(scheme, topology))
+    return (
+        model.engine.module,
+        lambda dense_BN: model.score(dense_BN.new_empty(len(dense_BN), 0, config.embedding_dim), dense_BN),
+        model.step,
+        lambda: release_engine(model.engine),
+    )
+
+
+def ds_config_of(scheme: Scheme, topology: Topology) -> DsConfig:
+    """The ds_config of a ZeRO scheme. Its sizes are "auto"."""
     sizes = SIZE_KEYS if scheme.stage == 3 else SIZE_KEYS[:1]
     zero: dict[str, Any] = {"stage": scheme.stage} | dict.fromkeys(sizes, "auto")
     if scheme.name == "hpz":  # refused in a user's ds_config: two hpZ models in one process break each other
@@ -255,13 +268,7 @@ def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> t
     section = DhenSection(
         shard_group="node" if scheme.is_hybrid and not is_one_node else "world", async_all_reduce=scheme.is_async
     )
-    model = parallelize(config, topology, DsConfig("tools/bench/sharding.py", settings, section))
-    return (
-        model.engine.module,
-        lambda dense_BN: model.score(dense_BN.new_empty(len(dense_BN), 0, config.embedding_dim), dense_BN),
-        model.step,
-        lambda: release_engine(model.engine),
-    )
+    return DsConfig("tools/bench/sharding.py", settings, section)
 
 
 def release_engine(engine: deepspeed.DeepSpeedEngine) -> None:
