@@ -82,7 +82,7 @@ def ratios(base: Measured | None, result: Measured) -> tuple[str, str, str]:
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
-    """Draw throughput over depth, each scheme to the depth at which it stops: the paper's figure 6. Torch's are thin."""
+    """Draw throughput over depth, each scheme to the depth at which it stops: the paper's figure 6."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

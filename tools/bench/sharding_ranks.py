@@ -272,13 +272,14 @@ def ds_config_of(scheme: Scheme, topology: Topology) -> DsConfig:
 
 
 def release_engine(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Free what the engine holds. Hooks still refer to its stage-3 optimizer, so this empties it."""
+    """Free what the engine holds. Hooks still refer to its optimizers, so this empties them."""
     engine.destroy()
     for parameter in engine.module.parameters():
         if hasattr(parameter, "ds_tensor"):
             parameter.data = parameter.ds_tensor.data = parameter.new_empty(0)
-    if engine.optimizer is not None:
-        vars(engine.optimizer).clear()
+    for optimizer in (getattr(engine.optimizer, "optimizer", None), engine.optimizer):  # torch's, and ZeRO's
+        if optimizer is not None:
+            vars(optimizer).clear()
 
 
 def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:

@@ -82,7 +82,7 @@ def build_where_one_rank_has_no_memory(topology: Topology) -> list[bool]:
     def failing(*arguments):
         if topology.rank == 1 and not kept:
             raise torch.OutOfMemoryError("out of memory")
-        return sharding_ranks.Built(lambda dense_BN, labels_B: None, lambda: None)
+        return sharding_ranks.Built(torch.nn.Identity(), lambda dense_BN, labels_B: None, lambda: None)
 
     sharding_ranks.build = failing
     for name in ("dp", "hsdp"):
@@ -119,7 +119,6 @@ def bytes_of_tensors() -> int:
 
 
 def test_a_scheme_that_is_left_gives_its_memory_back():
-    """Nearly all of it; DeepSpeed's stage 3 sometimes keeps a third of what this tiny model held."""
     held = run_ranks(4, build_and_leave, local_size=2)[0]
     for name, (with_it, after) in held.items():
-        assert after < (0.5 if SCHEMES[name].stage == 3 else 0.05) * with_it, name
+        assert after < 0.05 * with_it, name
