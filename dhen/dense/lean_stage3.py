@@ -6,6 +6,7 @@ DeepSpeed 0.19.8 keeps more copies of a rank's shard than the optimizer needs:
   string. These are never equal, so it clones the weights;
 - a second copy of the gradients in the optimizer's step, although they already lie in one flat buffer;
 - this buffer between steps, when there are no gradients;
+- a gathered weight while its gradient is reduced, although all operations that use it have run their backward;
 - the buffer of an all-gather of several weights, after they have been copied out of it, until the last one is used;
 - the bucket that it copies gradients into before their reduction, and a second copy that joins a bucket's gradients
   for one message, although a large gradient can be sent from where it is.
@@ -65,6 +66,7 @@ class LeanStage3(DeepSpeedZeroOptimizer_Stage3):
         dtype, take = self.get_param_comm_dtype(param), super().reduce_independent_p_g_buckets_and_remove_grads
         reduce = self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads
         if is_nearly_full(param.ds_numel, self.reduce_bucket_size):
+            self._release(param)
             waiting, self.ipg_buckets[dtype] = self.ipg_buckets[dtype], IPGBucketZ3()
             take(param)
             reduce(dtype)
@@ -120,6 +122,12 @@ class LeanStage3(DeepSpeedZeroOptimizer_Stage3):
     def _gradient_of(self) -> dict[int, Tensor]:
         """This rank's shard of each weight's gradient, by the weight's id: views of the gradients' buffer."""
         return self._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+
+    def _release(self, weight: nn.Parameter) -> None:
+        """Free a gathered weight, as DeepSpeed does at the end of its module's backward."""
+        if not weight.ds_persist:
+            weight.ds_active_sub_modules.clear()
+            self._get_param_coordinator()._PartitionedParameterCoordinator__release_param(weight)
 
     def _share_masters(self) -> None:
         """Let master weights share the memory of weights that have their dtype and device."""

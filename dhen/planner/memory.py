@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dhen.config.ds_config import DsConfig
-from dhen.dense.gradient_bucket import GradientBucket
+from dhen.dense.gradient_bucket import GradientBucket, is_nearly_full
 from dhen.planner.step_trace import Event, StepTrace, layer_name
 from dhen.planner.zero3_gathering import Gathering, Limits
 
@@ -191,12 +191,11 @@ class _Rank:
             where = "backward" if is_backward else "forward"
             note(f"{where}, {event.name or event.kind}", peak, gathered, flow.held)
             if event.kind == "gradient":
-                note(
-                    f"reduction, {event.name}",
-                    activations.now,
-                    gathered,
-                    flow.take(event.name, self._trace.weights[event.name]),
-                )
+                elements = self._trace.weights[event.name]
+                if gathering and is_nearly_full(elements, setting.reduce_bucket):
+                    gathering.release(event.name)
+                    gathered = gathering.elements * setting.weight_bytes
+                note(f"reduction, {event.name}", activations.now, gathered, flow.take(event.name, elements))
             if gathering:
                 self._most_gathered = max(self._most_gathered, gathering.peak * setting.weight_bytes)
                 module = owner[event.name] if event.kind == "gradient" else event.name

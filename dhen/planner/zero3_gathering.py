@@ -89,11 +89,15 @@ class Gathering:
         self.peak = self.elements
         soon = self._soon()
         for name in self.modules.get(module, ()):
-            is_needed = name in self.persistent or name in soon or self._last_fetched_for.get(name, -1) > self._step
-            if name in self._available and not is_needed:
-                self._available.discard(name)
-                self.elements -= self.weights[name]
-                self._num_available -= self.weights[name]
+            if name not in soon and self._last_fetched_for.get(name, -1) <= self._step:
+                self.release(name)
+
+    def release(self, name: str) -> None:
+        """Release a weight, unless it persists. LeanStage3 does so when the gradient of a large weight is there."""
+        if name in self._available and name not in self.persistent:
+            self._available.discard(name)
+            self.elements -= self.weights[name]
+            self._num_available -= self.weights[name]
 
     def _gather(self, names: Sequence[str]) -> None:
         if not names:
