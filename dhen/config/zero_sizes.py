@@ -11,6 +11,7 @@ from typing import Any
 
 _SMALL = 250_000
 """Elements (1 MB in fp32) that are not worth a message of their own: its latency costs more than their memory."""
+_TABLES = "tables."
 _PERSISTENT_SHARE = 100
 """The smallest weights stay gathered, as long as they are at most a hundredth of the model together."""
 ZERO = "zero_optimization"
@@ -27,13 +28,15 @@ SIZE_KEYS = (
 def zero_sizes(weights: Mapping[str, int]) -> dict[str, int]:
     """The value of each of SIZE_KEYS. weights: number of elements by name, of all weights of the dense part.
 
+    Replicated tables do not count: none of the sizes has to be as large as a table.
     Stage 3 prefetches one layer, releases each one as soon as it has been used, and reduces gradients layer by layer.
 
     >>> sizes = zero_sizes({"model.layers.0.mix.weight": 900_000, "model.layers.0.mix.bias": 3_000})
     >>> sizes["stage3_max_live_parameters"], sizes["stage3_param_persistence_threshold"]
     (903001, 3000)
     """
-    layer = max(_SMALL, *_layers(weights).values())
+    weights = {name: elements for name, elements in weights.items() if not name.startswith(_TABLES)}
+    layer = max([_SMALL, *_layers(weights).values()])
     return {
         "reduce_bucket_size": layer,
         "stage3_prefetch_bucket_size": layer,

@@ -64,13 +64,12 @@ class ReplicaReduction:
 
         self._send(on_wire, put_parts_away)
 
-    def start_in_place(self, gradients: Sequence[Tensor]) -> None:
-        """Start averaging each of `gradients` where it lies, in its own dtype. Communicates over the replica group.
+    def start_in_place(self, gradients: Tensor) -> None:
+        """Start averaging `gradients` where they lie, in their own dtype. Communicates over the replica group.
 
         Nobody may read or write them before `finish` returns.
         """
-        for gradient in gradients:
-            self._send(gradient.div_(self._groups.num_replicas), lambda: None)
+        self._send(gradients.div_(self._groups.num_replicas), lambda: None)
 
     def _send(self, on_wire: Tensor, put_away: Callable[[], None]) -> None:
         handle = dist.all_reduce(on_wire, group=self._groups.replica, async_op=True)
@@ -106,6 +105,11 @@ def saturate(values: Tensor, dtype: torch.dtype, num_terms: int) -> Tensor:
     return torch.where(values.isinf(), values, values.clamp(-largest, largest))
 
 
+def _copy_all(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source)
+
+
 class HsdpStage3(LeanStage3):
     """ZeRO stage 3 inside the shard group: shards parameters, gradients and optimizer states over it."""
 
@@ -118,8 +122,11 @@ class HsdpStage3(LeanStage3):
             return parent(params_to_release, grad_partitions)
         params = list(params_to_release)  # the caller clears its list
         if self.hsdp_reduction.wire_dtype is None and not self.offload_optimizer:
-            buffers = parent(params, grad_partitions)
-            self.hsdp_reduction.start_in_place(self._runs(params))
+            buffers, runs = parent(params, grad_partitions), self._runs(params)
+            if len(runs) == 1:
+                self.hsdp_reduction.start_in_place(runs[0])
+            else:  # small gradients of several places share a message
+                self.hsdp_reduction.start(runs, lambda averages: _copy_all(averages, runs))
             return buffers
         if self.micro_step_id > 0:
             for param, shard in zip(params, grad_partitions, strict=True):

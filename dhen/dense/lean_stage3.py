@@ -14,8 +14,11 @@ DeepSpeed 0.19.8 keeps more copies of a rank's shard than the optimizer needs:
 The names used here are private to DeepSpeed and are checked by `tests/dense/test_lean_stage3.py`.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3, IPGBucketZ3
@@ -36,12 +39,13 @@ class _LeanAllGather(AllGatherCoalescedHandle):
 class LeanStage3(DeepSpeedZeroOptimizer_Stage3):
     """ZeRO stage 3 with the same numbers and checkpoints in less memory.
 
-    Offloaded optimizer states keep DeepSpeed's own copies, because they are in the host's memory.
+    Offloaded optimizer states keep DeepSpeed's own copies, because they are in the host's memory. Without offload, a
+    weight that gets no gradient has a gradient of zero; DeepSpeed would use that of an earlier step again.
     """
 
     _num_gradients: int
     _untouched: dict[int, Tensor]
-    """Shards of gradients, by the weight's id, that are still uninitialized memory: host pages that take no memory."""
+    """Shards of gradients, by the weight's id, that are still uninitialized; on a CPU they take no memory yet."""
 
     @classmethod
     def take_over(cls, optimizer: DeepSpeedZeroOptimizer_Stage3) -> None:
@@ -85,11 +89,13 @@ class LeanStage3(DeepSpeedZeroOptimizer_Stage3):
         return super().partition_grads(params_to_release, grad_partitions)
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """DeepSpeed's hook for the end of a backward. Weights without a gradient count as zeros."""
-        self._allocate_gradients()
+        """DeepSpeed's hook for the end of a backward. Sets the gradients of weights without one to zero."""
+        with self._reduction_stream():
+            self._allocate_gradients()
         super().independent_gradient_partition_epilogue()
-        for shard in self._untouched.values():
-            shard.zero_()
+        with self._reduction_stream():
+            for shard in self._untouched.values():
+                shard.zero_()
         self._untouched.clear()
 
     def step(self, closure: Any = None) -> None:
@@ -100,6 +106,7 @@ class LeanStage3(DeepSpeedZeroOptimizer_Stage3):
 
     def _post_step(self, timer_names: Any) -> None:
         """DeepSpeed's hook after the step. Gathers the weights that stay gathered in one message, not in one each."""
+        self.invalidate_secondary_tensor()  # of hpZ: a copy of the weights before the step
         missing = [weight for weight in self.persistent_parameters if weight.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if missing:
             missing[0].all_gather_coalesced(missing).wait()
@@ -129,6 +136,18 @@ class LeanStage3(DeepSpeedZeroOptimizer_Stage3):
             weight.ds_active_sub_modules.clear()
             self._get_param_coordinator()._PartitionedParameterCoordinator__release_param(weight)
 
+    @contextlib.contextmanager
+    def _reduction_stream(self) -> Iterator[None]:
+        """Run inside DeepSpeed's stream for reductions, after what the current stream has done, and before the rest."""
+        stream, current = self.reduce_and_partition_stream, get_accelerator().current_stream()
+        if get_accelerator().resolves_data_dependency():
+            yield
+            return
+        stream.wait_stream(current)
+        with get_accelerator().stream(stream):
+            yield
+        current.wait_stream(stream)
+
     def _share_masters(self) -> None:
         """Let master weights share the memory of weights that have their dtype and device."""
         for weights, masters in zip(self.fp16_partitioned_groups_flat, self.fp32_partitioned_groups_flat, strict=True):
@@ -141,7 +160,10 @@ class LeanStage3(DeepSpeedZeroOptimizer_Stage3):
         self.grad_partitions_flat_buffer = self.grad_partitions_flat_buffer.new_empty(0)
 
     def _allocate_gradients(self) -> None:
-        """Allocate the gradients' buffer, unless it is there. Each shard is set to zero before its first use."""
+        """Allocate the gradients' buffer, unless it is there. Each shard is set to zero before its first use.
+
+        Call it inside the stream for reductions, which fills the buffer.
+        """
         if self.grad_partitions_flat_buffer.numel() == self._num_gradients:
             return
         self.grad_partitions_flat_buffer = self.grad_partitions_flat_buffer.new_empty(self._num_gradients)

@@ -227,12 +227,15 @@ class _Rank:
         else:
             gradients = at_once * setting.master_bytes
             temporary = self._temporaries(at_once, at_once) * setting.master_bytes
-            if setting.stage < 3:  # while the gradients are joined into one tensor
+            # The gradients are joined into one tensor, which is then converted to the dtype of the masters.
+            is_converted = setting.gradient_bytes != setting.master_bytes
+            joined = at_once * setting.gradient_bytes if is_converted else 0
+            if setting.stage < 3:
                 most = max(_shares(self._trace.weights, setting.shard_size).values())
-                temporary = max(temporary, most * setting.gradient_bytes)
-            else:  # the buffer of gradients, and a copy in the masters' dtype if it is another one
-                is_copied = setting.gradient_bytes != setting.master_bytes
-                gradients = self._shard * setting.gradient_bytes + is_copied * gradients
+                joined += most * setting.gradient_bytes
+            else:  # without a conversion, the optimizer reads the buffer of the gradients
+                gradients = self._shard * setting.gradient_bytes + is_converted * gradients
+            temporary = max(temporary, joined)
         return _sum(self.rest, {"gradients": gradients, "optimizer": temporary}), "optimizer step"
 
     def evaluation(self, activations: int) -> tuple[dict[str, int], str]:
@@ -365,13 +368,15 @@ class _Stage3:
     """Gradients of stage 3 (LeanStage3): they are reduced from where they are; several are joined in a copy.
 
     The shards' buffer is allocated at the first reduction. Under HSDP, the all-reduce over replicas works in the buffer
-    or, as `MemorySetting.wire_copy` says, on copies, which are there until the end of the backward.
+    or, as `MemorySetting.wire_copy` says, on copies, which are there until the end of the backward; then the buffer is
+    allocated at the end.
     """
 
     def __init__(self, setting: MemorySetting, weights: Mapping[str, int]) -> None:
         self._setting, self._bucket = setting, setting.gradient_bucket()
         self._shard = sum(-(-elements // setting.shard_size) for elements in weights.values())
         self._is_allocated = setting.accumulates
+        self._is_copied = setting.num_replicas > 1 and setting.wire_copy
         self._on_wire = 0
 
     @property
@@ -379,8 +384,7 @@ class _Stage3:
         """Bytes of gradients, and of shards in the all-reduce over replicas."""
         setting = self._setting
         buffer = self._shard if self._is_allocated and not setting.offload_optimizer else 0
-        is_copied = setting.num_replicas > 1 and setting.wire_copy
-        wire = self._on_wire // setting.shard_size * setting.wire_bytes if is_copied else 0
+        wire = self._on_wire // setting.shard_size * setting.wire_bytes if self._is_copied else 0
         return (self._bucket.elements + buffer) * setting.gradient_bytes, wire
 
     def take(self, name: str, elements: int) -> tuple[int, int]:
@@ -392,12 +396,14 @@ class _Stage3:
     def finish(self) -> tuple[int, int]:
         """What is held while the last gradients are reduced."""
         due = self._bucket.empty()
-        return self._reduce(due, [due])
+        held = self._reduce(due, [due])
+        self._is_allocated = True
+        return max(held, self.held, key=sum)
 
     def _reduce(self, due: dict[str, int], alive: Sequence[dict[str, int]]) -> tuple[int, int]:
         """Reduce `due` while the gradients in `alive` are in memory. Returns what is held meanwhile."""
         setting, elements = self._setting, sum(due.values())
-        self._is_allocated = self._is_allocated or elements > 0
+        self._is_allocated = self._is_allocated or not self._is_copied
         gradients = self.held[0] + sum(sum(each.values()) for each in alive) * setting.gradient_bytes
         is_joined = len(due) > 1 or elements % setting.shard_size
         self._on_wire += elements

@@ -306,7 +306,8 @@ def _engine(dense: nn.Module, ds_config: DsConfig, groups: ShardGroups | None) -
     engine, *_ = deepspeed.initialize(
         model=dense, model_parameters=parameters, config=ds_config.deepspeed, dist_init_required=False
     )
-    if type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3:
+    # A reduction by all-reduce, which Muon needs, works in DeepSpeed's bucket.
+    if type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3 and engine.optimizer.reduce_scatter:
         LeanStage3.take_over(engine.optimizer)
     return engine
 

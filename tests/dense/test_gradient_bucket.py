@@ -50,7 +50,7 @@ def replayed(came: list[int], *, is_eager: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_buckets_leave_as_deepspeeds_do(name):
+def test_buckets_leave_by_the_rule(name):
     came, left = run_ranks(4, gradients_and_buckets, name, local_size=2)[0]
     assert max(came) > ROOM, "a gradient larger than the bucket"
     is_eager = name in ("zero3", "hsdp")

@@ -27,12 +27,16 @@ from tests.ranks import run_ranks
 from tests.tiny_training import train
 
 STEPS = 6
+SMALL = {"reduce_bucket_size": 500, "stage3_param_persistence_threshold": 0}
+"""Most weights fill a bucket, and none stays gathered."""
 CASES: dict[str, dict[str, Any]] = {
     "zero3": {},
     "zero3 several reductions": {"zero": {"reduce_bucket_size": 500}},
     "zero3 clipped, 2 micro steps": {"accumulation": 2, "max_grad_norm": 0.05, "zero": {"reduce_bucket_size": 500}},
     "zero3 several sub-groups": {"zero": {"sub_group_size": 400}},
     "zero3 all weights gathered anew": {"zero": {"stage3_param_persistence_threshold": 0}},
+    "zero3 weights released early": {"zero": SMALL},
+    "zero3 weights released early, recomputed": {"zero": SMALL, "dhen": {"activation_checkpointing": "all"}},
     "zero3_bf16": {},
     "zero3_offload": {},
 }

@@ -111,12 +111,14 @@ def measure(arguments: argparse.Namespace) -> None:
     topology = job.start(timeout_minutes=5)
     replace_reduce_scatter()
     config = model_config(arguments.layers, arguments.embeddings)
+    # Trace before DeepSpeed builds a model: stage 3 replaces torch's `linear`.
+    predicted = {name: predicted_parts(SCHEMES[name], config, topology) for name in arguments.schemes}
     results = [
         {
             "scheme": name,
             "model_bytes": model_bytes(config),
             "measured": measured_parts(SCHEMES[name], config, topology),
-            "predicted": predicted_parts(SCHEMES[name], config, topology),
+            "predicted": predicted[name],
         }
         for name in arguments.schemes
     ]

@@ -120,11 +120,27 @@ def load_checkpoint(
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in this folder. Resume from another one.")
     else:
         load_resharded(model, folder)
+    _step_as_configured(model)
     if model.tables is not None:
         load_tables(model.tables, folder)
     if with_random_state and saved["world_size"] == here["world_size"]:
         _set_random_state(torch.load(folder / f"random-{topology.rank:05d}.pt", weights_only=True))
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})
+
+
+def _step_as_configured(model: ParallelDhen) -> None:
+    """Let the optimizer step fused, or not, as the ds_config of this run says, not as the checkpoint does.
+
+    A fused step reads its counters on the device of the weights, where DeepSpeed's universal loader doesn't put them.
+    """
+    fused = model.ds_config.deepspeed["optimizer"].get("params", {}).get("fused")
+    optimizer = getattr(model.engine.optimizer, "optimizer", model.engine.optimizer)
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = fused
+    for weight, state in optimizer.state.items():
+        if fused and isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].to(weight.device)
 
 
 def check_same_model(folder: Path, config: DhenConfig) -> None:
