@@ -27,6 +27,9 @@ from torch import Tensor, nn
 from dhen.dense.lean_stage3 import LeanStage3
 from dhen.runtime.topology import ShardGroups
 
+_SMALL = 16
+"""A slice of less than this part of a bucket isn't worth a message of its own."""
+
 
 @dataclass(frozen=True)
 class _Pending:
@@ -44,7 +47,7 @@ class ReplicaReduction:
 
     def __init__(self, groups: ShardGroups, wire_dtype: torch.dtype | None = None, *, is_async: bool = True) -> None:
         self._groups, self._is_async = groups, is_async
-        self.wire_dtype = wire_dtype
+        self.wire_dtype, self.shard_size = wire_dtype, groups.shard_size
         self._pending: list[_Pending] = []
 
     def start(self, shards: Sequence[Tensor], put_away: Callable[[list[Tensor]], None]) -> None:
@@ -122,11 +125,8 @@ class HsdpStage3(LeanStage3):
             return parent(params_to_release, grad_partitions)
         params = list(params_to_release)  # the caller clears its list
         if self.hsdp_reduction.wire_dtype is None and not self.offload_optimizer:
-            buffers, runs = parent(params, grad_partitions), self._runs(params)
-            if len(runs) == 1:
-                self.hsdp_reduction.start_in_place(runs[0])
-            else:  # small gradients of several places share a message
-                self.hsdp_reduction.start(runs, lambda averages: _copy_all(averages, runs))
+            buffers = parent(params, grad_partitions)
+            self._average(self._runs(params))
             return buffers
         if self.micro_step_id > 0:
             for param, shard in zip(params, grad_partitions, strict=True):
@@ -141,6 +141,15 @@ class HsdpStage3(LeanStage3):
             param.grad = None
         self.hsdp_reduction.start(grad_partitions, lambda averages: parent(params, averages))
         return []
+
+    def _average(self, runs: list[Tensor]) -> None:
+        """Average slices of the gradients' buffer: large ones where they lie, the others together in one message."""
+        least = self.reduce_bucket_size // self.hsdp_reduction.shard_size // _SMALL
+        for run in runs:
+            if run.numel() >= least:
+                self.hsdp_reduction.start_in_place(run)
+        if small := [run for run in runs if run.numel() < least]:
+            self.hsdp_reduction.start(small, lambda averages: _copy_all(averages, small))
 
     def _runs(self, params: list[nn.Parameter]) -> list[Tensor]:
         """This rank's shards of the gradients, with neighbours in the gradients' buffer joined to one slice."""
