@@ -69,8 +69,9 @@ def typed_table(
 ) -> pa.Table:
     """Convert raw columns to a `RawChunk.table` by their roles. Works for every format with named columns."""
     typed: dict[str, pa.Array] = {}
-    if roles.label in raw:
-        typed[LABEL] = columns.label_column(raw[roles.label], roles.label, checks, is_required=is_label_required)
+    if roles.label.column in raw:
+        values = raw[roles.label.column]
+        typed[LABEL] = columns.label_column(values, roles.label, checks, is_required=is_label_required)
     else:
         typed[LABEL] = columns.no_labels(len(checks.rows))
     for dense in roles.dense:
