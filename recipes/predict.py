@@ -1,4 +1,4 @@
-"""Score rows with a trained model: write their click probabilities to a Parquet file.
+"""Score rows with a trained model: write their click probabilities to a file: Parquet, CSV (.csv) or JSON (.jsonl).
 
     deepspeed recipes/predict.py --model_name_or_path runs/frappe --dataset_name rows.csv \\
         --dataset_schema recipes/configs/schemas/frappe.yaml --output scores.parquet
@@ -16,7 +16,6 @@ The script runs on any number of ranks.
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.preparation.origins import Origins
@@ -24,10 +23,8 @@ from dhen.runtime import topology as job
 from dhen.runtime.collectives import all_gather_uneven
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.parallelize import ScoringDhen
+from dhen.training.saved.predictions import COLUMNS, PredictionWriter, prediction_file
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
-
-COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label", pa.float32()),
-                     ("file", pa.string()), ("line", pa.int64())])  # fmt: skip
 
 
 def main() -> None:
@@ -35,23 +32,22 @@ def main() -> None:
     log_to_stderr()
     with user_errors():
         arguments = parse_scoring_arguments(None, __doc__)
+        path = prediction_file(arguments.output)
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
-        rows = write_predictions(model, loader, Path(arguments.output or "predictions.parquet"))
+        rows = write_predictions(model, loader, path)
     if topology.is_main:
-        print(f"{rows:,} rows scored and written to {arguments.output or 'predictions.parquet'}")
+        print(f"{rows:,} rows scored and written to {path}")
     job.stop()
 
 
 def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> int:
-    """Score all rows. Rank 0 writes them to `path` in order, and renames the file into place when it is complete.
+    """Score all rows. Rank 0 writes them to `path` in order.
 
     Communicates; all ranks call it. Returns the number of rows.
     """
     topology = model.topology
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    writer = pyarrow.parquet.ParquetWriter(draft, COLUMNS, compression="zstd") if topology.is_main else None
+    writer = PredictionWriter(path) if topology.is_main else None
     origins = Origins(loader.folder, loader.split)
     with model.evaluating():
         for batch in loader.epoch(0):
@@ -64,10 +60,9 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
             ]
             if writer is not None:
                 columns = [pa.array(column, from_pandas=True) for column in columns]
-                writer.write_table(pa.table([*columns, *origins.take(len(columns[0]))], schema=COLUMNS))
+                writer.write(pa.table([*columns, *origins.take(len(columns[0]))], schema=COLUMNS))
     if writer is not None:
-        writer.close()
-        draft.replace(path)
+        writer.finish()
     return loader.num_rows
 
 

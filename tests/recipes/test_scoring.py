@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow.parquet
 import pytest
 import torch
@@ -88,6 +89,18 @@ def test_predict_writes_rows_in_order_as_transformers_predicts_them(trained, tmp
     assert table["label"].to_pylist() == raw_labels(trained)
     np.testing.assert_allclose(table["prediction"].to_numpy(), expected, rtol=TOLERANCE)
     assert np.abs(np.roll(expected, 1) - expected).max() > 0.01  # one row off would be seen
+
+
+@pytest.mark.parametrize(("suffix", "read"), [(".csv", pl.read_csv), (".jsonl", pl.read_ndjson)])
+def test_predict_writes_what_the_name_of_the_file_says(trained, tmp_path, expected, suffix, read):
+    output = tmp_path / f"scores{suffix}"
+    done = run_script("predict.py", f"--model_name_or_path={trained.folder}", f"--output={output}")
+    assert done.status == 0, done.output
+    table = read(output)
+    assert table.columns == ["row", "prediction", "label", "file", "line"]
+    assert table["row"].to_list() == list(range(300))
+    np.testing.assert_allclose(table["prediction"].to_numpy(), expected, rtol=TOLERANCE)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name], "no draft is left"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -185,6 +198,7 @@ def test_another_vocabulary_or_schema_is_refused(trained, exported, tmp_path):
         (["--model_name_or_path={exported}", "--dataset_name=none.tsv"], "none.tsv: no such file"),
         (["--model_name_or_path={exported}", "--dataset_name={raw}", "--split=test"], "--split has no effect"),
         (["--model_name_or_path={run}", "--bad_rows=skip"], "--bad_rows has no effect"),
+        (["--model_name_or_path={run}", "--output=scores.txt"], "scores.txt. Use a name that ends in .parquet, .csv"),
         (["--model_name_or_path={run}", "--splits=test"], "Did you mean '--split'?"),
     ],
 )

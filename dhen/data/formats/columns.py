@@ -8,24 +8,59 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dhen.data.formats.canonical import canonical_keys, string_buffers
 from dhen.data.formats.raw_rows import RowChecks
-from dhen.data.formats.roles import SparseRole
+from dhen.data.formats.roles import LabelRole, Part, SparseRole
 
+_YES, _NO = ("1", "yes", "y", "on", "t"), ("0", "no", "n", "off", "f")
+"""Words for true and false, beside these two themselves."""
+_OTHER_LABELS = ". For other values, write {{column: {}, positive: …}} or {{…, greater_than: …}} as the schema's label"
 A_NUMBER = "a finite number up to 3.4e38"
 _HEX = np.zeros(256, dtype=bool)
 _HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
 
 
 def label_column(
-    values: pa.Array, name: str, checks: RowChecks, *, is_required: bool, minus_one: bool = False
+    values: pa.Array, role: LabelRole, checks: RowChecks, *, is_required: bool, minus_one: bool = False
 ) -> pa.Array:
     """Return labels as float32: 0, 1, or NaN if blank and labels are optional. `minus_one`: -1 means 0 (libsvm)."""
-    numbers, unread = parse_numbers(values, pl.Float64)
-    is_blank = np.isnan(numbers) & ~unread
-    allowed = (numbers == 0) | (numbers == 1) | ((numbers == -1) & minus_one)
+    if isinstance(role.positive, bool):
+        labels, unread, must_be = *_said(values, role.positive), f"one of {', '.join((*_YES, *_NO))}"
+    elif role.positive is not None:
+        labels, unread, must_be = *_equal(values, str(role.positive)), "a text or a whole number"
+    else:
+        labels, unread = parse_numbers(values, pl.Float64)
+        must_be = "0 or 1"
+        if role.greater_than is not None:
+            labels = np.where(np.isnan(labels), np.nan, labels > role.greater_than)
+            must_be = "a number"
+    is_blank = np.isnan(labels) & ~unread
+    allowed = (labels == 0) | (labels == 1) | ((labels == -1) & minus_one)
     is_bad = ~allowed & ~(is_blank & (not is_required))
-    checks.refuse(is_bad, lambda i: f"column {name!r}: the label is {_shown(values, i)}; it must be 0 or 1")
-    return pa.array(np.maximum(numbers, 0).astype(np.float32), from_pandas=False)
+    way_out = "" if must_be != "0 or 1" or minus_one else _OTHER_LABELS.format(role.column)
+    checks.refuse(
+        is_bad,
+        lambda i: f"column {role.column!r}: the label is {_shown(values, i)}; it must be {must_be}{way_out}",
+    )
+    return pa.array(np.maximum(labels, 0).astype(np.float32), from_pandas=False)
+
+
+def _equal(values: pa.Array, positive: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return (1 where the value is `positive`, else 0, NaN if blank; mask of unreadable values)."""
+    keys, unread = _keys(values)
+    keys, wanted = canonical_keys(keys), canonical_keys(pa.array([positive]))[0]
+    return pc.equal(keys, wanted).cast(pa.float32()).to_numpy(zero_copy_only=False), unread
+
+
+def _said(values: pa.Array, positive: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The same for words of yes and no, which YAML reads as booleans."""
+    keys, unread = _keys(values)
+    words = pc.utf8_lower(canonical_keys(keys))
+    is_yes, is_no = (
+        pc.is_in(words, pa.array(some)).to_numpy(zero_copy_only=False).astype(bool) for some in (_YES, _NO)
+    )
+    labels = np.where(is_yes, float(positive), np.where(is_no, float(not positive), np.nan))
+    return labels, unread | (words.is_valid().to_numpy(zero_copy_only=False) & ~is_yes & ~is_no)
 
 
 def no_labels(num_rows: int) -> pa.Array:
@@ -81,6 +116,8 @@ def sparse_columns(
 ) -> tuple[pa.Array, pa.Array | None]:
     """Return (keys, weights or None) of a sparse feature. A key is the id as text, so 7 and "7" are the same key."""
     values = columns[role.source]
+    if role.part is not None:
+        return _part_of_dates(values, role.part, role.source, checks), None
     if not role.is_multi_valued:
         keys = key_strings(values, role.source, checks)
         if role.characters is not None:
@@ -123,21 +160,13 @@ def key_strings(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
     return keys
 
 
-def string_buffers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Return (offsets, data) of a string array without copying. Value i is data[offsets[i] : offsets[i + 1]]."""
-    assert pa.types.is_string(values.type), values.type
-    _, offsets, data = values.buffers()
-    if len(values) == 0:
-        return np.zeros(1, dtype=np.int32), np.zeros(0, dtype=np.uint8)
-    first = values.offset
-    cut = np.frombuffer(offsets, dtype=np.int32)[first : first + len(values) + 1]
-    return cut, np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, dtype=np.uint8)
-
-
 def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray, np.ndarray]:
     """Return (numbers, unread): float64, NaN for blank or unreadable values, and a mask of the unreadable ones."""
+    values = plain(values)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
+    elif pa.types.is_float16(values.type) or pa.types.is_decimal(values.type):
+        values = values.cast(pa.float64())
     series = pl.Series(pl.from_arrow(values))
     numbers = series.cast(kind, strict=False)
     unread = (numbers.is_null() & series.is_not_null()).to_numpy()
@@ -146,9 +175,8 @@ def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray
 
 def _keys(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """Return (text, mask of non-ids). Whole floats are ids, because pandas stores integers with blanks as floats."""
+    values = plain(values)
     none_bad = np.zeros(len(values), dtype=bool)
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
     if pa.types.is_floating(values.type):
         numbers = values.to_numpy(zero_copy_only=False).astype(np.float64)
         is_blank = np.isnan(numbers)
@@ -162,6 +190,47 @@ def _keys(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
     if pc.any(is_blank).as_py():
         text = pc.if_else(is_blank, pa.scalar(None, pa.string()), text)
     return text, none_bad
+
+
+def plain(values: pa.Array) -> pa.Array:
+    """Return the values without a dictionary, and bytes as text; bytes that are not UTF-8 as U+FFFD."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kind = values.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        try:
+            return values.cast(pa.binary()).cast(pa.string())
+        except pa.ArrowInvalid:
+            texts = (None if value is None else value.decode("utf-8", "replace") for value in values.to_pylist())
+            return pa.array(texts, pa.string())
+    return values
+
+
+def _part_of_dates(values: pa.Array, part: Part, name: str, checks: RowChecks) -> pa.Array:
+    """Return a part of each date as text, null if blank. Dates are Arrow's, ISO text, or seconds since 1970."""
+    values = plain(values)
+    if not pa.types.is_temporal(values.type):
+        numbers, unread = parse_numbers(values, pl.Float64)
+        seconds = pl.Series(np.where(unread, np.nan, numbers)).fill_nan(None)
+        from_numbers = (seconds * 1e6).cast(pl.Int64, strict=False).cast(pl.Datetime("us"))
+        texts = pl.Series("key", pl.from_arrow(canonical_keys(_keys(values)[0])))
+        days = texts.str.slice(0, 19).str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False)
+        dates = texts.str.to_datetime("%Y-%m-%d", time_unit="us", strict=False)
+        moments = pl.select(pl.coalesce(from_numbers, days, dates)).to_series()
+    else:
+        moments = pl.Series(pl.from_arrow(values.cast(pa.timestamp("us"), safe=False)))
+    parts = getattr(moments.dt, part)().cast(pl.String).to_arrow().cast(pa.string())
+    is_bad = _is_present(values) & ~_is_present(parts)
+    if pa.types.is_string(values.type):
+        is_bad &= ~(pl.Series(pl.from_arrow(values)).str.strip_chars() == "").fill_null(True).to_numpy()
+    checks.refuse(
+        is_bad,
+        lambda i: (
+            f"column {name!r}: {_shown(values, i)} is not a date; use 2024-01-31, 2024-01-31 12:30:00, "
+            "or seconds since 1970"
+        ),
+    )
+    return parts
 
 
 def _keys_of_list(lists: pa.Array, lengths: np.ndarray, name: str, checks: RowChecks) -> pa.Array:
@@ -178,6 +247,7 @@ def _split(values: pa.Array, separator: str | None) -> pa.Array:
         return values
     if pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
         return values.cast(pa.list_(values.type.value_type))
+    values = plain(values)
     if separator is not None:
         text = values if pa.types.is_string(values.type) else values.cast(pa.string())
         return pc.split_pattern(text, separator)

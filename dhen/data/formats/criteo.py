@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
 from dhen.data.formats.raw_rows import CountCallback, RawChunk, RowChecks, ignore_counts
-from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole
+from dhen.data.formats.roles import ColumnRoles, DenseRole, LabelRole, SparseRole
 from dhen.data.schema import LABEL
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
@@ -55,7 +55,7 @@ class CriteoReader:
         checks = RowChecks(block.file, rows, text_blocks.line_quoter(raw, "\t"))
         typed: dict[str, pa.Array] = {}
         if LABEL in raw:
-            typed[LABEL] = columns.label_column(raw[LABEL], LABEL, checks, is_required=self.is_label_required)
+            typed[LABEL] = columns.label_column(raw[LABEL], LabelRole(), checks, is_required=self.is_label_required)
         else:
             typed[LABEL] = columns.no_labels(len(rows))
         for name in INTEGERS:

@@ -1,6 +1,6 @@
 """Delimited text (CSV, TSV and the like). A YAML schema names the columns (dhen/data/formats/roles.py).
 
-Quoted values may contain the delimiter, but no line breaks.
+Quoted values may contain the delimiter and line breaks.
 """
 
 import csv
@@ -27,7 +27,9 @@ class DelimitedReader:
         """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
         names, header_rows = self._column_names(file)
         quote, delimiter = self.roles.quote, self.roles.delimiter
-        quoting = text_blocks.Quoting(quote.encode(), delimiter.encode()) if quote is not None else None
+        quoting = None
+        if quote is not None:
+            quoting = text_blocks.Quoting(quote.encode(), delimiter.encode(), len(names))
         blocks = text_blocks.text_blocks(file, block_bytes=self.block_bytes, header_rows=header_rows, quoting=quoting)
         for block in blocks:
             strings, rows, bad = text_blocks.split_columns(
@@ -69,8 +71,9 @@ def typed_table(
 ) -> pa.Table:
     """Convert raw columns to a `RawChunk.table` by their roles. Works for every format with named columns."""
     typed: dict[str, pa.Array] = {}
-    if roles.label in raw:
-        typed[LABEL] = columns.label_column(raw[roles.label], roles.label, checks, is_required=is_label_required)
+    if roles.label.column in raw:
+        values = raw[roles.label.column]
+        typed[LABEL] = columns.label_column(values, roles.label, checks, is_required=is_label_required)
     else:
         typed[LABEL] = columns.no_labels(len(checks.rows))
     for dense in roles.dense:

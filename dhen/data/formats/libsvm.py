@@ -29,7 +29,7 @@ import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
 from dhen.data.formats.raw_rows import BadRow, CountCallback, DataError, RawChunk, RowChecks, ignore_counts
-from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole
+from dhen.data.formats.roles import ColumnRoles, DenseRole, LabelRole, SparseRole
 from dhen.data.schema import LABEL, weights_column
 
 _LIBFFM = 0
@@ -74,7 +74,9 @@ class LibsvmReader:
         first = words.list.first().fill_null("")
         has_label = ~first.str.contains(":", literal=True).to_numpy()
         labels = pl.select(pl.when(pl.Series(has_label)).then(first)).to_series()
-        label = columns.label_column(_arrow(labels), LABEL, checks, is_required=self.is_label_required, minus_one=True)
+        label = columns.label_column(
+            _arrow(labels), LabelRole(), checks, is_required=self.is_label_required, minus_one=True
+        )
         tokens = _Tokens.of(words, has_label, self.num_fields is None, checks)
         if self.num_fields is not None:
             counts = np.bincount(tokens.rows, minlength=len(lines))

@@ -16,6 +16,13 @@ from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, RowCh
 from dhen.data.formats.roles import ColumnRoles
 
 BATCH_ROWS = 65_536
+_INSTEAD_OF_TIME = {
+    "label": "Make a column of 0 and 1.",
+    "dense": "List it under sparse, with the parts that matter: {{name: {}, parts: [hour, weekday, day]}}; or convert "
+    "it to a number, such as days before the click.",
+    "weights": "Convert it to a number.",
+}
+"""What to do with a column of dates or times, by its role."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,16 @@ def typed_chunk(
 
 def used_columns(roles: ColumnRoles, present: list[str]) -> list[str]:
     """Return the columns that have a role, in the order of the file."""
-    wanted = {roles.label, *(column for feature in (*roles.dense, *roles.sparse) for column in feature.columns)}
+    wanted = {roles.label.column, *(column for feature in (*roles.dense, *roles.sparse) for column in feature.columns)}
     return [name for name in present if name in wanted]
 
 
 def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
-    """Raise DataError if a column's type does not fit its role."""
+    """Raise DataError if a column's type does not fit its role. The message says what to do instead."""
     lists = {c for feature in roles.sparse if feature.is_multi_valued for c in feature.columns}
-    singles = {roles.label, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
+    singles = {roles.label.column, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
+    numbers = {roles.label.column: "label", **{feature.source: "dense" for feature in roles.dense}}
+    numbers |= {feature.weights: "weights" for feature in roles.sparse if feature.weights is not None}
     for name in used_columns(roles, schema.names):
         kind = schema.field(name).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -83,8 +92,17 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
                 f"{file}: column {name!r} has lists ({kind}). If it is a sparse feature, write "
                 f"{{name: {name}, multi_valued: true}} in the schema."
             )
-        if pa.types.is_nested(kind.value_type if is_list else kind):
+        inner = kind.value_type if is_list else kind
+        inner = inner.value_type if pa.types.is_dictionary(inner) else inner
+        if pa.types.is_nested(inner):
             raise DataError(f"{file}: column {name!r} has the type {kind}. Use numbers, strings, or lists of them.")
+        if name in numbers and pa.types.is_temporal(inner):
+            raise DataError(
+                f"{file}: column {name!r} is {numbers[name]}, but has the type {kind}. As a number, a time would "
+                f"depend on the file's unit. {_INSTEAD_OF_TIME[numbers[name]].format(name)}"
+            )
+        if pa.types.is_duration(inner) or pa.types.is_interval(inner):
+            raise DataError(f"{file}: column {name!r} has the type {kind}. Convert it to a number of seconds.")
 
 
 def _open(file: str) -> pyarrow.parquet.ParquetFile:

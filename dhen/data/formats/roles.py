@@ -1,6 +1,6 @@
 """The role of each raw column: label, dense, sparse or ignored. Most formats take it from a small YAML file.
 
-label: click
+label: click              # 0 or 1; or {column: answer, positive: yes}, or {column: rating, greater_than: 3}
 delimiter: ","            # this and the next three are for text files; the values shown are the defaults
 header: true              # if false, also give `columns: [name, ...]` in the order of the file
 quote: '"'                # null turns quoting off
@@ -15,6 +15,7 @@ sparse:
   - {name: tags, separator: "|", weights: tag_weights}        # weights from another column, "1|0.5|0.5"
   - {name: history, multi_valued: true}                       # Parquet: a list column
   - {name: hour_of_day, column: time, characters: [6, 8]}     # characters 6 and 7 (from 0) of the column `time`
+  - {name: seen, parts: [hour, weekday]}                      # of a date: the features seen_hour and seen_weekday
 ignored: [id]             # all other columns must be listed here; "*" ignores all of them
 """
 
@@ -22,7 +23,7 @@ import difflib
 import re
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
@@ -55,13 +56,34 @@ class DenseRole:
         return (self.source,)
 
 
+Part = Literal["minute", "hour", "weekday", "day", "week", "month", "year"]
+"""Part of a date. weekday: 1 for Monday to 7. day: of the month. week: of the ISO year."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class LabelRole:
+    """The column with the label: 0 or 1; or the value `positive` is a click; or each number above `greater_than` is."""
+
+    column: str = LABEL
+    positive: bool | int | float | str | None = None
+    greater_than: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.positive is not None and self.greater_than is not None:
+            raise ValueError("both positive and greater_than are given. Remove one of them.")
+
+
 @checked_dataclass(frozen=True, config=_STRICT)
 class SparseRole:
-    """A categorical column. If `encoding`, `hash_size` or `min_count` is None, the command's setting applies."""
+    """A categorical column. part: of the dates in it.
+
+    If `encoding`, `hash_size` or `min_count` is None, the command's setting applies.
+    """
 
     name: str
     column: str | None = None
     characters: tuple[int, int] | None = None
+    part: Part | None = None
     separator: str | None = None
     multi_valued: bool = False
     weights: str | None = None
@@ -82,6 +104,8 @@ class SparseRole:
                 f"the characters of {self.name!r} are {list(self.characters)}. Give the first one, counted from 0, and "
                 f"the end, which is excluded: [6, 8] selects two."
             )
+        if self.part is not None and (self.characters is not None or self.is_multi_valued):
+            raise ValueError(f"{self.source!r} has `parts`, which need one date per row. Remove the other keys.")
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:
                 raise ValueError(
@@ -113,7 +137,7 @@ class SparseRole:
 class ColumnRoles:
     """The parsed YAML file. Raises ValueError if it contradicts itself."""
 
-    label: str = LABEL
+    label: LabelRole = field(default_factory=LabelRole)
     dense: tuple[DenseRole, ...] = ()
     sparse: tuple[SparseRole, ...] = ()
     ignored: tuple[str, ...] | Literal["*"] = ()
@@ -137,10 +161,10 @@ class ColumnRoles:
                     f"{{name: new, column: {name}}}."
                 )
         for feature in (*self.dense, *self.sparse):
-            if self.label in feature.columns:
+            if self.label.column in feature.columns:
                 raise ValueError(
-                    f"the feature {feature.name!r} uses the column {self.label!r}, which is the label. The model would "
-                    f"see what it has to predict. Remove the feature, or set `label` to another column."
+                    f"the feature {feature.name!r} uses the column {self.label.column!r}, which is the label. The "
+                    f"model would see what it has to predict. Remove the feature, or set `label` to another column."
                 )
         for key, letter in (("delimiter", self.delimiter), ("quote", self.quote)):
             if letter is not None and (len(letter) != 1 or not letter.isascii()):
@@ -159,7 +183,7 @@ class ColumnRoles:
             if present.count(name) > 1:
                 raise ValueError(f"{file}: row 1: two columns are named {name!r}. Rename one of them.")
         used = [column for feature in (*self.dense, *self.sparse) for column in feature.columns]
-        wanted = [*used, self.label] if is_label_required else used
+        wanted = [*used, self.label.column] if is_label_required else used
         for column in wanted:
             if column not in present:
                 near = difflib.get_close_matches(column, present, n=1)
@@ -170,7 +194,7 @@ class ColumnRoles:
                 )
         if self.ignored == "*":
             return
-        known = {*used, self.label, *self.ignored}
+        known = {*used, self.label.column, *self.ignored}
         for column in present:
             if column not in known:
                 raise ValueError(
@@ -205,6 +229,9 @@ def load_roles(path: str | Path) -> ColumnRoles:
         if not isinstance(entries, list):
             raise ValueError(f"{path}: {kind} is {entries!r:.80}. Use a list of columns.")
         content[kind] = [entry if isinstance(entry, dict) else {"name": str(entry)} for entry in entries]
+    content["sparse"] = [feature for entry in content["sparse"] for feature in _by_part(entry, path)]
+    if not isinstance(content.get("label", {}), dict):
+        content["label"] = {"column": str(content["label"])}
     ignored = content.get("ignored") or []
     content["ignored"] = ignored if isinstance(ignored, str) else [str(column) for column in ignored]
     try:
@@ -216,3 +243,15 @@ def load_roles(path: str | Path) -> ColumnRoles:
         if first["type"] not in ("value_error", "extra_forbidden", "missing"):
             reason = f"{reason}, not {first['input']!r}."
         raise ValueError(f"{path}: {f'{key}: ' if key else ''}{reason}") from error
+
+
+def _by_part(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """One feature for each of the entry's `parts`; without them, the entry itself."""
+    parts = entry.get("parts")
+    if parts is None:
+        return [entry]
+    if not isinstance(parts, list) or not parts:
+        raise ValueError(f"{path}: parts is {parts!r:.80}. Use a list of {', '.join(get_args(Part))}.")
+    rest = {key: value for key, value in entry.items() if key != "parts"}
+    name = str(entry.get("name"))
+    return [rest | {"name": f"{name}_{part}", "column": entry.get("column", name), "part": part} for part in parts]

@@ -1,8 +1,9 @@
 """Reads text files, plain or gzip, as blocks of whole lines with line numbers.
 
 A block is read by size, cut at its last line break and cleaned. CRLF becomes LF. A byte-order mark and blank lines are
-dropped. Lines that a parser would misread become bad rows: invalid UTF-8, a carriage return inside the line, or a
-misplaced quote. The rest is valid UTF-8 with one row per line, so row i of the parser is line `rows[i]` of the file.
+dropped. Line breaks inside quotes become BREAK, so that a row is one line. Lines that a parser would misread become bad
+rows: invalid UTF-8, a carriage return inside the line, or a misplaced quote. The rest is valid UTF-8 with one row per
+line, so row i of the parser is line `rows[i]` of the file.
 """
 
 import contextlib
@@ -14,12 +15,17 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, CountCallback, DataError, ignore_counts
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20
+BREAK = "\U0010fffd"
+"""Stands for a line break inside quotes, until the columns are split: a character that no text uses."""
+_MOST_LINES = 10_000
+"""Lines of a row with line breaks inside quotes. Beyond that, its quote is taken for one that was not closed."""
 _FIRST_BYTES = 1 << 16
 _GZIP_MAGIC = b"\x1f\x8b"
 _OTHER_MAGICS = {
@@ -33,15 +39,16 @@ _MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Quoting:
-    """Quoted values may contain the delimiter. Both are single ASCII characters."""
+    """Quoted values may contain the delimiter. Both are single ASCII characters. num_columns: of each row."""
 
     quote: bytes
     delimiter: bytes
+    num_columns: int
 
 
 @dataclass(frozen=True)
 class TextBlock:
-    """Whole lines of a file. `rows`: int64, the number of each line in `text`, from 1. `bad`: the lines left out."""
+    """Whole rows of a file. rows: int64, the number of each row's first line, from 1. bad: the lines left out."""
 
     file: str
     text: bytes
@@ -59,16 +66,24 @@ def text_blocks(
     Raises FileNotFoundError, or DataError for an empty file, a damaged or truncated .gz, or another type of archive.
     """
     line_number = 0
+    open_row = b""
     for text, bytes_read in _whole_lines(file, block_bytes):
         if line_number == 0:
             text = text.removeprefix(_MARK)
         num_lines = text.count(b"\n")
-        rows = np.arange(line_number + 1, line_number + num_lines + 1)
+        rows = np.arange(line_number + 1 - open_row.count(b"\n"), line_number + num_lines + 1)
+        text = open_row + text
         skipped = min(max(header_rows - line_number, 0), num_lines)
         line_number += num_lines
         for _ in range(skipped):
             text = text[text.index(b"\n") + 1 :]
-        text, rows, bad = _clean(file, text, rows[skipped:], quoting)
+        text, rows, open_row = _joined(text, rows[skipped:], quoting)
+        text, rows, bad = _clean(file, text, rows, quoting)
+        yield TextBlock(file, text, rows, bad, line_number - open_row.count(b"\n"), bytes_read)
+    if open_row:  # a quote that is never closed
+        rows = np.arange(line_number + 1 - open_row.count(b"\n"), line_number + 1)
+        text, rows, _ = _joined(open_row, rows, quoting, is_last=True)
+        text, rows, bad = _clean(file, text, rows, quoting)
         yield TextBlock(file, text, rows, bad, line_number, bytes_read)
 
 
@@ -136,6 +151,9 @@ def split_columns(
             column_types=dict.fromkeys(names, kind), strings_can_be_null=True, null_values=list(null_values)
         ),
     )
+    if BREAK.encode() in block.text:
+        restored = {name: pc.replace_substring(table[name], BREAK, "\n") for name in table.column_names}
+        table = pa.table(restored)
     rows = np.delete(block.rows, ragged) if ragged else block.rows
     assert table.num_rows == len(rows), f"{block.file}: rows and lines up to {block.end_row} do not match"
     return table, rows, (*block.bad, *bad)
@@ -205,6 +223,54 @@ def _readable_rows(file: str) -> int:
     return rows
 
 
+def _joined(
+    text: bytes, rows: np.ndarray, quoting: Quoting | None, *, is_last: bool = False
+) -> tuple[bytes, np.ndarray, bytes]:
+    """Join the lines of each row that has line breaks inside quotes.
+
+    Returns (text, number of each row's first line, a last row whose quote is still open, unless `is_last`). A quote
+    that no later line closes stays as it is, for `_clean` to refuse.
+    """
+    if quoting is None or quoting.quote not in text or not _has_misplaced_quote(text.replace(b"\r", b""), quoting):
+        return text, rows, b""
+    lines = text[:-1].split(b"\n")
+    joined: list[bytes] = []
+    firsts: list[int] = []
+    at = 0
+    while at < len(lines):
+        last = _end_of_row(lines, at, quoting)
+        if last is None and not is_last:
+            break
+        last = at if last is None else last
+        parts = (line.removesuffix(b"\r") for line in lines[at:last])
+        joined.append(BREAK.encode().join((*parts, lines[last])))
+        firsts.append(int(rows[at]))
+        at = last + 1
+    rest = b"".join(line + b"\n" for line in lines[at:])
+    return b"".join(line + b"\n" for line in joined), np.asarray(firsts, np.int64), rest
+
+
+def _end_of_row(lines: list[bytes], first: int, quoting: Quoting) -> int | None:
+    """The last line of the row that starts at `first`; None if the row goes on after these lines."""
+    if lines[first].count(quoting.quote) % 2 == 0:
+        return first
+    most = first + _MOST_LINES
+    for last in range(first + 1, min(len(lines), most)):
+        if lines[last].count(quoting.quote) % 2:
+            row = BREAK.encode().join(lines[first : last + 1]).replace(b"\r", b"")
+            is_row = (
+                not _has_misplaced_quote(row + b"\n", quoting) and _num_columns(row, quoting) == quoting.num_columns
+            )
+            return last if is_row else first
+    return None if len(lines) < most else first
+
+
+def _num_columns(row: bytes, quoting: Quoting) -> int:
+    """Number of values in a row whose quotes are well placed."""
+    unquoted = row.split(quoting.quote)[::2]  # a doubled quote ends one quoted part and begins the next
+    return 1 + sum(part.count(quoting.delimiter) for part in unquoted)
+
+
 def _clean(
     file: str, text: bytes, rows: np.ndarray, quoting: Quoting | None
 ) -> tuple[bytes, np.ndarray, tuple[BadRow, ...]]:
@@ -235,7 +301,7 @@ def _complaint(line: bytes, quoting: Quoting | None) -> str | None:
     if _has_misplaced_quote(line + b"\n", quoting):
         return (
             f"a quote ({quoting.quote.decode()}) is misplaced or not closed. A quoted value must start and end at a "
-            f"delimiter, contain no line break, and double its inner quotes. To turn quoting off, set `quote: null` in "
+            f"delimiter, and double its inner quotes. To turn quoting off, set `quote: null` in "
             f"the schema"
         )
     return None

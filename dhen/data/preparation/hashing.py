@@ -12,7 +12,7 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 
-from dhen.data.formats.columns import string_buffers
+from dhen.data.formats.canonical import string_buffers
 from dhen.data.schema import MISSING_ID
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

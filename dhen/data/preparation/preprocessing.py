@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dhen.data.formats.canonical import CANONICAL_SINCE
 from dhen.data.formats.raw_rows import BadRow, DataError
 from dhen.data.preparation.encoding import Encoder, check_same_features, new_columns
 from dhen.data.preparation.origins import add_origins
@@ -29,8 +30,9 @@ from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, flat_keys, l
 from dhen.data.preparation.writing import BadRowList, SplitWriter
 from dhen.data.schema import Schema, SplitCounts
 
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 """Raise this when the same input and settings give a different folder, so that older cached folders are not reused."""
+_VERSION = "preparation_version"
 _UNFINISHED = ".unfinished-"
 
 
@@ -73,12 +75,16 @@ def settings_without_effect(settings: PreparationSettings, schema: Schema) -> li
 
 def _prepare_in(folder: Path, settings: PreparationSettings, progress: ProgressCallback) -> Schema:
     reader, format_name, sources = open_sources(settings)
-    stream = RawStream(reader, sources, settings, progress)
+    version = PREPARATION_VERSION
+    if settings.schema_from is not None:
+        version = int(Schema.load(Path(settings.schema_from)).source.get(_VERSION, PREPARATION_VERSION))
+    stream = RawStream(reader, sources, settings, progress, is_canonical=version >= CANONICAL_SINCE)
     encoder = _given_encoder(stream, settings) if settings.schema_from is not None else _new_encoder(stream, settings)
     for name, vocabulary in encoder.vocabularies.items():
         vocabulary.save(folder, name)
     splits = _write_splits(folder, stream, encoder, with_origins=not settings.is_label_required)
-    schema = Schema(encoder.dense, encoder.sparse, splits, _source(settings, format_name, sources))
+    source = _source(settings, format_name, sources) | {_VERSION: version}
+    schema = Schema(encoder.dense, encoder.sparse, splits, source)
     schema.save(folder)
     return schema
 
@@ -158,7 +164,7 @@ def _source(settings: PreparationSettings, format_name: str, sources: tuple[Sour
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
     del values["block_bytes"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
-    return {"format": format_name, "preparation_version": PREPARATION_VERSION, "files": files, "settings": values}
+    return {"format": format_name, "files": files, "settings": values}
 
 
 @contextmanager

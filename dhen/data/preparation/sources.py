@@ -125,6 +125,8 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
             some = [str(file) for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
             if not some:
                 raise FileNotFoundError(f"{pattern}: the folder has no files. Check the path.")
+        elif path.exists():
+            raise DataError(f"{pattern}: a pipe or a device, but rows are read twice. Save them to a file first.")
         elif glob.has_magic(pattern):
             some = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
             if not some:

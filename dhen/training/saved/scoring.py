@@ -67,8 +67,8 @@ class ScoringArguments:
     )
     output: str | None = option(
         None,
-        "File to write. evaluate.py writes the metrics as JSON, by default to no file. predict.py writes Parquet, by "
-        "default predictions.parquet.",
+        "File to write. evaluate.py writes the metrics as JSON, by default to no file. predict.py writes "
+        "Parquet, CSV or JSON lines, as the name ends (.parquet, .csv, .jsonl), by default predictions.parquet.",
     )
     interaction_files: list[str] = option([], "Python files that register your own interactions, as in training.")
     local_rank: int = option(0, argparse.SUPPRESS)  # DeepSpeed's launcher passes it

@@ -1,6 +1,7 @@
 """Preparing raw files: splits, determinism, atomicity, memory, reused schemas, and unreadable files."""
 
 import gzip
+import os
 import re
 import subprocess
 import sys
@@ -339,3 +340,9 @@ def test_a_file_given_twice_is_refused(tmp_path, raw):
 def test_settings_that_make_no_sense_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         PreparationSettings(**({"dataset_name": "a"} | wrong))
+
+
+def test_a_pipe_is_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "rows.csv")
+    with pytest.raises(DataError, match=r"rows\.csv: a pipe or a device, .* Save them to a file first"):
+        prepare(PreparationSettings(train_file=str(tmp_path / "rows.csv"), dataset_format="criteo"), tmp_path / "out")
