@@ -32,6 +32,10 @@ LABEL = "label"
 SCHEMA_FILE = "schema.json"
 FORMAT_VERSION = 1
 """Version of the prepared folder. Raise it when folders that were written before can no longer be read as they are."""
+PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN = 3, 2
+"""Versions of prepared folders with canonical keys, and with keys as they were written. Raise the first when the same
+input and settings give a different folder, so that older cached folders are not reused."""
+VERSION = "preparation_version"
 SPLITS = ("train", "validation", "test")
 MISSING_ID = 0
 """The id of a blank value and of a key that is not in the vocabulary."""
@@ -91,6 +95,11 @@ class Schema:
     splits: dict[str, SplitCounts]
     source: dict[str, Any] = field(default_factory=dict)
     best_possible_ne: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether ids are made of canonical texts (dhen/data/formats/canonical.py), not of texts as written."""
+        return self.source.get(VERSION, 0) > PREPARATION_VERSION_WRITTEN
 
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""

@@ -22,6 +22,7 @@ from dhen.data.schema import SCHEMA_FILE, Schema
 from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
+from dhen.training.saved.checkpoint import find_checkpoint, has_canonical_keys
 from dhen.training.saved.fine_tuning import StartingPoint, frozen_and_new, ignored_architecture, start_from
 from dhen.training.saved.trained_model import TrainedModel
 
@@ -59,10 +60,14 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
     """
     data, training = arguments.data, arguments.training
     cache = Path(data.cache_dir) if data.cache_dir else Path(training.output_dir).parent / "prepared"
-    prepared = prepare_dataset(data, cache, topology)
+    trained = TrainedModel.open(training.model_name_or_path) if training.model_name_or_path else None
+    is_canonical = trained is None or trained.schema.is_canonical
+    if training.resume_from_checkpoint:
+        is_canonical = has_canonical_keys(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)))
+    prepared = prepare_dataset(data, cache, topology, is_canonical=is_canonical)
     schema, start = Schema.load(prepared), None
-    if training.model_name_or_path:
-        start = start_from(TrainedModel.open(training.model_name_or_path), prepared, schema)
+    if trained is not None:
+        start = start_from(trained, prepared, schema)
         schema = start.schema
     _check_splits(arguments, schema)
     if topology.is_main:
@@ -127,15 +132,19 @@ def prepare_dataset(
     topology: Topology,
     schema_from: Path | None = None,
     only_split: str | None = None,
+    *,
+    is_canonical: bool = True,
 ) -> Path:
     """Return the prepared folder for `data`. Rank 0 prepares it and the others wait. All ranks call it.
 
     schema_from: a trained model whose features, ids and transforms to use; labels are then optional. only_split: the
-    only split to read from a hub data set.
+    only split to read from a hub data set. is_canonical: whether keys get their canonical text; those of models of
+    earlier versions do not.
 
     Raises DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
-    work = in_background(_prepare, data, cache, schema_from, only_split) if topology.is_main else None
+    more = {"schema_from": schema_from, "only_split": only_split, "is_canonical": is_canonical}
+    work = in_background(partial(_prepare, data, cache, **more)) if topology.is_main else None
     answer: list[Path | None] = [None]
     while answer[0] is None:
         # Broadcast None as a heartbeat: the process group fails if a collective waits for half an hour.
@@ -169,14 +178,13 @@ def _settings(data: DataArguments, **more: Any) -> PreparationSettings:
     return PreparationSettings(**values, **more)
 
 
-def _prepare(data: DataArguments, cache: Path, schema_from: Path | None, only_split: str | None = None) -> Path:
+def _prepare(data: DataArguments, cache: Path, **more: Any) -> Path:
     if data.dataset_name == QUICKSTART:
-        return _prepare_quickstart(data, cache)
-    more = {"schema_from": schema_from, "is_label_required": schema_from is None, "only_split": only_split}
-    return prepare_cached(_settings(data, **more), cache)
+        return _prepare_quickstart(data, cache, is_canonical=more["is_canonical"])
+    return prepare_cached(_settings(data, is_label_required=more["schema_from"] is None, **more), cache)
 
 
-def _prepare_quickstart(data: DataArguments, cache: Path) -> Path:
+def _prepare_quickstart(data: DataArguments, cache: Path, *, is_canonical: bool) -> Path:
     """Generate the quickstart's click log, prepare it, and record the best possible NE, which the generator knows."""
     raw = cache / QUICKSTART
     if not holds_click_log(raw, QUICKSTART_ROWS):
@@ -186,7 +194,7 @@ def _prepare_quickstart(data: DataArguments, cache: Path) -> Path:
     named = replace(
         data, dataset_name=None, dataset_format="criteo", **{f"{split}_file": f for split, f in files.items()}
     )
-    folder = _prepare(named, cache, None)
+    folder = _prepare(named, cache, schema_from=None, only_split=None, is_canonical=is_canonical)
     schema = Schema.load(folder)
     if not schema.best_possible_ne:
         truth = json.loads((raw / TRUTH_FILE).read_text(encoding="utf-8"))["files"]
@@ -198,6 +206,12 @@ def _prepare_quickstart(data: DataArguments, cache: Path) -> Path:
 def check_prepared_for(folder: Path, trained: Path) -> Schema:
     """The schema of a prepared folder, in the trained model's feature order. Raises ValueError if they do not match."""
     schema, wanted = Schema.load(folder), Schema.load(trained)
+    if schema.is_canonical != wanted.is_canonical and wanted.sparse:
+        older, newer = (folder, trained) if wanted.is_canonical else (trained, folder)
+        raise ValueError(
+            f"{folder}: the ids in {older} are made of texts as they were written, and those in {newer} of canonical "
+            f"ones, so they have other meanings. {_USE_RAW}"
+        )
     dense = {column.name: column for column in schema.dense}
     sparse = {column.name: column for column in schema.sparse}
     for kind, have, want in (("dense", dense, wanted.dense), ("sparse", sparse, wanted.sparse)):

@@ -16,7 +16,7 @@ from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallelize import ParallelDhen, ScoringDhen
 from dhen.training.progress import ProgressReporter
-from dhen.training.saved.checkpoint import TrainerState, delete_old_checkpoints, save_checkpoint
+from dhen.training.saved.checkpoint import CANONICAL_KEYS, TrainerState, delete_old_checkpoints, save_checkpoint
 
 
 def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
@@ -86,6 +86,7 @@ class Trainer:
             "dataloader_drop_last": arguments.dataloader_drop_last,
             "dense features": [column.name for column in self.train_loader.schema.dense],
             "data": self.train_loader.digest,
+            CANONICAL_KEYS: self.train_loader.schema.is_canonical,
         }
 
     def train(self, progress: ProgressReporter) -> None:

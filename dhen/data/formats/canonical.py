@@ -19,16 +19,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-CANONICAL_SINCE = 3
-"""The version of a prepared folder from which on its keys are canonical. Older folders and models keep their keys."""
 _TELLING = np.zeros(256, dtype=bool)
 _TELLING[np.frombuffer(b" .:\t\n\v\f\rUuSs\xc2\xe1\xe2\xe3", dtype=np.uint8)] = True
 """Bytes of which every text that is not canonical has at least one: blanks (the last four begin other ones), the point
 of a number, the colon of a time, the u of true and the s of false. Most keys have none, and cost nothing."""
+_CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
 _NUMBER = r"^[+-]?(0|[1-9]\d*)\.\d*$"
 _BOOLEAN = r"^(?i:true|false)$"
-_STAMP = r"^\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[+-]\d\d:?\d\d)?$"
-_TIME = r"^\d\d:\d\d:\d\d\.\d+$"
+_STAMP = rf"^\d{{4}}-\d\d-\d\d[ T]{_CLOCK}(:[0-5]\d(\.\d{{1,9}})?)?(Z|[+-](0\d|1[0-4]):?[0-5]\d)?$"
+_TIME = rf"^{_CLOCK}:[0-5]\d\.\d+$"
 _SPECIAL = "|".join((_NUMBER, _BOOLEAN, _STAMP, _TIME))
 
 
@@ -57,15 +56,6 @@ def string_buffers(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     first = values.offset
     cut = np.frombuffer(offsets, dtype=np.int32)[first : first + len(values) + 1]
     return cut, np.frombuffer(data, dtype=np.uint8) if data is not None else np.zeros(0, dtype=np.uint8)
-
-
-def canonical_column(column: pa.Array) -> pa.Array:
-    """Return the canonical keys of a raw column, also of a multi-valued feature, in which a blank key is null."""
-    if not pa.types.is_list(column.type):
-        return canonical_keys(column)
-    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    offsets = pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
-    return pa.ListArray.from_arrays(offsets, canonical_keys(column.flatten()))
 
 
 def _boolean() -> pl.Expr:

@@ -15,15 +15,26 @@ from dhen.data.formats.roles import LabelRole, Part, SparseRole
 _YES, _NO = ("1", "yes", "y", "on", "t"), ("0", "no", "n", "off", "f")
 """Words for true and false, beside these two themselves."""
 _OTHER_LABELS = ". For other values, write {{column: {}, positive: …}} or {{…, greater_than: …}} as the schema's label"
+_SECONDS = (1e8, 1e10)
+"""Seconds since 1970 that are taken for a time: from 1973 to 2286. Milliseconds, or a date like 20240131, are not."""
 A_NUMBER = "a finite number up to 3.4e38"
 _HEX = np.zeros(256, dtype=bool)
 _HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
 
 
 def label_column(
-    values: pa.Array, role: LabelRole, checks: RowChecks, *, is_required: bool, minus_one: bool = False
+    values: pa.Array,
+    role: LabelRole,
+    checks: RowChecks,
+    *,
+    is_required: bool,
+    minus_one: bool = False,
+    has_schema: bool = False,
 ) -> pa.Array:
-    """Return labels as float32: 0, 1, or NaN if blank and labels are optional. `minus_one`: -1 means 0 (libsvm)."""
+    """Return labels as float32: 0, 1, or NaN if blank and labels are optional.
+
+    minus_one: -1 means 0 (libsvm). has_schema: the message may say what the schema can do about another label.
+    """
     if isinstance(role.positive, bool):
         labels, unread, must_be = *_said(values, role.positive), f"one of {', '.join((*_YES, *_NO))}"
     elif role.positive is not None:
@@ -37,7 +48,7 @@ def label_column(
     is_blank = np.isnan(labels) & ~unread
     allowed = (labels == 0) | (labels == 1) | ((labels == -1) & minus_one)
     is_bad = ~allowed & ~(is_blank & (not is_required))
-    way_out = "" if must_be != "0 or 1" or minus_one else _OTHER_LABELS.format(role.column)
+    way_out = _OTHER_LABELS.format(role.column) if has_schema and must_be == "0 or 1" else ""
     checks.refuse(
         is_bad,
         lambda i: f"column {role.column!r}: the label is {_shown(values, i)}; it must be {must_be}{way_out}",
@@ -47,6 +58,11 @@ def label_column(
 
 def _equal(values: pa.Array, positive: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (1 where the value is `positive`, else 0, NaN if blank; mask of unreadable values)."""
+    values = plain(values)
+    if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
+        numbers, unread = parse_numbers(values, pl.Float64)
+        wanted, _ = parse_numbers(pa.array([positive]), pl.Float64)
+        return np.where(np.isnan(numbers), np.nan, numbers == wanted[0]), unread
     keys, unread = _keys(values)
     keys, wanted = canonical_keys(keys), canonical_keys(pa.array([positive]))[0]
     return pc.equal(keys, wanted).cast(pa.float32()).to_numpy(zero_copy_only=False), unread
@@ -203,7 +219,8 @@ def plain(values: pa.Array) -> pa.Array:
         except pa.ArrowInvalid:
             texts = (None if value is None else value.decode("utf-8", "replace") for value in values.to_pylist())
             return pa.array(texts, pa.string())
-    return values
+    is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return values.cast(pa.string()) if is_text else values
 
 
 def _part_of_dates(values: pa.Array, part: Part, name: str, checks: RowChecks) -> pa.Array:
@@ -211,7 +228,8 @@ def _part_of_dates(values: pa.Array, part: Part, name: str, checks: RowChecks) -
     values = plain(values)
     if not pa.types.is_temporal(values.type):
         numbers, unread = parse_numbers(values, pl.Float64)
-        seconds = pl.Series(np.where(unread, np.nan, numbers)).fill_nan(None)
+        is_plausible = ~unread & (numbers >= _SECONDS[0]) & (numbers <= _SECONDS[1])
+        seconds = pl.Series(np.where(is_plausible, numbers, np.nan)).fill_nan(None)
         from_numbers = (seconds * 1e6).cast(pl.Int64, strict=False).cast(pl.Datetime("us"))
         texts = pl.Series("key", pl.from_arrow(canonical_keys(_keys(values)[0])))
         days = texts.str.slice(0, 19).str.to_datetime("%Y-%m-%d %H:%M:%S", time_unit="us", strict=False)
@@ -223,11 +241,13 @@ def _part_of_dates(values: pa.Array, part: Part, name: str, checks: RowChecks) -
     is_bad = _is_present(values) & ~_is_present(parts)
     if pa.types.is_string(values.type):
         is_bad &= ~(pl.Series(pl.from_arrow(values)).str.strip_chars() == "").fill_null(True).to_numpy()
+    elif pa.types.is_floating(values.type):
+        is_bad &= ~np.isnan(numbers) | unread
     checks.refuse(
         is_bad,
         lambda i: (
             f"column {name!r}: {_shown(values, i)} is not a date; use 2024-01-31, 2024-01-31 12:30:00, "
-            "or seconds since 1970"
+            "or seconds since 1970, from 1973 on"
         ),
     )
     return parts

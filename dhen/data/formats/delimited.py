@@ -29,7 +29,7 @@ class DelimitedReader:
         quote, delimiter = self.roles.quote, self.roles.delimiter
         quoting = None
         if quote is not None:
-            quoting = text_blocks.Quoting(quote.encode(), delimiter.encode(), len(names))
+            quoting = text_blocks.Quoting(quote.encode(), delimiter.encode())
         blocks = text_blocks.text_blocks(file, block_bytes=self.block_bytes, header_rows=header_rows, quoting=quoting)
         for block in blocks:
             strings, rows, bad = text_blocks.split_columns(
@@ -73,7 +73,7 @@ def typed_table(
     typed: dict[str, pa.Array] = {}
     if roles.label.column in raw:
         values = raw[roles.label.column]
-        typed[LABEL] = columns.label_column(values, roles.label, checks, is_required=is_label_required)
+        typed[LABEL] = columns.label_column(values, roles.label, checks, is_required=is_label_required, has_schema=True)
     else:
         typed[LABEL] = columns.no_labels(len(checks.rows))
     for dense in roles.dense:

@@ -84,6 +84,7 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     singles = {roles.label.column, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
     numbers = {roles.label.column: "label", **{feature.source: "dense" for feature in roles.dense}}
     numbers |= {feature.weights: "weights" for feature in roles.sparse if feature.weights is not None}
+    dates = {feature.source for feature in roles.sparse if feature.part is not None}
     for name in used_columns(roles, schema.names):
         kind = schema.field(name).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -100,6 +101,10 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
             raise DataError(
                 f"{file}: column {name!r} is {numbers[name]}, but has the type {kind}. As a number, a time would "
                 f"depend on the file's unit. {_INSTEAD_OF_TIME[numbers[name]].format(name)}"
+            )
+        if name in dates and pa.types.is_time(inner):
+            raise DataError(
+                f"{file}: column {name!r} has the type {kind}, which has no date for `parts`. Use the date too."
             )
         if pa.types.is_duration(inner) or pa.types.is_interval(inner):
             raise DataError(f"{file}: column {name!r} has the type {kind}. Convert it to a number of seconds.")

@@ -71,6 +71,8 @@ class LabelRole:
     def __post_init__(self) -> None:
         if self.positive is not None and self.greater_than is not None:
             raise ValueError("both positive and greater_than are given. Remove one of them.")
+        if isinstance(self.positive, str) and not self.positive.strip():
+            raise ValueError("positive is blank. Give the value of a click.")
 
 
 @checked_dataclass(frozen=True, config=_STRICT)

@@ -39,11 +39,10 @@ _MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Quoting:
-    """Quoted values may contain the delimiter. Both are single ASCII characters. num_columns: of each row."""
+    """Quoted values may contain the delimiter and line breaks. Both are single ASCII characters."""
 
     quote: bytes
     delimiter: bytes
-    num_columns: int
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,8 @@ def text_blocks(
         line_number += num_lines
         for _ in range(skipped):
             text = text[text.index(b"\n") + 1 :]
-        text, rows, open_row = _joined(text, rows[skipped:], quoting)
+        is_too_long = len(open_row) > block_bytes + _FIRST_BYTES
+        text, rows, open_row = _joined(text, rows[skipped:], quoting, is_last=is_too_long)
         text, rows, bad = _clean(file, text, rows, quoting)
         yield TextBlock(file, text, rows, bad, line_number - open_row.count(b"\n"), bytes_read)
     if open_row:  # a quote that is never closed
@@ -131,7 +131,9 @@ def split_columns(
         reason = (
             f"the row has {row.actual_columns} columns, not {row.expected_columns} (the delimiter is {delimiter!r})"
         )
-        bad.append(BadRow(block.file, int(block.rows[row.number - 1]), reason, row.text[:LONGEST_QUOTE]))
+        bad.append(
+            BadRow(block.file, int(block.rows[row.number - 1]), reason, row.text.replace(BREAK, "\n")[:LONGEST_QUOTE])
+        )
         return "skip"
 
     kind = pa.string()
@@ -258,17 +260,8 @@ def _end_of_row(lines: list[bytes], first: int, quoting: Quoting) -> int | None:
     for last in range(first + 1, min(len(lines), most)):
         if lines[last].count(quoting.quote) % 2:
             row = BREAK.encode().join(lines[first : last + 1]).replace(b"\r", b"")
-            is_row = (
-                not _has_misplaced_quote(row + b"\n", quoting) and _num_columns(row, quoting) == quoting.num_columns
-            )
-            return last if is_row else first
+            return first if _has_misplaced_quote(row + b"\n", quoting) else last
     return None if len(lines) < most else first
-
-
-def _num_columns(row: bytes, quoting: Quoting) -> int:
-    """Number of values in a row whose quotes are well placed."""
-    unquoted = row.split(quoting.quote)[::2]  # a doubled quote ends one quoted part and begins the next
-    return 1 + sum(part.count(quoting.delimiter) for part in unquoted)
 
 
 def _clean(
@@ -285,7 +278,8 @@ def _clean(
     for row, line in zip(rows.tolist(), text.split(b"\n"), strict=False):
         reason = _complaint(line, quoting)
         if reason is not None:
-            bad.append(BadRow(file, row, reason, line[:LONGEST_QUOTE].decode("utf-8", "backslashreplace")))
+            shown = line.replace(BREAK.encode(), b"\n")[:LONGEST_QUOTE].decode("utf-8", "backslashreplace")
+            bad.append(BadRow(file, row, reason, shown))
         elif line:
             kept.append(line)
             kept_rows.append(row)

@@ -8,17 +8,17 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from dhen.data.preparation.preprocessing import PREPARATION_VERSION, prepare
+from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.raw_stream import ProgressCallback
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import open_sources
 from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER
-from dhen.data.schema import SCHEMA_FILE
+from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, SCHEMA_FILE
 
 _DIGESTS_FILE = ".digests.json"
 _NOT_IN_DIGEST = {
     *("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema", "schema_from"),
-    "block_bytes",
+    *("block_bytes", "is_canonical"),
 }
 """Settings that are paths (the digest covers the files' contents instead) or that do not change the result."""
 
@@ -49,7 +49,7 @@ def prepare_cached(
 
 
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
-    """Return a digest of everything that determines the result: files, settings and PREPARATION_VERSION."""
+    """Return a digest of everything that determines the result: files, settings and the version."""
     relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
     _, format_name, sources = open_sources(settings)
     inputs = [
@@ -57,7 +57,8 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     ]
     if not settings.is_label_required:  # these rows include the names of their files
         inputs.append([source.files for source in sources])
-    digest = hashlib.blake2b(json.dumps([PREPARATION_VERSION, format_name, relevant, inputs]).encode(), digest_size=16)
+    version = PREPARATION_VERSION if settings.is_canonical else PREPARATION_VERSION_WRITTEN
+    digest = hashlib.blake2b(json.dumps([version, format_name, relevant, inputs]).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())
     if settings.schema_from is not None:

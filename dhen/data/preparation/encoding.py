@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from dhen.data.formats.canonical import canonical_keys
+from dhen.data.formats.columns import lists_of
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.formats.roles import ColumnRoles, SparseRole
 from dhen.data.preparation.hashing import hashed_ids
@@ -15,11 +17,15 @@ from dhen.data.schema import LABEL, DenseColumn, SparseColumn, weights_column
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes raw tables (`RawChunk.table`) as prepared tables (dhen/data/schema.py)."""
+    """Encodes raw tables (`RawChunk.table`) as prepared tables (dhen/data/schema.py).
+
+    is_canonical: keys get their canonical text first. `Schema.is_canonical` says whether those of a model have it.
+    """
 
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
     vocabularies: dict[str, Vocabulary]
+    is_canonical: bool = True
 
     def encode(self, raw: pa.Table) -> pa.Table:
         """Return the same rows with ids and transformed values."""
@@ -28,15 +34,20 @@ class Encoder:
             encoded[dense.name] = pa.array(_transformed(raw[dense.name].to_numpy(), dense), from_pandas=False)
         for sparse in self.sparse:
             column = raw[sparse.name].combine_chunks()
-            if sparse.is_multi_valued:
-                ids = self._ids(column.flatten(), sparse)
-                encoded[sparse.name] = pa.ListArray.from_arrays(_offsets(column), ids)
-            else:
-                encoded[sparse.name] = self._ids(column, sparse)
+            if not sparse.is_multi_valued:
+                encoded[sparse.name] = self._ids(self.keys(column), sparse)
+                continue
+            keys, lengths = self.keys(column.flatten()), _lengths(column)
+            keep = keys.is_valid().to_numpy(zero_copy_only=False)  # a blank in a list is no id
+            encoded[sparse.name] = lists_of(lengths, self._ids(keys, sparse), keep=keep)
             if sparse.is_weighted:
                 name = weights_column(sparse.name)
-                encoded[name] = raw[name].combine_chunks()
+                encoded[name] = lists_of(lengths, raw[name].combine_chunks().flatten(), keep=keep)
         return pa.table(encoded)
+
+    def keys(self, texts: pa.Array) -> pa.Array:
+        """Return the texts that ids are made of."""
+        return canonical_keys(texts) if self.is_canonical else texts
 
     def _ids(self, keys: pa.Array, sparse: SparseColumn) -> pa.Array:
         if sparse.encoding == "hash":
@@ -96,7 +107,6 @@ def _transformed(values: np.ndarray, column: DenseColumn) -> np.ndarray:
     return np.nan_to_num(values, nan=0.0).astype(np.float32)
 
 
-def _offsets(lists: pa.ListArray) -> pa.Array:
-    """Return offsets into `lists.flatten()`. A null list is empty."""
-    lengths = lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    return pa.array(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))
+def _lengths(lists: pa.ListArray) -> np.ndarray:
+    """Return the number of values in each list. A null list is empty."""
+    return lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dhen.data.formats.canonical import CANONICAL_SINCE
+from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.raw_rows import BadRow, DataError
 from dhen.data.preparation.encoding import Encoder, check_same_features, new_columns
 from dhen.data.preparation.origins import add_origins
@@ -28,11 +28,8 @@ from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source, open_sources
 from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, flat_keys, load_vocabulary
 from dhen.data.preparation.writing import BadRowList, SplitWriter
-from dhen.data.schema import Schema, SplitCounts
+from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, VERSION, Schema, SplitCounts
 
-PREPARATION_VERSION = 3
-"""Raise this when the same input and settings give a different folder, so that older cached folders are not reused."""
-_VERSION = "preparation_version"
 _UNFINISHED = ".unfinished-"
 
 
@@ -75,15 +72,13 @@ def settings_without_effect(settings: PreparationSettings, schema: Schema) -> li
 
 def _prepare_in(folder: Path, settings: PreparationSettings, progress: ProgressCallback) -> Schema:
     reader, format_name, sources = open_sources(settings)
-    version = PREPARATION_VERSION
-    if settings.schema_from is not None:
-        version = int(Schema.load(Path(settings.schema_from)).source.get(_VERSION, PREPARATION_VERSION))
-    stream = RawStream(reader, sources, settings, progress, is_canonical=version >= CANONICAL_SINCE)
+    stream = RawStream(reader, sources, settings, progress)
     encoder = _given_encoder(stream, settings) if settings.schema_from is not None else _new_encoder(stream, settings)
     for name, vocabulary in encoder.vocabularies.items():
         vocabulary.save(folder, name)
     splits = _write_splits(folder, stream, encoder, with_origins=not settings.is_label_required)
-    source = _source(settings, format_name, sources) | {_VERSION: version}
+    version = PREPARATION_VERSION if encoder.is_canonical else PREPARATION_VERSION_WRITTEN
+    source = _source(settings, format_name, sources) | {VERSION: version}
     schema = Schema(encoder.dense, encoder.sparse, splits, source)
     schema.save(folder)
     return schema
@@ -94,12 +89,13 @@ def _given_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
     schema = Schema.load(origin)
     check_same_features(stream.roles, schema.dense, schema.sparse, str(origin))
     with_vocabulary = [column.name for column in schema.sparse if column.encoding == "vocabulary"]
-    return Encoder(schema.dense, schema.sparse, {name: load_vocabulary(origin, name) for name in with_vocabulary})
+    vocabularies = {name: load_vocabulary(origin, name) for name in with_vocabulary}
+    return Encoder(schema.dense, schema.sparse, vocabularies, schema.is_canonical)
 
 
 def _new_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
     vocabularies = _count_vocabularies(stream, settings)
-    return Encoder(*new_columns(stream.roles, settings, vocabularies), vocabularies)
+    return Encoder(*new_columns(stream.roles, settings, vocabularies), vocabularies, settings.is_canonical)
 
 
 def _count_vocabularies(stream: RawStream, settings: PreparationSettings) -> dict[str, Vocabulary]:
@@ -115,7 +111,8 @@ def _count_vocabularies(stream: RawStream, settings: PreparationSettings) -> dic
     for part in stream.chunks("counting keys", only="train"):
         table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
         for name, count in counts.items():
-            count.add(flat_keys(table[name].combine_chunks()))
+            keys = flat_keys(table[name].combine_chunks())
+            count.add(canonical_keys(keys) if settings.is_canonical else keys)
     return {name: count.vocabulary(roles[name].min_count or settings.min_count) for name, count in counts.items()}
 
 
@@ -162,7 +159,7 @@ def _refuse_mostly_bad(counts: dict[str, SplitCounts], first_bad: BadRow | None)
 def _source(settings: PreparationSettings, format_name: str, sources: tuple[Source, ...]) -> dict[str, object]:
     """Return the `source` entry of schema.json, which says where the rows came from."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-    del values["block_bytes"]
+    del values["block_bytes"], values["is_canonical"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
     return {"format": format_name, "files": files, "settings": values}
 

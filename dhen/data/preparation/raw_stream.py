@@ -3,13 +3,11 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from dhen.data.formats.canonical import canonical_column
 from dhen.data.formats.raw_rows import BadRow, DataError, RawChunk, Reader
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source
@@ -44,22 +42,12 @@ class SplitChunk:
 
 
 class RawStream:
-    """All rows to prepare. The constructor counts the rows if they are split sequentially.
-
-    is_canonical: whether keys get their canonical text. Folders and models of earlier versions keep their own keys.
-    """
+    """All rows to prepare. The constructor counts the rows if they are split sequentially."""
 
     def __init__(
-        self,
-        reader: Reader,
-        sources: tuple[Source, ...],
-        settings: PreparationSettings,
-        progress: ProgressCallback,
-        *,
-        is_canonical: bool = True,
+        self, reader: Reader, sources: tuple[Source, ...], settings: PreparationSettings, progress: ProgressCallback
     ) -> None:
         self.roles = reader.roles
-        self._is_canonical = is_canonical
         self.splits = tuple(split for source in sources for split in source.splits)
         self._reader = reader
         self._stops_at_bad_rows = settings.bad_rows == "error"
@@ -83,14 +71,6 @@ class RawStream:
         self._progress(PreparationProgress(_COUNTING, rows, bytes_total, bytes_total, is_done=True))
         return rows
 
-    def _with_canonical_keys(self, chunk: RawChunk) -> RawChunk:
-        if not self._is_canonical:
-            return chunk
-        names = [role.name for role in self.roles.sparse]
-        keys = {name: canonical_column(chunk.table[name].combine_chunks()) for name in names}
-        columns = {name: keys.get(name, chunk.table[name]) for name in chunk.table.column_names}
-        return replace(chunk, table=pa.table(columns))
-
     def chunks(self, stage: str, only: str | None = None) -> Iterator[SplitChunk]:
         """Make one pass over all rows. `only`: read just the sources that have rows in this split."""
         rules = {s: rule for s, rule in self._rules.items() if only is None or only in s.splits}
@@ -100,7 +80,7 @@ class RawStream:
             position = 0
             for file in source.files:
                 num_rows = 0
-                for chunk in map(self._with_canonical_keys, self._reader.chunks(file)):
+                for chunk in self._reader.chunks(file):
                     if chunk.bad and self._stops_at_bad_rows:
                         raise _stop(chunk.bad[0])
                     first = position - 1 - chunk.header_rows

@@ -35,6 +35,7 @@ class PreparationSettings:
     schema_from: prepared folder or saved model whose features, ids and transforms are reused. The encoding settings
         above then have no effect.
     block_bytes: how much of a text file to read at a time. Does not affect the result.
+    is_canonical: False makes ids of the texts as they were written, as models of earlier versions need them.
     """
 
     dataset_name: Paths = None
@@ -54,6 +55,7 @@ class PreparationSettings:
     only_split: str | None = None
     schema_from: str | Path | None = None
     block_bytes: int = BLOCK_BYTES
+    is_canonical: bool = True
 
     def __post_init__(self) -> None:
         self._check_choice("dataset_format", ("auto", *FORMATS))

@@ -29,6 +29,7 @@ NEWEST = ("true", LATEST)
 """The values of --resume_from_checkpoint that mean the newest checkpoint in output_dir."""
 STATE_FILE = "trainer_state.json"
 FORMAT_VERSION = 1
+CANONICAL_KEYS = "canonical keys"
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
 _PREFIX = "checkpoint-"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
@@ -152,6 +153,11 @@ def check_same_model(folder: Path, config: DhenConfig) -> None:
     for name, saved in _read_state(folder).get("model", {}).items():
         if saved != now.get(name):
             raise CheckpointError(f"{folder}: saved with {name} {_shown(saved, now.get(name))}. {_WAY_OUT}")
+
+
+def has_canonical_keys(folder: Path) -> bool:
+    """Whether the run trained on ids of canonical texts; runs of earlier versions did not."""
+    return bool(_read_state(folder)["data_order"].get(CANONICAL_KEYS, False))
 
 
 def saved_table_cuts(folder: Path) -> dict[str, int]:

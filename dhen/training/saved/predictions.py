@@ -39,6 +39,7 @@ class _JsonLines:
 
 _WRITERS: dict[str, Callable[[BinaryIO, pa.Schema], _Writer]] = {
     ".parquet": lambda file, schema: pyarrow.parquet.ParquetWriter(file, schema, compression="zstd"),
+    ".pq": lambda file, schema: pyarrow.parquet.ParquetWriter(file, schema, compression="zstd"),
     ".csv": pyarrow.csv.CSVWriter,
     ".jsonl": _JsonLines,
 }
@@ -47,7 +48,7 @@ _WRITERS: dict[str, Callable[[BinaryIO, pa.Schema], _Writer]] = {
 def prediction_file(output: str | None) -> Path:
     """The file to write. Raises ArgumentError if its name doesn't end in .parquet, .csv or .jsonl."""
     path = Path(output or "predictions.parquet")
-    if path.suffix not in _WRITERS:
+    if path.suffix.lower() not in _WRITERS:
         raise ArgumentError(f"--output is {output}. Use a name that ends in {', '.join(_WRITERS)}.")
     return path
 
@@ -59,7 +60,7 @@ class PredictionWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._draft = path, path.with_name(f".{path.name}.draft")
         self._file = self._draft.open("wb")
-        self._writer = _WRITERS[path.suffix](self._file, COLUMNS)
+        self._writer = _WRITERS[path.suffix.lower()](self._file, COLUMNS)
 
     def write(self, table: pa.Table) -> None:
         """Append rows."""

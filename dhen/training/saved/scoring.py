@@ -130,7 +130,7 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
             raise ArgumentError(
                 f"{trained.folder} is not inside the folder of its run, so its data is unknown. Add --dataset_name."
             )
-        return prepare_dataset(of_run, cache, topology), split
+        return prepare_dataset(of_run, cache, topology, is_canonical=trained.schema.is_canonical), split
     data = DataArguments(
         dataset_name=name,
         dataset_format=arguments.dataset_format,

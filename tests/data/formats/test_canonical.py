@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from dhen.data.formats.canonical import canonical_column, canonical_keys
+from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
@@ -44,16 +44,41 @@ def test_equal_values_have_one_text(texts, canonical):
 
 
 @pytest.mark.parametrize(
-    "text", ["007", "007.0", "1e5", "7.5", "10.0.0.1", "v1.10", "2024-13-01 10:00:00", "tea", "Trueman", "a: b"]
+    "text",
+    [
+        "007",
+        "007.0",
+        "1e5",
+        "7.5",
+        "10.0.0.1",
+        "v1.10",
+        "2024-13-01 10:00:00",
+        "2024-01-31 23:59:60",
+        "25:00:00.0",
+        "tea",
+        "Trueman",
+        "a: b",
+    ],
 )
 def test_other_texts_stay_as_they_are(text):
     assert canonical_keys(pa.array([text, None])).to_pylist() == [text, None]
 
 
-def test_blanks_are_missing_also_in_a_list_and_slices_are_respected():
+def test_blanks_are_missing_and_slices_are_respected():
     assert canonical_keys(pa.array(["  ", "", "x "])).to_pylist() == [None, None, "x"]
-    lists = pa.array([["0.0"], ["1.0", " "], None, ["2"]], pa.list_(pa.string()))
-    assert canonical_column(lists.slice(1)).to_pylist() == [["1", None], [], ["2"]]
+    assert canonical_keys(pa.array(["0.0", "1.0", None, "b"]).slice(1)).to_pylist() == ["1", None, "b"]
+
+
+def test_a_blank_in_a_list_is_no_id_and_has_no_weight(tmp_path):
+    (tmp_path / "schema.yaml").write_text("label: y\nsparse: [{name: tags, separator: '|', weights: w}]\n")
+    (tmp_path / "log.csv").write_text("y,tags,w\n1,a| |7.0,1|2|3\n0, ,5\n1,7,4\n")
+    settings = PreparationSettings(
+        train_file=str(tmp_path / "log.csv"), dataset_schema=str(tmp_path / "schema.yaml"), id_encoding="vocabulary"
+    )
+    prepare(settings, tmp_path / "prepared")
+    table = pyarrow.parquet.read_table(tmp_path / "prepared/train")
+    assert table["tags"].to_pylist() == [[2, 1], [], [1]]
+    assert table["tags:weights"].to_pylist() == [[1, 3], [], [4]]
 
 
 def frame_of_everything(seed: int) -> dict[str, list[Any]]:

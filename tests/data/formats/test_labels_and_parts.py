@@ -60,6 +60,7 @@ def test_another_label_is_refused(tmp_path, label, value, words):
     ("schema", "words"),
     [
         ("label: {column: y, positive: 1, greater_than: 2}\nsparse: [user]", "both positive and greater_than"),
+        ("label: {column: y, positive: ' '}\nsparse: [user]", "positive is blank"),
         ("label: {column: y, above: 2}\nsparse: [user]", "label.above"),
         ("label: {column: y, greater_than: high}\nsparse: [user]", "label.greater_than"),
         ("sparse: [{name: t, parts: [hour, second]}]", "part: .*'second'"),
@@ -76,10 +77,10 @@ def test_a_wrong_schema_is_refused_by_key(tmp_path, schema, words):
 MOMENTS = [
     datetime.datetime(2024, 1, 31, 23, 5),
     datetime.datetime(2023, 6, 4, 0, 0, 9),
-    datetime.datetime(1969, 12, 31),
+    datetime.datetime(2001, 12, 31),
 ]
-PARTS = {"minute": [5, 0, 0], "hour": [23, 0, 0], "weekday": [3, 7, 3], "day": [31, 4, 31], "month": [1, 6, 12],
-         "week": [5, 22, 1], "year": [2024, 2023, 1969]}  # fmt: skip
+PARTS = {"minute": [5, 0, 0], "hour": [23, 0, 0], "weekday": [3, 7, 1], "day": [31, 4, 31], "month": [1, 6, 12],
+         "week": [5, 22, 1], "year": [2024, 2023, 2001]}  # fmt: skip
 KINDS = {
     "ns": pa.array(MOMENTS, pa.timestamp("ns")),
     "s": pa.array([moment.replace(microsecond=0) for moment in MOMENTS], pa.timestamp("s")),
@@ -103,6 +104,13 @@ def test_parts_of_dates_are_features(tmp_path, kind):
         assert ids[3] == 0, "a blank"
 
 
-def test_what_is_no_date_is_refused(tmp_path):
-    with pytest.raises(DataError, match="column 't': 'soon' is not a date; use 2024-01-31, "):
-        prepared(tmp_path, "label: y\nsparse: [{name: t, parts: [hour]}]\n", "y,t\n1,soon\n")
+@pytest.mark.parametrize("value", ["soon", "1706704200000", "20240131", "14102100"])
+def test_what_is_no_date_is_refused(tmp_path, value):
+    with pytest.raises(DataError, match=f"column 't': '{value}' is not a date; use 2024-01-31, "):
+        prepared(tmp_path, "label: y\nsparse: [{name: t, parts: [hour]}]\n", f"y,t\n1,{value}\n")
+
+
+def test_floats_are_compared_as_numbers(tmp_path):
+    rows = pa.table({"y": [5.0, 4.5, 3.0], "user": ["a", "b", "c"]})
+    label = "label: {column: y, positive: 4.5}\nsparse: [user]\n"
+    assert prepared(tmp_path, label, rows)["label"].to_pylist() == [0, 1, 0]
