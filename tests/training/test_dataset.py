@@ -20,7 +20,7 @@ FOLDER = Path("prepared")
 def prepare_slowly(topology: Topology, heartbeat_seconds: float) -> Path:
     """Preparation of 5 s in a process group that gives up after 2 s of silence."""
     dataset.HEARTBEAT_SECONDS = heartbeat_seconds
-    dataset._prepare = lambda *_: time.sleep(5) or FOLDER
+    dataset._prepare = lambda *_, **__: time.sleep(5) or FOLDER
     impatient = replace(topology, world=dist.new_group(timeout=timedelta(seconds=2)))
     return dataset.prepare_dataset(DataArguments(), Path("cache"), impatient)
 
