@@ -198,7 +198,7 @@ def test_another_vocabulary_or_schema_is_refused(trained, exported, tmp_path):
         (["--model_name_or_path={exported}", "--dataset_name=none.tsv"], "none.tsv: no such file"),
         (["--model_name_or_path={exported}", "--dataset_name={raw}", "--split=test"], "--split has no effect"),
         (["--model_name_or_path={run}", "--bad_rows=skip"], "--bad_rows has no effect"),
-        (["--model_name_or_path={run}", "--output=scores.txt"], "scores.txt. Use a name that ends in .parquet, .pq, .csv"),
+        (["--model_name_or_path={run}", "--output=scores.txt"], "Use a name that ends in .parquet, .pq, .csv"),
         (["--model_name_or_path={run}", "--splits=test"], "Did you mean '--split'?"),
     ],
 )
