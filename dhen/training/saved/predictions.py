@@ -37,16 +37,20 @@ class _JsonLines:
         self._file.flush()
 
 
+def _parquet(file: BinaryIO, schema: pa.Schema) -> _Writer:
+    return pyarrow.parquet.ParquetWriter(file, schema, compression="zstd")
+
+
 _WRITERS: dict[str, Callable[[BinaryIO, pa.Schema], _Writer]] = {
-    ".parquet": lambda file, schema: pyarrow.parquet.ParquetWriter(file, schema, compression="zstd"),
-    ".pq": lambda file, schema: pyarrow.parquet.ParquetWriter(file, schema, compression="zstd"),
+    ".parquet": _parquet,
+    ".pq": _parquet,
     ".csv": pyarrow.csv.CSVWriter,
     ".jsonl": _JsonLines,
 }
 
 
 def prediction_file(output: str | None) -> Path:
-    """The file to write. Raises ArgumentError if its name doesn't end in .parquet, .csv or .jsonl."""
+    """The file to write. Raises ArgumentError if its name doesn't end in one of _WRITERS."""
     path = Path(output or "predictions.parquet")
     if path.suffix.lower() not in _WRITERS:
         raise ArgumentError(f"--output is {output}. Use a name that ends in {', '.join(_WRITERS)}.")
