@@ -15,6 +15,7 @@ from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.loop import evaluate
 from dhen.training.run_folder import metrics_of, print_metrics, write_json
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
+from dhen.training.unseen import report_unseen
 
 
 def main() -> None:
@@ -24,9 +25,11 @@ def main() -> None:
         arguments = parse_scoring_arguments(None, __doc__)
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
-        metrics = metrics_of(evaluate(model, loader), loader.schema.best_possible_ne.get(loader.split))
+        values = evaluate(model, loader)
+        metrics = metrics_of(values, loader.schema.best_possible_ne.get(loader.split))
         if topology.is_main:
             print_metrics({loader.split: metrics})
+            report_unseen(loader.split, values.unseen, loader.schema)
             if arguments.output:
                 write_json(Path(arguments.output), metrics)
     job.stop()

@@ -10,7 +10,7 @@ The output has one entry per row, in input order, with these columns:
     label       null if the rows have no labels; labels are optional
     file, line  raw file and line number (row number in Parquet) from 1, as in bad_rows.csv; null without raw files
 
-The script runs on any number of ranks.
+<output>.unseen.csv says how many values of each feature training never saw. The script runs on any number of ranks.
 """
 
 from pathlib import Path
@@ -25,6 +25,7 @@ from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.parallelize import ScoringDhen
 from dhen.training.saved.predictions import COLUMNS, PredictionWriter, prediction_file
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
+from dhen.training.unseen import UNSEEN_FILE, report_unseen, unseen_values, write_unseen
 
 
 def main() -> None:
@@ -61,8 +62,11 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
             if writer is not None:
                 columns = [pa.array(column, from_pandas=True) for column in columns]
                 writer.write(pa.table([*columns, *origins.take(len(columns[0]))], schema=COLUMNS))
+    unseen = unseen_values(model.unseen_ids(), loader.schema, loader.split, knows_uses=model.knows_uses)
     if writer is not None:
         writer.finish()
+        report_unseen(loader.split, unseen, loader.schema)
+        write_unseen(path.with_name(f"{path.stem}.{UNSEEN_FILE}"), {loader.split: unseen})
     return loader.num_rows
 
 

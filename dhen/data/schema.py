@@ -77,13 +77,15 @@ class SparseColumn:
 class SplitCounts:
     """Number of rows in one split, and how many of them are clicks or `unlabelled` (label NaN).
 
-    `rows` does not include the `bad_rows`, which were skipped.
+    `rows` does not include the `bad_rows`, which were skipped. unknown_keys: by feature with a vocabulary, the number
+    of values that are not a key. Folders of earlier versions do not have them.
     """
 
     rows: int
     clicks: int
     bad_rows: int = 0
     unlabelled: int = 0
+    unknown_keys: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ Shapes: B examples of this rank, F sparse features, D embedding dimension, S tab
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,14 +25,12 @@ from dhen.config.dhen_section import TableDtype, TableOptimizer, TableRounding
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
 from dhen.runtime.topology import Topology
-from dhen.tables.id_exchange import IdExchange, SentIds
-from dhen.tables.lookup import (
-    ADAGRAD_EPSILON,
-    make_lookup,
-)
+from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
+from dhen.tables.lookup import ADAGRAD_EPSILON, make_lookup
 from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
 from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.pooled_exchange import WAITING, ColumnBlock, PooledExchange, PooledLayout, Wires
+from dhen.tables.row_uses import RowUses, UnseenIds, mean_row
 from dhen.tables.stochastic_rounding import RoundedTables, round_stochastically
 
 _DECAYED_ROWS = 1 << 16
@@ -103,6 +101,8 @@ class ShardedTables(nn.Module):
         self._layout = _layout(by_rank, len(self.tables), embedding_dim, topology.rank)
         self._ids = IdExchange(self.tables, by_rank, topology, overlap=overlap)
         self._lookup, self._rounded = None, None
+        self.uses = RowUses([shard.num_embeddings for shard in self.shards], self._device)
+        self._unseen: UnseenIds | None = None
         if self.shards:
             self._make_lookup(epsilon, rounds=table_dtype == "fp16" and table_rounding == "stochastic")
         for shard, weight in zip(self.shards, self._weights(), strict=True):
@@ -144,12 +144,38 @@ class ShardedTables(nn.Module):
                 rows = self._world_size * own.padded_batch
                 pooled = torch.empty(rows, 0, device=self._device, requires_grad=torch.is_grad_enabled())
             else:
-                look_up = self._rounded or self._lookup
-                pooled = look_up(own.ids, own.offsets, per_sample_weights=own.weights)
+                pooled = self._look_up_own(own)
             exchange = PooledExchange(
                 self._layout, own.batch_size, own.padded_batch, self._group, self._wires, overlap=self._overlap
             )
             return PendingEmbeddings(exchange, exchange.start(pooled))
+
+    def _look_up_own(self, own: OwnIds) -> Tensor:
+        """Pool the rows of this rank's shards, and count the uses in training or, in an evaluation, the unseen ids."""
+        weights, missing_SR = own.weights, None
+        if torch.is_grad_enabled():
+            bags = (own.offsets.numel() - 1) // len(self.shards)
+            self.uses.add(own.ids, own.offsets[::bags].diff())
+        elif self._unseen is not None:
+            weights, missing_SR = self._unseen.split(own.ids, own.offsets, weights)
+        pooled = (self._rounded or self._lookup)(own.ids, own.offsets, per_sample_weights=weights)
+        return pooled if missing_SR is None else pooled + self._unseen.mean_parts(missing_SR)
+
+    @contextlib.contextmanager
+    def watching_unseen(self, *, uses_means: bool) -> Iterator[UnseenIds]:
+        """Count the ids whose rows training never used, inside this context, where gradients must be off.
+
+        uses_means: let the mean of its shard stand for such a row. False for an exported model, whose rows hold it.
+        """
+        self._unseen = UnseenIds(self.uses, self.means() if uses_means else None)
+        try:
+            yield self._unseen
+        finally:
+            self._unseen = None
+
+    def means(self) -> list[Tensor]:
+        """For each shard of this rank, the mean of its rows, weighted by their uses: float32, (columns,)."""
+        return [mean_row(weight, self.uses.of(index)) for index, weight in enumerate(self._weights())]
 
     def send_ids(self, sparse: SparseIds) -> SentIds:
         """Start sending every id to its table's owner; batches are sent in order. Communicates over all ranks."""
@@ -182,11 +208,12 @@ class ShardedTables(nn.Module):
     def shard_tensors(self) -> list[tuple[TableShard, dict[str, Tensor]]]:
         """This rank's shards and their tensors, which may be read or overwritten in place.
 
-        "weight" is (rows, columns). The Adagrad optimizers add "sum": (rows, columns), or (rows,) for row-wise Adagrad.
+        "weight" is (rows, columns). "uses" is (rows,), int32: how often training used each row. The Adagrad optimizers
+        add "sum": (rows, columns), or (rows,) for row-wise Adagrad.
         """
         if self._lookup is None:
             return []
-        tensors = [{"weight": weight} for weight in self._weights()]
+        tensors = [{"weight": weight, "uses": self.uses.of(index)} for index, weight in enumerate(self._weights())]
         if self.optimizer != "sgd":
             for of_shard, (total,) in zip(tensors, self._lookup.split_optimizer_states(), strict=True):
                 of_shard["sum"] = total

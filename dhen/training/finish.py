@@ -13,6 +13,7 @@ from dhen.training.run_folder import SUMMARY_FILE, metrics_of, print_metrics, wr
 from dhen.training.saved.checkpoint import checkpoint_of, is_whole, load_checkpoint
 from dhen.training.saved.model_card import model_card
 from dhen.training.saved.trained_model import MODEL_FOLDER, export_model
+from dhen.training.unseen import UNSEEN_FILE, report_unseen, write_unseen
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,9 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     model, state, best_ne = trainer.model, trainer.state, data.schema.best_possible_ne
     output_dir, seconds = Path(arguments.training.output_dir), progress.watch.seconds
     tested_step = _load_best(trainer, output_dir) if arguments.training.load_best_model_at_end else state.step
-    results = {
-        name: metrics_of(evaluate(model, data.loaders[split]), best_ne.get(split))
-        for name, split in (("eval", "validation"), ("test", "test"))
-        if split in data.loaders
-    }
+    splits = {"eval": "validation", "test": "test"}
+    values = {name: evaluate(model, data.loaders[split]) for name, split in splits.items() if split in data.loaders}
+    results = {name: metrics_of(of_split, best_ne.get(splits[name])) for name, of_split in values.items()}
     summary = results | {
         "samples_per_second": progress.samples_per_second or _earlier_rate(output_dir),
         "seconds": seconds,
@@ -46,10 +45,14 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         write_json(output_dir / SUMMARY_FILE, summary)
         draw_curves(output_dir / METRICS_FILE, best_ne.get("validation"))
         print_metrics(results)
+        unseen = {splits[name]: of_split.unseen for name, of_split in values.items()}
+        write_unseen(output_dir / UNSEEN_FILE, unseen)
+        for split, of_split in unseen.items():
+            report_unseen(split, of_split, data.schema)
         rate = summary["samples_per_second"]
         logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
         logger.info(
-            "results are in %s: curves.png, metrics.csv, summary.json, and the model in %s/", output_dir, MODEL_FOLDER
+            "results are in %s: curves.png, metrics.csv, summary.json, unseen.csv, and the model in %s/", output_dir, MODEL_FOLDER
         )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallelize import ParallelDhen, ScoringDhen
 from dhen.training.progress import ProgressReporter
 from dhen.training.saved.checkpoint import CANONICAL_KEYS, TrainerState, delete_old_checkpoints, save_checkpoint
+from dhen.training.unseen import unseen_values
 
 
 def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
@@ -26,7 +27,9 @@ def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
         for batch in loader.epoch(0):
             batch = batch.to(model.topology.device)
             metrics.update(model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse), batch.labels_B)
-    return metrics.compute(model.topology.world)
+    schema, split = loader.schema, loader.split
+    unseen = unseen_values(model.unseen_ids(), schema, split, knows_uses=model.knows_uses)
+    return replace(metrics.compute(model.topology.world), unseen=unseen)
 
 
 class Trainer:

@@ -31,11 +31,13 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime.topology import ShardGroups, Topology
-from dhen.tables.id_exchange import SentIds, check_ids
+from dhen.tables.id_exchange import SentIds
 from dhen.tables.lookup import ADAGRAD_EPSILON
 from dhen.tables.placement.agreed import place_for_scoring, place_for_training
 from dhen.tables.placement.plan import Placement
 from dhen.tables.pooled_exchange import Wires
+from dhen.tables.replicated import ReplicatedFeatures
+from dhen.tables.row_uses import UnseenIds, fill_unused, mean_row
 from dhen.tables.sharded_tables import PendingEmbeddings, ShardedTables
 from dhen.tables.wire import Wire
 
@@ -43,35 +45,13 @@ logger = logging.getLogger(__name__)
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ReplicatedFeatures:
-    """Splits a batch's ids between replicated tables, which are in the dense part of every rank, and sharded tables."""
-
-    def __init__(self, config: DhenConfig, names: Collection[str], device: torch.device) -> None:
-        """names: the features whose tables are replicated."""
-        self._own = [index for index, table in enumerate(config.tables) if table.name in names]
-        self._others = [index for index, table in enumerate(config.tables) if table.name not in names]
-        self._tables = [config.tables[index] for index in self._own]
-        self._num_embeddings_F = torch.tensor([table.num_embeddings for table in self._tables], device=device)
-
-    def own(self, sparse: SparseIds | None) -> SparseIds | None:
-        """Ids for the replicated tables; None if there are none. Raises IndexError for an id outside its table."""
-        if not self._own:
-            return None
-        own = sparse.select(self._own)
-        check_ids(own, self._num_embeddings_F, self._tables)
-        return own
-
-    def others(self, sparse: SparseIds) -> SparseIds:
-        """Ids for the sharded tables."""
-        return sparse.select(self._others) if self._own else sparse
-
-
 @dataclass
 class ScoringDhen:
     """A DHEN model over the ranks of `topology`, for predictions.
 
     tables: the sharded, model-parallel tables; None if there are none, or all tables are replicated.
-    dense: the data-parallel dense part, including the tables that `placement` replicates.
+    dense: the data-parallel dense part, including the tables that `placement` replicates. knows_uses: whether it is
+    known which rows training used; models of earlier versions do not say it.
     """
 
     config: DhenConfig
@@ -81,11 +61,13 @@ class ScoringDhen:
     dense: nn.Module
 
     def __post_init__(self) -> None:
-        self._replicated = ReplicatedFeatures(self.config, self.placement.replicated, self.topology.device)
+        self.replicated = ReplicatedFeatures(self.config, self.placement.replicated, self.topology)
+        self._unseen: UnseenIds | None = None
+        self.knows_uses = True
 
     def send_ids(self, sparse: SparseIds) -> SentIds | None:
         """Start sending a batch's ids to their tables. None without sharded tables. Communicates over all ranks."""
-        return None if self.tables is None else self.tables.send_ids(self._replicated.others(sparse))
+        return None if self.tables is None else self.tables.send_ids(self.replicated.others(sparse))
 
     def settle(self) -> None:
         """Wait for ids that were sent but will not be looked up."""
@@ -96,7 +78,7 @@ class ScoringDhen:
         """Start looking up this rank's B examples. None without sharded tables. Communicates over all ranks."""
         if self.tables is None:
             return None
-        return self.tables.look_up(self._replicated.others(sparse) if isinstance(sparse, SparseIds) else sparse)
+        return self.tables.look_up(self.replicated.others(sparse) if isinstance(sparse, SparseIds) else sparse)
 
     def score(
         self, embeddings_BFD: PendingEmbeddings | Tensor | None, dense_BN: Tensor, sparse: SparseIds | None = None
@@ -105,20 +87,46 @@ class ScoringDhen:
 
         sparse: the batch's ids; needed only if tables are replicated.
         """
-        own = self._replicated.own(sparse)
+        own = self.replicated.own(sparse)
         return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN).logits
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside this context: no gradients, no dropout, fixed batch norm statistics."""
+        """Evaluation mode inside this context: no gradients, no dropout, fixed batch norm statistics.
+
+        The ids whose rows training never used are counted for `unseen_ids`. In training, the mean of its table stands
+        for such a row. Communicates if tables are replicated; all ranks enter together.
+        """
         module = getattr(self.dense, "module", self.dense)
         was_training = module.training
         module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                self._watch_unseen(stack)
                 yield
         finally:
             module.train(was_training)
+
+    def _watch_unseen(self, stack: contextlib.ExitStack) -> None:
+        if self.tables is not None:
+            self._unseen = stack.enter_context(self.tables.watching_unseen(uses_means=False))
+
+    def unseen_ids(self) -> dict[str, tuple[int, int, int]]:
+        """What the last evaluation met, by feature: ids, ids with unused rows, and of the latter those that are 0.
+
+        Communicates; all ranks call it.
+        """
+        index = {table.name: place for place, table in enumerate(self.config.tables)}
+        counts_3F = torch.zeros(3, len(index), dtype=torch.int64, device=self.topology.device)
+        if self.tables is not None:
+            for shard, counts in zip(self.tables.shards, self._unseen.counts_3S.unbind(1), strict=True):
+                if shard.first_column == 0:
+                    counts_3F[:, index[shard.name]] = counts
+        if self.replicated.unseen is not None:
+            for table, counts in zip(self.replicated.tables, self.replicated.unseen.counts_3S.unbind(1), strict=True):
+                counts_3F[:, index[table.name]] = counts
+        dist.all_reduce(counts_3F, group=self.topology.world)
+        return {name: tuple(counts_3F[:, place].tolist()) for name, place in index.items()}
 
 
 @dataclass
@@ -152,6 +160,23 @@ class ParallelDhen(ScoringDhen):
         self.engine.backward(loss)
         self.engine.step()
 
+    def _watch_unseen(self, stack: contextlib.ExitStack) -> None:
+        if self.tables is not None:
+            self._unseen = stack.enter_context(self.tables.watching_unseen(uses_means=True))
+        if self.replicated.tables:
+            self.replicated.gather_uses()
+            self.replicated.unseen = UnseenIds(self.replicated.uses, self._means_of_replicated())
+            hook = self.engine.module.tables.register_forward_hook(self.replicated.add_means)
+            stack.callback(hook.remove)
+
+    def _means_of_replicated(self) -> list[Tensor]:
+        means = []
+        for name, uses in self.replicated.uses_by_name().items():
+            weight = self.engine.module.get_parameter(f"tables.{name}.weight")
+            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                means.append(mean_row(weight, uses))
+        return means
+
     def average_buffers(self) -> None:
         """Average the running statistics of batch norms over the ranks; nothing else synchronizes them. Communicates.
 
@@ -166,14 +191,19 @@ class ParallelDhen(ScoringDhen):
     def dense_state_dict(self) -> dict[str, Tensor]:
         """The full fp32 weights and the buffers of the dense part, on rank 0's CPU. Empty on the other ranks.
 
-        Communicates under ZeRO stages 1 to 3, one weight at a time, so no device needs memory for all of them.
+        A row of a replicated table that training never used is the mean of its table. Communicates, under ZeRO stages
+        1 to 3 one weight at a time, so no device needs memory for all of them.
         """
+        self.replicated.gather_uses()
+        uses = {f"tables.{name}.weight": counts for name, counts in self.replicated.uses_by_name().items()}
         parameters = dict(self.engine.module.named_parameters())
         state = {}
         for name, parameter in parameters.items():
             whole = _whole_weight(parameter)
             if self.topology.is_main:
                 state[name] = whole.detach().cpu().clone()
+                if name in uses:
+                    fill_unused(state[name], uses[name].cpu())
         if self.topology.is_main:
             buffers = self.engine.module.state_dict().items()
             state |= {name: tensor.detach().cpu().clone() for name, tensor in buffers if name not in parameters}

@@ -20,6 +20,7 @@ from dhen.training.parallelize import ParallelDhen
 from dhen.training.run_environment import describe_environment
 from dhen.training.saved.checkpoint import NEWEST, checkpoints
 from dhen.training.saved.trained_model import MODEL_FOLDER
+from dhen.training.unseen import UNSEEN_FILE
 
 SUMMARY_FILE = "summary.json"
 ARGUMENTS_FILE = "arguments.yaml"
@@ -28,6 +29,7 @@ ENVIRONMENT_FILE = "environment.json"
 OF_A_RUN = (
     SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "latest", DS_CONFIG_FILE, "placement.json",
     "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py", ENVIRONMENT_FILE,
+    UNSEEN_FILE,
 )  # fmt: skip
 """The files and folders that a run writes."""
 logger = logging.getLogger(__name__)
@@ -124,9 +126,10 @@ def num_dense_weights(model: ParallelDhen) -> int:
 
 
 def metrics_of(values: MetricValues, best_possible_ne: float | None = None) -> dict[str, Any]:
-    """The metrics for summary.json, with the best possible NE if it is known."""
+    """The metrics for summary.json, with the best possible NE if it is known, and unseen: share by feature."""
     best = {} if best_possible_ne is None else {"best_possible_ne": best_possible_ne}
-    return asdict(values) | best
+    unseen = {name: of_feature.share for name, of_feature in values.unseen.items()}
+    return asdict(values) | best | {"unseen": unseen}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

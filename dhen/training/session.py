@@ -71,6 +71,9 @@ def build_model(
     _check_replicated(training, model)
     if start and model.tables is not None:
         start.load_tables(model.tables)
+    if start:
+        for name, uses in model.replicated.uses_by_name().items():
+            start.fill_uses(name, uses)
     if topology.is_main:
         announce(arguments, model, data.schema, start.report() if start else None)
         memory_plan.announce(model)

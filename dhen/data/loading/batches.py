@@ -138,6 +138,8 @@ class BatchLoader:
         It does not depend on the location of the files or on how the raw values were read.
         """
         schema = {key: value for key, value in asdict(self.schema).items() if key in ("dense", "sparse", "splits")}
+        for counts in schema["splits"].values():
+            del counts["unknown_keys"]
         digest = hashlib.blake2b(json.dumps(schema).encode(), digest_size=16)
         rows = decode(self._groups[:1], self.schema)
         bags = [values for bag in rows.bags for values in (bag.offsets, bag.ids)]

@@ -12,7 +12,7 @@ from dhen.data.formats.roles import ColumnRoles, SparseRole
 from dhen.data.preparation.hashing import hashed_ids
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.vocabulary import Vocabulary
-from dhen.data.schema import LABEL, DenseColumn, SparseColumn, weights_column
+from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, SparseColumn, weights_column
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,32 @@ class Encoder:
     vocabularies: dict[str, Vocabulary]
     is_canonical: bool = True
 
-    def encode(self, raw: pa.Table) -> pa.Table:
-        """Return the same rows with ids and transformed values."""
+    def encode(self, raw: pa.Table) -> tuple[pa.Table, dict[str, np.ndarray]]:
+        """Return the same rows with ids and transformed values.
+
+        The second value says, for each feature with a vocabulary, how many values of each row are not a key.
+        """
+        unknown: dict[str, np.ndarray] = {}
         encoded: dict[str, pa.Array] = {LABEL: raw[LABEL].combine_chunks()}
         for dense in self.dense:
             encoded[dense.name] = pa.array(_transformed(raw[dense.name].to_numpy(), dense), from_pandas=False)
         for sparse in self.sparse:
             column = raw[sparse.name].combine_chunks()
+            keys = self.keys(column.flatten() if sparse.is_multi_valued else column)
+            ids, keep = self._ids(keys, sparse), keys.is_valid().to_numpy(zero_copy_only=False)
+            lengths = _lengths(column) if sparse.is_multi_valued else np.ones(len(column), np.int64)
+            if sparse.encoding == "vocabulary":
+                row = np.repeat(np.arange(len(lengths)), lengths)
+                is_unknown = keep & (ids.to_numpy() == MISSING_ID)
+                unknown[sparse.name] = np.bincount(row[is_unknown], minlength=len(lengths))
             if not sparse.is_multi_valued:
-                encoded[sparse.name] = self._ids(self.keys(column), sparse)
+                encoded[sparse.name] = ids
                 continue
-            keys, lengths = self.keys(column.flatten()), _lengths(column)
-            keep = keys.is_valid().to_numpy(zero_copy_only=False)  # a blank in a list is no id
-            encoded[sparse.name] = lists_of(lengths, self._ids(keys, sparse), keep=keep)
+            encoded[sparse.name] = lists_of(lengths, ids, keep=keep)  # a blank in a list is no id
             if sparse.is_weighted:
                 name = weights_column(sparse.name)
                 encoded[name] = lists_of(lengths, raw[name].combine_chunks().flatten(), keep=keep)
-        return pa.table(encoded)
+        return pa.table(encoded), unknown
 
     def keys(self, texts: pa.Array) -> pa.Array:
         """Return the texts that ids are made of."""

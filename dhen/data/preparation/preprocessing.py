@@ -12,9 +12,10 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,7 @@ def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_ori
     first_bad: BadRow | None = None
     writers = {split: SplitWriter(folder / split) for split in stream.splits}
     bad_rows = dict.fromkeys(stream.splits, 0)
+    unknown_keys = {split: Counter() for split in stream.splits}
     with ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.close)
@@ -128,14 +130,18 @@ def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_ori
         for part in stream.chunks("writing"):
             bad_row_list.write(part.chunk.bad)
             first_bad = first_bad or next(iter(part.chunk.bad), None)
-            encoded = encoder.encode(part.chunk.table)
+            encoded, unknown = encoder.encode(part.chunk.table)
             if with_origins:
                 encoded = add_origins(encoded, part.chunk)
             for index, split in enumerate(part.splits):
                 is_here = part.split_of_row == index
                 writers[split].write(encoded if is_here.all() else encoded.filter(is_here))
                 bad_rows[split] += int(np.count_nonzero(part.split_of_bad == index))
-    counts = {split: writer.counts(bad_rows[split]) for split, writer in writers.items()}
+                unknown_keys[split].update({name: int(of_row[is_here].sum()) for name, of_row in unknown.items()})
+    counts = {
+        split: replace(writer.counts(bad_rows[split]), unknown_keys=dict(unknown_keys[split]))
+        for split, writer in writers.items()
+    }
     _refuse_mostly_bad(counts, first_bad)
     for split, count in counts.items():
         if count.rows == 0:

@@ -20,6 +20,8 @@ CACHED_SHARE = 0.2
 """Share of rows that a GPU caches of a table in host memory; FBGEMM's default."""
 _CACHED_ROW_BYTES, _CACHE_SLOT_BYTES = 4, 16
 """Bookkeeping of FBGEMM's cache on the GPU: bytes per row of the table, and bytes per cached row."""
+_USES_BYTES = 4
+"""Bytes per row of the count of its uses (dhen/tables/row_uses.py)."""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
 WIRE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0}
 
@@ -153,15 +155,15 @@ class StepSetting:
         return replace(self, world_size=1, local_size=1, table_dtype="fp32", optimizer="adagrad")
 
     def shard_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a shard's weights and optimizer state."""
+        """Bytes of a shard's weights, optimizer state and counts of uses."""
         state = {"rowwise_adagrad": 4, "adagrad": 4 * columns, "sgd": 0}[self.optimizer]
-        return rows * (columns * WEIGHT_BYTES[self.table_dtype] + state)
+        return rows * (columns * WEIGHT_BYTES[self.table_dtype] + state + _USES_BYTES)
 
     def cached_bytes(self, rows: int, columns: int) -> int:
-        """Bytes that stay on the GPU when the shard is in host memory: the cache, and row-wise optimizer state."""
+        """Bytes that stay on the GPU when the shard is in host memory: cache, row-wise optimizer state, and uses."""
         state = 4 if self.optimizer == "rowwise_adagrad" else 0
         slot = _CACHE_SLOT_BYTES + columns * WEIGHT_BYTES[self.table_dtype]
-        return int(rows * (state + _CACHED_ROW_BYTES + CACHED_SHARE * slot))
+        return int(rows * (state + _USES_BYTES + _CACHED_ROW_BYTES + CACHED_SHARE * slot))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
@@ -32,6 +33,7 @@ FORMAT_VERSION = 1
 CANONICAL_KEYS = "canonical keys"
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
 _PREFIX = "checkpoint-"
+_REPLICATED_USES = "uses-of-replicated.safetensors"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
     "Resume with the same value (and the same --model_name_or_path, if the run started from a trained model), or start "
@@ -72,6 +74,10 @@ def save_checkpoint(
     model.engine.save_checkpoint(str(output_dir), tag=folder.name, save_latest=False)
     if model.tables is not None:
         save_tables(model.tables, folder, topology.rank)
+    if model.replicated.tables:
+        model.replicated.gather_uses()
+        if topology.is_main:
+            save_file(model.replicated.uses_by_name(), folder / _REPLICATED_USES)
     torch.save(_random_state(), folder / f"random-{topology.rank:05d}.pt")
     topology.barrier()
     if topology.is_main:
@@ -124,6 +130,9 @@ def load_checkpoint(
     _step_as_configured(model)
     if model.tables is not None:
         load_tables(model.tables, folder)
+    if model.replicated.tables:
+        saved_uses = folder / _REPLICATED_USES
+        model.replicated.load_uses(load_file(saved_uses) if saved_uses.is_file() else {})
     if with_random_state and saved["world_size"] == here["world_size"]:
         _set_random_state(torch.load(folder / f"random-{topology.rank:05d}.pt", weights_only=True))
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})

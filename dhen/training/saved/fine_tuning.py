@@ -55,6 +55,15 @@ class StartingPoint:
         """Copy the matching rows into this rank's shards. Does not communicate."""
         for shard, tensors in tables.shard_tensors():
             self.fill_table(shard.name, tensors["weight"], shard.first_column, shard.last_column)
+            self.fill_uses(shard.name, tensors["uses"])
+
+    def fill_uses(self, name: str, uses: Tensor) -> None:
+        """Count one use of each row that is kept and that the trained model's training used."""
+        old_rows = self._rows.get(name)
+        if old_rows is not None:
+            is_kept = old_rows >= 0
+            is_used = self.trained.is_used(name, self.trained.num_embeddings[name])
+            uses[is_kept.to(uses.device)] = is_used[old_rows[is_kept]].to(uses)
 
     def fill_table(
         self, name: str, weight: Tensor, first_column: int | None = None, last_column: int | None = None

@@ -111,6 +111,7 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
         schema=schema,
     )
     model = parallelize_for_scoring(trained.config, topology, trained.dense_weights())
+    model.knows_uses = trained.knows_uses
     if model.tables is not None:
         trained.load_tables(model.tables)
     return model, loader

@@ -14,9 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.paths import find, looked_in
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
+from dhen.tables.row_uses import fill_unused
 from dhen.tables.sharded_tables import ShardedTables
 from dhen.training.parallelize import ParallelDhen
 
@@ -96,6 +99,33 @@ class TrainedModel:
         """Load this rank's shards. Does not communicate."""
         for shard, tensors in tables.shard_tensors():
             tensors["weight"].copy_(self.table(shard.name, shard.first_column, shard.last_column))
+            tensors["uses"].copy_(self.is_used(shard.name, shard.num_embeddings))
+
+    @cached_property
+    def num_embeddings(self) -> dict[str, int]:
+        """Rows of each table, by feature."""
+        return {table.name: table.num_embeddings for table in self.config.tables}
+
+    @property
+    def knows_uses(self) -> bool:
+        """Whether the model says which rows training used. Models of earlier versions do not."""
+        return bool(self._used_rows_files)
+
+    @cached_property
+    def _used_rows_files(self) -> dict[str, Path]:
+        """Feature -> file."""
+        files = {}
+        for path in sorted(self.folder.glob("used-rows-*.safetensors")):
+            with safe_open(path, framework="np") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        return files
+
+    def is_used(self, feature: str, rows: int) -> Tensor:
+        """For each row of a feature's table, whether training used it. All, if the model does not know it."""
+        if feature not in self._used_rows_files:
+            return torch.ones(rows, dtype=torch.bool)
+        with safe_open(self._used_rows_files[feature], framework="np") as file:
+            return torch.from_numpy(np.unpackbits(file.get_tensor(feature), count=rows).astype(bool))
 
 
 def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str) -> None:
@@ -112,6 +142,7 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     topology.barrier()
     written = _write_tables(model.tables, draft, topology) if model.tables is not None else {}
     dense = model.dense_state_dict()
+    _write_used_rows(model, draft)
     if topology.is_main:
         save_file(dense, draft / "model-dense.safetensors", metadata={"format": "pt"})
         written |= {name: ("model-dense.safetensors", _bytes(tensor)) for name, tensor in dense.items()}
@@ -140,20 +171,42 @@ def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> di
     Returns the tensors that this rank wrote: name -> (file, bytes).
     """
     whole_file, rank = f"model-tables-{topology.rank:05d}.safetensors", topology.rank
-    weights = {shard.name: tensors["weight"] for shard, tensors in tables.shard_tensors() if not _is_cut(shard, tables)}
+    of_shards = {
+        shard: (tensors["weight"], tensors["uses"], mean)
+        for (shard, tensors), mean in zip(tables.shard_tensors(), tables.means(), strict=True)
+    }
     whole = {
-        f"{_TABLES}{name}.weight": weight.detach().to("cpu", torch.float32).contiguous()
-        for name, weight in weights.items()
+        f"{_TABLES}{shard.name}.weight": fill_unused(_float_copy(weight.cpu()), uses.cpu(), mean)
+        for shard, (weight, uses, mean) in of_shards.items()
+        if not _is_cut(shard, tables)
     }
     if whole:
         save_file(whole, folder / whole_file, metadata={"format": "pt"})
     written = {key: (whole_file, _bytes(tensor)) for key, tensor in whole.items()}
     for shards in _cut_tables(tables):
         key, cut_file = f"{_TABLES}{shards[0].name}.weight", f"model-table-{shards[0].table:05d}.safetensors"
-        size = _write_cut_table(tables, shards, key, folder / cut_file, topology)
+        own = {shard: tensors for shard, tensors in of_shards.items() if shard in shards}
+        size = _write_cut_table(own, shards, key, folder / cut_file, topology)
         if rank == shards[0].rank:
             written[key] = (cut_file, size)
     return written
+
+
+def _float_copy(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.float32, copy=True).contiguous()
+
+
+def _write_used_rows(model: ParallelDhen, folder: Path) -> None:
+    """Write which rows training used, one bit per row: each rank for its tables, rank 0 for the replicated ones."""
+    uses = {}
+    if model.tables is not None:
+        of_shards = model.tables.shard_tensors()
+        uses = {shard.name: tensors["uses"] for shard, tensors in of_shards if shard.first_column == 0}
+    if model.topology.is_main:
+        uses |= model.replicated.uses_by_name()
+    bits = {name: np.packbits((counts > 0).cpu().numpy()) for name, counts in uses.items()}
+    if bits:
+        save_arrays(bits, folder / f"used-rows-{model.topology.rank:05d}.safetensors")
 
 
 def _is_cut(shard: TableShard, tables: ShardedTables) -> bool:
@@ -169,24 +222,32 @@ def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
     return [sorted(by_table[table], key=lambda shard: shard.first_column) for table in sorted(by_table)]
 
 
-def _write_cut_table(tables: ShardedTables, shards: list[TableShard], key: str, path: Path, topology: Topology) -> int:
+def _write_cut_table(
+    own: dict[TableShard, tuple[Tensor, Tensor, Tensor]],
+    shards: list[TableShard],
+    key: str,
+    path: Path,
+    topology: Topology,
+) -> int:
     """Assemble the columns of a table, a block of rows at a time, and write them. No rank holds the full table.
 
-    Communicates among the ranks of `shards`; all ranks may call it. Returns the size of the weights in bytes.
+    own: weight, uses and mean row of this rank's shards. Communicates among the ranks of `shards`; all ranks may call
+    it. Returns the size of the weights in bytes.
     """
     owner, rows = shards[0].rank, shards[0].num_embeddings
-    own = {shard.first_column: tensors["weight"] for shard, tensors in tables.shard_tensors() if shard in shards}
-    num_bytes = rows * tables.embedding_dim * 4
+    embedding_dim = sum(shard.num_columns for shard in shards)
+    num_bytes = rows * embedding_dim * 4
     with path.open("wb") if topology.rank == owner else contextlib.nullcontext() as file:
         if file is not None:
-            _write_header(file, key, (rows, tables.embedding_dim), num_bytes)
-        step = max(1, _ROWS_BYTES // (tables.embedding_dim * 4))
+            _write_header(file, key, (rows, embedding_dim), num_bytes)
+        step = max(1, _ROWS_BYTES // (embedding_dim * 4))
         for first in range(0, rows, step):
             count = min(step, rows - first)
             pieces = []
             for shard in shards:
-                if shard.first_column in own:
-                    piece = own[shard.first_column][first : first + count].detach().float().contiguous()
+                if shard in own:
+                    weight, uses, mean = own[shard]
+                    piece = fill_unused(_float_copy(weight[first : first + count]), uses[first : first + count], mean)
                     if topology.rank != owner:
                         dist.send(piece, owner, group=topology.world)
                 elif topology.rank == owner:

@@ -1,0 +1,85 @@
+"""Replicated tables: small tables that every rank holds in full, in its dense part (paper 3.1)."""
+
+from collections.abc import Collection, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.features import SparseIds
+from dhen.runtime.topology import Topology
+from dhen.tables.id_exchange import check_ids
+from dhen.tables.row_uses import RowUses, UnseenIds
+
+
+class ReplicatedFeatures:
+    """Splits a batch's ids between replicated tables, which are in the dense part of every rank, and sharded tables.
+
+    uses: how often training used each row, on any rank, up to the last `gather_uses`.
+    """
+
+    def __init__(self, config: DhenConfig, names: Collection[str], topology: Topology) -> None:
+        """names: the features whose tables are replicated."""
+        self._own = [index for index, table in enumerate(config.tables) if table.name in names]
+        self._others = [index for index, table in enumerate(config.tables) if table.name not in names]
+        self.tables = [config.tables[index] for index in self._own]
+        rows, device = [table.num_embeddings for table in self.tables], topology.device
+        self._num_embeddings_F = torch.tensor(rows, device=device)
+        self._is_mean_F = torch.tensor([table.pooling == "mean" for table in self.tables], device=device)
+        self._group = topology.world
+        self.uses = RowUses(rows, device)
+        self._new_uses = RowUses(rows, device)
+        self.unseen: UnseenIds | None = None
+        self._missing_FB: Tensor | None = None
+
+    def own(self, sparse: SparseIds | None) -> SparseIds | None:
+        """Ids for the replicated tables; None if there are none. Raises IndexError for an id outside its table."""
+        if not self._own:
+            return None
+        own = sparse.select(self._own)
+        check_ids(own, self._num_embeddings_F, self.tables)
+        if torch.is_grad_enabled():
+            self._new_uses.add(own.ids, _lengths(own).sum(1))
+        elif self.unseen is not None:
+            lengths_FB = _lengths(own)
+            offsets = nn.functional.pad(lengths_FB.flatten().cumsum(0), (1, 0))
+            weights, self._missing_FB = self.unseen.split(own.ids, offsets, own.weights)
+            if self._missing_FB is not None:
+                own = SparseIds(own.ids, own.num_features, lengths_FB, weights)
+                self._missing_FB = self._missing_FB / lengths_FB.clamp(min=1).where(self._is_mean_F[:, None], 1)
+        return own
+
+    def others(self, sparse: SparseIds) -> SparseIds:
+        """Ids for the sharded tables."""
+        return sparse.select(self._others) if self._own else sparse
+
+    def add_means(self, tables: nn.Module, inputs: tuple, embeddings_BFD: Tensor) -> Tensor:
+        """Forward hook of the replicated tables: add the mean row where `own` left out an unused one."""
+        if self._missing_FB is None:
+            return embeddings_BFD
+        return embeddings_BFD + self.unseen.mean_parts(self._missing_FB).view_as(embeddings_BFD)
+
+    def gather_uses(self) -> None:
+        """Bring `uses` up to date. Communicates over all ranks."""
+        if self._own:
+            new = self._new_uses.counts.long()
+            dist.all_reduce(new, group=self._group)
+            self.uses.increase(new)
+            self._new_uses.counts.zero_()
+
+    def uses_by_name(self) -> dict[str, Tensor]:
+        """`uses` by feature."""
+        return {table.name: self.uses.of(index) for index, table in enumerate(self.tables)}
+
+    def load_uses(self, saved: Mapping[str, Tensor]) -> None:
+        """Continue from `uses_by_name` of a checkpoint. Rows of a table that it lacks count as used."""
+        self._new_uses.counts.zero_()
+        for name, uses in self.uses_by_name().items():
+            uses.copy_(saved.get(name, torch.ones_like(uses)))
+
+
+def _lengths(sparse: SparseIds) -> Tensor:
+    if sparse.lengths_FB is not None:
+        return sparse.lengths_FB
+    return torch.ones(sparse.num_features, sparse.batch_size, dtype=torch.int64, device=sparse.ids.device)

@@ -1,0 +1,119 @@
+"""Which rows of the tables training has used.
+
+A row that training never used still has its random start, which says nothing about a click. At evaluation and export it
+counts as the mean of its table's rows, weighted by how often training used each of them.
+
+Shapes: S tables, R bags per table, C sum of the tables' columns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MOST = 1 << 30
+_BLOCK_ROWS = 1 << 16
+
+
+class RowUses:
+    """How often training used each row of some tables: one int32 per row.
+
+    After a billion uses, all counts are halved and rounded up. So they fit, a used row stays a used one, and the ratios
+    of the counts, which are the weights of the mean, stay the same.
+
+    >>> uses = RowUses([3, 2], torch.device("cpu"))
+    >>> uses.add(torch.tensor([0, 2, 2, 1]), torch.tensor([3, 1]))
+    >>> uses.of(0).tolist(), uses.of(1).tolist()
+    ([1, 0, 2], [0, 1])
+    """
+
+    def __init__(self, rows: Sequence[int], device: torch.device) -> None:
+        """rows: of each table."""
+        self._rows = list(rows)
+        self._starts_S = torch.tensor([0, *self._rows], device=device).cumsum(0)[:-1]
+        self.counts = torch.zeros(sum(self._rows), dtype=torch.int32, device=device)
+        self._added = 0
+
+    def of(self, table: int) -> Tensor:
+        """The counts of table number `table`, (rows,): a view."""
+        first = sum(self._rows[:table])
+        return self.counts[first : first + self._rows[table]]
+
+    def add(self, ids: Tensor, ids_per_table_S: Tensor) -> None:
+        """Count one use of each id. ids: ordered by table."""
+        places = self._places(ids, ids_per_table_S)
+        self.counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+        self._added += ids.numel()
+        if self._added >= _MOST:
+            self.increase(torch.zeros_like(self.counts, dtype=torch.int64))
+            self._added = 0
+
+    def increase(self, more: Tensor) -> None:
+        """Add int64 counts of all rows."""
+        total = self.counts + more
+        while total.numel() and total.max() > _MOST // 2:
+            total = (total + 1) // 2
+        self.counts.copy_(total)
+
+    def is_unused(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
+        """For each id, whether its row was never used. ids: ordered by table."""
+        return self.counts[self._places(ids, ids_per_table_S)] == 0
+
+    def _places(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
+        return ids + self._starts_S.repeat_interleave(ids_per_table_S, output_size=ids.numel())
+
+
+@torch.no_grad()
+def mean_row(weight: Tensor, uses: Tensor) -> Tensor:
+    """The mean of a table's rows, weighted by their uses: float32, (columns,). Zeros if no row was used."""
+    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=uses.device)
+    for rows, counts in zip(weight.split(_BLOCK_ROWS), uses.split(_BLOCK_ROWS), strict=True):
+        total += counts.double() @ rows.to(uses.device).double()
+    return (total / uses.sum().clamp(min=1)).float()
+
+
+def fill_unused(rows: Tensor, uses: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Overwrite the rows that were never used by the mean, by default that of these rows. Returns `rows`."""
+    mean = mean_row(rows, uses) if mean is None else mean
+    rows[uses.to(rows.device) == 0] = mean.to(rows)
+    return rows
+
+
+class UnseenIds:
+    """The ids of one evaluation whose rows training never used: counts them, and lets the mean stand for their rows.
+
+    counts_3S: for each table, the number of ids, of those with an unused row, and of the latter those that are 0.
+    """
+
+    def __init__(self, uses: RowUses, means: Sequence[Tensor] | None) -> None:
+        """means: `mean_row` of each table. None: the unused rows already hold it, as in an exported model."""
+        self._uses = uses
+        self._means_C = torch.cat(list(means)) if means else None
+        self._columns_S = None if not means else torch.tensor([len(mean) for mean in means], device=uses.counts.device)
+        self.counts_3S = torch.zeros(3, len(uses._rows), dtype=torch.int64, device=uses.counts.device)
+
+    def split(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Count the ids of S * R bags, and give unused rows weight 0.
+
+        Returns the weights per id, and missing_SR: how much weight each bag has lost. None: every weight is 1, or
+        nothing is missing.
+        """
+        lengths_SR = offsets.diff().view(len(self._uses._rows), -1)
+        ids_per_table_S = lengths_SR.sum(1)
+        is_unused = self._uses.is_unused(ids, ids_per_table_S)
+        tables = torch.arange(len(ids_per_table_S), device=ids.device)
+        table_of_id = tables.repeat_interleave(ids_per_table_S, output_size=ids.numel())
+        for row, counted in enumerate((torch.ones_like(is_unused), is_unused, is_unused & (ids == 0))):
+            self.counts_3S[row].index_add_(0, table_of_id, counted.long())
+        if self._means_C is None or not is_unused.any():
+            return weights, None
+        weights = torch.ones_like(ids, dtype=torch.float32) if weights is None else weights
+        bags = torch.arange(lengths_SR.numel(), device=ids.device)
+        bag_of_id = bags.repeat_interleave(lengths_SR.flatten(), output_size=ids.numel())
+        missing = torch.zeros(lengths_SR.numel(), device=ids.device)
+        missing.index_add_(0, bag_of_id, weights.where(is_unused, 0.0))
+        return weights.where(~is_unused, 0.0), missing.view_as(lengths_SR)
+
+    def mean_parts(self, missing_SR: Tensor) -> Tensor:
+        """What the missing rows add to the pooled embeddings, (R, C)."""
+        return missing_SR.t().repeat_interleave(self._columns_S, dim=1) * self._means_C
