@@ -68,9 +68,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--split_fractions", nargs=3, type=float, help=f"train, validation, test; default: {default.split_fractions}")
     add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
     add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")
-    add("--id_encoding", choices=("hash", "vocabulary"), help=f"default: {default.id_encoding}")
-    add("--hash_size", type=int, help=f"rows per table of a hashed feature; default: {default.hash_size:,}")
-    add("--min_count", type=int, help=f"rarer keys get no row of their own; default: {default.min_count}")
+    add("--id_encoding", choices=("auto", "hash", "vocabulary"), help=f"default: {default.id_encoding}")
+    add("--hash_size", type=int, help="rows per table of a hashed feature; default: 100,000, with auto a million")
+    add("--min_count", type=int, help="rarer keys get no row of their own; default: 1")
     add(
         "--bad_rows",
         choices=("error", "skip"),

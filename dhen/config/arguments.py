@@ -66,16 +66,26 @@ class DataArguments:
         "How to assign rows to splits. random: by a hash of the row number. sequential: in file order, the first rows "
         "to train and the last to test; use it for logs in time order.",
     )
-    id_encoding: Literal["hash", "vocabulary"] = option(
-        "hash",
+    id_encoding: Literal["auto", "hash", "vocabulary"] = option(
+        "auto",
         "How sparse values become table rows. hash: one pass over the data; different values may share a row. "
-        "vocabulary: one more pass; each value gets its own row.",
+        "vocabulary: one more pass; each value gets its own row. auto: a vocabulary for features with up to a million "
+        "values, and the hash for others. With --model_name_or_path, auto means as in the trained model.",
     )
-    hash_size: int = option(
-        100_000, "Rows per table with --id_encoding hash. More rows mean fewer collisions and more memory."
+    hash_size: int | None = option(
+        None,
+        "Rows per table of a hashed feature. More rows mean fewer collisions and more memory. Default: 100,000, or a "
+        "million where --id_encoding auto chose the hash. With --model_name_or_path, as in the trained model.",
     )
-    min_count: int = option(
-        1, "With --id_encoding vocabulary, values seen fewer times than this in the training split share row 0."
+    min_count: int | None = option(
+        None,
+        "With a vocabulary, values seen fewer times than this in the training split share row 0. Default: 1, or with "
+        "--model_name_or_path as in the trained model.",
+    )
+    vocabulary_keys: Literal["union", "new"] = option(
+        "union",
+        "With --model_name_or_path, the keys of a vocabulary. union: those of the trained model and of the new data. "
+        "new: only those of the new data.",
     )
     bad_rows: Literal["error", "skip"] = option(
         "error", "What to do with malformed rows. error: stop at the first. skip: list them in bad_rows.csv."

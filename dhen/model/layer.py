@@ -3,13 +3,13 @@
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N dense features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from dhen.model.configuration_dhen import EnsembleKind, LayerSpec, NormKind
-from dhen.model.interactions import InteractionContext, MixEmbeddings, build_interaction
+from dhen.model.interactions import Axes, InteractionContext, MixEmbeddings, build_interaction, with_prefix
 from dhen.model.mlp import BatchNorm
 
 
@@ -108,7 +108,7 @@ class DhenLayer(nn.Module):
     def __init__(self, spec: LayerSpec, num_inputs: int, embedding_dim: int, num_dense_features: int = 0) -> None:
         """Raises ValueError naming the interaction whose options do not fit the shapes."""
         super().__init__()
-        self.norm_position = spec.norm_position
+        self.norm_position, self.embedding_dim = spec.norm_position, embedding_dim
         self.interactions = nn.ModuleList(
             build_interaction(
                 interaction,
@@ -128,6 +128,17 @@ class DhenLayer(nn.Module):
         self.shortcut = ShortCut(num_inputs, self.num_outputs)
         self.dropout = nn.Dropout(spec.dropout)
         self.norm = make_norm(spec.norm, num_inputs if spec.norm_position == "pre" else self.num_outputs, embedding_dim)
+
+    def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
+        """Which weights belong to which of the M embeddings and N dense features, by their labels."""
+        axes: Axes = {"shortcut.mix.weight": {1: inputs}}
+        for index, interaction in enumerate(self.interactions):
+            axes |= with_prefix(f"interactions.{index}", interaction.input_axes(inputs, dense))
+        if self.norm_position == "pre" and isinstance(self.norm, FlatBatchNorm):
+            values = [(row, column) for row in inputs for column in range(self.embedding_dim)]
+            names = ("weight", "bias", "running_mean", "running_var")
+            axes |= {f"norm.norm.{name}": {0: values} for name in names}
+        return axes
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return (B, num_outputs, D)."""

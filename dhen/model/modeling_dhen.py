@@ -3,7 +3,7 @@
 Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding dimension.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import FeatureProcessing, PlainTables, SparseIds
+from dhen.model.interactions import Axes, with_prefix
 from dhen.model.layer import DhenLayer, make_norm
 from dhen.model.mlp import MLP
 
@@ -82,6 +83,7 @@ class DhenModel(DhenPreTrainedModel):
                 f"the model has no input: sparse_features is empty, num_dense_features is {config.num_dense_features} "
                 f"and num_dense_embeddings is {config.num_dense_embeddings}. Add sparse features or dense features."
             )
+        self.num_inputs = num_embeddings
         self.features = FeatureProcessing(config)
         self.layers = nn.ModuleList()
         specs = config.layer_specs
@@ -183,6 +185,18 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             total = nn.functional.binary_cross_entropy_with_logits(logits_B, labels.to(logits_B.dtype), reduction="sum")
             loss = total / max(labels.shape[0], 1)
         return DhenOutput(loss=loss, logits=logits_B)
+
+    def input_axes(self, sparse: Sequence[str], dense: Sequence[str]) -> Axes:
+        """Which weights belong to which feature. sparse, dense: names of the features, in the data's order."""
+        inputs = [("sparse", name) for name in sparse]
+        inputs += [("dense embedding", index) for index in range(self.model.num_inputs - len(inputs))]
+        axes: Axes = {}
+        if self.model.features.dense_mlp is not None:
+            axes["features.dense_mlp.0.weight"] = {1: dense}
+        for index, layer in enumerate(self.model.layers):
+            axes |= with_prefix(f"layers.{index}", layer.input_axes(inputs, dense))
+            inputs = [("output", place) for place in range(layer.num_outputs)]
+        return with_prefix("model", axes)
 
     def _join(self, inputs_embeds: Tensor | Callable[[], Tensor], sparse: SparseIds | None) -> Callable[[], Tensor]:
         """Return a function that waits for `inputs_embeds` and returns the embeddings_BFD of all features in order."""

@@ -23,7 +23,7 @@ from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
 from dhen.training.saved.checkpoint import find_checkpoint, has_canonical_keys
-from dhen.training.saved.fine_tuning import StartingPoint, frozen_and_new, ignored_architecture, start_from
+from dhen.training.saved.fine_tuning import StartingPoint, frozen_and_new, ignored_architecture, lost_tables, start_from
 from dhen.training.saved.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,9 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
     is_canonical = trained is None or trained.schema.is_canonical
     if training.resume_from_checkpoint:
         is_canonical = has_canonical_keys(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)))
-    prepared = prepare_dataset(data, cache, topology, is_canonical=is_canonical)
+    prepared = prepare_dataset(
+        data, cache, topology, is_canonical=is_canonical, like=trained.folder if trained else None
+    )
     schema, start = Schema.load(prepared), None
     if trained is not None:
         start = start_from(trained, prepared, schema)
@@ -119,10 +121,11 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
 
 def _without_effect(arguments: Arguments, schema: Schema, start: StartingPoint | None) -> list[str]:
     """A sentence for each setting that has no effect, and one for frozen weights that were never trained."""
-    sentences = settings_without_effect(arguments.data, schema) + arguments.training.without_effect()
+    like = start.trained.folder if start else None
+    sentences = settings_without_effect(arguments.data, schema, like) + arguments.training.without_effect()
     if start:
         sentences += ignored_architecture(arguments.architecture, start)
-        sentences += frozen_and_new(arguments.training.freeze, start)
+        sentences += frozen_and_new(arguments.training.freeze, start) + lost_tables(start)
     return sentences
 
 
@@ -134,16 +137,17 @@ def prepare_dataset(
     only_split: str | None = None,
     *,
     is_canonical: bool = True,
+    like: Path | None = None,
 ) -> Path:
     """Return the prepared folder for `data`. Rank 0 prepares it and the others wait. All ranks call it.
 
     schema_from: a trained model whose features, ids and transforms to use; labels are then optional. only_split: the
     only split to read from a hub data set. is_canonical: whether keys get their canonical text; those of models of
-    earlier versions do not.
+    earlier versions do not. like: a trained model whose encoding of each feature to use, unless `data` says otherwise.
 
     Raises DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
-    more = {"schema_from": schema_from, "only_split": only_split, "is_canonical": is_canonical}
+    more = {"schema_from": schema_from, "only_split": only_split, "is_canonical": is_canonical, "like": like}
     work = in_background(partial(_prepare, data, cache, **more)) if topology.is_main else None
     answer: list[Path | None] = [None]
     while answer[0] is None:
@@ -154,10 +158,10 @@ def prepare_dataset(
     return answer[0]
 
 
-def settings_without_effect(data: DataArguments, schema: Schema) -> list[str]:
+def settings_without_effect(data: DataArguments, schema: Schema, like: Path | None = None) -> list[str]:
     """A sentence for each setting that the user changed but that had no effect on the data of `schema`."""
     if not is_prepared(data.dataset_name):
-        return preprocessing.settings_without_effect(_settings(data), schema)
+        return preprocessing.settings_without_effect(_settings(data, like=like), schema)
     default, elsewhere = DataArguments(), ("dataset_name", "cache_dir")
     names = [item.name for item in fields(DataArguments) if item.name not in elsewhere]
     return [
@@ -180,11 +184,11 @@ def _settings(data: DataArguments, **more: Any) -> PreparationSettings:
 
 def _prepare(data: DataArguments, cache: Path, **more: Any) -> Path:
     if data.dataset_name == QUICKSTART:
-        return _prepare_quickstart(data, cache, is_canonical=more["is_canonical"])
+        return _prepare_quickstart(data, cache, **more)
     return prepare_cached(_settings(data, is_label_required=more["schema_from"] is None, **more), cache)
 
 
-def _prepare_quickstart(data: DataArguments, cache: Path, *, is_canonical: bool) -> Path:
+def _prepare_quickstart(data: DataArguments, cache: Path, **more: Any) -> Path:
     """Generate the quickstart's click log, prepare it, and record the best possible NE, which the generator knows."""
     raw = cache / QUICKSTART
     if not holds_click_log(raw, QUICKSTART_ROWS):
@@ -194,7 +198,7 @@ def _prepare_quickstart(data: DataArguments, cache: Path, *, is_canonical: bool)
     named = replace(
         data, dataset_name=None, dataset_format="criteo", **{f"{split}_file": f for split, f in files.items()}
     )
-    folder = _prepare(named, cache, schema_from=None, only_split=None, is_canonical=is_canonical)
+    folder = _prepare(named, cache, **more)
     schema = Schema.load(folder)
     if not schema.best_possible_ne:
         truth = json.loads((raw / TRUTH_FILE).read_text(encoding="utf-8"))["files"]

@@ -52,7 +52,9 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         rate = summary["samples_per_second"]
         logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
         logger.info(
-            "results are in %s: curves.png, metrics.csv, summary.json, unseen.csv, and the model in %s/", output_dir, MODEL_FOLDER
+            "results are in %s: curves.png, metrics.csv, summary.json, unseen.csv, and the model in %s/",
+            output_dir,
+            MODEL_FOLDER,
         )
 
 

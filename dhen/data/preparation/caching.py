@@ -17,7 +17,7 @@ from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, S
 
 _DIGESTS_FILE = ".digests.json"
 _NOT_IN_DIGEST = {
-    *("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema", "schema_from"),
+    *("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema", "schema_from", "like"),
     *("block_bytes", "is_canonical"),
 }
 """Settings that are paths (the digest covers the files' contents instead) or that do not change the result."""
@@ -61,8 +61,10 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     digest = hashlib.blake2b(json.dumps([version, format_name, relevant, inputs]).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())
-    if settings.schema_from is not None:
-        origin = Path(settings.schema_from)
+    for origin in (settings.schema_from, settings.like):
+        if origin is None:
+            continue
+        origin = Path(origin)
         for file in (origin / SCHEMA_FILE, *sorted((origin / VOCABULARY_FOLDER).glob("*.parquet"))):
             digest.update(f"{file.name}:{digests.of(file)}".encode())
     digests.save()

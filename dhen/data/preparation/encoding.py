@@ -1,6 +1,9 @@
 """Converts raw values to model inputs: ids by hash or vocabulary, and transformed dense values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +15,11 @@ from dhen.data.formats.roles import ColumnRoles, SparseRole
 from dhen.data.preparation.hashing import hashed_ids
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.vocabulary import Vocabulary
-from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, SparseColumn, weights_column
+from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, Schema, SparseColumn, weights_column
+
+MOST_KEYS = 1_000_000
+"""The largest vocabulary that `auto` makes."""
+_HASH_SIZE, _AUTO_HASH_SIZE = 100_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,34 @@ class Encoder:
         return pa.array(ids.astype(np.int32 if sparse.num_embeddings <= 2**31 else np.int64))
 
 
+@dataclass(frozen=True)
+class AskedEncoding:
+    """How a sparse feature is to be encoded. auto: by a vocabulary of up to MOST_KEYS keys, else by the hash."""
+
+    encoding: Literal["auto", "hash", "vocabulary"]
+    hash_size: int
+    min_count: int
+
+
+def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[str, AskedEncoding]:
+    """By feature: what the dataset_schema says, else the settings, else the model that they name as `like`."""
+    like = {column.name: column for column in Schema.load(Path(settings.like)).sparse} if settings.like else {}
+    asked = {}
+    for role in roles.sparse:
+        told = role.encoding or (settings.id_encoding if settings.id_encoding != "auto" else None)
+        old = like.get(role.name)
+        encoding = told or (old.encoding if old else "auto")
+        size = role.hash_size or settings.hash_size
+        if size is None and old is not None and old.encoding == "hash":
+            size = old.num_embeddings
+        default = _AUTO_HASH_SIZE if encoding == "auto" else _HASH_SIZE
+        count = role.min_count or settings.min_count or (old.min_count if old else 1)
+        asked[role.name] = AskedEncoding(encoding, size or default, count)
+    return asked
+
+
 def new_columns(
-    roles: ColumnRoles, settings: PreparationSettings, vocabularies: dict[str, Vocabulary]
+    roles: ColumnRoles, asked: Mapping[str, AskedEncoding], vocabularies: dict[str, Vocabulary]
 ) -> tuple[tuple[DenseColumn, ...], tuple[SparseColumn, ...]]:
     """Return the schema's dense and sparse columns. `vocabularies`: one per feature that is encoded by a vocabulary."""
     dense = tuple(DenseColumn(role.name, role.transform) for role in roles.dense)
@@ -75,12 +108,10 @@ def new_columns(
         SparseColumn(
             name=role.name,
             num_embeddings=(
-                vocabularies[role.name].num_embeddings
-                if role.name in vocabularies
-                else role.hash_size or settings.hash_size
+                vocabularies[role.name].num_embeddings if role.name in vocabularies else asked[role.name].hash_size
             ),
-            encoding=role.encoding or settings.id_encoding,
-            min_count=role.min_count or settings.min_count,
+            encoding="vocabulary" if role.name in vocabularies else "hash",
+            min_count=asked[role.name].min_count,
             is_multi_valued=role.is_multi_valued,
             is_weighted=role.is_weighted,
             pooling=role.pooling,

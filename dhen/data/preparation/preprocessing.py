@@ -1,7 +1,7 @@
 """Streams raw files into a prepared folder (dhen/data/schema.py).
 
-Hashed ids need one pass over the data. A vocabulary adds a pass before it that counts the keys of the train split. A
-sequential split adds a first pass that counts lines without parsing them.
+Hashed ids need one pass over the data. A vocabulary, or `auto`, adds a pass before it that counts the keys of the train
+split. Asequential split adds a first pass that counts lines without parsing them.
 
 Rows are read, encoded and written chunk by chunk. Memory therefore holds a few copies of one input block (8 MiB of
 text, or 65,536 Parquet rows) and one row group per split, regardless of the input's size. Only the distinct keys of
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -22,7 +22,14 @@ import numpy as np
 
 from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.raw_rows import BadRow, DataError
-from dhen.data.preparation.encoding import Encoder, check_same_features, new_columns
+from dhen.data.preparation.encoding import (
+    MOST_KEYS,
+    AskedEncoding,
+    Encoder,
+    asked_encodings,
+    check_same_features,
+    new_columns,
+)
 from dhen.data.preparation.origins import add_origins
 from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, RawStream
 from dhen.data.preparation.settings import PreparationSettings
@@ -57,6 +64,7 @@ def settings_without_effect(settings: PreparationSettings, schema: Schema) -> li
         "hash_size": "" if any(c.num_embeddings == settings.hash_size for c in hashed) else "no table has this size",
         "min_count": "" if any(c.min_count == settings.min_count for c in looked_up) else "no vocabulary uses it",
         "id_encoding": "" if any(c.encoding == settings.id_encoding for c in schema.sparse) else "no feature uses it",
+        "vocabulary_keys": "" if settings.like and looked_up else "no trained model has a vocabulary here",
     }
     reasons |= dict.fromkeys(
         ("split_fractions", "split_order", "split_seed"), "the data has its own splits" if has_own_splits else ""
@@ -95,26 +103,49 @@ def _given_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
 
 
 def _new_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
-    vocabularies = _count_vocabularies(stream, settings)
-    return Encoder(*new_columns(stream.roles, settings, vocabularies), vocabularies, settings.is_canonical)
+    asked = asked_encodings(stream.roles, settings)
+    vocabularies = _count_vocabularies(stream, settings, asked)
+    if settings.like and settings.vocabulary_keys == "union":
+        looked_up = {column.name for column in Schema.load(Path(settings.like)).sparse if column.encoding != "hash"}
+        vocabularies |= {
+            name: load_vocabulary(Path(settings.like), name).union(new)
+            for name, new in vocabularies.items()
+            if name in looked_up
+        }
+    return Encoder(*new_columns(stream.roles, asked, vocabularies), vocabularies, settings.is_canonical)
 
 
-def _count_vocabularies(stream: RawStream, settings: PreparationSettings) -> dict[str, Vocabulary]:
-    """Count keys in a separate pass. Only the train split counts: a key that never occurs there cannot be trained."""
-    roles = {r.name: r for r in stream.roles.sparse if (r.encoding or settings.id_encoding) == "vocabulary"}
-    if not roles:
+def _count_vocabularies(
+    stream: RawStream, settings: PreparationSettings, asked: Mapping[str, AskedEncoding]
+) -> dict[str, Vocabulary]:
+    """Count keys in a separate pass. Only the train split counts: a key that never occurs there cannot be trained.
+
+    A feature whose encoding is auto gets no vocabulary if it has more than MOST_KEYS keys.
+    """
+    counts = {name: KeyCounts() for name, of_feature in asked.items() if of_feature.encoding != "hash"}
+    if not counts:
         return {}
     if "train" not in stream.splits:
+        if all(asked[name].encoding == "auto" for name in counts):
+            return {}
         raise DataError(
             "a vocabulary is built from the train split, but there is none. Add train rows or set schema_from."
         )
-    counts = {name: KeyCounts() for name in roles}
     for part in stream.chunks("counting keys", only="train"):
         table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
-        for name, count in counts.items():
+        for name, count in list(counts.items()):
             keys = flat_keys(table[name].combine_chunks())
             count.add(canonical_keys(keys) if settings.is_canonical else keys)
-    return {name: count.vocabulary(roles[name].min_count or settings.min_count) for name, count in counts.items()}
+            if asked[name].encoding == "auto" and count.num_merged > MOST_KEYS:
+                del counts[name]
+        if not counts:
+            return {}
+    vocabularies = {name: count.vocabulary(asked[name].min_count) for name, count in counts.items()}
+    return {
+        name: vocabulary
+        for name, vocabulary in vocabularies.items()
+        if asked[name].encoding == "vocabulary" or len(vocabulary.keys) <= MOST_KEYS
+    }
 
 
 def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_origins: bool) -> dict[str, SplitCounts]:

@@ -28,7 +28,11 @@ class PreparationSettings:
     split_fractions: shares of train, validation and test. They must sum to 1.
     split_order: `random` splits by a hash of split_seed and the row's position. `sequential` puts the first rows into
         train and the last into test.
-    id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split.
+    id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split. `auto`
+        takes a vocabulary for features with up to a million keys, and the hash for others.
+    hash_size, min_count: None for 100,000 (a million where `auto` chose the hash) and 1.
+    like: an exported model, whose id_encoding, hash_size and min_count each feature takes unless these settings or the
+        dataset_schema say otherwise. vocabulary_keys: its keys and the `new` ones (`union`), or only those of the data.
     bad_rows: `error` stops at the first bad row, `skip` counts and lists them.
     is_label_required: False to prepare rows to predict. The label is NaN for rows without one.
     only_split: read only this split of a hub data set, without splitting it further. None: read all of its splits.
@@ -47,9 +51,11 @@ class PreparationSettings:
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     split_order: Literal["random", "sequential"] = "random"
     split_seed: int = 0
-    id_encoding: Literal["hash", "vocabulary"] = "hash"
-    hash_size: int = 100_000
-    min_count: int = 1
+    id_encoding: Literal["auto", "hash", "vocabulary"] = "auto"
+    hash_size: int | None = None
+    min_count: int | None = None
+    like: str | Path | None = None
+    vocabulary_keys: Literal["union", "new"] = "union"
     bad_rows: Literal["error", "skip"] = "error"
     is_label_required: bool = True
     only_split: str | None = None
@@ -60,7 +66,8 @@ class PreparationSettings:
     def __post_init__(self) -> None:
         self._check_choice("dataset_format", ("auto", *FORMATS))
         self._check_choice("split_order", ("random", "sequential"))
-        self._check_choice("id_encoding", ("hash", "vocabulary"))
+        self._check_choice("id_encoding", ("auto", "hash", "vocabulary"))
+        self._check_choice("vocabulary_keys", ("union", "new"))
         self._check_choice("bad_rows", ("error", "skip"))
         for name in ("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema"):
             object.__setattr__(self, name, _found(getattr(self, name)))
@@ -71,9 +78,9 @@ class PreparationSettings:
                 f"split_fractions is {fractions}. Use three shares for train, validation and test that sum to 1, such "
                 f"as 0.8 0.1 0.1."
             )
-        if self.hash_size < 2:
+        if self.hash_size is not None and self.hash_size < 2:
             raise ValueError(f"hash_size is {self.hash_size}. Use 2 or more, because row 0 of a table is for blanks.")
-        if self.min_count < 1:
+        if self.min_count is not None and self.min_count < 1:
             raise ValueError(f"min_count is {self.min_count}. Use 1 or more.")
         if self.block_bytes < 1:
             raise ValueError(f"block_bytes is {self.block_bytes}. Use 1 or more.")

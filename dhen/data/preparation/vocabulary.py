@@ -1,7 +1,8 @@
 """Vocabularies: which keys of a feature have their own row in its table, and which row that is.
 
 vocabulary/<feature>.parquet has the columns `key` (string), `id` (int64) and `count` (int64), sorted by id. Ids start
-at 1 and are assigned by descending count, then by key. Id 0 stands for blank, rare and unseen keys.
+at 1 and are assigned by descending count, then by key; after fine-tuning, the trained model's keys come first, with the
+ids they had. Id 0 stands for blank, rare and unseen keys.
 """
 
 from pathlib import Path
@@ -30,6 +31,11 @@ class KeyCounts:
         self._merged = pl.DataFrame(schema={"key": pl.String, "count": pl.Int64})
         self._waiting: list[pl.DataFrame] = []
         self._waiting_rows = 0
+
+    @property
+    def num_merged(self) -> int:
+        """The number of distinct keys, without those that wait to be merged."""
+        return len(self._merged)
 
     def add(self, keys: pa.Array) -> None:
         """Count the keys in a chunk, except nulls."""
@@ -87,6 +93,16 @@ class Vocabulary:
         is_present = codes.is_valid().to_numpy(zero_copy_only=False)
         ids[is_present] = distinct_ids[codes.drop_null().to_numpy()]
         return ids
+
+    def union(self, new: "Vocabulary") -> "Vocabulary":
+        """These keys with their ids, then the other keys of `new`. A key of both counts the sum of both counts."""
+        ids = new.ids(self.keys)
+        counts = self.counts + np.where(
+            ids == MISSING_ID, 0, new.counts[np.maximum(ids - 1, 0)] if len(new.keys) else 0
+        )
+        is_other = self.ids(new.keys) == MISSING_ID
+        others = new.keys.filter(pa.array(is_other))
+        return Vocabulary(pa.concat_arrays([self.keys, others]), np.concatenate([counts, new.counts[is_other]]))
 
     def save(self, folder: Path, feature: str) -> None:
         """Write vocabulary/<feature>.parquet into a prepared folder."""

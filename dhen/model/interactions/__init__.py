@@ -7,6 +7,7 @@ from dhen.model.interactions.dot_products import AdvancedDlrm, FactorizationMach
 from dhen.model.interactions.linear import Linear, MixEmbeddings
 from dhen.model.interactions.registry import (
     PRESETS,
+    Axes,
     Interaction,
     InteractionContext,
     InteractionSpec,
@@ -16,11 +17,13 @@ from dhen.model.interactions.registry import (
     interaction_kinds,
     interaction_options,
     register_interaction,
+    with_prefix,
 )
 
 __all__ = [
     "PRESETS",
     "AdvancedDlrm",
+    "Axes",
     "Convolution",
     "DeepCross",
     "FactorizationMachine",
@@ -37,4 +40,5 @@ __all__ = [
     "interaction_kinds",
     "interaction_options",
     "register_interaction",
+    "with_prefix",
 ]

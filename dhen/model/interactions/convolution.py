@@ -3,12 +3,12 @@
 Shapes: B batch, C channels, M embeddings in, L embeddings out, D embedding dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from torch import Tensor, nn
 
 from dhen.model.interactions.linear import MixEmbeddings
-from dhen.model.interactions.registry import Interaction, InteractionContext, register_interaction
+from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction
 from dhen.model.mlp import Activation, activation_module
 
 
@@ -47,6 +47,12 @@ class Convolution(Interaction):
         self.convolution = nn.Conv2d(1, num_channels, tuple(kernel_size), padding=padding)
         self.activation = activation_module(activation)
         self.mix = MixEmbeddings(num_channels * self.num_rows, context.num_outputs)
+
+    def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
+        """W's columns are the M embeddings of each channel."""
+        rows, channels = self.row_labels(inputs), range(self.convolution.out_channels)
+        mix: Axes = {"mix.weight": {1: [(channel, row) for channel in channels for row in rows]}}
+        return super().input_axes(inputs, dense) | mix
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return u_BLD."""

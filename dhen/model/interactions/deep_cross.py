@@ -3,11 +3,13 @@
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension.
 """
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from dhen.model.interactions.linear import MixEmbeddings
-from dhen.model.interactions.registry import Interaction, InteractionContext, register_interaction
+from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
 
 
 @register_interaction("deep_cross")
@@ -65,6 +67,18 @@ class CrossNet(nn.Module):
                 down, up = nn.Linear(width, cross_width, bias=False), nn.Linear(cross_width, width)
                 self.layers.append(nn.Sequential(down, up))
 
+    def input_axes(self, values: Sequence[Hashable]) -> Axes:
+        """Which weights belong to which of the `width` values."""
+        axes: Axes = {}
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, nn.Linear):
+                axes[f"layers.{index}.weight"] = {0: values, 1: values}
+                axes[f"layers.{index}.bias"] = {0: values}
+            else:
+                axes[f"layers.{index}.0.weight"] = {1: values}
+                axes[f"layers.{index}.1.weight"] = axes[f"layers.{index}.1.bias"] = {0: values}
+        return axes
+
     def forward(self, x0: Tensor) -> Tensor:
         """Return (B, width)."""
         x = x0
@@ -96,6 +110,12 @@ class FlattenedDeepCross(Interaction):
         super().__init__(context, use_dense=use_dense)
         self.cross = CrossNet(self.num_rows * context.embedding_dim, num_cross_layers, cross_width)
         self.mix = MixEmbeddings(self.num_rows, context.num_outputs)
+
+    def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
+        """The cross layers work on the D values of each embedding."""
+        columns = range(self.context.embedding_dim)
+        values = [(row, column) for row in self.row_labels(inputs) for column in columns]
+        return super().input_axes(inputs, dense) | with_prefix("cross", self.cross.input_axes(values))
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return u_BLD."""

@@ -3,14 +3,15 @@
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N dense features, K compressed embeddings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dhen.model.interactions.deep_cross import CrossNet
-from dhen.model.interactions.registry import Interaction, InteractionContext, register_interaction
+from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
 from dhen.model.mlp import MLP, Activation
 
 
@@ -34,6 +35,14 @@ class PairwiseDots(nn.Module):
         """Set the upper triangle's indices into the flattened (M, M) matrix. from_pretrained leaves them unset."""
         row, column = torch.triu_indices(self.num_inputs, self.num_inputs, offset=1, device=self.triangle.device)
         self.triangle.copy_(row * self.num_inputs + column)
+
+    def dot_labels(self, inputs: Sequence[Hashable]) -> list[Hashable]:
+        """Each dot belongs to a pair, in no order."""
+        return [frozenset(pair) for pair in combinations(inputs, 2)]
+
+    def input_axes(self, inputs: Sequence[Hashable]) -> Axes:
+        """There are no weights."""
+        return {}
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """Return (B, num_dots)."""
@@ -66,6 +75,14 @@ class CompressedDots(nn.Module):
         if self.gate is not None:
             nn.init.zeros_(self.gate)
             nn.init.zeros_(self.gate_bias)
+
+    def dot_labels(self, inputs: Sequence[Hashable]) -> list[Hashable]:
+        """Each dot belongs to an embedding and a mixture."""
+        return [(row, mixture) for row in inputs for mixture in range(self.weight.shape[1])]
+
+    def input_axes(self, inputs: Sequence[Hashable]) -> Axes:
+        """W, V and c have one row per embedding."""
+        return {name: {0: inputs} for name, _ in self.named_parameters()}
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """Return (B, M * K)."""
@@ -136,6 +153,15 @@ class AdvancedDlrm(Interaction):
             context.activation if activation is None else activation,
             context.batch_norm if batch_norm is None else batch_norm,
         )
+
+    def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
+        """The over arch, the norm and the cross layers work on v."""
+        dots = self.dots.dot_labels(inputs)
+        v = [*dots, *(dense if self.use_dense else ())]
+        axes = with_prefix("dots", self.dots.input_axes(inputs)) | {"over_arch.0.weight": {1: v}}
+        if self.norm is not None:
+            axes |= {"norm.weight": {0: dots}, "norm.bias": {0: dots}}
+        return axes if self.cross is None else axes | with_prefix("cross", self.cross.input_axes(v))
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return u_BLD."""

@@ -6,7 +6,7 @@ Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N den
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -43,6 +43,16 @@ class InteractionSpec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+Axes = dict[str, dict[int, Sequence[Hashable]]]
+"""What each entry of a weight belongs to: weight name -> axis -> one label per entry. Fine-tuning matches weights by
+it, so that a feature keeps its own when others come, go or move."""
+
+
+def with_prefix(prefix: str, axes: Axes) -> Axes:
+    """The axes of a module's child: `prefix` is the child's name."""
+    return {f"{prefix}.{name}": of_weight for name, of_weight in axes.items()}
+
+
 class Interaction(nn.Module):
     """u_BLD = Interaction(x_BMD). Examples in a batch do not affect each other, except through batch norm.
 
@@ -68,6 +78,22 @@ class Interaction(nn.Module):
         if self.dense_row is None:
             return x_BMD
         return torch.cat([x_BMD, self.dense_row(dense_BN).unsqueeze(1)], dim=1)
+
+    def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
+        """Which weights belong to which input. inputs: labels of the M embeddings. dense: of the N dense features.
+
+        Covers `dense_row`, and a `mix` whose columns are `rows`. An interaction with more such weights adds them;
+        fine-tuning on other features starts the weights that are not listed anew.
+        """
+        axes: Axes = {} if self.dense_row is None else {"dense_row.weight": {1: dense}}
+        mix = getattr(self, "mix", None)
+        if mix is not None and mix.weight.shape[1] == self.num_rows:
+            axes["mix.weight"] = {1: self.row_labels(inputs)}
+        return axes
+
+    def row_labels(self, inputs: Sequence[Hashable]) -> list[Hashable]:
+        """Labels of `rows`."""
+        return [*inputs, *(["dense row"] if self.dense_row is not None else [])]
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return u_BLD."""

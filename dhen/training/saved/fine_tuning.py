@@ -1,25 +1,32 @@
 """Fine-tuning: starts from a trained model on new data. Matching weights are kept; all others start anew.
 
 Tables are matched by feature name. With a vocabulary on both sides, rows are matched by key. Hashed tables match if
-their sizes are equal, because the hash is the same. Dense weights are matched by name and shape. A feature keeps its
-position among the embeddings if possible, because the first layer's weights depend on the position.
+their sizes are equal, because the hash is the same. Dense weights are matched by name, and those that belong to a
+feature by the name of the feature. A new feature's weights in the layers start at 0, so the model starts with the
+predictions of the trained one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from dhen.config.command_line import ArgumentError
 from dhen.data.preparation.vocabulary import load_vocabulary
-from dhen.data.schema import MISSING_ID, Schema, SparseColumn
+from dhen.data.schema import MISSING_ID, DenseColumn, Schema, SparseColumn
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.tables.sharded_tables import ShardedTables
 from dhen.training.saved.trained_model import TrainedModel
+
+Column = TypeVar("Column", SparseColumn, DenseColumn)
+FeatureNames = tuple[tuple[str, ...], tuple[str, ...]]
+"""Names of the sparse and of the dense features, in order."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class StartingPoint:
     config: DhenConfig
     dense_weights: dict[str, Tensor]
     tables: tuple[TableMatch, ...]
-    dropped_tables: tuple[str, ...]
+    new_features: tuple[str, ...]
+    dropped_features: tuple[str, ...]
     new_dense_weights: tuple[str, ...]
     dropped_dense_weights: tuple[str, ...]
     _rows: dict[str, Tensor] = field(repr=False, default_factory=dict)
@@ -85,23 +93,16 @@ class StartingPoint:
                 f"    {match.feature}: {match.rows_kept:,} of {match.rows:,} rows kept, {match.rows_dropped:,} dropped "
                 f"({match.how})"
             )
-        lines.append(f"  tables dropped: {len(self.dropped_tables)} {', '.join(self.dropped_tables)}".rstrip())
-        lines += [f"    {sentence}" for sentence in (*self.replaced_features(), *self.changed_transforms())]
+        for words, names in (("new features", self.new_features), ("dropped features", self.dropped_features)):
+            if names:
+                lines.append(f"  {words}: {', '.join(names)}")
+        lines += [f"    {sentence}" for sentence in self.changed_transforms()]
         total = len(self.dense_weights) + len(self.new_dense_weights)
         lines.append(f"  dense weights: {len(self.dense_weights)} of {total} kept")
         for words, names in (("new", self.new_dense_weights), ("dropped", self.dropped_dense_weights)):
             if names:
                 lines.append(f"    {words}: {', '.join(names)}")
         return "\n".join(lines)
-
-    def replaced_features(self) -> list[str]:
-        """A sentence for each feature that takes the position of another one, and with it that one's weights."""
-        return [
-            f"{new.name} replaces {old.name} and uses its weights in the layers"
-            for kind in ("sparse", "dense")
-            for old, new in zip(getattr(self.trained.schema, kind), getattr(self.schema, kind), strict=False)
-            if old.name != new.name
-        ]
 
     def changed_transforms(self) -> list[str]:
         """A sentence for each dense feature that reaches the trained weights on a different scale."""
@@ -114,33 +115,88 @@ class StartingPoint:
 
 
 def start_from(trained: TrainedModel, prepared: Path, schema: Schema) -> StartingPoint:
-    """Match the trained model with the data in `prepared`. Does not communicate."""
-    sparse = _keep_positions([column.name for column in trained.schema.sparse], schema.sparse)
-    dense = _keep_positions([column.name for column in trained.schema.dense], schema.dense)
+    """Match the trained model with the data in `prepared`. Does not communicate.
+
+    Raises ArgumentError if the model has tables, but no row of them can be kept.
+    """
+    old = trained.schema
+    sparse, dense = _in_old_order(old.sparse, schema.sparse), _in_old_order(old.dense, schema.dense)
     schema = replace(schema, sparse=sparse, dense=dense)
     config = config_for(_architecture_of(trained.config), schema)
-    new_shapes = _dense_shapes(config)
-    old = trained.dense_weights()
-    kept = {name: tensor for name, tensor in old.items() if new_shapes.get(name) == tensor.shape}
-    old_columns = {column.name: column for column in trained.schema.sparse}
+    before = trained.dense_weights()
+    kept = match_dense_weights(before, trained.config, _names(old), config, _names(schema))
+    old_columns = {column.name: column for column in old.sparse}
     matches, rows = [], {}
     for column in sparse:
         match, old_rows = _match_table(trained.folder, old_columns.get(column.name), prepared, column)
         matches.append(match)
         if old_rows is not None:
             rows[column.name] = old_rows
-    new_names = {column.name for column in sparse}
+    _check_any_kept(trained, matches)
+    before_names, names = (sum(_names(of), ()) for of in (old, schema))
     return StartingPoint(
         trained=trained,
         schema=schema,
         config=config,
         dense_weights=kept,
         tables=tuple(matches),
-        dropped_tables=tuple(name for name in old_columns if name not in new_names),
-        new_dense_weights=tuple(name for name in new_shapes if name not in kept),
-        dropped_dense_weights=tuple(name for name in old if name not in kept),
+        new_features=tuple(name for name in names if name not in before_names),
+        dropped_features=tuple(name for name in before_names if name not in names),
+        new_dense_weights=tuple(name for name in _dense_part(config).state_dict() if name not in kept),
+        dropped_dense_weights=tuple(name for name in before if name not in kept),
         _rows=rows,
     )
+
+
+def match_dense_weights(
+    old: Mapping[str, Tensor], old_config: DhenConfig, old_names: FeatureNames, config: DhenConfig, names: FeatureNames
+) -> dict[str, Tensor]:
+    """The weights that a model with these features takes from the old one: by name, and by feature where they have one.
+
+    What belongs to a new feature is 0, or 1 in a norm's scale. A weight whose shape depends on the features, but which
+    does not say how (a user's interaction), is kept if the features are the same.
+    """
+    module, old_module = _dense_part(config), _dense_part(old_config)
+    axes, old_axes = module.input_axes(*names), old_module.input_axes(*old_names)
+    # A shortcut without weights is X itself.
+    shortcuts = {name: torch.eye(len(of[1])) for name, of in old_axes.items() if name.endswith("shortcut.mix.weight")}
+    old = shortcuts | old
+    undescribed = set() if names == old_names else _shaped_by_features(config) - axes.keys()
+    kept = {}
+    for name, tensor in module.state_dict().items():
+        if name in old and name not in undescribed:
+            fill = 1.0 if tensor.dim() == 1 and name.endswith((".weight", ".running_var")) else 0.0
+            moved = _moved(old[name], old_axes.get(name, {}), axes.get(name, {}), fill)
+            if moved.shape == tensor.shape:
+                kept[name] = moved
+    return kept
+
+
+def _moved(
+    old: Tensor, old_axes: Mapping[int, Sequence[Hashable]], axes: Mapping[int, Sequence[Hashable]], fill: float
+) -> Tensor:
+    """`old` with the entries of each axis in the order of the new labels, and `fill` for labels that it lacks."""
+    for axis, labels in axes.items():
+        place = {label: index for index, label in enumerate(old_axes[axis])}
+        rows = torch.tensor([place.get(label, -1) for label in labels])
+        new = old.new_full((*old.shape[:axis], len(labels), *old.shape[axis + 1 :]), fill)
+        old = new.index_copy(axis, (rows >= 0).nonzero()[:, 0], old.index_select(axis, rows[rows >= 0]))
+    return old
+
+
+def _shaped_by_features(config: DhenConfig) -> set[str]:
+    """The dense weights that have another shape if there is one more feature."""
+    shapes = {name: tensor.shape for name, tensor in _dense_part(config).state_dict().items()}
+    sparse, num_dense = config.sparse_features, config.num_dense_features
+    more = [([*sparse, {"name": "one more", "num_embeddings": 1}], num_dense)]
+    if num_dense:
+        more.append((sparse, num_dense + 1))
+    values = vars(_architecture_of(config))
+    grown = [
+        _dense_part(DhenConfig(**values, sparse_features=tables, num_dense_features=count)).state_dict()
+        for tables, count in more
+    ]
+    return {name for name, shape in shapes.items() if any(name not in of or of[name].shape != shape for of in grown)}
 
 
 def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
@@ -165,35 +221,58 @@ def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[
 
 
 def frozen_and_new(freeze: str, start: StartingPoint) -> list[str]:
-    """A sentence if `freeze` covers weights that the trained model does not have: they would stay random."""
+    """A sentence if `freeze` covers weights that the trained model does not have: they would never be trained."""
     new_rows = {match.feature: match.rows - match.rows_kept for match in start.tables if match.rows > match.rows_kept}
     if freeze == "tables" and new_rows:
         counts = ", ".join(f"{count:,} of {name}" for name, count in new_rows.items())
-        return [f"freeze tables leaves new rows at their random initial values: {counts}"]
+        return [f"freeze tables leaves new rows untrained, so each counts as the mean of its table: {counts}"]
     if freeze == "dense" and start.new_dense_weights:
         names = ", ".join(start.new_dense_weights)
         return [f"freeze dense leaves new weights at their random initial values: {names}"]
+    if freeze == "dense" and start.new_features:
+        return [f"freeze dense leaves new features without effect: {', '.join(start.new_features)}"]
     return []
+
+
+def lost_tables(start: StartingPoint) -> list[str]:
+    """A sentence for each feature that the trained model has, but from which no row is kept."""
+    known = {column.name for column in start.trained.schema.sparse}
+    return [
+        f"no row of {match.feature} is taken over: {match.how}"
+        for match in start.tables
+        if match.feature in known and match.rows_kept <= 1 < match.rows
+    ]
 
 
 def _architecture_of(config: DhenConfig) -> DhenArchitecture:
     return DhenArchitecture(**{item.name: getattr(config, item.name) for item in fields(DhenArchitecture)})
 
 
-def _keep_positions(old_names: Sequence[str], columns: Sequence[SparseColumn]) -> tuple[SparseColumn, ...]:
-    """Reorder the columns: known ones keep their old positions if possible, and new ones fill the gaps."""
-    by_name = {column.name: column for column in columns}
-    positions = [by_name.get(name) for name in old_names[: len(columns)]]
-    positions += [None] * (len(columns) - len(positions))
-    placed = {column.name for column in positions if column is not None}
-    rest = iter([column for column in columns if column.name not in placed])
-    return tuple(column if column is not None else next(rest) for column in positions)
+def _in_old_order(old: Sequence[Column], columns: Sequence[Column]) -> tuple[Column, ...]:
+    """The columns that the trained model has, in its order, then the new ones."""
+    place = {column.name: index for index, column in enumerate(old)}
+    return tuple(sorted(columns, key=lambda column: place.get(column.name, len(place))))
 
 
-def _dense_shapes(config: DhenConfig) -> dict[str, torch.Size]:
+def _names(schema: Schema) -> FeatureNames:
+    return tuple(column.name for column in schema.sparse), tuple(column.name for column in schema.dense)
+
+
+def _dense_part(config: DhenConfig) -> DhenForClickPrediction:
+    """The module of the dense part, without memory for its weights."""
     with torch.device("meta"):
-        module = DhenForClickPrediction(config, with_tables=False)
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+        return DhenForClickPrediction(config, with_tables=False)
+
+
+def _check_any_kept(trained: TrainedModel, matches: Sequence[TableMatch]) -> None:
+    """Raise ArgumentError if no row of a table is kept, except those of blanks: the run would start anew."""
+    if not trained.schema.sparse or not matches or any(match.rows_kept > 1 for match in matches):
+        return
+    reasons = "; ".join(f"{match.feature}: {match.how}" for match in matches[:5])
+    raise ArgumentError(
+        f"No row of any table can be taken from {trained.folder} ({reasons}). Use data with the features and keys of "
+        "the trained model, and its id_encoding and hash_size (leave both out), or train without --model_name_or_path."
+    )
 
 
 def _match_table(
