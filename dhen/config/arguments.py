@@ -70,7 +70,8 @@ class DataArguments:
         "auto",
         "How sparse values become table rows. hash: one pass over the data; different values may share a row. "
         "vocabulary: one more pass; each value gets its own row. auto: a vocabulary for features with up to a million "
-        "values, and the hash for others. With --model_name_or_path, auto means as in the trained model.",
+        "values, and the hash for others, or for all if hash_size is given; with --model_name_or_path, as in the "
+        "trained model.",
     )
     hash_size: int | None = option(
         None,

@@ -17,7 +17,6 @@ from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import MISSING_ID, Schema
 from dhen.data.synthetic import generate_click_log
-from dhen.model.features import init_table
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.training.saved.fine_tuning import frozen_and_new, start_from
 from dhen.training.saved.trained_model import TrainedModel
@@ -26,7 +25,7 @@ from tests.recipes.launch import TINY, run_script, summary
 
 SEED = 5
 CRITEO = SHARED_DATA / "criteo" / "kaggle_first_10000.txt.gz"
-# Of the old log `gone` is gone, `new` is new, `city` and `app` know other keys, and everything stands elsewhere.
+# Of the old log `gone` is gone, `new` is new, `city` and `app` know other keys, and everything is in another order.
 OLD = {
     "label": "click",
     "dense": ["age", "price"],
@@ -126,43 +125,47 @@ def keys_of(run: Path, feature: str) -> list[str]:
 
 
 def expected_start(old: Path, new: Path, feature: str) -> tuple[torch.Tensor, int]:
-    """The table that a run on new data should start from, written out key by key; and how many rows are taken over."""
+    """The exported table of a run on new data with frozen tables, key by key; and how many rows are taken over.
+
+    Rows that are not taken over, or that the old run did not use, were never trained: they are the mean of the others.
+    """
     table_size = next(c.num_embeddings for c in Schema.load(new / "model").sparse if c.name == feature)
-    dim = TrainedModel.open(new).config.embedding_dim
-    table = init_table(feature, table_size, dim, range(dim), SEED, None)
     before, old_keys = table_of(old, feature), keys_of(old, feature)
-    table[MISSING_ID] = before[MISSING_ID]
-    taken = 1
-    for row, key in enumerate(keys_of(new, feature), start=1):
-        if key in old_keys:
-            table[row] = before[old_keys.index(key) + 1]
-            taken += 1
-    return table, taken
+    uses = TrainedModel.open(old).uses(feature)
+    old_rows = [MISSING_ID] + [old_keys.index(key) + 1 if key in old_keys else None for key in keys_of(new, feature)]
+    assert len(old_rows) == table_size
+    used = [row for row in old_rows if row is not None and uses[row]]
+    weights = uses[used].double()
+    mean = (weights @ before[used].double() / weights.sum()).float()
+    rows = [before[row] if row in used else mean for row in old_rows]
+    return torch.stack(rows), sum(row is not None for row in old_rows)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_frozen_tables_are_those_of_the_trained_model_by_name_and_key(old_run, new_log, tmp_path, stage):
+@pytest.mark.parametrize(("stage", "keys"), [(0, "new"), (3, "union")])
+def test_frozen_tables_are_those_of_the_trained_model_by_name_and_key(old_run, new_log, tmp_path, stage, keys):
     run = tmp_path / "run"
-    flags = [f"--model_name_or_path={old_run}", "--freeze=tables"]
+    flags = [f"--model_name_or_path={old_run}", "--freeze=tables", f"--vocabulary_keys={keys}"]
     output = train(new_log.flags, run, *flags, ranks=2, stage=stage)
-    assert "freeze tables leaves new rows at their random initial values: " in output
-    assert "    new replaces gone and uses its weights in the layers" in output
+    assert "freeze tables leaves new rows untrained, so each counts as the mean of its table: " in output
+    assert "  new features: new\n" in output
+    assert "  dropped features: gone\n" in output
     # All rows have kept their bits since the start, so they show the start.
     taken_in_all = 0
     for feature in ("city", "app"):
         table, taken = expected_start(old_run, run, feature)
-        assert torch.equal(table_of(run, feature), table)
+        torch.testing.assert_close(table_of(run, feature), table, rtol=0, atol=1e-7)
         assert 15 < taken < len(table) - 15
+        assert (set(keys_of(old_run, feature)) <= set(keys_of(run, feature))) == (keys == "union")
         dropped = len(table_of(old_run, feature)) - taken
         assert f"    {feature}: {taken} of {len(table)} rows kept, {dropped} dropped (by key)" in output
         taken_in_all += taken
-    assert torch.equal(table_of(run, "page"), table_of(old_run, "page"))
-    assert torch.equal(table_of(run, "grown"), init_table("grown", 40, 4, range(4), SEED, None))
+    torch.testing.assert_close(table_of(run, "page"), table_of(old_run, "page"), rtol=0, atol=1e-7)
+    assert not table_of(run, "grown").any()  # nothing was taken over or trained
     assert "    grown: 0 of 40 rows kept, 30 dropped (hash size was 30, is now 40)" in output
     new_rows = len(table_of(run, "new"))
-    assert torch.equal(table_of(run, "new"), init_table("new", new_rows, 4, range(4), SEED, None))
+    assert not table_of(run, "new").any()
     assert f"    new: 0 of {new_rows} rows kept, 0 dropped (new feature)" in output
-    assert "  tables dropped: 1 gone" in output
+    assert "no row of grown is taken over: hash size was 30, is now 40" in output
     kept, rows, fresh = numbers(r"tables: ([\d,]+) of ([\d,]+) rows kept, ([\d,]+) new", output)
     in_new = sum(len(table_of(run, entry["name"])) for entry in NEW["sparse"])
     assert (kept, rows, fresh) == (taken_in_all + 50, in_new, in_new - taken_in_all - 50)
@@ -176,7 +179,9 @@ def test_a_frozen_dense_part_keeps_every_bit(old_run, new_log, tmp_path, stage):
     run = tmp_path / "run"
     flags = [f"--model_name_or_path={old_run}", "--freeze=dense", "--weight_decay=0.1"]
     output = train(new_log.flags, run, *flags, ranks=2, stage=stage)
-    before, after = TrainedModel.open(old_run).dense_weights(), TrainedModel.open(run).dense_weights()
+    prepared = new_log.prepared(tmp_path / "cache")
+    before = start_from(TrainedModel.open(old_run), prepared, Schema.load(prepared)).dense_weights
+    after = TrainedModel.open(run).dense_weights()
     assert before.keys() == after.keys()
     assert any("running_mean" in name for name in before)
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
@@ -191,7 +196,9 @@ def test_evaluate_reads_the_new_data_in_the_trained_models_order(old_run, new_lo
     done = run_script("evaluate.py", f"--model_name_or_path={run}", f"--output={tmp_path / 'metrics.json'}")
     assert done.status == 0, done.output
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics == pytest.approx(summary(run)["test"], rel=1e-6)
+    tested = summary(run)["test"]
+    assert metrics.pop("unseen") == tested.pop("unseen") == dict.fromkeys(("city", "new", "page", "app", "grown"), 0.0)
+    assert metrics == pytest.approx(tested, rel=1e-6)
 
 
 def numbers(pattern: str, text: str) -> tuple[int, ...]:
@@ -200,15 +207,21 @@ def numbers(pattern: str, text: str) -> tuple[int, ...]:
     return tuple(int(number.replace(",", "")) for number in found.groups())
 
 
-def test_features_keep_their_places(old_run, new_log, tmp_path):
+def test_a_feature_keeps_its_weights_and_hands_them_to_no_other(old_run, new_log, tmp_path):
     prepared = new_log.prepared(tmp_path)
-    start = start_from(TrainedModel.open(old_run), prepared, Schema.load(prepared))
-    # `new` takes the place of `gone`: the first layer knows the others by their place.
+    trained = TrainedModel.open(old_run)
+    start = start_from(trained, prepared, Schema.load(prepared))
     assert [column.name for column in start.schema.sparse] == ["city", "new", "page", "app", "grown"]
     assert [column.name for column in start.schema.dense] == ["age", "price"]
     assert [table.name for table in start.config.tables] == ["city", "new", "page", "app", "grown"]
-    assert start.dropped_tables == ("gone",)
+    assert (start.new_features, start.dropped_features) == (("new",), ("gone",))
     assert start.new_dense_weights == start.dropped_dense_weights == ()
+    name = "model.layers.0.interactions.1.mix.weight"
+    before, after = trained.dense_weights()[name], start.dense_weights[name]
+    # Columns: city, gone, page, app, grown and the dense features'; `new` has the place of `gone`, but not its weights.
+    others = [0, 2, 3, 4, 5]
+    assert torch.equal(after[:, others], before[:, others])
+    assert not after[:, 1].any()
 
 
 def test_another_pooling_and_transform_are_said(tmp_path):
@@ -226,7 +239,7 @@ def test_another_pooling_and_transform_are_said(tmp_path):
     assert frozen_and_new("tables", start) == frozen_and_new("dense", start) == []
 
 
-def test_fewer_features_start_only_the_weights_of_other_shapes_anew(old_run, tmp_path):
+def test_fewer_features_drop_their_own_weights_only(old_run, tmp_path):
     fewer = {"label": "click", "dense": ["age"], "sparse": [OLD["sparse"][3], OLD["sparse"][0]]}
     log = write_log(tmp_path, "fewer", fewer, range(40), seed=3)
     prepared = log.prepared(tmp_path / "cache")
@@ -236,12 +249,36 @@ def test_fewer_features_start_only_the_weights_of_other_shapes_anew(old_run, tmp
     old = trained.dense_weights()
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in DhenForClickPrediction(start.config, False).state_dict().items()}
-    same = {name for name in shapes if name in old and old[name].shape == shapes[name]}
-    assert start.dense_weights.keys() == same
+    assert {name: weight.shape for name, weight in start.dense_weights.items()} == shapes
+    assert start.new_dense_weights == start.dropped_dense_weights == ()
+    assert start.dropped_features == ("gone", "page", "grown", "price")
+    name = "model.layers.0.interactions.1.mix.weight"
+    assert torch.equal(start.dense_weights[name], old[name][:, [0, 3, 5]])
+    name = "model.features.dense_mlp.0.weight"
+    assert torch.equal(start.dense_weights[name], old[name][:, :1])
+    same = [name for name in shapes if old[name].shape == shapes[name]]
     assert all(torch.equal(start.dense_weights[name], old[name]) for name in same)
-    assert set(start.new_dense_weights) == shapes.keys() - same != set()
-    assert set(start.dropped_dense_weights) == old.keys() - same
-    assert len(same) > len(shapes) / 2
+    assert len(shapes) / 2 < len(same) < len(shapes)
+
+
+def test_the_encoding_is_that_of_the_trained_model_unless_told_otherwise(old_run, tmp_path):
+    plain = {key: [c if isinstance(c, str) else c["name"] for c in v] for key, v in OLD.items() if key != "label"}
+    log = write_log(tmp_path, "plain", {"label": "click", **plain}, range(40), seed=3)
+    run = tmp_path / "run"
+    output = train(log.flags, run, f"--model_name_or_path={old_run}", "--max_steps=1")
+    encodings = {c.name: (c.encoding, c.num_embeddings) for c in Schema.load(run / "model").sparse}
+    assert encodings["page"] == ("hash", 50)
+    assert encodings["grown"] == ("hash", 30)
+    assert all(encodings[name][0] == "vocabulary" for name in ("city", "gone", "app"))
+    assert "no row of" not in output
+    output = train(log.flags, tmp_path / "other", f"--model_name_or_path={old_run}", "--hash_size=60", "--max_steps=1")
+    assert "no row of page is taken over: hash size was 50, is now 60" in output
+    everything = ["--id_encoding=hash", "--hash_size=60"]
+    flags = [*log.flags, *TINY, *everything, f"--model_name_or_path={old_run}", f"--output_dir={tmp_path / 'none'}"]
+    done = run_script("train.py", *flags, "--ds_config=ds_configs/zero0.json")
+    assert done.status == 1
+    assert f"error: No row of any table can be taken from {old_run / 'model'} (city: encoding was voc" in done.output
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_architecture_that_has_no_effect_is_named(old_run, new_log, tmp_path):
@@ -287,7 +324,7 @@ def test_the_later_half_of_criteos_rows_after_the_earlier(tmp_path):
     taken_in_all = rows_in_all = 0
     for column in Schema.load(new / "model").sparse:
         table, taken = expected_start(old, new, column.name)
-        assert torch.equal(table_of(new, column.name), table)
+        torch.testing.assert_close(table_of(new, column.name), table, rtol=0, atol=1e-6)
         taken_in_all, rows_in_all = taken_in_all + taken, rows_in_all + len(table)
     kept, rows, fresh = numbers(r"tables: ([\d,]+) of ([\d,]+) rows kept, ([\d,]+) new", output)
     assert (kept, rows, fresh) == (taken_in_all, rows_in_all, rows_in_all - taken_in_all)

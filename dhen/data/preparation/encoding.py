@@ -89,8 +89,8 @@ def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[s
     for role in roles.sparse:
         told = role.encoding or (settings.id_encoding if settings.id_encoding != "auto" else None)
         old = like.get(role.name)
-        encoding = told or (old.encoding if old else "auto")
         size = role.hash_size or settings.hash_size
+        encoding = told or (old.encoding if old else "hash" if size else "auto")
         if size is None and old is not None and old.encoding == "hash":
             size = old.num_embeddings
         default = _AUTO_HASH_SIZE if encoding == "auto" else _HASH_SIZE

@@ -29,7 +29,8 @@ class PreparationSettings:
     split_order: `random` splits by a hash of split_seed and the row's position. `sequential` puts the first rows into
         train and the last into test.
     id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split. `auto`
-        takes a vocabulary for features with up to a million keys, and the hash for others.
+        takes a vocabulary for features with up to a million keys, and the hash for others; or for all, if hash_size is
+        given.
     hash_size, min_count: None for 100,000 (a million where `auto` chose the hash) and 1.
     like: an exported model, whose id_encoding, hash_size and min_count each feature takes unless these settings or the
         dataset_schema say otherwise. vocabulary_keys: its keys and the `new` ones (`union`), or only those of the data.

@@ -66,12 +66,11 @@ class StartingPoint:
             self.fill_uses(shard.name, tensors["uses"])
 
     def fill_uses(self, name: str, uses: Tensor) -> None:
-        """Count one use of each row that is kept and that the trained model's training used."""
+        """Count the trained model's uses of the rows that are kept."""
         old_rows = self._rows.get(name)
         if old_rows is not None:
             is_kept = old_rows >= 0
-            is_used = self.trained.is_used(name, self.trained.num_embeddings[name])
-            uses[is_kept.to(uses.device)] = is_used[old_rows[is_kept]].to(uses)
+            uses[is_kept.to(uses.device)] = self.trained.uses(name)[old_rows[is_kept]].to(uses)
 
     def fill_table(
         self, name: str, weight: Tensor, first_column: int | None = None, last_column: int | None = None
@@ -96,13 +95,23 @@ class StartingPoint:
         for words, names in (("new features", self.new_features), ("dropped features", self.dropped_features)):
             if names:
                 lines.append(f"  {words}: {', '.join(names)}")
-        lines += [f"    {sentence}" for sentence in self.changed_transforms()]
+        lines += [f"    {sentence}" for sentence in (*self.changed_shortcut(), *self.changed_transforms())]
         total = len(self.dense_weights) + len(self.new_dense_weights)
         lines.append(f"  dense weights: {len(self.dense_weights)} of {total} kept")
         for words, names in (("new", self.new_dense_weights), ("dropped", self.dropped_dense_weights)):
             if names:
                 lines.append(f"    {words}: {', '.join(names)}")
         return "\n".join(lines)
+
+    def changed_shortcut(self) -> list[str]:
+        """A sentence for each feature that goes where another one went, through a shortcut that has no weights."""
+        if any("layers.0.shortcut" in name for name in (*self.dense_weights, *self.new_dense_weights)):
+            return []
+        return [
+            f"{new.name} takes the place of {old.name} in the first layer's shortcut, which has no weights"
+            for old, new in zip(self.trained.schema.sparse, self.schema.sparse, strict=False)
+            if old.name != new.name
+        ]
 
     def changed_transforms(self) -> list[str]:
         """A sentence for each dense feature that reaches the trained weights on a different scale."""
@@ -120,7 +129,7 @@ def start_from(trained: TrainedModel, prepared: Path, schema: Schema) -> Startin
     Raises ArgumentError if the model has tables, but no row of them can be kept.
     """
     old = trained.schema
-    sparse, dense = _in_old_order(old.sparse, schema.sparse), _in_old_order(old.dense, schema.dense)
+    sparse, dense = _keep_places(old.sparse, schema.sparse), _keep_places(old.dense, schema.dense)
     schema = replace(schema, sparse=sparse, dense=dense)
     config = config_for(_architecture_of(trained.config), schema)
     before = trained.dense_weights()
@@ -248,10 +257,17 @@ def _architecture_of(config: DhenConfig) -> DhenArchitecture:
     return DhenArchitecture(**{item.name: getattr(config, item.name) for item in fields(DhenArchitecture)})
 
 
-def _in_old_order(old: Sequence[Column], columns: Sequence[Column]) -> tuple[Column, ...]:
-    """The columns that the trained model has, in its order, then the new ones."""
-    place = {column.name: index for index, column in enumerate(old)}
-    return tuple(sorted(columns, key=lambda column: place.get(column.name, len(place))))
+def _keep_places(old: Sequence[Column], columns: Sequence[Column]) -> tuple[Column, ...]:
+    """Reorder the columns: known ones keep their old places if possible, and new ones fill the gaps.
+
+    The place matters in a shortcut without weights, and in weights that do not say which feature they belong to.
+    """
+    by_name = {column.name: column for column in columns}
+    places = [by_name.get(column.name) for column in old[: len(columns)]]
+    places += [None] * (len(columns) - len(places))
+    placed = {column.name for column in places if column is not None}
+    rest = iter([column for column in columns if column.name not in placed])
+    return tuple(column if column is not None else next(rest) for column in places)
 
 
 def _names(schema: Schema) -> FeatureNames:

@@ -119,7 +119,7 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
 
 def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topology) -> tuple[Path, str]:
     """The prepared folder, and the split in it to score."""
-    name, of_run = arguments.dataset_name, _data_of_run(trained)
+    name, (of_run, was_fine_tuned) = arguments.dataset_name, _data_of_run(trained)
     split = arguments.split or "test"
     if is_prepared(name):
         _refuse_ignored(arguments, is_raw=False)
@@ -131,7 +131,10 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
             raise ArgumentError(
                 f"{trained.folder} is not inside the folder of its run, so its data is unknown. Add --dataset_name."
             )
-        return prepare_dataset(of_run, cache, topology, is_canonical=trained.schema.is_canonical), split
+        # The vocabulary of a fine-tuned model also has keys of the model that it started from.
+        schema_from = trained.folder if was_fine_tuned else None
+        is_canonical = trained.schema.is_canonical
+        return prepare_dataset(of_run, cache, topology, schema_from, is_canonical=is_canonical), split
     data = DataArguments(
         dataset_name=name,
         dataset_format=arguments.dataset_format,
@@ -160,16 +163,16 @@ def _refuse_ignored(arguments: ScoringArguments, *, is_raw: bool, is_on_hub: boo
             raise ArgumentError(f"--{name} has no effect here: {reason}. Remove it.")
 
 
-def _data_of_run(trained: TrainedModel) -> DataArguments | None:
-    """The data that the run was trained on; None if the model is not inside its run folder."""
+def _data_of_run(trained: TrainedModel) -> tuple[DataArguments | None, bool]:
+    """The data that the run was trained on, and whether it was fine-tuned. None if the model is not in a run folder."""
     path = trained.folder.parent / ARGUMENTS_FILE
     if not path.is_file():
-        return None
+        return None, False
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = DataArguments.__dataclass_fields__
     data = DataArguments(**{key: value for key, value in values.items() if key in names})
     find_paths(data, "dataset_name")  # the other paths are found when the files are opened
-    return data
+    return data, values.get("model_name_or_path") is not None
 
 
 def _cache_folder(arguments: ScoringArguments, trained: TrainedModel, of_run: DataArguments | None) -> Path:

@@ -1,6 +1,8 @@
 """A trained model on disk, in the format of `save_pretrained`, with the files that turn raw click logs into its inputs.
 
 The folder holds config.json, safetensors files with an index, the data's schema.json and vocabulary/, and a model card.
+row-uses-<rank>.safetensors say how often training used each row of the tables; a row that it never used is the mean of
+the others, weighted by these counts.
 Each rank writes its own tables, and a table that is sharded by columns is assembled a block of rows at a time, so no
 rank needs memory for all tables. Transformers can load the folder: `AutoModel.from_pretrained(folder)`.
 """
@@ -14,11 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +38,7 @@ FORMAT_VERSION = 1
 VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_TABLES = "tables."
+_TABLES, _USES = "tables.", "row-uses"
 _ROWS_BYTES = 64 * 2**20
 """Size of the block of rows that is in memory while a column-sharded table is written."""
 
@@ -99,33 +99,29 @@ class TrainedModel:
         """Load this rank's shards. Does not communicate."""
         for shard, tensors in tables.shard_tensors():
             tensors["weight"].copy_(self.table(shard.name, shard.first_column, shard.last_column))
-            tensors["uses"].copy_(self.is_used(shard.name, shard.num_embeddings))
-
-    @cached_property
-    def num_embeddings(self) -> dict[str, int]:
-        """Rows of each table, by feature."""
-        return {table.name: table.num_embeddings for table in self.config.tables}
+            tensors["uses"].copy_(self.uses(shard.name))
 
     @property
     def knows_uses(self) -> bool:
-        """Whether the model says which rows training used. Models of earlier versions do not."""
-        return bool(self._used_rows_files)
+        """Whether the model says how often training used each row. Models of earlier versions do not."""
+        return bool(self._uses_files)
 
     @cached_property
-    def _used_rows_files(self) -> dict[str, Path]:
+    def _uses_files(self) -> dict[str, Path]:
         """Feature -> file."""
         files = {}
-        for path in sorted(self.folder.glob("used-rows-*.safetensors")):
-            with safe_open(path, framework="np") as file:
+        for path in sorted(self.folder.glob(f"{_USES}-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
         return files
 
-    def is_used(self, feature: str, rows: int) -> Tensor:
-        """For each row of a feature's table, whether training used it. All, if the model does not know it."""
-        if feature not in self._used_rows_files:
-            return torch.ones(rows, dtype=torch.bool)
-        with safe_open(self._used_rows_files[feature], framework="np") as file:
-            return torch.from_numpy(np.unpackbits(file.get_tensor(feature), count=rows).astype(bool))
+    def uses(self, feature: str) -> Tensor:
+        """How often training used each row of a feature's table, int32. All once, if the model does not know it."""
+        if feature not in self._uses_files:
+            rows = next(table.num_embeddings for table in self.config.tables if table.name == feature)
+            return torch.ones(rows, dtype=torch.int32)
+        with safe_open(self._uses_files[feature], framework="pt") as file:
+            return file.get_tensor(feature)
 
 
 def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str) -> None:
@@ -142,7 +138,7 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     topology.barrier()
     written = _write_tables(model.tables, draft, topology) if model.tables is not None else {}
     dense = model.dense_state_dict()
-    _write_used_rows(model, draft)
+    _write_uses(model, draft)
     if topology.is_main:
         save_file(dense, draft / "model-dense.safetensors", metadata={"format": "pt"})
         written |= {name: ("model-dense.safetensors", _bytes(tensor)) for name, tensor in dense.items()}
@@ -196,17 +192,16 @@ def _float_copy(weight: Tensor) -> Tensor:
     return weight.detach().to(torch.float32, copy=True).contiguous()
 
 
-def _write_used_rows(model: ParallelDhen, folder: Path) -> None:
-    """Write which rows training used, one bit per row: each rank for its tables, rank 0 for the replicated ones."""
+def _write_uses(model: ParallelDhen, folder: Path) -> None:
+    """Write how often training used each row: each rank for its tables, rank 0 for the replicated ones."""
     uses = {}
     if model.tables is not None:
         of_shards = model.tables.shard_tensors()
-        uses = {shard.name: tensors["uses"] for shard, tensors in of_shards if shard.first_column == 0}
+        uses = {shard.name: tensors["uses"].cpu() for shard, tensors in of_shards if shard.first_column == 0}
     if model.topology.is_main:
-        uses |= model.replicated.uses_by_name()
-    bits = {name: np.packbits((counts > 0).cpu().numpy()) for name, counts in uses.items()}
-    if bits:
-        save_arrays(bits, folder / f"used-rows-{model.topology.rank:05d}.safetensors")
+        uses |= {name: counts.cpu() for name, counts in model.replicated.uses_by_name().items()}
+    if uses:
+        save_file(uses, folder / f"{_USES}-{model.topology.rank:05d}.safetensors")
 
 
 def _is_cut(shard: TableShard, tables: ShardedTables) -> bool:

@@ -243,7 +243,7 @@ def test_the_error_about_a_truncated_gz_says_how_far_it_could_be_read(tmp_path):
 @pytest.mark.parametrize(
     ("given", "names"),
     [
-        ({"min_count": 3}, ["min_count"]),
+        ({"id_encoding": "hash", "min_count": 3}, ["min_count"]),
         ({"id_encoding": "vocabulary", "hash_size": 77}, ["hash_size"]),
         ({"split_order": "sequential", "split_seed": 3}, ["split_seed"]),
         ({"train_file": True, "split_fractions": (0.5, 0.5, 0)}, ["split_fractions"]),
