@@ -61,13 +61,17 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
     data, training = arguments.data, arguments.training
     cache = Path(data.cache_dir) if data.cache_dir else Path(training.output_dir).parent / "prepared"
     trained = TrainedModel.open(training.model_name_or_path) if training.model_name_or_path else None
-    is_canonical = trained is None or trained.schema.is_canonical
+    origin, is_canonical = None, True  # whose ids the weights know, and whether these are of canonical texts
+    if trained is not None:
+        origin, is_canonical = trained.folder, trained.schema.is_canonical
     if training.resume_from_checkpoint:
-        is_canonical = has_canonical_keys(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)))
-    prepared = prepare_dataset(
-        data, cache, topology, is_canonical=is_canonical, like=trained.folder if trained else None
-    )
+        origin = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
+        is_canonical = has_canonical_keys(origin)
+    like = trained.folder if trained else None
+    prepared = prepare_dataset(data, cache, topology, is_canonical=is_canonical, like=like)
     schema, start = Schema.load(prepared), None
+    if origin is not None:
+        _check_same_keys(prepared, schema, origin, is_canonical=is_canonical)
     if trained is not None:
         start = start_from(trained, prepared, schema)
         schema = start.schema
@@ -210,12 +214,7 @@ def _prepare_quickstart(data: DataArguments, cache: Path, **more: Any) -> Path:
 def check_prepared_for(folder: Path, trained: Path) -> Schema:
     """The schema of a prepared folder, in the trained model's feature order. Raises ValueError if they do not match."""
     schema, wanted = Schema.load(folder), Schema.load(trained)
-    if schema.is_canonical != wanted.is_canonical and wanted.sparse:
-        older, newer = (folder, trained) if wanted.is_canonical else (trained, folder)
-        raise ValueError(
-            f"{folder}: the ids in {older} are made of texts as they were written, and those in {newer} of canonical "
-            f"ones, so they have other meanings. {_USE_RAW}"
-        )
+    _check_same_keys(folder, schema, trained, is_canonical=wanted.is_canonical)
     dense = {column.name: column for column in schema.dense}
     sparse = {column.name: column for column in schema.sparse}
     for kind, have, want in (("dense", dense, wanted.dense), ("sparse", sparse, wanted.sparse)):
@@ -238,3 +237,13 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
                     f"ids have other meanings. {_USE_RAW}"
                 )
     return replace(schema, dense=wanted.dense, sparse=wanted.sparse)
+
+
+def _check_same_keys(folder: Path, schema: Schema, origin: Path, *, is_canonical: bool) -> None:
+    """Raise ValueError if the ids in a prepared folder are made of other texts than those of a model or checkpoint."""
+    if schema.is_canonical != is_canonical and schema.sparse:
+        older, newer = (folder, origin) if is_canonical else (origin, folder)
+        raise ValueError(
+            f"{folder}: the ids in {older} are made of texts as they were written, and those in {newer} of canonical "
+            "ones, so they have other meanings. Use the raw files instead: their ids are made as the model's are."
+        )

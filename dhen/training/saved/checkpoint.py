@@ -30,8 +30,9 @@ NEWEST = ("true", LATEST)
 """The values of --resume_from_checkpoint that mean the newest checkpoint in output_dir."""
 STATE_FILE = "trainer_state.json"
 FORMAT_VERSION = 1
-CANONICAL_KEYS = "canonical keys"
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
+CANONICAL_KEYS = "canonical keys"
+"""Entry of the data order: whether ids are made of canonical texts. Checkpoints of earlier versions do not have it."""
 _PREFIX = "checkpoint-"
 _REPLICATED_USES = "uses-of-replicated.safetensors"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
