@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from dhen.data.formats.delimited import typed_table
+from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
 from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, RowChecks, ignore_counts
 from dhen.data.formats.roles import ColumnRoles
 
@@ -36,7 +37,7 @@ class ParquetReader:
     def chunks(self, file: str) -> Iterator[RawChunk]:
         """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
         size = Path(file).stat().st_size if Path(file).is_file() else 0
-        with _open(file) as parquet:
+        with open_parquet(file) as parquet:
             present = parquet.schema_arrow.names
             self.roles.check_columns(present, file, is_label_required=self.is_label_required)
             check_types(parquet.schema_arrow, self.roles, file)
@@ -57,7 +58,7 @@ class ParquetReader:
 
     def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of rows in `file`, from its metadata."""
-        with _open(file) as parquet:
+        with open_parquet(file) as parquet:
             return parquet.metadata.num_rows
 
 
@@ -110,13 +111,18 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
             raise DataError(f"{file}: column {name!r} has the type {kind}. Convert it to a number of seconds.")
 
 
-def _open(file: str) -> pyarrow.parquet.ParquetFile:
+def open_parquet(file: str) -> pyarrow.parquet.ParquetFile:
+    """Open a Parquet file. Raises FileNotFoundError, or DataError for another or a damaged file."""
+    wrong = complaint(first_bytes(file))
+    if wrong not in (None, PARQUET):
+        raise DataError(f"{file}: {wrong}")
     try:
         return pyarrow.parquet.ParquetFile(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file. Check the path.") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: not a complete Parquet file ({_line(error)}). Download or copy it again.") from error
+        raise DataError(
+            f"{file}: not a complete Parquet file ({_line(error)}). Download or copy it again; if it is text, use "
+            f"--dataset_format csv."
+        ) from error
 
 
 def _line(error: Exception) -> str:

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from dhen.data.formats.first_bytes import START_BYTES, complaint, first_bytes
 from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, CountCallback, DataError, ignore_counts
 
 BLOCK_BYTES = 8 << 20
@@ -28,12 +29,7 @@ _MOST_LINES = 10_000
 """Lines of a row with line breaks inside quotes. Beyond that, its quote is taken for one that was not closed."""
 _FIRST_BYTES = 1 << 16
 _GZIP_MAGIC = b"\x1f\x8b"
-_OTHER_MAGICS = {
-    b"PK\x03\x04": "a zip archive",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"BZh": "a bzip2 file",
-    b"\xfd7zXZ": "an xz file",
-}
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 _MARK = b"\xef\xbb\xbf"
 
 
@@ -62,7 +58,7 @@ def text_blocks(
 ) -> Iterator[TextBlock]:
     """Yield `file` in blocks of about `block_bytes`, without its first `header_rows` lines.
 
-    Raises FileNotFoundError, or DataError for an empty file, a damaged or truncated .gz, or another type of archive.
+    Raises FileNotFoundError, or DataError for an empty file, a damaged or truncated .gz, or a binary file.
     """
     line_number = 0
     open_row = b""
@@ -167,18 +163,21 @@ def line_quoter(raw: dict[str, pa.Array], delimiter: str) -> Callable[[int], str
 
 
 def _open(file: str) -> tuple[BinaryIO, BinaryIO]:
-    """Return (file on disk, decompressed content)."""
-    try:
-        raw = open(file, "rb")  # noqa: SIM115 (the caller closes it)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file}: no such file. Check the path.") from None
-    magic = raw.read(8)
-    raw.seek(0)
-    for other, name in _OTHER_MAGICS.items():
-        if magic.startswith(other):
-            raw.close()
-            raise DataError(f"{file}: this is {name}. Unpack it first; only plain text and gzip can be read.")
-    return raw, gzip.GzipFile(fileobj=raw) if magic.startswith(_GZIP_MAGIC) else raw
+    """Return (file on disk, decompressed content). Raises FileNotFoundError, or DataError for a binary file."""
+    start = first_bytes(file)
+    is_gzip = start.startswith(_GZIP_MAGIC)
+    if is_gzip:
+        start = b""
+        with gzip.open(file) as content, contextlib.suppress(*_DAMAGED):  # reading the rows reports the damage
+            start = content.read(START_BYTES)
+    wrong = complaint(start)
+    if wrong is not None and is_gzip:
+        what = wrong.partition(". ")[0]
+        raise DataError(f"{file}: within the gzip, {what}. Unpack it, and give it as Parquet or as plain text.")
+    if wrong is not None:
+        raise DataError(f"{file}: {wrong}")
+    raw = open(file, "rb")  # noqa: SIM115 (the caller closes it)
+    return raw, gzip.GzipFile(fileobj=raw) if is_gzip else raw
 
 
 def _whole_lines(file: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
@@ -209,7 +208,7 @@ def _whole_lines(file: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
 def _read(file: str, content: BinaryIO, size: int) -> bytes:
     try:
         return content.read(size)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise DataError(
             f"{file}: the .gz is truncated or damaged after row {_readable_rows(file)} ({error}). Download or copy the "
             "file again, and check it with `gzip -t`."
@@ -219,7 +218,7 @@ def _read(file: str, content: BinaryIO, size: int) -> bytes:
 def _readable_rows(file: str) -> int:
     """Return the number of whole lines before the damage in a .gz."""
     rows = 0
-    with gzip.open(file) as content, contextlib.suppress(EOFError, gzip.BadGzipFile, zlib.error):
+    with gzip.open(file) as content, contextlib.suppress(*_DAMAGED):
         while data := content.read1(1 << 16):
             rows += data.count(b"\n")
     return rows

@@ -23,7 +23,7 @@ class PreparationSettings:
         or `owner/name/configuration`). Its rows are split by `split_fractions`, unless a hub data set already has
         several of the splits train, validation and test.
     train_file, validation_file, test_file: paths or globs for each split, instead of dataset_name.
-    dataset_format: `auto` detects the format from the file's name, and for .txt and .tsv from its first lines.
+    dataset_format: `auto` detects Parquet from the first bytes, and others from the file's name or its first lines.
     dataset_schema: YAML file with the role of each column (dhen/data/formats/roles.py). Required for csv, parquet, hub.
     split_fractions: shares of train, validation and test. They must sum to 1.
     split_order: `random` splits by a hash of split_seed and the row's position. `sequential` puts the first rows into

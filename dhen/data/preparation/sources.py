@@ -8,6 +8,7 @@ from pathlib import Path
 from dhen.data.formats import text_blocks
 from dhen.data.formats.criteo import CriteoReader
 from dhen.data.formats.delimited import DelimitedReader
+from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
 from dhen.data.formats.libsvm import LibsvmReader
 from dhen.data.formats.parquet import ParquetReader
 from dhen.data.formats.raw_rows import DataError, Reader
@@ -141,7 +142,7 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def format_of(settings: PreparationSettings) -> str:
-    """Return the name of the format, from dataset_format or, for `auto`, from the first file's name and lines."""
+    """Return the name of the format, from dataset_format or, for `auto`, from the first file's start and name."""
     if settings.dataset_format != "auto":
         return settings.dataset_format
     patterns = as_tuple(settings.dataset_name) or tuple(p for some in settings.files_by_split().values() for p in some)
@@ -153,6 +154,8 @@ def format_of(settings: PreparationSettings) -> str:
     ):
         return "hub"
     file = _files((name,))[0]
+    if complaint(first_bytes(file)) == PARQUET:
+        return "parquet"
     suffix = Path(file.removesuffix(".gz")).suffix.lower()
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]

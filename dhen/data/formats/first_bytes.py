@@ -1,0 +1,49 @@
+"""What a file is, by its first bytes. Its name may say something else."""
+
+import re
+from pathlib import Path
+
+START_BYTES = 4096
+"""How much of a file's start is looked at."""
+_UNPACK = "Unpack it first; only plain text and gzip can be read."
+_CONVERT = "Save the table as Parquet or CSV."
+PARQUET = "this is a Parquet file. Use --dataset_format parquet, and no text files beside it."
+_COMPLAINTS = {
+    b"PAR1": PARQUET,
+    b"\x1f\x8b": "this is a gzip file. Unpack it first, or use --dataset_format csv if it holds plain text.",
+    b"PK\x03\x04": f"this is a zip archive or an Excel file. {_UNPACK} Save a sheet of Excel as CSV.",
+    b"\x28\xb5\x2f\xfd": f"this is a zstd file. {_UNPACK}",
+    b"BZh": f"this is a bzip2 file. {_UNPACK}",
+    b"\xfd7zXZ": f"this is an xz file. {_UNPACK}",
+    b"7z\xbc\xaf\x27\x1c": f"this is a 7z archive. {_UNPACK}",
+    b"\x04\x22\x4d\x18": f"this is an lz4 file. {_UNPACK}",
+    **dict.fromkeys((b"ARROW1", b"FEA1", b"\xff\xff\xff\xff"), f"this is an Arrow or Feather file. {_CONVERT}"),
+    b"ORC": f"this is an ORC file. {_CONVERT}",
+    b"Obj\x01": f"this is an Avro file. {_CONVERT}",
+    b"SQLite format 3\x00": f"this is an SQLite database. {_CONVERT}",
+    b"\x89HDF\r\n\x1a\n": f"this is an HDF5 file. {_CONVERT}",
+    b"\x93NUMPY": f"this is a NumPy file. {_CONVERT}",
+    b"\xd0\xcf\x11\xe0": f"this is an Excel file. {_CONVERT}",
+    **{bytes((0x80, version)): f"this is a pickle. {_CONVERT}" for version in range(2, 6)},
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "this is UTF-16 text. Convert it with `iconv -f UTF-16 -t UTF-8`."),
+}
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+
+
+def first_bytes(file: str) -> bytes:
+    """Return the first bytes of a file. Raises FileNotFoundError."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file. Check the path.")
+    with open(file, "rb") as content:
+        return content.read(START_BYTES)
+
+
+def complaint(start: bytes) -> str | None:
+    """Return what a file is and what to do with it, or None if it is text or unknown. `start`: its first bytes."""
+    if start[257:262] == b"ustar":
+        return f"this is a tar archive. {_UNPACK}"
+    for magic, sentence in _COMPLAINTS.items():
+        # A text may start with the letters PAR1 or ORC, as the name of a column.
+        if start.startswith(magic) and (not magic.isalnum() or _CONTROL.search(start)):
+            return sentence
+    return None
