@@ -25,7 +25,7 @@ class DelimitedReader:
 
     def chunks(self, file: str) -> Iterator[RawChunk]:
         """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
-        names, header_rows = self._column_names(file)
+        names, header_rows = self._checked_header(file)
         quote, delimiter = self.roles.quote, self.roles.delimiter
         quoting = None
         if quote is not None:
@@ -46,24 +46,28 @@ class DelimitedReader:
 
     def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of lines in `file` after its header."""
-        _, header_rows = self._column_names(file)
+        _, header_rows = self._checked_header(file)
         return text_blocks.count_lines(file, on_count) - header_rows
 
-    def _column_names(self, file: str) -> tuple[list[str], int]:
+    def column_names(self, file: str) -> list[str]:
+        """Return the names of all columns in `file`. Raises FileNotFoundError or DataError."""
+        return self._header(file)[0]
+
+    def _checked_header(self, file: str) -> tuple[list[str], int]:
+        names, header_rows = self._header(file)
+        self.roles.check_columns(names, file, is_label_required=self.is_label_required)
+        return names, header_rows
+
+    def _header(self, file: str) -> tuple[list[str], int]:
         """Return (column names, number of rows up to and including the header)."""
         row, line = text_blocks.first_line(file)
         quoting = csv.QUOTE_NONE if self.roles.quote is None else csv.QUOTE_MINIMAL
         cells = next(csv.reader([line], delimiter=self.roles.delimiter, quotechar=self.roles.quote, quoting=quoting))
         if self.roles.header:
-            names, header_rows = cells, row
-        else:
-            names, header_rows = list(self.roles.columns), 0
-            if not names:
-                raise DataError(
-                    f"{file}: the schema has `header: false` but no column names. Add `columns: [...]` to it."
-                )
-        self.roles.check_columns(names, file, is_label_required=self.is_label_required)
-        return names, header_rows
+            return cells, row
+        if not self.roles.columns:
+            raise DataError(f"{file}: the schema has `header: false` but no column names. Add `columns: [...]` to it.")
+        return list(self.roles.columns), 0
 
 
 def typed_table(

@@ -46,6 +46,10 @@ class HubReader:
             yield typed_chunk(raw, self.roles, file, row, self.is_label_required)
             row += table.num_rows
 
+    def column_names(self, file: str) -> list[str]:
+        """Return the names of all columns in a split, from its first rows."""
+        return next(self._tables(file), pa.table({})).column_names
+
     def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of rows in a split, by streaming through it once."""
         rows = 0

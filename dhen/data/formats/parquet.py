@@ -56,6 +56,11 @@ class ParquetReader:
                     f"{file}: damaged after row {row} ({_line(error)}). Download or copy the file again."
                 ) from error
 
+    def column_names(self, file: str) -> list[str]:
+        """Return the names of all columns in `file`."""
+        with open_parquet(file) as parquet:
+            return parquet.schema_arrow.names
+
     def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
         """Return the number of rows in `file`, from its metadata."""
         with open_parquet(file) as parquet:

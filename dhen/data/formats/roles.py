@@ -17,11 +17,18 @@ sparse:
   - {name: hour_of_day, column: time, characters: [6, 8]}     # characters 6 and 7 (from 0) of the column `time`
   - {name: seen, parts: [hour, weekday]}                      # of a date: the features seen_hour and seen_weekday
 ignored: [id]             # all other columns must be listed here; "*" ignores all of them
+
+A name in these three lists may be a shell pattern, such as "cat_*" or {name: "age_*", transform: identity}. It stands
+for the columns of the file that it matches and that are named nowhere else.
 """
 
 import difflib
 import re
-from dataclasses import field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field, replace
+from fnmatch import fnmatchcase
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -156,13 +163,9 @@ class ColumnRoles:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the feature {name!r} appears twice. Use a different name for each feature.")
-            if name == LABEL or not _FEATURE_NAME.fullmatch(name):
-                raise ValueError(
-                    f"{name!r} is not allowed as a feature name, because files and columns are named after it. Use "
-                    f"letters, digits, '_', '-', '.' and spaces, but not {LABEL!r}. To rename it, write "
-                    f"{{name: new, column: {name}}}."
-                )
         for feature in (*self.dense, *self.sparse):
+            if not has_magic(feature.source):
+                _check_name(feature.name)
             if self.label.column in feature.columns:
                 raise ValueError(
                     f"the feature {feature.name!r} uses the column {self.label.column!r}, which is the label. The "
@@ -178,6 +181,57 @@ class ColumnRoles:
                 raise ValueError(f"the separator of {feature.name!r} is empty. Give the text that separates two ids.")
             if feature.characters is not None and feature.is_multi_valued:
                 raise ValueError(f"{feature.name!r} has `characters`, but is multi-valued. Remove one of the two.")
+
+    @property
+    def has_patterns(self) -> bool:
+        """Whether a name in a list looks like a pattern, so that `expanded` is needed."""
+        names = [feature.source for feature in (*self.dense, *self.sparse)]
+        return any(map(has_magic, names + ([] if self.ignored == "*" else list(self.ignored))))
+
+    def expanded(self, present: list[str], file: str, *, is_label_required: bool = True) -> "ColumnRoles":
+        """Return the roles with the columns of `file` that each pattern matches, in the order of the file.
+
+        A name that is a column itself is no pattern. Columns that are named without a pattern, in whatever role, are
+        left out. Raises ValueError for a pattern that matches no other column (which `ignored` may in data to predict),
+        for a column that patterns of two roles match, and for a column that cannot give its name to a feature.
+        """
+        ignored = () if self.ignored == "*" else self.ignored
+        given = [*ignored, *(column for feature in (*self.dense, *self.sparse) for column in feature.columns)]
+        named = {self.label.column, *(name for name in given if name in present or not has_magic(name))}
+        first_match: dict[str, tuple[str, str]] = {}
+
+        def matches(pattern: str, role: str) -> list[str]:
+            if pattern in named:
+                return [pattern]
+            found = [column for column in present if column not in named and fnmatchcase(column, pattern)]
+            if not found and (role != "ignored" or is_label_required):
+                raise ValueError(
+                    f"the pattern {pattern!r} under {role} matches no column that is not named elsewhere. The "
+                    f"columns are {', '.join(present)}. Correct the schema (--dataset_schema) or remove the pattern."
+                )
+            for column in found:
+                other_role, other = first_match.setdefault(column, (role, pattern))
+                if other_role != role:
+                    raise ValueError(
+                        f"the column {column!r} matches {other!r} under {other_role} and {pattern!r} under "
+                        f"{role}. Name the column itself where it belongs, or change a pattern."
+                    )
+            return found
+
+        def features(roles: tuple[Any, ...], kind: str) -> tuple[Any, ...]:
+            found = [(role, column) for role in roles for column in matches(role.source, kind)]
+            return tuple(
+                dict.fromkeys(
+                    replace(role, name=role.name.replace(role.source, column), column=column) for role, column in found
+                )
+            )
+
+        with _one_line(file):
+            dense, sparse = features(self.dense, "dense"), features(self.sparse, "sparse")
+            for feature in (*dense, *sparse):
+                _check_name(feature.name)
+            dropped = tuple(column for name in ignored for column in matches(name, "ignored"))
+            return replace(self, dense=dense, sparse=sparse, ignored=self.ignored if self.ignored == "*" else dropped)
 
     def check_columns(self, present: list[str], file: str, *, is_label_required: bool) -> None:
         """Raise ValueError if a column is missing, is duplicated, or has no role."""
@@ -212,8 +266,13 @@ def load_roles(path: str | Path) -> ColumnRoles:
         raise FileNotFoundError(
             f"{path}: no such schema file. Give a YAML file with the role of each column.{looked_in(path)}"
         )
+    return parse_roles(path.read_bytes(), path)
+
+
+def parse_roles(text: str | bytes, path: str | Path) -> ColumnRoles:
+    """Parse the text of a YAML schema. Raises ValueError that begins with `path`."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(text.decode("utf-8") if isinstance(text, bytes) else text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -236,15 +295,32 @@ def load_roles(path: str | Path) -> ColumnRoles:
         content["label"] = {"column": str(content["label"])}
     ignored = content.get("ignored") or []
     content["ignored"] = ignored if isinstance(ignored, str) else [str(column) for column in ignored]
-    try:
+    with _one_line(path):
         return TypeAdapter(ColumnRoles).validate_python(content)
+
+
+@contextmanager
+def _one_line(place: str | Path) -> Iterator[None]:
+    """Turn an error about roles into a ValueError in one line that begins with `place` and names the key."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
         if first["type"] not in ("value_error", "extra_forbidden", "missing"):
             reason = f"{reason}, not {first['input']!r}."
-        raise ValueError(f"{path}: {f'{key}: ' if key else ''}{reason}") from error
+        raise ValueError(f"{place}: {f'{key}: ' if key else ''}{reason}") from error
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _check_name(name: str) -> None:
+    if name == LABEL or not _FEATURE_NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is not allowed as a feature name, because files and columns are named after it. Use letters, "
+            f"digits, '_', '-', '.' and spaces, but not {LABEL!r}. To rename it, write {{name: new, column: {name}}}."
+        )
 
 
 def _by_part(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:

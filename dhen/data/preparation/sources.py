@@ -2,7 +2,7 @@
 
 import glob
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dhen.data.formats import text_blocks
@@ -105,12 +105,17 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
             f"sparse. See recipes/configs/schemas for examples."
         )
     if format_name == "csv":
-        return DelimitedReader(roles, is_required, block_bytes)
-    if format_name == "parquet":
-        return ParquetReader(roles, is_required)
-    from dhen.data.formats.hub import HubReader
+        reader = DelimitedReader(roles, is_required, block_bytes)
+    elif format_name == "parquet":
+        reader = ParquetReader(roles, is_required)
+    else:
+        from dhen.data.formats.hub import HubReader
 
-    return HubReader(roles, is_required)
+        reader = HubReader(roles, is_required)
+    if not roles.has_patterns:
+        return reader
+    columns = reader.column_names(first_file)
+    return replace(reader, roles=roles.expanded(columns, first_file, is_label_required=is_required))
 
 
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
