@@ -102,7 +102,7 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
     if roles is None:
         raise ValueError(
             f"the format {format_name} needs dataset_schema, a YAML file that says which columns are label, dense and "
-            f"sparse. See recipes/configs/schemas for examples."
+            f"sparse. For a file, tools/make_schema.py writes one."
         )
     if format_name == "csv":
         reader = DelimitedReader(roles, is_required, block_bytes)
