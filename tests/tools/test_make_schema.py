@@ -83,12 +83,16 @@ def test_parquet_has_the_same_schema(tmp_path):
 
 def test_columns_with_a_common_prefix_become_a_pattern(tmp_path):
     columns = {f"aff_{i}": RNG.random(60) for i in range(20)} | {f"cat_{i}": RNG.integers(0, 9, 60) for i in range(9)}
-    frame = pl.DataFrame({"cat": RNG.integers(0, 2, 60)} | columns | {"b_1": [0.5, 1] * 30, "b_2": [1, 2] * 30})
+    frame = pl.DataFrame({"cat": RNG.integers(0, 2, 60)} | columns | {"b_1": [0.5, 1] * 30, "b_2": [1, 2] * 30}
+                         | {f"mix_{i}": [i + 0.5, 1] * 30 for i in range(5)} | {"mix_5": ["u", "v"] * 30})  # fmt: skip
     frame.write_csv(tmp_path / "log.csv")
     text = schema_of(tmp_path / "log.csv", "--label", "cat")
-    assert text.splitlines()[2:] == ["dense: [aff_*, b_1]  # numbers", "sparse: [cat_*, b_2]  # categories"]
+    mixed = [f"mix_{i}" for i in range(5)]
+    assert text.splitlines()[2:] == [
+        f"dense: [aff_*, b_1, {', '.join(mixed)}]  # numbers", "sparse: [cat_*, b_2, mix_5]  # categories"
+    ]  # fmt: skip
     schema = prepared(tmp_path / "log.csv", text, tmp_path)
-    assert names(schema) == ([*list(columns)[:20], "b_1"], [*list(columns)[20:], "b_2"])
+    assert names(schema) == ([*list(columns)[:20], "b_1", *mixed], [*list(columns)[20:], "b_2", "mix_5"])
 
 
 @pytest.mark.parametrize("delimiter", ["\t", ";", "|"])

@@ -82,7 +82,7 @@ def guess_label(values: pa.Array, given: LabelRole, file: str) -> tuple[LabelRol
             f"are {_some(words)}. Correct --positive or --greater_than, or raise --rows."
         )
     blank = len(labels) - len(known)
-    return role, f"{known.mean():.1%} clicks" + (f"; {blank:,} rows have none: use --bad_rows skip" if blank else "")
+    return role, f"{known.mean():.1%} clicks" + (f"; blank labels: {blank:,}; use --bad_rows skip" if blank else "")
 
 
 def _positive(values: pa.Array, words: list[str], where: str) -> str | None:
@@ -145,6 +145,8 @@ def _guess_text(name: str, texts: pl.Series, is_unique: bool) -> Guess:
         is_list = texts.str.contains(separator, literal=True) & ~is_no_list
         if is_list.mean() >= _SHARE_OF_LISTS and is_no_list.mean() <= 0.05 and not texts.str.contains(_NUMBER).all():
             return Guess(name, "sparse", "lists, by their separator", {"separator": separator})
+    if not parse_numbers(texts.str.strip_chars().to_arrow(), pl.Float64)[1].any():
+        return Guess(name, "sparse", "doubtful: numbers with spaces around them; remove these and list it under dense")
     return Guess(name, "ignored", _ROW) if is_unique else Guess(name, "sparse")
 
 

@@ -88,6 +88,22 @@ def test_text(name, values, kind, options):
 
 
 @pytest.mark.parametrize(
+    ("name", "values", "remark"),
+    [
+        ("x", [f"{i}" for i in MANY], "doubtful: whole numbers; codes belong under sparse"),
+        ("age", [f"{i}" for i in MANY], ""),
+        ("x", [f" {i / 8}" for i in MANY], "doubtful: numbers with spaces around them"),
+        ("id", [f"k{i}" for i in MANY], "doubtful: if it identifies a row"),
+        ("x", [f"k{i}" for i in MANY], ""),
+    ],
+)
+def test_what_is_doubtful_is_said(name, values, remark):
+    said = guess_column(name, pa.array(values)).remark
+    assert said.startswith(remark)
+    assert bool(said) == bool(remark)
+
+
+@pytest.mark.parametrize(
     ("values", "kind", "options"),
     [
         (pa.array(DATES), "sparse", DAYS),
@@ -130,7 +146,7 @@ def test_a_label_of_two_values_has_a_click(values, positive):
     role, remark = guess_label(pa.array(values), LabelRole("y"), "log.csv")
     assert role == LabelRole("y", positive)
     assert "% clicks" in remark
-    assert ("1 rows have none" in remark) == (None in values)
+    assert ("blank labels: 1;" in remark) == (None in values)
 
 
 def test_what_the_user_says_of_the_label_is_taken():
