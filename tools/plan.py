@@ -26,6 +26,7 @@ from dhen.config.arguments import Arguments, parse_arguments
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import read_section
 from dhen.data.loading.prepared_rows import mean_bag_sizes
+from dhen.data.preparation.encoding import HASH_SIZE
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine, read_machine, shipped_machines
@@ -141,11 +142,11 @@ def config_of(arguments: argparse.Namespace, recipe: Arguments) -> DhenConfig:
         prepared = config_for(recipe.architecture, Schema.load(Path(recipe.data.dataset_name)))
         dense, features = prepared.num_dense_features, [dict(feature) for feature in prepared.sparse_features]
     else:
-        dense, features = _CRITEO[0], _features(_CRITEO[1], recipe.data.hash_size)
+        dense, features = _CRITEO[0], _features(_CRITEO[1], recipe.data.hash_size or HASH_SIZE)
     if arguments.num_dense_features is not None:
         dense = arguments.num_dense_features
     if arguments.num_sparse_features is not None:
-        features = _features(arguments.num_sparse_features, recipe.data.hash_size)
+        features = _features(arguments.num_sparse_features, recipe.data.hash_size or HASH_SIZE)
     if arguments.rows_per_table is not None:
         features = [feature | {"num_embeddings": arguments.rows_per_table} for feature in features]
     return DhenConfig(**vars(recipe.architecture), num_dense_features=dense, sparse_features=features)

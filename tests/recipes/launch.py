@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 from dhen.data.preparation.caching import prepare_cached
@@ -102,6 +103,14 @@ def prepared_click_log(folder: Path, rows: int = 640) -> Path:
 def summary(run: Path) -> dict:
     """summary.json of a run folder."""
     return json.loads((run / "summary.json").read_text())
+
+
+def assert_same_metrics(found: dict, expected: dict, tolerance: float) -> None:
+    """Equal metrics within the relative tolerance, and equal shares of unseen values, unless `expected` lacks them."""
+    shares = expected.get("unseen", found["unseen"])
+    assert found["unseen"] == pytest.approx(shares, rel=tolerance)
+    rest = {key: value for key, value in found.items() if key != "unseen"}
+    assert rest == pytest.approx({key: value for key, value in expected.items() if key != "unseen"}, rel=tolerance)
 
 
 def losses(run: Path, split: str = "train") -> dict[int, str]:

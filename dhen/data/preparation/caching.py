@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from dhen.data.preparation.encoding import HASH_SIZE
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.raw_stream import ProgressCallback
 from dhen.data.preparation.settings import PreparationSettings
@@ -51,6 +52,10 @@ def prepare_cached(
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     """Return a digest of everything that determines the result: files, settings and the version."""
     relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
+    if settings.like is None:
+        del relevant["vocabulary_keys"]
+        if settings.id_encoding != "auto":  # as earlier versions wrote the defaults: their folders are found again
+            relevant |= {"hash_size": settings.hash_size or HASH_SIZE, "min_count": settings.min_count or 1}
     _, format_name, sources = open_sources(settings)
     inputs = [
         (source.splits, [_fingerprint(format_name, file, digests) for file in source.files]) for source in sources

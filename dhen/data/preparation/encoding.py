@@ -19,7 +19,7 @@ from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, Schema, SparseColum
 
 MOST_KEYS = 1_000_000
 """The largest vocabulary that `auto` makes."""
-_HASH_SIZE, _AUTO_HASH_SIZE = 100_000, 1_000_000
+HASH_SIZE, _AUTO_HASH_SIZE = 100_000, MOST_KEYS
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[s
         encoding = told or (old.encoding if old else "hash" if size else "auto")
         if size is None and old is not None and old.encoding == "hash":
             size = old.num_embeddings
-        default = _AUTO_HASH_SIZE if encoding == "auto" else _HASH_SIZE
+        default = _AUTO_HASH_SIZE if encoding == "auto" else HASH_SIZE
         count = role.min_count or settings.min_count or (old.min_count if old else 1)
         asked[role.name] = AskedEncoding(encoding, size or default, count)
     return asked
