@@ -154,10 +154,14 @@ class StepSetting:
         """The setting of one rank's own lookups in replicated tables. Their states belong to the dense optimizer."""
         return replace(self, world_size=1, local_size=1, table_dtype="fp32", optimizer="adagrad")
 
-    def shard_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a shard's weights, optimizer state and counts of uses."""
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of a row's weights and optimizer state."""
         state = {"rowwise_adagrad": 4, "adagrad": 4 * columns, "sgd": 0}[self.optimizer]
-        return rows * (columns * WEIGHT_BYTES[self.table_dtype] + state + _USES_BYTES)
+        return columns * WEIGHT_BYTES[self.table_dtype] + state
+
+    def shard_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a shard: weights, optimizer state and counts of uses."""
+        return rows * (self.row_bytes(columns) + _USES_BYTES)
 
     def cached_bytes(self, rows: int, columns: int) -> int:
         """Bytes that stay on the GPU when the shard is in host memory: cache, row-wise optimizer state, and uses."""
@@ -195,7 +199,7 @@ def update_work(ids: float, bags: int, rows: int, columns: int, setting: StepSet
     """The work of an update: reads one bag's gradient per id, and reads and writes each distinct row and its state."""
     touched = rows_touched(ids, rows)
     gradient_bytes = max(ids, bags) * columns * _OUTPUT_BYTES
-    return Work(ids, touched, 2 * touched * setting.shard_bytes(1, columns), gradient_bytes)
+    return Work(ids, touched, 2 * touched * setting.row_bytes(columns), gradient_bytes)
 
 
 def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> ShardSeconds:
