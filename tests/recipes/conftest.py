@@ -1,11 +1,13 @@
 """A small click log for the recipes' tests, prepared once; a run trained on its raw files; a place for output."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.recipes.launch import TINY, prepared_click_log, run_script
 
 
@@ -43,3 +45,15 @@ def trained(click_log: Path) -> TrainedRun:
     assert done.status == 0, done.output
     (prepared,) = [path for path in (run.parent / "prepared").iterdir() if not path.name.startswith(".")]
     return TrainedRun(run, raw, prepared)
+
+
+@pytest.fixture(scope="session")
+def costs_of_a_slow_machine(tmp_path_factory) -> Path:
+    """Where gradients of small tables are cheap to reduce, and every lookup takes a while."""
+    raw = json.loads((ROOT / "dhen/tables/placement/costs/cpu.json").read_text())
+    free = dict.fromkeys(raw["lookup"]["fp32"], 0.0)
+    raw["update"]["adagrad/fp32"], raw["lookup"]["fp32"] = free, free
+    raw["update"]["rowwise_adagrad/fp32"] = free | {"seconds_per_id": 1e-3}
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    path.write_text(json.dumps(raw))
+    return path

@@ -35,7 +35,7 @@ def test_tables_leave_the_device_only_where_they_do_not_fit():
 
 
 def test_what_a_cached_table_leaves_on_the_device():
-    """Row-wise Adagrad and the counts of uses, a number per row each; FBGEMM's map; a fifth of the rows with 16 bytes."""
+    """Row-wise Adagrad, the uses and FBGEMM's map, a number per row each; a fifth of the rows, each with 16 bytes."""
     setting = StepSetting(4, 2, 64, optimizer="rowwise_adagrad", table_dtype="fp16")
     assert setting.cached_bytes(1000, 16) == 1000 * (4 + 4 + 4) + 200 * (16 + 32)
     assert replace(setting, optimizer="adagrad").cached_bytes(1000, 16) == 1000 * (4 + 4) + 200 * (16 + 32)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dhen.config.dhen_section import TableDtype
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
 from dhen.runtime.topology import Topology
@@ -96,11 +97,13 @@ def target_of(step: int, rank: int, size: int) -> Tensor:
     return torch.randn(size, len(TABLES), DIM, generator=torch.Generator().manual_seed(99 + 1000 * step + rank))
 
 
-def make_tables(topology: Topology, optimizer: str, cuts: dict[str, int] = WHOLE) -> ShardedTables:
+def make_tables(
+    topology: Topology, optimizer: str, cuts: dict[str, int] = WHOLE, table_dtype: TableDtype = "fp32"
+) -> ShardedTables:
     setting = StepSetting(topology.world_size, topology.world_size, 6, optimizer)
     options = PlacementOptions(cuts={table.name: cuts.get(table.name, 1) for table in TABLES})
     placement = place_tables(TABLES, DIM, setting, read_costs("cpu"), options=options)
-    tables = ShardedTables(TABLES, DIM, placement, topology, optimizer=optimizer, seed=SEED)
+    tables = ShardedTables(TABLES, DIM, placement, topology, optimizer=optimizer, table_dtype=table_dtype, seed=SEED)
     tables.set_learning_rate(LEARNING_RATE)
     return tables
 
