@@ -14,7 +14,7 @@ from pathlib import Path
 from dhen.data.schema import Schema
 
 UNSEEN_FILE = "unseen.csv"
-_MANY = 0.5
+MANY = 0.5
 _LINE = 6
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def report_unseen(split: str, unseen: Mapping[str, UnseenValues], schema: Schema
             f", and {more} more features" if more else "",
             " (at least: hashed values may share a row)" if is_hashed else "",
         )
-    if many := [f"{name} ({share:.1%})" for share, name in shares if share > _MANY]:
+    if many := [f"{name} ({share:.1%})" for share, name in shares if share > MANY]:
         logger.warning(
             "%s: training never saw more than half of the values of %s, so the model knows little about them. Check "
             "that these rows are written like the training rows (case, units, column order), or train on newer rows.",

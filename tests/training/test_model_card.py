@@ -33,6 +33,13 @@ def test_a_metric_that_does_not_exist_is_left_out_of_the_metadata():
     assert "model-index" not in yaml.safe_load(card_of(test=nothing).content.split("---")[1])
 
 
+def test_the_text_says_what_training_never_saw():
+    text = card_of(test=METRICS | {"unseen": {"day": 1.0, "user": 0.3}}, eval=METRICS | {"unseen": {"day": 0.5}}).text
+    assert "A value that training never saw gets the mean embedding of its feature" in text
+    assert "In test, more than half of the values of day are such values." in text
+    assert "In eval" not in text
+
+
 def test_the_text_has_layers_rows_and_metrics():
     text = card_of(test=METRICS, eval=METRICS).text
     assert "2 layers over" in text

@@ -34,11 +34,12 @@ class Encoder:
     vocabularies: dict[str, Vocabulary]
     is_canonical: bool = True
 
-    def encode(self, raw: pa.Table) -> tuple[pa.Table, dict[str, np.ndarray]]:
-        """Return the same rows with ids and transformed values.
+    def encode(self, raw: pa.Table) -> pa.Table:
+        """Return the same rows with ids and transformed values."""
+        return self.encode_and_count(raw)[0]
 
-        The second value says, for each feature with a vocabulary, how many values of each row are not a key.
-        """
+    def encode_and_count(self, raw: pa.Table) -> tuple[pa.Table, dict[str, np.ndarray]]:
+        """Like `encode`; also returns, by feature with a vocabulary, how many values of each row are not a key."""
         unknown: dict[str, np.ndarray] = {}
         encoded: dict[str, pa.Array] = {LABEL: raw[LABEL].combine_chunks()}
         for dense in self.dense:

@@ -161,7 +161,7 @@ def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_ori
         for part in stream.chunks("writing"):
             bad_row_list.write(part.chunk.bad)
             first_bad = first_bad or next(iter(part.chunk.bad), None)
-            encoded, unknown = encoder.encode(part.chunk.table)
+            encoded, unknown = encoder.encode_and_count(part.chunk.table)
             if with_origins:
                 encoded = add_origins(encoded, part.chunk)
             for index, split in enumerate(part.splits):

@@ -6,6 +6,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.training.unseen import MANY
 
 _METRICS = {"auc": "AUC", "ne": "normalized entropy", "logloss": "log loss", "calibration": "calibration"}
 
@@ -44,6 +45,9 @@ Deep and Hierarchical Ensemble Network (Zhang et al. 2022), {len(config.layer_sp
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
+A value that training never saw gets the mean embedding of its feature, weighted by how often training used each row.
+{_unseen(splits)}
+
 Trained on {schema.splits["train"].rows:,} rows for {summary["steps"]:,} steps.
 
 ## Use
@@ -58,6 +62,19 @@ model = AutoModel.from_pretrained("this folder")
 To score raw rows, run `recipes/predict.py --model_name_or_path`. It uses `schema.json` and `vocabulary/` to map values
 to ids.
 """
+
+
+def _unseen(splits: dict[str, dict[str, Any]]) -> str:
+    """A sentence on the features of which training saw less than half of a split's values."""
+    many = {
+        name: [feature for feature, share in values.get("unseen", {}).items() if share > MANY]
+        for name, values in splits.items()
+    }
+    return "".join(
+        f"In {name}, more than half of the values of {', '.join(features)} are such values.\n"
+        for name, features in many.items()
+        if features
+    )
 
 
 def _metadata(splits: dict[str, dict[str, Any]]) -> ModelCardData:
