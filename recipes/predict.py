@@ -62,7 +62,7 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
             if writer is not None:
                 columns = [pa.array(column, from_pandas=True) for column in columns]
                 writer.write(pa.table([*columns, *origins.take(len(columns[0]))], schema=COLUMNS))
-    unseen = unseen_values(model.unseen_ids(), loader.schema, loader.split, knows_uses=model.knows_uses)
+    unseen = unseen_values(model, loader)
     if writer is not None:
         writer.finish()
         report_unseen(loader.split, unseen, loader.schema)

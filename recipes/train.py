@@ -34,10 +34,10 @@ def main() -> None:
 
         # Check all that needs no data first, because preparing the data may take hours.
         check_run_folder(arguments.training)
-        ds_config = given_ds_config(arguments, topology)
+        given_ds_config(arguments, topology)
 
         data = open_data(arguments, topology)
-        model = build_model(arguments, topology, data, ds_config)
+        model = build_model(arguments, topology, data)
         trainer = make_trainer(arguments, data, model)
         progress = start_reporting(arguments, data, trainer)
 

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dhen.config.arguments import Arguments, parse_arguments
+from dhen.config.arguments import MOST_BATCH, Arguments, parse_arguments
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import read_section
 from dhen.data.loading.prepared_rows import mean_bag_sizes
@@ -125,7 +125,7 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
     training = recipe.training
     return Job(
         config,
-        training.per_device_train_batch_size,
+        training.per_device_train_batch_size or MOST_BATCH,
         machine,
         nodes=arguments.nodes,
         precision=arguments.precision,

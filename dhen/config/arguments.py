@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -32,6 +33,11 @@ DatasetFormat = Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"]
 ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"]
 ScalingRule = Literal["none", "linear", "sqrt"]
 MetricName = Literal["auc", "ne", "logloss"]
+
+
+_STEPS_PER_EPOCH, _LEAST_STEPS = 200, 300
+LEAST_BATCH, MOST_BATCH = 64, 2048
+"""For the batch size and the epochs that the user left out."""
 
 
 @dataclass
@@ -106,8 +112,10 @@ class TrainingArguments:
     output_dir: str | None = option(
         None, "Run folder for checkpoints, metrics and the trained model. Default: runs/<name of the data>."
     )
-    per_device_train_batch_size: int = option(
-        2048, "Examples per rank in each micro step (one forward and backward pass)."
+    per_device_train_batch_size: int | None = option(
+        None,
+        "Examples per rank in each micro step (one forward and backward pass). Default: so many that a step has about "
+        "1/200 of the training rows, over all ranks: a power of two from 64 to 2048.",
     )
     per_device_eval_batch_size: int = option(
         4096, "Examples per rank in each evaluation step. Lower it if evaluation runs out of memory."
@@ -115,7 +123,9 @@ class TrainingArguments:
     gradient_accumulation_steps: int = option(
         1, "Micro steps per step. The dense part is updated once per step, the tables once per micro step."
     )
-    num_train_epochs: int = option(1, "Passes over the training split.")
+    num_train_epochs: int | None = option(
+        None, "Passes over the training split. Default: as many as it takes to make 300 steps, and 1 for large data."
+    )
     max_steps: int = option(-1, "Total number of steps. Overrides --num_train_epochs, unless it is -1.")
     learning_rate: float = option(1e-3, "Peak learning rate of the dense part: all weights except the tables.")
     table_learning_rate: float = option(0.02, "Peak learning rate of the embedding tables.")
@@ -133,7 +143,7 @@ class TrainingArguments:
     )
     warmup_steps: int = option(0, "Steps over which the learning rates rise linearly to their peak.")
     lr_scheduler_type: ScheduleKind = option(
-        "constant",
+        "cosine",
         "Learning rates after warm-up. constant: stay at the peak. linear, cosine: fall to min_lr_ratio at the end. "
         "inverse_sqrt: fall as 1 / sqrt(steps). reduce_lr_on_plateau: drop when the validation metric stops improving.",
     )
@@ -186,6 +196,22 @@ class TrainingArguments:
     )
     seed: int = option(0, "Random seed of the initial weights, the order of the rows, and dropout.")
     interaction_files: list[str] = option([], "Python files that register your own interactions.")
+
+    def choose_sizes(self, rows: int, world_size: int) -> str:
+        """Set the batch size and the number of epochs that were left out. rows: of the training split.
+
+        Returns what was chosen, as text; empty if nothing was left out.
+        """
+        chosen = []
+        if self.per_device_train_batch_size is None:
+            global_batch = min(max(2 ** round(math.log2(rows / _STEPS_PER_EPOCH)), LEAST_BATCH), MOST_BATCH)
+            self.per_device_train_batch_size = max(1, global_batch // (world_size * self.gradient_accumulation_steps))
+            chosen.append(f"per_device_train_batch_size {self.per_device_train_batch_size}")
+        if self.num_train_epochs is None and self.max_steps < 1:
+            per_step = self.per_device_train_batch_size * world_size * self.gradient_accumulation_steps
+            self.num_train_epochs = math.ceil(_LEAST_STEPS / math.ceil(rows / per_step))
+            chosen.append(f"num_train_epochs {self.num_train_epochs}")
+        return f"chosen for {rows:,} training rows: {', '.join(chosen)}" if chosen else ""
 
     def without_effect(self) -> list[str]:
         """A sentence for each value that the user changed but that another value leaves without effect."""
@@ -344,7 +370,7 @@ def _check_ranges(training: TrainingArguments) -> None:
     at_least_one = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                     "num_train_epochs", "logging_steps", "base_batch_size", "save_total_limit")  # fmt: skip
     for name in at_least_one:
-        if getattr(training, name) < 1:
+        if getattr(training, name) is not None and getattr(training, name) < 1:
             raise ArgumentError(f"{name} is {getattr(training, name)}. Use 1 or more.")
     not_negative = ("learning_rate", "table_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
                     "whole_table_l2", "looked_up_l2", "table_epsilon", "adam_epsilon", "eval_steps", "save_steps",

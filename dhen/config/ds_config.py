@@ -41,9 +41,12 @@ class DsConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The values that a ds_config may leave "auto", as the recipe sets them."""
+    """The values that a ds_config may leave "auto", as the recipe sets them.
 
-    per_device_train_batch_size: int
+    per_device_train_batch_size: None if it depends on data that is not known yet. The ds_config's is then ignored.
+    """
+
+    per_device_train_batch_size: int | None
     gradient_accumulation_steps: int
     world_size: int
     max_grad_norm: float
@@ -130,6 +133,10 @@ def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layer
 
 def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
     section = _check_section(path, raw.pop(SECTION, {}))
+    if recipe.per_device_train_batch_size is None:
+        recipe = replace(recipe, per_device_train_batch_size=1)
+        for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
+            raw.pop(key, None)
     _check_top_level(path, raw)
     _check_sections(path, raw)
     _resolve_auto(path, raw, recipe.values())

@@ -43,8 +43,7 @@ class ReplicatedFeatures:
             self._new_uses.add(own.ids, _lengths(own).sum(1))
         elif self.unseen is not None:
             lengths_FB = _lengths(own)
-            offsets = nn.functional.pad(lengths_FB.flatten().cumsum(0), (1, 0))
-            weights, self._missing_FB = self.unseen.split(own.ids, offsets, own.weights)
+            weights, self._missing_FB = self.unseen.split(own.ids, lengths_FB, own.weights)
             if self._missing_FB is not None:
                 own = SparseIds(own.ids, own.num_features, lengths_FB, weights)
                 self._missing_FB = self._missing_FB / lengths_FB.clamp(min=1).where(self._is_mean_F[:, None], 1)

@@ -92,13 +92,12 @@ class UnseenIds:
         self._columns_S = None if not means else torch.tensor([len(mean) for mean in means], device=uses.counts.device)
         self.counts_3S = torch.zeros(3, len(uses._rows), dtype=torch.int64, device=uses.counts.device)
 
-    def split(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Count the ids of S * R bags, and give unused rows weight 0.
+    def split(self, ids: Tensor, lengths_SR: Tensor, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Count the ids of S * R bags, and give unused rows weight 0. lengths_SR: ids in each bag.
 
         Returns the weights per id, and missing_SR: how much weight each bag has lost. None: every weight is 1, or
         nothing is missing.
         """
-        lengths_SR = offsets.diff().view(len(self._uses._rows), -1)
         ids_per_table_S = lengths_SR.sum(1)
         is_unused = self._uses.is_unused(ids, ids_per_table_S)
         tables = torch.arange(len(ids_per_table_S), device=ids.device)

@@ -153,11 +153,11 @@ class ShardedTables(nn.Module):
     def _look_up_own(self, own: OwnIds) -> Tensor:
         """Pool the rows of this rank's shards, and count the uses in training or, in an evaluation, the unseen ids."""
         weights, missing_SR = own.weights, None
+        lengths_SR = own.offsets.diff().view(len(self.shards), self._world_size * own.padded_batch)
         if torch.is_grad_enabled():
-            bags = (own.offsets.numel() - 1) // len(self.shards)
-            self.uses.add(own.ids, own.offsets[::bags].diff())
+            self.uses.add(own.ids, lengths_SR.sum(1))
         elif self._unseen is not None:
-            weights, missing_SR = self._unseen.split(own.ids, own.offsets, weights)
+            weights, missing_SR = self._unseen.split(own.ids, lengths_SR, weights)
         pooled = (self._rounded or self._lookup)(own.ids, own.offsets, per_sample_weights=weights)
         return pooled if missing_SR is None else pooled + self._unseen.mean_parts(missing_SR)
 

@@ -56,7 +56,8 @@ class TrainingData:
 def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
     """Prepare the data, unless an earlier run did, and open its splits. Communicates; all ranks call it.
 
-    Raises ArgumentError, DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
+    Sets the batch size and the number of epochs in `arguments` if they were left out. Raises ArgumentError, DataError,
+    ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     data, training = arguments.data, arguments.training
     cache = Path(data.cache_dir) if data.cache_dir else Path(training.output_dir).parent / "prepared"
@@ -76,7 +77,10 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
         start = start_from(trained, prepared, schema)
         schema = start.schema
     _check_splits(arguments, schema)
+    chosen = training.choose_sizes(schema.splits["train"].rows, topology.world_size)
     if topology.is_main:
+        if chosen:
+            logger.info(chosen)
         for sentence in _without_effect(arguments, schema, start):
             logger.warning("%s", sentence)
     return TrainingData(prepared, schema, start, _open_splits(arguments, topology, prepared, schema))

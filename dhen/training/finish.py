@@ -2,12 +2,15 @@
 
 import json
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from dhen.config.arguments import Arguments
+from dhen.data.schema import Schema
 from dhen.training.curves import draw_curves
 from dhen.training.dataset import TrainingData
-from dhen.training.loop import Trainer, evaluate
+from dhen.training.loop import Evaluation, Trainer, evaluate
 from dhen.training.progress import METRICS_FILE, ProgressReporter
 from dhen.training.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
 from dhen.training.saved.checkpoint import checkpoint_of, is_whole, load_checkpoint
@@ -16,6 +19,7 @@ from dhen.training.saved.trained_model import MODEL_FOLDER, export_model
 from dhen.training.unseen import UNSEEN_FILE, report_unseen, write_unseen
 
 logger = logging.getLogger(__name__)
+_FEW_STEPS, _FAR_OFF = 100, 0.05
 
 
 def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress: ProgressReporter) -> None:
@@ -49,6 +53,8 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         write_unseen(output_dir / UNSEEN_FILE, unseen)
         for split, of_split in unseen.items():
             report_unseen(split, of_split, data.schema)
+        for sentence in doubts(state.step, {splits[name]: of for name, of in values.items()}, data.schema):
+            logger.warning("%s", sentence)
         rate = summary["samples_per_second"]
         logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
         logger.info(
@@ -56,6 +62,27 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
             output_dir,
             MODEL_FOLDER,
         )
+
+
+def doubts(steps: int, values: Mapping[str, Evaluation], schema: Schema) -> list[str]:
+    """A sentence if the run was short, and one for each split whose predictions are far from its click rate."""
+    sentences = []
+    if steps < _FEW_STEPS:
+        sentences.append(
+            f"the run made only {steps} steps, so the model has probably learned little. Use a smaller "
+            "per_device_train_batch_size or more num_train_epochs, or leave both out."
+        )
+    for name, of_split in values.items():
+        off, counts = of_split.metrics.calibration - 1, schema.splits[name]
+        if abs(off) > _FAR_OFF:
+            chance = math.sqrt((1 - counts.clicks / counts.rows) / counts.clicks)
+            way = "high" if off > 0 else "low"
+            sentences.append(
+                f"{name}: the predictions are {abs(off):.0%} too {way} on average (calibration "
+                f"{of_split.metrics.calibration:.3f}, standard error {chance:.3f}). Train longer or without dropout, "
+                "and check that the rows of this split are like the training rows."
+            )
+    return sentences
 
 
 def _load_best(trainer: Trainer, output_dir: Path) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,25 @@ from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallelize import ParallelDhen, ScoringDhen
 from dhen.training.progress import ProgressReporter
 from dhen.training.saved.checkpoint import CANONICAL_KEYS, TrainerState, delete_old_checkpoints, save_checkpoint
-from dhen.training.unseen import unseen_values
+from dhen.training.unseen import UnseenValues, unseen_values
 
 
-def evaluate(model: ScoringDhen, loader: BatchLoader) -> MetricValues:
-    """Compute the metrics over all examples of all ranks. Communicates; all ranks call it."""
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a split, and the values that training never saw, by feature."""
+
+    metrics: MetricValues
+    unseen: dict[str, UnseenValues]
+
+
+def evaluate(model: ScoringDhen, loader: BatchLoader) -> Evaluation:
+    """Score all examples of all ranks. Communicates; all ranks call it."""
     metrics = ClickMetrics()
     with model.evaluating():
         for batch in loader.epoch(0):
             batch = batch.to(model.topology.device)
             metrics.update(model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse), batch.labels_B)
-    schema, split = loader.schema, loader.split
-    unseen = unseen_values(model.unseen_ids(), schema, split, knows_uses=model.knows_uses)
-    return replace(metrics.compute(model.topology.world), unseen=unseen)
+    return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader))
 
 
 class Trainer:
@@ -181,7 +187,7 @@ class Trainer:
         """Evaluate on the validation split. Returns whether the result is the best so far."""
         with self._progress.paused():
             self.model.average_buffers()
-            values = evaluate(self.model, self.validation_loader)
+            values = evaluate(self.model, self.validation_loader).metrics
         improved = self._best.update(getattr(values, self._best.name))
         if improved:
             self.state.best_step = self.state.step

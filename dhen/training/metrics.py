@@ -4,7 +4,7 @@ Sums are kept in float64 and reduced over ranks before the division, so no metri
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dhen.runtime.collectives import all_gather_uneven
-from dhen.training.unseen import UnseenValues
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,6 @@ class MetricValues:
 
     auc: area under the ROC curve. ne: normalized entropy, that is, logloss / entropy of the examples' click rate; 1 is
     as good as always predicting that rate. logloss: nats per example. calibration: mean prediction / click rate.
-
-    unseen: the values that training never saw, by feature (dhen/training/unseen.py); empty without a model.
 
     A metric is NaN if the examples do not define it: auc, ne and calibration need clicks; auc and ne also need
     examples without a click.
@@ -33,7 +30,6 @@ class MetricValues:
     logloss: float
     calibration: float
     examples: int
-    unseen: dict[str, UnseenValues] = field(default_factory=dict)
 
 
 def normalized_entropy(logloss_sum: float, clicks: float, examples: float) -> float:

@@ -15,7 +15,7 @@ from rich.table import Table
 from dhen.config.arguments import ArgumentError, Arguments, TrainingArguments, write_yaml
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
-from dhen.training.metrics import MetricValues
+from dhen.training.loop import Evaluation
 from dhen.training.parallelize import ParallelDhen
 from dhen.training.run_environment import describe_environment
 from dhen.training.saved.checkpoint import NEWEST, checkpoints
@@ -125,11 +125,11 @@ def num_dense_weights(model: ParallelDhen) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.engine.module.parameters())
 
 
-def metrics_of(values: MetricValues, best_possible_ne: float | None = None) -> dict[str, Any]:
+def metrics_of(evaluation: Evaluation, best_possible_ne: float | None = None) -> dict[str, Any]:
     """The metrics for summary.json, with the best possible NE if it is known, and unseen: share by feature."""
     best = {} if best_possible_ne is None else {"best_possible_ne": best_possible_ne}
-    unseen = {name: of_feature.share for name, of_feature in values.unseen.items()}
-    return asdict(values) | best | {"unseen": unseen}
+    unseen = {name: of_feature.share for name, of_feature in evaluation.unseen.items()}
+    return asdict(evaluation.metrics) | best | {"unseen": unseen}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -34,20 +34,19 @@ logger = logging.getLogger(__name__)
 
 
 def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None:
-    """Read and check the user's ds_config. Returns None for "auto", which is planned later, when the model is known."""
+    """Read and check the user's ds_config. Returns None for "auto", which is planned when the model is known."""
     if arguments.ds_config == AUTO:
         return None
     return read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size), _num_layers(arguments))
 
 
-def build_model(
-    arguments: Arguments, topology: Topology, data: TrainingData, ds_config: DsConfig | None
-) -> ParallelDhen:
+def build_model(arguments: Arguments, topology: Topology, data: TrainingData) -> ParallelDhen:
     """Build the model over all ranks, with the trained model's weights when fine-tuning. Logs the set-up of the run.
 
-    ds_config: None lets the planner choose one. Raises ArgumentError, DsConfigError or CheckpointError.
+    Raises ArgumentError, DsConfigError or CheckpointError.
     """
     training, start = arguments.training, data.start
+    ds_config = given_ds_config(arguments, topology)
     config = start.config if start else config_for(arguments.architecture, data.schema)
     if training.resume_from_checkpoint:  # check first: the checkpoint's placement fits only the same tables
         check_same_model(_checkpoint(training), config)

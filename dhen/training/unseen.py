@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dhen.data.loading.batches import BatchLoader
 from dhen.data.schema import Schema
+from dhen.training.parallelize import ScoringDhen
 
 UNSEEN_FILE = "unseen.csv"
 MANY = 0.5
@@ -33,21 +35,19 @@ class UnseenValues:
         return self.unseen / max(self.values, 1)
 
 
-def unseen_values(
-    ids: Mapping[str, tuple[int, int, int]], schema: Schema, split: str, *, knows_uses: bool = True
-) -> dict[str, UnseenValues]:
-    """The unseen values of a split by feature, from `ScoringDhen.unseen_ids` and the counts of its preparation.
+def unseen_values(model: ScoringDhen, loader: BatchLoader) -> dict[str, UnseenValues]:
+    """The unseen values of the loader's split, which the model has just scored. Communicates; all ranks call it.
 
-    knows_uses: whether the model says which rows training used. Without that, hashed features are left out.
+    Hashed features are left out if the model does not say which rows training used.
     """
-    unknown_keys = schema.splits[split].unknown_keys
+    ids, unknown_keys = model.unseen_ids(), loader.schema.splits[loader.split].unknown_keys
     found = {}
-    for column in schema.sparse:
+    for column in loader.schema.sparse:
         values, unused, unused_zeros = ids[column.name]
         if column.encoding == "vocabulary":
             # Unknown keys have id 0. If training never used row 0, they are among its unused ids, with the blanks.
             unused += max(unknown_keys.get(column.name, 0) - unused_zeros, 0)
-        elif not knows_uses:
+        elif not model.knows_uses:
             continue
         found[column.name] = UnseenValues(values, unused)
     return found

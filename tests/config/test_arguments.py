@@ -1,6 +1,7 @@
 """Arguments: the command line over the YAML over the defaults, each of its declared type, errors that say where."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -166,11 +167,27 @@ def test_the_quickstart_is_for_those_who_name_nothing(tmp_path):
     assert name(recipe(tmp_path, "seed: 1")) is None
 
 
+@pytest.mark.parametrize(
+    ("rows", "world_size", "batch", "epochs"),
+    [(50, 1, 64, 300), (2_400, 1, 64, 8), (8_000, 2, 32, 3), (40_000, 1, 256, 2), (262_000, 4, 256, 2),
+     (1_000_000, 1, 2048, 1), (45_000_000, 8, 256, 1)],
+)  # fmt: skip
+def test_sizes_that_are_left_out_make_hundreds_of_steps(rows, world_size, batch, epochs):
+    arguments = parse_arguments(["--dataset_name=a"]).training
+    said = arguments.choose_sizes(rows, world_size)
+    assert (arguments.per_device_train_batch_size, arguments.num_train_epochs) == (batch, epochs)
+    assert said == f"chosen for {rows:,} training rows: per_device_train_batch_size {batch}, num_train_epochs {epochs}"
+    assert epochs * math.ceil(rows / (batch * world_size)) >= 300
+    given = parse_arguments(["--dataset_name=a", "--per_device_train_batch_size=7", "--num_train_epochs=1"]).training
+    assert given.choose_sizes(rows, world_size) == ""
+    assert (given.per_device_train_batch_size, given.num_train_epochs) == (7, 1)
+
+
 def test_help_shows_the_defaults_of_a_run_on_ones_own_data(tmp_path, capsys):
     quickstart = tmp_path / "quickstart.yaml"
-    quickstart.write_text("dataset_name: quickstart\nper_device_train_batch_size: 512\n")
-    for flags, default in ([], 2048), ([f"--config={quickstart}"], 512):
+    quickstart.write_text("dataset_name: quickstart\nper_device_eval_batch_size: 512\n")
+    for flags, default in ([], 4096), ([f"--config={quickstart}"], 512):
         with pytest.raises(SystemExit):
             parse_arguments([*flags, "--help"], quickstart=quickstart)
-        _, said = capsys.readouterr().out.split("  --per_device_train_batch_size INT\n")
+        _, said = capsys.readouterr().out.split("  --per_device_eval_batch_size INT\n")
         assert f"(default: {default})" in said.split("  --")[0]

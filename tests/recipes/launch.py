@@ -22,7 +22,10 @@ from dhen.data.synthetic import generate_click_log
 from tests import ROOT
 from tests.ranks import CONTEXT, free_port, rank_environment
 
-TINY = ("--embedding_dim=4", "--num_layers=1", "--num_embeddings_out=4", "--logging_steps=1", "--warmup_steps=2")
+TINY = (
+    "--embedding_dim=4", "--num_layers=1", "--num_embeddings_out=4", "--logging_steps=1", "--warmup_steps=2",
+    "--num_train_epochs=1", "--lr_scheduler_type=constant",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dhen.training.progress
 from dhen.training.curves import CURVES_FILE, draw_curves
+from dhen.training.loop import Evaluation
 from dhen.training.metrics import MetricValues
 from dhen.training.progress import (
     COLUMNS,
@@ -245,14 +246,17 @@ def test_curves_are_drawn_at_evaluations_now_and_then(tmp_path: Path, monkeypatc
 def test_the_summary_is_strict_json_and_written_whole(tmp_path: Path) -> None:
     test = MetricValues(auc=math.nan, ne=math.inf, logloss=0.4, calibration=1.0, examples=7)
     path = tmp_path / "summary.json"
-    write_json(path, {"test": metrics_of(test, best_possible_ne=0.79), "seconds": math.nan, "world_size": 2})
+    write_json(
+        path, {"test": metrics_of(Evaluation(test, {}), best_possible_ne=0.79), "seconds": math.nan, "world_size": 2}
+    )
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} isn't JSON")
 
     summary = json.loads(path.read_text(), parse_constant=refuse)
     assert summary["test"] == {
-        "auc": None, "ne": None, "logloss": 0.4, "calibration": 1.0, "examples": 7, "best_possible_ne": 0.79
+        "auc": None, "ne": None, "logloss": 0.4, "calibration": 1.0, "examples": 7, "best_possible_ne": 0.79,
+        "unseen": {},
     }  # fmt: skip
     assert summary["seconds"] is None
     before = path.read_bytes()
@@ -264,7 +268,10 @@ def test_the_summary_is_strict_json_and_written_whole(tmp_path: Path) -> None:
 def test_the_final_table_has_a_row_a_split(tmp_path: Path) -> None:
     values = MetricValues(auc=0.81234567, ne=0.8, logloss=0.4, calibration=1.0, examples=12_345)
     with (tmp_path / "table").open("w") as file:
-        print_metrics({"eval": metrics_of(values, 0.79), "test": metrics_of(values)}, Console(file=file, width=100))
+        print_metrics(
+            {"eval": metrics_of(Evaluation(values, {}), 0.79), "test": metrics_of(Evaluation(values, {}))},
+            Console(file=file, width=100),
+        )
     heading, evaluated, tested = (tmp_path / "table").read_text().splitlines()
     assert heading.split() == ["split", "auc", "ne", "best", "possible", "ne", "logloss", "calibration", "examples"]
     assert evaluated.split() == ["eval", "0.81235", "0.80000", "0.79000", "0.40000", "1.00000", "12,345"]

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.config.arguments import Arguments, parse_arguments
+from dhen.config.arguments import MOST_BATCH, Arguments, parse_arguments
 from dhen.config.ds_config import read_ds_config
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.runtime import topology as job
@@ -115,7 +115,7 @@ def measure(arguments: Arguments, options: argparse.Namespace, topology: Topolog
     """Measure the loader and training in turns."""
     training = arguments.training
     prepared = prepare_dataset(arguments.data, Path(options.cache_dir), topology)
-    batch_size = training.per_device_train_batch_size
+    batch_size = training.per_device_train_batch_size or MOST_BATCH
     loader = BatchLoader(
         prepared,
         "train",
