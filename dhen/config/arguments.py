@@ -130,9 +130,9 @@ class TrainingArguments:
     learning_rate: float = option(1e-3, "Peak learning rate of the dense part: all weights except the tables.")
     table_learning_rate: float = option(0.02, "Peak learning rate of the embedding tables.")
     table_epsilon: float = option(
-        1e-8,
-        "Epsilon of the tables' Adagrad optimizer. If the model overfits, try 1e-4 or more: it makes the updates of "
-        "rarely seen rows smaller.",
+        1e-3,
+        "Epsilon of the tables' Adagrad optimizer. A larger value makes the updates of rarely seen rows smaller, which "
+        "helps against overfitting. For large data, try 1e-8.",
     )
     learning_rate_scaling: ScalingRule = option(
         "none",

@@ -266,12 +266,10 @@ def test_the_summary_is_strict_json_and_written_whole(tmp_path: Path) -> None:
 
 
 def test_the_final_table_has_a_row_a_split(tmp_path: Path) -> None:
-    values = MetricValues(auc=0.81234567, ne=0.8, logloss=0.4, calibration=1.0, examples=12_345)
+    values = Evaluation(MetricValues(auc=0.81234567, ne=0.8, logloss=0.4, calibration=1.0, examples=12_345), {})
     with (tmp_path / "table").open("w") as file:
-        print_metrics(
-            {"eval": metrics_of(Evaluation(values, {}), 0.79), "test": metrics_of(Evaluation(values, {}))},
-            Console(file=file, width=100),
-        )
+        by_split = {"eval": metrics_of(values, 0.79), "test": metrics_of(values)}
+        print_metrics(by_split, Console(file=file, width=100))
     heading, evaluated, tested = (tmp_path / "table").read_text().splitlines()
     assert heading.split() == ["split", "auc", "ne", "best", "possible", "ne", "logloss", "calibration", "examples"]
     assert evaluated.split() == ["eval", "0.81235", "0.80000", "0.79000", "0.40000", "1.00000", "12,345"]
