@@ -35,7 +35,7 @@ ScalingRule = Literal["none", "linear", "sqrt"]
 MetricName = Literal["auc", "ne", "logloss"]
 
 
-_STEPS_PER_EPOCH, _LEAST_STEPS = 200, 300
+_STEPS_PER_EPOCH, _LEAST_STEPS = 200, 500
 LEAST_BATCH, MOST_BATCH = 64, 2048
 """For the batch size and the epochs that the user left out."""
 
@@ -124,11 +124,11 @@ class TrainingArguments:
         1, "Micro steps per step. The dense part is updated once per step, the tables once per micro step."
     )
     num_train_epochs: int | None = option(
-        None, "Passes over the training split. Default: as many as it takes to make 300 steps, and 1 for large data."
+        None, "Passes over the training split. Default: as many as it takes to make 500 steps, and 1 for large data."
     )
     max_steps: int = option(-1, "Total number of steps. Overrides --num_train_epochs, unless it is -1.")
     learning_rate: float = option(1e-3, "Peak learning rate of the dense part: all weights except the tables.")
-    table_learning_rate: float = option(0.02, "Peak learning rate of the embedding tables.")
+    table_learning_rate: float = option(0.05, "Peak learning rate of the embedding tables.")
     table_epsilon: float = option(
         1e-3,
         "Epsilon of the tables' Adagrad optimizer. A larger value makes the updates of rarely seen rows smaller, which "

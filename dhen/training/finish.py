@@ -65,22 +65,21 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
 
 
 def doubts(steps: int, values: Mapping[str, Evaluation], schema: Schema) -> list[str]:
-    """A sentence if the run was short, and one for each split whose predictions are far from its click rate."""
-    sentences = []
+    """A sentence if the run was short; otherwise one for each split whose predictions are far from its click rate."""
     if steps < _FEW_STEPS:
-        sentences.append(
+        return [
             f"the run made only {steps} steps, so the model has probably learned little. Use a smaller "
             "per_device_train_batch_size or more num_train_epochs, or leave both out."
-        )
+        ]
+    sentences = []
     for name, of_split in values.items():
-        off, counts = of_split.metrics.calibration - 1, schema.splits[name]
-        if abs(off) > _FAR_OFF:
+        calibration, counts = of_split.metrics.calibration, schema.splits[name]
+        if abs(calibration - 1) > _FAR_OFF:
             chance = math.sqrt((1 - counts.clicks / counts.rows) / counts.clicks)
-            way = "high" if off > 0 else "low"
             sentences.append(
-                f"{name}: the predictions are {abs(off):.0%} too {way} on average (calibration "
-                f"{of_split.metrics.calibration:.3f}, standard error {chance:.3f}). Train longer or without dropout, "
-                "and check that the rows of this split are like the training rows."
+                f"{name}: the predictions are too {'high' if calibration > 1 else 'low'} on average: calibration is "
+                f"{calibration:.3f}, where chance explains about {chance:.3f}. Train longer or without dropout, and "
+                "check that the rows of this split are like the training rows."
             )
     return sentences
 

@@ -1,0 +1,28 @@
+"""What a finished run says about itself."""
+
+import math
+
+from dhen.data.schema import Schema, SplitCounts
+from dhen.training.finish import doubts
+from dhen.training.loop import Evaluation
+from dhen.training.metrics import MetricValues
+
+SCHEMA = Schema((), (), {"validation": SplitCounts(1000, 200), "test": SplitCounts(1000, 0)})
+
+
+def evaluation(calibration: float) -> Evaluation:
+    return Evaluation(MetricValues(auc=0.7, ne=0.9, logloss=0.4, calibration=calibration, examples=1000), {})
+
+
+def test_a_short_run_and_predictions_far_from_the_click_rate_are_said():
+    assert doubts(100, {"validation": evaluation(1.04)}, SCHEMA) == []
+    (short,) = doubts(99, {"validation": evaluation(2.0)}, SCHEMA)
+    assert short.startswith("the run made only 99 steps")
+    for calibration, way in ((1.06, "high"), (0.9, "low")):
+        (far,) = doubts(100, {"validation": evaluation(calibration)}, SCHEMA)
+        assert far.startswith(f"validation: the predictions are too {way} on average: calibration is {calibration:.3f}")
+        assert f"chance explains about {math.sqrt(0.8 / 200):.3f}" in far
+
+
+def test_a_split_without_clicks_has_no_calibration():
+    assert doubts(100, {"test": evaluation(math.nan)}, SCHEMA) == []
