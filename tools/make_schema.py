@@ -10,7 +10,6 @@ import argparse
 import csv
 import re
 import sys
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -34,14 +33,6 @@ from dhen.model.names import is_valid_table_name, unknown_name
 DELIMITERS = ",\t;|"
 FEWEST_OF_A_PATTERN = 4
 """A pattern that stands for fewer columns is longer to read than their names."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The first rows of a file. file_keys: what the schema has to say about the file itself."""
-
-    columns: dict[str, pa.Array]
-    file_keys: dict[str, Any]
 
 
 def main() -> int:
@@ -80,44 +71,41 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_schema(file: str, label: LabelRole, rows: int) -> str:
     """Return the schema as YAML. Raises FileNotFoundError, or ValueError for a file or a label that cannot be used."""
-    sample = read_sample(file, label.column, rows)
-    columns = sample.columns
+    is_parquet = complaint(first_bytes(file)) == PARQUET or Path(file).suffix in (".parquet", ".pq")
+    columns, file_keys = (_parquet_sample if is_parquet else _text_sample)(file, label.column, rows)
     num_rows = len(columns[label.column])
     if not num_rows:
         raise DataError(f"{file}: there are no rows below the header. Use a file with rows.")
-    label, remark = guess_label(columns[label.column], label, file)
+    label, clicks = guess_label(columns[label.column], label, file)
     guesses = [guess_column(name, values) for name, values in columns.items() if name != label.column]
-    given = {key: value for key, value in vars(label).items() if value is not None and not key.startswith("_")}
+    given = {key: getattr(label, key) for key in ("column", "positive", "greater_than")}
+    given = {key: value for key, value in given.items() if value is not None}
     lines = [
         f"# Guessed from the first {num_rows:,} rows of {Path(file).name!r}. Check it before you train.",
-        *(f"{key}: {_flow([value])}" for key, value in sample.file_keys.items()),
-        f"label: {_flow([given if len(given) > 1 else label.column])}  # {remark}",
+        *(f"{key}: {_flow([value])}" for key, value in file_keys.items()),
+        f"label: {_flow([given if len(given) > 1 else label.column])}  # {clicks:.1%} clicks",
         *_section("dense", "numbers", guesses, list(columns)),
         *_section("sparse", "categories", guesses, list(columns)),
         *_section("ignored", "not used", guesses, list(columns)),
     ]
     text = "\n".join(lines) + "\n"
-    parse_roles(text, file).expanded(list(columns), file)  # raises ValueError if no column can be a feature
+    parse_roles(text, file).expanded(list(columns), file)  # raises ValueError if the schema cannot be used
     return text
 
 
-def read_sample(file: str, label: str, rows: int) -> Sample:
-    """Read the first rows. Raises FileNotFoundError, or DataError if there is no header or no such label."""
-    is_parquet = complaint(first_bytes(file)) == PARQUET or Path(file).suffix in (".parquet", ".pq")
-    return _parquet_sample(file, label, rows) if is_parquet else _text_sample(file, label, rows)
-
-
-def _parquet_sample(file: str, label: str, rows: int) -> Sample:
+def _parquet_sample(file: str, label: str, rows: int) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+    """Return (the first rows by column, what the schema has to say about the file). Raises DataError."""
     with open_parquet(file) as parquet:
         _check_header(parquet.schema_arrow.names, label, file)
         try:
             table = pa.Table.from_batches(islice(parquet.iter_batches(rows), 1), parquet.schema_arrow)
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{file}: the first rows are damaged. Download or copy the file again.") from error
-    return Sample({name: table[name].combine_chunks() for name in table.column_names}, {})
+    return {name: table[name].combine_chunks() for name in table.column_names}, {}
 
 
-def _text_sample(file: str, label: str, rows: int) -> Sample:
+def _text_sample(file: str, label: str, rows: int) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+    """The same for delimited text."""
     number, line = text_blocks.first_line(file)
     headers = {each: next(csv.reader([line], delimiter=each)) for each in DELIMITERS}
     delimiter = max(DELIMITERS, key=lambda each: (label in headers[each], len(headers[each])))
@@ -141,7 +129,7 @@ def _text_sample(file: str, label: str, rows: int) -> Sample:
         file_keys["null_values"] = ["", *blanks]
         none, words = pa.scalar(None, pa.string()), pa.array(blanks)
         columns = {name: pc.if_else(pc.is_in(values, words), none, values) for name, values in columns.items()}
-    return Sample(columns, file_keys)
+    return columns, file_keys
 
 
 def _check_header(names: list[str], label: str, file: str) -> None:
@@ -168,10 +156,9 @@ def _blank_words(values: pa.Array) -> list[str]:
 def _section(kind: str, title: str, guesses: list[Guess], header: list[str]) -> list[str]:
     """The lines of a list of columns: one line for each remark, and one for all columns without a remark."""
     by_remark: dict[str, list[Any]] = {"": []}
-    taken = set(header)
     for guess in guesses:
         if guess.kind == kind:
-            by_remark.setdefault(guess.remark, []).append(_entry(guess, taken))
+            by_remark.setdefault(guess.remark, []).append(guess.column if kind == "ignored" else _entry(guess))
     lines = [(_flow(_with_patterns(entries, header)), remark) for remark, entries in by_remark.items() if entries]
     if len(lines) == 1 and not lines[0][1]:
         return [f"{kind}: [{lines[0][0]}]  # {title}"]
@@ -179,27 +166,13 @@ def _section(kind: str, title: str, guesses: list[Guess], header: list[str]) -> 
     return [f"{kind}: [  # {title}", *inner, "]"] if lines else []
 
 
-def _entry(guess: Guess, taken: set[str]) -> str | dict[str, Any]:
-    """The entry of a column in its list. `taken`: names that no feature may get, to which a new one is added."""
-    column, name = guess.column, guess.column
-    if guess.kind == "ignored":
-        return column
-    if not _is_feature_name(name):
-        name = re.sub(r"[^A-Za-z0-9_ -]+", "_", name).strip("_ -")
-    while not _is_feature_name(name) or _names(name, guess) & (taken - {column}):
-        name = f"{name}_feature".lstrip("_")
-    taken |= _names(name, guess)
-    renamed = {} if name == column else {"column": column}
+def _entry(guess: Guess) -> str | dict[str, Any]:
+    """The entry of a feature. One whose column has a name that no feature may have gets another name."""
+    name = re.sub(r"[^A-Za-z0-9_ -]+", "_", guess.column)
+    if name == LABEL or not name[0].isalnum() or not is_valid_table_name(name):
+        name = f"feature_{name.strip()}"
+    renamed = {} if name == guess.column else {"column": guess.column}
     return {"name": name} | renamed | guess.options if renamed or guess.options else name
-
-
-def _names(name: str, guess: Guess) -> set[str]:
-    """The names of the features of an entry."""
-    return {f"{name}_{part}" for part in guess.options["parts"]} if "parts" in guess.options else {name}
-
-
-def _is_feature_name(name: str) -> bool:
-    return name != LABEL and bool(re.fullmatch(r"\w[\w -]*", name, re.ASCII)) and is_valid_table_name(name)
 
 
 def _with_patterns(entries: list[Any], header: list[str]) -> list[Any]:

@@ -12,38 +12,31 @@ import pyarrow.compute as pc
 from dhen.data.formats.columns import label_column, parse_numbers, plain, sparse_columns
 from dhen.data.formats.raw_rows import DataError, RowChecks
 from dhen.data.formats.roles import LabelRole, Part, SparseRole
-from dhen.data.schema import LABEL
 
 BLANKS = ("NA", "N/A", "NaN", "nan", "NULL", "null", "None", "\\N", "?", "-")
 """Words that stand for blank among numbers and dates."""
-_YES = {"yes", "y", "true", "t", "on", "click", "clicked", "positive", "pos", "buy", "bought", "purchase", "converted"}
-_NO = {"no", "n", "false", "f", "off", "0", "-1", "none", "negative", "neg", "no_click", "nonclick", "not_clicked"}
-_CODES = set(
-    """
-    ad advertiser app article artist brand c campaign cat category channel city class code country customer day device
-    dow flight group guid hash hour id ids ip item key member minute month movie page postcode product publisher query
-    region seller session shop site song store type uid user uuid video week weekday zip zipcode
-    """.split()  # noqa: SIM905
+_NO = {"no", "n", "false", "f", "off", "0", "-1", "none", "negative", "neg", "no_click", "not_clicked", "view"}
+_CODES = re.compile(
+    "app|article|brand|c|campaign|category|channel|city|class|code|country|customer|day|device|flight|group|hour|ids?|ip|"
+    "item|minute|month|product|query|region|session|shop|site|song|store|type|user|week|weekday|zip|zipcode"
 )
 """Last words in the names of columns whose numbers are codes."""
-_QUANTITIES = set(
-    """
-    age amount avg balance clicks cnt cost count days delay distance duration gain height hours impressions income
-    length loss mean minutes num per price rate ratio revenue salary score seconds size sum total views weight width
-    """.split()  # noqa: SIM905
+_QUANTITIES = re.compile(
+    "age|amount|balance|clicks|count|days|delay|distance|duration|gain|height|hours|impressions|income|length|loss|num|"
+    "price|rate|ratio|score|seconds|size|sum|total|views|weight|width"
 )
-_TIMES = {"at", "created", "date", "datetime", "epoch", "seen", "time", "timestamp", "ts", "updated"}
-_ROW_NAMES = {"id", "guid", "index", "row", "row_id", "rowid", "uuid"}
+"""First or last words in the names of columns whose numbers are quantities."""
+_TIMES = {"at", "created", "date", "datetime", "seen", "time", "timestamp", "ts", "updated"}
+_SECONDS = (9e8, 4.2e9)
+"""Seconds since 1970, from 1998 to 2103."""
 _FEW, _FEW_OF_A_QUANTITY = 64, 10
 """Whole numbers with up to so many distinct values, each in three rows on average, are codes."""
+_LARGEST_QUANTITY = 1e12
 _FEWEST_ROWS = 30
 """With fewer rows, values that all differ do not show that a column is a row's identifier."""
 _ROW = "another value in every row, so it says nothing about new rows"
 _SHARE_OF_LISTS = 0.1
 _UNREADABLE = (pa.types.is_nested, pa.types.is_duration, pa.types.is_interval)
-_SECONDS = (9e8, 4.2e9)
-"""Seconds since 1970, from 1998 to 2103."""
-_DAY = r"^(19|20)\d\d(0[1-9]|1[0-2])([0-2]\d|3[01])(\.0)?$"
 _NUMBER = r"^[+-]?\d{1,3}(,\d{3})*([.,]\d+)?$"
 
 
@@ -57,8 +50,8 @@ class Guess:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def guess_label(values: pa.Array, given: LabelRole, file: str) -> tuple[LabelRole, str]:
-    """Return (the label's role, a remark). `given`: the column, and what the user says about its values.
+def guess_label(values: pa.Array, given: LabelRole, file: str) -> tuple[LabelRole, float]:
+    """Return (the label's role, the share of clicks). `given`: the column, and what the user says about its values.
 
     Raises DataError if the values do not tell which rows are clicks, or contradict what the user says.
     """
@@ -70,19 +63,15 @@ def guess_label(values: pa.Array, given: LabelRole, file: str) -> tuple[LabelRol
         raise DataError(f"{where} is blank in the first {len(values):,} rows. Use another column, or raise --rows.")
     is_told = given.positive is not None or given.greater_than is not None
     role = given if is_told else replace(given, positive=_positive(values, words, where))
-    checks = RowChecks(file, np.arange(len(values)), str)
-    labels = label_column(values, role, checks, is_required=False)
-    bad = checks.finish(pa.table({LABEL: labels}), end_row=0).bad
-    if bad:
-        raise DataError(f"{file}: {bad[0].reason}. Correct --positive or --greater_than.")
-    known = labels.filter(pc.invert(pc.is_nan(labels))).to_numpy()
-    if is_told and known.min() == known.max():
+    labels = label_column(values, role, RowChecks(file, np.arange(len(values)), str), is_required=False).to_numpy()
+    known = labels[~np.isnan(labels)]  # without blanks, and without texts beside --greater_than
+    clicks = known.sum() / max(len(known), 1)
+    if is_told and clicks in (0, 1):
         raise DataError(
-            f"{where} makes {'every' if known[0] else 'no'} row a click. Its values in the first {len(values):,} rows "
+            f"{where} makes {'every' if clicks else 'no'} row a click. Its values in the first {len(values):,} rows "
             f"are {_some(words)}. Correct --positive or --greater_than, or raise --rows."
         )
-    blank = len(labels) - len(known)
-    return role, f"{known.mean():.1%} clicks" + (f"; blank labels: {blank:,}; use --bad_rows skip" if blank else "")
+    return role, clicks
 
 
 def _positive(values: pa.Array, words: list[str], where: str) -> str | None:
@@ -90,17 +79,13 @@ def _positive(values: pa.Array, words: list[str], where: str) -> str | None:
     numbers, unread = parse_numbers(values, pl.Float64)
     if not unread.any() and set(numbers[~np.isnan(numbers)]) <= {0, 1}:
         return None
-    yes = [word for word in words if word.strip().lower() in _YES]
-    not_no = [word for word in words if word.strip().lower() not in _NO]
-    for likely in (yes, not_no):
-        if len(words) == 2 and len(likely) == 1:
-            return likely[0].strip()
-    if not unread.any() and len(words) > 2:
-        raise DataError(
-            f"{where} has {len(words):,} different numbers, up to {np.nanmax(numbers):g}. Pass "
-            f"--greater_than X if numbers above X are clicks, or --positive VALUE if one value is a click."
-        )
-    raise DataError(f"{where} is {_some(words)}. Pass --positive VALUE with the value that is a click.")
+    likely = [word.strip() for word in words if word.strip().lower() not in _NO]
+    if len(words) == 2 and len(likely) == 1:
+        return likely[0]
+    raise DataError(
+        f"{where} is {_some(words)}. Pass --positive VALUE with the value that is a click, or --greater_than X if "
+        "larger numbers are clicks."
+    )
 
 
 def guess_column(name: str, values: pa.Array) -> Guess:
@@ -118,10 +103,8 @@ def guess_column(name: str, values: pa.Array) -> Guess:
     present = plain(values.drop_null())
     if pa.types.is_string(present.type):
         present = present.filter(pc.not_equal(present, ""))
-    if not len(present):
-        return Guess(name, "ignored", "always blank")
-    distinct = pc.count_distinct(present).as_py()
-    if distinct == 1 and len(present) == len(values):
+    distinct = len(present.unique())
+    if distinct + (len(present) < len(values)) < 2:  # a blank is a value too
         return Guess(name, "ignored", "always the same value")
     if pa.types.is_boolean(kind) or pa.types.is_time(kind):
         return Guess(name, "sparse")
@@ -130,12 +113,8 @@ def guess_column(name: str, values: pa.Array) -> Guess:
     numbers, unread = parse_numbers(present, pl.Float64)
     is_unique = distinct == len(values) >= _FEWEST_ROWS
     if unread.any():
-        guess = _guess_text(name, pl.Series(pl.from_arrow(present)), is_unique)
-    else:
-        guess = _guess_numbers(name, present, numbers, distinct, is_unique)
-    if guess == Guess(name, "sparse") and name.lower() in _ROW_NAMES:
-        return replace(guess, remark="doubtful: if it identifies a row, list it under ignored")
-    return guess
+        return _guess_text(name, pl.Series(pl.from_arrow(present)), is_unique)
+    return _guess_numbers(name, present, numbers, distinct, is_unique)
 
 
 def _guess_text(name: str, texts: pl.Series, is_unique: bool) -> Guess:
@@ -147,28 +126,28 @@ def _guess_text(name: str, texts: pl.Series, is_unique: bool) -> Guess:
             return Guess(name, "sparse", "lists, by their separator", {"separator": separator})
     if not parse_numbers(texts.str.strip_chars().to_arrow(), pl.Float64)[1].any():
         return Guess(name, "sparse", "doubtful: numbers with spaces around them; remove these and list it under dense")
-    return Guess(name, "ignored", _ROW) if is_unique else Guess(name, "sparse")
+    return Guess(name, "ignored", _ROW) if is_unique else Guess(name, "sparse", _doubt_about(name))
 
 
 def _guess_numbers(name: str, values: pa.Array, numbers: np.ndarray, distinct: int, is_unique: bool) -> Guess:
     if (numbers != np.floor(numbers))[~np.isnan(numbers)].any():
         return Guess(name, "dense")
-    texts = pl.Series(pl.from_arrow(values.cast(pa.string())))
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)] or [""]
     least, most = np.nanmin(numbers), np.nanmax(numbers)
     if _TIMES & {*words} and _SECONDS[0] <= least <= most <= _SECONDS[1]:
         return Guess(name, "sparse", "seconds since 1970", {"parts": _parts(values)})
-    if _TIMES & {*words} and (
-        1e3 * _SECONDS[0] <= least <= most <= 1e3 * _SECONDS[1] or texts.str.contains(_DAY).all()
-    ):
-        return Guess(name, "ignored", "times that `parts` cannot read: use ISO text or seconds since 1970")
-    is_quantity = "per" in words or not _QUANTITIES.isdisjoint((words[0], words[-1]))
-    is_code = (words[-1] in _CODES and "per" not in words) or most >= 1e12 or texts.str.contains(r"^0\d").any()
+    is_quantity = "per" in words or any(map(_QUANTITIES.fullmatch, (words[0], words[-1])))
+    has_zeros = pl.Series(pl.from_arrow(values.cast(pa.string()))).str.contains(r"^0\d").any()
+    is_code = (_CODES.fullmatch(words[-1]) and "per" not in words) or most >= _LARGEST_QUANTITY or has_zeros
     if is_unique and (is_code or (np.diff(numbers) > 0).all()):
         return Guess(name, "ignored", _ROW)
     if is_code or (distinct <= (_FEW_OF_A_QUANTITY if is_quantity else _FEW) and 3 * distinct <= len(values)):
-        return Guess(name, "sparse")
+        return Guess(name, "sparse", _doubt_about(name))
     return Guess(name, "dense", "" if is_quantity else "doubtful: whole numbers; codes belong under sparse")
+
+
+def _doubt_about(name: str) -> str:
+    return "doubtful: if it identifies a row, list it under ignored" if name.lower() in ("id", "row_id") else ""
 
 
 def are_dates(texts: pa.Array) -> bool:

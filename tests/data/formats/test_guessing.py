@@ -66,8 +66,6 @@ def test_numbers(name, values, kind, as_text):
         ("seen", [f"{moment.isoformat()}Z" for moment in MOMENTS], "sparse", HOURS),
         ("time", [f"{1_700_000_000 + 3600 * i}" for i in MANY], "sparse", HOURS),
         ("price", [f"{1_700_000_000 + 3600 * i}" for i in MANY], "dense", {}),
-        ("time", [f"{1_700_000_000_000 + 3600 * i}" for i in MANY], "ignored", {}),
-        ("date", [f"{day:%Y%m%d}" for day in DATES], "ignored", {}),
         ("genres", ["|".join(some) for some in LISTS], "sparse", {"separator": "|"}),
         ("genres", [";".join(some) for some in LISTS], "sparse", {"separator": ";"}),
         ("genres", [",".join(some) for some in LISTS], "sparse", {"separator": ","}),
@@ -143,16 +141,15 @@ def test_every_arrow_type_has_a_guess(kind):
     ],
 )
 def test_a_label_of_two_values_has_a_click(values, positive):
-    role, remark = guess_label(pa.array(values), LabelRole("y"), "log.csv")
+    role, clicks = guess_label(pa.array(values), LabelRole("y"), "log.csv")
     assert role == LabelRole("y", positive)
-    assert "% clicks" in remark
-    assert ("blank labels: 1;" in remark) == (None in values)
+    assert 0 <= clicks < 1
 
 
 def test_what_the_user_says_of_the_label_is_taken():
     values = pa.array(["1", "2", "5", "5"])
-    assert guess_label(values, LabelRole("y", greater_than=2), "log.csv")[1] == "50.0% clicks"
-    assert guess_label(values, LabelRole("y", positive="2"), "log.csv")[1] == "25.0% clicks"
+    assert guess_label(values, LabelRole("y", greater_than=2), "log.csv")[1] == 0.5
+    assert guess_label(values, LabelRole("y", positive="2"), "log.csv")[1] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -162,12 +159,12 @@ def test_what_the_user_says_of_the_label_is_taken():
         (["yes", "y"], {}, "the label is 'yes', 'y'. Pass --positive VALUE"),
         (["1", "2"], {}, "the label is '1', '2'. Pass --positive VALUE"),
         (["a", "b", "c"], {}, "the label is 'a', 'b', 'c'. Pass --positive VALUE"),
-        (list(range(9)), {}, "the label has 9 different numbers, up to 8. Pass --greater_than X"),
+        (list(range(9)), {}, "the label is '0', .*, '7', …. Pass --positive VALUE .* or --greater_than X if"),
         ([None, None], {}, "the label is blank in the first 2 rows"),
         (["a", "b"], {"positive": "c"}, "makes no row a click. Its values in the first 2 rows are 'a', 'b'"),
         ([1, 2], {"greater_than": 0}, "makes every row a click"),
         ([1, 2], {"greater_than": 2}, "makes no row a click"),
-        (["a", "b"], {"greater_than": 2}, "the label is 'a'; it must be a number. Correct --positive or"),
+        (["a", "b"], {"greater_than": 2}, "makes no row a click. Its values .* are 'a', 'b'. Correct"),
         ([[1], [2]], {}, r"the label has the type list<.*>. Make a column of 0 and 1"),
         (DATES[:2], {}, r"the label has the type date32"),
     ],
