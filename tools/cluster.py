@@ -20,9 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 PREFIX = "dhen"
 INTERFACE = "eth0"
@@ -30,21 +30,9 @@ _GRACE_SECONDS = 20.0
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """Burst that a limited link sends after a pause: `seconds` of its rate, and at least `least` bytes."""
-
-    seconds: float
-    least: int
-    queue: str
-
-    def of(self, mbit: float) -> list[str]:
-        return ["burst", f"{max(self.least, round(mbit * 125e3 * self.seconds))}b", "limit", self.queue]
-
-
-# Shorter bursts do not reach the rate. Packets larger than the bucket are lost: loopback packets have up to 64 KiB.
-_LINK = _Bucket(0.010, 2**12, "4mb")
-_LOCAL = _Bucket(0.0035, 2**17, "16mb")
+# A link's burst after a pause: seconds of its rate, and at least so many bytes; then its queue. Shorter bursts do not
+# reach the rate. Packets larger than the burst are lost: loopback packets have up to 64 KiB.
+_LINK, _LOCAL = (0.010, 2**12, "4mb"), (0.0035, 2**17, "16mb")
 
 
 class ClusterError(RuntimeError):
@@ -52,12 +40,25 @@ class ClusterError(RuntimeError):
 
 
 class Cluster:
-    """Nodes 0 to n-1, which exist inside a `with` block. Rates are in Mbit/s; 0 leaves a link unlimited."""
+    """Nodes 0 to n-1, which exist inside a `with` block. Rates are in Mbit/s; 0 leaves a link unlimited.
 
-    def __init__(self, nodes: int, *, link_mbit: float = 100, local_mbit: float = 2400) -> None:
-        self.num_nodes, self.link_mbit, self.local_mbit = nodes, link_mbit, local_mbit
+    Inside the block SIGTERM and SIGHUP raise SystemExit, so that the nodes are removed.
+    """
+
+    def __init__(
+        self, nodes: int, *, ranks_per_node: int = 2, link_mbit: float = 100, local_mbit: float = 2400
+    ) -> None:
+        self.num_nodes, self.ranks_per_node = nodes, ranks_per_node
+        self.link_mbit, self.local_mbit = link_mbit, local_mbit
         self._name = f"{PREFIX}{os.getpid()}"
         self._hosts = Path(tempfile.gettempdir()) / f"{self._name}-hostfile"
+        self._handlers: dict[int, Any] = {}  # those of before the block
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, *, is_limited: bool = True) -> "Cluster":
+        """The cluster of `add_arguments`; without limits, on links as fast as they can be."""
+        rates = (arguments.link_mbit, arguments.local_mbit) if is_limited else (0, 0)
+        return cls(arguments.nodes, ranks_per_node=arguments.ranks_per_node, link_mbit=rates[0], local_mbit=rates[1])
 
     @property
     def names(self) -> list[str]:
@@ -71,6 +72,7 @@ class Cluster:
     def __enter__(self) -> "Cluster":
         """Build it. Raises ClusterError where root, a tool or a kernel module is missing."""
         check_machine()
+        self._handlers = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             remove_stale()
             self._build()
@@ -84,13 +86,13 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         """End all processes in the nodes and remove the nodes. Ignores signals meanwhile, so that it finishes."""
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING_SIGNALS}
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING_SIGNALS} | self._handlers
         try:
             for name in [*self.names, self._hub]:
                 remove_namespace(name)
             self._hosts.unlink(missing_ok=True)
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     @property
@@ -113,10 +115,10 @@ class Cluster:
             limit(name, INTERFACE, self.link_mbit, _LINK)
             limit(name, "lo", self.local_mbit, _LOCAL)
 
-    def start(self, ranks_per_node: int, script: Sequence[str]) -> list[subprocess.Popen]:
+    def start(self, script: Sequence[str]) -> list[subprocess.Popen]:
         """Start DeepSpeed's launcher on every node; each is the leader of its own process group."""
         nodes = range(self.num_nodes)
-        slots = "".join(f"{self.address(node)} slots={ranks_per_node}\n" for node in nodes)
+        slots = "".join(f"{self.address(node)} slots={self.ranks_per_node}\n" for node in nodes)
         self._hosts.write_text(slots, encoding="utf-8")
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--hostfile", str(self._hosts), "--no_ssh"]
         launcher += ["--master_addr", self.address(0), "--master_port", "29500"]
@@ -182,10 +184,12 @@ def run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def limit(namespace: str, interface: str, mbit: float, bucket: _Bucket) -> None:
+def limit(namespace: str, interface: str, mbit: float, bucket: tuple[float, int, str]) -> None:
     """Limit what `interface` sends to `mbit` Mbit/s; 0 means no limit."""
     if mbit:
-        rate = ["rate", f"{mbit}mbit", *bucket.of(mbit)]
+        seconds, least, queue = bucket
+        burst = max(least, round(mbit * 125e3 * seconds))
+        rate = ["rate", f"{mbit}mbit", "burst", f"{burst}b", "limit", queue]
         run("tc", "-n", namespace, "qdisc", "add", "dev", interface, "root", "tbf", *rate)
 
 
@@ -207,38 +211,24 @@ def remove_stale() -> None:
             remove_namespace(name)
 
 
-@contextlib.contextmanager
-def signals_end_it() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into an exception, so that `with` blocks are left in order."""
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def add_arguments(parser: argparse.ArgumentParser, *, link_mbit: float = 100, local_mbit: float = 2400) -> None:
+    """Add the size of a cluster, and the default rates of its links."""
+    add = parser.add_argument
+    add("--nodes", type=int, default=2, help="nodes of the cluster on this machine (default: %(default)s)")
+    add("--ranks_per_node", type=int, default=2, help="ranks on each node (default: %(default)s)")
+    what = "in Mbit/s; 0 means no limit (default: %(default)s)"
+    add("--link_mbit", type=float, default=link_mbit, help=f"rate of a node's link {what}")
+    add("--local_mbit", type=float, default=local_mbit, help=f"rate inside a node {what}")
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """The cluster's arguments, then the script and its arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=2, help="number of nodes (default: %(default)s)")
-    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each node (default: %(default)s)")
-    parser.add_argument(
-        "--link_mbit",
-        type=float,
-        default=100,
-        help="rate of a node's link in Mbit/s; 0 means no limit (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--local_mbit",
-        type=float,
-        default=2400,
-        help="rate inside a node in Mbit/s; 0 means no limit (default: %(default)s)",
-    )
+    add_arguments(parser)
     parser.add_argument("script", nargs=argparse.REMAINDER, help="the script that every rank runs, and its arguments")
     arguments = parser.parse_args(command_line)
     if not arguments.script:
@@ -253,11 +243,8 @@ def main() -> int:
     """Build the cluster, run the script on it, remove the cluster. Returns the script's exit status."""
     arguments = parse_arguments()
     try:
-        with (
-            signals_end_it(),
-            Cluster(arguments.nodes, link_mbit=arguments.link_mbit, local_mbit=arguments.local_mbit) as cluster,
-        ):
-            return wait(cluster.start(arguments.ranks_per_node, arguments.script))
+        with Cluster.of(arguments) as cluster:
+            return wait(cluster.start(arguments.script))
     except ClusterError as error:
         print(f"cluster: {error}", file=sys.stderr)
         return 2

@@ -19,12 +19,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tools.bench import launch
+from tools.bench.report import print_table
 from tools.bench.sharding_schemes import SCHEMES
-from tools.cluster import Cluster, ClusterError, signals_end_it
+from tools.cluster import Cluster, ClusterError, add_arguments
 
 PARTS = ("weights", "optimizer", "gradients", "gathered", "buckets", "activations")
 _FIVE = ("dp", "fsdp", "hsdp", "torch_fsdp", "torch_hsdp")
@@ -33,49 +31,45 @@ _FIVE = ("dp", "fsdp", "hsdp", "torch_fsdp", "torch_hsdp")
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, which the ranks get too."""
     parser = launch.argument_parser(__doc__)
+    add_arguments(parser, link_mbit=0, local_mbit=0)
     add = parser.add_argument
-    add("--nodes", type=int, default=2, help="nodes of the cluster on this machine")
-    add("--ranks_per_node", type=int, default=2, help="ranks on each node")
     add("--layers", type=int, default=8, help="DHEN layers")
     add("--embeddings", type=int, default=46, help="embeddings in a layer; its weights grow with the square")
     add("--schemes", nargs="+", choices=SCHEMES, default=_FIVE, help="schemes to compare")
-    add("--output", default="runs/bench_composition/composition.json", help="where the results go")
+    add("--output", type=Path, default="runs/bench_composition/composition.json", help="where the results go")
     return parser.parse_args(command_line)
 
 
-def show(results: Sequence[dict[str, Any]], console: Console) -> None:
+def show(results: Sequence[dict[str, Any]]) -> None:
     """Print two rows per scheme. results: scheme, model_bytes, and bytes by part, measured and predicted."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("scheme", "", *PARTS, "sum in P", "MiB"):
-        table.add_column(column, justify="left" if column in ("scheme", "") else "right")
+    rows = []
     for result in results:
         for name in ("measured", "predicted"):
             if parts := result[name]:
                 total = sum(parts.values())
                 shares = [f"{parts.get(part, 0) / result['model_bytes']:.2f}" for part in PARTS]
                 in_p, mib = f"{total / result['model_bytes']:.2f}", f"{total / 2**20:.1f}"
-                table.add_row(result["scheme"] if name == "measured" else "", name, *shares, in_p, mib)
-    console.print(table)
+                rows.append([result["scheme"] if name == "measured" else "", name, *shares, in_p, mib])
+    print_table(("scheme", "", *PARTS, "sum in P", "MiB"), rows, left=("scheme", ""))
 
 
 def main() -> int:
     """Measure and show. Exit status: 0, or 2 if the cluster or the job on it fails."""
     arguments = parse_arguments()
+    file = arguments.output
     if launch.is_rank():
         from tools.bench.composition_ranks import measure  # imports torch, which only the ranks need
 
-        measure(arguments)
+        launch.measure_as_a_rank(measure, arguments, file)
         return 0
-    file = Path(arguments.output)
-    command = [__file__, *sys.argv[1:]]
     try:
-        with signals_end_it(), Cluster(arguments.nodes, link_mbit=0, local_mbit=0) as cluster:
-            results = launch.results_of_cluster(cluster, arguments.ranks_per_node, command, file=file, job="the job")
+        with Cluster.of(arguments) as cluster:
+            results = launch.results_of_cluster(cluster, [__file__, *sys.argv[1:]], file=file, job="the job")
     except (ClusterError, launch.JobError) as error:
         print(f"composition: {error}", file=sys.stderr)
         return 2
     launch.write_json(file, results)
-    show(results, Console(width=None if sys.stdout.isatty() else 110))
+    show(results)
     return 0
 
 

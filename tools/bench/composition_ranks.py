@@ -5,7 +5,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +16,8 @@ from torch.utils._pytree import tree_iter
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.memory import MemorySetting, predict_memory
 from dhen.planner.step_trace import trace_step
-from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import weights_of
-from tools.bench import launch
 from tools.bench.sharding_ranks import NUM_DENSE, build, ds_config_of, free, model_bytes, model_config
 from tools.bench.sharding_schemes import BATCH, SCHEMES, Scheme
 from tools.bench.stand_ins import replace_reduce_scatter
@@ -105,26 +103,27 @@ def part_of_allocation() -> str:
     return "activations"
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Measure all schemes; rank 0 writes the results. Communicates; all ranks call it."""
+@dataclass(frozen=True)
+class Composed:
+    """Bytes by part of one scheme. model_bytes: of the model's weights. predicted: None for torch's schemes."""
+
+    scheme: str
+    model_bytes: int
+    measured: dict[str, int]
+    predicted: dict[str, int] | None
+
+
+def measure(topology: Topology, arguments: argparse.Namespace) -> list[Composed]:
+    """Measure all schemes. Communicates; all ranks call it."""
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about writing to the logit, which nobody does
-    topology = job.start(timeout_minutes=5)
     replace_reduce_scatter()
     config = model_config(arguments.layers, arguments.embeddings)
     # Trace before DeepSpeed builds a model: stage 3 replaces torch's `linear`.
     predicted = {name: predicted_parts(SCHEMES[name], config, topology) for name in arguments.schemes}
-    results = [
-        {
-            "scheme": name,
-            "model_bytes": model_bytes(config),
-            "measured": measured_parts(SCHEMES[name], config, topology),
-            "predicted": predicted[name],
-        }
+    return [
+        Composed(name, model_bytes(config), measured_parts(SCHEMES[name], config, topology), predicted[name])
         for name in arguments.schemes
     ]
-    if topology.is_main:
-        launch.write_json(Path(arguments.output), results)
-    job.stop()
 
 
 def measured_parts(scheme: Scheme, config: DhenConfig, topology: Topology) -> dict[str, int]:

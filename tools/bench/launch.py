@@ -38,25 +38,13 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def add_cluster_arguments(parser: argparse.ArgumentParser, *, link_mbit: float, local_mbit: float) -> None:
-    """Add the size of the cluster, and the default rates of its links."""
-    parser.add_argument("--nodes", type=int, default=2, help="nodes of the cluster on this machine")
-    parser.add_argument("--ranks_per_node", type=int, default=2, help="ranks on each node")
-    parser.add_argument(
-        "--link_mbit", type=float, default=link_mbit, help="rate of a node's link in Mbit/s; 0 means no limit"
-    )
-    parser.add_argument(
-        "--local_mbit", type=float, default=local_mbit, help="rate inside a node in Mbit/s; 0 means no limit"
-    )
-
-
 def is_rank() -> bool:
     """Whether a launcher started this process."""
     return "RANK" in os.environ
 
 
-def measure_as_a_rank(measure: Callable[..., Sequence[Any]], arguments: argparse.Namespace) -> None:
-    """Join the job and call `measure(topology, arguments)`; rank 0 writes the dataclasses that it returns.
+def measure_as_a_rank(measure: Callable[..., Sequence[Any]], arguments: argparse.Namespace, file: Path) -> None:
+    """Join the job and call `measure(topology, arguments)`; rank 0 writes the dataclasses that it returns to `file`.
 
     Communicates; all ranks call it.
     """
@@ -65,7 +53,7 @@ def measure_as_a_rank(measure: Callable[..., Sequence[Any]], arguments: argparse
     topology = job.start()
     results = measure(topology, arguments)
     if topology.is_main:
-        write_json(Path(arguments.output), [asdict(result) for result in results])
+        write_json(file, [asdict(result) for result in results])
     job.stop()
 
 
@@ -96,7 +84,7 @@ def results_of_ranks(num_ranks: int, script: str, **environment: str) -> Any:
 
 
 def results_of_cluster(
-    cluster: Cluster, ranks_per_node: int, command: Sequence[str], *, file: Path, job: str, may_fail: bool = False
+    cluster: Cluster, command: Sequence[str], *, file: Path, job: str, may_fail: bool = False
 ) -> Any:
     """Run a script with its arguments on the cluster, and return the JSON that rank 0 writes to `file`.
 
@@ -105,7 +93,7 @@ def results_of_cluster(
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
-    status = wait(cluster.start(ranks_per_node, command))
+    status = wait(cluster.start(command))
     if not file.is_file() or (status and not may_fail):
         raise JobError(f"{job} failed with status {status}; the ranks' messages are above.")
     results = json.loads(file.read_text(encoding="utf-8"))

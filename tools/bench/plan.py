@@ -27,13 +27,11 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from dhen.planner.minimum_set import Planner
 from tools.bench import launch
 from tools.bench.plan_grid import POINTS_FILE, TECHNIQUES, TRAINED_FILE, Point, job_of, techniques
-from tools.cluster import Cluster, ClusterError, signals_end_it
+from tools.bench.report import print_table
+from tools.cluster import Cluster, ClusterError, add_arguments
 
 _CAPPED = ("dp", "zero2", "hsdp", "zero3", "zero3+recompute", "zero3+recompute+offload")
 
@@ -49,47 +47,43 @@ def _sign(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def show(points: Sequence[Point], console: Console) -> None:
+def show(points: Sequence[Point]) -> None:
     """Print a row per point, then the errors and the agreement of the orders."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("layers", "technique", "MiB", "predicted", "off by", "seconds", "predicted"):
-        table.add_column(column, justify="left" if column == "technique" else "right")
-    for point in points:
-        table.add_row(
-            str(point.depth),
-            point.technique,
-            f"{point.peak / 2**20:.1f}",
-            f"{point.predicted_peak / 2**20:.1f}",
+    rows = [
+        [
+            *(str(point.depth), point.technique, f"{point.peak / 2**20:.1f}", f"{point.predicted_peak / 2**20:.1f}"),
             f"{point.error:+.1%}",
             *((f"{point.seconds:.2f}", f"{point.predicted_seconds:.2f}") if point.seconds else ("-", "-")),
-        )
-    console.print(table)
+        ]
+        for point in points
+    ]
+    print_table(("layers", "technique", "MiB", "predicted", "off by", "seconds", "predicted"), rows, ["technique"])
     errors = [abs(point.error) for point in points]
-    console.print(
-        f"memory, {len(points)} points: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}"
-    )
+    print(f"memory, {len(points)} points: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
     for depth in dict.fromkeys(point.depth for point in points):
         of_depth = [point for point in points if point.depth == depth]
         if len(of_depth) > 1 and all(point.seconds for point in of_depth):
             tau = kendall_tau([p.seconds for p in of_depth], [p.predicted_seconds for p in of_depth])
-            console.print(f"order by speed at {depth} layers: Kendall's tau {tau:.2f}")
+            print(f"order by speed at {depth} layers: Kendall's tau {tau:.2f}")
 
 
-def show_savings(points: Sequence[Point], console: Console) -> None:
+def show_savings(points: Sequence[Point]) -> None:
     """Print what each technique saves and costs beside the first one, at the deepest model of the grid."""
     depth = max(point.depth for point in points)
     of_depth = [point for point in points if point.depth == depth]
     plain = of_depth[0]
-    table = Table(f"{depth} layers", "memory", "predicted", "step", "predicted", box=None, pad_edge=False)
-    for point in of_depth:
-        table.add_row(
+    rows = [
+        [
             point.technique,
             f"{point.peak / plain.peak:.0%}",
             f"{point.predicted_peak / plain.predicted_peak:.0%}",
             f"{point.seconds / plain.seconds:.2f}x" if plain.seconds else "-",
             f"{point.predicted_seconds / plain.predicted_seconds:.2f}x" if plain.seconds else "-",
-        )
-    console.print(table)
+        ]
+        for point in of_depth
+    ]
+    columns = (f"{depth} layers", "memory", "predicted", "step", "predicted")
+    print_table(columns, rows, left=columns)
 
 
 def deepest_predicted(name: str, arguments: argparse.Namespace) -> int:
@@ -99,7 +93,7 @@ def deepest_predicted(name: str, arguments: argparse.Namespace) -> int:
         (technique,) = techniques(depth, [name])
         return Planner(job_of(depth, arguments)).predict(technique).fits
 
-    return _deepest(fits, arguments.deepest)
+    return _deepest(fits, arguments.deepest, guess=1)
 
 
 def deepest_trained(name: str, guess: int, cluster: Cluster, arguments: argparse.Namespace) -> int:
@@ -108,9 +102,8 @@ def deepest_trained(name: str, guess: int, cluster: Cluster, arguments: argparse
     def trains(depth: int) -> bool:
         return launch.results_of_cluster(
             cluster,
-            arguments.ranks_per_node,
             [__file__, *sys.argv[1:], "--techniques", name, "--depths", str(depth)],
-            file=Path(arguments.output) / TRAINED_FILE,
+            file=arguments.output / TRAINED_FILE,
             job=f"the job of {name} at {depth} layers",
             may_fail=True,
         )
@@ -118,69 +111,59 @@ def deepest_trained(name: str, guess: int, cluster: Cluster, arguments: argparse
     return _deepest(trains, arguments.deepest, guess)
 
 
-def _deepest(holds: Callable[[int], bool], most: int, guess: int | None = None) -> int:
+def _deepest(holds: Callable[[int], bool], most: int, guess: int) -> int:
     """The largest number up to `most` for which `holds` is true, or 0 if there is none.
 
-    The search is a bisection. With a guess it starts there, with steps that double until the number is enclosed.
+    From the guess on, steps double until the number is enclosed. Then the search is a bisection.
     """
     good, bad, step = 0, most + 1, 1
-    at = (good + bad) // 2 if guess is None else min(max(guess, 1), most)
+    at = min(max(guess, 1), most)
     while bad - good > 1:
         if holds(at):
             good = at
         else:
             bad = at
-        between = (good + bad) // 2
-        if guess is None or (good and bad <= most):
-            at = between
+        if good and bad <= most:
+            at = (good + bad) // 2
         else:
             at = min(good + step, most) if good else max(bad - step, 1)
             step *= 2
     return good
 
 
-def measure_under_a_cap(arguments: argparse.Namespace, console: Console) -> None:
+def measure_under_a_cap(arguments: argparse.Namespace) -> None:
     """Find and print the deepest models. Raises ClusterError and JobError."""
     os.environ |= launch.RETURN_FREED_MEMORY
-    table = Table("technique", "deepest predicted", "deepest trained", box=None, pad_edge=False)
     found = []
-    with signals_end_it(), Cluster(arguments.nodes, link_mbit=0, local_mbit=0) as cluster:
+    with Cluster.of(arguments, is_limited=False) as cluster:
         for name in arguments.techniques:
             predicted = deepest_predicted(name, arguments)
             trained = deepest_trained(name, predicted, cluster, arguments)
-            table.add_row(name, str(predicted), str(trained))
             found.append({"technique": name, "predicted": predicted, "trained": trained})
             print(f"{name}: predicted {predicted}, trained {trained}", file=sys.stderr, flush=True)
-    launch.write_json(Path(arguments.output) / "depths.json", found)
-    console.print(table)
+    launch.write_json(arguments.output / "depths.json", found)
+    columns = ("technique", "deepest predicted", "deepest trained")
+    print_table(columns, [[str(value) for value in row.values()] for row in found], left=columns)
 
 
-def measure_grid(arguments: argparse.Namespace, console: Console) -> None:
+def measure_grid(arguments: argparse.Namespace) -> None:
     """Measure and print the grid, in a job per depth. Raises ClusterError and JobError."""
     points: list[Point] = []
-    file = Path(arguments.output) / POINTS_FILE
-    with (
-        signals_end_it(),
-        Cluster(arguments.nodes, link_mbit=arguments.link_mbit, local_mbit=arguments.local_mbit) as cluster,
-    ):
+    file = arguments.output / POINTS_FILE
+    with Cluster.of(arguments) as cluster:
         for depth in arguments.depths:
-            measured = launch.results_of_cluster(
-                cluster,
-                arguments.ranks_per_node,
-                [__file__, *sys.argv[1:], "--depths", str(depth)],
-                file=file,
-                job=f"the job of {depth} layers",
-            )
+            command = [__file__, *sys.argv[1:], "--depths", str(depth)]
+            measured = launch.results_of_cluster(cluster, command, file=file, job=f"the job of {depth} layers")
             points += [Point(**values) for values in measured]
     launch.write_json(file, [vars(point) for point in points])
-    show(points, console)
-    show_savings(points, console)
+    show(points)
+    show_savings(points)
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, which the ranks get too."""
     parser = launch.argument_parser(__doc__)
-    launch.add_cluster_arguments(parser, link_mbit=25, local_mbit=600)
+    add_arguments(parser, link_mbit=25, local_mbit=600)
     add = parser.add_argument
     add("--depths", type=int, nargs="+", default=[1, 4, 12, 32], help="DHEN layers")
     add("--techniques", nargs="+", choices=TECHNIQUES, help="techniques to train (default: all)")
@@ -190,7 +173,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--rounds", type=int, default=3, help="timed steps per technique; 0 measures memory only")
     add("--cap_mib", type=float, default=0, help="find the deepest models under this cap instead")
     add("--deepest", type=int, default=96, help="with --cap_mib, the most layers to try")
-    add("--output", default="runs/bench_plan", help="folder of points.json or depths.json")
+    add("--output", type=Path, default="runs/bench_plan", help="folder of points.json or depths.json")
     arguments = parser.parse_args(command_line)
     if arguments.techniques is None:
         arguments.techniques = list(_CAPPED if arguments.cap_mib else TECHNIQUES)
@@ -203,12 +186,10 @@ def main() -> int:
     if launch.is_rank():
         from tools.bench.plan_ranks import measure_points
 
-        measure_points(arguments)
+        launch.measure_as_a_rank(measure_points, arguments, arguments.output / POINTS_FILE)
         return 0
-    Path(arguments.output).mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 110)
     try:
-        (measure_under_a_cap if arguments.cap_mib else measure_grid)(arguments, console)
+        (measure_under_a_cap if arguments.cap_mib else measure_grid)(arguments)
     except (ClusterError, launch.JobError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2

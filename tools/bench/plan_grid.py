@@ -1,33 +1,20 @@
 """The grid of tools/bench/plan.py: model, machine, techniques, and the points that are measured."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine
 from dhen.planner.minimum_set import Job
-from dhen.planner.technique import Technique
+from dhen.planner.technique import SCHEMES, Technique
 
 POINTS_FILE, TRAINED_FILE = "points.json", "trained.json"
 BATCH, NUM_DENSE, TABLES, ROWS = 64, 13, 8, 1000
-_ALL = -1  # of the layers
-TECHNIQUES = {
-    "dp": Technique("dp"),
-    "dp+recompute": Technique("dp", checkpointing=_ALL),
-    "zero1": Technique("zero1"),
-    "zero1+recompute": Technique("zero1", checkpointing=_ALL),
-    "zero2": Technique("zero2"),
-    "zero2+recompute": Technique("zero2", checkpointing=_ALL),
-    "zero2+offload": Technique("zero2", offload="optimizer"),
-    "hsdp": Technique("hsdp"),
-    "hsdp+recompute": Technique("hsdp", checkpointing=_ALL),
-    "hsdp+offload": Technique("hsdp", offload="parameters"),
-    "zero3": Technique("zero3"),
-    "zero3+recompute": Technique("zero3", checkpointing=_ALL),
-    "zero3+offload": Technique("zero3", offload="parameters"),
-    "zero3+recompute+offload": Technique("zero3", checkpointing=_ALL, offload="parameters"),
-}
+TECHNIQUES = (
+    "dp", "dp+recompute", "zero1", "zero1+recompute", "zero2", "zero2+recompute", "zero2+offload", "hsdp",
+    "hsdp+recompute", "hsdp+offload", "zero3", "zero3+recompute", "zero3+offload", "zero3+recompute+offload",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,12 +34,12 @@ class Point:
         return self.predicted_peak / self.peak - 1
 
 
-def techniques(depth: int, names: Sequence[str]) -> Iterator[Technique]:
-    """The techniques with these names. One that recomputes does so in all `depth` layers."""
+def techniques(depth: int, names: Iterable[str]) -> Iterator[Technique]:
+    """The techniques with these names. One that recomputes does so in all layers; stage 3 offloads parameters too."""
     for name in names:
-        technique = TECHNIQUES[name]
-        recomputed = depth if technique.checkpointing == _ALL else 0
-        yield Technique(technique.scheme, recomputed, technique.offload)
+        scheme, *more = name.split("+")
+        offload = "parameters" if SCHEMES[scheme] == 3 else "optimizer"
+        yield Technique(scheme, depth if "recompute" in more else 0, offload if "offload" in more else "none")
 
 
 def machine_of(arguments: argparse.Namespace) -> Machine:

@@ -2,13 +2,10 @@
 
 import argparse
 import functools
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -26,12 +23,11 @@ from dhen.planner.minimum_set import Planner
 from dhen.planner.step_time import compute_seconds, segments
 from dhen.planner.step_trace import trace_step
 from dhen.planner.technique import Technique
-from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import ParallelDhen, parallelize
 from tools.bench import plan_grid
 from tools.bench.plan_grid import Point, job_of, techniques
-from tools.bench.stand_ins import memory_cap, paused, replace_reduce_scatter
+from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap
 
 _WARM = 3
 """Steps after which DeepSpeed's stage 3 knows the order of the modules."""
@@ -41,9 +37,8 @@ _PASSES = 3
 """Passes of the ring: two of an all-reduce and one of an all-gather."""
 
 
-def measure_points(arguments: argparse.Namespace) -> None:
-    """Measure all depths; rank 0 writes the points. Communicates; all ranks call it."""
-    topology = job.start(timeout_minutes=5)
+def measure_points(topology: Topology, arguments: argparse.Namespace) -> list[Point]:
+    """Measure all depths, or end the rank after training under a cap. Communicates; all ranks call it."""
     replace_reduce_scatter()
     if arguments.cap_mib:
         train_under_a_cap(topology, arguments)
@@ -53,10 +48,7 @@ def measure_points(arguments: argparse.Namespace) -> None:
         if topology.is_main:
             efficiency, hop_ms = machine.link_efficiency, 1e3 * machine.seconds_per_collective
             print(f"collectives get {efficiency:.0%} of the links' rates, and a hop takes {hop_ms:.2f} ms", flush=True)
-    points = [point for depth in arguments.depths for point in measure(topology, depth, arguments, machine)]
-    if topology.is_main:
-        (Path(arguments.output) / plan_grid.POINTS_FILE).write_text(json.dumps([vars(point) for point in points]))
-    job.stop()
+    return [point for depth in arguments.depths for point in measure(topology, depth, arguments, machine)]
 
 
 def with_measured_links(machine: Machine, topology: Topology) -> Machine:
@@ -194,23 +186,19 @@ def add_pauses(planner: Planner, model: ParallelDhen) -> None:
 
 
 def train_under_a_cap(topology: Topology, arguments: argparse.Namespace) -> NoReturn:
-    """Train one technique at one depth under the cap; rank 0 writes whether it trained. Communicates; ends the rank."""
-    (depth,), file = arguments.depths, Path(arguments.output) / plan_grid.TRAINED_FILE
+    """Train one technique at one depth under the cap; rank 0 writes that it trained. Communicates; ends the rank."""
+    (depth,) = arguments.depths
     (plain,) = techniques(1, arguments.techniques)
     # Warm up without the cap: what libraries allocate once is not the model's, and some hang if they cannot.
     take_step(build(Planner(job_of(1, arguments)), plain, topology), *batch(topology.rank))
     planner = Planner(job_of(depth, arguments))
     (technique,) = techniques(depth, arguments.techniques)
     planner.whole_ds_config(technique)
-    try:
-        with memory_cap(arguments.cap_mib):
-            model = build(planner, technique, topology)
-            for _ in range(_WARM + 1):
-                take_step(model, *batch(topology.rank))
-    except MemoryError:
-        file.write_text("false")
-        os._exit(1)
-    topology.barrier()
-    if topology.is_main:
-        file.write_text("true")
-    os._exit(0)
+
+    def train() -> bool:
+        model = build(planner, technique, topology)
+        for _ in range(_WARM + 1):
+            take_step(model, *batch(topology.rank))
+        return True
+
+    run_under_a_cap(arguments.cap_mib, arguments.output / plan_grid.TRAINED_FILE, topology, train)

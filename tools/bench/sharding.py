@@ -25,17 +25,14 @@ import argparse
 import contextlib
 import math
 import os
-import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from tools.bench import launch
-from tools.bench.sharding_schemes import JOB_FILE, SCHEMES, Benchmark, Measured, benchmark_of
-from tools.cluster import INTERFACE, Cluster, ClusterError, signals_end_it
+from tools.bench.report import print_table, ratios
+from tools.bench.sharding_schemes import JOB_FILE, SCHEMES, Benchmark, Measured
+from tools.cluster import INTERFACE, Cluster, ClusterError, add_arguments
 
 MEASURED_FILE = "measured.json"
 _DRAWN = {
@@ -48,37 +45,26 @@ _DRAWN = {
 """What the figure shows: label, with ours in the paper's words, and color."""
 
 
-def show(results: Sequence[Measured], console: Console) -> None:
+def show(results: Sequence[Measured]) -> None:
     """Print a row per depth and scheme; samples/s also as a ratio to fsdp's, with its range over the rounds."""
-    table = Table(box=None, pad_edge=False)
     columns = ("depth", "scheme", "samples/s", "x fsdp", "from", "to", "MiB sent", "in theory", "off by", "peak MiB")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "scheme" else "right")
+    rows = []
     for result in results:
         base = next((r for r in results if (r.scheme, r.depth) == ("fsdp", result.depth)), None)
         sent, theory = result.bytes_sent, result.bytes_in_theory
-        table.add_row(
+        faster = ratios(base.seconds, result.seconds) if base and base.seconds and result.seconds else ("-", "-", "-")
+        is_apart = SCHEMES[result.scheme].is_apart
+        rows.append([
             str(result.depth),
-            f"{result.scheme} (own job)" if SCHEMES[result.scheme].is_apart else result.scheme,
+            f"{result.scheme} (own job)" if is_apart else result.scheme,
             f"{result.samples_per_second:,.1f}" if result.seconds else "no memory",
-            *ratios(base, result),
+            *((faster[0], "-", "-") if is_apart else faster),
             "-" if sent is None else f"{sent / 2**20:.2f}",
             f"{theory / 2**20:.2f}",
             f"{sent / theory - 1:+.1%}" if sent and theory else "-",
             "-" if result.peak_mib is None else f"{result.peak_mib:.0f}" if result.fits else "no memory",
-        )
-    console.print(table)
-
-
-def ratios(base: Measured | None, result: Measured) -> tuple[str, str, str]:
-    """Speed over that of `base`: by medians, and the lowest and highest of a round if both took turns."""
-    if base is None or not (base.seconds and result.seconds):
-        return "-", "-", "-"
-    of_medians = f"{statistics.median(base.seconds) / statistics.median(result.seconds):.2f}"
-    if SCHEMES[result.scheme].is_apart:
-        return of_medians, "-", "-"
-    by_round = [theirs / own for theirs, own in zip(base.seconds, result.seconds, strict=True)]
-    return of_medians, f"{min(by_round):.2f}", f"{max(by_round):.2f}"
+        ])  # fmt: skip
+    print_table(columns, rows, left=["scheme"])
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
@@ -108,7 +94,7 @@ def plot(results: Sequence[Measured], path: Path) -> None:
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, which the ranks get too."""
     parser = launch.argument_parser(__doc__)
-    launch.add_cluster_arguments(parser, link_mbit=100, local_mbit=2400)
+    add_arguments(parser)
     add = parser.add_argument
     add("--depths", type=int, nargs="+", default=[2, 4, 8], help="DHEN layers")
     add("--embeddings", type=int, default=46, help="embeddings in a layer; its weights grow with the square")
@@ -118,7 +104,12 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--memory_cap_mib", type=float, default=0, help="measure peak memory too, with this cap per rank")
     add("--trace", action="store_true", help="write a Chrome trace of an hsdp step")
     add("--interface", default=INTERFACE, help="network interface whose bytes are counted")
-    add("--output", default="runs/bench_sharding", help=f"folder of {MEASURED_FILE}, figure6.png and the traces")
+    add(
+        "--output",
+        type=Path,
+        default="runs/bench_sharding",
+        help=f"folder of {MEASURED_FILE}, figure6.png and the traces",
+    )
     add("--on_cluster", action="store_true", help=argparse.SUPPRESS)  # set for the ranks of our own cluster
     add("--memory", action="store_true", help=argparse.SUPPRESS)  # and for the jobs that measure memory
     arguments = parser.parse_args(command_line)
@@ -135,68 +126,63 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
 def main() -> int:
     """Measure and show. Exit status: 0, or 2 if the cluster or a job on it fails."""
     arguments = parse_arguments()
-    output = Path(arguments.output)
     if launch.is_rank():
-        measure_schemes(arguments, output)
+        measure_schemes(arguments)
         return 0
+    file = arguments.output / MEASURED_FILE
     try:
-        benchmark = measure_on_a_cluster(arguments, output)
+        benchmark = measure_on_a_cluster(arguments)
     except (ClusterError, launch.JobError) as error:
-        is_begun = (output / MEASURED_FILE).is_file()
-        kept = f" {output / MEASURED_FILE} has the results of the earlier jobs." if is_begun else ""
+        kept = f" {file} has the results of the earlier jobs." if file.is_file() else ""
         print(f"sharding: {error}{kept}", file=sys.stderr)
         return 2
-    present(benchmark, output)
+    present(benchmark, arguments.output)
     return 0
 
 
-def measure_schemes(arguments: argparse.Namespace, output: Path) -> None:
+def measure_schemes(arguments: argparse.Namespace) -> None:
     """One rank's part; rank 0 writes the results. Communicates; all ranks call it."""
     from tools.bench.sharding_ranks import measure_all  # imports torch, which the process that launches does not need
 
     results = measure_all(arguments)
-    if not results:
-        return
-    if arguments.on_cluster:
-        Benchmark(arguments.link_mbit, arguments.local_mbit, arguments.compute_ms, results).write(output / JOB_FILE)
-    else:
+    if results and arguments.on_cluster:
+        launch.write_json(arguments.output / JOB_FILE, [asdict(result) for result in results])
+    elif results:
         benchmark = Benchmark(None, None, arguments.compute_ms, results)
-        benchmark.write(output / MEASURED_FILE)
-        present(benchmark, output)
+        benchmark.write(arguments.output / MEASURED_FILE)
+        present(benchmark, arguments.output)
 
 
 def present(benchmark: Benchmark, output: Path) -> None:
     """Print the table, draw the figure."""
-    show(benchmark.results, Console(width=None if sys.stdout.isatty() else 110))
+    show(benchmark.results)
     plot(benchmark.results, output / "figure6.png")
     print(f"{output} has {MEASURED_FILE} and figure6.png")
 
 
-def measure_on_a_cluster(arguments: argparse.Namespace, output: Path) -> Benchmark:
+def measure_on_a_cluster(arguments: argparse.Namespace) -> Benchmark:
     """Measure the schemes that take turns, at all depths; then the others, in a job per depth; then memory.
 
     Writes measured.json after each job. Raises ClusterError, and JobError if a job fails.
     """
+    file = arguments.output / MEASURED_FILE
     in_turns = [name for name in arguments.schemes if not SCHEMES[name].is_apart]
     jobs = [(in_turns, arguments.depths)] if in_turns else []
     jobs += [([name], [depth]) for name in arguments.schemes if SCHEMES[name].is_apart for depth in arguments.depths]
     benchmark = Benchmark(arguments.link_mbit, arguments.local_mbit, arguments.compute_ms, [])
-    (output / MEASURED_FILE).unlink(missing_ok=True)
-    with (
-        signals_end_it(),
-        Cluster(arguments.nodes, link_mbit=arguments.link_mbit, local_mbit=arguments.local_mbit) as cluster,
-    ):
+    file.unlink(missing_ok=True)
+    with Cluster.of(arguments) as cluster:
         for schemes, depths in jobs:
             measured = run_job(cluster, arguments, "--schemes", *schemes, "--depths", *map(str, depths))
-            results = [*benchmark.results, *benchmark_of(measured).results]
+            results = [*benchmark.results, *(Measured(**result) for result in measured)]
             results.sort(key=lambda result: arguments.depths.index(result.depth))
             benchmark = replace(benchmark, results=results)
-            benchmark.write(output / MEASURED_FILE)
+            benchmark.write(file)
     if arguments.memory_cap_mib:
         peaks = peaks_of_all(arguments)
         results = [replace(result, peak_mib=peaks[result.scheme, result.depth]) for result in benchmark.results]
         benchmark = replace(benchmark, results=results)
-        benchmark.write(output / MEASURED_FILE)
+        benchmark.write(file)
     return benchmark
 
 
@@ -204,9 +190,8 @@ def run_job(cluster: Cluster, arguments: argparse.Namespace, *flags: str) -> Any
     """Run this file on the cluster with these flags too, and return what rank 0 writes. Raises JobError."""
     return launch.results_of_cluster(
         cluster,
-        arguments.ranks_per_node,
         [__file__, *sys.argv[1:], "--on_cluster", *flags],
-        file=Path(arguments.output) / JOB_FILE,
+        file=arguments.output / JOB_FILE,
         job=f"the job with {' '.join(flags)}",
         may_fail="--memory" in flags,
     )
@@ -216,7 +201,7 @@ def peaks_of_all(arguments: argparse.Namespace) -> dict[tuple[str, int], float]:
     """Peak MiB of rank 0 by scheme and depth, in a job each, on unlimited links; infinite if the cap is too low."""
     os.environ |= launch.RETURN_FREED_MEMORY
     peaks = {}
-    with signals_end_it(), Cluster(arguments.nodes, link_mbit=0, local_mbit=0) as cluster:
+    with Cluster.of(arguments, is_limited=False) as cluster:
         for name in arguments.schemes:
             for depth in arguments.depths:
                 with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure

@@ -30,12 +30,11 @@ from dhen.runtime.topology import Topology
 from dhen.training.parallelize import parallelize
 from tools.bench.clock import now
 from tools.bench.sharding_schemes import BATCH, JOB_FILE, SCHEMES, Measured, Scheme
-from tools.bench.stand_ins import memory_cap, paused, replace_reduce_scatter, status_kib
+from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap, status_kib
 from tools.cluster import bytes_sent
 
 NUM_DENSE = 8
 BYTES = 4  # of an fp32 weight
-OUT_OF_MEMORY = 12
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> li
             if before is not None:
                 sent[name].append(bytes_sent(arguments.interface) - before)
     if arguments.trace and "hsdp" in built:
-        trace(built["hsdp"].step, dense_BN, labels_B, Path(arguments.output) / f"trace-{depth}.json", topology)
+        trace(built["hsdp"].step, dense_BN, labels_B, arguments.output / f"trace-{depth}.json", topology)
     free(*built.values())
     return [
         Measured(
@@ -136,32 +135,23 @@ def free(*left: Built) -> None:
 
 
 def measure_memory(topology: Topology, arguments: argparse.Namespace) -> NoReturn:
-    """Measure one scheme at one depth under the cap; rank 0 writes its peak. Communicates; ends the rank.
-
-    A rank that cannot allocate writes null and ends the job.
-    """
+    """Measure one scheme at one depth under the cap; rank 0 writes its peak. Communicates; ends the rank."""
     (depth,), (name,) = arguments.depths, arguments.schemes
-    file = Path(arguments.output) / JOB_FILE
     config = model_config(depth, arguments.embeddings)
     dense_BN, labels_B = (torch.rand(*shape, device=topology.device) for shape in ((BATCH, NUM_DENSE), (BATCH,)))
     # Warm up without the cap: what libraries allocate once is not the scheme's, and some hang if they cannot.
     warm = SCHEMES["fsdp" if SCHEMES[name].is_apart else name]  # a process can have only one model of such a scheme
     build(warm, model_config(1, 4), topology, 0.0).step(dense_BN, labels_B)
-    try:
-        with memory_cap(arguments.memory_cap_mib):
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-            before = status_kib("VmRSS")
-            built = build(SCHEMES[name], config, topology, 0.0)
-            for _ in range(3):
-                built.step(dense_BN, labels_B)
-            peak_mib = (status_kib("VmHWM") - before) / 1024
-    except MemoryError:
-        file.write_text("null")
-        os._exit(OUT_OF_MEMORY)
-    if topology.is_main:
-        file.write_text(json.dumps(peak_mib))
-    topology.barrier()
-    os._exit(0)
+
+    def peak_mib() -> float:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+        before = status_kib("VmRSS")
+        built = build(SCHEMES[name], config, topology, 0.0)
+        for _ in range(3):
+            built.step(dense_BN, labels_B)
+        return (status_kib("VmHWM") - before) / 1024
+
+    run_under_a_cap(arguments.memory_cap_mib, arguments.output / JOB_FILE, topology, peak_mib)
 
 
 def trace(step: Callable, dense_BN: Any, labels_B: Any, path: Path, topology: Topology) -> None:

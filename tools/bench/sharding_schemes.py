@@ -5,7 +5,6 @@ import statistics
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Any
 
 from tools.bench.launch import write_json
 
@@ -108,11 +107,7 @@ class Benchmark:
         write_json(path, asdict(self))
 
 
-def benchmark_of(values: dict[str, Any]) -> Benchmark:
-    """The benchmark in the content of measured.json."""
-    return Benchmark(**values | {"results": [Measured(**result) for result in values["results"]]})
-
-
 def read(path: Path) -> Benchmark:
     """The benchmark in a measured.json."""
-    return benchmark_of(json.loads(path.read_text(encoding="utf-8")))
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Benchmark(**values | {"results": [Measured(**result) for result in values["results"]]})

@@ -3,17 +3,22 @@
 import contextlib
 import ctypes
 import gc
+import json
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
+from dhen.runtime.topology import Topology
+
 _STACK_BYTES = 2**19
+_OUT_OF_MEMORY = 12
 
 
 def paused(function: Callable, forward_seconds: float, backward_seconds: float) -> Callable:
@@ -61,6 +66,23 @@ def replace_reduce_scatter() -> None:
 
     dist.reduce_scatter_tensor = dist.reduce_scatter_single = ring
     deepspeed.comm.reduce_scatter_fn = lambda output, inputs, group=None, **_: ring(output, inputs, group=group)
+
+
+def run_under_a_cap(cap_mib: float, file: Path, topology: Topology, function: Callable[[], Any]) -> NoReturn:
+    """Call `function` with so much memory; rank 0 writes what it returns as JSON. Communicates; ends the rank.
+
+    A rank that cannot allocate writes null and ends the job.
+    """
+    try:
+        with memory_cap(cap_mib):
+            result = function()
+    except MemoryError:
+        file.write_text("null")
+        os._exit(_OUT_OF_MEMORY)
+    topology.barrier()
+    if topology.is_main:
+        file.write_text(json.dumps(result))
+    os._exit(0)
 
 
 @contextlib.contextmanager

@@ -1,10 +1,7 @@
 """What a rank's memory holds: the parts add up to the live bytes, and are those that a scheme must hold."""
 
-import io
-
 import pytest
 import torch
-from rich.console import Console
 
 from dhen.planner.live_memory import LiveMemory
 from dhen.runtime.topology import Topology
@@ -50,10 +47,9 @@ def test_the_peak_is_that_of_live_memory():
     assert sum(memory.parts.values()) == expected.peak == 4 * 3000
 
 
-def test_the_table_has_measured_beside_predicted():
-    output = io.StringIO()
+def test_the_table_has_measured_beside_predicted(capsys):
     result = {"scheme": "dp", "model_bytes": 2**20, "measured": {"weights": 2**20, "buckets": 2**19}, "predicted": None}
-    show([result, result | {"scheme": "hsdp", "predicted": {"weights": 2**18}}], Console(file=output, width=120))
-    lines = output.getvalue().splitlines()
+    show([result, result | {"scheme": "hsdp", "predicted": {"weights": 2**18}}])
+    lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["dp", "measured", "1.00", "0.00", "0.00", "0.00", "0.50", "0.00", "1.50", "1.5"]
     assert [line.split()[0] for line in lines[2:]] == ["hsdp", "predicted"]

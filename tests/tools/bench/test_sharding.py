@@ -1,12 +1,10 @@
 """tools/bench/sharding.py without a cluster: theory, table, figure, no memory, what it refuses."""
 
 import gc
-import io
 from math import inf
 
 import pytest
 import torch
-from rich.console import Console
 
 from dhen.runtime.topology import Topology
 from tests.ranks import run_ranks
@@ -28,7 +26,7 @@ def test_what_leaves_a_node_in_theory():
     assert sent["hpz"] == 2 * 1000 * 3 / 4, "its backward gathers within the node"
 
 
-def test_the_table_says_what_is_missing(tmp_path):
+def test_the_table_says_what_is_missing(tmp_path, capsys):
     results = [
         measured("fsdp", 4, [1.0, 1.2, 1.1], bytes_sent=2200.0),
         measured("hsdp", 4, [0.5, 0.5, 0.6], peak_mib=7.0),
@@ -36,9 +34,8 @@ def test_the_table_says_what_is_missing(tmp_path):
         measured("zero2", 4, [1.0, 1.0, 1.0], peak_mib=inf),
         measured("hpz", 4, [1.0, 1.0, 1.0]),
     ]
-    console = Console(file=io.StringIO(), width=200)
-    show(results, console)
-    rows = {line.split()[1]: line.split() for line in console.file.getvalue().splitlines()[1:]}
+    show(results)
+    rows = {line.split()[1]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
     assert rows["hsdp"][3:7] == ["2.20", "1.83", "2.40", "-"], "no interface, no bytes"
     assert rows["dp"][2:4] == ["no", "memory"]
     assert rows["zero2"][-2:] == ["no", "memory"]
