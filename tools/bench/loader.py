@@ -1,6 +1,6 @@
 """Compares the rows per second of the batch loader with those that one rank trains on.
 
-    python tools/bench/loader.py --config recipes/configs/quickstart.yaml --rounds 5 --json
+    python tools/bench/loader.py --config recipes/configs/quickstart.yaml --rounds 5 --json loader.json
 
 Loader and training each run on one core, with all their threads. They take turns in each round, so that other work on
 the machine slows both; the ratio is that of the medians. The loader reads a whole shuffled epoch from files. Training
@@ -18,16 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import pyarrow
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.arguments import MOST_BATCH, Arguments, parse_arguments
@@ -40,37 +37,17 @@ from dhen.training.dataset import prepare_dataset
 from dhen.training.parallelize import ParallelDhen, parallelize
 from dhen.training.saved.fine_tuning import config_for
 from tools.bench.clock import now
-from tools.bench.launch import argument_parser
+from tools.bench.launch import argument_parser, write_json
+from tools.bench.report import print_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-QUICKSTART = REPOSITORY / "recipes" / "configs" / "quickstart.yaml"
-ZERO2 = REPOSITORY / "ds_configs" / "zero2.json"
 WARM_UP_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Round:
-    """Rows per second in wall-clock time."""
-
-    loader: float
-    training: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """The rounds, the medians over the rounds, and the ratio of the medians."""
-
-    config: str
-    batch_size: int
-    rounds: list[Round]
-    loader_rows_per_second: float
-    training_rows_per_second: float
-    ratio: float
-    world_size: int = 1
+Rates = dict[str, list[float]]
+"""Rows per second in each round, of the "loader" and of "training"."""
 
 
 def main() -> int:
-    """Exit status: 0, or 1 if the ratio is below --at_least."""
+    """Measure and show."""
     options = parse_options()
     log_to_stderr()
     if hasattr(os, "sched_setaffinity"):  # Linux
@@ -79,16 +56,16 @@ def main() -> int:
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
     with user_errors():
-        arguments = parse_arguments(["--config", options.config, "--ds_config", options.ds_config])
-        result = measure(arguments, options, topology)
+        zero2 = str(REPOSITORY / "ds_configs/zero2.json")
+        arguments = parse_arguments(["--config", options.config, "--ds_config", zero2])
+        rates = measure(arguments, options, topology)
     job.stop()
+    ranks = "" if options.world_size == 1 else f", the loader of one rank of {options.world_size}"
+    batch_size = arguments.training.per_device_train_batch_size
+    print(f"{options.config}, batches of {batch_size:,} rows, one core{ranks}")
+    show(rates)
     if options.json:
-        print(json.dumps(asdict(result), indent=2))
-    else:
-        print_result(result)
-    if result.ratio < options.at_least:
-        print(f"loader: the ratio {result.ratio:.1f} is below {options.at_least:g}", file=sys.stderr)
-        return 1
+        write_json(options.json, rates)
     return 0
 
 
@@ -96,14 +73,11 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--config", default=str(QUICKSTART), help="recipe")
-    add("--ds_config", default=str(ZERO2), help="ds_config")
-    add("--cache_dir", default="runs/prepared", help="folder of prepared data")
+    add("--config", default=str(REPOSITORY / "recipes/configs/quickstart.yaml"), help="recipe")
     add("--world_size", type=int, default=1, help="ranks that share the loader's rows")
     add("--rounds", type=int, default=5, help="measured epochs of the loader, and turns of training")
     add("--steps", type=int, default=60, help="updates of training in each round")
-    add("--at_least", type=float, default=0.0, metavar="RATIO", help="exit with status 1 if the ratio is lower")
-    add("--json", action="store_true", help="print the result as JSON")
+    add("--json", type=Path, metavar="FILE", help="write the rows per second of each round as JSON")
     options = parser.parse_args()
     for name in ("rounds", "steps", "world_size"):
         if getattr(options, name) < 1:
@@ -111,39 +85,22 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def measure(arguments: Arguments, options: argparse.Namespace, topology: Topology) -> Result:
+def measure(arguments: Arguments, options: argparse.Namespace, topology: Topology) -> Rates:
     """Measure the loader and training in turns."""
     training = arguments.training
-    prepared = prepare_dataset(arguments.data, Path(options.cache_dir), topology)
-    batch_size = training.per_device_train_batch_size or MOST_BATCH
-    loader = BatchLoader(
-        prepared,
-        "train",
-        batch_size=batch_size,
-        world_size=options.world_size,
-        shuffle=True,
-        seed=training.seed,
-    )
+    prepared = prepare_dataset(arguments.data, Path("runs/prepared"), topology)
+    size, seed = training.per_device_train_batch_size or MOST_BATCH, training.seed
+    loader = BatchLoader(prepared, "train", batch_size=size, world_size=options.world_size, shuffle=True, seed=seed)
     ds_config = read_ds_config(arguments.ds_config, replace(arguments.recipe(1), gradient_accumulation_steps=1))
-    model = parallelize(config_for(arguments.architecture, loader.schema), topology, ds_config, seed=training.seed)
+    model = parallelize(config_for(arguments.architecture, loader.schema), topology, ds_config, seed=seed)
     model.set_learning_rates(training.learning_rate, training.table_learning_rate)
     batches = list(itertools.islice(loader.epoch(0), options.steps))
     train(model, batches[:WARM_UP_STEPS])
-    rounds = [
-        Round(loader=rate_of_loader(loader, epoch), training=rate_of_training(model, batches))
-        for epoch in range(1, options.rounds + 1)
-    ]
-    loader_rate = statistics.median(one.loader for one in rounds)
-    training_rate = statistics.median(one.training for one in rounds)
-    return Result(
-        config=options.config,
-        batch_size=batch_size,
-        rounds=rounds,
-        loader_rows_per_second=loader_rate,
-        training_rows_per_second=training_rate,
-        ratio=loader_rate / training_rate,
-        world_size=options.world_size,
-    )
+    rates: Rates = {"loader": [], "training": []}
+    for epoch in range(1, options.rounds + 1):
+        rates["loader"].append(rate_of_loader(loader, epoch))
+        rates["training"].append(rate_of_training(model, batches))
+    return rates
 
 
 def rate_of_loader(loader: BatchLoader, epoch: int) -> float:
@@ -169,18 +126,14 @@ def train(model: ParallelDhen, batches: list[Batch]) -> None:
         model.step(binary_cross_entropy_with_logits(logits_B, batch.labels_B))
 
 
-def print_result(result: Result) -> None:
-    """Print a table of the rounds; the last row has the medians."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("round", "loader rows/s", "training rows/s", "ratio"):
-        table.add_column(column, justify="right")
-    for number, one in enumerate(result.rounds, start=1):
-        table.add_row(str(number), f"{one.loader:,.0f}", f"{one.training:,.0f}", f"{one.loader / one.training:.1f}")
-    medians = (result.loader_rows_per_second, result.training_rows_per_second)
-    table.add_row("median", *(f"{rate:,.0f}" for rate in medians), f"{result.ratio:.1f}", style="bold")
-    ranks = "" if result.world_size == 1 else f", the loader of one rank of {result.world_size}"
-    print(f"{result.config}, batches of {result.batch_size:,} rows, one core{ranks}")
-    Console().print(table)
+def show(rates: Rates) -> None:
+    """Print the rounds; the last row has the medians."""
+    rounds = [(str(number), *both) for number, both in enumerate(zip(*rates.values(), strict=True), start=1)]
+    rounds.append(("median", *map(statistics.median, rates.values())))
+    rows = [
+        (name, f"{loader:,.0f}", f"{training:,.0f}", f"{loader / training:.1f}") for name, loader, training in rounds
+    ]
+    print_table(("round", "loader rows/s", "training rows/s", "ratio"), rows)
 
 
 if __name__ == "__main__":

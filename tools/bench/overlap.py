@@ -24,19 +24,19 @@ from matplotlib.figure import Figure
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.profiler import record_function
 
-from dhen.config.ds_config import Recipe, read_ds_config
+from dhen.config.dhen_section import DhenSection
 from dhen.data.loading.batches import Batch
-from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import IDS
 from dhen.tables.pooled_exchange import EMBEDDINGS, GRADIENTS, WAITING
 from dhen.training.loop import with_ids_ahead
-from dhen.training.parallelize import ParallelDhen, parallelize
-from tools.bench.launch import argument_parser, is_rank, run_ranks
+from dhen.training.parallelize import ParallelDhen
+from tools.bench.launch import argument_parser, is_rank, run_ranks, write_json
+from tools.bench.small_work import NUM_DENSE, small_dhen
 
-ROOT = Path(__file__).resolve().parents[2]
 STEP, FORWARD, BACKWARD = "step", "dense forward", "backward"
 LANES = {
     FORWARD: "#8aa1b4", BACKWARD: "#5b7489", WAITING: "#d9d9d9", IDS: "#3a7d44", EMBEDDINGS: "#c4502f",
@@ -61,21 +61,10 @@ class Span:
 
 def build(topology: Topology, arguments: argparse.Namespace, *, overlap: bool) -> ParallelDhen:
     """The model under ds_configs/zero2.json. Communicates; all ranks call it."""
-    recipe = Recipe(arguments.batch_size, 1, topology.world_size, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
-    ds_config = read_ds_config(ROOT / "ds_configs/zero2.json", recipe)
-    section = ds_config.dhen.model_copy(update={"overlap_tables": overlap})
-    config = DhenConfig(
-        num_dense_features=13,
-        embedding_dim=arguments.dim,
-        num_layers=arguments.layers,
-        interactions=["linear", "advanced_dlrm"],
-        num_embeddings_out=16,
-        dense_mlp=[512, 256],
-        sparse_features=[{"name": f"C{i}", "num_embeddings": arguments.rows} for i in range(arguments.tables)],
-    )
-    model = parallelize(config, topology, type(ds_config)(ds_config.path, ds_config.deepspeed, section))
-    model.set_learning_rates(1e-3, 1e-2)
-    return model
+    tables = [SparseFeature(f"C{i}", arguments.rows) for i in range(arguments.tables)]
+    section = DhenSection(overlap_tables=overlap)
+    architecture = {"embedding_dim": arguments.dim, "num_layers": arguments.layers, "dense_mlp": [512, 256]}
+    return small_dhen(tables, arguments.batch_size, topology, section, **architecture)
 
 
 def batches(arguments: argparse.Namespace, rank: int) -> Iterator[Batch]:
@@ -84,7 +73,8 @@ def batches(arguments: argparse.Namespace, rank: int) -> Iterator[Batch]:
     size = arguments.batch_size
     for _ in range(WARM_UP + TRACED + 1):
         ids = torch.randint(0, arguments.rows, (arguments.tables * size,), generator=generator)
-        dense_BN, labels_B = torch.randn(size, 13, generator=generator), torch.rand(size, generator=generator).round()
+        dense_BN = torch.randn(size, NUM_DENSE, generator=generator)
+        labels_B = torch.rand(size, generator=generator).round()
         yield Batch(labels_B, dense_BN, SparseIds(ids, arguments.tables), torch.arange(size), 2 * size)
 
 
@@ -94,7 +84,7 @@ def traced_steps(model: ParallelDhen, arguments: argparse.Namespace) -> dict[str
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, experimental_config=config
     )
-    path = Path(arguments.output) / f"rank-{model.topology.rank}.json"
+    path = arguments.output / f"rank-{model.topology.rank}.json"
     for number, (batch, sent_ids) in enumerate(with_ids_ahead(model, batches(arguments, model.topology.rank))):
         if number == WARM_UP:
             model.topology.barrier()
@@ -185,7 +175,7 @@ def _draw_lanes(axis: Axes, spans: Sequence[Span]) -> None:
 
 def trace_both(topology: Topology, arguments: argparse.Namespace) -> None:
     """Trace steps with and without overlap; rank 0 writes and prints. Communicates; all ranks call it."""
-    output = Path(arguments.output)
+    output = arguments.output
     spans: dict[str, list[Span]] = {}
     for mode in ("on", "off"):
         trace = traced_steps(build(topology, arguments, overlap=mode == "on"), arguments)
@@ -196,7 +186,7 @@ def trace_both(topology: Topology, arguments: argparse.Namespace) -> None:
         shares = {mode: share_under_compute(of_mode) for mode, of_mode in spans.items()}
         draw(spans, shares, output / "overlap.png")
         written = {"shares": shares, "spans": {mode: [asdict(s) for s in of_mode] for mode, of_mode in spans.items()}}
-        (output / "overlap.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        write_json(output / "overlap.json", written)
         for mode, of_mode in shares.items():
             print(f"overlap {mode}: " + ", ".join(f"{name} {share:.0%}" for name, share in of_mode.items()))
         print(f"{output} has the traces, overlap.png and overlap.json")
@@ -205,7 +195,7 @@ def trace_both(topology: Topology, arguments: argparse.Namespace) -> None:
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, which the ranks get too."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--output", default="runs/overlap", help="folder to write to")
+    parser.add_argument("--output", type=Path, default="runs/overlap", help="folder to write to")
     parser.add_argument("--batch_size", type=int, default=2048, help="examples per rank")
     parser.add_argument("--dim", type=int, default=32, help="embedding dimension")
     parser.add_argument("--layers", type=int, default=2, help="DHEN layers")
@@ -221,7 +211,7 @@ def main() -> int:
         trace_both(job.start(), arguments)
         job.stop()
         return 0
-    Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     run_ranks(2, __file__, KINETO_LOG_LEVEL="99")
     return 0
 

@@ -19,23 +19,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
 from dhen.model.configuration_dhen import SparseFeature
-from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import Costs, StepSetting, read_costs, shard_seconds
 from dhen.tables.placement.packing import longest_first
 from dhen.tables.placement.plan import Placement, PlacementOptions, TableShard, place_tables
 from dhen.tables.sharded_tables import ShardedTables
+from tools.bench.clock import slowest
 from tools.bench.launch import argument_parser, is_rank, measure_as_a_rank, results_of_ranks, write_json
+from tools.bench.report import print_table, ratios
+from tools.bench.small_work import random_ids
 
 CRITEO_1TB = (
     40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938,
@@ -102,13 +99,11 @@ class Result:
     cpu: list[float]
 
 
-def make_problem(arguments: argparse.Namespace, world: int, dim: int, ids_per_bag: list[int], max_rows: int) -> Problem:
-    """Criteo's tables on `world` ranks. Tables with capped rows are measured here, so they take --measured_costs."""
+def make_problem(world: int, dim: int, ids_per_bag: list[int], batch_size: int, max_rows: int, costs: str) -> Problem:
+    """Criteo's tables, with at most `max_rows` rows, on `world` ranks."""
     tables = tuple(SparseFeature(f"C{i}", min(rows, max_rows)) for i, rows in enumerate(CRITEO_1TB))
     ids = {table.name: float(ids_per_bag[i % len(ids_per_bag)]) for i, table in enumerate(tables)}
-    costs = arguments.costs if max_rows == max(CRITEO_1TB) else arguments.measured_costs
-    setting = StepSetting(world, min(world, LOCAL_SIZE), arguments.batch_size)
-    return Problem(tables, dim, setting, read_costs(costs), ids)
+    return Problem(tables, dim, StepSetting(world, min(world, LOCAL_SIZE), batch_size), read_costs(costs), ids)
 
 
 def compare(
@@ -117,21 +112,12 @@ def compare(
     """All placements, measured if there is a topology. Communicates in that case; all ranks call it."""
     placements = {way: place(problem) for way, place in WAYS.items()}
     seconds = measure(problem, placements, topology, rounds) if topology else {}
+    world, dim = problem.setting.world_size, problem.dim
     results = []
-    for way, placement in placements.items():
+    for way, plan in placements.items():
         wall, cpu = seconds.get(way, ([], []))
-        result = Result(
-            ranks=problem.setting.world_size,
-            dim=problem.dim,
-            ids_per_bag=ids_per_bag,
-            way=way,
-            shards=len(placement.shards),
-            predicted=placement.makespan,
-            lower_bound=placement.lower_bound,
-            wall=wall,
-            cpu=cpu,
-        )
-        results.append(result)
+        shards, predicted = len(plan.shards), plan.makespan
+        results.append(Result(world, dim, ids_per_bag, way, shards, predicted, plan.lower_bound, wall, cpu))
     return results
 
 
@@ -141,8 +127,9 @@ def measure(
     """By way: wall-clock seconds per round, and the busiest rank's CPU seconds per round. Communicates."""
     systems = {way: build(problem, plan, topology) for way, plan in placements.items()}
     seconds: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in systems}
+    counts = [int(problem.ids_per_bag[table.name]) for table in problem.tables]
     for number in range(rounds + 1):  # the first round warms up
-        sparse = make_batch(problem, topology, number)
+        sparse = random_ids(problem.tables, counts, problem.setting.batch_size, 1000 * number + topology.rank)
         for way, tables in systems.items():
             topology.barrier()
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -150,12 +137,10 @@ def measure(
             embeddings_BFD.backward(embeddings_BFD.detach())
             cpu = time.process_time() - cpu_start
             topology.barrier()
-            wall = time.perf_counter() - start
-            largest = torch.tensor([wall, cpu], dtype=torch.float64)
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=topology.world)
+            both = time.perf_counter() - start, cpu
             if number:
-                for values, value in zip(seconds[way], largest.tolist(), strict=True):
-                    values.append(value)
+                for values, value in zip(seconds[way], both, strict=True):
+                    values.append(slowest(topology, value))
     return seconds
 
 
@@ -174,44 +159,24 @@ def build(problem: Problem, placement: Placement, topology: Topology) -> Sharded
     return tables
 
 
-def make_batch(problem: Problem, topology: Topology, seed: int) -> SparseIds:
-    """Uniform ids of this rank's examples; the same for all placements."""
-    generator, batch = torch.Generator().manual_seed(1000 * seed + topology.rank), problem.setting.batch_size
-    counts = [int(problem.ids_per_bag[table.name]) for table in problem.tables]
-    ids = [
-        torch.randint(0, table.num_embeddings, (count * batch,), generator=generator)
-        for table, count in zip(problem.tables, counts, strict=True)
-    ]
-    lengths_FB = torch.tensor(counts)[:, None].expand(-1, batch).contiguous()
-    return SparseIds(torch.cat(ids), len(problem.tables), lengths_FB if max(counts) > 1 else None)
-
-
 def show(results: Sequence[Result]) -> None:
     """One row per placement: the slowest rank over the lower bound, and the seconds over those of placing by cost."""
-    table = Table(box=None, pad_edge=False)
-    columns = ["ranks", "dim", "ids", "placed by", "shards", "x bound", "predicted", "CPU", "range", "wall", "range"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "placed by" else "right")
-    base = results[0]
+    base, rows = results[0], []
     for result in results:
         if result.way == "cost":  # the first one of each case
             base = result
-        cells = [f"{result.predicted / result.lower_bound:.3f}", f"{result.predicted / base.predicted:.2f}"]
-        cells += [*ratio(result.cpu, base.cpu), *ratio(result.wall, base.wall)]
-        ids = ",".join(map(str, result.ids_per_bag))
-        table.add_row(str(result.ranks), str(result.dim), ids, result.way, str(result.shards), *cells)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        row = [str(result.ranks), str(result.dim), ",".join(map(str, result.ids_per_bag)), result.way]
+        row += [str(result.shards), f"{result.predicted / result.lower_bound:.3f}"]
+        row.append(f"{result.predicted / base.predicted:.2f}")
+        for seconds, of_base in ((result.cpu, base.cpu), (result.wall, base.wall)):
+            of_medians, lowest, highest = ratios(seconds, of_base) if seconds else ("-", "", "")
+            row += [of_medians, f"{lowest}-{highest}"]
+        rows.append(row)
+    columns = ("ranks", "dim", "ids", "placed by", "shards", "x bound", "predicted", "CPU", "range", "wall", "range")
+    print_table(columns, rows, left=["placed by"])
     print("x bound: the slowest rank's predicted seconds over the mean rank's, or over the longest uncuttable shard's.")
     print("predicted, CPU, wall: seconds over those of placing by cost; CPU is the busiest rank's, wall the job's.")
     print("CPU and wall are ratios of medians; range is the ratio's range over the rounds.")
-
-
-def ratio(seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
-    """The ratio of the medians, and the ratio's range over the rounds."""
-    if not seconds:
-        return "-", "-"
-    by_round = [own / other for own, other in zip(seconds, base, strict=True)]
-    return f"{statistics.median(seconds) / statistics.median(base):.2f}", f"{min(by_round):.2f}-{max(by_round):.2f}"
 
 
 def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Result]:
@@ -219,7 +184,9 @@ def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Resul
     results = []
     for ids_per_bag in ([1], arguments.ids_per_bag):
         for dim in arguments.dims:
-            problem = make_problem(arguments, topology.world_size, dim, ids_per_bag, arguments.max_rows)
+            batch_size, max_rows = arguments.batch_size, arguments.max_rows
+            # Measured on this machine's CPU, whatever --costs says.
+            problem = make_problem(topology.world_size, dim, ids_per_bag, batch_size, max_rows, costs="cpu")
             results += compare(problem, ids_per_bag, topology, arguments.rounds)
     return results
 
@@ -235,9 +202,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=int, default=4096, help="examples per rank")
     add("--max_rows", type=int, default=200_000, help="most rows of a measured table")
     add("--costs", default="gpu", help="costs for the predictions: gpu, cpu or a file")
-    add("--measured_costs", default="cpu", help="costs for the predictions beside measurements")
     add("--rounds", type=int, default=9, help="measured steps per placement")
-    add("--output", default="runs/bench_placement.json", help="JSON file to write")
+    add("--output", type=Path, default="runs/bench_placement.json", help="JSON file to write")
     return parser.parse_args()
 
 
@@ -245,18 +211,19 @@ def main() -> int:
     """Predict, measure, show."""
     arguments = parse_arguments()
     if is_rank():
-        measure_as_a_rank(measure_all, arguments)
+        measure_as_a_rank(measure_all, arguments, arguments.output)
         return 0
     results = []
     for ids_per_bag in ([1], arguments.ids_per_bag):
         for dim in arguments.dims:
             for world in arguments.ranks:
-                problem = make_problem(arguments, world, dim, ids_per_bag, max(CRITEO_1TB))
+                batch_size, max_rows = arguments.batch_size, max(CRITEO_1TB)
+                problem = make_problem(world, dim, ids_per_bag, batch_size, max_rows, arguments.costs)
                 results += compare(problem, ids_per_bag)
     for ranks in arguments.measured_ranks:
         results += [Result(**result) for result in results_of_ranks(ranks, __file__, DS_ACCELERATOR="cpu")]
     show(results)
-    write_json(Path(arguments.output), [asdict(result) for result in results])
+    write_json(arguments.output, [asdict(result) for result in results])
     print(f"{arguments.output} has the results")
     return 0
 

@@ -25,12 +25,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from tools.bench.launch import JobError, argument_parser, is_rank, results_of_cluster, write_json
-from tools.cluster import Cluster, ClusterError, bytes_sent, signals_end_it
+from tools.bench.report import print_table
+from tools.cluster import Cluster, ClusterError, bytes_sent
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_FILE = "measured.json"
@@ -79,16 +78,10 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
     ds_config.write_text(json.dumps(config), encoding="utf-8")
     flags = [f"--config={arguments.config}", f"--ds_config={ds_config}", f"--output_dir={run}", f"--seed={seed}"]
     flags += ["--overwrite_output_dir", f"--num_train_epochs={arguments.epochs}", "--lr_scheduler_type=constant"]
-    measured = results_of_cluster(
-        cluster,
-        arguments.ranks_per_node,
-        [__file__, *flags, *arguments.more],
-        file=run / MEASURED_FILE,
-        job=f"{variant} with seed {seed}",
-    )
-    summary, placement = (
-        json.loads((run / file).read_text(encoding="utf-8")) for file in ("summary.json", "placement.json")
-    )
+    command, job = [__file__, *flags, *arguments.more], f"{variant} with seed {seed}"
+    measured = results_of_cluster(cluster, command, file=run / MEASURED_FILE, job=job)
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    placement = json.loads((run / "placement.json").read_text(encoding="utf-8"))
     return Result(
         variant=variant,
         seed=seed,
@@ -124,11 +117,8 @@ def train_here() -> None:
         train(trainer, progress)
         topology.barrier()
         if topology.is_main:
-            bytes_per_step = (bytes_sent() - before) / trainer.state.step
-            measured[trainer.output_dir / MEASURED_FILE] = {
-                "bytes_per_step": bytes_per_step,
-                "dense_bytes": dense_bytes,
-            }
+            values = {"bytes_per_step": (bytes_sent() - before) / trainer.state.step, "dense_bytes": dense_bytes}
+            measured[trainer.output_dir / MEASURED_FILE] = values
 
     Trainer.train = train_and_measure
     runpy.run_path(str(ROOT / "recipes" / "train.py"), run_name="__main__")
@@ -184,30 +174,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def show(results: Sequence[Result]) -> None:
     """Print one row per variant, over its seeds."""
-    table = Table(box=None, pad_edge=False)
+    by_variant: dict[str, list[Result]] = {}
+    for result in results:
+        by_variant.setdefault(result.variant, []).append(result)
+    base = statistics.mean(result.ne for result in by_variant["fp32"]) if "fp32" in by_variant else None
+    rows = []
+    for variant, of_variant in by_variant.items():
+        first, ne = of_variant[0], [result.ne for result in of_variant]
+        held = [sum(size for key, size in first.dense_bytes.items() if key.split()[0] == role) for role in ROLES[:4]]
+        row = [variant, f"{first.bytes_per_step / 2**10:.1f}"]
+        row += [f"{size / 2**20:.3f}" for size in (first.table_bytes, *held)]
+        row += [f"{value:.5f}" for value in (statistics.mean(ne), min(ne), max(ne))]
+        row.append(f"{statistics.mean(ne) / base - 1:+.2%}" if base else "-")
+        rows.append([*row, f"{statistics.mean(result.auc for result in of_variant):.5f}"])
     columns = ("variant", "KiB per step", "tables", *ROLES[:4], "NE", "from", "to", "of fp32", "AUC")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "variant" else "right")
-    ne = {v: [r.ne for r in results if r.variant == v] for v in dict.fromkeys(r.variant for r in results)}
-    base = statistics.mean(ne["fp32"]) if "fp32" in ne else None
-    for variant, of_variant in ne.items():
-        first, *others = (result for result in results if result.variant == variant)
-        mean = statistics.mean(of_variant)
-        by_role = {
-            role: sum(size for key, size in first.dense_bytes.items() if key.split()[0] == role) for role in ROLES
-        }
-        table.add_row(
-            variant,
-            f"{first.bytes_per_step / 2**10:.1f}",
-            f"{first.table_bytes / 2**20:.3f}",
-            *(f"{by_role[role] / 2**20:.3f}" for role in ROLES[:4]),
-            f"{mean:.5f}",
-            f"{min(of_variant):.5f}",
-            f"{max(of_variant):.5f}",
-            f"{mean / base - 1:+.2%}" if base else "-",
-            f"{statistics.mean([first.auc, *(result.auc for result in others)]):.5f}",
-        )
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    print_table(columns, rows, left=["variant"])
     print("MiB of the tables with their states on all ranks, then of rank 0's weights, masters, moments and gradients.")
     print("NE over the seeds: mean, from lowest to highest, and the mean's distance from that of fp32.")
 
@@ -219,26 +200,20 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", default="recipes/configs/frappe.yaml", help="recipe to train")
     add("--epochs", type=int, default=1, help="epochs per run")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each variant has a run per seed")
-    add("--ranks_per_node", type=int, default=2, help="ranks on each of the two nodes, 2 or more")
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="variants to compare")
-    add("--output", default="runs/precision", help="folder of the runs and of results.json")
+    add("--output", type=Path, default="runs/precision", help="folder of the runs and of results.json")
     arguments, arguments.more = parser.parse_known_args()
-    if arguments.ranks_per_node < 2:
-        parser.error(
-            f"--ranks_per_node is {arguments.ranks_per_node}, but the variant 'paper' shards over the ranks of a node. "
-            "Use 2 or more."
-        )
     return arguments
 
 
 def main() -> int:
     """Train and show all variants. Exit status: 0, 1 if a run fails, or 2 without a cluster."""
     arguments = parse_arguments()
-    folder = Path(arguments.output).resolve()
+    folder = arguments.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     results, failures = [], []
     try:
-        with signals_end_it(), Cluster(2, link_mbit=0, local_mbit=0) as cluster:
+        with Cluster(2, link_mbit=0, local_mbit=0) as cluster:
             for seed in arguments.seeds:
                 for variant in arguments.variants:
                     try:

@@ -22,10 +22,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from rich.console import Console
-from rich.table import Table
-
 from tools.bench.launch import argument_parser, write_json
+from tools.bench.report import print_table
 from tools.bench.sharding_schemes import SCHEMES, Benchmark, Measured, read
 
 PAPERS_GAIN = 1.2
@@ -85,25 +83,21 @@ def step_seconds(scheme: str, machine: Machine, depth: int, layer_bytes: float, 
     return max(compute_free, fabric_free, link_free)
 
 
+def deviation(machine: Machine, result: Measured, forward_seconds: float) -> float:
+    """Simulated over measured seconds, minus 1."""
+    simulated = step_seconds(result.scheme, machine, result.depth, result.model_bytes / result.depth, forward_seconds)
+    return simulated / statistics.median(result.seconds) - 1
+
+
 def fitted(machine: Machine, measured: Sequence[Measured], forward_seconds: float) -> Machine:
     """`machine` with the efficiency and latency that fit the measured times of "fsdp" and "hsdp_sync" best."""
     known = [result for result in measured if result.scheme in SIMULATED[:2] and result.seconds]
-
-    def error(candidate: Machine) -> float:
-        return sum(abs(deviation(candidate, result, forward_seconds)) for result in known)
-
     candidates = [
         replace(machine, efficiency=share / 100, latency=milliseconds / 1e3)
         for share in range(50, 101, 2)
         for milliseconds in range(0, 41, 2)
     ]
-    return min(candidates, key=error)
-
-
-def deviation(machine: Machine, result: Measured, forward_seconds: float) -> float:
-    """Simulated over measured seconds, minus 1."""
-    simulated = step_seconds(result.scheme, machine, result.depth, result.model_bytes / result.depth, forward_seconds)
-    return simulated / statistics.median(result.seconds) - 1
+    return min(candidates, key=lambda each: sum(abs(deviation(each, result, forward_seconds)) for result in known))
 
 
 @dataclass(frozen=True)
@@ -148,20 +142,19 @@ def project(machine: Machine, depth: int, layer_bytes: float) -> list[Gain]:
 
 def show(fit: Machine, checks: Sequence[Checked], papers: Machine, gains: Sequence[Gain], model: str) -> None:
     """Print the fitted constants, the check and the projection."""
-    console = Console()
-    console.print(f"fitted: {fit.efficiency:.0%} of the nominal rates, {fit.latency * 1e3:.0f} ms per collective")
-    table = Table("depth", "scheme", "measured s", "simulated s", "off by", box=None, pad_edge=False)
-    for each in checks:
-        off = f"{each.simulated / each.measured - 1:+.0%}"
-        table.add_row(str(each.depth), each.scheme, f"{each.measured:.2f}", f"{each.simulated:.2f}", off)
-    console.print(table)
+    print(f"fitted: {fit.efficiency:.0%} of the nominal rates, {fit.latency * 1e3:.0f} ms per collective")
+    rows = [
+        (str(c.depth), c.scheme, f"{c.measured:.2f}", f"{c.simulated:.2f}", f"{c.simulated / c.measured - 1:+.0%}")
+        for c in checks
+    ]
+    columns = ("depth", "scheme", "measured s", "simulated s", "off by")
+    print_table(columns, rows, left=columns)
     where = f"{papers.nodes} x {papers.ranks_per_node} A100 (paper 4.4), {model}, the efficiency above and no latency"
-    console.print(f"\n{where}. Left out: {LEFT_OUT}.")
-    table = Table("a layer's forward, ms", "hsdp / fsdp", "hsdp / hsdp_sync", box=None, pad_edge=False)
-    for gain in gains:
-        table.add_row(f"{gain.forward_seconds * 1e3:.1f}", f"{gain.over_fsdp:.2f}", f"{gain.over_hsdp_sync:.2f}")
-    console.print(table)
-    console.print(f"The paper reports {PAPERS_GAIN}x over FSDP, and not how long a layer computes.")
+    print(f"\n{where}. Left out: {LEFT_OUT}.")
+    rows = [(f"{g.forward_seconds * 1e3:.1f}", f"{g.over_fsdp:.2f}", f"{g.over_hsdp_sync:.2f}") for g in gains]
+    columns = ("a layer's forward, ms", "hsdp / fsdp", "hsdp / hsdp_sync")
+    print_table(columns, rows, left=columns)
+    print(f"The paper reports {PAPERS_GAIN}x over FSDP, and not how long a layer computes.")
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
@@ -169,8 +162,6 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--measured", type=Path, required=True, help="measured.json of tools/bench/sharding.py")
-    add("--link_mbit", type=float, help="rate of a node's link in Mbit/s, if measured.json does not have it")
-    add("--local_mbit", type=float, help="rate inside a node in Mbit/s, if measured.json does not have it")
     add("--depth", type=int, default=8, help="layers of the projected model")
     add("--layer_mib", type=float, default=256, help="MiB of weights in each layer of the projected model")
     add("--json", type=Path, metavar="FILE", help="write the fit, the check and the projection as JSON")
@@ -182,7 +173,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         benchmark = read(arguments.measured)
-        nominal = nominal_machine(benchmark, arguments)
+        nominal = nominal_machine(benchmark)
     except (OSError, ValueError) as error:
         print(f"sharding_projection: {arguments.measured}: {error}", file=sys.stderr)
         return 2
@@ -198,13 +189,13 @@ def main() -> int:
     return 0
 
 
-def nominal_machine(benchmark: Benchmark, arguments: argparse.Namespace) -> Machine:
-    """The benchmark's cluster at its nominal rates. Raises ValueError if nothing says the rates."""
-    link_mbit, local_mbit = arguments.link_mbit or benchmark.link_mbit, arguments.local_mbit or benchmark.local_mbit
-    if not (link_mbit and local_mbit):
-        raise ValueError("it does not say the links' rates. Give --link_mbit and --local_mbit.")
+def nominal_machine(benchmark: Benchmark) -> Machine:
+    """The benchmark's cluster at its nominal rates. Raises ValueError if nothing limits it."""
+    if not (benchmark.link_mbit and benchmark.local_mbit):
+        raise ValueError("the links had no limits. Measure with --link_mbit and --local_mbit.")
     nodes, ranks = benchmark.results[0].nodes, benchmark.results[0].ranks
-    return Machine(nodes, ranks // nodes, link=link_mbit * 125e3, fabric=local_mbit * 125e3, is_fabric_shared=True)
+    link, fabric = benchmark.link_mbit * 125e3, benchmark.local_mbit * 125e3
+    return Machine(nodes, ranks // nodes, link=link, fabric=fabric, is_fabric_shared=True)
 
 
 if __name__ == "__main__":

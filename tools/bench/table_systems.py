@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.dhen_section import DhenSection
-from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, read_costs
@@ -19,21 +17,19 @@ from dhen.tables.placement.plan import PlacementOptions, place_tables
 from dhen.tables.pooled_exchange import Wires
 from dhen.tables.sharded_tables import ShardedTables
 from dhen.tables.wire import Wire
-from dhen.training.parallelize import parallelize
+from tools.bench.small_work import NUM_DENSE, TABLE_LEARNING_RATE, small_dhen
 
-ROOT = Path(__file__).resolve().parents[2]
 CRITEO = (
     1460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5_683, 8_351_593, 3_194, 27, 14_992, 5_461_306,
     10, 5_652, 2_173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572,
 )  # fmt: skip
 """Rows of the 26 tables of the Criteo Kaggle data."""
-LEARNING_RATE = 0.01
 FP16, ROUNDED = "ours fp16", "ours fp16 rounded"
 OURS = {
     "ours": {},
     FP16: {"table_dtype": "fp16", "table_rounding": "nearest"},
     ROUNDED: {"table_dtype": "fp16", "table_rounding": "stochastic"},
-    "ours fp16 wire": {"wires": Wires(Wire("fp16"), Wire("fp16"))},
+    "ours fp16 wire": {"all_to_all_dtype": "fp16"},
 }
 TORCHREC, EMBEDDING_BAG = "torchrec", "embedding bag"
 OPTIMIZER = {EMBEDDING_BAG: "adagrad"}
@@ -69,35 +65,21 @@ def build(system: str, case: Case, topology: Topology, *, whole_step: bool = Fal
 
 def build_ours(case: Case, topology: Topology, **options: Any) -> Step:
     """This project's tables."""
-    dtype = options.get("table_dtype", "fp32")
+    dtype, wire = options.get("table_dtype", "fp32"), Wire(options.pop("all_to_all_dtype", "fp32"))
     setting = StepSetting(topology.world_size, topology.local_size, case.batch_size, table_dtype=dtype)
     ids = dict.fromkeys((table.name for table in case.tables), float(case.ids_per_bag))
     costs = read_costs("gpu" if topology.device.type == "cuda" else "cpu")
     placement = place_tables(case.tables, case.dim, setting, costs, ids, PlacementOptions(max_column_shards=1))
-    tables = ShardedTables(case.tables, case.dim, placement, topology, **options)
-    tables.set_learning_rate(LEARNING_RATE)
+    tables = ShardedTables(case.tables, case.dim, placement, topology, wires=Wires(wire, wire), **options)
+    tables.set_learning_rate(TABLE_LEARNING_RATE)
     return tables, lambda embeddings: embeddings.backward(torch.ones_like(embeddings))
 
 
 def build_training(case: Case, topology: Topology, **options: Any) -> Step:
     """This project's tables under a DHEN of two layers: whole training steps, with random labels."""
-    wires = options.pop("wires", None)
-    if wires is not None:
-        options["all_to_all_dtype"] = {"forward": wires.forward.dtype, "backward": wires.backward.dtype}
-    recipe = Recipe(case.batch_size, 1, topology.world_size, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
-    zero2 = read_ds_config(ROOT / "ds_configs/zero2.json", recipe)
-    ds_config = DsConfig(zero2.path, zero2.deepspeed, DhenSection(**options))
-    config = DhenConfig(
-        num_dense_features=13,
-        embedding_dim=case.dim,
-        num_layers=2,
-        interactions=["linear", "advanced_dlrm"],
-        num_embeddings_out=16,
-        sparse_features=[{"name": table.name, "num_embeddings": table.num_embeddings} for table in case.tables],
-    )
-    model = parallelize(config, topology, ds_config)
-    model.set_learning_rates(1e-3, LEARNING_RATE)
-    dense_BN = torch.randn(case.batch_size, 13, device=topology.device)
+    section = DhenSection(**options)
+    model = small_dhen(case.tables, case.batch_size, topology, section, embedding_dim=case.dim, num_layers=2)
+    dense_BN = torch.randn(case.batch_size, NUM_DENSE, device=topology.device)
     labels_B = torch.rand(case.batch_size, device=topology.device).round()
 
     def forward(sparse: SparseIds) -> Tensor:
@@ -127,7 +109,7 @@ def build_torchrec(case: Case, topology: Topology) -> Step:
         ],
         device=torch.device("meta"),
     )
-    fused = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": LEARNING_RATE, "eps": 1e-8}
+    fused = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": TABLE_LEARNING_RATE, "eps": 1e-8}
     sharder = EmbeddingBagCollectionSharder(fused_params=fused)
     planner = EmbeddingShardingPlanner(
         topology=PlannerTopology(
@@ -164,7 +146,7 @@ def build_embedding_bag(case: Case, topology: Topology) -> Step:
     model: nn.Module = Bags().to(topology.device)
     if topology.world_size > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=LEARNING_RATE, eps=1e-8)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=TABLE_LEARNING_RATE, eps=1e-8)
 
     def forward(sparse: SparseIds) -> Tensor:
         lengths = sparse.lengths_FB

@@ -25,14 +25,13 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
-from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, lookup_work, update_work
 from tools.bench.clock import now, slowest
 from tools.bench.launch import argument_parser, is_rank, measure_as_a_rank, results_of_ranks, write_json
+from tools.bench.report import print_table, ratios
+from tools.bench.small_work import random_ids
 from tools.bench.table_systems import EMBEDDING_BAG, FP16, OPTIMIZER, OURS, ROUNDED, TORCHREC, Case, build
 
 
@@ -66,7 +65,8 @@ def measure(
 ) -> list[Measured]:
     """Measure all systems, one step each per round. Communicates; all ranks call it."""
     steps = {system: build(system, case, topology, whole_step=whole_step) for system in systems}
-    batches = [make_batch(case, topology, seed) for seed in range(4)]
+    seeds, ids_per_bag = range(topology.rank, 4000, 1000), [case.ids_per_bag] * len(case.tables)
+    batches = [random_ids(case.tables, ids_per_bag, case.batch_size, seed).to(topology.device) for seed in seeds]
     times: dict[str, list[list[float]]] = {system: [] for system in steps}
     for round_number in range(-2, rounds):  # the first two rounds warm up
         for system, (forward, backward) in steps.items():
@@ -123,34 +123,23 @@ def copy_bandwidth(topology: Topology) -> float:
     return topology.world_size * 2 * source.numel() * 4 / slowest(topology, statistics.median(seconds))
 
 
-def make_batch(case: Case, topology: Topology, seed: int) -> SparseIds:
-    """Uniform ids of this rank's examples; the same for all systems."""
-    generator = torch.Generator().manual_seed(1000 * seed + topology.rank)
-    count = case.batch_size * case.ids_per_bag
-    ids = torch.cat([torch.randint(0, t.num_embeddings, (count,), generator=generator) for t in case.tables])
-    lengths = torch.full((len(case.tables), case.batch_size), case.ids_per_bag)
-    return SparseIds(ids, len(case.tables), lengths if case.ids_per_bag > 1 else None).to(topology.device)
-
-
 def show(results: Sequence[Measured]) -> None:
     """One row per case and system, with its speed over TorchRec's and over EmbeddingBag's if they ran."""
-    table = Table(box=None, pad_edge=False)
     names = {TORCHREC: "TorchRec", EMBEDDING_BAG: "Bag"}
     bases = {base: name for base, name in names.items() if any(result.system == base for result in results)}
     columns = ["ranks", "dim", "ids", "system", "ms", "CPU us"]
     for name in bases.values():
         columns += [f"x {name}", "from-to", "forward", "backward"]
-    for column in (*columns, "bandwidth"):
-        table.add_column(column, justify="left" if column == "system" else "right")
+    rows = []
     for result in results:
         case = result.case
         of_case = {other.system: other for other in results if other.case == case}
         cells = [str(case.ranks), str(case.dim), str(case.ids_per_bag), result.system]
         cells += [f"{1e3 * statistics.median(result.seconds):.1f}", f"{result.cpu_microseconds_per_sample:.1f}"]
         for base in bases:
-            cells += ratios(of_case[base], result) if base in of_case else ["", "", "", ""]
-        table.add_row(*cells, f"{result.bandwidth_share:.0%}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+            cells += times_as_fast(of_case[base], result) if base in of_case else ["", "", "", ""]
+        rows.append([*cells, f"{result.bandwidth_share:.0%}"])
+    print_table([*columns, "bandwidth"], rows, left=["system"])
     print("ms: the median step. CPU us: CPU microseconds per example. bandwidth: memory traffic over a plain copy's.")
     if bases:
         print(f"x {', x '.join(bases.values())}: times as fast, by medians; then the range over the rounds, and the")
@@ -158,21 +147,18 @@ def show(results: Sequence[Measured]) -> None:
     for case in dict.fromkeys(result.case for result in results):
         of_case = {result.system: result for result in results if result.case == case}
         if FP16 in of_case and ROUNDED in of_case:
-            whole, spread, *_ = ratios(of_case[ROUNDED], of_case[FP16])
+            whole, spread, *_ = times_as_fast(of_case[ROUNDED], of_case[FP16])
             at = f"{case.ranks} ranks, dim {case.dim}, {case.ids_per_bag} ids per bag"
             cpu = of_case[ROUNDED].cpu_microseconds_per_sample / of_case[FP16].cpu_microseconds_per_sample
             costs = f"{whole} times ({spread}) the seconds and {cpu:.2f} times the CPU time of rounding to nearest"
             print(f"stochastic rounding, {at}: {costs}")
 
 
-def ratios(base: Measured, result: Measured) -> list[str]:
+def times_as_fast(base: Measured, result: Measured) -> list[str]:
     """How many times as fast as `base`: by medians, the range over the rounds, the forward, the backward."""
-    whole, forward, backward = (
-        statistics.median(getattr(base, part)) / statistics.median(getattr(result, part))
-        for part in ("seconds", "forward", "backward")
-    )
-    by_round = sorted(b / own for b, own in zip(base.seconds, result.seconds, strict=True))
-    return [f"{whole:.2f}", f"{by_round[0]:.2f}-{by_round[-1]:.2f}", f"{forward:.2f}", f"{backward:.2f}"]
+    whole, lowest, highest = ratios(base.seconds, result.seconds)
+    alone = ratios(base.forward, result.forward)[0], ratios(base.backward, result.backward)[0]
+    return [whole, f"{lowest}-{highest}", *alone]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -187,7 +173,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="measured steps per system")
     parser.add_argument("--systems", nargs="+", default=systems, choices=systems, help="systems to compare")
     parser.add_argument("--whole_step", action="store_true", help="train with a dense part; this project's tables only")
-    parser.add_argument("--output", default="runs/bench_tables.json", help="JSON file to write")
+    parser.add_argument("--output", type=Path, default="runs/bench_tables.json", help="JSON file to write")
     arguments = parser.parse_args()
     arguments.systems = [system for system in arguments.systems if system in OURS or not arguments.whole_step]
     if TORCHREC in arguments.systems and importlib.util.find_spec("torchrec") is None:
@@ -213,13 +199,13 @@ def main() -> int:
     """Measure each number of ranks in a job of its own, and show all."""
     arguments = parse_arguments()
     if is_rank():
-        measure_as_a_rank(measure_all, arguments)
+        measure_as_a_rank(measure_all, arguments, arguments.output)
         return 0
     results = []
     for ranks in arguments.ranks:
         values = results_of_ranks(ranks, __file__)
         results += [Measured(**value | {"case": Case(**value["case"])}) for value in values]
-    write_json(Path(arguments.output), [asdict(result) for result in results])
+    write_json(arguments.output, [asdict(result) for result in results])
     show(results)
     print(f"{arguments.output} has the results")
     return 0

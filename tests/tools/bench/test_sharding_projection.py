@@ -44,7 +44,7 @@ def test_unusable_measurements_are_said_so(tmp_path):
     made_up(None).write(tmp_path / "measured.json")
     done = project(tmp_path / "measured.json")
     assert done.status == 2
-    assert "Give --link_mbit" in done.stderr
+    assert "Measure with --link_mbit" in done.stderr
     done = project(tmp_path / "none.json")
     assert done.status == 2
     assert "none.json" in done.stderr

@@ -1,0 +1,46 @@
+"""Work for benchmarks of embedding tables: a small DHEN under ds_configs/zero2.json, and random ids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
+from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.features import SparseIds
+from dhen.runtime.topology import Topology
+from dhen.training.parallelize import ParallelDhen, parallelize
+
+ZERO2 = Path(__file__).resolve().parents[2] / "ds_configs/zero2.json"
+NUM_DENSE = 13
+TABLE_LEARNING_RATE = 0.01
+
+
+def small_dhen(
+    tables: Sequence[SparseFeature], batch_size: int, topology: Topology, section: DhenSection, **architecture: Any
+) -> ParallelDhen:
+    """A DHEN on these tables. Communicates; all ranks call it."""
+    zero2 = read_ds_config(ZERO2, Recipe(batch_size, 1, topology.world_size, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8))
+    config = DhenConfig(
+        num_dense_features=NUM_DENSE,
+        interactions=["linear", "advanced_dlrm"],
+        num_embeddings_out=16,
+        sparse_features=[{"name": table.name, "num_embeddings": table.num_embeddings} for table in tables],
+        **architecture,
+    )
+    model = parallelize(config, topology, DsConfig(zero2.path, zero2.deepspeed, section))
+    model.set_learning_rates(1e-3, TABLE_LEARNING_RATE)
+    return model
+
+
+def random_ids(tables: Sequence[SparseFeature], ids_per_bag: Sequence[int], batch_size: int, seed: int) -> SparseIds:
+    """Uniform ids of a batch; every bag of a table has the table's number of ids."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [
+        torch.randint(0, table.num_embeddings, (count * batch_size,), generator=generator)
+        for table, count in zip(tables, ids_per_bag, strict=True)
+    ]
+    lengths_FB = torch.tensor(ids_per_bag)[:, None].expand(-1, batch_size).contiguous()
+    return SparseIds(torch.cat(ids), len(tables), lengths_FB if max(ids_per_bag) > 1 else None)
