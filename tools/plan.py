@@ -31,7 +31,7 @@ from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine, read_machine, shipped_machines
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
-from dhen.planner.rungs import Plan, by_depth
+from dhen.planner.rungs import by_depth
 from dhen.planner.technique import Scheme, Technique
 from dhen.training.dataset import is_prepared
 from dhen.training.run_folder import write_json
@@ -104,14 +104,12 @@ def parse_command_line(command_line: Sequence[str] | None = None) -> tuple[argpa
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    return _count(text, 1)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or a whole number above 0")
+def _count(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'' if least else '0 or '}a whole number above 0")
     return int(text)
 
 
@@ -245,17 +243,14 @@ def _as_dict(prediction: Prediction) -> dict[str, Any]:
 
 def write_ds_configs(planned: Sequence[PlannedDepth], folder: Path) -> None:
     """Write depth_<n>.json for each depth at which something fits, and by_depth.json with a rung for each of them."""
-    plans = [
-        Plan(each.depth, each.chosen.technique, each.ds_config)
-        for each in sorted(planned, key=lambda each: each.depth)
-        if each.chosen
-    ]
-    if not plans:
+    ds_configs = {each.depth: each.ds_config for each in planned if each.ds_config}
+    if not ds_configs:
         raise NothingFitsError("nothing fits at any depth, so --write has nothing to write.")
-    for plan in plans:
-        write_json(folder / f"depth_{plan.depth}.json", plan.ds_config)
-    write_json(folder / BY_DEPTH_FILE, by_depth(plans))
-    print(f"{folder} has {BY_DEPTH_FILE} for all depths, {', '.join(f'depth_{plan.depth}.json' for plan in plans)}")
+    files = {depth: f"depth_{depth}.json" for depth in sorted(ds_configs)}
+    for depth, file in files.items():
+        write_json(folder / file, ds_configs[depth])
+    write_json(folder / BY_DEPTH_FILE, by_depth(ds_configs))
+    print(f"{folder} has {BY_DEPTH_FILE} for all depths, {', '.join(files.values())}")
 
 
 def plot(planned: Sequence[PlannedDepth], job: Job, path: Path) -> None:

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.model.names import unknown_name
 
 _STRICT = ConfigDict(extra="forbid")
 _FOLDER = Path(__file__).parent / "machines"
+_ADVICE = {"greater_than": "Use a number above 0", "greater_than_equal": "Use 0 or more"}
+"""By the type of pydantic's error; for other types, its own words."""
 
 
 class MachineError(ValueError):
@@ -41,45 +43,31 @@ class Machine:
     name: str
     source: str
     is_gpu: bool
-    ranks_per_node: int
-    memory_gib: float
-    host_memory_gib: float
-    flops: dict[str, float]
-    memory_bytes_per_second: float
-    local_bytes_per_second: float
-    node_bytes_per_second: float
-    seconds_per_operation: float = 0.0
-    seconds_per_collective: float = 0.0
-    seconds_per_module: float = 0.0
+    ranks_per_node: PositiveInt
+    memory_gib: PositiveFloat
+    host_memory_gib: NonNegativeFloat
+    flops: dict[str, PositiveFloat]
+    memory_bytes_per_second: PositiveFloat
+    local_bytes_per_second: PositiveFloat
+    node_bytes_per_second: PositiveFloat
+    seconds_per_operation: NonNegativeFloat = 0.0
+    seconds_per_collective: NonNegativeFloat = 0.0
+    seconds_per_module: NonNegativeFloat = 0.0
     is_local_shared: bool = False
     is_link_per_rank: bool = False
     can_overlap: bool = True
-    host_bytes_per_second: float = 0.0
-    host_memory_bytes_per_second: float = 0.0
-    compute_efficiency: float = 1.0
-    link_efficiency: float = 1.0
+    host_bytes_per_second: NonNegativeFloat = 0.0
+    host_memory_bytes_per_second: NonNegativeFloat = 0.0
+    compute_efficiency: PositiveFloat = 1.0
+    link_efficiency: PositiveFloat = 1.0
     costs: str = "gpu"
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which names the key with the wrong value."""
-        positive = ("ranks_per_node", "memory_gib", "memory_bytes_per_second", "local_bytes_per_second",
-                    "node_bytes_per_second", "compute_efficiency", "link_efficiency")  # fmt: skip
-        for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}. Use a number above 0.")
-        not_negative = ("host_memory_gib", "seconds_per_operation", "seconds_per_collective", "seconds_per_module",
-                        "host_bytes_per_second",
-                        "host_memory_bytes_per_second")  # fmt: skip
-        for name in not_negative:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}. Use 0 or more.")
+        """Raises ValueError, which names the missing key."""
         if "fp32" not in self.flops:
             raise ValueError(
                 f"flops has only {', '.join(self.flops) or 'no entries'}. Add fp32, and bf16 if its rate differs."
             )
-        for dtype, rate in self.flops.items():
-            if rate <= 0:
-                raise ValueError(f"flops.{dtype} is {rate}. Use a number above 0.")
         if self.is_gpu and not (self.host_bytes_per_second and self.host_memory_bytes_per_second):
             raise ValueError(
                 "host_bytes_per_second or host_memory_bytes_per_second is missing. Give both: offload from a GPU needs "
@@ -166,6 +154,7 @@ def read_machine(name: str, **changes: Any) -> Machine:
                 f"{path}: a machine is a mapping of keys to values. See the examples in {_FOLDER}."
             ) from error
         found = "" if first["type"] == "missing" else f" is {first['input']!r}"
-        raise MachineError(f"{path}: {key}{found}. {first['msg']}.") from error
+        advice = _ADVICE.get(first["type"], first["msg"])
+        raise MachineError(f"{path}: {key}{found}. {advice}.") from error
     except ValueError as error:
         raise MachineError(f"{path}: {error}") from error

@@ -87,11 +87,6 @@ class StepTrace:
         """Index of the "loss" event, the end of the forward."""
         return next(index for index, event in enumerate(self.events) if event.kind == "loss")
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the activations that are live at the end of the forward."""
-        return sum(event.kept for event in self.events[: self.loss_at + 1])
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -123,7 +118,7 @@ def trace_step(
             f'{checkpointing}, but the model has {depth} layers. Use "none", "all" or a number up to {depth}.'
         )
     entries, places = _shortened(config, recomputed)
-    what = tuple(checkpointing) if by_kind else sum(place < recomputed for place, _ in places)
+    what = tuple(checkpointing) if by_kind else sum(place[0] < recomputed for place in places)
     with _saying_why():
         trace = _trace(_as_text(config, entries), batch_size, precision, what)
     return _lengthened(trace, places)
@@ -151,8 +146,8 @@ def _as_text(config: DhenConfig, entries: list[dict[str, Any]]) -> str:
     return json.dumps(values | {"layers": entries})
 
 
-def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]], list[tuple[int, int]]]:
-    """The layers to trace, and for each the first layer that it stands for and the number of these layers."""
+def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]], list[range]]:
+    """The layers to trace, and for each the layers that it stands for."""
     raw = [{}] * config.num_layers if config.layers is None else config.layers
     num_inputs, keys = config.num_input_embeddings, []
     for index, (entry, spec) in enumerate(zip(raw, config.layer_specs, strict=True)):
@@ -165,7 +160,7 @@ def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]
         counts = [1] * count if count < _ALIKE else [1, count - 2, 1]
         for size in counts:
             entries.append(raw[first])
-            places.append((first, size))
+            places.append(range(first, first + size))
             first += size
     return entries, places
 
@@ -278,14 +273,14 @@ def _bytes_of(values: Any) -> int:
     return sum(v.numel() * v.element_size() for v in tree_iter(values) if isinstance(v, Tensor))
 
 
-def _lengthened(trace: StepTrace, places: Sequence[tuple[int, int]]) -> StepTrace:
+def _lengthened(trace: StepTrace, places: Sequence[range]) -> StepTrace:
     """The trace of the whole model: repeats each traced layer, forward and backward, for the layers it stands for."""
     events: list[Event] = []
     is_backward = False
     for short, group in itertools.groupby(trace.events, key=lambda event: event.layer):
         segment = list(group)
         is_backward |= any(event.kind == "loss" for event in segment)
-        layers = [None] if short is None else _stands_for(places[short])
+        layers = [None] if short is None else places[short]
         for layer in reversed(layers) if is_backward else layers:
             events += [replace(event, name=_renamed(event.name, layer)) for event in segment]
     weights = {new: size for name, size in trace.weights.items() for new in _names(name, places)}
@@ -297,15 +292,10 @@ def _lengthened(trace: StepTrace, places: Sequence[tuple[int, int]]) -> StepTrac
     return StepTrace(tuple(events), weights, modules)
 
 
-def _stands_for(place: tuple[int, int]) -> list[int]:
-    first, count = place
-    return list(range(first, first + count))
-
-
-def _names(name: str, places: Sequence[tuple[int, int]]) -> list[str]:
+def _names(name: str, places: Sequence[range]) -> list[str]:
     """The names in the whole model that correspond to `name` in the traced model."""
     short = _layer_of(name)
-    return [name] if short is None else [_renamed(name, layer) for layer in _stands_for(places[short])]
+    return [name] if short is None else [_renamed(name, layer) for layer in places[short]]
 
 
 def layer_name(layer: int | None) -> str:

@@ -11,7 +11,7 @@ from dhen.config.ds_config import Recipe, check_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import read_machine
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
-from dhen.planner.rungs import Plan, by_depth, changes
+from dhen.planner.rungs import by_depth, changes
 from dhen.planner.technique import SCHEMES, Technique
 from dhen.tables.placement.agreed import setting_of
 from dhen.tables.placement.costs import read_costs, replicated_bytes, replicated_seconds
@@ -235,31 +235,22 @@ def test_every_candidates_ds_config_is_accepted(precision, section):
         assert config.dhen.all_reduce_dtype == (section.all_reduce_dtype if technique.scheme == "hsdp" else None)
 
 
-def plans_of(depths: tuple[int, ...], techniques: tuple[Technique, ...]) -> list[Plan]:
-    return [
-        Plan(depth, technique, planner(layers=depth).whole_ds_config(technique))
-        for depth, technique in zip(depths, techniques, strict=True)
-    ]
+TECHNIQUES = {
+    1: Technique(),
+    2: Technique("hsdp"),
+    4: Technique("zero3", checkpointing=4, offload="parameters"),
+    8: Technique("hsdp", checkpointing=7),
+    12: Technique("zero2", checkpointing=12, offload_activations=3, offload="optimizer"),
+}
+LADDER = {depth: planner(layers=depth).whole_ds_config(technique) for depth, technique in TECHNIQUES.items()}
 
 
-LADDER = plans_of(
-    (1, 2, 4, 8, 12),
-    (
-        Technique(),
-        Technique("hsdp"),
-        Technique("zero3", checkpointing=4, offload="parameters"),
-        Technique("hsdp", checkpointing=7),
-        Technique("zero2", checkpointing=12, offload_activations=3, offload="optimizer"),
-    ),
-)
-
-
-@pytest.mark.parametrize("plan", LADDER, ids=lambda plan: f"{plan.depth}")
-def test_the_rung_of_a_depth_is_its_own_plan_whatever_the_base_turns_on(plan):
-    for ladder in (LADDER, [each for each in LADDER if each.depth >= plan.depth]):
+@pytest.mark.parametrize("depth", LADDER)
+def test_the_rung_of_a_depth_is_its_own_plan_whatever_the_base_turns_on(depth):
+    for ladder in (LADDER, {deeper: LADDER[deeper] for deeper in LADDER if deeper >= depth}):
         config = by_depth(ladder)
-        taken = check_ds_config("ladder", json.loads(json.dumps(config)), RECIPE, plan.depth)
-        assert taken.as_dict() == check_ds_config("own", plan.ds_config, RECIPE).as_dict()
+        taken = check_ds_config("ladder", json.loads(json.dumps(config)), RECIPE, depth)
+        assert taken.as_dict() == check_ds_config("own", LADDER[depth], RECIPE).as_dict()
 
 
 def test_depths_between_are_never_asked_for_more_layers_than_they_have():
