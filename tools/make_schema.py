@@ -23,7 +23,7 @@ import yaml
 from dhen.data.formats import text_blocks
 from dhen.data.formats.columns import parse_numbers
 from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
-from dhen.data.formats.guessing import BLANKS, Guess, are_dates, guess_column, guess_label
+from dhen.data.formats.guessing import BLANKS, Guess, date_parts, guess_column, guess_label
 from dhen.data.formats.parquet import open_parquet
 from dhen.data.formats.raw_rows import BadRow, DataError
 from dhen.data.formats.roles import LabelRole, parse_roles
@@ -149,8 +149,8 @@ def _blank_words(values: pa.Array) -> list[str]:
     """The words that stand for blank in a column of numbers or dates."""
     is_word = pc.is_in(values, pa.array(BLANKS))
     words, others = values.filter(is_word), values.filter(pc.invert(is_word)).drop_null()
-    is_known = len(words) and len(others) and (not parse_numbers(others, pl.Float64)[1].any() or are_dates(others))
-    return words.unique().to_pylist() if is_known else []
+    is_known = not parse_numbers(others, pl.Float64)[1].any() or date_parts(others)
+    return words.unique().to_pylist() if is_known and len(others) else []
 
 
 def _section(kind: str, title: str, guesses: list[Guess], header: list[str]) -> list[str]:

@@ -108,9 +108,9 @@ def guess_column(name: str, values: pa.Array) -> Guess:
         return Guess(name, "ignored", "always the same value")
     if pa.types.is_boolean(kind) or pa.types.is_time(kind):
         return Guess(name, "sparse")
-    if pa.types.is_temporal(present.type) or (pa.types.is_string(present.type) and are_dates(present)):
-        return Guess(name, "sparse", options={"parts": _parts(present)})
     numbers, unread = parse_numbers(present, pl.Float64)
+    if (unread.any() or pa.types.is_temporal(kind)) and (parts := date_parts(present)):
+        return Guess(name, "sparse", options={"parts": parts})
     is_unique = distinct == len(values) >= _FEWEST_ROWS
     if unread.any():
         return _guess_text(name, pl.Series(pl.from_arrow(present)), is_unique)
@@ -135,7 +135,7 @@ def _guess_numbers(name: str, values: pa.Array, numbers: np.ndarray, distinct: i
     words = [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)] or [""]
     least, most = np.nanmin(numbers), np.nanmax(numbers)
     if _TIMES & {*words} and _SECONDS[0] <= least <= most <= _SECONDS[1]:
-        return Guess(name, "sparse", "seconds since 1970", {"parts": _parts(values)})
+        return Guess(name, "sparse", "seconds since 1970", {"parts": date_parts(values)})
     is_quantity = "per" in words or any(map(_QUANTITIES.fullmatch, (words[0], words[-1])))
     has_zeros = pl.Series(pl.from_arrow(values.cast(pa.string()))).str.contains(r"^0\d").any()
     is_code = (_CODES.fullmatch(words[-1]) and "per" not in words) or most >= _LARGEST_QUANTITY or has_zeros
@@ -150,22 +150,14 @@ def _doubt_about(name: str) -> str:
     return "doubtful: if it identifies a row, list it under ignored" if name.lower() in ("id", "row_id") else ""
 
 
-def are_dates(texts: pa.Array) -> bool:
-    """Whether each text is a date with which `parts` works, and not just a number."""
-    first = texts.slice(0, 100)
-    return parse_numbers(first, pl.Float64)[1].all() and all(_part(some, "year")[1] for some in (first, texts))
-
-
-def _parts(dates: pa.Array) -> list[Part]:
-    has_time = set(_part(dates, "hour")[0].to_pylist()) != {"0"}
-    return ["hour", "weekday"] if has_time else ["weekday", "month"]
-
-
-def _part(dates: pa.Array, part: Part) -> tuple[pa.Array, bool]:
-    """Return (part of each date, whether all are dates)."""
-    checks = RowChecks("", np.arange(len(dates)), str)
-    parts, _ = sparse_columns({"date": dates}, SparseRole("date", part=part), checks)
-    return parts, bool(checks.is_good.all())
+def date_parts(values: pa.Array) -> list[Part] | None:
+    """Return the parts of dates that differ, or None unless `parts` in a schema can read all values."""
+    for some in (values.slice(0, 100), values):  # most columns are no dates, and cost little
+        checks = RowChecks("", np.arange(len(some)), str)
+        hours, _ = sparse_columns({"date": some}, SparseRole("date", part="hour"), checks)
+        if not checks.is_good.all():
+            return None
+    return ["weekday", "month"] if hours.unique().to_pylist() == ["0"] else ["hour", "weekday"]
 
 
 def _some(words: list[str]) -> str:
