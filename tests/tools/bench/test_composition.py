@@ -6,8 +6,7 @@ import torch
 from dhen.planner.live_memory import LiveMemory
 from dhen.runtime.topology import Topology
 from tests.ranks import run_ranks
-from tools.bench.composition import PARTS, show
-from tools.bench.composition_ranks import Composition, measured_parts, predicted_parts
+from tools.bench.composition import PARTS, Composition, measured_parts, predicted_parts, show
 from tools.bench.sharding_ranks import model_bytes, model_config
 from tools.bench.sharding_schemes import SCHEMES
 from tools.bench.stand_ins import replace_reduce_scatter
