@@ -73,7 +73,7 @@ def main() -> int:
     """Measure, print, write."""
     arguments = parse_arguments()
     if not is_rank():
-        run_ranks(num_ranks(torch.cuda.device_count()), __file__)
+        run_ranks(torch.cuda.device_count() or 2, __file__)
         return 0
     start, topology = time.perf_counter(), job.start()
     lookup, update = {}, {}
@@ -102,11 +102,6 @@ def main() -> int:
         print(f"{arguments.output} has the costs, measured in {seconds:.0f} seconds", file=sys.stderr)
     job.stop()
     return 0
-
-
-def num_ranks(gpus: int) -> int:
-    """One rank per GPU, or two on the CPU."""
-    return gpus or 2
 
 
 def with_defaults(measured: tuple[float | None, float | None], default: Costs) -> tuple[tuple[float, float], str]:

@@ -27,10 +27,6 @@ def test_a_calibration_measures_every_rate_and_says_what_it_did_not(tmp_path, mo
     assert costs.intra_node_bytes_per_second == read_costs("cpu").intra_node_bytes_per_second
 
 
-def test_there_are_as_many_ranks_as_gpus_and_two_on_the_cpu():
-    assert [calibrate_costs.num_ranks(gpus) for gpus in (0, 1, 8)] == [2, 1, 8]
-
-
 def test_unmeasured_links_are_no_faster_between_nodes_than_inside():
     default = read_costs("gpu")
     (intra, inter), note = calibrate_costs.with_defaults((1e9, None), default)
