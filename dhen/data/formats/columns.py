@@ -23,7 +23,7 @@ _HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
 
 
 def label_column(
-    values: pa.Array,
+    values: pa.Array | None,
     role: LabelRole,
     checks: RowChecks,
     *,
@@ -33,8 +33,11 @@ def label_column(
 ) -> pa.Array:
     """Return labels as float32: 0, 1, or NaN if blank and labels are optional.
 
-    minus_one: -1 means 0 (libsvm). has_schema: the message may say what the schema can do about another label.
+    values: None if the file has no labels. minus_one: -1 means 0 (libsvm). has_schema: the message may say what the
+    schema can do about another label.
     """
+    if values is None:
+        return pa.array(np.full(len(checks.rows), np.nan, dtype=np.float32), from_pandas=False)
     if isinstance(role.positive, bool):
         labels, unread, must_be = *_said(values, role.positive), f"one of {', '.join((*_YES, *_NO))}"
     elif role.positive is not None:
@@ -77,11 +80,6 @@ def _said(values: pa.Array, positive: bool) -> tuple[np.ndarray, np.ndarray]:
     )
     labels = np.where(is_yes, float(positive), np.where(is_no, float(not positive), np.nan))
     return labels, unread | (words.is_valid().to_numpy(zero_copy_only=False) & ~is_yes & ~is_no)
-
-
-def no_labels(num_rows: int) -> pa.Array:
-    """Return the label column for rows without labels: NaN."""
-    return pa.array(np.full(num_rows, np.nan, dtype=np.float32), from_pandas=False)
 
 
 def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:

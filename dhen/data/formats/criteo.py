@@ -53,11 +53,8 @@ class CriteoReader:
         strings, rows, bad = text_blocks.split_columns(block, names, delimiter="\t", quote=None)
         raw = {name: strings[name].combine_chunks() for name in names}
         checks = RowChecks(block.file, rows, text_blocks.line_quoter(raw, "\t"))
-        typed: dict[str, pa.Array] = {}
-        if LABEL in raw:
-            typed[LABEL] = columns.label_column(raw[LABEL], LabelRole(), checks, is_required=self.is_label_required)
-        else:
-            typed[LABEL] = columns.no_labels(len(rows))
+        label = columns.label_column(raw.get(LABEL), LabelRole(), checks, is_required=self.is_label_required)
+        typed = {LABEL: label}
         for name in INTEGERS:
             typed[name] = columns.integer_column(raw[name], name, checks)
         for name in CATEGORIES:

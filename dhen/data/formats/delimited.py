@@ -74,12 +74,9 @@ def typed_table(
     raw: dict[str, pa.Array], roles: ColumnRoles, checks: RowChecks, *, is_label_required: bool
 ) -> pa.Table:
     """Convert raw columns to a `RawChunk.table` by their roles. Works for every format with named columns."""
-    typed: dict[str, pa.Array] = {}
-    if roles.label.column in raw:
-        values = raw[roles.label.column]
-        typed[LABEL] = columns.label_column(values, roles.label, checks, is_required=is_label_required, has_schema=True)
-    else:
-        typed[LABEL] = columns.no_labels(len(checks.rows))
+    values = raw.get(roles.label.column)
+    label = columns.label_column(values, roles.label, checks, is_required=is_label_required, has_schema=True)
+    typed = {LABEL: label}
     for dense in roles.dense:
         typed[dense.name] = columns.number_column(raw[dense.source], dense.source, checks)
     for sparse in roles.sparse:

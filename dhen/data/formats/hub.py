@@ -4,6 +4,7 @@ Here a "file" is `name:split`, and its rows are numbered from 1.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,8 @@ from dhen.data.formats.parquet import BATCH_ROWS, check_types, typed_chunk, used
 from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, ignore_counts
 from dhen.data.formats.roles import ColumnRoles
 
-_SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-}
+_VALIDATION = dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SPLIT_NAMES = {"train": "train", **_VALIDATION, "test": "test"}
 """Maps the hub's names for splits to ours."""
 
 
@@ -60,19 +55,15 @@ class HubReader:
 
     def _tables(self, file: str) -> Iterator[pa.Table]:
         name, split = file.rsplit(":", 1)
-        try:
+        with _reaching(file):
             stream = datasets.load_dataset(*_path_and_configuration(name), split=split, streaming=True)
             yield from stream.with_format("arrow").iter(batch_size=self.batch_rows)
-        except (OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{file}: {_reason(error)}") from error
 
 
 def hub_splits(name: str) -> dict[str, str]:
     """Return the "file" for each split, by our names. Raises DataError if the data set is unreachable or has none."""
-    try:
+    with _reaching(name):
         present = datasets.get_dataset_split_names(*_path_and_configuration(name))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: {_reason(error)}") from error
     found: dict[str, str] = {}
     for split in present:
         ours = _SPLIT_NAMES.get(split)
@@ -94,10 +85,8 @@ def hub_splits(name: str) -> dict[str, str]:
 def hub_revision(file: str) -> str:
     """Return a string that changes whenever the content of a split changes."""
     name, split = file.rsplit(":", 1)
-    try:
+    with _reaching(name):
         builder = datasets.load_dataset_builder(*_path_and_configuration(name))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{name}: {_reason(error)}") from error
     return f"{builder.config.name}:{builder.hash}:{split}"
 
 
@@ -108,9 +97,14 @@ def _path_and_configuration(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"no such local path, and the data set cannot be read from the Hugging Face hub ({text:.300}). Check the name "
-        f"and the connection."
-    )
+@contextmanager
+def _reaching(place: str) -> Iterator[None]:
+    """Turn an error of `datasets` into a DataError that begins with `place`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{place}: no such local path, and the data set cannot be read from the Hugging Face hub ({text:.300}). "
+            "Check the name and the connection."
+        ) from error

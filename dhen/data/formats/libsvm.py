@@ -97,14 +97,11 @@ class LibsvmReader:
     def _sparse(self, tokens: "_Tokens", role: SparseRole, checks: RowChecks) -> dict[str, pa.Array]:
         if not role.is_weighted:
             where = tokens.of_field(role.source)
-            is_bad = np.zeros(len(checks.rows), dtype=bool)
-            is_bad[tokens.rows[where][tokens.values[where] != 1]] = True
-            checks.refuse(
-                is_bad,
-                lambda i: (
-                    f"field {role.source}: a value is not 1. If the values are weights, set `weights: {VALUE}` in the "
-                    f"schema; if they are numbers, list the field under dense"
-                ),
+            _refuse_rows(
+                tokens.rows[where][tokens.values[where] != 1],
+                f"field {role.source}: a value is not 1. If the values are weights, set `weights: {VALUE}` in the "
+                f"schema; if they are numbers, list the field under dense",
+                checks,
             )
         if not role.is_multi_valued:
             return {role.name: tokens.keys.take(self._single(tokens, role, checks))}
@@ -137,14 +134,11 @@ class LibsvmReader:
             return
         known = [*(feature.source for feature in (*self.roles.dense, *self.roles.sparse)), *self.roles.ignored]
         is_unknown = ~tokens.fields.is_in(known).fill_null(True).to_numpy()
-        is_bad = np.zeros(len(checks.rows), dtype=bool)
-        is_bad[tokens.rows[is_unknown]] = True
-        checks.refuse(
-            is_bad,
-            lambda i: (
-                f"the row has a field other than {', '.join(known):.100}. The fields come from --dataset_schema or, "
-                f"without a schema, from the first good row"
-            ),
+        _refuse_rows(
+            tokens.rows[is_unknown],
+            f"the row has a field other than {', '.join(known):.100}. The fields come from --dataset_schema or, "
+            "without a schema, from the first good row",
+            checks,
         )
 
 

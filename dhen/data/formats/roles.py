@@ -37,7 +37,7 @@ from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationErro
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.schema import LABEL
-from dhen.model.names import is_valid_table_name
+from dhen.model.names import is_valid_table_name, unknown_name
 from dhen.paths import find, looked_in
 
 _STRICT = ConfigDict(extra="forbid")
@@ -282,9 +282,7 @@ def parse_roles(text: str | bytes, path: str | Path) -> ColumnRoles:
     allowed = ColumnRoles.__dataclass_fields__
     for key in content:
         if key not in allowed:
-            near = difflib.get_close_matches(str(key), allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path}: unknown key {key!r}.{hint} Allowed: {', '.join(allowed)}.")
+            raise ValueError(f"{path}: {unknown_name('key', str(key), allowed)}")
     for kind in ("dense", "sparse"):
         entries = content.get(kind) or []
         if not isinstance(entries, list):

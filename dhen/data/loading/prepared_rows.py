@@ -4,7 +4,7 @@ Shapes: R rows, N dense features, S single-valued sparse features.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -168,13 +168,7 @@ def decode(groups: Sequence[RowGroup], schema: Schema) -> Rows:
             rows.single_RS[here, at] = columns.ids(column)
         bags.append(tuple(columns.bags(column) for column in schema.sparse if column.is_multi_valued))
         first = here.stop
-    return Rows(
-        rows.rows_R,
-        rows.labels_R,
-        rows.dense_RN,
-        rows.single_RS,
-        tuple(_joined(parts) for parts in zip(*bags, strict=True)),
-    )
+    return replace(rows, bags=tuple(_joined(parts) for parts in zip(*bags, strict=True)))
 
 
 class _Columns:
