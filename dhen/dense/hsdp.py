@@ -13,7 +13,6 @@ DeepSpeed: their names are those of DeepSpeed 0.19.8, appear only in this file a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -31,14 +30,6 @@ _SMALL = 16
 """A slice of less than this part of a bucket isn't worth a message of its own."""
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """An all-reduce in progress. put_away: called once the average has arrived."""
-
-    handle: dist.Work
-    put_away: Callable[[], None]
-
-
 class ReplicaReduction:
     """Averages gradient shards over the replica group while the backward continues.
 
@@ -48,7 +39,7 @@ class ReplicaReduction:
     def __init__(self, groups: ShardGroups, wire_dtype: torch.dtype | None = None, *, is_async: bool = True) -> None:
         self._groups, self._is_async = groups, is_async
         self.wire_dtype, self.shard_size = wire_dtype, groups.shard_size
-        self._pending: list[_Pending] = []
+        self._pending: list[tuple[dist.Work, Callable[[], None]]] = []  # with what to do with the average
 
     def start(self, shards: Sequence[Tensor], put_away: Callable[[list[Tensor]], None]) -> None:
         """Start averaging a copy of `shards` in one all-reduce. Communicates over the replica group.
@@ -76,15 +67,15 @@ class ReplicaReduction:
 
     def _send(self, on_wire: Tensor, put_away: Callable[[], None]) -> None:
         handle = dist.all_reduce(on_wire, group=self._groups.replica, async_op=True)
-        self._pending.append(_Pending(handle, put_away))
+        self._pending.append((handle, put_away))
         if not self._is_async:
             handle.wait()
 
     def finish(self) -> None:
         """Wait for all averages and put them away, in the order in which they were started."""
-        for pending in self._pending:
-            pending.handle.wait()
-            pending.put_away()
+        for handle, put_away in self._pending:
+            handle.wait()
+            put_away()
         self._pending.clear()
 
     def agreed(self, norm: Tensor) -> Tensor:

@@ -103,17 +103,7 @@ class DhenArchitecture:
     )
 
 
-_LAYER_KEYS = (
-    "interactions",
-    "num_embeddings_out",
-    "ensemble",
-    "norm",
-    "norm_position",
-    "dropout",
-    "batch_norm",
-    "activation",
-)
-
+_LAYER_KEYS = ("num_embeddings_out", *(item.name for item in fields(LayerSpec)))
 _DATA_FIELDS = {"num_dense_features": int, "sparse_features": list[dict[str, Any]]}
 
 # Keys that PreTrainedConfig accepts besides its fields. It drops the generation parameters in older files.

@@ -39,13 +39,8 @@ def _put_scripts_on_path() -> None:
 
 
 def _installed_versions() -> dict[str, str]:
-    found = {}
-    for package in FBGEMM_PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {package: list(importlib.metadata.distributions(name=package)) for package in FBGEMM_PACKAGES}
+    return {package: installed[0].version for package, installed in found.items() if installed}
 
 
 def _check_fbgemm(installed: dict[str, str], torch_version: str, accelerator: str) -> None:

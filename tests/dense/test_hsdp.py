@@ -405,9 +405,9 @@ def without_the_wait(topology: Topology) -> dict[str, list[float]]:
     def too_early(self):
         while late:
             late.pop(0).wait()
-        for pending in self._pending:
-            pending.put_away()
-            late.append(pending.handle)
+        for handle, put_away in self._pending:
+            put_away()
+            late.append(handle)
         self._pending.clear()
 
     ReplicaReduction.finish = too_early

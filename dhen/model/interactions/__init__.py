@@ -1,5 +1,6 @@
 """The interactions of paper 2.3, Wukong's factorization machine, and a registry for user-defined interactions."""
 
+# ruff: noqa: F401
 from dhen.model.interactions.attention import SelfAttention
 from dhen.model.interactions.convolution import Convolution
 from dhen.model.interactions.deep_cross import DeepCross, FlattenedDeepCross
@@ -19,26 +20,3 @@ from dhen.model.interactions.registry import (
     register_interaction,
     with_prefix,
 )
-
-__all__ = [
-    "PRESETS",
-    "AdvancedDlrm",
-    "Axes",
-    "Convolution",
-    "DeepCross",
-    "FactorizationMachine",
-    "FlattenedDeepCross",
-    "Interaction",
-    "InteractionContext",
-    "InteractionSpec",
-    "Linear",
-    "MixEmbeddings",
-    "SelfAttention",
-    "build_interaction",
-    "check_interaction",
-    "import_interactions",
-    "interaction_kinds",
-    "interaction_options",
-    "register_interaction",
-    "with_prefix",
-]
