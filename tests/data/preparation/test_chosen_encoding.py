@@ -78,7 +78,7 @@ def test_values_that_are_no_key_are_counted_by_split(settings, tmp_path):
     assert schema.splits["test"].unknown_keys == {"few": few, "many": 0, "bags": bags}
     ids = pyarrow.parquet.read_table(tmp_path / "out/test")
     assert pa.compute.equal(ids["few"], 0).to_numpy().sum() == few + 10, "blanks have id 0 too, but are no unknown keys"
-    assert Schema.load(tmp_path / "out") == schema
+    assert Schema.load(tmp_path / "out").splits == schema.splits
 
 
 def test_like_a_trained_model_its_keys_keep_their_ids(settings, tmp_path):
