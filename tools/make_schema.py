@@ -82,7 +82,7 @@ def make_schema(file: str, label: LabelRole, rows: int) -> str:
     given = {key: value for key, value in given.items() if value is not None}
     lines = [
         f"# Guessed from the first {num_rows:,} rows of {Path(file).name!r}. Check it before you train.",
-        *(f"{key}: {_flow([value])}" for key, value in file_keys.items()),
+        *(f"{key}: {_flow([value])}  # in all columns" for key, value in file_keys.items()),
         f"label: {_flow([given if len(given) > 1 else label.column])}  # {clicks:.1%} clicks",
         *_section("dense", "numbers", guesses, list(columns)),
         *_section("sparse", "categories", guesses, list(columns)),

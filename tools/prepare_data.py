@@ -78,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--without_labels", action="store_true", help="labels may be absent or blank: the rows are for prediction")
     add("--schema_from", metavar="FOLDER", help="use the features, ids and transforms of this prepared folder")
+    add("--like", metavar="FOLDER", help="take encodings and keys from this exported model, to fine-tune it")
     add("--json", action="store_true", help="print the summary as JSON")
     return parser.parse_args()
 

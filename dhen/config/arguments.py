@@ -29,6 +29,8 @@ from dhen.model.interactions import import_interactions
 from dhen.model.names import unknown_name
 from dhen.paths import find, looked_in
 
+ARGUMENTS_FILE = "arguments.yaml"
+"""Name of the file in a run folder with all arguments of the run."""
 DatasetFormat = Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"]
 ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"]
 ScalingRule = Literal["none", "linear", "sqrt"]
@@ -36,8 +38,9 @@ MetricName = Literal["auc", "ne", "logloss"]
 
 
 _STEPS_PER_EPOCH, _LEAST_STEPS = 200, 500
-LEAST_BATCH, MOST_BATCH = 64, 2048
-"""For the batch size and the epochs that the user left out."""
+_LEAST_EVAL_STEPS = 25
+_LEAST_BATCH, MOST_BATCH = 64, 2048
+"""For the batch size and the epochs that the user left out: the least over all ranks, the most per rank."""
 
 
 @dataclass
@@ -50,7 +53,9 @@ class DataArguments:
         "generates a click log.",
     )
     dataset_format: DatasetFormat = option(
-        "auto", "Format of the raw files. auto decides by the file name and, for .txt and .tsv, by the first line."
+        "auto",
+        "Format of the raw files. auto decides by the file's name and its first bytes and, for .txt and .tsv, by its "
+        "first line.",
     )
     dataset_schema: str | None = option(
         None,
@@ -114,8 +119,8 @@ class TrainingArguments:
     )
     per_device_train_batch_size: int | None = option(
         None,
-        "Examples per rank in each micro step (one forward and backward pass). Default: so many that a step has about "
-        "1/200 of the training rows, over all ranks: a power of two from 64 to 2048.",
+        "Examples per rank in each micro step (one forward and backward pass). Default: a step has about 1/200 of the "
+        "training rows, over all ranks: a power of two, at least 64, and at most 2048 per rank.",
     )
     per_device_eval_batch_size: int = option(
         4096, "Examples per rank in each evaluation step. Lower it if evaluation runs out of memory."
@@ -204,13 +209,18 @@ class TrainingArguments:
         """
         chosen = []
         if self.per_device_train_batch_size is None:
-            global_batch = min(max(2 ** round(math.log2(rows / _STEPS_PER_EPOCH)), LEAST_BATCH), MOST_BATCH)
-            self.per_device_train_batch_size = max(1, global_batch // (world_size * self.gradient_accumulation_steps))
+            global_batch = max(2 ** round(math.log2(rows / _STEPS_PER_EPOCH)), _LEAST_BATCH)
+            per_rank = global_batch // (world_size * self.gradient_accumulation_steps)
+            self.per_device_train_batch_size = min(max(per_rank, 1), MOST_BATCH)
             chosen.append(f"per_device_train_batch_size {self.per_device_train_batch_size}")
         if self.num_train_epochs is None and self.max_steps < 1:
             per_step = self.per_device_train_batch_size * world_size * self.gradient_accumulation_steps
-            self.num_train_epochs = math.ceil(_LEAST_STEPS / math.ceil(rows / per_step))
+            steps_per_epoch = math.ceil(rows / per_step)
+            self.num_train_epochs = math.ceil(_LEAST_STEPS / steps_per_epoch)
             chosen.append(f"num_train_epochs {self.num_train_epochs}")
+            if not self.eval_steps and steps_per_epoch < _LEAST_EVAL_STEPS:
+                self.eval_steps = _LEAST_EVAL_STEPS
+                chosen.append(f"eval_steps {self.eval_steps}")
         return f"chosen for {rows:,} training rows: {', '.join(chosen)}" if chosen else ""
 
     def without_effect(self) -> list[str]:

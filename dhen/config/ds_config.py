@@ -43,7 +43,7 @@ class DsConfigError(ValueError):
 class Recipe:
     """The values that a ds_config may leave "auto", as the recipe sets them.
 
-    per_device_train_batch_size: None if it depends on data that is not known yet. The ds_config's is then ignored.
+    per_device_train_batch_size: None if it depends on data that is not known yet. The ds_config must not set it then.
     """
 
     per_device_train_batch_size: int | None
@@ -136,7 +136,11 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
     if recipe.per_device_train_batch_size is None:
         recipe = replace(recipe, per_device_train_batch_size=1)
         for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
-            raw.pop(key, None)
+            if raw.pop(key, AUTO) != AUTO:
+                raise DsConfigError(
+                    f"{path}: {key} is set, but per_device_train_batch_size is not, so it would follow the number of "
+                    f'training rows. Set --per_device_train_batch_size, or make {key} "auto".'
+                )
     _check_top_level(path, raw)
     _check_sections(path, raw)
     _resolve_auto(path, raw, recipe.values())

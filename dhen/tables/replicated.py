@@ -1,6 +1,7 @@
 """Replicated tables: small tables that every rank holds in full, in its dense part (paper 3.1)."""
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class ReplicatedFeatures:
         self._group = topology.world
         self.uses = RowUses(rows, device)
         self._new_uses = RowUses(rows, device)
-        self.unseen: UnseenIds | None = None
+        self._unseen: UnseenIds | None = None
         self._missing_FB: Tensor | None = None
 
     def own(self, sparse: SparseIds | None) -> SparseIds | None:
@@ -41,9 +42,9 @@ class ReplicatedFeatures:
         check_ids(own, self._num_embeddings_F, self.tables)
         if torch.is_grad_enabled():
             self._new_uses.add(own.ids, _lengths(own).sum(1))
-        elif self.unseen is not None:
+        elif self._unseen is not None:
             lengths_FB = _lengths(own)
-            weights, self._missing_FB = self.unseen.split(own.ids, lengths_FB, own.weights)
+            weights, self._missing_FB = self._unseen.split(own.ids, lengths_FB, own.weights)
             if self._missing_FB is not None:
                 own = SparseIds(own.ids, own.num_features, lengths_FB, weights)
                 self._missing_FB = self._missing_FB / lengths_FB.clamp(min=1).where(self._is_mean_F[:, None], 1)
@@ -57,14 +58,27 @@ class ReplicatedFeatures:
         """Forward hook of the replicated tables: add the mean row where `own` left out an unused one."""
         if self._missing_FB is None:
             return embeddings_BFD
-        return embeddings_BFD + self.unseen.mean_parts(self._missing_FB).view_as(embeddings_BFD)
+        return embeddings_BFD + self._unseen.mean_parts(self._missing_FB).view_as(embeddings_BFD)
+
+    @contextlib.contextmanager
+    def watched_by(self, unseen: UnseenIds) -> Iterator[None]:
+        """Let `unseen` count the ids and replace unused rows, inside this context, where gradients must be off."""
+        self._unseen = unseen
+        try:
+            yield
+        finally:
+            self._unseen = self._missing_FB = None
 
     def gather_uses(self) -> None:
         """Bring `uses` up to date. Communicates over all ranks."""
         if self._own:
-            new = self._new_uses.counts.long()
-            dist.all_reduce(new, group=self._group)
-            self.uses.increase(new)
+            total = self._new_uses.counts.long()
+            dist.all_reduce(total, group=self._group)
+            total += self.uses.counts
+            while total.max() > torch.iinfo(torch.int32).max:
+                total = (total + 1) // 2
+            self.uses.counts.copy_(total)
+            self.uses.halve()
             self._new_uses.counts.zero_()
 
     def uses_by_name(self) -> dict[str, Tensor]:
@@ -76,6 +90,7 @@ class ReplicatedFeatures:
         self._new_uses.counts.zero_()
         for name, uses in self.uses_by_name().items():
             uses.copy_(saved.get(name, torch.ones_like(uses)))
+        self.uses.halve()
 
 
 def _lengths(sparse: SparseIds) -> Tensor:

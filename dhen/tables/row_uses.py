@@ -6,20 +6,21 @@ counts as the mean of its table's rows, weighted by how often training used each
 Shapes: S tables, R bags per table, C sum of the tables' columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-_MOST = 1 << 30
+_MOST = 1 << 29
 _BLOCK_ROWS = 1 << 16
 
 
 class RowUses:
     """How often training used each row of some tables: one int32 per row.
 
-    After a billion uses, all counts are halved and rounded up. So they fit, a used row stays a used one, and the ratios
-    of the counts, which are the weights of the mean, stay the same.
+    If a count grows beyond half a billion, all are halved and rounded up. So they fit, a used row stays a used one, and
+    the ratios of the counts, which are the weights of the mean, stay the same.
 
     >>> uses = RowUses([3, 2], torch.device("cpu"))
     >>> uses.add(torch.tensor([0, 2, 2, 1]), torch.tensor([3, 1]))
@@ -45,15 +46,13 @@ class RowUses:
         self.counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
         self._added += ids.numel()
         if self._added >= _MOST:
-            self.increase(torch.zeros_like(self.counts, dtype=torch.int64))
-            self._added = 0
+            self.halve()
 
-    def increase(self, more: Tensor) -> None:
-        """Add int64 counts of all rows."""
-        total = self.counts + more
-        while total.numel() and total.max() > _MOST // 2:
-            total = (total + 1) // 2
-        self.counts.copy_(total)
+    def halve(self) -> None:
+        """Halve the counts while one is too large. Call it after the counts were loaded."""
+        self._added = 0
+        while self.counts.numel() and self.counts.max() > _MOST:
+            self.counts.add_(1).div_(2, rounding_mode="floor")
 
     def is_unused(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
         """For each id, whether its row was never used. ids: ordered by table."""
@@ -85,11 +84,11 @@ class UnseenIds:
     counts_3S: for each table, the number of ids, of those with an unused row, and of the latter those that are 0.
     """
 
-    def __init__(self, uses: RowUses, means: Sequence[Tensor] | None) -> None:
-        """means: `mean_row` of each table. None: the unused rows already hold it, as in an exported model."""
-        self._uses = uses
-        self._means_C = torch.cat(list(means)) if means else None
-        self._columns_S = None if not means else torch.tensor([len(mean) for mean in means], device=uses.counts.device)
+    def __init__(self, uses: RowUses, means: Callable[[], Sequence[Tensor]] | None) -> None:
+        """means: returns `mean_row` of each table; called when the first unused row is met, because it reads all rows.
+        None: the unused rows already hold the mean, as in an exported model.
+        """
+        self._uses, self._compute_means = uses, means
         self.counts_3S = torch.zeros(3, len(uses._rows), dtype=torch.int64, device=uses.counts.device)
 
     def split(self, ids: Tensor, lengths_SR: Tensor, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -104,7 +103,7 @@ class UnseenIds:
         table_of_id = tables.repeat_interleave(ids_per_table_S, output_size=ids.numel())
         for row, counted in enumerate((torch.ones_like(is_unused), is_unused, is_unused & (ids == 0))):
             self.counts_3S[row].index_add_(0, table_of_id, counted.long())
-        if self._means_C is None or not is_unused.any():
+        if self._compute_means is None or not is_unused.any():
             return weights, None
         weights = torch.ones_like(ids, dtype=torch.float32) if weights is None else weights
         bags = torch.arange(lengths_SR.numel(), device=ids.device)
@@ -115,4 +114,9 @@ class UnseenIds:
 
     def mean_parts(self, missing_SR: Tensor) -> Tensor:
         """What the missing rows add to the pooled embeddings, (R, C)."""
-        return missing_SR.t().repeat_interleave(self._columns_S, dim=1) * self._means_C
+        columns_S = torch.tensor([len(mean) for mean in self._means], device=missing_SR.device)
+        return missing_SR.t().repeat_interleave(columns_S, dim=1) * torch.cat(self._means)
+
+    @cached_property
+    def _means(self) -> list[Tensor]:
+        return list(self._compute_means())

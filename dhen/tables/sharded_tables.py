@@ -30,7 +30,7 @@ from dhen.tables.lookup import ADAGRAD_EPSILON, make_lookup
 from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
 from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.pooled_exchange import WAITING, ColumnBlock, PooledExchange, PooledLayout, Wires
-from dhen.tables.row_uses import RowUses, UnseenIds, mean_row
+from dhen.tables.row_uses import RowUses, UnseenIds, fill_unused, mean_row
 from dhen.tables.stochastic_rounding import RoundedTables, round_stochastically
 
 _DECAYED_ROWS = 1 << 16
@@ -167,7 +167,7 @@ class ShardedTables(nn.Module):
 
         uses_means: let the mean of its shard stand for such a row. False for an exported model, whose rows hold it.
         """
-        self._unseen = UnseenIds(self.uses, self.means() if uses_means else None)
+        self._unseen = UnseenIds(self.uses, self.means if uses_means else None)
         try:
             yield self._unseen
         finally:
@@ -176,6 +176,11 @@ class ShardedTables(nn.Module):
     def means(self) -> list[Tensor]:
         """For each shard of this rank, the mean of its rows, weighted by their uses: float32, (columns,)."""
         return [mean_row(weight, self.uses.of(index)) for index, weight in enumerate(self._weights())]
+
+    def fill_unused(self) -> None:
+        """Let the rows that training never used hold the mean of their table, for tables that are not trained."""
+        for (_, tensors), mean in zip(self.shard_tensors(), self.means(), strict=True):
+            fill_unused(tensors["weight"], tensors["uses"], mean)
 
     def send_ids(self, sparse: SparseIds) -> SentIds:
         """Start sending every id to its table's owner; batches are sent in order. Communicates over all ranks."""

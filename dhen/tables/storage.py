@@ -3,10 +3,9 @@
 Each rank writes its own shards to `tables-<rank>.safetensors`, under the keys `<table>/<first>:<last>/<tensor>`: first
 and last are columns, and tensor is "weight" or the optimizer's "sum". To load, a rank reads the columns that its shards
 need from all files. Row-wise Adagrad's sum has one number per row *and shard*, so it loads only if the table is cut as
-it was when saved. "uses" says how often training used each row, and is the same for all shards of a table.
+it was when saved. "uses" says how often training used each row: any shard of a table has it.
 """
 
-import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from torch import Tensor
 
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.sharded_tables import ShardedTables
-
-logger = logging.getLogger(__name__)
 
 _KEY = re.compile(r"(?P<table>.+)/(?P<first>\d+):(?P<last>\d+)/(?P<tensor>\w+)")
 
@@ -53,8 +50,7 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
     Does not communicate. Raises TableStorageError for a missing table, other sizes or another optimizer.
     """
     stored = _index(folder, _kind(tables))
-    if not any(kind == "uses" for _, kind in stored):
-        logger.info("%s: an earlier version saved it and did not count the uses of rows: all count as used", folder)
+    if not any(kind == "uses" for _, kind in stored):  # saved by an earlier version: all rows count as used
         tables.uses.counts.fill_(1)
     for shard, of_shard in tables.shard_tensors():
         for kind, tensor in of_shard.items():
@@ -64,6 +60,7 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
                     tensor.copy_(_read(pieces[0], ...))
                 continue
             tensor.copy_(_columns(pieces, shard, tuple(tensor.shape), f"{folder}: table {shard.name!r}, {kind}"))
+    tables.uses.halve()
 
 
 def _kind(tables: ShardedTables) -> dict[str, str]:

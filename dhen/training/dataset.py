@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import yaml
 
-from dhen.config.arguments import Arguments, DataArguments
+from dhen.config.arguments import ARGUMENTS_FILE, Arguments, DataArguments
 from dhen.config.command_line import ArgumentError, Paths
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.prepared_rows import mean_bag_sizes
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 30.0
 QUICKSTART = "quickstart"
 QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
+_CHANGED_DATA_DEFAULTS = ("id_encoding", "hash_size", "min_count", "vocabulary_keys")
+_CHANGED_DEFAULTS = (
+    "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "table_learning_rate", "table_epsilon",
+)  # fmt: skip
+"""Arguments whose defaults were others in versions that did not record vocabulary_keys."""
 _USE_RAW = "Use the raw files instead: they are prepared with the model's schema."
 
 
@@ -60,6 +66,9 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
     ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     data, training = arguments.data, arguments.training
+    for sentence in take_earlier_defaults(arguments):
+        if topology.is_main:
+            logger.info(sentence)
     cache = Path(data.cache_dir) if data.cache_dir else Path(training.output_dir).parent / "prepared"
     trained = TrainedModel.open(training.model_name_or_path) if training.model_name_or_path else None
     origin, is_canonical = None, True  # whose ids the weights know, and whether these are of canonical texts
@@ -84,6 +93,28 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
         for sentence in _without_effect(arguments, schema, start):
             logger.warning("%s", sentence)
     return TrainingData(prepared, schema, start, _open_splits(arguments, topology, prepared, schema))
+
+
+def take_earlier_defaults(arguments: Arguments) -> list[str]:
+    """On a resume of a run of an earlier version, set what is left at its default to the value that the run recorded.
+
+    The defaults of that version were others. Returns a sentence for each value that this changes.
+    """
+    training = arguments.training
+    if not training.resume_from_checkpoint:
+        return []
+    path = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)).parent / ARGUMENTS_FILE
+    recorded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if recorded is None or "vocabulary_keys" in recorded:
+        return []
+    recorded["vocabulary_keys"] = "new"
+    sentences = []
+    for part, names in ((arguments.data, _CHANGED_DATA_DEFAULTS), (training, _CHANGED_DEFAULTS)):
+        for name in names:
+            if getattr(part, name) == type(part).__dataclass_fields__[name].default and name in recorded:
+                setattr(part, name, recorded[name])
+                sentences.append(f"{name} is {recorded[name]}, as in the run that is resumed")
+    return sentences
 
 
 def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:
@@ -146,16 +177,19 @@ def prepare_dataset(
     *,
     is_canonical: bool = True,
     like: Path | None = None,
+    is_label_required: bool | None = None,
 ) -> Path:
     """Return the prepared folder for `data`. Rank 0 prepares it and the others wait. All ranks call it.
 
     schema_from: a trained model whose features, ids and transforms to use; labels are then optional. only_split: the
     only split to read from a hub data set. is_canonical: whether keys get their canonical text; those of models of
     earlier versions do not. like: a trained model whose encoding of each feature to use, unless `data` says otherwise.
+    is_label_required: by default, unless there is a schema_from.
 
     Raises DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     more = {"schema_from": schema_from, "only_split": only_split, "is_canonical": is_canonical, "like": like}
+    more["is_label_required"] = schema_from is None if is_label_required is None else is_label_required
     work = in_background(partial(_prepare, data, cache, **more)) if topology.is_main else None
     answer: list[Path | None] = [None]
     while answer[0] is None:
@@ -193,7 +227,7 @@ def _settings(data: DataArguments, **more: Any) -> PreparationSettings:
 def _prepare(data: DataArguments, cache: Path, **more: Any) -> Path:
     if data.dataset_name == QUICKSTART:
         return _prepare_quickstart(data, cache, **more)
-    return prepare_cached(_settings(data, is_label_required=more["schema_from"] is None, **more), cache)
+    return prepare_cached(_settings(data, **more), cache)
 
 
 def _prepare_quickstart(data: DataArguments, cache: Path, **more: Any) -> Path:

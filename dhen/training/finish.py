@@ -76,10 +76,12 @@ def doubts(steps: int, values: Mapping[str, Evaluation], schema: Schema) -> list
         calibration, counts = of_split.metrics.calibration, schema.splits[name]
         if abs(calibration - 1) > _FAR_OFF:
             chance = math.sqrt((1 - counts.clicks / counts.rows) / counts.clicks)
+            why = f"With so few clicks, chance explains this: its standard error is {chance:.3f}."
+            if abs(calibration - 1) >= 2 * chance:
+                why = "Train longer or without dropout, and check that these rows are like the training rows."
+            way = "high" if calibration > 1 else "low"
             sentences.append(
-                f"{name}: the predictions are too {'high' if calibration > 1 else 'low'} on average: calibration is "
-                f"{calibration:.3f}, where chance explains about {chance:.3f}. Train longer or without dropout, and "
-                "check that the rows of this split are like the training rows."
+                f"{name}: the predictions are too {way} on average: calibration is {calibration:.3f}. {why}"
             )
     return sentences
 

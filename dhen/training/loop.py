@@ -101,6 +101,8 @@ class Trainer:
     def train(self, progress: ProgressReporter) -> None:
         """Train until the last step or early stopping. Communicates; all ranks call it."""
         self._progress = progress
+        if self.model.tables is not None and self.model.tables.is_frozen:
+            self.model.tables.fill_unused()
         self.model.engine.module.train(not self._is_dense_frozen)
         accumulation = self.arguments.gradient_accumulation_steps
         while not self._is_done():

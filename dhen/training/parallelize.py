@@ -63,6 +63,7 @@ class ScoringDhen:
     def __post_init__(self) -> None:
         self.replicated = ReplicatedFeatures(self.config, self.placement.replicated, self.topology)
         self._unseen: UnseenIds | None = None
+        self._unseen_replicated: UnseenIds | None = None
         self.knows_uses = True
 
     def send_ids(self, sparse: SparseIds) -> SentIds | None:
@@ -122,8 +123,8 @@ class ScoringDhen:
             for shard, counts in zip(self.tables.shards, self._unseen.counts_3S.unbind(1), strict=True):
                 if shard.first_column == 0:
                     counts_3F[:, index[shard.name]] = counts
-        if self.replicated.unseen is not None:
-            for table, counts in zip(self.replicated.tables, self.replicated.unseen.counts_3S.unbind(1), strict=True):
+        if self._unseen_replicated is not None:
+            for table, counts in zip(self.replicated.tables, self._unseen_replicated.counts_3S.unbind(1), strict=True):
                 counts_3F[:, index[table.name]] = counts
         dist.all_reduce(counts_3F, group=self.topology.world)
         return {name: tuple(counts_3F[:, place].tolist()) for name, place in index.items()}
@@ -165,7 +166,9 @@ class ParallelDhen(ScoringDhen):
             self._unseen = stack.enter_context(self.tables.watching_unseen(uses_means=True))
         if self.replicated.tables:
             self.replicated.gather_uses()
-            self.replicated.unseen = UnseenIds(self.replicated.uses, self._means_of_replicated())
+            means = self._means_of_replicated()
+            self._unseen_replicated = UnseenIds(self.replicated.uses, lambda: means)
+            stack.enter_context(self.replicated.watched_by(self._unseen_replicated))
             hook = self.engine.module.tables.register_forward_hook(self.replicated.add_means)
             stack.callback(hook.remove)
 

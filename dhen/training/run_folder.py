@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dhen.config.arguments import ArgumentError, Arguments, TrainingArguments, write_yaml
+from dhen.config.arguments import ARGUMENTS_FILE, ArgumentError, Arguments, TrainingArguments, write_yaml
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.training.loop import Evaluation
@@ -23,7 +23,6 @@ from dhen.training.saved.trained_model import MODEL_FOLDER
 from dhen.training.unseen import UNSEEN_FILE
 
 SUMMARY_FILE = "summary.json"
-ARGUMENTS_FILE = "arguments.yaml"
 DS_CONFIG_FILE = "ds_config.json"
 ENVIRONMENT_FILE = "environment.json"
 OF_A_RUN = (

@@ -71,6 +71,7 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     if start and model.tables is not None:
         start.load_tables(model.tables)
     if start:
+        model.knows_uses = start.trained.knows_uses
         for name, uses in model.replicated.uses_by_name().items():
             start.fill_uses(name, uses)
     if topology.is_main:

@@ -170,13 +170,15 @@ def test_the_quickstart_is_for_those_who_name_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "world_size", "batch", "epochs"),
     [(50, 1, 64, 500), (2_400, 1, 64, 14), (8_000, 2, 32, 4), (40_000, 1, 256, 4), (262_000, 4, 256, 2),
-     (1_000_000, 1, 2048, 2), (45_000_000, 8, 256, 1)],
+     (1_000_000, 1, 2048, 2), (1_000_000, 8, 512, 3), (45_000_000, 8, 2048, 1)],
 )  # fmt: skip
 def test_sizes_that_are_left_out_make_hundreds_of_steps(rows, world_size, batch, epochs):
     arguments = parse_arguments(["--dataset_name=a"]).training
     said = arguments.choose_sizes(rows, world_size)
     assert (arguments.per_device_train_batch_size, arguments.num_train_epochs) == (batch, epochs)
-    assert said == f"chosen for {rows:,} training rows: per_device_train_batch_size {batch}, num_train_epochs {epochs}"
+    evaluates = ", eval_steps 25" if rows == 50 else ""
+    sizes = f"per_device_train_batch_size {batch}, num_train_epochs {epochs}{evaluates}"
+    assert said == f"chosen for {rows:,} training rows: {sizes}"
     assert epochs * math.ceil(rows / (batch * world_size)) >= 500
     given = parse_arguments(["--dataset_name=a", "--per_device_train_batch_size=7", "--num_train_epochs=1"]).training
     assert given.choose_sizes(rows, world_size) == ""

@@ -18,10 +18,11 @@ def test_a_short_run_and_predictions_far_from_the_click_rate_are_said():
     assert doubts(100, {"validation": evaluation(1.04)}, SCHEMA) == []
     (short,) = doubts(99, {"validation": evaluation(2.0)}, SCHEMA)
     assert short.startswith("the run made only 99 steps")
-    for calibration, way in ((1.06, "high"), (0.9, "low")):
+    for calibration, way, why in ((1.06, "high", "chance explains this"), (0.8, "low", "Train longer")):
         (far,) = doubts(100, {"validation": evaluation(calibration)}, SCHEMA)
         assert far.startswith(f"validation: the predictions are too {way} on average: calibration is {calibration:.3f}")
-        assert f"chance explains about {math.sqrt(0.8 / 200):.3f}" in far
+        assert why in far
+        assert (f"standard error is {math.sqrt(0.8 / 200):.3f}" in far) == (calibration > 1)
 
 
 def test_a_split_without_clicks_has_no_calibration():

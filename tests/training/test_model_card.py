@@ -35,8 +35,8 @@ def test_a_metric_that_does_not_exist_is_left_out_of_the_metadata():
 
 def test_the_text_says_what_training_never_saw():
     text = card_of(test=METRICS | {"unseen": {"day": 1.0, "user": 0.3}}, eval=METRICS | {"unseen": {"day": 0.5}}).text
-    assert "A value that training never saw gets the mean embedding of its feature" in text
-    assert "In test, more than half of the values of day are such values." in text
+    assert "A row of a table that training never used holds the mean of the table's rows" in text
+    assert "In test, training never saw more than half of the values of day." in text
     assert "In eval" not in text
 
 

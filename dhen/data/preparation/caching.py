@@ -52,7 +52,10 @@ def prepare_cached(
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     """Return a digest of everything that determines the result: files, settings and the version."""
     relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
-    if settings.like is None:
+    if settings.schema_from is not None:  # then these have no effect; earlier versions had these defaults
+        relevant |= {"id_encoding": "hash", "hash_size": HASH_SIZE, "min_count": 1}
+        del relevant["vocabulary_keys"]
+    elif settings.like is None:
         del relevant["vocabulary_keys"]
         if settings.id_encoding != "auto":  # as earlier versions wrote the defaults: their folders are found again
             relevant |= {"hash_size": settings.hash_size or HASH_SIZE, "min_count": settings.min_count or 1}

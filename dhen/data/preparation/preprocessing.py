@@ -1,7 +1,7 @@
 """Streams raw files into a prepared folder (dhen/data/schema.py).
 
 Hashed ids need one pass over the data. A vocabulary, or `auto`, adds a pass before it that counts the keys of the train
-split. Asequential split adds a first pass that counts lines without parsing them.
+split. A sequential split adds a first pass that counts lines without parsing them.
 
 Rows are read, encoded and written chunk by chunk. Memory therefore holds a few copies of one input block (8 MiB of
 text, or 65,536 Parquet rows) and one row group per split, regardless of the input's size. Only the distinct keys of
@@ -144,7 +144,7 @@ def _count_vocabularies(
     return {
         name: vocabulary
         for name, vocabulary in vocabularies.items()
-        if asked[name].encoding == "vocabulary" or len(vocabulary.keys) <= MOST_KEYS
+        if asked[name].encoding == "vocabulary" or counts[name].num_merged <= MOST_KEYS
     }
 
 

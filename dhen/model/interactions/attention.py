@@ -3,10 +3,12 @@
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, H heads.
 """
 
+from collections.abc import Hashable, Sequence
+
 from torch import Tensor, nn
 
 from dhen.model.interactions.linear import MixEmbeddings
-from dhen.model.interactions.registry import Interaction, InteractionContext, register_interaction
+from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction
 from dhen.model.mlp import Activation, activation_module
 
 
@@ -78,6 +80,10 @@ class SelfAttention(Interaction):
         self.feedforward_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.mix = MixEmbeddings(self.num_rows, context.num_outputs)
+
+    def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
+        """W's columns are the embeddings."""
+        return super().input_axes(inputs, dense) | {"mix.weight": {1: self.row_labels(inputs)}}
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return u_BLD."""

@@ -115,7 +115,8 @@ class FlattenedDeepCross(Interaction):
         """The cross layers work on the D values of each embedding."""
         columns = range(self.context.embedding_dim)
         values = [(row, column) for row in self.row_labels(inputs) for column in columns]
-        return super().input_axes(inputs, dense) | with_prefix("cross", self.cross.input_axes(values))
+        mix: Axes = {"mix.weight": {1: self.row_labels(inputs)}}
+        return super().input_axes(inputs, dense) | mix | with_prefix("cross", self.cross.input_axes(values))
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return u_BLD."""

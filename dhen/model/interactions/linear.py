@@ -3,10 +3,12 @@
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension.
 """
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor, nn
 
-from dhen.model.interactions.registry import Interaction, InteractionContext, register_interaction
+from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction
 
 
 class MixEmbeddings(nn.Module):
@@ -49,6 +51,10 @@ class Linear(Interaction):
         """bias: add b_l to each output embedding l. The paper has no bias here."""
         super().__init__(context, use_dense=use_dense)
         self.mix = MixEmbeddings(self.num_rows, context.num_outputs, bias)
+
+    def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
+        """W's columns are the embeddings."""
+        return super().input_axes(inputs, dense) | {"mix.weight": {1: self.row_labels(inputs)}}
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return u_BLD."""

@@ -82,14 +82,10 @@ class Interaction(nn.Module):
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """Which weights belong to which input. inputs: labels of the M embeddings. dense: of the N dense features.
 
-        Covers `dense_row`, and a `mix` whose columns are `rows`. An interaction with more such weights adds them;
-        fine-tuning on other features starts the weights that are not listed anew.
+        Covers `dense_row`. An interaction adds its own weights; fine-tuning on other features starts those that are
+        not listed anew.
         """
-        axes: Axes = {} if self.dense_row is None else {"dense_row.weight": {1: dense}}
-        mix = getattr(self, "mix", None)
-        if mix is not None and mix.weight.shape[1] == self.num_rows:
-            axes["mix.weight"] = {1: self.row_labels(inputs)}
-        return axes
+        return {} if self.dense_row is None else {"dense_row.weight": {1: dense}}
 
     def row_labels(self, inputs: Sequence[Hashable]) -> list[Hashable]:
         """Labels of `rows`."""

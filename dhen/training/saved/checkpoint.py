@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 CANONICAL_KEYS = "canonical keys"
 """Entry of the data order: whether ids are made of canonical texts. Checkpoints of earlier versions do not have it."""
 _PREFIX = "checkpoint-"
-_REPLICATED_USES = "uses-of-replicated.safetensors"
+_REPLICATED_USES, _KNOWS_USES = "uses-of-replicated.safetensors", "knows_uses"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
     "Resume with the same value (and the same --model_name_or_path, if the run started from a trained model), or start "
@@ -83,7 +83,7 @@ def save_checkpoint(
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
-        facts |= {"model": _model_facts(model.config), VERSION_KEY: FORMAT_VERSION}
+        facts |= {"model": _model_facts(model.config), _KNOWS_USES: model.knows_uses, VERSION_KEY: FORMAT_VERSION}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         point_latest_at(folder, output_dir)
     topology.barrier()
@@ -131,6 +131,7 @@ def load_checkpoint(
     _step_as_configured(model)
     if model.tables is not None:
         load_tables(model.tables, folder)
+    model.knows_uses = values.get(_KNOWS_USES, False)  # checkpoints of earlier versions do not
     if model.replicated.tables:
         saved_uses = folder / _REPLICATED_USES
         model.replicated.load_uses(load_file(saved_uses) if saved_uses.is_file() else {})

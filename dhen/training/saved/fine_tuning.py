@@ -2,8 +2,8 @@
 
 Tables are matched by feature name. With a vocabulary on both sides, rows are matched by key. Hashed tables match if
 their sizes are equal, because the hash is the same. Dense weights are matched by name, and those that belong to a
-feature by the name of the feature. A new feature's weights in the layers start at 0, so the model starts with the
-predictions of the trained one.
+feature by the name of the feature. A new feature's weights in the layers start at 0. It still changes what attention,
+convolution, eq. 7's deep cross and norms over the features compute.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -173,7 +173,7 @@ def match_dense_weights(
     undescribed = set() if names == old_names else _shaped_by_features(config) - axes.keys()
     kept = {}
     for name, tensor in module.state_dict().items():
-        if name in old and name not in undescribed:
+        if name in old and name not in undescribed and axes.get(name, {}).keys() == old_axes.get(name, {}).keys():
             fill = 1.0 if tensor.dim() == 1 and name.endswith((".weight", ".running_var")) else 0.0
             moved = _moved(old[name], old_axes.get(name, {}), axes.get(name, {}), fill)
             if moved.shape == tensor.shape:
@@ -309,7 +309,8 @@ def _match_table(
         return TableMatch(new.name, rows, rows, 0, f"same hash{pooling}"), torch.arange(rows)
     old_rows = _rows_by_key(old_folder, new_folder, new.name, rows)
     kept = int((old_rows >= 0).sum())
-    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, f"by key{pooling}"), old_rows
+    how = "by key" if kept > 1 else "the trained model knows none of its keys"
+    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, f"{how}{pooling}"), old_rows
 
 
 def _rows_by_key(old_folder: Path, new_folder: Path, feature: str, rows: int) -> Tensor:

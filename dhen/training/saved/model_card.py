@@ -45,7 +45,8 @@ Deep and Hierarchical Ensemble Network (Zhang et al. 2022), {len(config.layer_sp
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
-A value that training never saw gets the mean embedding of its feature, weighted by how often training used each row.
+A row of a table that training never used holds the mean of the table's rows, weighted by how often training used each.
+A value that is not in a vocabulary gets row 0.
 {_unseen(splits)}
 
 Trained on {schema.splits["train"].rows:,} rows for {summary["steps"]:,} steps.
@@ -71,7 +72,7 @@ def _unseen(splits: dict[str, dict[str, Any]]) -> str:
         for name, values in splits.items()
     }
     return "".join(
-        f"In {name}, more than half of the values of {', '.join(features)} are such values.\n"
+        f"In {name}, training never saw more than half of the values of {', '.join(features)}.\n"
         for name, features in many.items()
         if features
     )

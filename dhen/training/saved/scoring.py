@@ -9,7 +9,7 @@ from typing import Literal
 
 import yaml
 
-from dhen.config.arguments import DataArguments, DatasetFormat, import_interaction_files
+from dhen.config.arguments import ARGUMENTS_FILE, DataArguments, DatasetFormat, import_interaction_files
 from dhen.config.command_line import (
     ArgumentError,
     Parser,
@@ -26,7 +26,6 @@ from dhen.data.preparation.sources import format_of
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
 from dhen.training.parallelize import ScoringDhen, parallelize_for_scoring
-from dhen.training.run_folder import ARGUMENTS_FILE
 from dhen.training.saved.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -43,7 +42,9 @@ class ScoringArguments:
         "data that the run was trained on.",
     )
     dataset_format: DatasetFormat = option(
-        "auto", "Format of the raw files. auto decides by the file name and, for .txt and .tsv, by the first line."
+        "auto",
+        "Format of the raw files. auto decides by the file's name and its first bytes and, for .txt and .tsv, by its "
+        "first line.",
     )
     dataset_schema: str | None = option(
         None,
@@ -132,9 +133,12 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
                 f"{trained.folder} is not inside the folder of its run, so its data is unknown. Add --dataset_name."
             )
         # The vocabulary of a fine-tuned model also has keys of the model that it started from.
-        schema_from = trained.folder if was_fine_tuned else None
+        schema_from = trained.folder if was_fine_tuned and not is_prepared(of_run.dataset_name) else None
         is_canonical = trained.schema.is_canonical
-        return prepare_dataset(of_run, cache, topology, schema_from, is_canonical=is_canonical), split
+        prepared = prepare_dataset(
+            of_run, cache, topology, schema_from, is_canonical=is_canonical, is_label_required=True
+        )
+        return prepared, split
     data = DataArguments(
         dataset_name=name,
         dataset_format=arguments.dataset_format,

@@ -138,7 +138,8 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     topology.barrier()
     written = _write_tables(model.tables, draft, topology) if model.tables is not None else {}
     dense = model.dense_state_dict()
-    _write_uses(model, draft)
+    if model.knows_uses:
+        _write_uses(model, draft)
     if topology.is_main:
         save_file(dense, draft / "model-dense.safetensors", metadata={"format": "pt"})
         written |= {name: ("model-dense.safetensors", _bytes(tensor)) for name, tensor in dense.items()}
