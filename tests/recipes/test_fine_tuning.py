@@ -201,6 +201,15 @@ def test_evaluate_reads_the_new_data_in_the_trained_models_order(old_run, new_lo
     assert metrics == pytest.approx(tested, rel=1e-6)
 
 
+def test_evaluate_reads_a_prepared_folder_that_the_run_was_tuned_on(old_run, new_log, tmp_path):
+    run, prepared = tmp_path / "run", new_log.prepared(tmp_path / "cache")
+    train([f"--dataset_name={prepared}"], run, f"--model_name_or_path={old_run}", "--max_steps=1")
+    done = run_script("evaluate.py", f"--model_name_or_path={run}", f"--output={tmp_path / 'metrics.json'}")
+    assert done.status == 0, done.output
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["ne"] == pytest.approx(summary(run)["test"]["ne"], rel=1e-6)
+
+
 def numbers(pattern: str, text: str) -> tuple[int, ...]:
     found = re.search(pattern, text)
     assert found, text
