@@ -38,6 +38,8 @@ MetricName = Literal["auc", "ne", "logloss"]
 
 
 _STEPS_PER_EPOCH, _LEAST_STEPS = 200, 500
+LEARNING_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.05}
+"""The defaults, without a trained model to start from."""
 _LEAST_EVAL_STEPS = 25
 _LEAST_BATCH, MOST_BATCH = 64, 2048
 """For the batch size and the epochs that the user left out: the least over all ranks, the most per rank."""
@@ -132,8 +134,14 @@ class TrainingArguments:
         None, "Passes over the training split. Default: as many as it takes to make 500 steps, and 1 for large data."
     )
     max_steps: int = option(-1, "Total number of steps. Overrides --num_train_epochs, unless it is -1.")
-    learning_rate: float = option(1e-3, "Peak learning rate of the dense part: all weights except the tables.")
-    table_learning_rate: float = option(0.05, "Peak learning rate of the embedding tables.")
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of the dense part: all weights except the tables. Default: 1e-3, and a third of it with "
+        "--model_name_or_path, so that the model keeps what it knows.",
+    )
+    table_learning_rate: float | None = option(
+        None, "Peak learning rate of the embedding tables. Default: 0.05, and a third of it with --model_name_or_path."
+    )
     table_epsilon: float = option(
         1e-3,
         "Epsilon of the tables' Adagrad optimizer. A larger value makes the updates of rarely seen rows smaller, which "
@@ -291,6 +299,7 @@ def parse_arguments(
     checked = [check_types(part, vars(given), "command line") for part, given in zip(_PARTS, parts, strict=True)]
     arguments = Arguments(launch.ds_config if launch.ds_config == AUTO else find(launch.ds_config), *checked)
     _resolve_paths(arguments)
+    _choose_learning_rates(arguments.training)
     _check_ranges(arguments.training)
     _check_combinations(arguments.training, arguments.data)
     import_interaction_files(arguments.training.interaction_files)
@@ -327,6 +336,12 @@ def _resolve_paths(arguments: Arguments) -> None:
     find_paths(data, "dataset_name", "dataset_schema", "train_file", "validation_file", "test_file")
     find_paths(training, "interaction_files", "model_name_or_path")
     training.output_dir = training.output_dir or f"runs/{_name_of(data)}"
+
+
+def _choose_learning_rates(training: TrainingArguments) -> None:
+    for name, rate in LEARNING_RATES.items():
+        if getattr(training, name) is None:
+            setattr(training, name, rate / 3 if training.model_name_or_path else rate)
 
 
 def _name_of(data: DataArguments) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from dhen.config.arguments import ARGUMENTS_FILE, Arguments, DataArguments
+from dhen.config.arguments import ARGUMENTS_FILE, LEARNING_RATES, Arguments, DataArguments
 from dhen.config.command_line import ArgumentError, Paths
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.prepared_rows import mean_bag_sizes
@@ -111,7 +111,8 @@ def take_earlier_defaults(arguments: Arguments) -> list[str]:
     sentences = []
     for part, names in ((arguments.data, _CHANGED_DATA_DEFAULTS), (training, _CHANGED_DEFAULTS)):
         for name in names:
-            if getattr(part, name) == type(part).__dataclass_fields__[name].default and name in recorded:
+            default = LEARNING_RATES.get(name, type(part).__dataclass_fields__[name].default)
+            if getattr(part, name) == default and name in recorded:
                 setattr(part, name, recorded[name])
                 sentences.append(f"{name} is {recorded[name]}, as in the run that is resumed")
     return sentences
