@@ -151,6 +151,12 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
     for split, counts in schema.splits.items():
         if counts.unlabelled:
             raise ArgumentError(f"{counts.unlabelled:,} rows in the {split} split have no label. Use labelled rows.")
+    train = schema.splits["train"]
+    if train.clicks in (0, train.rows):
+        raise ArgumentError(
+            f"The labels of the {train.rows:,} training rows are all {int(train.clicks > 0)}, so there is nothing to "
+            "learn. Check the label in dataset_schema, or use more rows."
+        )
     if "validation" not in schema.splits:
         needs = "needs a validation split, but the data has none. Add one with validation_file or split_fractions."
         if training.early_stopping_patience:

@@ -53,10 +53,14 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         write_unseen(output_dir / UNSEEN_FILE, unseen)
         for split, of_split in unseen.items():
             report_unseen(split, of_split, data.schema)
-        for sentence in doubts(state.step, {splits[name]: of for name, of in values.items()}, data.schema):
+        by_split = {splits[name]: of_split for name, of_split in values.items()}
+        for sentence in doubts(arguments, state.step, tested_step, by_split, data.schema):
             logger.warning("%s", sentence)
         rate = summary["samples_per_second"]
         logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
+        metric, is_last = arguments.training.metric_for_best_model, tested_step == state.step
+        best = "" if is_last else f", whose validation {metric} was the best"
+        logger.info("tested and exported: the weights of step %s%s", f"{tested_step:,}", best)
         logger.info(
             "results are in %s: curves.png, metrics.csv, summary.json, unseen.csv, and the model in %s/",
             output_dir,
@@ -64,13 +68,18 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         )
 
 
-def doubts(steps: int, values: Mapping[str, Evaluation], schema: Schema) -> list[str]:
+def doubts(
+    arguments: Arguments, steps: int, tested_step: int, values: Mapping[str, Evaluation], schema: Schema
+) -> list[str]:
     """A sentence if the run was short; otherwise one for each split whose predictions are far from its click rate."""
     if steps < _FEW_STEPS:
-        return [
-            f"the run made only {steps} steps, so the model has probably learned little. Use a smaller "
-            "per_device_train_batch_size or more num_train_epochs, or leave both out."
-        ]
+        way_out = "a smaller per_device_train_batch_size or more num_train_epochs, or leave both out"
+        if arguments.training.max_steps > 0:
+            way_out = "a larger max_steps"
+        return [f"the run made only {steps} steps, so it has probably learned little from these rows. Use {way_out}."]
+    advice = "Train longer" + (" or with less dropout" if arguments.architecture.dropout else "")
+    if tested_step < steps:
+        advice = "The model overfits after that step: try a larger table_epsilon, fewer epochs or dropout"
     sentences = []
     for name, of_split in values.items():
         calibration, counts = of_split.metrics.calibration, schema.splits[name]
@@ -78,7 +87,7 @@ def doubts(steps: int, values: Mapping[str, Evaluation], schema: Schema) -> list
             chance = math.sqrt((1 - counts.clicks / counts.rows) / counts.clicks)
             why = f"With so few clicks, chance explains this: its standard error is {chance:.3f}."
             if abs(calibration - 1) >= 2 * chance:
-                why = "Train longer or without dropout, and check that these rows are like the training rows."
+                why = f"{advice}, and check that these rows are like the training rows."
             way = "high" if calibration > 1 else "low"
             sentences.append(
                 f"{name}: the predictions are too {way} on average: calibration is {calibration:.3f}. {why}"

@@ -198,3 +198,23 @@ def test_a_mistake_of_another_rank_alone_is_heard(click_log, tmp_path):
     done = run_script("train.py", *flags, ranks=2, patch=die_on_rank_1)
     assert "[rank 1] error: only here" in done.output, done.output
     assert done.status == 1
+
+
+def test_an_output_does_not_overwrite_an_input(tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("label,user\n1,a\n")
+    for script in ("predict.py", "evaluate.py"):
+        done = run_script(script, "--model_name_or_path=m", f"--dataset_name={tmp_path}/*.csv", f"--output={rows}")
+        assert done.status == 1
+        assert f"--output {rows} is an input, which it would overwrite. Choose another name." in done.output
+    assert rows.read_text() == "label,user\n1,a\n"
+
+
+def test_a_training_split_of_one_class_is_refused(tmp_path):
+    rows, schema = tmp_path / "rows.csv", tmp_path / "schema.yaml"
+    rows.write_text("label,user\n" + "1,a\n" * 50)
+    schema.write_text("label: label\nsparse: [user]\n")
+    flags = [f"--dataset_name={rows}", f"--dataset_schema={schema}", f"--output_dir={tmp_path / 'run'}"]
+    done = run_script("train.py", *flags, "--interactions=linear", "--ds_config=ds_configs/zero0.json")
+    assert done.status == 1
+    assert "training rows are all 1, so there is nothing to learn. Check the label in dataset_schema" in done.output

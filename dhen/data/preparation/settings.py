@@ -72,6 +72,8 @@ class PreparationSettings:
         self._check_choice("bad_rows", ("error", "skip"))
         for name in ("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema"):
             object.__setattr__(self, name, _found(getattr(self, name)))
+        if self.like is not None and (Path(self.like) / "model").is_dir():  # a run folder
+            object.__setattr__(self, "like", Path(self.like) / "model")
         fractions = tuple(self.split_fractions)
         object.__setattr__(self, "split_fractions", fractions)
         if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1, abs_tol=1e-6):

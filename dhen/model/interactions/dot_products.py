@@ -139,7 +139,10 @@ class AdvancedDlrm(Interaction):
             raise ValueError(f"compress_to is {compress_to}. Use 1 or more.")
         if compress_to is None:
             if context.num_inputs < 2:
-                raise ValueError("a single embedding has no pairs. Set compress_to, or use another interaction.")
+                raise ValueError(
+                    "a single embedding has no pairs. Use another interaction, such as linear, or a larger "
+                    "num_dense_embeddings."
+                )
             self.dots: nn.Module = PairwiseDots(context.num_inputs)
         else:
             self.dots = CompressedDots(context.num_inputs, context.embedding_dim, compress_to, example_weights)

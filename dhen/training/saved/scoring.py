@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from dhen.config.command_line import (
     unknown_argument,
 )
 from dhen.data.loading.batches import BatchLoader
-from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.settings import PreparationSettings, as_tuple
 from dhen.data.preparation.sources import format_of
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
@@ -89,7 +90,16 @@ def parse_scoring_arguments(command_line: Sequence[str] | None, description: str
         raise ArgumentError("--model_name_or_path is missing. Set it to a run folder or an exported model.")
     find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
     import_interaction_files(arguments.interaction_files)
+    _check_output(arguments)
     return arguments
+
+
+def _check_output(arguments: ScoringArguments) -> None:
+    """Raise ArgumentError if the output would overwrite an input."""
+    names = [*as_tuple(arguments.dataset_name), *as_tuple(arguments.dataset_schema)]
+    inputs = {Path(path).resolve() for name in names for path in (name, *glob(name))}
+    if arguments.output and Path(arguments.output).resolve() in inputs:
+        raise ArgumentError(f"--output {arguments.output} is an input, which it would overwrite. Choose another name.")
 
 
 def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[ScoringDhen, BatchLoader]:
