@@ -76,11 +76,11 @@ def without_bytes(value: object) -> str | None:
 @pytest.mark.parametrize(
     ("name", "content", "read_as"),
     [
-        ("log.csv", gzip.compress(TEXT), "csv"),
+        ("log.csv", gzip.compress(TEXT, mtime=0), "csv"),
         ("log.csv.gz", TEXT, "csv"),
         ("log", TEXT, "csv"),
         ("log.gz", b"\xef\xbb\xbf" + TEXT, "csv"),
-        ("log.csv", gzip.compress(b"\xef\xbb\xbf" + TEXT), "csv"),
+        ("log.csv", gzip.compress(b"\xef\xbb\xbf" + TEXT, mtime=0), "csv"),
         ("log.csv", parquet(), "parquet"),
         ("log.gz", parquet(), "parquet"),
         ("log", parquet(), "parquet"),
@@ -131,9 +131,19 @@ def test_a_parquet_name_hides_nothing(tmp_path, kind):
     ("name", "content", "asked", "message"),
     [
         ("log.parquet", TEXT, "auto", "not a complete Parquet file .* if it is text, use --dataset_format csv"),
-        ("log.parquet", gzip.compress(TEXT), "auto", "this is a gzip file. Unpack it first, or use --dataset_format"),
-        ("log.csv", gzip.compress(gzip.compress(TEXT)), "auto", "within the gzip, this is a gzip file"),
-        ("log.csv", gzip.compress(parquet()), "auto", "within the gzip, this is a Parquet file"),
+        (
+            "log.parquet",
+            gzip.compress(TEXT, mtime=0),
+            "auto",
+            "this is a gzip file. Unpack it first, or use --dataset_format",
+        ),
+        (
+            "log.csv",
+            gzip.compress(gzip.compress(TEXT, mtime=0), mtime=0),
+            "auto",
+            "within the gzip, this is a gzip file",
+        ),
+        ("log.csv", gzip.compress(parquet(), mtime=0), "auto", "within the gzip, this is a Parquet file"),
         ("log.csv", parquet(), "csv", "this is a Parquet file. Use --dataset_format parquet"),
         ("log.csv", b"\xfe\xff" + TEXT.decode().encode("utf-16-be"), "auto", "this is UTF-16 text. .* `iconv"),
     ],
