@@ -22,9 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dhen.config.arguments import MOST_BATCH, Arguments, parse_arguments
+from dhen.config.arguments import Arguments, parse_arguments
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import read_section
+from dhen.config.left_out import MOST_BATCH
 from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation.encoding import HASH_SIZE
 from dhen.data.schema import Schema

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import os
 import re
 import sys
@@ -37,12 +36,8 @@ ScalingRule = Literal["none", "linear", "sqrt"]
 MetricName = Literal["auc", "ne", "logloss"]
 
 
-_STEPS_PER_EPOCH, _LEAST_STEPS = 200, 500
 LEARNING_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.05}
 """The defaults, without a trained model to start from."""
-_LEAST_EVAL_STEPS = 25
-_LEAST_BATCH, MOST_BATCH = 64, 2048
-"""For the batch size and the epochs that the user left out: the least over all ranks, the most per rank."""
 
 
 @dataclass
@@ -209,27 +204,6 @@ class TrainingArguments:
     )
     seed: int = option(0, "Random seed of the initial weights, the order of the rows, and dropout.")
     interaction_files: list[str] = option([], "Python files that register your own interactions.")
-
-    def choose_sizes(self, rows: int, world_size: int) -> str:
-        """Set the batch size and the number of epochs that were left out. rows: of the training split.
-
-        Returns what was chosen, as text; empty if nothing was left out.
-        """
-        chosen = []
-        if self.per_device_train_batch_size is None:
-            global_batch = max(2 ** round(math.log2(rows / _STEPS_PER_EPOCH)), _LEAST_BATCH)
-            per_rank = global_batch // (world_size * self.gradient_accumulation_steps)
-            self.per_device_train_batch_size = min(max(per_rank, 1), MOST_BATCH)
-            chosen.append(f"per_device_train_batch_size {self.per_device_train_batch_size}")
-        if self.num_train_epochs is None and self.max_steps < 1:
-            per_step = self.per_device_train_batch_size * world_size * self.gradient_accumulation_steps
-            steps_per_epoch = math.ceil(rows / per_step)
-            self.num_train_epochs = math.ceil(_LEAST_STEPS / steps_per_epoch)
-            chosen.append(f"num_train_epochs {self.num_train_epochs}")
-            if not self.eval_steps and steps_per_epoch < _LEAST_EVAL_STEPS:
-                self.eval_steps = _LEAST_EVAL_STEPS
-                chosen.append(f"eval_steps {self.eval_steps}")
-        return f"chosen for {rows:,} training rows: {', '.join(chosen)}" if chosen else ""
 
     def without_effect(self) -> list[str]:
         """A sentence for each value that the user changed but that another value leaves without effect."""

@@ -30,7 +30,7 @@ class RowUses:
 
     def __init__(self, rows: Sequence[int], device: torch.device) -> None:
         """rows: of each table."""
-        self._rows = list(rows)
+        self._rows, self.num_tables = list(rows), len(rows)
         self._starts_S = torch.tensor([0, *self._rows], device=device).cumsum(0)[:-1]
         self.counts = torch.zeros(sum(self._rows), dtype=torch.int32, device=device)
         self._added = 0
@@ -89,7 +89,7 @@ class UnseenIds:
         None: the unused rows already hold the mean, as in an exported model.
         """
         self._uses, self._compute_means = uses, means
-        self.counts_3S = torch.zeros(3, len(uses._rows), dtype=torch.int64, device=uses.counts.device)
+        self.counts_3S = torch.zeros(3, uses.num_tables, dtype=torch.int64, device=uses.counts.device)
 
     def split(self, ids: Tensor, lengths_SR: Tensor, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Count the ids of S * R bags, and give unused rows weight 0. lengths_SR: ids in each bag.

@@ -11,8 +11,9 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from dhen.config.arguments import ARGUMENTS_FILE, LEARNING_RATES, Arguments, DataArguments
+from dhen.config.arguments import ARGUMENTS_FILE, Arguments, DataArguments
 from dhen.config.command_line import ArgumentError, Paths
+from dhen.config.left_out import choose_sizes, take_recorded
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation import preprocessing
@@ -32,11 +33,6 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 30.0
 QUICKSTART = "quickstart"
 QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
-_CHANGED_DATA_DEFAULTS = ("id_encoding", "hash_size", "min_count", "vocabulary_keys")
-_CHANGED_DEFAULTS = (
-    "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "table_learning_rate", "table_epsilon",
-)  # fmt: skip
-"""Arguments whose defaults were others in versions that did not record vocabulary_keys."""
 _USE_RAW = "Use the raw files instead: they are prepared with the model's schema."
 
 
@@ -66,7 +62,7 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
     ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     data, training = arguments.data, arguments.training
-    for sentence in take_earlier_defaults(arguments):
+    for sentence in _take_earlier_defaults(arguments):
         if topology.is_main:
             logger.info(sentence)
     cache = Path(data.cache_dir) if data.cache_dir else Path(training.output_dir).parent / "prepared"
@@ -86,7 +82,7 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
         start = start_from(trained, prepared, schema)
         schema = start.schema
     _check_splits(arguments, schema)
-    chosen = training.choose_sizes(schema.splits["train"].rows, topology.world_size)
+    chosen = choose_sizes(training, schema.splits["train"].rows, topology.world_size)
     if topology.is_main:
         if chosen:
             logger.info(chosen)
@@ -95,27 +91,13 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
     return TrainingData(prepared, schema, start, _open_splits(arguments, topology, prepared, schema))
 
 
-def take_earlier_defaults(arguments: Arguments) -> list[str]:
-    """On a resume of a run of an earlier version, set what is left at its default to the value that the run recorded.
-
-    The defaults of that version were others. Returns a sentence for each value that this changes.
-    """
+def _take_earlier_defaults(arguments: Arguments) -> list[str]:
+    """Apply `take_recorded` if the run resumes one whose arguments are known."""
     training = arguments.training
     if not training.resume_from_checkpoint:
         return []
     path = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)).parent / ARGUMENTS_FILE
-    recorded = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if recorded is None or "vocabulary_keys" in recorded:
-        return []
-    recorded["vocabulary_keys"] = "new"
-    sentences = []
-    for part, names in ((arguments.data, _CHANGED_DATA_DEFAULTS), (training, _CHANGED_DEFAULTS)):
-        for name in names:
-            default = LEARNING_RATES.get(name, type(part).__dataclass_fields__[name].default)
-            if getattr(part, name) == default and name in recorded:
-                setattr(part, name, recorded[name])
-                sentences.append(f"{name} is {recorded[name]}, as in the run that is resumed")
-    return sentences
+    return take_recorded(arguments, yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else []
 
 
 def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:

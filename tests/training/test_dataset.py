@@ -1,4 +1,4 @@
-"""Preparing data in a job of several ranks, and the arguments of a run that is resumed."""
+"""Preparing data in a job of several ranks, and for a run that is resumed."""
 
 import time
 from dataclasses import replace
@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-import yaml
 
 from dhen.config.arguments import DataArguments, parse_arguments
 from dhen.data.formats.raw_rows import DataError
 from dhen.runtime.topology import Topology
 from dhen.training import dataset
-from dhen.training.dataset import take_earlier_defaults
 from tests.ranks import run_ranks
 
 FOLDER = Path("prepared")
@@ -46,28 +44,11 @@ def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
     assert "rows.tsv: row 1" in message
 
 
-def write_run(folder: Path, **recorded: object) -> Path:
-    """A run folder with a checkpoint and its arguments."""
-    (folder / "checkpoint-4").mkdir(parents=True)
-    (folder / "checkpoint-4/trainer_state.json").write_text("{}")
-    (folder / "arguments.yaml").write_text(yaml.safe_dump(recorded))
-    return folder
-
-
-def test_a_resumed_run_of_an_earlier_version_keeps_its_defaults(tmp_path):
-    earlier = {"id_encoding": "hash", "hash_size": 100_000, "min_count": 1, "num_train_epochs": 1}
-    earlier |= {"per_device_train_batch_size": 2048, "lr_scheduler_type": "constant", "table_epsilon": 1e-8}
-    flags = ["--dataset_name=a", "--resume_from_checkpoint=true", "--num_train_epochs=3"]
-    run = write_run(tmp_path / "old", **earlier)
-    arguments = parse_arguments([*flags, f"--output_dir={run}"])
-    said = take_earlier_defaults(arguments)
-    data, training = arguments.data, arguments.training
-    assert (data.id_encoding, data.hash_size, data.vocabulary_keys) == ("hash", 100_000, "new")
-    assert (training.lr_scheduler_type, training.table_epsilon) == ("constant", 1e-8)
-    assert training.num_train_epochs == 3, "it was given"
-    assert "lr_scheduler_type is constant, as in the run that is resumed" in said
-    run = write_run(tmp_path / "now", **earlier, vocabulary_keys="union")
-    arguments = parse_arguments([*flags, f"--output_dir={run}"])
-    assert take_earlier_defaults(arguments) == []
-    assert arguments.training.lr_scheduler_type == "cosine"
-    assert take_earlier_defaults(parse_arguments(["--dataset_name=a", f"--output_dir={run}"])) == []
+def test_a_resume_reads_the_arguments_beside_its_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4/trainer_state.json").write_text("{}")
+    arguments = parse_arguments(["--dataset_name=a", f"--output_dir={tmp_path}", "--resume_from_checkpoint=true"])
+    assert dataset._take_earlier_defaults(arguments) == [], "a checkpoint without its run says nothing"
+    (tmp_path / "arguments.yaml").write_text("lr_scheduler_type: constant\n")
+    dataset._take_earlier_defaults(arguments)
+    assert arguments.training.lr_scheduler_type == "constant"

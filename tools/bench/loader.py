@@ -27,8 +27,9 @@ import pyarrow
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.config.arguments import MOST_BATCH, Arguments, parse_arguments
+from dhen.config.arguments import Arguments, parse_arguments
 from dhen.config.ds_config import read_ds_config
+from dhen.config.left_out import MOST_BATCH
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
