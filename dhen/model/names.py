@@ -27,6 +27,18 @@ _RESERVED_NAMES = frozenset(
 out so that data preparation can check names without importing torch."""
 
 
+def quoted(value: Any, most: int = 80) -> str:
+    """The value as Python writes it, on one line. Longer text than `most` characters is cut, with its length.
+
+    >>> quoted("two\\nlines")
+    "'two\\\\nlines'"
+    >>> quoted("a" * 5000, most=8)
+    "'aaaaaaa… (5,002 characters)"
+    """
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
     """Return an error sentence that suggests the nearest allowed name and lists all of them.
 
