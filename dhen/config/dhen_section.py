@@ -66,6 +66,9 @@ class DhenSection(BaseModel):
     )
     overlap_tables: bool = Field(True, description="Overlap the tables' all-to-all with computation.")
     placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
+    compile: Literal["none", "layers"] = Field(
+        "none", description='torch.compile: "layers" compiles the forward and backward of each layer.'
+    )
     activation_checkpointing: Literal["none", "all"] | _Count | list[str] = Field(
         "none",
         description="Layers, counted from the input, or kinds of interactions, that are recomputed in the backward.",

@@ -11,7 +11,7 @@ import functools
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -86,6 +86,22 @@ class StepTrace:
     def loss_at(self) -> int:
         """Index of the "loss" event, the end of the forward."""
         return next(index for index, event in enumerate(self.events) if event.kind == "loss")
+
+    def of_compiled_layers(self, weight_bytes: int) -> "StepTrace":
+        """The trace if each layer is compiled: stage 3 gathers a layer's weights together, and the gradients of a layer
+        arrive together, when its backward ends. weight_bytes: of one element.
+
+        Activations count as those of layers as written. Fused kernels keep fewer.
+        """
+        events: list[Event] = []
+        for layer, group in itertools.groupby(self.events, key=lambda event: event.layer):
+            segment = list(group)
+            events += segment if layer is None else _as_one(segment, layer_name(layer), self.weights, weight_bytes)
+        modules: dict[str, tuple[str, ...]] = {}
+        for name, own in self.modules.items():
+            whole = name if _layer_of(name) is None else layer_name(_layer_of(name))
+            modules[whole] = modules.get(whole, ()) + own
+        return replace(self, events=tuple(events), modules=modules)
 
 
 @dataclass(frozen=True)
@@ -290,6 +306,23 @@ def _lengthened(trace: StepTrace, places: Sequence[range]) -> StepTrace:
         for new, *own in zip(_names(name, places), *(_names(weight, places) for weight in weights_of), strict=True)
     }
     return StepTrace(tuple(events), weights, modules)
+
+
+def _as_one(events: Iterable[Event], layer: str, weights: Mapping[str, int], weight_bytes: int) -> Iterator[Event]:
+    """A layer's events without those of the modules inside it, and with its gradients at the end."""
+    kept, peak, gradients = 0, 0, []
+    work: tuple[Work, ...] = ()
+    for event in events:
+        peak, kept, work = max(peak, kept + event.peak), kept + event.kept, work + event.work
+        if event.kind == "gradient":
+            gradients.append(event.name)
+            kept += weights[event.name] * weight_bytes
+        elif event.name == layer:
+            yield replace(event, kept=kept, peak=peak, work=work)
+            kept, peak, work = 0, 0, ()
+    for name in gradients:
+        yield Event("gradient", name, kept - weights[name] * weight_bytes, max(peak, kept), work)
+        kept, peak, work = 0, 0, ()
 
 
 def _names(name: str, places: Sequence[range]) -> list[str]:

@@ -38,6 +38,8 @@ class MemoryPlan:
         try:
             precision = precision_of(ds_config)
             trace = trace_step(config, batch_size, precision, ds_config.dhen.activation_checkpointing)
+            if ds_config.dhen.compile == "layers":
+                trace = trace.of_compiled_layers(precision.weights.itemsize)
             return cls(trace, "", memory_bytes, evaluation_bytes(config, eval_batch_size, precision))
         except ValueError as error:
             return cls(None, str(error), memory_bytes)

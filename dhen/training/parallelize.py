@@ -26,6 +26,7 @@ from dhen.config.ds_config import DsConfig, DsConfigError
 from dhen.dense import hsdp
 from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.dense.activation_offload import offload_layers
+from dhen.dense.compiled_layers import compile_layers
 from dhen.dense.lean_stage3 import LeanStage3
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
@@ -243,7 +244,7 @@ def parallelize(
         _load_dense_weights(dense, dense_weights)
     if fill_table:
         _fill_tables(dense, placement.replicated, fill_table)
-    _save_activations(dense, ds_config, topology.device)
+    _transform_layers(dense, ds_config, topology.device)
     engine = _engine(dense, ds_config, groups)
     # All ranks drew the weights from one seed. For dropout, each rank needs its own.
     torch.manual_seed(seed + topology.rank)
@@ -319,10 +320,14 @@ def _dense_part(
         return DhenForClickPrediction(config, with_tables=replicated, table_seed=seed)
 
 
-def _save_activations(dense: DhenForClickPrediction, ds_config: DsConfig, device: torch.device) -> None:
-    """Wrap for checkpointing first, so that offload moves only the activations that checkpointing keeps."""
-    section, key = ds_config.dhen, "activation_checkpointing"
+def _transform_layers(dense: DhenForClickPrediction, ds_config: DsConfig, device: torch.device) -> None:
+    """Compile, then checkpoint, then offload: checkpointing runs compiled layers again, and offload moves only the
+    activations that checkpointing keeps.
+    """
+    section, key = ds_config.dhen, "compile"
     try:
+        compile_layers(dense, section.compile, device)
+        key = "activation_checkpointing"
         checkpoint_layers(dense, section.activation_checkpointing)
         key = "activation_offload"
         offload_layers(dense, section.activation_offload, device)

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
+from dhen.model.layer import DhenLayer
 from dhen.planner.live_memory import LiveMemory
 from dhen.planner.machine import read_machine
 from dhen.planner.memory import MemorySetting, predict_memory
@@ -18,6 +20,7 @@ from dhen.planner.step_trace import trace_step
 from dhen.planner.technique import Technique
 from dhen.planner.zero3_gathering import Gathering, Limits
 from dhen.runtime.topology import Topology
+from dhen.training import parallelize as parallelize_module
 from dhen.training.parallelize import parallelize
 from tests.planner.test_step_trace import kept_bytes
 from tests.ranks import run_ranks
@@ -88,6 +91,26 @@ def test_the_predicted_peak_is_the_fullest_ranks(precision, techniques):
     for technique, *peaks in zip(techniques, *measured, strict=True):
         predicted = planner.predict(technique).memory
         assert predicted.peak == pytest.approx(max(peaks), rel=TOLERANCE), f"{technique}: {predicted}"
+
+
+def peaks_of_whole_layers(topology: Topology, techniques: list[Technique]) -> list[int]:
+    """Like `measured_peaks`, where stage 3 gathers whole layers as it does for compiled ones.
+
+    The layers run as written, because operations inside compiled code cannot be counted.
+    """
+    parallelize_module.compile_layers = lambda model, *_: set_z3_leaf_modules(model, [DhenLayer])
+    return measured_peaks(topology, "fp32", techniques)
+
+
+def test_the_weights_of_a_compiled_layer_are_counted_together():
+    techniques = [Technique("zero3"), Technique("zero3", checkpointing=DEPTH), Technique("hsdp")]
+    measured, planner = run_ranks(4, peaks_of_whole_layers, techniques, local_size=2), planner_of("fp32")
+    for technique, *peaks in zip(techniques, *measured, strict=True):
+        trace = trace_step(planner.job.config, BATCH, checkpointing=technique.checkpointing)
+        setting, tables = planner.setting(technique), planner.table_bytes(Technique())[0]
+        predicted = predict_memory(trace.of_compiled_layers(4), setting, tables).peak
+        assert predicted == pytest.approx(max(peaks), rel=TOLERANCE)
+        assert predict_memory(trace, setting, tables).peak < (1 - TOLERANCE) * max(peaks)
 
 
 def test_gradients_summed_over_micro_steps_are_held_meanwhile():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,12 @@ def test_a_last_step_of_fewer_rows_than_pieces_is_learned(tmp_path):
     assert done.status == 0, done.output
     assert summary(run)["samples_seen"] == 641
     assert summary(run)["steps"] == 11
+
+
+def test_a_run_says_what_it_compiles(click_log, tmp_path):
+    path = tmp_path / "compiled.json"
+    text = (ROOT / "ds_configs/zero2.json").read_text()
+    path.write_text(text.replace('"dhen": {', '"dhen": {"compile": "layers",'))
+    said = train(click_log, tmp_path / "run", "--max_steps=2", "--interactions=linear", ds_config=str(path))
+    assert "compile: 1 layers by torch.compile" in said
+    assert re.search(r"compile: layer 0 for \d+ examples, in \d+\.\d s", said), said
