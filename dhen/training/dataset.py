@@ -151,9 +151,27 @@ def _without_effect(arguments: Arguments, schema: Schema, start: StartingPoint |
     """A sentence for each setting that has no effect, and one for frozen weights that were never trained."""
     like = start.trained.folder if start else None
     sentences = settings_without_effect(arguments.data, schema, like) + arguments.training.without_effect()
+    sentences += _missing_metrics(arguments.training.metric_for_best_model, schema)
     if start:
         sentences += ignored_architecture(arguments.architecture, start)
         sentences += frozen_and_new(arguments.training.freeze, start) + lost_tables(start)
+    return sentences
+
+
+def _missing_metrics(best: str, schema: Schema) -> list[str]:
+    """A sentence for each split with one class, in which auc and ne do not exist."""
+    sentences = []
+    for split, counts in schema.splits.items():
+        if counts.clicks in (0, counts.rows):
+            sentence = (
+                f"the labels of the {split} split are all {int(counts.clicks > 0)}, so its auc and ne do not exist"
+            )
+            if split == "validation" and best != "logloss":
+                sentence += (
+                    f". So {best} chooses no checkpoint, and early stopping and reduce_lr_on_plateau do not act: the "
+                    "last weights are tested and exported. Or set metric_for_best_model to logloss"
+                )
+            sentences.append(sentence)
     return sentences
 
 

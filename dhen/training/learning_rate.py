@@ -102,17 +102,13 @@ class BestMetric:
         self.evaluations_since = 0
 
     def update(self, value: float) -> bool:
-        """Record an evaluation. Returns whether it is the best so far; NaN and infinity never are."""
-        if self._is_best(value):
-            self.value, self.evaluations_since = value, 0
-            return True
-        self.evaluations_since += 1
-        return False
-
-    def _is_best(self, value: float) -> bool:
+        """Record an evaluation. Returns whether it is the best so far. A value that is not finite changes nothing."""
         if not math.isfinite(value):
             return False
-        return self.value is None or (value > self.value if self.name == "auc" else value < self.value)
+        is_best = self.value is None or (value > self.value if self.name == "auc" else value < self.value)
+        self.evaluations_since = 0 if is_best else self.evaluations_since + 1
+        self.value = value if is_best else self.value
+        return is_best
 
     def has_stalled(self, patience: int) -> bool:
         """Whether the last `patience` evaluations did not improve the metric. Always False for patience 0."""

@@ -5,18 +5,25 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.arguments import TrainingArguments
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.tables.id_exchange import SentIds
+from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_learning_rate
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallelize import ParallelDhen, ScoringDhen
 from dhen.training.progress import ProgressReporter
-from dhen.training.saved.checkpoint import CANONICAL_KEYS, TrainerState, delete_old_checkpoints, save_checkpoint
+from dhen.training.saved.checkpoint import (
+    CANONICAL_KEYS,
+    TrainerState,
+    checkpoints,
+    delete_old_checkpoints,
+    save_checkpoint,
+)
 from dhen.training.unseen import UnseenValues, unseen_values
 
 
@@ -76,6 +83,7 @@ class Trainer:
         )
         self._best = BestMetric(arguments.metric_for_best_model)
         self._running_loss = RunningLoss(model.topology.device)
+        self._broken: KeptMicroStep | None = None
         self.state = TrainerState()
 
     def restore(self, state: TrainerState) -> None:
@@ -136,8 +144,20 @@ class Trainer:
             loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()
         # DeepSpeed and the tables average gradients over ranks, and DeepSpeed divides by the accumulation steps. With
         # this factor the result is the mean over the rows of the step, even if ranks have different numbers of rows.
-        self.model.step(loss * (self._shares / batch.global_rows))
+        kept = self._broken or KeptMicroStep(batch, embeddings_BFD, loss)
+        try:
+            self.model.step(loss * (self._shares / batch.global_rows))
+        except FloatingPointError as error:
+            found = where_it_began(self.model, kept, self.train_loader.schema)
+            self._refuse(self.state.step + 1, f"{error}. {found}")
+        self._broken = kept if kept.is_broken() else None
         self._running_loss.update(logits_B.detach(), batch.labels_B)
+
+    def _refuse(self, step: int, what: str) -> NoReturn:
+        """Raise FloatingPointError, so that no broken weights are saved or exported."""
+        saved = checkpoints(self.output_dir)
+        newest = f"The newest checkpoint is {saved[-1]}." if saved else f"{self.output_dir} has no checkpoint yet."
+        raise FloatingPointError(f"step {step}: {what} {newest}") from None
 
     def _finish_step(self, rows: int, factor: float) -> None:
         """Decay the tables, count the step, then log, evaluate and save if each is due."""
@@ -174,31 +194,27 @@ class Trainer:
 
     def _log(self, factor: float) -> None:
         loss, ne = self._running_loss.take(self.model.topology.world)
-        self._check_finite(loss)
         self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
-
-    def _check_finite(self, loss: float) -> None:
-        """Raise FloatingPointError if the loss is not finite, so that no broken weights are saved."""
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss is {loss} at step {self.state.step}. Lower learning_rate or table_learning_rate, add "
-                "warmup_steps, or set max_grad_norm. The last checkpoint in output_dir was saved before this."
-            )
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split. Returns whether the result is the best so far."""
         with self._progress.paused():
             self.model.average_buffers()
             values = evaluate(self.model, self.validation_loader).metrics
-        improved = self._best.update(getattr(values, self._best.name))
+        if not math.isfinite(values.logloss):
+            self._refuse(self.state.step, f"the validation loss is {values.logloss}. {ADVICE}")
+        metric = getattr(values, self._best.name)
+        improved = self._best.update(metric)
         if improved:
             self.state.best_step = self.state.step
-        self._schedule.after_evaluation(improved)
+        if math.isfinite(metric):  # auc and ne do not exist if validation has one class
+            self._schedule.after_evaluation(improved)
         self._progress.log_evaluation("validation", self.state.step, self.state.samples_seen, asdict(values))
         return improved
 
     def _save(self) -> None:
-        self._check_finite(self._running_loss.peek(self.model.topology.world))
+        if not self.model.tables_are_finite():  # a gradient that is finite in the dense part need not be here
+            self._refuse(self.state.step, f"the step made a table infinite or NaN. {ADVICE}")
         state = self.state
         state.schedule = self._schedule.state_dict()
         state.best_metric = self._best.state_dict()

@@ -68,10 +68,6 @@ class RunningLoss:
         """Add a batch of logits_B, and labels_B of 0 and 1. Does not communicate or wait for the device."""
         self._sums += _sums(logits_B, labels_B)
 
-    def peek(self, group: dist.ProcessGroup | None = None) -> float:
-        """Sum of the log loss since the last `take`; 0 without examples. Communicates over `group` like `take`."""
-        return _sum_over(self._sums, group)[0].item()
-
     def take(self, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
         """Return (logloss, ne) since the last call, NaN without examples, and reset the sums.
 

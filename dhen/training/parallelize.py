@@ -11,6 +11,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -158,9 +159,29 @@ class ParallelDhen(ScoringDhen):
 
         FBGEMM updates the tables inside the backward pass. DeepSpeed updates the dense part after the last micro step.
         It divides the loss by the number of micro steps k, so the tables take k updates with gradients of 1/k the size.
+
+        Raises FloatingPointError on all ranks, without a change of the dense part, if the gradient of a step is not
+        finite. A loss that is not finite on any rank makes it so.
         """
-        self.engine.backward(loss)
-        self.engine.step()
+        is_finite = True
+        self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        if self.ds_config.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            # Stages 1 to 3 compute this norm in `engine.step`, wait for it and skip the step without a word.
+            gradients = [weight.grad for weight in self.engine.module.parameters() if weight.grad is not None]
+            is_finite = bool(nn.utils.get_total_norm(gradients).isfinite())
+        if is_finite:
+            self.engine.step()
+            is_finite = not getattr(self.engine.optimizer, "overflow", False)
+        if not is_finite:
+            raise FloatingPointError("the loss or its gradient is not finite")
+
+    def tables_are_finite(self) -> bool:
+        """Whether the sharded tables are finite on all ranks. Communicates; all ranks call it."""
+        shards = [] if self.tables is None else self.tables.shard_tensors()
+        sums = [tensors["weight"].sum(dtype=torch.float32) for _, tensors in shards]  # keeps no copy of a table
+        are_finite = torch.stack([torch.zeros((), device=self.topology.device), *sums]).isfinite().all().int()
+        dist.all_reduce(are_finite, op=dist.ReduceOp.MIN, group=self.topology.world)
+        return bool(are_finite)
 
     def _watch_unseen(self, stack: contextlib.ExitStack) -> None:
         if self.tables is not None:

@@ -141,12 +141,12 @@ def test_best_goes_by_the_metrics_direction(name: str, values: list[float], best
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_no_number_is_never_best(value: float) -> None:
+def test_a_value_that_is_no_number_is_neither_best_nor_worse(value: float) -> None:
     best = BestMetric("auc")
     assert not best.update(value)
     assert best.update(0.5)
     assert not best.update(value)
-    assert (best.value, best.evaluations_since) == (0.5, 1)
+    assert (best.value, best.evaluations_since) == (0.5, 0)
 
 
 def test_an_equal_value_is_no_improvement() -> None:
