@@ -214,7 +214,7 @@ class Trainer:
 
     def _save(self) -> None:
         if not self.model.tables_are_finite():  # a gradient that is finite in the dense part need not be here
-            self._refuse(self.state.step, f"the step made a table infinite or NaN. {ADVICE}")
+            self._refuse(self.state.step, f"the values of a table are out of range. {ADVICE}")
         state = self.state
         state.schedule = self._schedule.state_dict()
         state.best_metric = self._best.state_dict()

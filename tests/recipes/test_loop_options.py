@@ -11,6 +11,8 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.data.loading.batches import BatchLoader
+from dhen.data.preparation.caching import prepare_cached
+from dhen.data.preparation.settings import PreparationSettings
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.training.saved.checkpoint import checkpoints
 from dhen.training.saved.trained_model import TrainedModel
@@ -117,6 +119,33 @@ def test_a_plateau_drops_the_learning_rate(click_log, tmp_path):
                 factor, since = factor / 2, 0
     assert factor <= 0.25, f"it should have dropped twice: {evaluations}"
     assert rows(tmp_path / "run", "train", "learning_rate") == pytest.approx(expected)
+
+
+def test_a_metric_that_validation_does_not_have_neither_stops_the_run_nor_lowers_the_learning_rate(tmp_path):
+    log = prepared_with_clicks_only(tmp_path)
+    printed = train(
+        log, tmp_path / "run", "--per_device_train_batch_size=32", "--max_steps=8", "--eval_steps=1",
+        "--early_stopping_patience=2", "--lr_scheduler_type=reduce_lr_on_plateau", "--warmup_steps=0",
+        "--metric_for_best_model=auc",
+    )  # fmt: skip
+    results = summary(tmp_path / "run")
+    assert (results["steps"], results["tested_step"]) == (8, 8)
+    assert set(rows(tmp_path / "run", "train", "learning_rate").values()) == {1e-3}
+    assert results["eval"]["auc"] is None
+    said = "the labels of the validation split are all 1, so its auc and ne do not exist. So auc chooses no checkpoint"
+    assert printed.count(said) == 1
+
+
+def prepared_with_clicks_only(folder: Path) -> Path:
+    """A prepared log whose validation rows are all clicks."""
+    lines = {}
+    for split, rate in (("train", 3), ("validation", 1), ("test", 3)):
+        lines[split] = [f"{int(index % rate == 0)},{index % 5},k{index % 7}" for index in range(200)]
+        (folder / f"{split}.csv").write_text("\n".join(["click,visits,key", *lines[split]]))
+    files = {f"{split}_file": str(folder / f"{split}.csv") for split in lines}
+    schema = folder / "schema.yaml"
+    schema.write_text("label: click\ndense: [visits]\nsparse: [key]\n")
+    return prepare_cached(PreparationSettings(**files, dataset_schema=str(schema)), folder / "prepared")
 
 
 def test_evaluations_and_checkpoints_come_when_asked_for(click_log, tmp_path):

@@ -163,13 +163,47 @@ def test_overwriting_replaces_the_run_and_leaves_other_files(click_log, earlier_
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_advice(click_log, tmp_path):
-    flags = [f"--dataset_name={click_log}", f"--output_dir={tmp_path / 'run'}", *TINY, "--table_learning_rate=1e38"]
-    done = run_script("train.py", *flags, "--ds_config=ds_configs/zero0.json", "--num_train_epochs=9", ranks=2)
-    line = the_error(done)
-    assert "error: The loss is " in line
-    assert "Lower learning_rate or table_learning_rate" in line
-    assert not (tmp_path / "run" / "model").exists()
+@pytest.mark.parametrize(
+    ("flags", "words", "saved"),
+    [
+        (
+            ["--table_learning_rate=1e38", "--ds_config=ds_configs/zero0.json"],
+            "step 1: the values of a table are",
+            False,
+        ),
+        (
+            ["--learning_rate=1e20", "--ds_config=ds_configs/zero2.json"],
+            "step 2: the loss or its gradient is not",
+            True,
+        ),
+    ],
+    ids=["tables", "dense part"],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_in_its_step_with_advice(click_log, tmp_path, flags, words, saved):
+    run = tmp_path / "run"
+    given = [f"--dataset_name={click_log}", f"--output_dir={run}", *TINY, "--warmup_steps=0", "--save_steps=1", *flags]
+    line = the_error(run_script("train.py", *given, "--per_device_train_batch_size=64", "--logging_steps=20", ranks=2))
+    assert line.startswith(f"[rank 0] error: {words}")
+    assert " Lower learning_rate or table_learning_rate, add warmup_steps, or set max_grad_norm. " in line
+    assert (" It began in " in line) == saved
+    newest = f"The newest checkpoint is {run}/checkpoint-1." if saved else f"{run} has no checkpoint yet."
+    assert line.endswith(newest)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1"] * saved
+    assert not (run / "model").exists()
+
+
+def test_a_huge_dense_value_is_blamed_not_the_learning_rate(tmp_path):
+    rows = [f"{index % 3 // 2},{index / 400},k{index % 7}" for index in range(400)]
+    rows[100:110] = ["0,1e30,k1"] * 10
+    (tmp_path / "log.csv").write_text("\n".join(["click,price,key", *rows]))
+    roles = "label: click\ndense: [{name: price, transform: identity}]\nsparse: [key]\n"
+    (tmp_path / "schema.yaml").write_text(roles)
+    data = [f"--dataset_name={tmp_path}/log.csv", f"--dataset_schema={tmp_path}/schema.yaml"]
+    flags = [*data, f"--output_dir={tmp_path / 'run'}", *TINY, "--ds_config=ds_configs/zero3.json"]
+    line = the_error(run_script("train.py", *flags, "--per_device_train_batch_size=64", ranks=2))
+    assert "It began in the dense input: feature 'price' of row " in line
+    assert " is 1e+30. Correct such values, or give the feature the transform log1p in dataset_schema." in line
+    assert "learning_rate" not in line
 
 
 def test_settings_that_a_prepared_folder_leaves_no_work_for_are_named(click_log, tmp_path):

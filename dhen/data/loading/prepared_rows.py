@@ -152,7 +152,8 @@ def mean_bag_sizes(folder: Path, schema: Schema) -> dict[str, float]:
 def decode(groups: Sequence[RowGroup], schema: Schema) -> Rows:
     """Decode row groups one after another. Besides the result, memory holds one group as an Arrow table.
 
-    Raises ValueError naming the file and column for unreadable data, null values, and ids outside their table.
+    Raises ValueError naming the file and column for unreadable data, null values, ids outside their table,
+    labels other than 0 and 1, and numbers that are not finite.
     """
     rows = empty_rows(schema, sum(group.num_rows for group in groups))
     bags: list[tuple[Bags, ...]] = []
@@ -161,9 +162,12 @@ def decode(groups: Sequence[RowGroup], schema: Schema) -> Rows:
         here = slice(first, first + group.num_rows)
         columns = _Columns(group, schema)
         rows.rows_R[here] = np.arange(group.first_row, group.first_row + group.num_rows)
-        rows.labels_R[here] = columns.values(LABEL)
+        rows.labels_R[here] = labels = columns.values(LABEL)
+        may_be_nan = schema.splits[group.path.parent.name].unlabelled > 0
+        columns.check(LABEL, (labels == 0) | (labels == 1) | (np.isnan(labels) & may_be_nan), "0 or 1")
         for at, column in enumerate(schema.dense):
-            rows.dense_RN[here, at] = columns.values(column.name)
+            rows.dense_RN[here, at] = values = columns.values(column.name)
+            columns.check(column.name, np.isfinite(values), "finite")
         for at, column in enumerate(column for column in schema.sparse if not column.is_multi_valued):
             rows.single_RS[here, at] = columns.ids(column)
         bags.append(tuple(columns.bags(column) for column in schema.sparse if column.is_multi_valued))
@@ -175,7 +179,7 @@ class _Columns:
     """One row group in memory, column by column."""
 
     def __init__(self, group: RowGroup, schema: Schema) -> None:
-        self._path = group.path
+        self._path, self._first_row = group.path, group.first_row
         try:
             with pyarrow.parquet.ParquetFile(group.path) as file:
                 self._table = file.read_row_group(group.index, columns=list(_wanted(schema)))
@@ -187,6 +191,14 @@ class _Columns:
     def values(self, name: str) -> np.ndarray:
         return self._without_nulls(name, self._table[name]).to_numpy()
 
+    def check(self, name: str, is_good: np.ndarray, allowed: str) -> None:
+        if not is_good.all():
+            row = int(np.argmin(is_good))
+            raise ValueError(
+                f"{self._path}: column {name!r} is {self._table[name][row]} in row {self._first_row + row:,} of the "
+                f"split. It must be {allowed}. {_PREPARE_AGAIN}"
+            )
+
     def ids(self, column: SparseColumn) -> np.ndarray:
         return self._inside_table(column, self.values(column.name))
 
@@ -196,9 +208,10 @@ class _Columns:
         if not column.is_weighted:
             return Bags(offsets, ids)
         weight_offsets, weights = self._lists(weights_column(column.name))
-        if not np.array_equal(weight_offsets, offsets):
+        if not np.array_equal(weight_offsets, offsets) or not np.isfinite(weights).all():
             raise ValueError(
-                f"{self._path}: column {column.name!r}: some rows do not have one weight per id. {_PREPARE_AGAIN}"
+                f"{self._path}: column {column.name!r}: some rows do not have one finite weight per id. "
+                f"{_PREPARE_AGAIN}"
             )
         return Bags(offsets, ids, weights)
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dhen.data.loading import epoch_order
 from dhen.data.loading.batches import READ_AHEAD_BATCHES, BatchLoader
-from dhen.data.schema import SparseColumn
+from dhen.data.schema import SparseColumn, SplitCounts
 from tests.data.prepared_folders import MIXED, SINGLE, rows_of, write_prepared
 
 SHUFFLED = {"shuffle": True, "window_rows": 20}
@@ -182,6 +182,7 @@ def test_missing_labels_stay_nan(tmp_path):
     path = prepared.folder / "train" / "part-00000.parquet"
     unlabelled = pq.read_table(path).set_column(0, "label", pa.array(np.full(4, np.nan, np.float32)))
     pq.write_table(unlabelled, path)
+    replace(prepared.schema, splits={"train": SplitCounts(4, 0, unlabelled=4)}).save(prepared.folder)
     (batch,) = BatchLoader(prepared.folder, "train", batch_size=4).epoch(0)
     assert batch.labels_B.isnan().all()
 

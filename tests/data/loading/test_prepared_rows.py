@@ -1,5 +1,6 @@
 """A prepared folder that does not match its schema raises an error that names the file and the column."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -99,11 +100,27 @@ def test_a_column_that_is_missing_or_of_another_type(prepared, column, values, m
         ("site", pa.array([-1] + [1] * 20, pa.int32()), "has the id -1"),
         ("site", pa.array([2**32] * 21), "has the id 4294967296"),
         ("tags", pa.array([[1, 2]] * 20 + [[30]]), "has the id 30, but its table has rows 0 to 29"),
+        (
+            "I1",
+            pa.array([1] * 18 + [math.nan] * 3, pa.float32()),
+            "'I1' is nan in row 39 of the split. It must be finite",
+        ),
+        (
+            "I2",
+            pa.array([1] * 20 + [-math.inf], pa.float32()),
+            "'I2' is -inf in row 41 of the split. It must be finite",
+        ),
+        ("label", pa.array([1, 0, 2] * 7, pa.float32()), "'label' is 2.0 in row 23 of the split. It must be 0 or 1"),
+        (
+            "label",
+            pa.array([1] * 20 + [math.nan], pa.float32()),
+            "'label' is nan in row 41 of the split. It must be 0 or 1",
+        ),
         ("zone", pa.array([1] * 20 + [None], pa.int32()), "has 1 null values"),
         ("I1", pa.array([1] * 20 + [None], pa.float32()), "has 1 null values"),
         ("tags", pa.array([[1]] * 20 + [None]), "has 1 null values"),
         ("tags", pa.array([[1]] * 20 + [[3, None]]), "has 1 null values"),
-        ("words", pa.array([[1, 2, 3, 4]] * 21), "some rows do not have one weight per id"),
+        ("words", pa.array([[1, 2, 3, 4]] * 21), "some rows do not have one finite weight per id"),
     ],
 )
 def test_values_that_no_prepared_column_has_reach_the_consumer_as_an_error(prepared, column, values, message):
@@ -111,6 +128,14 @@ def test_values_that_no_prepared_column_has_reach_the_consumer_as_an_error(prepa
     with pytest.raises(ValueError, match=r"part-00001\.parquet") as error:
         read_all(prepared)
     assert_says(error, repr(column), message, "Prepare the data again")
+
+
+def test_a_weight_that_is_not_finite_reaches_the_consumer_as_an_error(prepared):
+    weights = pq.read_table(second_part(prepared))["words:weights"].to_pylist()
+    broken = [[math.nan] * len(of_row) for of_row in weights]
+    replace_column(second_part(prepared), "words:weights", pa.array(broken, pa.list_(pa.float32())))
+    with pytest.raises(ValueError, match="column 'words': some rows do not have one finite weight per id"):
+        read_all(prepared)
 
 
 def test_damaged_pages_reach_the_consumer_as_an_error(prepared):
