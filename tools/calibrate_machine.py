@@ -3,10 +3,10 @@
     python tools/calibrate_machine.py --like cpu --output runs/machine.yaml
     python tools/plan.py --config recipes/configs/criteo.yaml --machine runs/machine.yaml
 
-It times matrix products by dtype, copies in memory, the start of a kernel, and a real DHEN step. The compute efficiency
-is the seconds that the step should take at these rates, over the seconds that it takes. On a CPU one rank measures with
-its share of the cores. Links and the host's memory are not measured: they are as in --like, and `source` says so.
-tools/calibrate_costs.py measures links for the tables.
+It times matrix products by dtype (on a GPU fp32 with and without TF32), copies in memory, the start of a kernel, and a
+real DHEN step. The compute efficiency is the seconds that the step should take at these rates, over the seconds that it
+takes. On a CPU one rank measures with its share of the cores. Links and the host's memory are not measured: they are as
+in --like, and `source` says so. tools/calibrate_costs.py measures links for the tables.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,9 @@ from dhen.planner.step_time import compute_seconds
 from dhen.planner.step_trace import Precision, trace_step
 from dhen.runtime.host_allocator import keep_freed_memory
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+_ENOUGH_SECONDS, _RISE = 0.02, 1.05
+"""Products between two syncs take at least this long, and sizes double until the rate rises by less than this."""
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
@@ -46,10 +49,8 @@ def seconds_of(function: Callable[[], object], device: torch.device, rounds: int
 
 def measured(like: Machine, device: torch.device, size: int, batch_size: int) -> Machine:
     """`like` with this machine's compute and memory rates."""
-    flops = {}
-    for name, dtype in _DTYPES.items():
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        flops[name] = _rounded(2 * size**3 / seconds_of(lambda a=a, b=b: a @ b, device))
+    names = [name for name in _DTYPES if name != "tf32" or device.type == "cuda"]
+    flops = {name: _rounded(product_rate(name, device, size)) for name in names}
     source = torch.ones(2**25, device=device)  # larger than any cache
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
@@ -65,6 +66,24 @@ def measured(like: Machine, device: torch.device, size: int, batch_size: int) ->
         compute_efficiency=1.0,
     )
     return dataclasses.replace(machine, compute_efficiency=_rounded(efficiency(machine, device, batch_size)))
+
+
+def _products(count: int, a: Tensor, b: Tensor, out: Tensor) -> None:
+    for _ in range(count):
+        torch.mm(a, b, out=out)
+
+
+def product_rate(name: str, device: torch.device, size: int) -> float:
+    """Operations per second of products of square matrices, large and many enough to fill the device."""
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    rates = [0.0]
+    while len(rates) < 2 or rates[-1] > _RISE * rates[-2]:
+        a, b, out = (torch.randn(size, size, device=device).to(_DTYPES[name]) for _ in range(3))
+        count = 1 + int(_ENOUGH_SECONDS / seconds_of(partial(_products, 1, a, b, out), device, rounds=3))
+        rates.append(2 * size**3 * count / seconds_of(partial(_products, count, a, b, out), device, rounds=3))
+        size *= 2
+    torch.set_float32_matmul_precision("highest")
+    return max(rates)
 
 
 def efficiency(machine: Machine, device: torch.device, batch_size: int) -> float:
@@ -101,7 +120,9 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
         "--like", default="cpu", help="machine for everything else: a name or a file (default: %(default)s)"
     )
     parser.add_argument("--output", default="runs/machine.yaml", help="YAML file to write (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=1024, help="rows of the square matrices (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=1024, help="rows of the first square matrices (default: %(default)s)"
+    )
     parser.add_argument("--batch_size", type=int, default=512, help="examples per step (default: %(default)s)")
     return parser.parse_args(command_line)
 

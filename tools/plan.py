@@ -93,7 +93,12 @@ def parse_command_line(command_line: Sequence[str] | None = None) -> tuple[argpa
     add("--gpus_per_node", type=_positive, metavar="N", help="ranks on each machine (default: the machine's)")
     add("--memory_gib", type=float, help="memory per rank (default: the machine's)")
     add("--depths", type=_positive, nargs="+", metavar="N", help="numbers of DHEN layers (default: 1 2 4 8 16 32)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the dense part (default: fp32)")
+    add(
+        "--precision",
+        choices=("fp32", "tf32", "bf16"),
+        default="fp32",
+        help="precision of the dense part (default: fp32); tf32 is fp32 with dhen.allow_tf32",
+    )
     add("--ds_config", metavar="JSON", help='take the tables and wires of its "dhen" section')
     add("--num_dense_features", type=_count, metavar="N", help="default: the prepared data's, or 13")
     add("--num_sparse_features", type=_count, metavar="N", help="default: the prepared data's, or 26")
@@ -120,6 +125,8 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
     changes = {"ranks_per_node": arguments.gpus_per_node, "memory_gib": arguments.memory_gib}
     machine = read_machine(arguments.machine, **{name: value for name, value in changes.items() if value is not None})
     section = read_section(arguments.ds_config) if arguments.ds_config else DhenSection()
+    if arguments.precision == "tf32":
+        section = section.model_copy(update={"allow_tf32": True})
     config = config_of(arguments, recipe)
     training = recipe.training
     return Job(
@@ -127,7 +134,7 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
         training.per_device_train_batch_size or MOST_BATCH,
         machine,
         nodes=arguments.nodes,
-        precision=arguments.precision,
+        precision="bf16" if arguments.precision == "bf16" else "fp32",
         section=section,
         ids_per_bag=ids_per_bag_of(arguments, recipe),
         eval_batch_size=training.per_device_eval_batch_size,
@@ -186,7 +193,7 @@ def show(planned: Sequence[PlannedDepth], job: Job) -> None:
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, soft_wrap=True)
     console.print(
         f"{job.nodes} x {machine.ranks_per_node} ranks on {machine.name}; {machine.memory_gib:g} GiB per rank; "
-        f"{job.batch_size:,} examples per rank, {job.precision}, D = {job.config.embedding_dim}. "
+        f"{job.batch_size:,} examples per rank, products in {job.product_dtype}, D = {job.config.embedding_dim}. "
         "Cells: GiB per rank and samples/s of the job; x: does not fit."
     )
     table = Table(box=None, pad_edge=False)
@@ -222,7 +229,7 @@ def as_json(planned: Sequence[PlannedDepth], job: Job) -> dict[str, Any]:
         "machine": asdict(machine),
         "nodes": job.nodes,
         "per_device_train_batch_size": job.batch_size,
-        "precision": job.precision,
+        "precision": job.product_dtype,
         "model": json.loads(job.config.to_json_string(use_diff=False)),
         "depths": [each.as_dict() for each in planned],
     }

@@ -64,6 +64,10 @@ class DhenSection(BaseModel):
         WireSection(),
         description="Dtype of the tables' all-to-all, for both directions or each: fp32, fp16, bf16, int8.",
     )
+    allow_tf32: bool = Field(
+        False,
+        description="Round the inputs of fp32 matrix products and convolutions to TF32 (GPUs only).",
+    )
     overlap_tables: bool = Field(True, description="Overlap the tables' all-to-all with computation.")
     placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
     compile: Literal["none", "layers"] = Field(

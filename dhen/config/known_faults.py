@@ -17,7 +17,7 @@ def known_faults(raw: dict[str, Any], section: DhenSection) -> Iterator[str]:
     raw: DeepSpeed's part of the ds_config.
     """
     stage = int(raw.get("zero_optimization", {}).get("stage", 0))
-    yield from _of_precision(raw, stage)
+    yield from _of_precision(raw, stage, raw.get("zero_optimization", {}))
     if raw.get("scheduler"):
         yield (
             "scheduler is not supported: the recipe sets the schedule, so that the tables follow it, too. Remove it, "
@@ -27,7 +27,7 @@ def known_faults(raw: dict[str, Any], section: DhenSection) -> Iterator[str]:
     yield from _of_hybrid_sharding(raw, stage, section)
 
 
-def _of_precision(raw: dict[str, Any], stage: int) -> Iterator[str]:
+def _of_precision(raw: dict[str, Any], stage: int, zero: dict[str, Any]) -> Iterator[str]:
     if raw.get("fp16", {}).get("enabled"):
         yield (
             "fp16.enabled is not supported: tables are updated during the backward, so a step that overflows cannot be "
@@ -44,6 +44,10 @@ def _of_precision(raw: dict[str, Any], stage: int) -> Iterator[str]:
             "bf16.enabled with ZeRO stage 0 is not supported: DeepSpeed 0.19 starts with an optimizer step on zero "
             "gradients. Use torch_autocast with bfloat16, or stage 1."
         )
+    checks = {"bf16.check_grad_overflow": raw.get("bf16", {}), "zero_optimization.compute_grad_norm": zero}
+    for key, where in checks.items():
+        if where.get(key.split(".")[1]) is False:
+            yield f"{key} is false, so a gradient that is not finite would reach the weights unnoticed. Remove it."
     asked = raw.get("communication_data_type")
     if asked == "fp16":
         yield (

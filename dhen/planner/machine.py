@@ -27,7 +27,7 @@ class Machine:
     name, source: description, and where the numbers come from.
     is_gpu: whether each rank has a device with its own memory.
     memory_gib: memory of a rank, without what the system needs. host_memory_gib: host memory of a node.
-    flops: floating-point operations per second of matrix products, by dtype ("fp32", "bf16").
+    flops: floating-point operations per second of matrix products, by dtype: "fp32", "bf16" and, on a GPU, "tf32".
     memory_bytes_per_second: of a rank's memory.
     local_bytes_per_second: one rank's link inside a node, in one direction. is_local_shared: a node's ranks share it.
     node_bytes_per_second: a node's link to other nodes. is_link_per_rank: each rank has a NIC, so it grows with ranks.
@@ -67,6 +67,10 @@ class Machine:
         if "fp32" not in self.flops:
             raise ValueError(
                 f"flops has only {', '.join(self.flops) or 'no entries'}. Add fp32, and bf16 if its rate differs."
+            )
+        if self.is_gpu and "tf32" not in self.flops:  # in files of earlier versions, fp32 is the rate of TF32
+            raise ValueError(
+                "flops has no tf32. Add it, and the rate without TF32 as fp32, or run tools/calibrate_machine.py again."
             )
         if self.is_gpu and not (self.host_bytes_per_second and self.host_memory_bytes_per_second):
             raise ValueError(

@@ -86,6 +86,12 @@ class Job:
         return self.nodes * self.machine.ranks_per_node
 
     @property
+    def product_dtype(self) -> str:
+        """The dtype whose rate matrix products have: "fp32", "tf32" or "bf16"."""
+        is_tf32 = self.precision == "fp32" and self.section.allow_tf32 and self.machine.is_gpu
+        return "tf32" if is_tf32 else self.precision
+
+    @property
     def depth(self) -> int:
         """Number of DHEN layers."""
         return len(self.config.layer_specs)
@@ -198,7 +204,7 @@ class Planner:
             self.setting(technique),
             job.machine,
             job.nodes,
-            dtype=job.precision,
+            dtype=job.product_dtype,
             table_seconds=self.table_seconds(technique),
             accumulation_steps=job.accumulation_steps,
         )

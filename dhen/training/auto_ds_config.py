@@ -75,7 +75,8 @@ def _planned(
     except (NothingFitsError, UntraceableError, PlacementError, CostsError) as error:
         way_out = "" if isinstance(error, NothingFitsError) else " Name a ds_config."
         raise DsConfigError(f"ds_config auto: {error}{way_out}") from error
-    return planner.whole_ds_config(chosen.technique), f"{chosen.technique}, because {planner.reason(chosen)}"
+    why = f"{chosen.technique}, because with products in {job.product_dtype} {planner.reason(chosen)}"
+    return planner.whole_ds_config(chosen.technique), why
 
 
 def _saved_ds_config(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], str]:

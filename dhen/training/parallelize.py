@@ -255,6 +255,7 @@ def parallelize(
     column shards per table and the replicated tables, if a checkpoint fixes them. fill_table: copies a trained model's
     rows into the replicated table of the given name.
     """
+    _allow_tf32(ds_config.dhen.allow_tf32, topology.device)
     groups = _shard_groups(topology, ds_config)
     shard_size = topology.world_size if groups is None else groups.shard_size
     placement = place_for_training(config, topology, ds_config, shard_size, ids_per_bag, table_cuts, replicated)
@@ -302,6 +303,14 @@ def shard_tables(
         wires=Wires(Wire(section.all_to_all_dtype.forward), Wire(section.all_to_all_dtype.backward)),
         overlap=section.overlap_tables,
     )
+
+
+def _allow_tf32(is_allowed: bool, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if is_allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = is_allowed
+    elif is_allowed:
+        logger.info("dhen.allow_tf32 has no effect on CPU")
 
 
 def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None:

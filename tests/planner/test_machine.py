@@ -22,7 +22,8 @@ def test_shipped_machines_are_read_and_have_what_a_plan_needs(name):
     assert machine.source, "where are the figures from?"
     assert machine.memory_bytes > 0
     assert machine.costs == ("gpu" if machine.is_gpu else "cpu")
-    assert set(machine.flops) == {"fp32", "bf16"}
+    assert set(machine.flops) == {"fp32", "bf16"} | ({"tf32"} if machine.is_gpu else set())
+    assert not machine.is_gpu or machine.flops["tf32"] > 5 * machine.flops["fp32"], "fp32 is the rate without TF32"
 
 
 def test_a_file_of_the_users_own_is_read_and_values_can_be_replaced(tmp_path):
@@ -45,6 +46,7 @@ def test_a_file_of_the_users_own_is_read_and_values_can_be_replaced(tmp_path):
         ({"host_memory_gib": -2}, "host_memory_gib is -2. Use 0 or more."),
         ({"flops": {"fp32": -1}}, "flops.fp32 is -1. Use a number above 0."),
         ({"flops": {"bf16": 1e12}}, "flops has only bf16. Add fp32"),
+        ({"flops": {"fp32": 1e14, "bf16": 3e14}}, "flops has no tf32. Add it, and the rate without TF32 as fp32"),
         ({"host_bytes_per_second": 0}, "is missing. Give both"),
     ],
 )

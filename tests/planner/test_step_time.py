@@ -15,7 +15,7 @@ from tests.planner.test_memory import planner_of
 BATCH, DEPTH = 64, 4
 MACHINE = Machine(
     name="two nodes of two", source="made up", is_gpu=True, ranks_per_node=2, memory_gib=1, host_memory_gib=8,
-    flops={"fp32": 1e9, "bf16": 4e9}, memory_bytes_per_second=1e9, local_bytes_per_second=1e9,
+    flops={"fp32": 1e9, "tf32": 2e9, "bf16": 4e9}, memory_bytes_per_second=1e9, local_bytes_per_second=1e9,
     node_bytes_per_second=1e7, host_bytes_per_second=1e8, host_memory_bytes_per_second=1e8,
 )  # fmt: skip
 
@@ -55,7 +55,7 @@ def test_hybrid_sharding_hides_what_crosses_nodes_under_the_backward(trace):
     inside = 3 * 4 * trace.num_weights * 1 / 2 / 1e9
     layer = max(sum(part.gradients.values()) for part in segments(trace, None))
     hybrid = MemorySetting(3, 2, num_replicas=2, reduce_bucket=layer, limits=limits)
-    instant = replace(MACHINE, flops={"fp32": 1e15}, memory_bytes_per_second=1e15)
+    instant = replace(MACHINE, flops={"fp32": 1e15, "tf32": 1e15}, memory_bytes_per_second=1e15)
     hidden, shown = (step_seconds(trace, hybrid, machine, nodes=2).waiting for machine in (MACHINE, instant))
     assert shown == pytest.approx(across + inside, rel=0.05)
     assert hidden < 0.4 * shown  # all but the last layer's
