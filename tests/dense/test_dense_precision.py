@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dhen.runtime.topology import Topology
+from dhen.training import parallelize
 from dhen.training.parallelize import ParallelDhen
 from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
@@ -65,3 +66,13 @@ def test_masters_and_adams_moments_are_bf16(name):
 @pytest.mark.parametrize("name", ["zero2", "zero2, fp32 masters"])
 def test_else_they_are_fp32(name):
     assert trained()[name][1] == ({torch.float32}, {torch.float32})
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_tf32_follows_the_ds_config_on_a_gpu(is_allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not is_allowed)
+    try:
+        parallelize._allow_tf32(is_allowed, torch.device("cuda"))
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == is_allowed
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -52,6 +52,14 @@ def brute_force(made: Planner) -> list[Prediction]:
     return [made.predict(technique) for technique in allowed if made.fits(technique)]
 
 
+def test_tf32_is_planned_for_only_if_the_ds_config_allows_it_and_is_written_there():
+    tf32 = planner(section=DhenSection(allow_tf32=True))
+    rates = [made.predict(DP).samples_per_second for made in (planner(), tf32)]
+    assert rates[0] < 0.9 * rates[1]
+    assert [made.whole_ds_config(DP).get("dhen") for made in (planner(), tf32)] == [None, {"allow_tf32": True}]
+    assert planner(machine=read_machine("cpu"), section=DhenSection(allow_tf32=True)).job.product_dtype == "fp32"
+
+
 @pytest.mark.parametrize("share", SHARES)
 def test_no_set_of_all_that_there_are_is_faster_and_none_as_fast_is_smaller(share):
     made = planner(share * plain_gib())
