@@ -7,7 +7,8 @@ The YAML of --config says what to train. The JSON of --ds_config says how the ru
 command line override the YAML. Without --config, --dataset_name and --train_file, the script trains the quickstart: a
 click log that the project generates and whose best possible normalized entropy is known.
 
-torchrun, accelerate launch and plain python (one rank) also start the script.
+torchrun, accelerate launch and plain python (one rank) also start the script. Add --check before a long run: it prints
+what the run would use and how long it would take, and trains nothing.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from dhen.config.arguments import parse_arguments
 from dhen.runtime import topology as job
 from dhen.runtime.lost_ranks import naming_lost_ranks
 from dhen.runtime.messages import log_to_stderr, user_errors
+from dhen.training.check import check
 from dhen.training.dataset import open_data
 from dhen.training.finish import finish
 from dhen.training.run_folder import check_run_folder
@@ -35,6 +37,11 @@ def main() -> None:
         # Check all that needs no data first, because preparing the data may take hours.
         check_run_folder(arguments.training)
         given_ds_config(arguments, topology)
+
+        if arguments.check:
+            check(arguments, topology)
+            job.stop()
+            return
 
         data = open_data(arguments, topology)
         model = build_model(arguments, topology, data)

@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from dhen.config.ds_config import DsConfig, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import ParallelDhen, parallelize
+from dhen.training.parallelize import ParallelDhen, lay_out, parallelize
 from tests import ROOT
 from tests.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe
 
@@ -43,7 +43,7 @@ def train(
     )
     config = _changed(config, {"table_optimizer": "sgd"} | (dhen or {}), zero or {}, others or {})
     config = with_sgd_dense(config) if optimizer == "SGD" else config
-    model = parallelize(DhenConfig(**CONFIG), topology, config, seed=SEED, replicated=replicated)
+    model = parallelize(lay_out(DhenConfig(**CONFIG), topology, config, replicated=replicated), seed=SEED)
     model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
     losses = []
     for step, batch in enumerate(global_batches(steps, global_batch)):

@@ -222,12 +222,13 @@ class TrainingArguments:
 
 @dataclass(frozen=True)
 class Arguments:
-    """All arguments of a run."""
+    """All arguments of a run. check: only check that it can start."""
 
     ds_config: str
     data: DataArguments
     architecture: DhenArchitecture
     training: TrainingArguments
+    check: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """All arguments in one flat dictionary. Written as YAML and given to --config, it repeats the run."""
@@ -271,7 +272,9 @@ def parse_arguments(
     if unknown:
         raise unknown_argument(unknown[0], _PARTS)
     checked = [check_types(part, vars(given), "command line") for part, given in zip(_PARTS, parts, strict=True)]
-    arguments = Arguments(launch.ds_config if launch.ds_config == AUTO else find(launch.ds_config), *checked)
+    arguments = Arguments(
+        launch.ds_config if launch.ds_config == AUTO else find(launch.ds_config), *checked, launch.check
+    )
     _resolve_paths(arguments)
     _choose_learning_rates(arguments.training)
     _check_ranges(arguments.training)
@@ -295,6 +298,7 @@ def _launch_parser() -> argparse.ArgumentParser:
         help="DeepSpeed JSON file that says how the run fits the machine. ds_configs/README.md helps to choose. With "
         "auto, the planner chooses the memory techniques.",
     )
+    parser.add_argument("--check", action="store_true", help="Train nothing: check the set-up and estimate the time.")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return parser
 

@@ -64,7 +64,7 @@ def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
             f"command line: {flag!r} does not belong to any argument. Write several interactions as one word, such as "
             "linear,self_attention, or as JSON."
         )
-    flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config"}
+    flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config", "--check"}
     return ArgumentError(f"command line: {unknown_name('argument', flag.split('=')[0], flags)}")
 
 

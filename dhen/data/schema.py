@@ -36,6 +36,8 @@ PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN = 3, 2
 """Versions of prepared folders with canonical keys, and with keys as they were written. Raise the first when the same
 input and settings give a different folder, so that older cached folders are not reused."""
 VERSION = "preparation_version"
+SHARES = "share_read"
+"""Entry of `source` of data of which only the head is prepared: by split, the share of the rows that the folder has."""
 SPLITS = ("train", "validation", "test")
 MISSING_ID = 0
 """The id of a blank value and of a key that is not in the vocabulary."""

@@ -13,14 +13,15 @@ import yaml
 
 from dhen.config.arguments import ARGUMENTS_FILE, Arguments, DataArguments
 from dhen.config.command_line import ArgumentError, Paths
-from dhen.config.left_out import choose_sizes, take_recorded
+from dhen.config.left_out import MOST_BATCH, choose_sizes, take_recorded
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation import preprocessing
 from dhen.data.preparation.caching import prepare_cached
-from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.head import is_partial, whole_schema
+from dhen.data.preparation.settings import Head, PreparationSettings
 from dhen.data.preparation.vocabulary import load_vocabulary
-from dhen.data.schema import SCHEMA_FILE, Schema
+from dhen.data.schema import SCHEMA_FILE, SHARES, Schema
 from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
@@ -30,7 +31,7 @@ from dhen.training.saved.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 30.0
+HEARTBEAT_SECONDS, HEAD_ROWS = 30.0, 100_000
 QUICKSTART = "quickstart"
 QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
 _USE_RAW = "Use the raw files instead: they are prepared with the model's schema."
@@ -55,17 +56,22 @@ class TrainingData:
         return mean_bag_sizes(self.prepared, self.schema)
 
 
-def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
+def cache_of(arguments: Arguments) -> Path:
+    """The folder for prepared data."""
+    return Path(arguments.data.cache_dir or Path(arguments.training.output_dir).parent / "prepared")
+
+
+def open_data(arguments: Arguments, topology: Topology, head: Path | None = None) -> TrainingData:
     """Prepare the data, unless an earlier run did, and open its splits. Communicates; all ranks call it.
 
-    Sets the batch size and the number of epochs in `arguments` if they were left out. Raises ArgumentError, DataError,
+    head: a folder to prepare only the head in. The loaders then read the head, and the schema estimates the whole. Sets
+    the batch size and the number of epochs in `arguments` if they were left out. Raises ArgumentError, DataError,
     ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     data, training = arguments.data, arguments.training
     for sentence in _take_earlier_defaults(arguments):
         if topology.is_main:
             logger.info(sentence)
-    cache = Path(data.cache_dir) if data.cache_dir else Path(training.output_dir).parent / "prepared"
     trained = TrainedModel.open(training.model_name_or_path) if training.model_name_or_path else None
     origin, is_canonical = None, True  # whose ids the weights know, and whether these are of canonical texts
     if trained is not None:
@@ -74,8 +80,15 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
         origin = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
         is_canonical = has_canonical_keys(origin)
     like = trained.folder if trained else None
-    prepared = prepare_dataset(data, cache, topology, is_canonical=is_canonical, like=like)
-    schema, start = Schema.load(prepared), None
+    batch = training.per_device_train_batch_size or MOST_BATCH
+    rows = max(HEAD_ROWS, 2 * batch * training.gradient_accumulation_steps * topology.world_size)
+    more = {"is_canonical": is_canonical, "like": like, "head": Head(head, rows) if head else None}
+    prepared = prepare_dataset(data, cache_of(arguments), topology, **more)
+    schema, start = whole_schema(prepared), None
+    if is_partial(schema) and training.resume_from_checkpoint:
+        raise ArgumentError(
+            f"{cache_of(arguments)} does not have the data, which check compares with the checkpoint's."
+        )
     if origin is not None:
         _check_same_keys(prepared, schema, origin, is_canonical=is_canonical)
     if trained is not None:
@@ -88,7 +101,8 @@ def open_data(arguments: Arguments, topology: Topology) -> TrainingData:
             logger.info(chosen)
         for sentence in _without_effect(arguments, schema, start):
             logger.warning("%s", sentence)
-    return TrainingData(prepared, schema, start, _open_splits(arguments, topology, prepared, schema))
+    read = replace(schema, splits=Schema.load(prepared).splits)
+    return TrainingData(prepared, schema, start, _open_splits(arguments, topology, prepared, read))
 
 
 def _take_earlier_defaults(arguments: Arguments) -> list[str]:
@@ -134,7 +148,7 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
         if counts.unlabelled:
             raise ArgumentError(f"{counts.unlabelled:,} rows in the {split} split have no label. Use labelled rows.")
     train = schema.splits["train"]
-    if train.clicks in (0, train.rows):
+    if train.clicks in (0, train.rows) and not is_partial(schema):
         raise ArgumentError(
             f"The labels of the {train.rows:,} training rows are all {int(train.clicks > 0)}, so there is nothing to "
             "learn. Check the label in dataset_schema, or use more rows."
@@ -185,17 +199,19 @@ def prepare_dataset(
     is_canonical: bool = True,
     like: Path | None = None,
     is_label_required: bool | None = None,
+    head: Head | None = None,
 ) -> Path:
     """Return the prepared folder for `data`. Rank 0 prepares it and the others wait. All ranks call it.
 
     schema_from: a trained model whose features, ids and transforms to use; labels are then optional. only_split: the
     only split to read from a hub data set. is_canonical: whether keys get their canonical text; those of models of
     earlier versions do not. like: a trained model whose encoding of each feature to use, unless `data` says otherwise.
-    is_label_required: by default, unless there is a schema_from.
+    is_label_required: by default, unless there is a schema_from. head: prepare only the head.
 
     Raises DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     more = {"schema_from": schema_from, "only_split": only_split, "is_canonical": is_canonical, "like": like}
+    more["head"] = head
     more["is_label_required"] = schema_from is None if is_label_required is None else is_label_required
     work = in_background(partial(_prepare, data, cache, **more)) if topology.is_main else None
     answer: list[Path | None] = [None]
@@ -237,21 +253,25 @@ def _prepare(data: DataArguments, cache: Path, **more: Any) -> Path:
     return prepare_cached(_settings(data, **more), cache)
 
 
-def _prepare_quickstart(data: DataArguments, cache: Path, **more: Any) -> Path:
+def _prepare_quickstart(data: DataArguments, cache: Path, head: Head | None, **more: Any) -> Path:
     """Generate the quickstart's click log, prepare it, and record the best possible NE, which the generator knows."""
-    raw = cache / QUICKSTART
-    if not holds_click_log(raw, QUICKSTART_ROWS):
-        logger.info("generating a click log of %s rows in %s", f"{sum(QUICKSTART_ROWS.values()):,}", raw)
-        generate_click_log(raw, QUICKSTART_ROWS)
+    raw, rows = cache / QUICKSTART, QUICKSTART_ROWS
+    if head and not holds_click_log(raw, rows):
+        raw, rows = head.folder / QUICKSTART, {split: min(count, head.rows) for split, count in rows.items()}
+    if not holds_click_log(raw, rows):
+        logger.info("generating a click log of %s rows in %s", f"{sum(rows.values()):,}", raw)
+        generate_click_log(raw, rows)
     files = {split: f"{raw}/{split}.tsv.gz" for split in QUICKSTART_ROWS}
     named = replace(
         data, dataset_name=None, dataset_format="criteo", **{f"{split}_file": f for split, f in files.items()}
     )
-    folder = _prepare(named, cache, **more)
+    folder = _prepare(named, cache, head=head, **more)
     schema = Schema.load(folder)
     if not schema.best_possible_ne:
         truth = json.loads((raw / TRUTH_FILE).read_text(encoding="utf-8"))["files"]
         best = {split: truth[Path(file).name]["best_possible_ne"] for split, file in files.items()}
+        if SHARES in schema.source:
+            schema.source[SHARES] = {split: schema.splits[split].rows / QUICKSTART_ROWS[split] for split in files}
         replace(schema, best_possible_ne=best).save(folder)
     return folder
 

@@ -46,7 +46,10 @@ def evaluate(model: ScoringDhen, loader: BatchLoader) -> Evaluation:
 
 
 class Trainer:
-    """Trains `model` on `train`, evaluates it on `validation`, and saves checkpoints in `output_dir`."""
+    """Trains `model` on `train`, evaluates it on `validation`, and saves checkpoints in `output_dir`.
+
+    train_rows: the rows of an epoch, if `train` reads only the head of them.
+    """
 
     def __init__(
         self,
@@ -55,10 +58,13 @@ class Trainer:
         train: BatchLoader,
         validation: BatchLoader | None,
         output_dir: Path,
+        train_rows: int | None = None,
     ) -> None:
         self.model, self.arguments, self.output_dir = model, arguments, output_dir
         self.train_loader, self.validation_loader = train, validation
-        self.total_steps = arguments.max_steps if arguments.max_steps > 0 else arguments.num_train_epochs * len(train)
+        self.steps_per_epoch = train.steps_of(train_rows or train.num_rows)
+        epochs, most = arguments.num_train_epochs, arguments.max_steps
+        self.total_steps = most if most > 0 else epochs * self.steps_per_epoch
         world_size = model.topology.world_size
         self._shares = world_size * arguments.gradient_accumulation_steps
         self._is_dense_frozen = arguments.freeze == "dense"
@@ -119,7 +125,7 @@ class Trainer:
             for batch, sent_ids in with_ids_ahead(self.model, batches):
                 if micro_steps == 0:
                     factor = self._set_learning_rates()
-                self._micro_step(batch, sent_ids)
+                self.micro_step(batch, sent_ids)
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
                     self._finish_step(batch.global_rows, factor)
@@ -136,7 +142,8 @@ class Trainer:
         self.model.set_learning_rates(dense, self._table_learning_rate * factor)
         return factor
 
-    def _micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
+    def micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
+        """Take one micro step with the model's present learning rates. Communicates; all ranks call it."""
         embeddings_BFD = self.model.look_up(sent_ids)
         logits_B = self.model.score(embeddings_BFD, batch.dense_BN, batch.sparse)
         loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")

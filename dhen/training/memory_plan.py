@@ -14,7 +14,7 @@ from dhen.planner.memory import MemorySetting, MemoryUse, predict_memory
 from dhen.planner.minimum_set import gib
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.tables.placement.agreed import table_memory
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallelize import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -44,26 +44,26 @@ class MemoryPlan:
         except ValueError as error:
             return cls(None, str(error), memory_bytes)
 
-    def use(self, model: ParallelDhen) -> MemoryUse | None:
+    def use(self, layout: Layout) -> MemoryUse | None:
         """Peak memory use of the fullest rank; None if it cannot be predicted."""
         if self.trace is None:
             return None
-        topology, config, is_gpu = model.topology, model.config, model.topology.device.type == "cuda"
-        setting = MemorySetting.of(model.ds_config, model.shard_size, topology.world_size, is_gpu=is_gpu)
-        offloaded = model.ds_config.dhen.activation_offload
+        topology, config, is_gpu = layout.topology, layout.config, layout.topology.device.type == "cuda"
+        setting = MemorySetting.of(layout.ds_config, layout.shard_size, topology.world_size, is_gpu=is_gpu)
+        offloaded = layout.ds_config.dhen.activation_offload
         layers = {"none": 0, "all": len(config.layer_specs)}.get(offloaded, offloaded)
         setting = replace(setting, offload_activations=layers if is_gpu else 0)
         device_bytes = torch.cuda.get_device_properties(topology.device).total_memory if is_gpu else None
-        on_device, on_host = table_memory(config, model.placement, device_bytes)
+        on_device, on_host = table_memory(config, layout.placement, device_bytes)
         use = predict_memory(self.trace, setting, on_device, evaluation=self.evaluation, is_gpu=is_gpu)
         return replace(use, host=use.host + on_host)
 
-    def announce(self, model: ParallelDhen) -> None:
-        """Log the prediction, and warn if it exceeds the memory of a rank."""
-        use = self.use(model)
+    def announce(self, layout: Layout) -> bool:
+        """Log the prediction, and warn if it exceeds the memory of a rank. Returns whether it does."""
+        use = self.use(layout)
         if use is None:
             logger.info("memory: cannot be predicted: %s", self.problem)
-            return
+            return False
         parts = ", ".join(f"{name} {gib(size)}" for name, size in sorted(use.parts.items(), key=lambda part: -part[1]))
         host = f" of device memory, and {gib(use.host)} GiB of host memory" if use.host else ""
         logger.info(
@@ -75,6 +75,7 @@ class MemoryPlan:
                 "memory: this is more than a rank has. `python tools/plan.py` shows which techniques make the model "
                 "fit, and --ds_config auto applies them. Or lower the batch sizes for training and evaluation."
             )
+        return use.peak > self.memory_bytes
 
 
 def precision_of(ds_config: DsConfig) -> Precision:

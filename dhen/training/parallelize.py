@@ -1,8 +1,9 @@
 """Parallelizes the model: the one place where model, placement, topology and ds_config meet.
 
-`parallelize` works in this order; each step needs the one before:
-1. Place the embedding tables on the ranks and build them on FBGEMM. DeepSpeed never gets them, because its engine
-   broadcasts every parameter and would overwrite the ranks' different shards.
+`lay_out` places the embedding tables on the ranks and allocates nothing. `parallelize` then works in this order; each
+step needs the one before:
+1. Build the tables on FBGEMM. DeepSpeed never gets them, because its engine broadcasts every parameter and would
+   overwrite the ranks' different shards.
 2. Build the dense part from the same seed on all ranks, under zero.Init if ZeRO stage 3 shards its parameters.
 3. If there is a trained model, copy its weights over the initial ones.
 4. Wrap layers for activation checkpointing and offload, as many as the ds_config says.
@@ -235,42 +236,64 @@ class ParallelDhen(ScoringDhen):
         return state
 
 
-def parallelize(
+@dataclass(frozen=True)
+class Layout:
+    """A model that is not built yet. ds_config: with sizes that follow from the model. groups: of hybrid sharding."""
+
+    config: DhenConfig
+    topology: Topology
+    ds_config: DsConfig
+    placement: Placement
+    groups: ShardGroups | None
+    shard_size: int
+
+
+def lay_out(
     config: DhenConfig,
     topology: Topology,
     ds_config: DsConfig,
     *,
-    seed: int = 0,
-    table_epsilon: float = ADAGRAD_EPSILON,
-    dense_weights: Mapping[str, Tensor] | None = None,
     ids_per_bag: Mapping[str, float] | None = None,
     table_cuts: Mapping[str, int] | None = None,
     replicated: Collection[str] | None = None,
+) -> Layout:
+    """Place the model of `config` on all ranks, as `ds_config` says. Communicates; all ranks call it.
+
+    ids_per_bag: mean number of ids per sparse feature, for the cost of its table; 1 by default. table_cuts, replicated:
+    the number of column shards per table and the replicated tables, if a checkpoint fixes them.
+    """
+    groups = _shard_groups(topology, ds_config)
+    size = topology.world_size if groups is None else groups.shard_size
+    placement = place_for_training(config, topology, ds_config, size, ids_per_bag, table_cuts, replicated)
+    return Layout(config, topology, ds_config.sized(weights_of(config, placement.replicated)), placement, groups, size)
+
+
+def parallelize(
+    layout: Layout,
+    *,
+    seed: int = 0,
+    table_epsilon: float = ADAGRAD_EPSILON,
+    dense_weights: Mapping[str, Tensor] | None = None,
     fill_table: Callable[[str, Tensor], None] | None = None,
 ) -> ParallelDhen:
-    """Build the model of `config` over all ranks, as `ds_config` says. Communicates; all ranks call it.
+    """Build the model over all ranks. Communicates; all ranks call it.
 
-    dense_weights: trained weights of the dense part by name; other weights keep their initial values. ids_per_bag: mean
-    number of ids per sparse feature, for the cost of its table; 1 by default. table_cuts, replicated: the number of
-    column shards per table and the replicated tables, if a checkpoint fixes them. fill_table: copies a trained model's
-    rows into the replicated table of the given name.
+    dense_weights: trained weights of the dense part by name; other weights keep their initial values. fill_table:
+    copies a trained model's rows into the replicated table of the given name.
     """
+    config, topology, ds_config, placement = layout.config, layout.topology, layout.ds_config, layout.placement
     _allow_tf32(ds_config.dhen.allow_tf32, topology.device)
-    groups = _shard_groups(topology, ds_config)
-    shard_size = topology.world_size if groups is None else groups.shard_size
-    placement = place_for_training(config, topology, ds_config, shard_size, ids_per_bag, table_cuts, replicated)
-    ds_config = ds_config.sized(weights_of(config, placement.replicated))
     tables = shard_tables(config, topology, placement, ds_config.dhen, table_epsilon, seed)
-    dense = _dense_part(config, ds_config, placement.replicated, seed, groups)
+    dense = _dense_part(config, ds_config, placement.replicated, seed, layout.groups)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
     if fill_table:
         _fill_tables(dense, placement.replicated, fill_table)
     _transform_layers(dense, ds_config, topology.device)
-    engine = _engine(dense, ds_config, groups)
+    engine = _engine(dense, ds_config, layout.groups)
     # All ranks drew the weights from one seed. For dropout, each rank needs its own.
     torch.manual_seed(seed + topology.rank)
-    return ParallelDhen(config, topology, placement, tables, engine, ds_config, shard_size)
+    return ParallelDhen(config, topology, placement, tables, engine, ds_config, layout.shard_size)
 
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:

@@ -15,9 +15,9 @@ from rich.table import Table
 from dhen.config.arguments import ARGUMENTS_FILE, ArgumentError, Arguments, TrainingArguments, write_yaml
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.runtime.run_environment import describe_environment
 from dhen.training.loop import Evaluation
-from dhen.training.parallelize import ParallelDhen
-from dhen.training.run_environment import describe_environment
+from dhen.training.parallelize import Layout, ParallelDhen, weights_of
 from dhen.training.saved.checkpoint import NEWEST, checkpoints
 from dhen.training.saved.trained_model import MODEL_FOLDER
 from dhen.training.unseen import UNSEEN_FILE
@@ -81,9 +81,9 @@ def write_setup(path: Path, arguments: Arguments, model: ParallelDhen) -> None:
     write_json(path / ENVIRONMENT_FILE, describe_environment(model.topology))
 
 
-def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tuning: str | None) -> None:
+def announce(arguments: Arguments, layout: Layout, schema: Schema, fine_tuning: str | None) -> None:
     """Log what will be trained, on which data, and how it is distributed."""
-    config = model.config
+    config = layout.config
     table_weights = sum(table.num_embeddings for table in config.tables) * config.embedding_dim
     rows = ", ".join(
         f"{split} {counts.rows:,} ({counts.clicks / counts.rows:.1%} clicks)" for split, counts in schema.splits.items()
@@ -97,17 +97,17 @@ def announce(arguments: Arguments, model: ParallelDhen, schema: Schema, fine_tun
     logger.info(
         "model: %d layers, %s dense weights, %s table weights; %d ranks on %s, ZeRO stage %d%s (%s)",
         len(config.layer_specs),
-        f"{num_dense_weights(model):,}",
+        f"{sum(weights_of(config, layout.placement.replicated).values()):,}",
         f"{table_weights:,}",
-        model.topology.world_size,
-        model.topology.device.type,
-        model.ds_config.zero_stage,
-        "" if model.shard_size == model.topology.world_size else f" in shard groups of {model.shard_size}",
+        layout.topology.world_size,
+        layout.topology.device.type,
+        layout.ds_config.zero_stage,
+        "" if layout.shard_size == layout.topology.world_size else f" in shard groups of {layout.shard_size}",
         arguments.ds_config,
     )
-    if model.ds_config.rung:
-        logger.info("ds_config: %s", model.ds_config.rung)
-    logger.info("tables:\n%s", model.placement.as_table())
+    if layout.ds_config.rung:
+        logger.info("ds_config: %s", layout.ds_config.rung)
+    logger.info("tables:\n%s", layout.placement.as_table())
     if fine_tuning:
         logger.info(fine_tuning)
 
@@ -117,11 +117,6 @@ def _resolved(arguments: Arguments, config: DhenConfig) -> dict[str, Any]:
     asked_once = ("overwrite_output_dir", "resume_from_checkpoint")  # these apply to this call only
     values = {name: value for name, value in arguments.as_dict().items() if name not in asked_once}
     return values | {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
-
-
-def num_dense_weights(model: ParallelDhen) -> int:
-    """Number of weights in the dense part over all shards."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.engine.module.parameters())
 
 
 def metrics_of(evaluation: Evaluation, best_possible_ne: float | None = None) -> dict[str, Any]:

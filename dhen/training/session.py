@@ -13,11 +13,12 @@ from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.machine_at_hand import rank_memory_bytes
 from dhen.runtime.topology import Topology
+from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.auto_ds_config import choose_ds_config
 from dhen.training.dataset import TrainingData
 from dhen.training.loop import Trainer
 from dhen.training.memory_plan import MemoryPlan
-from dhen.training.parallelize import ParallelDhen, parallelize
+from dhen.training.parallelize import Layout, ParallelDhen, lay_out, parallelize
 from dhen.training.progress import ProgressReporter
 from dhen.training.run_folder import announce, clear_run_folder, write_setup
 from dhen.training.saved.checkpoint import (
@@ -41,7 +42,7 @@ def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None
 
 
 def build_model(arguments: Arguments, topology: Topology, data: TrainingData) -> ParallelDhen:
-    """Build the model over all ranks, with the trained model's weights when fine-tuning. Logs the set-up of the run.
+    """Build the model over all ranks, with the trained model's weights when fine-tuning. First logs the run's set-up.
 
     Raises ArgumentError, DsConfigError or CheckpointError.
     """
@@ -56,51 +57,56 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     memory_plan = None
     if topology.is_main:
         memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, training.per_device_eval_batch_size)
+    saved = _saved_placement(ds_config, training)
+    layout = lay_out(config, topology, ds_config, ids_per_bag=data.ids_per_bag, **saved)
+    _check_replicated(training, layout)
+
+    def is_too_large() -> bool:
+        announce(arguments, layout, data.schema, start.report() if start else None)
+        return memory_plan.announce(layout)
+
+    if rank_zeros(topology, is_too_large) and arguments.check:
+        raise ArgumentError("check did not build the model, because it would need more memory than a rank has.")
     model = parallelize(
-        config,
-        topology,
-        ds_config,
+        layout,
         seed=training.seed,
         table_epsilon=training.table_epsilon,
         dense_weights=start.dense_weights if start else None,
-        ids_per_bag=data.ids_per_bag,
         fill_table=start.fill_table if start else None,
-        **_saved_placement(ds_config, training),
     )
-    _check_replicated(training, model)
     if start and model.tables is not None:
         start.load_tables(model.tables)
     if start:
         model.knows_uses = start.trained.knows_uses
         for name, uses in model.replicated.uses_by_name().items():
             start.fill_uses(name, uses)
-    if topology.is_main:
-        announce(arguments, model, data.schema, start.report() if start else None)
-        memory_plan.announce(model)
     return model
 
 
 def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) -> Trainer:
-    """Make the trainer: at step 0, with the run folder cleared, or at the step of the checkpoint to resume from."""
-    training, topology = arguments.training, model.topology
+    """Make the trainer: at step 0, or at the step of the checkpoint to resume from. Changes no file."""
+    training, rows = arguments.training, data.schema.splits["train"].rows
     output_dir = Path(training.output_dir)
-    trainer = Trainer(model, training, data.loaders["train"], data.loaders.get("validation"), output_dir)
+    trainer = Trainer(model, training, data.loaders["train"], data.loaders.get("validation"), output_dir, rows)
     if training.resume_from_checkpoint:
         folder = _checkpoint(training)
         trainer.restore(load_checkpoint(model, folder, trainer.data_order))
-        if topology.is_main:
-            point_latest_at(folder, output_dir)
+        if model.topology.is_main:
             logger.info("resuming from %s at step %d of %d", folder, trainer.state.step, trainer.total_steps)
-    elif topology.is_main:
-        clear_run_folder(output_dir)
     return trainer
 
 
 def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
-    """Write the set-up to the run folder, and start reporting to the terminal, metrics.csv and TensorBoard."""
+    """Clear the run folder, unless the run resumes, and write the set-up to it. Start reporting to the terminal,
+    metrics.csv and TensorBoard.
+    """
     output_dir, topology = Path(arguments.training.output_dir), trainer.model.topology
     if topology.is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        if arguments.training.resume_from_checkpoint:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            point_latest_at(_checkpoint(arguments.training), output_dir)
+        else:
+            clear_run_folder(output_dir)
         write_setup(output_dir, arguments, trainer.model)
     return ProgressReporter(
         output_dir,
@@ -139,13 +145,13 @@ def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[s
     }
 
 
-def _check_replicated(training: TrainingArguments, model: ParallelDhen) -> None:
+def _check_replicated(training: TrainingArguments, layout: Layout) -> None:
     """Raise ArgumentError if an option that works on sharded tables only is set and some tables are replicated."""
-    replicated = model.placement.replicated
+    replicated = layout.placement.replicated
     options = {name: getattr(training, name) for name in ("freeze", "looked_up_l2", "whole_table_l2")}
     for name, value in options.items():
         if replicated and value and value != "none":
             raise ArgumentError(
-                f"{name} is {value}, which works on sharded tables only, but {model.ds_config.path} replicates "
+                f"{name} is {value}, which works on sharded tables only, but {layout.ds_config.path} replicates "
                 f"{', '.join(replicated)}. Remove {name}, or set dhen.placement.replicate_below_rows to 0."
             )

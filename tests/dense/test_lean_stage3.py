@@ -85,7 +85,7 @@ def train_wide(
         | {"stage3_param_persistence_threshold": 300},
     }  # fmt: skip
     section = DhenSection(shard_group="node" if scheme == "hsdp" else "world")
-    model = parallelize.parallelize(config, topology, DsConfig("test", settings, section))
+    model = parallelize.parallelize(parallelize.lay_out(config, topology, DsConfig("test", settings, section)))
     generator = torch.Generator().manual_seed(topology.rank)
     for step in range(steps):
         before_step(step, model)

@@ -21,7 +21,7 @@ from dhen.planner.technique import Technique
 from dhen.planner.zero3_gathering import Gathering, Limits
 from dhen.runtime.topology import Topology
 from dhen.training import parallelize as parallelize_module
-from dhen.training.parallelize import parallelize
+from dhen.training.parallelize import lay_out, parallelize
 from tests.planner.test_step_trace import kept_bytes
 from tests.ranks import run_ranks
 
@@ -68,7 +68,7 @@ def measured_peaks(topology: Topology, precision: str, techniques: list[Techniqu
         del settings["train_batch_size"]
         generator = torch.Generator().manual_seed(topology.rank)
         with LiveMemory() as memory:
-            model = parallelize(planner.job.config, topology, DsConfig("test", settings, section))
+            model = parallelize(lay_out(planner.job.config, topology, DsConfig("test", settings, section)))
             of_steps = []
             for micro_step in range(5 * accumulation):
                 if micro_step % accumulation == 0:

@@ -232,7 +232,7 @@ def test_every_interaction_and_option_is_in_the_guide():
 def names_of_arguments() -> set[str]:
     """Of the scripts in recipes/."""
     parts = (DataArguments, DhenArchitecture, TrainingArguments, ScoringArguments)
-    return {item.name for part in parts for item in fields(part)} | {"config", "ds_config"}
+    return {item.name for part in parts for item in fields(part)} | {"config", "ds_config", "check"}
 
 
 def test_every_argument_that_the_pages_name_exists():

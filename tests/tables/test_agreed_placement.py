@@ -9,7 +9,7 @@ from dhen.config.ds_config import DsConfig, DsConfigError, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import Placement
-from dhen.training.parallelize import parallelize
+from dhen.training.parallelize import lay_out
 from tests import ROOT
 from tests.plain import CONFIG, recipe
 from tests.ranks import run_ranks
@@ -22,7 +22,7 @@ def plan(topology: Topology, costs_by_rank: list[str]) -> Placement | str:
     config = DsConfig(config.path, config.deepspeed, config.dhen.model_copy(update={"placement": placement}))
     uneven = replace(topology, local_size=topology.rank + 1)
     try:
-        return parallelize(DhenConfig(**CONFIG), uneven, config).placement
+        return lay_out(DhenConfig(**CONFIG), uneven, config).placement
     except DsConfigError as error:
         return str(error)
 

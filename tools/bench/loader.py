@@ -35,7 +35,7 @@ from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import prepare_dataset
-from dhen.training.parallelize import ParallelDhen, parallelize
+from dhen.training.parallelize import ParallelDhen, lay_out, parallelize
 from dhen.training.saved.fine_tuning import config_for
 from tools.bench.clock import now
 from tools.bench.launch import argument_parser, write_json
@@ -93,7 +93,7 @@ def measure(arguments: Arguments, options: argparse.Namespace, topology: Topolog
     size, seed = training.per_device_train_batch_size or MOST_BATCH, training.seed
     loader = BatchLoader(prepared, "train", batch_size=size, world_size=options.world_size, shuffle=True, seed=seed)
     ds_config = read_ds_config(arguments.ds_config, replace(arguments.recipe(1), gradient_accumulation_steps=1))
-    model = parallelize(config_for(arguments.architecture, loader.schema), topology, ds_config, seed=seed)
+    model = parallelize(lay_out(config_for(arguments.architecture, loader.schema), topology, ds_config), seed=seed)
     model.set_learning_rates(training.learning_rate, training.table_learning_rate)
     batches = list(itertools.islice(loader.epoch(0), options.steps))
     train(model, batches[:WARM_UP_STEPS])

@@ -24,7 +24,7 @@ from dhen.planner.step_time import compute_seconds, segments
 from dhen.planner.step_trace import trace_step
 from dhen.planner.technique import Technique
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import ParallelDhen, parallelize
+from dhen.training.parallelize import ParallelDhen, lay_out, parallelize
 from tools.bench import plan_grid
 from tools.bench.plan_grid import Point, job_of, techniques
 from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap
@@ -145,7 +145,7 @@ def build(planner: Planner, technique: Technique, topology: Topology) -> Paralle
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}},
     }
     settings.pop("train_batch_size")
-    return parallelize(planner.job.config, topology, DsConfig("tools/bench/plan.py", settings, section))
+    return parallelize(lay_out(planner.job.config, topology, DsConfig("tools/bench/plan.py", settings, section)))
 
 
 def batch(seed: int) -> tuple[SparseIds, Tensor, Tensor]:

@@ -27,7 +27,7 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import parallelize
+from dhen.training.parallelize import lay_out, parallelize
 from tools.bench.clock import now
 from tools.bench.sharding_schemes import BATCH, JOB_FILE, SCHEMES, Measured, Scheme
 from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap, status_kib
@@ -233,7 +233,7 @@ def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_second
 
 def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
     """This project: ZeRO over all ranks, or HSDP."""
-    model = parallelize(config, topology, ds_config_of(scheme, topology))
+    model = parallelize(lay_out(config, topology, ds_config_of(scheme, topology)))
     return (
         model.engine.module,
         lambda dense_BN: model.score(dense_BN.new_empty(len(dense_BN), 0, config.embedding_dim), dense_BN),

@@ -11,7 +11,7 @@ from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import ParallelDhen, parallelize
+from dhen.training.parallelize import ParallelDhen, lay_out, parallelize
 
 ZERO2 = Path(__file__).resolve().parents[2] / "ds_configs/zero2.json"
 NUM_DENSE = 13
@@ -30,7 +30,7 @@ def small_dhen(
         sparse_features=[{"name": table.name, "num_embeddings": table.num_embeddings} for table in tables],
         **architecture,
     )
-    model = parallelize(config, topology, DsConfig(zero2.path, zero2.deepspeed, section))
+    model = parallelize(lay_out(config, topology, DsConfig(zero2.path, zero2.deepspeed, section)))
     model.set_learning_rates(1e-3, TABLE_LEARNING_RATE)
     return model
 

@@ -128,7 +128,11 @@ class BatchLoader:
 
     def __len__(self) -> int:
         """Number of steps (updates) per epoch."""
-        full, rest = divmod(self.num_rows, self._global_batch)
+        return self.steps_of(self.num_rows)
+
+    def steps_of(self, rows: int) -> int:
+        """Number of steps that an epoch of so many rows would have."""
+        full, rest = divmod(rows, self._global_batch)
         return full + (rest > 0 and not self.drop_last)
 
     @cached_property

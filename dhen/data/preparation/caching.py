@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dhen.data.preparation.encoding import HASH_SIZE
@@ -17,9 +17,10 @@ from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER
 from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, SCHEMA_FILE
 
 _DIGESTS_FILE = ".digests.json"
+_HEAD_BLOCK = 1 << 20
 _NOT_IN_DIGEST = {
     *("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema", "schema_from", "like"),
-    *("block_bytes", "is_canonical"),
+    *("block_bytes", "is_canonical", "head"),
 }
 """Settings that are paths (the digest covers the files' contents instead) or that do not change the result."""
 
@@ -32,13 +33,19 @@ def prepare_cached(
     """Return the prepared folder for these settings, creating it under `cache` if needed.
 
     If dataset_name is already a prepared folder, returns it. Several processes may call this at once: the first to
-    finish provides the folder, and the others discard theirs. Raises what `prepare` raises.
+    finish provides the folder, and the others discard theirs. With a `head`, reads no whole file, not even to find that
+    the cache has its content from elsewhere. Raises what `prepare` raises.
     """
     name = settings.dataset_name
     if isinstance(name, str | Path) and settings.schema_from is None and (Path(name) / SCHEMA_FILE).is_file():
         return Path(name)
-    folder = Path(cache) / _digest(settings, FileDigests(Path(cache)))
-    if not (folder / SCHEMA_FILE).is_file():
+    head = settings.head
+    folder = Path(cache) / _digest(settings, FileDigests(Path(cache), only_known=head is not None))
+    if head is not None and not (folder / SCHEMA_FILE).is_file():
+        # A split in order would put all of these rows into train.
+        settings, folder = replace(settings, split_order="random", block_bytes=_HEAD_BLOCK), head.folder / "prepared"
+        prepare(settings, folder, progress=lambda _: None)
+    elif not (folder / SCHEMA_FILE).is_file():
         try:
             prepare(settings, folder, progress=progress)
         except FileExistsError:
@@ -88,10 +95,13 @@ def _fingerprint(format_name: str, file: str, digests: "FileDigests") -> str:
 
 
 class FileDigests:
-    """Digests of whole files, cached by path. A digest stays valid until the file's size or times change."""
+    """Digests of whole files, cached by path. A digest stays valid until the file's size or times change.
 
-    def __init__(self, cache: Path) -> None:
-        self._path = cache / _DIGESTS_FILE
+    only_known: other files have the digest "", which no prepared folder was made of.
+    """
+
+    def __init__(self, cache: Path, *, only_known: bool = False) -> None:
+        self._path, self._only_known = cache / _DIGESTS_FILE, only_known
         self._known: dict[str, list[int | str]] = {}
         self._is_new = False
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: read the files again
@@ -106,6 +116,8 @@ class FileDigests:
         known = self._known.get(path, [])
         if known[:-1] == mark:
             return known[-1]
+        if self._only_known:
+            return ""
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         self._known[path] = [*mark, digest]

@@ -36,7 +36,7 @@ from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source, open_sources
 from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, flat_keys, load_vocabulary
 from dhen.data.preparation.writing import BadRowList, SplitWriter
-from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, VERSION, Schema, SplitCounts
+from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, SHARES, VERSION, Schema, SplitCounts
 
 _UNFINISHED = ".unfinished-"
 
@@ -88,6 +88,8 @@ def _prepare_in(folder: Path, settings: PreparationSettings, progress: ProgressC
     splits = _write_splits(folder, stream, encoder, with_origins=not settings.is_label_required)
     version = PREPARATION_VERSION if encoder.is_canonical else PREPARATION_VERSION_WRITTEN
     source = _source(settings, format_name, sources) | {VERSION: version}
+    if settings.head is not None:
+        source[SHARES] = stream.share_read
     schema = Schema(encoder.dense, encoder.sparse, splits, source)
     schema.save(folder)
     return schema
@@ -196,7 +198,7 @@ def _refuse_mostly_bad(counts: dict[str, SplitCounts], first_bad: BadRow | None)
 def _source(settings: PreparationSettings, format_name: str, sources: tuple[Source, ...]) -> dict[str, object]:
     """Return the `source` entry of schema.json, which says where the rows came from."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-    del values["block_bytes"], values["is_canonical"]
+    del values["block_bytes"], values["is_canonical"], values["head"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
     return {"format": format_name, "files": files, "settings": values}
 

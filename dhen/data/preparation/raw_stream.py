@@ -1,6 +1,7 @@
 """Streams the rows of all sources with their splits, chunk by chunk, once per pass."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ class SplitChunk:
 
 
 class RawStream:
-    """All rows to prepare. The constructor counts the rows if they are split sequentially."""
+    """All rows to prepare. The constructor counts the rows if they are split sequentially.
+
+    share_read: by split, the share of the bytes that the last pass read; below 1 only for a head.
+    """
 
     def __init__(
         self, reader: Reader, sources: tuple[Source, ...], settings: PreparationSettings, progress: ProgressCallback
@@ -52,6 +56,8 @@ class RawStream:
         self._reader = reader
         self._stops_at_bad_rows = settings.bad_rows == "error"
         self._progress = progress
+        self._most_rows = settings.head.rows if settings.head else math.inf
+        self.share_read = dict.fromkeys(self.splits, 1.0)
         self._rules: dict[Source, SplitRule] = {
             source: source.rule(settings, self._count(source) if source.must_be_counted(settings) else None)
             for source in sources
@@ -77,7 +83,7 @@ class RawStream:
         bytes_total = sum(_size(file) for source in rules for file in source.files)
         rows = bytes_before = 0
         for source, rule in rules.items():
-            position = 0
+            position, bytes_of_others = 0, bytes_before
             for file in source.files:
                 num_rows = 0
                 for chunk in self._reader.chunks(file):
@@ -89,6 +95,13 @@ class RawStream:
                     rows += len(chunk.rows)
                     num_rows = max(chunk.end_row - chunk.header_rows, 0)
                     self._progress(PreparationProgress(stage, rows, bytes_before + chunk.bytes_read, bytes_total))
+                    if position + num_rows >= self._most_rows:
+                        break
+                if position + num_rows >= self._most_rows:
+                    size = sum(map(_size, source.files)) or math.inf
+                    share = (bytes_before - bytes_of_others + chunk.bytes_read) / size
+                    self.share_read |= dict.fromkeys(source.splits, share or 1.0)
+                    break
                 position += num_rows
                 bytes_before += _size(file)
         self._progress(PreparationProgress(stage, rows, bytes_total, bytes_total, is_done=True))

@@ -16,6 +16,14 @@ Paths = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
+class Head:
+    """A folder to prepare the head of data in, and about how many rows to read of each set of files."""
+
+    folder: Path
+    rows: int
+
+
+@dataclass(frozen=True)
 class PreparationSettings:
     """Which raw files to prepare, and how. Raises ValueError naming a setting that is wrong or contradicts another.
 
@@ -41,6 +49,7 @@ class PreparationSettings:
         above then have no effect.
     block_bytes: how much of a text file to read at a time. Does not affect the result.
     is_canonical: False makes ids of the texts as they were written, as models of earlier versions need them.
+    head: prepare only the head, unless a cache has all.
     """
 
     dataset_name: Paths = None
@@ -63,6 +72,7 @@ class PreparationSettings:
     schema_from: str | Path | None = None
     block_bytes: int = BLOCK_BYTES
     is_canonical: bool = True
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         self._check_choice("dataset_format", ("auto", *FORMATS))

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 import dhen
+from dhen.runtime import run_environment
 from dhen.runtime.environment import FBGEMM_PACKAGES
+from dhen.runtime.run_environment import describe_environment
 from dhen.runtime.topology import Topology
-from dhen.training import run_environment
-from dhen.training.run_environment import describe_environment
 
 FACTS = {
     "command", "git", "python", "versions", "cuda", "platform", "host", "cpu", "cpu_count", "gpus", "device",
