@@ -31,7 +31,7 @@ def keep_extensions_apart() -> None:
     folder = Path(os.environ.setdefault(FOLDER, str(ours)))
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    for lock in _dead_locks(folder):
+    for lock in dead_locks(folder):
         if folder == ours:
             lock.unlink(missing_ok=True)
             logger.warning(
@@ -52,7 +52,7 @@ def _folder_of_this_environment() -> Path:
     return cache / "dhen" / "torch_extensions" / key[:16]
 
 
-def _dead_locks(folder: Path) -> list[Path]:
+def dead_locks(folder: Path) -> list[Path]:
     """This user's locks that no running process holds. torch's FileBaton keeps the lock file open while it builds."""
     locks = list(folder.glob("*/lock"))
     if not (locks and Path("/proc/self/fd").is_dir()):  # without /proc there is no way to tell
