@@ -8,9 +8,11 @@ The exit status is 1 if there is a problem.
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -45,19 +47,23 @@ class Fact:
     status: str = "ok"
     remedy: str = ""
 
-    def unless(self, is_right: object, remedy: str, status: str = "warning") -> "Fact":
-        """The fact, with this status and remedy if it is not right."""
-        return self if is_right else Fact(self.name, self.found, status, remedy)
+
+def _fact(name: str, found: str, is_right: object, remedy: str, status: str = "warning") -> Fact:
+    return Fact(name, found) if is_right else Fact(name, found, status, remedy)
 
 
 def main() -> int:
     """Exit status: 0, or 1 if there is a problem."""
     arguments = parse_arguments()
     facts = []
-    for part in (_software(), _machine(arguments), _network(arguments)):
-        for fact in part:
-            facts.append(fact)
-            print(f"{fact.status:>7} | {fact.name}: {fact.found}{fact.remedy and f'. {fact.remedy}.'}", flush=True)
+    parts = (
+        _software(),
+        _machine(arguments.output_dir, arguments.min_free_gib),
+        _network(arguments.port, arguments.nodes),
+    )
+    for fact in itertools.chain(*parts):
+        facts.append(fact)
+        print(f"{fact.status:>7} | {fact.name}: {fact.found}{fact.remedy and f'. {fact.remedy}.'}", flush=True)
     if arguments.output:
         arguments.output.write_text(json.dumps([asdict(fact) for fact in facts], indent=2) + "\n", encoding="utf-8")
     return int(any(fact.status == "problem" for fact in facts))
@@ -71,99 +77,100 @@ def parse_arguments() -> argparse.Namespace:
     add("--min_free_gib", type=float, default=5.0, metavar="GIB", help="free space needed there; default: %(default)s")
     add("--port", type=int, default=os.environ.get("MASTER_PORT", 29500), help="of the job; default: %(default)s")
     add("--nodes", type=lambda names: names.split(","), default=[], metavar="A,B", help="nodes to reach by ssh")
-    add("--hostfile", type=argparse.FileType(), metavar="FILE", help="DeepSpeed's list of nodes to reach by ssh")
+    add("--hostfile", dest="nodes", type=_nodes_of, metavar="FILE", help="DeepSpeed's list of nodes to reach by ssh")
     add("--output", type=Path, metavar="FILE", help="also write the facts as JSON")
     return parser.parse_args()
 
 
+def _nodes_of(hostfile: str) -> list[str]:
+    lines = argparse.FileType()(hostfile).read().splitlines()
+    return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+
+
 def _software() -> Iterator[Fact]:
-    version = platform.python_version()
+    version, tested = platform.python_version(), " and ".join(_TESTED_PYTHONS)
     is_tested = version.rpartition(".")[0] in _TESTED_PYTHONS
-    yield Fact("Python", f"{version}, {sys.executable}").unless(is_tested, f"Tested: {', '.join(_TESTED_PYTHONS)}")
-    file = f"requirements{'-cuda' if torch.version.cuda else ''}.txt"
-    text = ((repository() or Path()) / file).read_text(encoding="utf-8") if repository() else ""
-    pins = dict(line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
-    found = {name: next((each.version for each in distributions(name=name)), "missing") for name in pins}
-    others = [f"{n} {found[n]} (tested: {pin})" for n, pin in pins.items() if found[n].partition("+")[0] != pin]
-    versions = ", ".join(others) or f"{len(pins)} as tested, such as deepspeed {found.get('deepspeed')}"
-    status = "problem" if "missing" in found.values() else "warning"
-    yield Fact("packages", versions).unless(not others, f"Run pip install -r {file}", status)
+    yield _fact("Python", f"{version}, {sys.executable}", is_tested, f"Tested are {tested}")
+    file = (repository() or Path()) / f"requirements{'-cuda' if torch.version.cuda else ''}.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    pins = dict(line.split("==") for line in lines if re.fullmatch(r"[\w-]+==\S+", line))
+    has = {name: next((each.version for each in distributions(name=name)), "missing") for name in pins}
+    others = [f"{name} {has[name]} (tested: {pin})" for name, pin in pins.items() if has[name].split("+")[0] != pin]
+    status, remedy = "problem" if "missing" in has.values() else "warning", f"Run pip install -r {file.name}"
+    yield _fact("packages", ", ".join(others) or f"{len(pins)} have the tested versions", not others, remedy, status)
     try:
         from dhen.runtime import extensions_cache  # checks that FBGEMM, torch and the device belong together
     except (ImportError, RuntimeError) as error:
-        wrong, _, remedy = str(error).rstrip(".").partition(". ")
-        yield Fact("FBGEMM", wrong, "problem", remedy or f"Run pip install -r {file}")
+        wrong, _, advice = str(error).rstrip(".").partition(". ")
+        yield Fact("FBGEMM", wrong, "problem", advice or remedy)
     else:
         yield Fact("FBGEMM", f"belongs to torch {torch.__version__} and this device")
         folder = Path(os.environ[extensions_cache.FOLDER])
-        built = [path.parent.name for path in folder.glob("*/*.so")]
         locks = ", ".join(map(str, extensions_cache.dead_locks(folder)))
-        fact = Fact("extensions", f"{locks} is held by no process" if locks else f"{len(built)} built in {folder}")
-        yield fact.unless(not locks, "Remove the file, unless another machine is building there", "problem")
+        found = f"no process holds {locks}" if locks else f"{len(list(folder.glob('*/*.so')))} built in {folder}"
+        remedy = "Remove the lock, unless another machine is building there"
+        yield _fact("extensions", found, not locks, remedy, "problem")
     tools = (os.environ.get("CXX", "c++"), "ninja")
-    missing = [tool for tool in tools if not shutil.which(tool)]
-    fact = Fact("compiler", f"{' and '.join(missing or tools)} {'not ' * bool(missing)}found")
-    yield fact.unless(not missing, "Install g++ and ninja: DeepSpeed compiles its optimizers at first use", "problem")
+    missing = " and ".join(tool for tool in tools if not shutil.which(tool))
+    remedy = "Install g++ and ninja: DeepSpeed compiles its optimizers at first use"
+    yield _fact("compiler", f"no {missing}" if missing else " and ".join(tools), not missing, remedy, "problem")
     yield _gpus()
 
 
 def _gpus() -> Fact:
-    driver = Path("/proc/driver/nvidia/version")
-    version = driver.read_text(encoding="utf-8").split("  ")[1] if driver.is_file() else None
-    if not torch.cuda.is_available():
-        fact = Fact("GPUs", f"torch {torch.__version__} sees none; the NVIDIA driver is {version or 'not there'}")
-        fact = fact.unless(not version, "Install requirements-cuda.txt in a new environment to use the GPU")
-        return fact.unless(not torch.version.cuda, "Check nvidia-smi and the driver, or install requirements.txt")
+    file = Path("/proc/driver/nvidia/version")
+    driver = file.read_text(encoding="utf-8").split("  ")[1] if file.is_file() else "not there"
+    found = f"torch {torch.__version__} sees none; the NVIDIA driver is {driver}"
+    if torch.version.cuda and not torch.cuda.is_available():
+        return Fact("GPUs", found, "warning", "Check nvidia-smi, or install requirements.txt to train on CPU")
+    if not torch.version.cuda:
+        return _fact("GPUs", found, not file.is_file(), "To use the GPU, install requirements-cuda.txt elsewhere")
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     names = [f"{each.name}, {each.total_memory / 2**30:.0f} GiB, sm_{each.major}{each.minor}" for each in devices]
     built_for = " ".join(torch.cuda.get_arch_list())
     is_known = all(f"_{each.major}" in built_for for each in devices)
-    fact = Fact("GPUs", f"{'; '.join(names)}; driver {version}")
-    return fact.unless(is_known, f"This torch is built for {built_for}. Install another build", "problem")
+    remedy = f"This torch is built for {built_for}. Install another build"
+    return _fact("GPUs", f"{'; '.join(names)}; driver {driver}", is_known, remedy, "problem")
 
 
-def _machine(arguments: argparse.Namespace) -> Iterator[Fact]:
-    cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
-    fact = Fact("CPU", f"{cores} cores; OMP_NUM_THREADS is {threads or 'not set'}")
-    yield fact.unless(not threads.isdecimal() or int(threads) <= cores, f"Set it to {cores} / ranks on this node")
-    has, limit = psutil.virtual_memory(), psutil.virtual_memory().total
-    if "dhen.runtime" in sys.modules:
+def _machine(output_dir: Path, least_gib: float) -> Iterator[Fact]:
+    cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "not set")
+    is_right = not threads.isdecimal() or int(threads) <= cores
+    remedy = f"Set it to {cores} / ranks on this node"
+    yield _fact("CPU", f"{cores} cores; OMP_NUM_THREADS is {threads}", is_right, remedy)
+    limits = [psutil.virtual_memory().total]
+    with contextlib.suppress(ImportError, RuntimeError):  # the FBGEMM pair has its own line
         from dhen.runtime.machine_at_hand import host_bytes
 
-        limit = host_bytes()
-    free, limit = min(has.available, limit) / 2**30, limit / 2**30
-    fact = Fact("memory", f"{free:.1f} GiB free; the limit of this machine or container is {limit:.1f} GiB")
-    yield fact.unless(free >= _LEAST_MEMORY_GIB, "End other processes, or raise the container's limit")
-    if Path("/dev/shm").is_dir():
-        size = shutil.disk_usage("/dev/shm").total / 2**30
-        remedy = "NCCL needs it. Start the container with --shm-size=8g or --ipc=host"
-        yield Fact("/dev/shm", f"{size:.2f} GiB").unless(size >= _LEAST_SHM_GIB, remedy)
-    folder = arguments.output_dir.absolute()
-    place = next(each for each in (folder, *folder.parents) if each.is_dir())
-    free, least = shutil.disk_usage(place).free / 2**30, arguments.min_free_gib
-    fact = Fact("disk", f"{free:.1f} GiB free in {place}")
-    fact = fact.unless(free >= least, f"A run may need {least:g} GiB: delete files, or use another disk", "problem")
-    yield fact.unless(os.access(place, os.W_OK), "It cannot be written to: choose another --output_dir", "problem")
+        limits.append(host_bytes())
+    free = min(psutil.virtual_memory().available, *limits) / 2**30
+    found = f"{free:.1f} GiB free; this machine or container has {min(limits) / 2**30:.1f}"
+    yield _fact("memory", found, free >= _LEAST_MEMORY_GIB, "End other processes, or raise the container's limit")
+    size = shutil.disk_usage("/dev/shm").total / 2**30
+    remedy = "NCCL needs it: start the container with --shm-size=8g or --ipc=host"
+    yield _fact("/dev/shm", f"{size:.2f} GiB", size >= _LEAST_SHM_GIB, remedy)
+    place = next(each for each in (output_dir.absolute(), *output_dir.absolute().parents) if each.is_dir())
+    free, can_write = shutil.disk_usage(place).free / 2**30, os.access(place, os.W_OK)
+    found = f"{free:.1f} GiB free in {place}{'' if can_write else ', which cannot be written to'}"
+    remedy = f"Choose another --output_dir, or delete files until {least_gib:g} GiB are free"
+    yield _fact("disk", found, free >= least_gib and can_write, remedy, "problem")
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fact = Fact("open files", f"at most {most}")
-    yield fact.unless(most >= _LEAST_FILES or most < 0, f"Run ulimit -n {4 * _LEAST_FILES}")
+    yield _fact("open files", f"at most {most}", most >= _LEAST_FILES or most < 0, f"Run ulimit -n {4 * _LEAST_FILES}")
 
 
-def _network(arguments: argparse.Namespace) -> Iterator[Fact]:
+def _network(port: int, nodes: list[str]) -> Iterator[Fact]:
     name, address = socket.gethostname(), ""
     with contextlib.suppress(OSError):
         address = socket.gethostbyname(name)
-    fact = Fact("host name", f"{name} is {address or 'without an address'}")
-    yield fact.unless(address, f"Add '127.0.0.1 {name}' to /etc/hosts, or set GLOO_SOCKET_IFNAME")
+    remedy = f"Add '127.0.0.1 {name}' to /etc/hosts, or set GLOO_SOCKET_IFNAME"
+    yield _fact("host name", f"{name} is {address or 'without an address'}", address, remedy)
     with socket.socket() as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind(("", arguments.port))
-            yield Fact("port", f"{arguments.port} is free")
+            one.bind(("", port))
+            yield Fact("port", f"{port} is free")
         except (OSError, OverflowError) as error:
-            yield Fact("port", f"{arguments.port}: {str(error).rstrip('.')}", "problem", "Use another --master_port")
-    lines = arguments.hostfile.read().splitlines() if arguments.hostfile else []
-    nodes = arguments.nodes + [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+            yield Fact("port", f"{port}: {str(error).rstrip('.')}", "problem", "Use another --master_port")
     if not nodes:
         yield Fact("nodes", "not checked. Name them with --nodes or --hostfile", "skipped")
     with ThreadPoolExecutor() as threads:
@@ -177,16 +184,17 @@ def _reach(node: str) -> Fact:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:  # sends nothing
             one.connect((node, 9))
             own = one.getsockname()[0]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=4 * _SECONDS_TO_REACH, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        there = float(subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         remedy = "Check the name and ssh without a password, or start every node by itself with --no_ssh or torchrun"
         return Fact(f"node {node}", why, "problem", remedy)
-    off = max(before - float(done.stdout), float(done.stdout) - time.time(), 0.0)
-    by_address = {each.address: name for name, some in psutil.net_if_addrs().items() for each in some}
-    there = by_address.get(own, own)
-    fact = Fact(f"node {node}", f"reached; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME: {there}; clock {off:.1f} s off")
-    return fact.unless(off <= _MOST_CLOCK_SECONDS, "Synchronize the clocks, for example by chrony")
+    off = max(before - there, there - time.time(), 0.0)
+    interface = next(
+        (name for name, some in psutil.net_if_addrs().items() if own in (each.address for each in some)), own
+    )
+    found = f"reached; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME: {interface}; its clock is {off:.1f} s off"
+    return _fact(f"node {node}", found, off <= _MOST_CLOCK_SECONDS, "Synchronize the clocks, for example by chrony")
 
 
 if __name__ == "__main__":

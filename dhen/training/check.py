@@ -49,13 +49,14 @@ def check(arguments: Arguments, topology: Topology) -> None:
 
 
 def _what_was_read(data: TrainingData) -> str:
-    if SHARES not in data.schema.source:
+    source = data.schema.source
+    if SHARES not in source:
         return f"the data is prepared in {data.prepared}"
-    rows, share = Schema.load(data.prepared).splits["train"].rows, data.schema.source[SHARES]["train"]
-    estimates = "Numbers of rows, and table rows of vocabularies, are estimates" * is_partial(data.schema)
-    return f"the data is not prepared yet; {rows:,} training rows were read, {share:.2%} of them. {estimates}".rstrip(
-        ". "
-    )
+    how = f"{source[SHARES]['train']:.2%} of them; counts of rows, and table rows of vocabularies, are estimates"
+    if not is_partial(data.schema):
+        how = "but the hub does not say how many there are" if source["format"] == "hub" else "all of them"
+    rows = Schema.load(data.prepared).splits["train"].rows
+    return f"the data is not prepared yet; {rows:,} training rows were read, {how}"
 
 
 def _columns(schema: Schema) -> list[str]:

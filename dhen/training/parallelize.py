@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -248,23 +249,14 @@ class Layout:
     shard_size: int
 
 
-def lay_out(
-    config: DhenConfig,
-    topology: Topology,
-    ds_config: DsConfig,
-    *,
-    ids_per_bag: Mapping[str, float] | None = None,
-    table_cuts: Mapping[str, int] | None = None,
-    replicated: Collection[str] | None = None,
-) -> Layout:
+def lay_out(config: DhenConfig, topology: Topology, ds_config: DsConfig, **known: Any) -> Layout:
     """Place the model of `config` on all ranks, as `ds_config` says. Communicates; all ranks call it.
 
-    ids_per_bag: mean number of ids per sparse feature, for the cost of its table; 1 by default. table_cuts, replicated:
-    the number of column shards per table and the replicated tables, if a checkpoint fixes them.
+    known: more arguments of `place_for_training`.
     """
     groups = _shard_groups(topology, ds_config)
     size = topology.world_size if groups is None else groups.shard_size
-    placement = place_for_training(config, topology, ds_config, size, ids_per_bag, table_cuts, replicated)
+    placement = place_for_training(config, topology, ds_config, size, **known)
     return Layout(config, topology, ds_config.sized(weights_of(config, placement.replicated)), placement, groups, size)
 
 

@@ -102,7 +102,7 @@ def test_of_large_data_it_reads_the_head_and_estimates_the_whole(tmp_path):
     users = int(re.search(r"user: category, vocabulary, ([\d,]+) ", done.output)[1].replace(",", ""))
     assert users == rows + 1
     assert "  tags: multi-valued category, vocabulary, 21 table rows" in done.output
-    assert re.search(r"2\d\d training rows were read, 1\.\d\d% of them\. Numbers of rows", done.output), done.output
+    assert re.search(r"2\d\d training rows were read, 1\.\d\d% of them; counts of rows", done.output), done.output
     assert f"check: {-(-rows // 16):,} steps of 16 rows" in done.output
     assert everything(tmp_path) == before
 

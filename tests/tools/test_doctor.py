@@ -56,7 +56,7 @@ def test_what_is_broken_is_a_problem_with_its_remedy(tmp_path, taken):
     assert status == 1, errors
     wanted = {
         "FBGEMM": ("problem", "both installed", "Uninstall both"),
-        "compiler": ("problem", "c++", "not found", "Install g++ and ninja"),
+        "compiler": ("problem", "no c++", "Install g++ and ninja"),
         "disk": ("problem", "GiB free", str(tmp_path), "delete files"),
         "port": ("problem", str(taken), "Use another --master_port"),
         "node nowhere.invalid": ("problem", "Check the name", "--no_ssh"),
@@ -74,7 +74,7 @@ def test_a_lock_that_nothing_holds_and_a_missing_hostfile_are_found(tmp_path):
     os.utime(lock, (0, 0))
     status, lines, _ = doctor("--port=0", TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert status == 1
-    assert lines["extensions"].startswith(f"problem: extensions: {lock} is held by no process. Remove the file")
+    assert lines["extensions"].startswith(f"problem: extensions: no process holds {lock}. Remove the lock")
     status, _, errors = doctor(f"--hostfile={tmp_path / 'none'}")
     assert status == 2
     assert "none" in errors

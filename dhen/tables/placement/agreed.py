@@ -74,11 +74,15 @@ def place_for_training(
     topology: Topology,
     ds_config: DsConfig,
     shard_size: int,
-    ids_per_bag: Mapping[str, float] | None,
-    table_cuts: Mapping[str, int] | None,
-    replicated: Collection[str] | None,
+    ids_per_bag: Mapping[str, float] | None = None,
+    table_cuts: Mapping[str, int] | None = None,
+    replicated: Collection[str] | None = None,
 ) -> Placement:
-    """Place the tables for training as the ds_config asks. dhen/training/parallelize.py documents the arguments.
+    """Place the tables for training as the ds_config asks.
+
+    shard_size: of the dense part. ids_per_bag: mean number of ids per sparse feature, for the cost of its table; 1 by
+    default. table_cuts, replicated: the number of column shards per table and the replicated tables, if a checkpoint
+    fixes them.
 
     Communicates; all ranks call it. Raises DsConfigError on all of them.
     """
