@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     _put_scripts_on_path()
     keep_extensions_apart()
-    _check_fbgemm(_installed_versions(), torch.__version__, os.environ["DS_ACCELERATOR"])
+    _check_fbgemm(installed_versions(FBGEMM_PACKAGES), torch.__version__, os.environ["DS_ACCELERATOR"])
     _silence()
 
 
@@ -38,8 +39,9 @@ def _put_scripts_on_path() -> None:
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
 
 
-def _installed_versions() -> dict[str, str]:
-    found = {package: list(importlib.metadata.distributions(name=package)) for package in FBGEMM_PACKAGES}
+def installed_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Package -> version, of those that are installed."""
+    found = {package: list(importlib.metadata.distributions(name=package)) for package in packages}
     return {package: installed[0].version for package, installed in found.items() if installed}
 
 

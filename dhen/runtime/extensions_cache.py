@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 FOLDER = "TORCH_EXTENSIONS_DIR"
@@ -68,10 +69,5 @@ def dead_locks(folder: Path) -> list[Path]:
 
 def _open_files() -> set[Path]:
     """All files that this user's processes have open."""
-    found = set()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            found.add(Path(os.readlink(link)))
-        except OSError:  # another user's process, or the file has been closed
-            continue
-    return found
+    processes = psutil.process_iter(["open_files"])  # None for a process of another user, or one that has ended
+    return {Path(file.path) for process in processes for file in process.info["open_files"] or ()}

@@ -1,6 +1,5 @@
 """Where a run took place: versions, machine, command and commit, for environment.json in the run folder."""
 
-import importlib.metadata
 import logging
 import os
 import platform
@@ -15,7 +14,7 @@ import torch
 
 import dhen
 from dhen.paths import repository
-from dhen.runtime.environment import FBGEMM_PACKAGES
+from dhen.runtime.environment import FBGEMM_PACKAGES, installed_versions
 from dhen.runtime.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -62,13 +61,7 @@ def _or_none(name: str, find: Callable[[], Any]) -> Any:
 
 def _versions() -> dict[str, str]:
     """Package -> version, of those that are installed. torch's own text says its build: 2.13.0+cpu."""
-    versions = {"dhen": dhen.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions | {"torch": torch.__version__}
+    return {"dhen": dhen.__version__} | installed_versions(PACKAGES) | {"torch": torch.__version__}
 
 
 def _cpu_name() -> str:
