@@ -55,16 +55,12 @@ def _fact(name: str, found: str, is_right: object, remedy: str, status: str = "w
 def main() -> int:
     """Exit status: 0, or 1 if there is a problem."""
     arguments = parse_arguments()
-    facts = []
-    parts = (
-        _software(),
-        _machine(arguments.output_dir, arguments.min_free_gib),
-        _network(arguments.port, arguments.nodes),
-    )
-    for fact in itertools.chain(*parts):
+    facts, machine = [], _machine(arguments.output_dir, arguments.min_free_gib)
+    for fact in itertools.chain(_software(), machine, _network(arguments.port, arguments.nodes)):
         facts.append(fact)
         print(f"{fact.status:>7} | {fact.name}: {fact.found}{fact.remedy and f'. {fact.remedy}.'}", flush=True)
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps([asdict(fact) for fact in facts], indent=2) + "\n", encoding="utf-8")
     return int(any(fact.status == "problem" for fact in facts))
 

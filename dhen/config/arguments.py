@@ -272,9 +272,8 @@ def parse_arguments(
     if unknown:
         raise unknown_argument(unknown[0], _PARTS)
     checked = [check_types(part, vars(given), "command line") for part, given in zip(_PARTS, parts, strict=True)]
-    arguments = Arguments(
-        launch.ds_config if launch.ds_config == AUTO else find(launch.ds_config), *checked, launch.check
-    )
+    ds_config = launch.ds_config if launch.ds_config == AUTO else find(launch.ds_config)
+    arguments = Arguments(ds_config, *checked, launch.check)
     _resolve_paths(arguments)
     _choose_learning_rates(arguments.training)
     _check_ranges(arguments.training)
