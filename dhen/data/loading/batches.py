@@ -9,8 +9,8 @@ Shapes: B rows of this rank and micro step, F sparse features, N dense features,
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,28 +45,17 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on `device`. Copies from pinned memory are asynchronous."""
-        if device.type == "cpu":
-            return self
-        return replace(
-            self,
-            labels_B=self.labels_B.to(device, non_blocking=True),
-            dense_BN=self.dense_BN.to(device, non_blocking=True),
-            sparse=self.sparse.to(device, non_blocking=True),
-        )
+        return self if device.type == "cpu" else self._moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, from which copies to a GPU are asynchronous."""
+        return self._moved(Tensor.pin_memory)
 
-        def pin(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.pin_memory()
-
-        sparse = replace(
-            self.sparse,
-            ids=pin(self.sparse.ids),
-            lengths_FB=pin(self.sparse.lengths_FB),
-            weights=pin(self.sparse.weights),
-        )
-        return replace(self, labels_B=pin(self.labels_B), dense_BN=pin(self.dense_BN), sparse=sparse)
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = {name: getattr(self.sparse, name) for name in ("ids", "lengths_FB", "weights")}
+        sparse = {name: move(tensor) for name, tensor in tensors.items() if tensor is not None}
+        moved = {"labels_B": move(self.labels_B), "dense_BN": move(self.dense_BN)}
+        return replace(self, **moved, sparse=replace(self.sparse, **sparse))
 
 
 class BatchLoader:
@@ -167,33 +156,21 @@ class BatchLoader:
 
     def _batches(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
         order = EpochOrder(self._groups, epoch, self.seed, self.shuffle, self._window_rows)
-        decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        try:
-            reader = EpochReader(order, self.schema, decoder)
+        with closing(EpochReader(order, self.schema, first_step * self._global_batch)) as reader:
             for step in range(first_step, len(self)):
                 first = step * self._global_batch
                 count = min(self._global_batch, self.num_rows - first)
                 for piece in self._own_pieces:
                     begin, end = (first + count * edge // self._pieces for edge in (piece, piece + 1))
-                    batch = _as_batch(reader.read(begin, end), self.schema, count)
+                    rows = reader.read(begin, end)
+                    labels_B, dense_BN, rows_B = map(torch.from_numpy, (rows.labels_R, rows.dense_RN, rows.rows_R))
+                    batch = Batch(labels_B, dense_BN, _as_sparse_ids(rows, self.schema), rows_B, count)
                     yield batch.pin_memory() if self._pin_memory else batch
-        finally:
-            decoder.shutdown(cancel_futures=True)
 
 
 def _check_at_least(least: int, name: str, value: int) -> None:
     if value < least:
         raise ValueError(f"{name} is {value}. Use {least} or more.")
-
-
-def _as_batch(rows: Rows, schema: Schema, global_rows: int) -> Batch:
-    return Batch(
-        torch.from_numpy(rows.labels_R),
-        torch.from_numpy(rows.dense_RN),
-        _as_sparse_ids(rows, schema),
-        torch.from_numpy(rows.rows_R),
-        global_rows,
-    )
 
 
 def _as_sparse_ids(rows: Rows, schema: Schema) -> SparseIds:

@@ -4,13 +4,13 @@ Shuffling permutes the row groups, joins consecutive ones into windows, and perm
 groups are therefore read as a whole, and memory holds two windows regardless of the size of the split.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dhen.data.loading.prepared_rows import RowGroup, Rows, concatenate, decode, empty_rows
+from dhen.data.loading.read_ahead import read_ahead
 from dhen.data.schema import Schema
 
 
@@ -51,19 +51,17 @@ class EpochOrder:
 
 
 class EpochReader:
-    """Reads the rows of an epoch in their global order.
+    """Reads the rows of an epoch in their global order, from row `first` on.
 
-    Holds the current window while `decoder`, which has one thread, decodes the next one. There is never a third.
+    Holds the current window while a thread decodes the next one. There is never a third. Close it after use.
     """
 
-    def __init__(self, order: EpochOrder, schema: Schema, decoder: Executor) -> None:
-        self._order, self._schema, self._decoder = order, schema, decoder
-        self._windows = order.windows()
-        self._ends = np.cumsum([sum(group.num_rows for group in window) for window in self._windows])
-        self._window = -1
-        self._rows: Rows | None = None
+    def __init__(self, order: EpochOrder, schema: Schema, first: int) -> None:
+        self._schema = schema
+        self._windows = read_ahead(lambda: _decoded(order, schema, first), depth=0)
+        self._begin = 0
         self._order_of_rows = np.empty(0, np.int64)
-        self._next: Future[Rows] | None = None
+        self._rows: Rows | None = None
 
     def read(self, first: int, last: int) -> Rows:
         """Return a copy of rows `first` to `last` - 1 in the epoch's order.
@@ -72,25 +70,26 @@ class EpochReader:
         """
         parts = []
         while first < last:
-            window = int(np.searchsorted(self._ends, first, side="right"))
-            self._go_to(window)
-            end = int(self._ends[window])
-            begin, upto = end - len(self._order_of_rows), min(last, end)
-            parts.append(self._rows.take(self._order_of_rows[first - begin : upto - begin]))
+            end = self._begin + len(self._order_of_rows)
+            if first >= end:
+                self._rows = None  # so that the next window can take its memory
+                self._begin, self._order_of_rows, self._rows = next(self._windows)
+                continue
+            upto = min(last, end)
+            parts.append(self._rows.take(self._order_of_rows[first - self._begin : upto - self._begin]))
             first = upto
         return concatenate(parts) if parts else empty_rows(self._schema)
 
-    def _go_to(self, window: int) -> None:
-        """Load a window: the current one or a later one. Only self._rows may refer to it, so that it can be freed."""
-        assert window >= self._window, "an epoch can only be read forward"
-        if window == self._window:
-            return
-        decoding = self._next if window == self._window + 1 else None
-        self._rows = self._next = None
-        self._rows = (decoding or self._decode(window)).result()
-        self._window = window
-        self._order_of_rows = self._order.within(window, len(self._rows.rows_R))
-        self._next = self._decode(window + 1) if window + 1 < len(self._windows) else None
+    def close(self) -> None:
+        """End the thread."""
+        self._windows.close()
 
-    def _decode(self, window: int) -> Future[Rows]:
-        return self._decoder.submit(decode, self._windows[window], self._schema)
+
+def _decoded(order: EpochOrder, schema: Schema, first: int) -> Generator[tuple[int, np.ndarray, Rows], None, None]:
+    """Of each window that goes beyond row `first`: the number of its first row, the order of its rows, its rows."""
+    begin = 0
+    for number, window in enumerate(order.windows()):
+        size = sum(group.num_rows for group in window)
+        if begin + size > first:
+            yield begin, order.within(number, size), decode(window, schema)
+        begin += size
