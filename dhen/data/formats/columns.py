@@ -139,12 +139,12 @@ def sparse_columns(
             keys = pc.if_else(pc.equal(keys, ""), pa.scalar(None, pa.string()), keys)
         return keys, None
     lists = _split(values, role.separator)
-    lengths = _list_lengths(lists)
+    lengths = list_lengths(lists)
     if role.weights is None:
         keys = _keys_of_list(lists, lengths, role.source, checks)
         return lists_of(lengths, keys, keep=_is_present(keys)), None
     weight_lists = _split(columns[role.weights], role.separator)
-    weight_lengths = _list_lengths(weight_lists)
+    weight_lengths = list_lengths(weight_lists)
     checks.refuse(
         lengths != weight_lengths,
         lambda i: (
@@ -273,7 +273,8 @@ def _split(values: pa.Array, separator: str | None) -> pa.Array:
     return lists_of(lengths, values.drop_null())
 
 
-def _list_lengths(lists: pa.Array) -> np.ndarray:
+def list_lengths(lists: pa.Array) -> np.ndarray:
+    """Return the number of values in each list. A null list is empty."""
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 

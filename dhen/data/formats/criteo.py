@@ -3,14 +3,13 @@
 A blank is a missing value. If labels are optional, the file may lack the label column, like Criteo's own test set.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import CountCallback, RawChunk, RowChecks, ignore_counts
+from dhen.data.formats.delimited import DelimitedReader
+from dhen.data.formats.raw_rows import RowChecks
 from dhen.data.formats.roles import ColumnRoles, DenseRole, LabelRole, SparseRole
 from dhen.data.schema import LABEL
 
@@ -18,45 +17,32 @@ INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
 
 
+ROLES = ColumnRoles(
+    dense=tuple(DenseRole(name) for name in INTEGERS),
+    sparse=tuple(SparseRole(name) for name in CATEGORIES),
+    delimiter="\t",
+    header=False,
+    columns=(LABEL, *INTEGERS, *CATEGORIES),
+    quote=None,
+)
+
+
 @dataclass(frozen=True)
-class CriteoReader:
+class CriteoReader(DelimitedReader):
     """Reads Criteo's format, plain or .gz."""
 
-    is_label_required: bool = True
-    block_bytes: int = text_blocks.BLOCK_BYTES
+    roles: ColumnRoles = ROLES
 
-    @cached_property
-    def roles(self) -> ColumnRoles:
-        """I1-I13 are dense with log1p, C1-C26 are sparse."""
-        return ColumnRoles(
-            dense=tuple(DenseRole(name) for name in INTEGERS),
-            sparse=tuple(SparseRole(name) for name in CATEGORIES),
-            delimiter="\t",
-            header=False,
-        )
-
-    def chunks(self, file: str) -> Iterator[RawChunk]:
-        """Yield the rows of `file` in order. Raises FileNotFoundError or DataError."""
-        names = [LABEL, *INTEGERS, *CATEGORIES]
+    def _header(self, file: str) -> tuple[list[str], int]:
+        names = list(self.roles.columns)
         if not self.is_label_required:
             tabs = [line.count("\t") for _, line in text_blocks.first_lines(file)]
             if tabs.count(len(names) - 2) > tabs.count(len(names) - 1):
-                names = names[1:]
-        for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
-            yield self._typed(block, names)
+                return names[1:], 0
+        return names, 0
 
-    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
-        """Return the number of lines in `file`."""
-        return text_blocks.count_lines(file, on_count)
-
-    def _typed(self, block: text_blocks.TextBlock, names: list[str]) -> RawChunk:
-        strings, rows, bad = text_blocks.split_columns(block, names, delimiter="\t", quote=None)
-        raw = {name: strings[name].combine_chunks() for name in names}
-        checks = RowChecks(block.file, rows, text_blocks.line_quoter(raw, "\t"))
+    def _typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
         label = columns.label_column(raw.get(LABEL), LabelRole(), checks, is_required=self.is_label_required)
-        typed = {LABEL: label}
-        for name in INTEGERS:
-            typed[name] = columns.integer_column(raw[name], name, checks)
-        for name in CATEGORIES:
-            typed[name] = columns.hex_column(raw[name], name, checks)
-        return checks.finish(pa.table(typed), bad, end_row=block.end_row, bytes_read=block.bytes_read)
+        integers = {name: columns.integer_column(raw[name], name, checks) for name in INTEGERS}
+        categories = {name: columns.hex_column(raw[name], name, checks) for name in CATEGORIES}
+        return pa.table({LABEL: label, **integers, **categories})

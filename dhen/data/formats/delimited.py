@@ -27,21 +27,15 @@ class DelimitedReader:
         """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
         names, header_rows = self._checked_header(file)
         quote, delimiter = self.roles.quote, self.roles.delimiter
-        quoting = None
-        if quote is not None:
-            quoting = text_blocks.Quoting(quote.encode(), delimiter.encode())
+        quoting = None if quote is None else text_blocks.Quoting(quote.encode(), delimiter.encode())
         blocks = text_blocks.text_blocks(file, block_bytes=self.block_bytes, header_rows=header_rows, quoting=quoting)
         for block in blocks:
             strings, rows, bad = text_blocks.split_columns(
-                block,
-                names,
-                delimiter=self.roles.delimiter,
-                quote=self.roles.quote,
-                null_values=self.roles.null_values,
+                block, names, delimiter=delimiter, quote=quote, null_values=self.roles.null_values
             )
             raw = {name: strings[name].combine_chunks() for name in names}
-            checks = RowChecks(file, rows, text_blocks.line_quoter(raw, self.roles.delimiter))
-            table = typed_table(raw, self.roles, checks, is_label_required=self.is_label_required)
+            checks = RowChecks(file, rows, text_blocks.line_quoter(raw, delimiter))
+            table = self._typed(raw, checks)
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
     def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
@@ -52,6 +46,9 @@ class DelimitedReader:
     def column_names(self, file: str) -> list[str]:
         """Return the names of all columns in `file`. Raises FileNotFoundError or DataError."""
         return self._header(file)[0]
+
+    def _typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
+        return typed_table(raw, self.roles, checks, is_label_required=self.is_label_required)
 
     def _checked_header(self, file: str) -> tuple[list[str], int]:
         names, header_rows = self._header(file)

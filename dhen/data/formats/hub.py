@@ -31,12 +31,10 @@ class HubReader:
     def chunks(self, file: str) -> Iterator[RawChunk]:
         """Yield the rows of a split in order. Raises DataError, or ValueError for wrong columns."""
         row = 0
-        is_checked = False
         for table in self._tables(file):
-            if not is_checked:
+            if row == 0:
                 self.roles.check_columns(table.column_names, file, is_label_required=self.is_label_required)
                 check_types(table.schema, self.roles, file)
-                is_checked = True
             raw = {name: table[name].combine_chunks() for name in used_columns(self.roles, table.column_names)}
             yield typed_chunk(raw, self.roles, file, row, self.is_label_required)
             row += table.num_rows

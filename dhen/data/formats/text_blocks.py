@@ -116,7 +116,7 @@ def count_lines(file: str, on_count: CountCallback = ignore_counts) -> int:
 
 
 def split_columns(
-    block: TextBlock, names: list[str], *, delimiter: str, quote: str | None, null_values: tuple[str, ...] = ("",)
+    block: TextBlock, names: list[str], *, delimiter: str, quote: str | None, null_values: tuple[str, ...]
 ) -> tuple[pa.Table, np.ndarray, tuple[BadRow, ...]]:
     """Split each line into string columns, null if blank. Returns (table, line number of each row, bad rows)."""
     bad: list[BadRow] = []
@@ -140,10 +140,7 @@ def split_columns(
         # Row numbers are only reported with a single thread and a single block.
         pyarrow.csv.ReadOptions(use_threads=False, column_names=names, block_size=len(block.text) + 1),
         pyarrow.csv.ParseOptions(
-            delimiter=delimiter,
-            quote_char=quote or False,
-            ignore_empty_lines=False,
-            invalid_row_handler=refuse,
+            delimiter=delimiter, quote_char=quote or False, ignore_empty_lines=False, invalid_row_handler=refuse
         ),
         pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(names, kind), strings_can_be_null=True, null_values=list(null_values)

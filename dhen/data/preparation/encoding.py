@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from dhen.data.formats.canonical import canonical_keys
-from dhen.data.formats.columns import lists_of
+from dhen.data.formats.columns import list_lengths, lists_of
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.formats.roles import ColumnRoles, SparseRole
 from dhen.data.preparation.hashing import hashed_ids
@@ -48,7 +48,7 @@ class Encoder:
             column = raw[sparse.name].combine_chunks()
             keys = self.keys(column.flatten() if sparse.is_multi_valued else column)
             ids, keep = self._ids(keys, sparse), keys.is_valid().to_numpy(zero_copy_only=False)
-            lengths = _lengths(column) if sparse.is_multi_valued else np.ones(len(column), np.int64)
+            lengths = list_lengths(column) if sparse.is_multi_valued else np.ones(len(column), np.int64)
             if sparse.encoding == "vocabulary":
                 row = np.repeat(np.arange(len(lengths)), lengths)
                 is_unknown = keep & (ids.to_numpy() == MISSING_ID)
@@ -146,8 +146,3 @@ def _transformed(values: np.ndarray, column: DenseColumn) -> np.ndarray:
     if column.transform == "log1p":
         values = np.sign(values) * np.log1p(np.abs(values))
     return np.nan_to_num(values, nan=0.0).astype(np.float32)
-
-
-def _lengths(lists: pa.ListArray) -> np.ndarray:
-    """Return the number of values in each list. A null list is empty."""
-    return lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)

@@ -5,14 +5,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dhen.data.formats.raw_rows import BadRow, DataError, RawChunk, Reader
+from dhen.data.formats.raw_rows import DataError, RawChunk, Reader
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source
-from dhen.data.preparation.splitting import SplitRule
+from dhen.data.preparation.splitting import split_rule
 
 _COUNTING = "counting rows"
 logger = logging.getLogger(__name__)
@@ -58,10 +59,7 @@ class RawStream:
         self._progress = progress
         self._most_rows = settings.head.rows if settings.head else math.inf
         self.share_read = dict.fromkeys(self.splits, 1.0)
-        self._rules: dict[Source, SplitRule] = {
-            source: source.rule(settings, self._count(source) if source.must_be_counted(settings) else None)
-            for source in sources
-        }
+        self._rules = {source: split_rule(source.splits, settings, partial(self._count, source)) for source in sources}
 
     def _count(self, source: Source) -> int:
         bytes_total = sum(_size(file) for file in source.files)
@@ -88,7 +86,8 @@ class RawStream:
                 num_rows = 0
                 for chunk in self._reader.chunks(file):
                     if chunk.bad and self._stops_at_bad_rows:
-                        raise _stop(chunk.bad[0])
+                        way_out = "Correct it, or use --bad_rows skip to skip and list bad rows."
+                        raise DataError(f"{chunk.bad[0]} {way_out}")
                     first = position - 1 - chunk.header_rows
                     bad = np.array([bad_row.row for bad_row in chunk.bad], dtype=np.int64)
                     yield SplitChunk(chunk, source.splits, rule.assign(first + chunk.rows), rule.assign(first + bad))
@@ -125,10 +124,6 @@ class LogProgress:
         self._last = now
         if state.is_done:
             self._start = now
-
-
-def _stop(bad_row: BadRow) -> DataError:
-    return DataError(f"{bad_row} Correct it, or use --bad_rows skip to skip and list bad rows.")
 
 
 def _size(file: str) -> int:

@@ -14,7 +14,7 @@ from dhen.data.formats.parquet import ParquetReader
 from dhen.data.formats.raw_rows import DataError, Reader
 from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
-from dhen.data.preparation.splitting import SplitRule, WholeSplit, split_rule, splits_with_rows
+from dhen.data.preparation.splitting import splits_with_rows
 from dhen.data.schema import SCHEMA_FILE
 from dhen.paths import looked_in
 
@@ -38,16 +38,6 @@ class Source:
 
     files: tuple[str, ...]
     splits: tuple[str, ...]
-
-    def must_be_counted(self, settings: PreparationSettings) -> bool:
-        """Whether the split rule needs the number of rows, as a sequential split does."""
-        return len(self.splits) > 1 and settings.split_order == "sequential"
-
-    def rule(self, settings: PreparationSettings, num_rows: int | None = None) -> SplitRule:
-        """Return the split rule. num_rows: total number of rows in the files, only needed if they `must_be_counted`."""
-        if len(self.splits) == 1:
-            return WholeSplit(self.splits)
-        return split_rule(settings.split_fractions, settings.split_order, settings.split_seed, num_rows)
 
 
 def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Source, ...]]:
@@ -96,7 +86,7 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
             raise ValueError(
                 "dataset_schema has no effect on the format criteo. Remove it, or use --dataset_format csv."
             )
-        return CriteoReader(is_required, block_bytes)
+        return CriteoReader(is_label_required=is_required, block_bytes=block_bytes)
     if format_name == "libsvm":
         return LibsvmReader.for_file(first_file, roles, is_label_required=is_required, block_bytes=block_bytes)
     if roles is None:
