@@ -150,10 +150,8 @@ def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 
         for number, (split, count) in enumerate(rows.items())
     }
     content = {"version": VERSION, "seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}
-    text = json.dumps(content, indent=2)
-    draft = folder / f".{TRUTH_FILE}.draft"
-    draft.write_text(text + "\n", encoding="utf-8")
-    draft.replace(folder / TRUTH_FILE)
+    with _atomic_file(folder / TRUTH_FILE) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
     return truths
 
 

@@ -1,10 +1,9 @@
 """The origin of prepared rows: rows to be scored keep the name of their raw file and their row number in it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.dataset
 
 from dhen.data.formats.raw_rows import RawChunk
 
@@ -24,22 +23,13 @@ class Origins:
     """Reads the files and row numbers of a prepared split in order; null if the folder does not have them."""
 
     def __init__(self, folder: Path, split: str) -> None:
-        self._tables = _tables(folder / split)
+        parts = [str(path) for path in sorted((folder / split).glob("*.parquet"))]
+        self._batches = pyarrow.dataset.dataset(parts, schema=_COLUMNS, format="parquet").to_batches()
         self._waiting = _COLUMNS.empty_table()
 
     def take(self, count: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
         """Return (files, row numbers) of the next `count` rows."""
         while self._waiting.num_rows < count:
-            self._waiting = pa.concat_tables([self._waiting, next(self._tables)])
+            self._waiting = pa.concat_tables([self._waiting, pa.Table.from_batches([next(self._batches)], _COLUMNS)])
         taken, self._waiting = self._waiting.slice(0, count), self._waiting.slice(count)
         return taken[FILE], taken[ROW]
-
-
-def _tables(folder: Path) -> Iterator[pa.Table]:
-    for path in sorted(folder.glob("*.parquet")):
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if FILE in file.schema_arrow.names:
-                for batch in file.iter_batches(columns=_COLUMNS.names):
-                    yield pa.Table.from_batches([batch]).cast(_COLUMNS)
-            else:
-                yield pa.table([pa.nulls(file.metadata.num_rows, kind) for kind in _COLUMNS.types], schema=_COLUMNS)

@@ -11,14 +11,15 @@ features encoded by a vocabulary grow with the data (`KeyCounts` says how much m
 import fcntl
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
+import pyarrow as pa
 
 from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.raw_rows import BadRow, DataError
@@ -34,7 +35,7 @@ from dhen.data.preparation.origins import add_origins
 from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, RawStream
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source, open_sources
-from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, flat_keys, load_vocabulary
+from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, load_vocabulary
 from dhen.data.preparation.writing import BadRowList, SplitWriter
 from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, SHARES, VERSION, Schema, SplitCounts
 
@@ -136,7 +137,8 @@ def _count_vocabularies(
     for part in stream.chunks("counting keys", only="train"):
         table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
         for name, count in list(counts.items()):
-            keys = flat_keys(table[name].combine_chunks())
+            keys = table[name].combine_chunks()
+            keys = keys.flatten() if pa.types.is_list(keys.type) else keys
             count.add(canonical_keys(keys) if settings.is_canonical else keys)
             if asked[name].encoding == "auto" and count.num_merged > MOST_KEYS:
                 del counts[name]
@@ -154,12 +156,11 @@ def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_ori
     """Encode and write all rows in the last pass. with_origins: also write the file and row number of each row."""
     first_bad: BadRow | None = None
     writers = {split: SplitWriter(folder / split) for split in stream.splits}
-    bad_rows = dict.fromkeys(stream.splits, 0)
+    bad_row_list, bad_rows = BadRowList(folder), dict.fromkeys(stream.splits, 0)
     unknown_keys = {split: Counter() for split in stream.splits}
     with ExitStack() as stack:
-        for writer in writers.values():
-            stack.callback(writer.close)
-        bad_row_list = stack.enter_context(BadRowList(folder))
+        for writer in (*writers.values(), bad_row_list):
+            stack.enter_context(closing(writer))
         for part in stream.chunks("writing"):
             bad_row_list.write(part.chunk.bad)
             first_bad = first_bad or next(iter(part.chunk.bad), None)
@@ -213,8 +214,6 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(folder.parent)
     unfinished, lock = _locked_folder(f".{folder.name}{_UNFINISHED}", folder.parent)
-    # mkdtemp restricts access to the owner. Give the folder the usual permissions.
-    unfinished.chmod(0o777 & ~_umask())
     try:
         yield unfinished
         try:
@@ -231,7 +230,8 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
     """Create a folder and return it with an open descriptor, which locks it as long as this process lives."""
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        folder = parent / f"{prefix}{uuid4().hex}"
+        folder.mkdir()  # with the usual permissions; those of tempfile's folders exclude other users
         descriptor = os.open(folder, os.O_RDONLY)
         with suppress(OSError):  # if the file system has no locks, nobody else can lock and remove it either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -250,9 +250,3 @@ def _remove_leftovers(parent: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

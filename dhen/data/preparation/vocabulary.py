@@ -136,8 +136,3 @@ def load_vocabulary(folder: Path, feature: str) -> Vocabulary:
         raise ValueError(f"{path}: the ids do not run from 1 to {table.num_rows}. Prepare the data again.")
     keys = pa.concat_arrays([pa.array([], pa.string()), *table["key"].cast(pa.string()).chunks])
     return Vocabulary(keys, table["count"].to_numpy())
-
-
-def flat_keys(column: pa.Array) -> pa.Array:
-    """Return the keys in a raw column as a flat array, also for a multi-valued feature."""
-    return pc.list_flatten(column) if pa.types.is_list(column.type) else column

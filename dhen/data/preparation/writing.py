@@ -5,7 +5,6 @@ The files depend only on the rows and their order, not on the chunks that the ro
 
 import csv
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -83,15 +82,6 @@ class BadRowList:
         self._path = folder / BAD_ROWS_FILE
         self._file = None
 
-    def __enter__(self) -> "BadRowList":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-
     def write(self, bad_rows: tuple[BadRow, ...]) -> None:
         """Append rows."""
         if not bad_rows:
@@ -100,3 +90,8 @@ class BadRowList:
             self._file = self._path.open("w", encoding="utf-8", newline="")
             csv.writer(self._file).writerow(["file", "row", "reason", "text"])
         csv.writer(self._file).writerows([bad.file, bad.row, bad.reason, bad.text] for bad in bad_rows)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
