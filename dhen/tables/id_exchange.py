@@ -208,10 +208,7 @@ class IdExchange:
         ids = sparse.ids.to(self.wire_dtype)
         if facts.has_weights and weights is None:
             weights = torch.ones_like(ids, dtype=torch.float32)
-        if sparse.lengths_FB is None:
-            lengths_FB = ids.new_ones(len(self._tables), sparse.batch_size)
-        else:
-            lengths_FB = sparse.lengths_FB.to(self.wire_dtype)
+        lengths_FB = lengths_of(sparse).to(self.wire_dtype)
         if not self._is_identity_order:
             lengths_FB, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(self._order, lengths_FB, ids, weights)
         lengths = F.pad(lengths_FB, (0, batch - sparse.batch_size))
@@ -225,6 +222,13 @@ class IdExchange:
         if own and ranks > 1:
             lengths, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(self._by_shard, lengths, ids, weights)
         return ids, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.reshape(-1)), weights
+
+
+def lengths_of(sparse: SparseIds) -> Tensor:
+    """Number of ids in each bag, (F, B), also where every bag holds one id."""
+    if sparse.lengths_FB is not None:
+        return sparse.lengths_FB
+    return torch.ones(sparse.num_features, sparse.batch_size, dtype=torch.int64, device=sparse.ids.device)
 
 
 def check_ids(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence[SparseFeature]) -> None:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from dhen.tables.placement.plan import TableShard
 from dhen.tables.wire import Wire
 
 EMBEDDINGS, GRADIENTS = "embeddings' all-to-all", "gradients' all-to-all"
@@ -17,27 +18,13 @@ WAITING = "waiting for an all-to-all"
 
 
 @dataclass(frozen=True)
-class ColumnBlock:
-    """Where a shard's output goes: columns [first, last) of the embedding of feature number `feature`."""
-
-    feature: int
-    first: int
-    last: int
-
-    @property
-    def width(self) -> int:
-        """Number of columns."""
-        return self.last - self.first
-
-
-@dataclass(frozen=True)
 class PooledLayout:
-    """Which column blocks each rank computes, in the order of its output.
+    """Which table shards each rank looks up, in the order of its output: a block of columns each.
 
     Together, the blocks cover each of the `num_features * embedding_dim` columns exactly once.
     """
 
-    blocks_by_rank: tuple[tuple[ColumnBlock, ...], ...]
+    shards_by_rank: Sequence[Sequence[TableShard]]
     num_features: int
     embedding_dim: int
     rank: int
@@ -45,16 +32,16 @@ class PooledLayout:
     @cached_property
     def widths_by_rank(self) -> tuple[tuple[int, ...], ...]:
         """Width of each block, by rank."""
-        return tuple(tuple(block.width for block in blocks) for blocks in self.blocks_by_rank)
+        return tuple(tuple(shard.num_columns for shard in shards) for shards in self.shards_by_rank)
 
     @cached_property
     def _runs(self) -> tuple["_Run", ...]:
         """Blocks in feature order. Blocks that are also adjacent on their rank are merged into one run."""
         runs: list[_Run] = []
         places = [
-            (block.feature * self.embedding_dim + block.first, rank, sum(widths[:index]), block.width)
-            for rank, (blocks, widths) in enumerate(zip(self.blocks_by_rank, self.widths_by_rank, strict=True))
-            for index, block in enumerate(blocks)
+            (shard.table * self.embedding_dim + shard.first_column, rank, sum(widths[:index]), shard.num_columns)
+            for rank, (shards, widths) in enumerate(zip(self.shards_by_rank, self.widths_by_rank, strict=True))
+            for index, shard in enumerate(shards)
         ]
         for column, rank, start, width in sorted(places):
             before = runs[-1] if runs else None
@@ -69,13 +56,13 @@ class PooledLayout:
         """The runs of each rank, in the order of its output."""
         return tuple(
             tuple(sorted((run for run in self._runs if run.rank == rank), key=lambda run: run.start))
-            for rank in range(len(self.blocks_by_rank))
+            for rank in range(len(self.shards_by_rank))
         )
 
     @property
     def is_one_part_in_order(self) -> bool:
         """Whether a single rank computes all blocks, in feature order."""
-        return len(self.blocks_by_rank) == len(self._runs) == 1
+        return len(self.shards_by_rank) == len(self._runs) == 1
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """parts[r]: (B, width of r) -> embeddings_BFD. Copies once, or not at all if one part is all in order."""
@@ -138,7 +125,7 @@ class PooledExchange:
     ) -> None:
         self._layout, self._batch_size, self._padded_batch = layout, batch_size, padded_batch
         self._group, self._wires, self._overlap = group, wires, overlap
-        global_batch = max(1, padded_batch * len(layout.blocks_by_rank))
+        global_batch = max(1, padded_batch * len(layout.shards_by_rank))
         self._gradient_scale = 2.0 ** (global_batch.bit_length() - 1)
         self._under_way: _UnderWay | None = None
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
-from dhen.tables.id_exchange import check_ids
+from dhen.tables.id_exchange import check_ids, lengths_of
 from dhen.tables.row_uses import RowUses, UnseenIds
 
 
@@ -41,9 +41,9 @@ class ReplicatedFeatures:
         own = sparse.select(self._own)
         check_ids(own, self._num_embeddings_F, self.tables)
         if torch.is_grad_enabled():
-            self._new_uses.add(own.ids, _lengths(own).sum(1))
+            self._new_uses.add(own.ids, lengths_of(own).sum(1))
         elif self._unseen is not None:
-            lengths_FB = _lengths(own)
+            lengths_FB = lengths_of(own)
             weights, self._missing_FB = self._unseen.split(own.ids, lengths_FB, own.weights)
             if self._missing_FB is not None:
                 own = SparseIds(own.ids, own.num_features, lengths_FB, weights)
@@ -91,9 +91,3 @@ class ReplicatedFeatures:
         for name, uses in self.uses_by_name().items():
             uses.copy_(saved.get(name, torch.ones_like(uses)))
         self.uses.halve()
-
-
-def _lengths(sparse: SparseIds) -> Tensor:
-    if sparse.lengths_FB is not None:
-        return sparse.lengths_FB
-    return torch.ones(sparse.num_features, sparse.batch_size, dtype=torch.int64, device=sparse.ids.device)

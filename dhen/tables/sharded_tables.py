@@ -14,7 +14,8 @@ Shapes: B examples of this rank, F sparse features, D embedding dimension, S tab
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
 from dhen.tables.lookup import ADAGRAD_EPSILON, make_lookup
 from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
 from dhen.tables.placement.plan import Placement, TableShard
-from dhen.tables.pooled_exchange import WAITING, ColumnBlock, PooledExchange, PooledLayout, Wires
+from dhen.tables.pooled_exchange import WAITING, PooledExchange, PooledLayout, Wires
 from dhen.tables.row_uses import RowUses, UnseenIds, fill_unused, mean_row
 from dhen.tables.stochastic_rounding import RoundedTables, round_stochastically
 
@@ -37,18 +38,8 @@ _DECAYED_ROWS = 1 << 16
 """Rows that are converted to float32 at a time."""
 
 
-class PendingEmbeddings:
-    """Looked-up embeddings that are still in transit. Call it to get embeddings_BFD, as often as you like."""
-
-    def __init__(self, exchange: PooledExchange, ticket: Tensor) -> None:
-        self._exchange, self._ticket = exchange, ticket
-        self._embeddings_BFD: Tensor | None = None
-
-    def __call__(self) -> Tensor:
-        """Return the embeddings; the first call waits for them."""
-        if self._embeddings_BFD is None:
-            self._embeddings_BFD = self._exchange.finish(self._ticket)
-        return self._embeddings_BFD
+PendingEmbeddings = Callable[[], Tensor]
+"""Looked-up embeddings in transit. Call it to get embeddings_BFD, as often as you like; the first call waits."""
 
 
 class ShardedTables(nn.Module):
@@ -96,9 +87,11 @@ class ShardedTables(nn.Module):
         # NCCL runs one stream per group. In ZeRO-3's group, the world, embeddings would queue behind its weights.
         on_gpu = self._device.type == "cuda"
         self._group = dist.new_group(timeout=topology.timeout) if on_gpu else topology.world
-        by_rank = [_in_order(placement.of_rank(rank)) for rank in range(topology.world_size)]
+        of_ranks = map(placement.of_rank, range(topology.world_size))
+        # Shards of equal width are adjacent on a rank.
+        by_rank = [tuple(sorted(shards, key=lambda shard: shard.num_columns)) for shards in of_ranks]
         self.shards = by_rank[topology.rank]
-        self._layout = _layout(by_rank, len(self.tables), embedding_dim, topology.rank)
+        self._layout = PooledLayout(by_rank, len(self.tables), embedding_dim, topology.rank)
         self._ids = IdExchange(self.tables, by_rank, topology, overlap=overlap)
         self._lookup, self._rounded = None, None
         self.uses = RowUses([shard.num_embeddings for shard in self.shards], self._device)
@@ -148,7 +141,7 @@ class ShardedTables(nn.Module):
             exchange = PooledExchange(
                 self._layout, own.batch_size, own.padded_batch, self._group, self._wires, overlap=self._overlap
             )
-            return PendingEmbeddings(exchange, exchange.start(pooled))
+            return functools.cache(functools.partial(exchange.finish, exchange.start(pooled)))
 
     def _look_up_own(self, own: OwnIds) -> Tensor:
         """Pool the rows of this rank's shards, and count the uses in training or, in an evaluation, the unseen ids."""
@@ -231,18 +224,3 @@ class ShardedTables(nn.Module):
         self._lookup.flush()
         self._lookup.reset_cache_states()
         return self._lookup.split_embedding_weights()
-
-
-def _in_order(shards: Sequence[TableShard]) -> tuple[TableShard, ...]:
-    """A rank's shards, ordered so that shards of equal width are adjacent."""
-    return tuple(sorted(shards, key=lambda shard: shard.num_columns))
-
-
-def _layout(
-    shards_by_rank: Sequence[Sequence[TableShard]], num_features: int, embedding_dim: int, rank: int
-) -> PooledLayout:
-    blocks_by_rank = tuple(
-        tuple(ColumnBlock(shard.table, shard.first_column, shard.last_column) for shard in shards)
-        for shards in shards_by_rank
-    )
-    return PooledLayout(blocks_by_rank, num_features, embedding_dim, rank)

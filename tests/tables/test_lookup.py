@@ -12,7 +12,7 @@ from dhen.tables.placement.agreed import place_within
 from dhen.tables.placement.beyond_device import beyond_device
 from dhen.tables.placement.costs import StepSetting
 from dhen.tables.placement.plan import Placement, PlacementError, PlacementOptions, TableShard
-from dhen.tables.pooled_exchange import ColumnBlock, PooledLayout
+from dhen.tables.pooled_exchange import PooledLayout
 from dhen.tables.sharded_tables import ShardedTables
 from tests.ranks import run_ranks
 
@@ -56,8 +56,8 @@ def test_the_hosts_memory_is_used_where_the_devices_is_too_small():
 
 
 def test_neighbouring_blocks_are_joined_and_split_as_one():
-    blocks = ((ColumnBlock(1, 0, 4), ColumnBlock(2, 0, 4)), (ColumnBlock(0, 0, 4),))
-    layout = PooledLayout(blocks, num_features=3, embedding_dim=4, rank=0)
+    first, second, third = (TableShard(table, "", 10, 0, 4, rank=int(table == 0)) for table in range(3))
+    layout = PooledLayout(((second, third), (first,)), num_features=3, embedding_dim=4, rank=0)
     assert len(layout._runs) == 2
     parts = [torch.arange(16.0).view(2, 8), torch.arange(100.0, 108.0).view(2, 4)]
     joined = layout.join(parts)

@@ -89,13 +89,8 @@ class Placement:
         """Seconds per step of the slowest rank under other costs than the plan was made with."""
 
         def seconds(shard: TableShard) -> float:
-            return shard_seconds(
-                costs,
-                setting,
-                rows=shard.num_embeddings,
-                columns=shard.num_columns,
-                ids_per_bag=ids_per_bag.get(shard.name, 1.0),
-            ).total
+            ids = ids_per_bag.get(shard.name, 1.0)
+            return shard_seconds(costs, setting, shard.num_embeddings, shard.num_columns, ids).total
 
         return max(math.fsum(map(seconds, self.of_rank(rank))) for rank in range(self.world_size))
 
@@ -125,9 +120,7 @@ class Placement:
         lines = ["rank  shards       MiB    ms/step  of mean  tables (with columns if a table is cut)"]
         for rank in range(self.world_size):
             own, seconds = self.of_rank(rank), self.seconds_of_rank(rank)
-            names = [
-                f"{s.name}[{s.first_column}:{s.last_column}]" if cuts[s.name] > 1 else s.name for s in own
-            ]  # fmt: skip
+            names = [f"{s.name}[{s.first_column}:{s.last_column}]" if cuts[s.name] > 1 else s.name for s in own]
             lines.append(
                 f"{rank:>4} {len(own):>7} {self.bytes_of_rank(rank) / 2**20:>9.2f} {1e3 * seconds:>10.3f} "
                 f"{seconds / mean if mean else 0:>8.2f}  {', '.join(names) or '-'}"
