@@ -6,7 +6,7 @@ feature by the name of the feature. A new feature's weights in the layers start 
 convolution, eq. 7's deep cross and norms over the features compute.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TypeVar
@@ -67,20 +67,19 @@ class StartingPoint:
 
     def fill_uses(self, name: str, uses: Tensor) -> None:
         """Count the trained model's uses of the rows that are kept."""
-        old_rows = self._rows.get(name)
-        if old_rows is not None:
-            is_kept = old_rows >= 0
-            uses[is_kept.to(uses.device)] = self.trained.uses(name)[old_rows[is_kept]].to(uses)
+        self._copy_rows(name, lambda: self.trained.uses(name), uses)
 
     def fill_table(
         self, name: str, weight: Tensor, first_column: int | None = None, last_column: int | None = None
     ) -> None:
         """Copy the matching rows into these columns of a table, by default all columns."""
+        self._copy_rows(name, lambda: self.trained.table(name, first_column, last_column), weight)
+
+    def _copy_rows(self, name: str, read: Callable[[], Tensor], target: Tensor) -> None:
         old_rows = self._rows.get(name)
         if old_rows is not None:
-            source = self.trained.table(name, first_column, last_column)
             is_kept = old_rows >= 0
-            weight[is_kept.to(weight.device)] = source[old_rows[is_kept]].to(weight)
+            target[is_kept.to(target.device)] = read()[old_rows[is_kept]].to(target)
 
     def report(self) -> str:
         """The counts of kept, new and dropped rows and weights, for the log."""

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.csv
@@ -15,19 +16,10 @@ COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label"
                      ("file", pa.string()), ("line", pa.int64())])  # fmt: skip
 
 
-class _Writer(Protocol):
-    """Appends tables with COLUMNS to a file."""
-
-    def write_table(self, table: pa.Table) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class _JsonLines:
     """One JSON object per row."""
 
-    def __init__(self, file: BinaryIO, schema: pa.Schema) -> None:
-        del schema
+    def __init__(self, file: BinaryIO, _: pa.Schema) -> None:
         self._file = file
 
     def write_table(self, table: pa.Table) -> None:
@@ -37,16 +29,14 @@ class _JsonLines:
         self._file.flush()
 
 
-def _parquet(file: BinaryIO, schema: pa.Schema) -> _Writer:
-    return pyarrow.parquet.ParquetWriter(file, schema, compression="zstd")
-
-
-_WRITERS: dict[str, Callable[[BinaryIO, pa.Schema], _Writer]] = {
+_parquet = partial(pyarrow.parquet.ParquetWriter, compression="zstd")
+_WRITERS: dict[str, Callable[[BinaryIO, pa.Schema], Any]] = {
     ".parquet": _parquet,
     ".pq": _parquet,
     ".csv": pyarrow.csv.CSVWriter,
     ".jsonl": _JsonLines,
 }
+"""What appends tables to a file, by the file's name: it has the methods write_table and close."""
 
 
 def prediction_file(output: str | None) -> Path:

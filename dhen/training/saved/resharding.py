@@ -7,8 +7,6 @@ checkpoint to full weights, and each rank loads its own shard from these.
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,16 +23,17 @@ def load_resharded(model: ParallelDhen, checkpoint: Path) -> None:
 
     The ZeRO stage must be that of the checkpoint. Raises ReshardingError.
     """
-    folder = checkpoint / "universal"
+    folder, config = checkpoint / "universal", model.engine._config
     try:
         failure = _convert(checkpoint, folder) if model.topology.is_main else None
         model.topology.barrier()
         if not (folder / "zero").is_dir():
             raise ReshardingError(f"{checkpoint}: DeepSpeed cannot convert this checkpoint: {failure or 'see rank 0'}")
-        with _universal(model):
-            model.engine.load_checkpoint(str(checkpoint), tag=folder.name, load_lr_scheduler_states=False)
+        config.load_universal_checkpoint = True
+        model.engine.load_checkpoint(str(checkpoint), tag=folder.name, load_lr_scheduler_states=False)
         _load_buffers(model, folder)
     finally:
+        config.load_universal_checkpoint = False
         model.topology.barrier()
         if model.topology.is_main:
             shutil.rmtree(folder, ignore_errors=True)
@@ -51,16 +50,6 @@ def _convert(checkpoint: Path, folder: Path) -> str | None:
         return None
     shutil.rmtree(folder, ignore_errors=True)
     return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-
-
-@contextmanager
-def _universal(model: ParallelDhen) -> Iterator[None]:
-    config = model.engine._config
-    config.load_universal_checkpoint = True
-    try:
-        yield
-    finally:
-        config.load_universal_checkpoint = False
 
 
 def _load_buffers(model: ParallelDhen, folder: Path) -> None:

@@ -3,10 +3,10 @@
 import argparse
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -32,6 +32,11 @@ from dhen.training.saved.trained_model import TrainedModel
 logger = logging.getLogger(__name__)
 
 
+def _as_in_training(name: str) -> Any:
+    given = DataArguments.__dataclass_fields__[name]
+    return field(default=given.default, metadata=given.metadata)
+
+
 @dataclass
 class ScoringArguments:
     """Which rows to score, with which model."""
@@ -42,23 +47,13 @@ class ScoringArguments:
         "Data to score: raw files, globs, a prepared folder, or a Hugging Face data set (owner/name). Default: the "
         "data that the run was trained on.",
     )
-    dataset_format: DatasetFormat = option(
-        "auto",
-        "Format of the raw files. auto decides by the file's name and its first bytes and, for .txt and .tsv, by its "
-        "first line.",
-    )
-    dataset_schema: str | None = option(
-        None,
-        "YAML file that says which columns are the label, dense features and sparse features. csv, parquet and hub "
-        "require it.",
-    )
+    dataset_format: DatasetFormat = _as_in_training("dataset_format")
+    dataset_schema: str | None = _as_in_training("dataset_schema")
     split: Literal["train", "validation", "test"] | None = option(
         None,
         "Split to score. Default: test. Not allowed with raw files, because all their rows are scored.",
     )
-    bad_rows: Literal["error", "skip"] = option(
-        "error", "What to do with malformed rows. error: stop at the first. skip: list them in bad_rows.csv."
-    )
+    bad_rows: Literal["error", "skip"] = _as_in_training("bad_rows")
     per_device_eval_batch_size: int = option(
         4096, "Examples per rank in one step. Lower it if scoring runs out of memory."
     )
