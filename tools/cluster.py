@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PREFIX = "dhen"
 INTERFACE = "eth0"
 _GRACE_SECONDS = 20.0
@@ -50,8 +52,9 @@ class Cluster:
     ) -> None:
         self.num_nodes, self.ranks_per_node = nodes, ranks_per_node
         self.link_mbit, self.local_mbit = link_mbit, local_mbit
-        self._name = f"{PREFIX}{os.getpid()}"
-        self._hosts = Path(tempfile.gettempdir()) / f"{self._name}-hostfile"
+        name = f"{PREFIX}{os.getpid()}"
+        self.names, self._hub = [f"{name}-node{node}" for node in range(nodes)], f"{name}-hub"  # namespaces
+        self._hosts = Path(tempfile.gettempdir()) / f"{name}-hostfile"
         self._handlers: dict[int, Any] = {}  # those of before the block
 
     @classmethod
@@ -59,11 +62,6 @@ class Cluster:
         """The cluster of `add_arguments`; without limits, on links as fast as they can be."""
         rates = (arguments.link_mbit, arguments.local_mbit) if is_limited else (0, 0)
         return cls(arguments.nodes, ranks_per_node=arguments.ranks_per_node, link_mbit=rates[0], local_mbit=rates[1])
-
-    @property
-    def names(self) -> list[str]:
-        """The namespaces of the nodes."""
-        return [f"{self._name}-node{node}" for node in range(self.num_nodes)]
 
     def address(self, node: int) -> str:
         """The node's address."""
@@ -76,11 +74,10 @@ class Cluster:
         try:
             remove_stale()
             self._build()
-        except subprocess.CalledProcessError as error:
+        except BaseException as error:
             self.__exit__()
-            raise ClusterError(f"`{' '.join(error.cmd)}` failed: {error.stderr.strip()}") from error
-        except BaseException:
-            self.__exit__()
+            if isinstance(error, subprocess.CalledProcessError):
+                raise ClusterError(f"`{' '.join(error.cmd)}` failed: {error.stderr.strip()}") from error
             raise
         return self
 
@@ -94,10 +91,6 @@ class Cluster:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-    @property
-    def _hub(self) -> str:
-        return f"{self._name}-hub"
 
     def _build(self) -> None:
         run("ip", "netns", "add", self._hub)
@@ -163,11 +156,8 @@ def wait(launchers: Sequence[subprocess.Popen]) -> int:
 
 def bytes_sent(interface: str = INTERFACE) -> int | None:
     """Bytes that this process's node has sent over `interface`; None if the node has no such interface."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counters = line.strip().partition(":")
-        if name == interface:
-            return int(counters.split()[8])
-    return None
+    counters = psutil.net_io_counters(pernic=True, nowrap=False).get(interface)
+    return None if counters is None else counters.bytes_sent
 
 
 def check_machine() -> None:
