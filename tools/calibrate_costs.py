@@ -27,24 +27,15 @@ from dataclasses import asdict, astuple, dataclass
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.costs import (
-    Costs,
-    StepSetting,
-    Work,
-    WorkRate,
-    lookup_work,
-    read_costs,
-    update_work,
-)
+from dhen.tables.placement.costs import Costs, StepSetting, Work, WorkRate, lookup_work, read_costs, update_work
 from dhen.tables.sharded_tables import ADAGRAD_EPSILON, make_lookup
 from dhen.tables.stochastic_rounding import RoundedTables
-from tools.bench.clock import now, slowest
+from tools.bench.clock import largest, median_seconds, now
 from tools.bench.launch import argument_parser, is_rank, run_ranks
+from tools.bench.report import print_table
 
 BATCH = 4096
 TABLES = 4
@@ -73,7 +64,7 @@ def main() -> int:
     """Measure, print, write."""
     arguments = parse_arguments()
     if not is_rank():
-        run_ranks(torch.cuda.device_count() or 2, __file__)
+        run_ranks(torch.cuda.device_count() or 2)
         return 0
     start, topology = time.perf_counter(), job.start()
     lookup, update = {}, {}
@@ -134,15 +125,9 @@ def time_table(
     topology: Topology, rows: int, columns: int, ids_per_bag: int, setting: StepSetting, rounds: int
 ) -> tuple[float, float]:
     """Seconds of one table's lookup, and of its backward with update. Communicates; all ranks call it."""
-    optimizer = setting.optimizer
-    rounds_up_and_down = setting.update_key.endswith("rounded")
-    lookup = make_lookup(
-        [(rows, columns)] * TABLES,
-        topology.device,
-        optimizer,
-        setting.table_dtype,
-        rounds_stochastically=rounds_up_and_down,
-    )
+    optimizer, rounds_up_and_down = setting.optimizer, setting.update_key.endswith("rounded")
+    sizes, dtype = [(rows, columns)] * TABLES, setting.table_dtype
+    lookup = make_lookup(sizes, topology.device, optimizer, dtype, rounds_stochastically=rounds_up_and_down)
     lookup.set_learning_rate(0.01)
     look_up = lookup
     if rounds_up_and_down and topology.device.type == "cpu":
@@ -156,7 +141,7 @@ def time_table(
     begin = time.perf_counter()
     for _ in range(rounds + 1):  # the first round warms up
         ids = torch.randint(0, rows, (TABLES * BATCH * ids_per_bag,), device=topology.device)
-        if slowest(topology, time.perf_counter() - begin) > SECONDS_PER_TABLE and forward[1:]:
+        if largest(topology, time.perf_counter() - begin) > SECONDS_PER_TABLE and forward[1:]:
             break
         start = now(topology.device)
         pooled = look_up(ids, offsets)
@@ -164,8 +149,8 @@ def time_table(
         pooled.backward(pooled.detach())
         backward.append(now(topology.device) - middle)
         forward.append(middle - start)
-    medians = (statistics.median(forward[1:]), statistics.median(backward[1:]))
-    return slowest(topology, medians[0]) / TABLES, slowest(topology, medians[1]) / TABLES
+    looking_up, updating = largest(topology, [statistics.median(forward[1:]), statistics.median(backward[1:])])
+    return looking_up / TABLES, updating / TABLES
 
 
 def fit(samples: Sequence[Sample]) -> WorkRate:
@@ -189,15 +174,13 @@ def fit_and_show(title: str, samples: Sequence[Sample], topology: Topology) -> W
     """The rates that fit the samples; rank 0 prints how well they do."""
     rate = fit(samples)
     if topology.is_main:
-        table = Table(title=title, box=None, title_justify="left")
-        for column in ("rows", "columns", "ids", "ms", "by the rates", "off by"):
-            table.add_column(column, justify="right")
+        rows = []
         for sample in samples:
             expected = rate.seconds(sample.work)
-            off = expected / sample.seconds - 1
-            cells = (f"{sample.rows:,}", str(sample.columns), f"{sample.work.ids:,}", f"{1e3 * sample.seconds:.3f}")
-            table.add_row(*cells, f"{1e3 * expected:.3f}", f"{off:+.0%}")
-        Console(stderr=True).print(table)
+            size = (f"{sample.rows:,}", str(sample.columns), f"{sample.work.ids:,}", f"{1e3 * sample.seconds:.3f}")
+            rows.append([*size, f"{1e3 * expected:.3f}", f"{expected / sample.seconds - 1:+.0%}"])
+        print(title, file=sys.stderr)
+        print_table(("rows", "columns", "ids", "ms", "by the rates", "off by"), rows, file=sys.stderr)
     return rate
 
 
@@ -217,13 +200,8 @@ def time_all_to_all(topology: Topology, group: dist.ProcessGroup, size: int, rou
         return None
     sent = torch.zeros(EXCHANGE_BYTES // 4 // size * size, device=topology.device)
     received = torch.empty_like(sent)
-    seconds = []
-    for _ in range(rounds + 1):
-        topology.barrier()
-        start = now(topology.device)
-        dist.all_to_all_single(received, sent, group=group)
-        seconds.append(now(topology.device) - start)
-    return sent.numel() * 4 * (size - 1) / size / slowest(topology, statistics.median(seconds[1:]))
+    seconds = median_seconds(lambda: dist.all_to_all_single(received, sent, group=group), topology, rounds)
+    return sent.numel() * 4 * (size - 1) / size / largest(topology, seconds)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -34,10 +34,10 @@ from dhen.runtime.topology import Topology
 from dhen.training.parallelize import weights_of
 from tools.bench import launch
 from tools.bench.report import print_table
-from tools.bench.sharding_ranks import NUM_DENSE, build, ds_config_of, free, model_bytes, model_config
+from tools.bench.sharding_ranks import build, ds_config_of, free, model_bytes, model_config
 from tools.bench.sharding_schemes import BATCH, SCHEMES, Scheme
 from tools.bench.stand_ins import replace_reduce_scatter
-from tools.cluster import Cluster, ClusterError, add_arguments
+from tools.cluster import Cluster, add_arguments
 
 PARTS = ("weights", "optimizer", "gradients", "gathered", "buckets", "activations")
 _FIVE = ("dp", "fsdp", "hsdp", "torch_fsdp", "torch_hsdp")
@@ -147,14 +147,12 @@ def measure(topology: Topology, arguments: argparse.Namespace) -> list[Composed]
 
 def measured_parts(scheme: Scheme, config: DhenConfig, topology: Topology) -> dict[str, int]:
     """Bytes by part at the peak of the last step. Communicates; all ranks call it."""
-    generator = torch.Generator().manual_seed(topology.rank)
-    dense_BN, labels_B = torch.randn(BATCH, NUM_DENSE, generator=generator), torch.ones(BATCH)
     with Composition() as memory:
-        built = build(scheme, config, topology, 0.0)
+        built = build(scheme, config, topology)
         memory.model = built.model
         for _ in range(_STEPS):
             memory.reset_peak()
-            built.step(dense_BN, labels_B)
+            built.step()
     free(built)
     return memory.parts
 
@@ -181,36 +179,26 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     return parser.parse_args(command_line)
 
 
-def show(results: Sequence[dict[str, Any]]) -> None:
-    """Print two rows per scheme. results: scheme, model_bytes, and bytes by part, measured and predicted."""
+def show(results: Sequence[Composed]) -> None:
+    """Print two rows per scheme: bytes by part, measured and predicted."""
     rows = []
     for result in results:
-        for name in ("measured", "predicted"):
-            if parts := result[name]:
+        for name, parts in (("measured", result.measured), ("predicted", result.predicted)):
+            if parts:
                 total = sum(parts.values())
-                shares = [f"{parts.get(part, 0) / result['model_bytes']:.2f}" for part in PARTS]
-                in_p, mib = f"{total / result['model_bytes']:.2f}", f"{total / 2**20:.1f}"
-                rows.append([result["scheme"] if name == "measured" else "", name, *shares, in_p, mib])
+                shares = [f"{size / result.model_bytes:.2f}" for size in (*(parts.get(p, 0) for p in PARTS), total)]
+                rows.append([result.scheme if name == "measured" else "", name, *shares, f"{total / 2**20:.1f}"])
     print_table(("scheme", "", *PARTS, "sum in P", "MiB"), rows, left=("scheme", ""))
 
 
-def main() -> int:
-    """Measure and show. Exit status: 0, or 2 if the cluster or the job on it fails."""
-    arguments = parse_arguments()
+def measure_on_a_cluster(arguments: argparse.Namespace) -> None:
+    """Measure and show. Raises ClusterError, and JobError if the job fails."""
     file = arguments.output
-    if launch.is_rank():
-        launch.measure_as_a_rank(measure, arguments, file)
-        return 0
-    try:
-        with Cluster.of(arguments) as cluster:
-            results = launch.results_of_cluster(cluster, [__file__, *sys.argv[1:]], file=file, job="the job")
-    except (ClusterError, launch.JobError) as error:
-        print(f"composition: {error}", file=sys.stderr)
-        return 2
+    with Cluster.of(arguments) as cluster:
+        results = launch.results_of_cluster(cluster, sys.argv, list[Composed], file)
     launch.write_json(file, results)
     show(results)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(launch.run(parse_arguments(), measure, measure_on_a_cluster))

@@ -25,7 +25,6 @@ from dataclasses import replace
 
 import pyarrow
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.arguments import Arguments, parse_arguments
 from dhen.config.ds_config import read_ds_config
@@ -40,6 +39,7 @@ from dhen.training.saved.fine_tuning import config_for
 from tools.bench.clock import now
 from tools.bench.launch import argument_parser, write_json
 from tools.bench.report import print_table
+from tools.bench.small_work import ZERO2, take_step
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WARM_UP_STEPS = 3
@@ -57,8 +57,7 @@ def main() -> int:
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
     with user_errors():
-        zero2 = str(REPOSITORY / "ds_configs/zero2.json")
-        arguments = parse_arguments(["--config", options.config, "--ds_config", zero2])
+        arguments = parse_arguments(["--config", options.config, "--ds_config", str(ZERO2)])
         rates = measure(arguments, options, topology)
     job.stop()
     ranks = "" if options.world_size == 1 else f", the loader of one rank of {options.world_size}"
@@ -96,7 +95,7 @@ def measure(arguments: Arguments, options: argparse.Namespace, topology: Topolog
     model = parallelize(lay_out(config_for(arguments.architecture, loader.schema), topology, ds_config), seed=seed)
     model.set_learning_rates(training.learning_rate, training.table_learning_rate)
     batches = list(itertools.islice(loader.epoch(0), options.steps))
-    train(model, batches[:WARM_UP_STEPS])
+    rate_of_training(model, batches[:WARM_UP_STEPS])
     rates: Rates = {"loader": [], "training": []}
     for epoch in range(1, options.rounds + 1):
         rates["loader"].append(rate_of_loader(loader, epoch))
@@ -115,16 +114,9 @@ def rate_of_training(model: ParallelDhen, batches: list[Batch]) -> float:
     """Rows per second of lookup, forward, backward and update."""
     device = model.topology.device
     started = now(device)
-    train(model, batches)
-    return sum(len(batch.labels_B) for batch in batches) / (now(device) - started)
-
-
-def train(model: ParallelDhen, batches: list[Batch]) -> None:
-    """Make one update per batch."""
     for batch in batches:
-        batch = batch.to(model.topology.device)
-        logits_B = model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse)
-        model.step(binary_cross_entropy_with_logits(logits_B, batch.labels_B))
+        take_step(model, batch)
+    return sum(len(batch.labels_B) for batch in batches) / (now(device) - started)
 
 
 def show(rates: Rates) -> None:

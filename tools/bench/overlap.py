@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,17 +25,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.profiler import record_function
 
 from dhen.config.dhen_section import DhenSection
-from dhen.data.loading.batches import Batch
 from dhen.model.configuration_dhen import SparseFeature
-from dhen.model.features import SparseIds
-from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import IDS
 from dhen.tables.pooled_exchange import EMBEDDINGS, GRADIENTS, WAITING
 from dhen.training.loop import with_ids_ahead
-from dhen.training.parallelize import ParallelDhen
-from tools.bench.launch import argument_parser, is_rank, run_ranks, write_json
-from tools.bench.small_work import NUM_DENSE, small_dhen
+from tools.bench.clock import covered
+from tools.bench.launch import argument_parser, run, run_ranks
+from tools.bench.small_work import random_batch, small_dhen
 
 STEP, FORWARD, BACKWARD = "step", "dense forward", "backward"
 LANES = {
@@ -59,39 +56,25 @@ class Span:
     thread: int
 
 
-def build(topology: Topology, arguments: argparse.Namespace, *, overlap: bool) -> ParallelDhen:
-    """The model under ds_configs/zero2.json. Communicates; all ranks call it."""
+def trace_steps(topology: Topology, arguments: argparse.Namespace, path: Path, *, overlap: bool) -> None:
+    """Train under ds_configs/zero2.json. Rank 0 writes a Chrome trace of the last steps. Communicates; all call it."""
     tables = [SparseFeature(f"C{i}", arguments.rows) for i in range(arguments.tables)]
-    section = DhenSection(overlap_tables=overlap)
     architecture = {"embedding_dim": arguments.dim, "num_layers": arguments.layers, "dense_mlp": [512, 256]}
-    return small_dhen(tables, arguments.batch_size, topology, section, **architecture)
-
-
-def batches(arguments: argparse.Namespace, rank: int) -> Iterator[Batch]:
-    """Random batches, one more than are traced."""
-    generator = torch.Generator().manual_seed(rank)
-    size = arguments.batch_size
-    for _ in range(WARM_UP + TRACED + 1):
-        ids = torch.randint(0, arguments.rows, (arguments.tables * size,), generator=generator)
-        dense_BN = torch.randn(size, NUM_DENSE, generator=generator)
-        labels_B = torch.rand(size, generator=generator).round()
-        yield Batch(labels_B, dense_BN, SparseIds(ids, arguments.tables), torch.arange(size), 2 * size)
-
-
-def traced_steps(model: ParallelDhen, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Take the steps and return a Chrome trace of the last ones. Communicates; all ranks call it."""
+    model = small_dhen(tables, arguments.batch_size, topology, DhenSection(overlap_tables=overlap), **architecture)
     config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # ids travel in another thread
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, experimental_config=config
     )
-    path = arguments.output / f"rank-{model.topology.rank}.json"
-    for number, (batch, sent_ids) in enumerate(with_ids_ahead(model, batches(arguments, model.topology.rank))):
+    batches = (  # one more than is traced
+        random_batch(tables, arguments.batch_size, seed=1000 * number + topology.rank)
+        for number in range(WARM_UP + TRACED + 1)
+    )
+    for number, (batch, sent_ids) in enumerate(with_ids_ahead(model, batches)):
         if number == WARM_UP:
-            model.topology.barrier()
+            topology.barrier()
             profiler.start()
         if number == WARM_UP + TRACED:
             profiler.stop()
-            profiler.export_chrome_trace(str(path))
         with record_function(STEP):
             with record_function(FORWARD):
                 logits_B = model.score(model.look_up(sent_ids), batch.dense_BN, batch.sparse)
@@ -100,9 +83,8 @@ def traced_steps(model: ParallelDhen, arguments: argparse.Namespace) -> dict[str
                 model.engine.backward(loss)
             model.engine.step()
     model.settle()
-    trace = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()
-    return trace
+    if topology.is_main:
+        profiler.export_chrome_trace(str(path))
 
 
 def spans_of(trace: dict[str, Any]) -> list[Span]:
@@ -130,22 +112,16 @@ def share_under_compute(spans: Sequence[Span]) -> dict[str, float]:
     """Share of each exchange's time, and of all exchanges' time, in which the rank's main thread computed."""
     steps = [span for span in spans if span.name == STEP]
     main = steps[0].thread
-    waits = [s for s in spans if s.thread == main and s.name in (WAITING, IDS)]
-    free = _without([(s.first, s.last) for s in steps], [(s.first, s.last) for s in waits])
+    end = max(span.last for span in spans)
+    waits = ((s.first, s.last) for s in spans if s.thread == main and s.name in (WAITING, IDS))
+    is_free = covered(((s.first, s.last) for s in steps), end) & ~covered(waits, end)
     whole, under = dict.fromkeys(EXCHANGES, 0.0), dict.fromkeys(EXCHANGES, 0.0)
     for span in spans:
         if span.name in EXCHANGES and steps[0].first <= span.first <= steps[-1].last:
             whole[span.name] += span.last - span.first
-            under[span.name] += sum(max(0.0, min(span.last, b) - max(span.first, a)) for a, b in free)
+            under[span.name] += float(is_free[round(span.first) : round(span.last)].sum())
     shares = {name: under[name] / whole[name] for name in EXCHANGES if whole[name]}
     return shares | {"all": sum(under.values()) / max(sum(whole.values()), 1e-9)}
-
-
-def _without(spans: Sequence[tuple[float, float]], holes: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    left = list(spans)
-    for first, last in holes:
-        left = [part for a, b in left for part in ((a, min(b, first)), (max(a, last), b)) if part[1] > part[0]]
-    return left
 
 
 def draw(by_mode: dict[str, list[Span]], shares: dict[str, dict[str, float]], path: Path) -> None:
@@ -173,23 +149,28 @@ def _draw_lanes(axis: Axes, spans: Sequence[Span]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def trace_both(topology: Topology, arguments: argparse.Namespace) -> None:
-    """Trace steps with and without overlap; rank 0 writes and prints. Communicates; all ranks call it."""
+def trace_both(topology: Topology, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trace steps with and without overlap; rank 0 draws, prints and returns. Communicates; all ranks call it."""
     output = arguments.output
     spans: dict[str, list[Span]] = {}
     for mode in ("on", "off"):
-        trace = traced_steps(build(topology, arguments, overlap=mode == "on"), arguments)
-        spans[mode] = spans_of(trace)
+        path = output / f"trace-{mode}.json"
+        trace_steps(topology, arguments, path, overlap=mode == "on")
         if topology.is_main:
-            (output / f"trace-{mode}.json").write_text(json.dumps(trace), encoding="utf-8")
+            spans[mode] = spans_of(json.loads(path.read_text(encoding="utf-8")))
+    shares = {mode: share_under_compute(of_mode) for mode, of_mode in spans.items()}
     if topology.is_main:
-        shares = {mode: share_under_compute(of_mode) for mode, of_mode in spans.items()}
         draw(spans, shares, output / "overlap.png")
-        written = {"shares": shares, "spans": {mode: [asdict(s) for s in of_mode] for mode, of_mode in spans.items()}}
-        write_json(output / "overlap.json", written)
         for mode, of_mode in shares.items():
             print(f"overlap {mode}: " + ", ".join(f"{name} {share:.0%}" for name, share in of_mode.items()))
         print(f"{output} has the traces, overlap.png and overlap.json")
+    return {"shares": shares, "spans": spans}
+
+
+def start_two_ranks(arguments: argparse.Namespace) -> None:
+    """The ranks trace and show."""
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    run_ranks(2, KINETO_LOG_LEVEL="99")
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
@@ -204,17 +185,5 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     return parser.parse_args(command_line)
 
 
-def main() -> int:
-    """Start two ranks, which trace and write."""
-    arguments = parse_arguments()
-    if is_rank():
-        trace_both(job.start(), arguments)
-        job.stop()
-        return 0
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    run_ranks(2, __file__, KINETO_LOG_LEVEL="99")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parse_arguments(), trace_both, start_two_ranks, "overlap.json"))

@@ -20,17 +20,18 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, product
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.costs import Costs, StepSetting, read_costs, shard_seconds
+from dhen.tables.placement.costs import Costs, StepSetting, read_costs
 from dhen.tables.placement.packing import longest_first
-from dhen.tables.placement.plan import Placement, PlacementOptions, TableShard, place_tables
+from dhen.tables.placement.plan import Placement, PlacementOptions, place_tables
 from dhen.tables.sharded_tables import ShardedTables
-from tools.bench.clock import slowest
-from tools.bench.launch import argument_parser, is_rank, measure_as_a_rank, results_of_ranks, write_json
+from tools.bench.clock import largest
+from tools.bench.launch import argument_parser, results_of_ranks, run, write_json
 from tools.bench.report import print_table, ratios
 from tools.bench.small_work import random_ids
 
@@ -49,39 +50,33 @@ class Problem:
     dim: int
     setting: StepSetting
     costs: Costs
-    ids_per_bag: dict[str, float]
+    bags: list[int]
 
-    def by_cost(self, max_column_shards: int | None = None) -> Placement:
-        """By predicted seconds, as the project does it."""
-        options = PlacementOptions(max_column_shards=max_column_shards)
-        return place_tables(self.tables, self.dim, self.setting, self.costs, self.ids_per_bag, options)
+    @property
+    def ids_per_bag(self) -> dict[str, int]:
+        """By table; the tables take the sizes of `bags` in turn."""
+        return {table.name: ids for table, ids in zip(self.tables, cycle(self.bags), strict=False)}
 
-    def whole_tables(self, ranks: Sequence[int]) -> Placement:
-        """Table i, uncut, on ranks[i]. The lower bound is that of `by_cost`, which may cut tables."""
-        shards = []
-        for index, (table, rank) in enumerate(zip(self.tables, ranks, strict=True)):
-            rows, ids = table.num_embeddings, self.ids_per_bag[table.name]
-            seconds = shard_seconds(self.costs, self.setting, rows, self.dim, ids).total
-            size = self.setting.shard_bytes(rows, self.dim)
-            shards.append(TableShard(index, table.name, rows, 0, self.dim, rank, size, seconds))
-        shards.sort(key=lambda shard: (shard.rank, shard.table))
-        return Placement(tuple(shards), self.setting.world_size, (), self.by_cost().unsliceable)
+    def placements(self) -> dict[str, Placement]:
+        """The placement of each way. The lower bound of all is that of placing by cost, which may cut tables."""
+        names, ranks = [table.name for table in self.tables], self.setting.world_size
+        by_size = longest_first([table.num_embeddings for table in self.tables], ranks)
+        round_robin = [index % ranks for index in range(len(names))]
 
-    def by_size(self) -> Placement:
-        """The largest table first; each goes to the rank with the fewest weights."""
-        return self.whole_tables(longest_first([t.num_embeddings for t in self.tables], self.setting.world_size))
+        def uncut(rank_of_table: list[int]) -> PlacementOptions:
+            return PlacementOptions(by_hand={name: [rank] for name, rank in zip(names, rank_of_table, strict=True)})
 
-    def round_robin(self) -> Placement:
-        """Table i on rank i modulo the number of ranks."""
-        return self.whole_tables([index % self.setting.world_size for index in range(len(self.tables))])
-
-
-WAYS: dict[str, Callable[[Problem], Placement]] = {
-    "cost": Problem.by_cost,
-    "cost, none cut": lambda problem: replace(problem.by_cost(1), unsliceable=problem.by_cost().unsliceable),
-    "size": Problem.by_size,
-    "round-robin": Problem.round_robin,
-}
+        options = {
+            "cost": PlacementOptions(),
+            "cost, none cut": PlacementOptions(max_column_shards=1),
+            "size": uncut(by_size),  # the largest table first; each goes to the rank with the fewest weights
+            "round-robin": uncut(round_robin),
+        }
+        plans = {
+            way: place_tables(self.tables, self.dim, self.setting, self.costs, self.ids_per_bag, asked)
+            for way, asked in options.items()
+        }
+        return {way: replace(plan, unsliceable=plans["cost"].unsliceable) for way, plan in plans.items()}
 
 
 @dataclass(frozen=True)
@@ -99,35 +94,46 @@ class Result:
     cpu: list[float]
 
 
-def make_problem(world: int, dim: int, ids_per_bag: list[int], batch_size: int, max_rows: int, costs: str) -> Problem:
-    """Criteo's tables, with at most `max_rows` rows, on `world` ranks."""
+def problems(arguments: argparse.Namespace, world: int, max_rows: int, costs: str) -> Iterator[Problem]:
+    """Criteo's tables, with at most `max_rows` rows, on `world` ranks: each kind of bags with each dimension."""
     tables = tuple(SparseFeature(f"C{i}", min(rows, max_rows)) for i, rows in enumerate(CRITEO_1TB))
-    ids = {table.name: float(ids_per_bag[i % len(ids_per_bag)]) for i, table in enumerate(tables)}
-    return Problem(tables, dim, StepSetting(world, min(world, LOCAL_SIZE), batch_size), read_costs(costs), ids)
+    setting = StepSetting(world, min(world, LOCAL_SIZE), arguments.batch_size)
+    for bags, dim in product(([1], arguments.ids_per_bag), arguments.dims):
+        yield Problem(tables, dim, setting, read_costs(costs), bags)
 
 
-def compare(
-    problem: Problem, ids_per_bag: list[int], topology: Topology | None = None, rounds: int = 0
-) -> list[Result]:
+def compare(problem: Problem, topology: Topology | None = None, rounds: int = 0) -> list[Result]:
     """All placements, measured if there is a topology. Communicates in that case; all ranks call it."""
-    placements = {way: place(problem) for way, place in WAYS.items()}
+    placements = problem.placements()
     seconds = measure(problem, placements, topology, rounds) if topology else {}
-    world, dim = problem.setting.world_size, problem.dim
-    results = []
-    for way, plan in placements.items():
-        wall, cpu = seconds.get(way, ([], []))
-        shards, predicted = len(plan.shards), plan.makespan
-        results.append(Result(world, dim, ids_per_bag, way, shards, predicted, plan.lower_bound, wall, cpu))
-    return results
+    return [
+        Result(
+            ranks=problem.setting.world_size,
+            dim=problem.dim,
+            ids_per_bag=problem.bags,
+            way=way,
+            shards=len(plan.shards),
+            predicted=plan.makespan,
+            lower_bound=plan.lower_bound,
+            wall=seconds[way][0] if topology else [],
+            cpu=seconds[way][1] if topology else [],
+        )
+        for way, plan in placements.items()
+    ]
 
 
 def measure(
     problem: Problem, placements: dict[str, Placement], topology: Topology, rounds: int
 ) -> dict[str, tuple[list[float], list[float]]]:
     """By way: wall-clock seconds per round, and the busiest rank's CPU seconds per round. Communicates."""
-    systems = {way: build(problem, plan, topology) for way, plan in placements.items()}
-    seconds: dict[str, tuple[list[float], list[float]]] = {way: ([], []) for way in systems}
-    counts = [int(problem.ids_per_bag[table.name]) for table in problem.tables]
+    systems = {
+        way: ShardedTables(problem.tables, problem.dim, plan, topology, init_std=0.01)
+        for way, plan in placements.items()
+    }
+    for tables in systems.values():
+        tables.set_learning_rate(0.01)
+    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in systems}
+    counts = list(problem.ids_per_bag.values())
     for number in range(rounds + 1):  # the first round warms up
         sparse = random_ids(problem.tables, counts, problem.setting.batch_size, 1000 * number + topology.rank)
         for way, tables in systems.items():
@@ -137,26 +143,9 @@ def measure(
             embeddings_BFD.backward(embeddings_BFD.detach())
             cpu = time.process_time() - cpu_start
             topology.barrier()
-            both = time.perf_counter() - start, cpu
-            if number:
-                for values, value in zip(seconds[way], both, strict=True):
-                    values.append(slowest(topology, value))
-    return seconds
-
-
-def build(problem: Problem, placement: Placement, topology: Topology) -> ShardedTables:
-    """This rank's tables. Communicates; all ranks call it."""
-    tables = ShardedTables(
-        problem.tables,
-        problem.dim,
-        placement,
-        topology,
-        optimizer=problem.setting.optimizer,
-        table_dtype=problem.setting.table_dtype,
-        init_std=0.01,
-    )
-    tables.set_learning_rate(0.01)
-    return tables
+            seconds[way].append((time.perf_counter() - start, cpu))
+    slowest = {way: largest(topology, of_way[1:]) for way, of_way in seconds.items()}
+    return {way: ([wall for wall, _ in both], [cpu for _, cpu in both]) for way, both in slowest.items()}
 
 
 def show(results: Sequence[Result]) -> None:
@@ -169,8 +158,7 @@ def show(results: Sequence[Result]) -> None:
         row += [str(result.shards), f"{result.predicted / result.lower_bound:.3f}"]
         row.append(f"{result.predicted / base.predicted:.2f}")
         for seconds, of_base in ((result.cpu, base.cpu), (result.wall, base.wall)):
-            of_medians, lowest, highest = ratios(seconds, of_base) if seconds else ("-", "", "")
-            row += [of_medians, f"{lowest}-{highest}"]
+            row += ratios(seconds, of_base) if seconds else ("-", "-")
         rows.append(row)
     columns = ("ranks", "dim", "ids", "placed by", "shards", "x bound", "predicted", "CPU", "range", "wall", "range")
     print_table(columns, rows, left=["placed by"])
@@ -181,14 +169,9 @@ def show(results: Sequence[Result]) -> None:
 
 def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Result]:
     """Compare the placements in all cases on the job's ranks. Communicates; all ranks call it."""
-    results = []
-    for ids_per_bag in ([1], arguments.ids_per_bag):
-        for dim in arguments.dims:
-            batch_size, max_rows = arguments.batch_size, arguments.max_rows
-            # Measured on this machine's CPU, whatever --costs says.
-            problem = make_problem(topology.world_size, dim, ids_per_bag, batch_size, max_rows, costs="cpu")
-            results += compare(problem, ids_per_bag, topology, arguments.rounds)
-    return results
+    # Measured on this machine's CPU, whatever --costs says.
+    cases = problems(arguments, topology.world_size, arguments.max_rows, costs="cpu")
+    return [result for problem in cases for result in compare(problem, topology, arguments.rounds)]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -207,26 +190,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    """Predict, measure, show."""
-    arguments = parse_arguments()
-    if is_rank():
-        measure_as_a_rank(measure_all, arguments, arguments.output)
-        return 0
+def predict_measure_show(arguments: argparse.Namespace) -> None:
+    """Predict here, measure in a job for each number of ranks, show both."""
     results = []
-    for ids_per_bag in ([1], arguments.ids_per_bag):
-        for dim in arguments.dims:
-            for world in arguments.ranks:
-                batch_size, max_rows = arguments.batch_size, max(CRITEO_1TB)
-                problem = make_problem(world, dim, ids_per_bag, batch_size, max_rows, arguments.costs)
-                results += compare(problem, ids_per_bag)
+    for world in arguments.ranks:
+        for problem in problems(arguments, world, max(CRITEO_1TB), arguments.costs):
+            results += compare(problem)
     for ranks in arguments.measured_ranks:
-        results += [Result(**result) for result in results_of_ranks(ranks, __file__, DS_ACCELERATOR="cpu")]
+        results += results_of_ranks(ranks, list[Result], DS_ACCELERATOR="cpu")
     show(results)
-    write_json(arguments.output, [asdict(result) for result in results])
+    write_json(arguments.output, results)
     print(f"{arguments.output} has the results")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parse_arguments(), measure_all, predict_measure_show))

@@ -25,120 +25,72 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 import argparse
 import os
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
 
 from dhen.planner.minimum_set import Planner
 from tools.bench import launch
-from tools.bench.plan_grid import POINTS_FILE, TECHNIQUES, TRAINED_FILE, Point, job_of, techniques
+from tools.bench.plan_ranks import POINTS_FILE, TECHNIQUES, TRAINED_FILE, Point, job_of, measure_points, techniques
 from tools.bench.report import print_table
-from tools.cluster import Cluster, ClusterError, add_arguments
+from tools.cluster import Cluster, add_arguments
 
 _CAPPED = ("dp", "zero2", "hsdp", "zero3", "zero3+recompute", "zero3+recompute+offload")
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float:
     """Pairs in the same order in both minus pairs in opposite orders, as a share of all pairs; a tie counts as 0."""
-    pairs = [(i, j) for i in range(len(first)) for j in range(i)]
-    score = sum(_sign(first[i] - first[j]) * _sign(second[i] - second[j]) for i, j in pairs)
-    return score / len(pairs)
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)
+    agreement = np.sign(np.subtract.outer(first, first)) * np.sign(np.subtract.outer(second, second))
+    return float(agreement.sum()) / (len(first) * (len(first) - 1))
 
 
 def show(points: Sequence[Point]) -> None:
-    """Print a row per point, then the errors and the agreement of the orders."""
-    rows = [
-        [
-            *(str(point.depth), point.technique, f"{point.peak / 2**20:.1f}", f"{point.predicted_peak / 2**20:.1f}"),
-            f"{point.error:+.1%}",
-            *((f"{point.seconds:.2f}", f"{point.predicted_seconds:.2f}") if point.seconds else ("-", "-")),
-        ]
-        for point in points
-    ]
-    print_table(("layers", "technique", "MiB", "predicted", "off by", "seconds", "predicted"), rows, ["technique"])
+    """Print a row per point, beside what the first technique needs at that depth; then errors and agreement."""
+    by_depth = {depth: [p for p in points if p.depth == depth] for depth in dict.fromkeys(p.depth for p in points)}
+    rows = []
+    for plain, point in ((of_depth[0], point) for of_depth in by_depth.values() for point in of_depth):
+        row = [str(point.depth), point.technique, f"{point.peak / 2**20:.1f}", f"{point.predicted_peak / 2**20:.1f}"]
+        row += [f"{point.error:+.1%}", f"{point.peak / plain.peak:.0%}"]
+        row.append(f"{point.predicted_peak / plain.predicted_peak:.0%}")
+        if point.seconds:
+            row += [f"{point.seconds:.2f}", f"{point.predicted_seconds:.2f}", f"{point.seconds / plain.seconds:.2f}x"]
+            row.append(f"{point.predicted_seconds / plain.predicted_seconds:.2f}x")
+        rows.append(row)
+    beside = f"of {points[0].technique}"
+    memory = ("MiB", "predicted", "off by", beside, "predicted")
+    print_table(("layers", "technique", *memory, "seconds", "predicted", beside, "predicted"), rows, ["technique"])
     errors = [abs(point.error) for point in points]
     print(f"memory, {len(points)} points: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
-    for depth in dict.fromkeys(point.depth for point in points):
-        of_depth = [point for point in points if point.depth == depth]
+    for depth, of_depth in by_depth.items():
         if len(of_depth) > 1 and all(point.seconds for point in of_depth):
             tau = kendall_tau([p.seconds for p in of_depth], [p.predicted_seconds for p in of_depth])
             print(f"order by speed at {depth} layers: Kendall's tau {tau:.2f}")
 
 
-def show_savings(points: Sequence[Point]) -> None:
-    """Print what each technique saves and costs beside the first one, at the deepest model of the grid."""
-    depth = max(point.depth for point in points)
-    of_depth = [point for point in points if point.depth == depth]
-    plain = of_depth[0]
-    rows = [
-        [
-            point.technique,
-            f"{point.peak / plain.peak:.0%}",
-            f"{point.predicted_peak / plain.predicted_peak:.0%}",
-            f"{point.seconds / plain.seconds:.2f}x" if plain.seconds else "-",
-            f"{point.predicted_seconds / plain.predicted_seconds:.2f}x" if plain.seconds else "-",
-        ]
-        for point in of_depth
-    ]
-    columns = (f"{depth} layers", "memory", "predicted", "step", "predicted")
-    print_table(columns, rows, left=columns)
-
-
-def deepest_predicted(name: str, arguments: argparse.Namespace) -> int:
-    """The deepest model that trains under the cap with this technique, as the planner says."""
-
-    def fits(depth: int) -> bool:
-        (technique,) = techniques(depth, [name])
-        return Planner(job_of(depth, arguments)).predict(technique).fits
-
-    return _deepest(fits, arguments.deepest, guess=1)
-
-
-def deepest_trained(name: str, guess: int, cluster: Cluster, arguments: argparse.Namespace) -> int:
-    """The deepest model that trains. Each depth is a job of its own; the search starts at `guess`. Raises JobError."""
-
-    def trains(depth: int) -> bool:
-        return launch.results_of_cluster(
-            cluster,
-            [__file__, *sys.argv[1:], "--techniques", name, "--depths", str(depth)],
-            file=arguments.output / TRAINED_FILE,
-            job=f"the job of {name} at {depth} layers",
-            may_fail=True,
-        )
-
-    return _deepest(trains, arguments.deepest, guess)
-
-
-def _deepest(holds: Callable[[int], bool], most: int, guess: int) -> int:
-    """The largest number up to `most` for which `holds` is true, or 0 if there is none.
-
-    From the guess on, steps double until the number is enclosed. Then the search is a bisection.
-    """
-    good, bad, step = 0, most + 1, 1
-    at = min(max(guess, 1), most)
-    while bad - good > 1:
-        if holds(at):
-            good = at
-        else:
-            bad = at
-        if good and bad <= most:
-            at = (good + bad) // 2
-        else:
-            at = min(good + step, most) if good else max(bad - step, 1)
-            step *= 2
-    return good
+def deepest(trains: Callable[[int], bool], most: int) -> int:
+    """The largest depth up to `most` that trains, or 0 if none does."""
+    return bisect_left(range(1, most + 1), True, key=lambda depth: not trains(depth))
 
 
 def measure_under_a_cap(arguments: argparse.Namespace) -> None:
-    """Find and print the deepest models. Raises ClusterError and JobError."""
+    """Find and print the deepest models, predicted and trained. Raises ClusterError and JobError."""
     os.environ |= launch.RETURN_FREED_MEMORY
     found = []
     with Cluster.of(arguments, is_limited=False) as cluster:
+
+        def is_predicted(name: str, depth: int) -> bool:
+            (technique,) = techniques(depth, [name])
+            return Planner(job_of(depth, arguments)).predict(technique).fits
+
+        def trains(name: str, depth: int) -> bool:
+            command = [*sys.argv, "--techniques", name, "--depths", str(depth)]
+            file = arguments.output / TRAINED_FILE
+            return bool(launch.results_of_cluster(cluster, command, bool | None, file, may_fail=True))
+
         for name in arguments.techniques:
-            predicted = deepest_predicted(name, arguments)
-            trained = deepest_trained(name, predicted, cluster, arguments)
+            predicted, trained = (deepest(partial(fits, name), arguments.deepest) for fits in (is_predicted, trains))
             found.append({"technique": name, "predicted": predicted, "trained": trained})
             print(f"{name}: predicted {predicted}, trained {trained}", file=sys.stderr, flush=True)
     launch.write_json(arguments.output / "depths.json", found)
@@ -152,12 +104,9 @@ def measure_grid(arguments: argparse.Namespace) -> None:
     file = arguments.output / POINTS_FILE
     with Cluster.of(arguments) as cluster:
         for depth in arguments.depths:
-            command = [__file__, *sys.argv[1:], "--depths", str(depth)]
-            measured = launch.results_of_cluster(cluster, command, file=file, job=f"the job of {depth} layers")
-            points += [Point(**values) for values in measured]
-    launch.write_json(file, [vars(point) for point in points])
+            points += launch.results_of_cluster(cluster, [*sys.argv, "--depths", str(depth)], list[Point], file)
+    launch.write_json(file, points)
     show(points)
-    show_savings(points)
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
@@ -180,21 +129,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     return arguments
 
 
-def main() -> int:
-    """Measure and show. Exit status: 0, or 2 if the cluster or a job on it fails."""
-    arguments = parse_arguments()
-    if launch.is_rank():
-        from tools.bench.plan_ranks import measure_points
-
-        launch.measure_as_a_rank(measure_points, arguments, arguments.output / POINTS_FILE)
-        return 0
-    try:
-        (measure_under_a_cap if arguments.cap_mib else measure_grid)(arguments)
-    except (ClusterError, launch.JobError) as error:
-        print(f"plan: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments = parse_arguments()
+    start_and_show = measure_under_a_cap if arguments.cap_mib else measure_grid
+    sys.exit(launch.run(arguments, measure_points, start_and_show, POINTS_FILE))

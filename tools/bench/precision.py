@@ -22,14 +22,17 @@ import json
 import runpy
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_iter
 
-from tools.bench.launch import JobError, argument_parser, is_rank, results_of_cluster, write_json
+from dhen.training.loop import Trainer
+from tools.bench.launch import JobError, argument_parser, is_rank, results_of_cluster, run_here, write_json
 from tools.bench.report import print_table
-from tools.cluster import Cluster, ClusterError, bytes_sent
+from tools.cluster import Cluster, bytes_sent
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_FILE = "measured.json"
@@ -73,15 +76,15 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
     config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text(encoding="utf-8"))
     for key, value in changes.items():
         config[key] = config.get(key, {}) | value if isinstance(value, dict) else value
-    run = folder / f"{variant.replace(' ', '_').replace(',', '')}-{seed}"
-    ds_config = folder / f"{run.name}.json"
+    output = folder / f"{variant.replace(' ', '_').replace(',', '')}-{seed}"
+    ds_config = folder / f"{output.name}.json"
     ds_config.write_text(json.dumps(config), encoding="utf-8")
-    flags = [f"--config={arguments.config}", f"--ds_config={ds_config}", f"--output_dir={run}", f"--seed={seed}"]
+    flags = [f"--config={arguments.config}", f"--ds_config={ds_config}", f"--output_dir={output}", f"--seed={seed}"]
     flags += ["--overwrite_output_dir", f"--num_train_epochs={arguments.epochs}", "--lr_scheduler_type=constant"]
-    command, job = [__file__, *flags, *arguments.more], f"{variant} with seed {seed}"
-    measured = results_of_cluster(cluster, command, file=run / MEASURED_FILE, job=job)
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    placement = json.loads((run / "placement.json").read_text(encoding="utf-8"))
+    command = [__file__, *flags, *arguments.more]
+    measured = results_of_cluster(cluster, command, dict[str, Any], output / MEASURED_FILE)
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    placement = json.loads((output / "placement.json").read_text(encoding="utf-8"))
     return Result(
         variant=variant,
         seed=seed,
@@ -95,10 +98,7 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
 
 def train_here() -> None:
     """One rank's part: recipes/train.py with measured steps; rank 0 writes the result. Communicates; all call it."""
-    from dhen.training.loop import Trainer  # the process that launches does not need DeepSpeed
-
     train = Trainer.train
-    measured: dict[Path, dict[str, Any]] = {}
 
     def train_and_measure(trainer: Trainer, progress: Any) -> None:
         trainer.validation_loader = None  # the bytes are those of training steps
@@ -118,12 +118,10 @@ def train_here() -> None:
         topology.barrier()
         if topology.is_main:
             values = {"bytes_per_step": (bytes_sent() - before) / trainer.state.step, "dense_bytes": dense_bytes}
-            measured[trainer.output_dir / MEASURED_FILE] = values
+            write_json(trainer.output_dir / MEASURED_FILE, values)
 
     Trainer.train = train_and_measure
     runpy.run_path(str(ROOT / "recipes" / "train.py"), run_name="__main__")
-    for file, values in measured.items():
-        file.write_text(json.dumps(values), encoding="utf-8")
 
 
 def engine_bytes(engine: Any) -> dict[str, int]:
@@ -132,9 +130,11 @@ def engine_bytes(engine: Any) -> dict[str, int]:
     inner = getattr(optimizer, "optimizer", optimizer)  # ZeRO's optimizer wraps torch's
     parameters = list(engine.module.parameters())
     held = vars(optimizer) if optimizer is not inner else {}
+    # ZeRO keeps masters that torch's optimizer does not see.
+    masters = [value for name, value in held.items() if "fp32" in name]
     by_role: dict[str, Iterable[Tensor]] = {
         "weights": [getattr(p, "ds_tensor", p.data) for p in parameters],
-        "masters": tensors_in([group["params"] for group in inner.param_groups]),
+        "masters": tensors_in([*(group["params"] for group in inner.param_groups), *masters]),
         "moments": tensors_in([*inner.state.values()]),
         "gradients": [
             *(p.grad for p in parameters if p.grad is not None),
@@ -142,9 +142,6 @@ def engine_bytes(engine: Any) -> dict[str, int]:
         ],
         "buffers": tensors_in([value for name, value in held.items() if "param" not in name]),
     }
-    if optimizer is not inner:  # ZeRO keeps masters that torch's optimizer does not see
-        masters = [value for name, value in held.items() if "fp32" in name]
-        by_role["masters"] = [*by_role["masters"], *tensors_in(masters)]
     seen: set[int] = set()
     total: dict[str, int] = {}
     for role in ROLES:
@@ -159,17 +156,11 @@ def engine_bytes(engine: Any) -> dict[str, int]:
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Every tensor in nested containers and in ZeRO's own objects, with its gradient."""
-    if isinstance(value, Tensor):
-        yield value
-        if value.is_leaf and value.grad is not None:
-            yield value.grad
-    elif isinstance(value, dict):
-        yield from tensors_in([*value.values()])
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from tensors_in(item)
-    elif type(value).__module__.startswith("deepspeed.runtime.zero") and hasattr(value, "__dict__"):
-        yield from tensors_in(vars(value))
+    for leaf in tree_iter(value):
+        if isinstance(leaf, Tensor):
+            yield from (leaf, leaf.grad) if leaf.is_leaf and leaf.grad is not None else (leaf,)
+        elif type(leaf).__module__.startswith("deepspeed.runtime.zero") and hasattr(leaf, "__dict__"):
+            yield from tensors_in(vars(leaf))
 
 
 def show(results: Sequence[Result]) -> None:
@@ -206,33 +197,26 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> int:
-    """Train and show all variants. Exit status: 0, 1 if a run fails, or 2 without a cluster."""
-    arguments = parse_arguments()
+def train_and_show(arguments: argparse.Namespace) -> None:
+    """Train and show all variants. Raises ClusterError without a cluster, and JobError in the end if a run fails."""
     folder = arguments.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     results, failures = [], []
-    try:
-        with Cluster(2, link_mbit=0, local_mbit=0) as cluster:
-            for seed in arguments.seeds:
-                for variant in arguments.variants:
-                    try:
-                        results.append(train(variant, seed, arguments, cluster, folder))
-                    except JobError as error:
-                        failures.append(str(error))
-                    write_json(folder / "results.json", [asdict(result) for result in results])
-    except ClusterError as error:
-        print(f"precision: {error}", file=sys.stderr)
-        return 2
+    with Cluster(2, link_mbit=0, local_mbit=0) as cluster:
+        for seed, variant in product(arguments.seeds, arguments.variants):
+            try:
+                results.append(train(variant, seed, arguments, cluster, folder))
+            except JobError as error:
+                failures.append(str(error))
+            write_json(folder / "results.json", results)
     if results:
         show(results)
-    for failure in failures:
-        print(f"precision: {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    if failures:
+        raise JobError(" ".join(failures))
 
 
 if __name__ == "__main__":
     if is_rank():
         train_here()
     else:
-        sys.exit(main())
+        sys.exit(run_here(parse_arguments(), train_and_show))

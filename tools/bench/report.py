@@ -3,26 +3,28 @@
 import statistics
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 
-_WIDTH = 160
-"""Of a table that does not go to a terminal."""
+_WIDTH = 160  # of a table that does not go to a terminal
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str] = ()) -> None:
-    """Print rows under the names of their columns. left: the columns of text, which are aligned to the left."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str] = (), file: TextIO | None = None
+) -> None:
+    """Print rows under the names of their columns. left: the columns of text, aligned to the left. file: not stdout."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)
+    Console(width=None if (file or sys.stdout).isatty() else _WIDTH, file=file).print(table)
 
 
-def ratios(seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str, str]:
-    """seconds / base: the ratio of the medians, then the lowest and the highest of a round."""
+def ratios(seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
+    """seconds / base: the ratio of the medians, and the range over the rounds."""
     by_round = [own / other for own, other in zip(seconds, base, strict=True)]
     of_medians = statistics.median(seconds) / statistics.median(base)
-    return f"{of_medians:.2f}", f"{min(by_round):.2f}", f"{max(by_round):.2f}"
+    return f"{of_medians:.2f}", f"{min(by_round):.2f}-{max(by_round):.2f}"

@@ -26,15 +26,16 @@ import contextlib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
+from dhen.runtime.topology import Topology
 from tools.bench import launch
 from tools.bench.report import print_table, ratios
-from tools.bench.sharding_schemes import JOB_FILE, SCHEMES, Benchmark, Measured
-from tools.cluster import INTERFACE, Cluster, ClusterError, add_arguments
+from tools.bench.sharding_ranks import measure_all
+from tools.bench.sharding_schemes import JOB_FILE, MEASURED_FILE, SCHEMES, Benchmark, Measured
+from tools.cluster import INTERFACE, Cluster, add_arguments
 
-MEASURED_FILE = "measured.json"
 _DRAWN = {
     "dp": ("DP", "C0"),
     "fsdp": ("FSDP", "C1"),
@@ -47,18 +48,18 @@ _DRAWN = {
 
 def show(results: Sequence[Measured]) -> None:
     """Print a row per depth and scheme; samples/s also as a ratio to fsdp's, with its range over the rounds."""
-    columns = ("depth", "scheme", "samples/s", "x fsdp", "from", "to", "MiB sent", "in theory", "off by", "peak MiB")
+    columns = ("depth", "scheme", "samples/s", "x fsdp", "from-to", "MiB sent", "in theory", "off by", "peak MiB")
     rows = []
     for result in results:
         base = next((r for r in results if (r.scheme, r.depth) == ("fsdp", result.depth)), None)
         sent, theory = result.bytes_sent, result.bytes_in_theory
-        faster = ratios(base.seconds, result.seconds) if base and base.seconds and result.seconds else ("-", "-", "-")
+        faster = ratios(base.seconds, result.seconds) if base and base.seconds and result.seconds else ("-", "-")
         is_apart = SCHEMES[result.scheme].is_apart
         rows.append([
             str(result.depth),
             f"{result.scheme} (own job)" if is_apart else result.scheme,
             f"{result.samples_per_second:,.1f}" if result.seconds else "no memory",
-            *((faster[0], "-", "-") if is_apart else faster),
+            *((faster[0], "-") if is_apart else faster),
             "-" if sent is None else f"{sent / 2**20:.2f}",
             f"{theory / 2**20:.2f}",
             f"{sent / theory - 1:+.1%}" if sent and theory else "-",
@@ -104,12 +105,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--memory_cap_mib", type=float, default=0, help="measure peak memory too, with this cap per rank")
     add("--trace", action="store_true", help="write a Chrome trace of an hsdp step")
     add("--interface", default=INTERFACE, help="network interface whose bytes are counted")
-    add(
-        "--output",
-        type=Path,
-        default="runs/bench_sharding",
-        help=f"folder of {MEASURED_FILE}, figure6.png and the traces",
-    )
+    add("--output", type=Path, default="runs/bench_sharding", help=f"folder of {MEASURED_FILE}, figure6.png, traces")
     add("--on_cluster", action="store_true", help=argparse.SUPPRESS)  # set for the ranks of our own cluster
     add("--memory", action="store_true", help=argparse.SUPPRESS)  # and for the jobs that measure memory
     arguments = parser.parse_args(command_line)
@@ -123,44 +119,23 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     return arguments
 
 
-def main() -> int:
-    """Measure and show. Exit status: 0, or 2 if the cluster or a job on it fails."""
-    arguments = parse_arguments()
-    if launch.is_rank():
-        measure_schemes(arguments)
-        return 0
-    file = arguments.output / MEASURED_FILE
-    try:
-        benchmark = measure_on_a_cluster(arguments)
-    except (ClusterError, launch.JobError) as error:
-        kept = f" {file} has the results of the earlier jobs." if file.is_file() else ""
-        print(f"sharding: {error}{kept}", file=sys.stderr)
-        return 2
-    present(benchmark, arguments.output)
-    return 0
-
-
-def measure_schemes(arguments: argparse.Namespace) -> None:
-    """One rank's part; rank 0 writes the results. Communicates; all ranks call it."""
-    from tools.bench.sharding_ranks import measure_all  # imports torch, which the process that launches does not need
-
-    results = measure_all(arguments)
-    if results and arguments.on_cluster:
-        launch.write_json(arguments.output / JOB_FILE, [asdict(result) for result in results])
-    elif results:
-        benchmark = Benchmark(None, None, arguments.compute_ms, results)
-        benchmark.write(arguments.output / MEASURED_FILE)
+def measure_as_a_rank(topology: Topology, arguments: argparse.Namespace) -> Benchmark:
+    """One rank's part. Without our own cluster, rank 0 also shows the results. Communicates; all ranks call it."""
+    benchmark = Benchmark(None, None, arguments.compute_ms, measure_all(topology, arguments))
+    if topology.is_main and not arguments.on_cluster:
         present(benchmark, arguments.output)
+    return benchmark
 
 
 def present(benchmark: Benchmark, output: Path) -> None:
-    """Print the table, draw the figure."""
+    """Print the table, write measured.json, draw the figure."""
+    launch.write_json(output / MEASURED_FILE, benchmark)
     show(benchmark.results)
     plot(benchmark.results, output / "figure6.png")
     print(f"{output} has {MEASURED_FILE} and figure6.png")
 
 
-def measure_on_a_cluster(arguments: argparse.Namespace) -> Benchmark:
+def measure_on_a_cluster(arguments: argparse.Namespace) -> None:
     """Measure the schemes that take turns, at all depths; then the others, in a job per depth; then memory.
 
     Writes measured.json after each job. Raises ClusterError, and JobError if a job fails.
@@ -173,42 +148,40 @@ def measure_on_a_cluster(arguments: argparse.Namespace) -> Benchmark:
     file.unlink(missing_ok=True)
     with Cluster.of(arguments) as cluster:
         for schemes, depths in jobs:
-            measured = run_job(cluster, arguments, "--schemes", *schemes, "--depths", *map(str, depths))
-            results = [*benchmark.results, *(Measured(**result) for result in measured)]
-            results.sort(key=lambda result: arguments.depths.index(result.depth))
-            benchmark = replace(benchmark, results=results)
-            benchmark.write(file)
+            measured = run_job(cluster, arguments, Benchmark, "--schemes", *schemes, "--depths", *map(str, depths))
+            benchmark.results.extend(measured.results)
+            benchmark.results.sort(key=lambda result: arguments.depths.index(result.depth))
+            launch.write_json(file, benchmark)
     if arguments.memory_cap_mib:
-        peaks = peaks_of_all(arguments)
-        results = [replace(result, peak_mib=peaks[result.scheme, result.depth]) for result in benchmark.results]
-        benchmark = replace(benchmark, results=results)
-        benchmark.write(file)
-    return benchmark
+        benchmark = replace(benchmark, results=with_peaks(benchmark.results, arguments))
+    present(benchmark, arguments.output)
 
 
-def run_job(cluster: Cluster, arguments: argparse.Namespace, *flags: str) -> Any:
-    """Run this file on the cluster with these flags too, and return what rank 0 writes. Raises JobError."""
-    return launch.results_of_cluster(
-        cluster,
-        [__file__, *sys.argv[1:], "--on_cluster", *flags],
-        file=arguments.output / JOB_FILE,
-        job=f"the job with {' '.join(flags)}",
-        may_fail="--memory" in flags,
-    )
+def run_job(cluster: Cluster, arguments: argparse.Namespace, kind: Any, *flags: str) -> Any:
+    """Run this benchmark on the cluster with these flags too, and return what rank 0 writes. Raises JobError."""
+    command, file = [*sys.argv, "--on_cluster", *flags], arguments.output / JOB_FILE
+    try:
+        return launch.results_of_cluster(cluster, command, kind, file, may_fail="--memory" in flags)
+    except launch.JobError as error:
+        earlier = arguments.output / MEASURED_FILE
+        kept = f" {earlier} has the results of the earlier jobs." if earlier.is_file() else ""
+        raise launch.JobError(f"{error}{kept}") from error
 
 
-def peaks_of_all(arguments: argparse.Namespace) -> dict[tuple[str, int], float]:
-    """Peak MiB of rank 0 by scheme and depth, in a job each, on unlimited links; infinite if the cap is too low."""
+def with_peaks(results: Sequence[Measured], arguments: argparse.Namespace) -> list[Measured]:
+    """The results with peak MiB of rank 0, in a job each, on unlimited links; infinite if the cap is too low."""
     os.environ |= launch.RETURN_FREED_MEMORY
-    peaks = {}
+    measured = []
     with Cluster.of(arguments, is_limited=False) as cluster:
-        for name in arguments.schemes:
-            for depth in arguments.depths:
-                with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure
-                    peak = run_job(cluster, arguments, "--memory", "--schemes", name, "--depths", str(depth))
-                peaks[name, depth] = math.inf if peak is None else peak
-    return peaks
+        for result in results:
+            flags = ("--memory", "--schemes", result.scheme, "--depths", str(result.depth))
+            with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure
+                peak = run_job(cluster, arguments, float | None, *flags)
+            measured.append(replace(result, peak_mib=math.inf if peak is None else peak))
+    return measured
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments = parse_arguments()
+    file = JOB_FILE if arguments.on_cluster else MEASURED_FILE
+    sys.exit(launch.run(arguments, measure_as_a_rank, measure_on_a_cluster, file))

@@ -2,19 +2,18 @@
 
 import argparse
 import gc
-import itertools
 import json
 import os
 import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,10 +24,9 @@ from dhen.config.ds_config import DsConfig
 from dhen.config.zero_sizes import SIZE_KEYS
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import lay_out, parallelize
-from tools.bench.clock import now
+from dhen.training.parallelize import lay_out, parallelize, weights_of
+from tools.bench.clock import covered, largest, now
 from tools.bench.sharding_schemes import BATCH, JOB_FILE, SCHEMES, Measured, Scheme
 from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap, status_kib
 from tools.cluster import bytes_sent
@@ -39,53 +37,43 @@ BYTES = 4  # of an fp32 weight
 
 @dataclass(frozen=True)
 class Built:
-    """A scheme's model: `step` takes one step, `release` frees its memory."""
+    """A scheme's model: `step` takes one step on this rank's batch, `release` frees its memory."""
 
     model: nn.Module
-    step: Callable[[Any, Any], None]
+    step: Callable[[], None]
     release: Callable[[], None]
 
 
-def measure_all(arguments: argparse.Namespace) -> list[Measured]:
-    """Measure all depths; returns the results on rank 0, nothing on others. Communicates; all ranks call it."""
+def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
+    """Measure all depths, or end the rank after measuring memory. Communicates; all ranks call it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler logs its start and stop on every rank
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about writing to the logit, which nobody does
-    topology = job.start(timeout_minutes=5)
     if topology.device.type == "cpu":
         replace_reduce_scatter()
     if arguments.memory:
         measure_memory(topology, arguments)
-    results: list[Measured] = []
-    for depth in arguments.depths:
-        results += measure(topology, depth, arguments)
-    job.stop()
-    return results if topology.is_main else []
+    return [result for depth in arguments.depths for result in measure(topology, depth, arguments)]
 
 
 def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> list[Measured]:
     """All schemes at one depth, in turns. Communicates; all ranks call it."""
     config = model_config(depth, arguments.embeddings)
-    generator = torch.Generator().manual_seed(topology.rank)
-    dense_BN = torch.randn(BATCH, NUM_DENSE, generator=generator).to(topology.device)
-    labels_B = torch.randint(0, 2, (BATCH,), generator=generator).float().to(topology.device)
-    built: dict[str, Built] = {}
-    for name in arguments.schemes:
-        one = build_and_warm(SCHEMES[name], config, topology, arguments.compute_ms / 1e3, dense_BN, labels_B)
-        if one is not None:
-            built[name] = one
+    compute_seconds = arguments.compute_ms / 1e3
+    warm = {name: build_and_warm(SCHEMES[name], config, topology, compute_seconds) for name in arguments.schemes}
+    built = {name: one for name, one in warm.items() if one is not None}
     seconds: dict[str, list[float]] = {name: [] for name in arguments.schemes}
     sent: dict[str, list[int]] = {name: [] for name in arguments.schemes}
     for _ in range(arguments.rounds):
         for name, one in built.items():
             topology.barrier()
             before, start = bytes_sent(arguments.interface), now(topology.device)
-            one.step(dense_BN, labels_B)
+            one.step()
             topology.barrier()
             seconds[name].append(now(topology.device) - start)
             if before is not None:
                 sent[name].append(bytes_sent(arguments.interface) - before)
     if arguments.trace and "hsdp" in built:
-        trace(built["hsdp"].step, dense_BN, labels_B, arguments.output / f"trace-{depth}.json", topology)
+        trace(built["hsdp"].step, arguments.output / f"trace-{depth}.json", topology)
     free(*built.values())
     return [
         Measured(
@@ -94,7 +82,7 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> li
             nodes=topology.world_size // topology.local_size,
             ranks=topology.world_size,
             model_bytes=model_bytes(config),
-            matrix_bytes=matrix_size(config) * BYTES,
+            matrix_bytes=(config.num_dense_embeddings * config.embedding_dim) ** 2 * BYTES,
             seconds=seconds[name],
             bytes_sent=statistics.median(sent[name]) if sent[name] else None,
         )
@@ -102,9 +90,7 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> li
     ]
 
 
-def build_and_warm(
-    scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float, dense_BN: Any, labels_B: Any
-) -> Built | None:
+def build_and_warm(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float) -> Built | None:
     """The scheme's model after its first step; None on all ranks if the GPU memory of one is too small.
 
     Communicates; all ranks call it. Shards are equal, so all ranks run out of memory at the same place. If one does so
@@ -114,12 +100,10 @@ def build_and_warm(
     built, failed = None, False
     try:
         built = build(scheme, config, topology, compute_seconds)
-        built.step(dense_BN, labels_B)
+        built.step()
     except torch.OutOfMemoryError:
         failed = True
-    flag = torch.tensor(float(failed), device=topology.device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=topology.world)
-    if flag.item():
+    if largest(topology, failed):
         free(*([] if built is None else [built]))
         return None
     return built
@@ -138,29 +122,28 @@ def measure_memory(topology: Topology, arguments: argparse.Namespace) -> NoRetur
     """Measure one scheme at one depth under the cap; rank 0 writes its peak. Communicates; ends the rank."""
     (depth,), (name,) = arguments.depths, arguments.schemes
     config = model_config(depth, arguments.embeddings)
-    dense_BN, labels_B = (torch.rand(*shape, device=topology.device) for shape in ((BATCH, NUM_DENSE), (BATCH,)))
     # Warm up without the cap: what libraries allocate once is not the scheme's, and some hang if they cannot.
     warm = SCHEMES["fsdp" if SCHEMES[name].is_apart else name]  # a process can have only one model of such a scheme
-    build(warm, model_config(1, 4), topology, 0.0).step(dense_BN, labels_B)
+    build(warm, model_config(1, 4), topology).step()
 
     def peak_mib() -> float:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         before = status_kib("VmRSS")
-        built = build(SCHEMES[name], config, topology, 0.0)
+        built = build(SCHEMES[name], config, topology)
         for _ in range(3):
-            built.step(dense_BN, labels_B)
+            built.step()
         return (status_kib("VmHWM") - before) / 1024
 
     run_under_a_cap(arguments.memory_cap_mib, arguments.output / JOB_FILE, topology, peak_mib)
 
 
-def trace(step: Callable, dense_BN: Any, labels_B: Any, path: Path, topology: Topology) -> None:
+def trace(step: Callable[[], None], path: Path, topology: Topology) -> None:
     """Write rank 0's step as a Chrome trace. Communicates; all ranks call it.
 
     With pauses it also prints how much of the all-reduces runs during a layer's backward.
     """
     with torch.profiler.profile() as profiler:
-        step(dense_BN, labels_B)
+        step()
     topology.barrier()
     if topology.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,21 +158,19 @@ def overlap(trace: dict[str, Any]) -> tuple[float, float]:
 
     Both are 0 without pauses or without gloo's all-reduces.
     """
-    spans = {"gloo:all_reduce": [], "PauseBackward": []}
-    for event in trace["traceEvents"]:
-        if event.get("name") in spans and event.get("ph") == "X":
-            spans[event["name"]].append((event["ts"], event["ts"] + event["dur"]))
-    if not spans["PauseBackward"]:
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    origin = min(event["ts"] for event in events)
+    reduces, backwards = (
+        [(e["ts"] - origin, e["ts"] - origin + e["dur"]) for e in events if e.get("name") == name]
+        for name in ("gloo:all_reduce", "PauseBackward")
+    )
+    if not backwards:
         return 0.0, 0.0
+    end = max(last for _, last in (*reduces, *backwards))
     # A much later one is the job's own barrier or norm.
-    reduces = [(first, last) for first, last in spans["gloo:all_reduce"] if first < spans["PauseBackward"][-1][1] + 1e5]
-    marks = sorted({mark for span in (*reduces, *spans["PauseBackward"]) for mark in span})
-    total = under = 0.0
-    for first, last in itertools.pairwise(marks):
-        if any(start <= first and last <= end for start, end in reduces):
-            total += last - first
-            under += any(start <= first and last <= end for start, end in spans["PauseBackward"]) * (last - first)
-    return under / 1e3, total / 1e3
+    is_reducing = covered((span for span in reduces if span[0] < backwards[-1][1] + 1e5), end)
+    is_under = is_reducing & covered(backwards, end)
+    return float(is_under.sum()) / 1e3, float(is_reducing.sum()) / 1e3
 
 
 def model_config(depth: int, embeddings: int) -> DhenConfig:
@@ -205,19 +186,12 @@ def model_config(depth: int, embeddings: int) -> DhenConfig:
     )  # fmt: skip
 
 
-def matrix_size(config: DhenConfig) -> int:
-    """Weights in a layer's largest matrix."""
-    return (config.num_dense_embeddings * config.embedding_dim) ** 2
-
-
 def model_bytes(config: DhenConfig) -> int:
     """Bytes of all weights."""
-    with torch.device("meta"):
-        model = DhenForClickPrediction(config, with_tables=False)
-    return sum(parameter.numel() for parameter in model.parameters()) * BYTES
+    return sum(weights_of(config).values()) * BYTES
 
 
-def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float) -> Built:
+def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float = 0.0) -> Built:
     """The scheme's model. Communicates; all ranks call it."""
     make = build_torch if scheme.stage is None else build_deepspeed
     model, score, update, release = make(scheme, config, topology)
@@ -225,7 +199,11 @@ def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_second
         for layer in model.model.layers:
             layer.forward = paused(layer.forward, compute_seconds, 2 * compute_seconds)
 
-    def step(dense_BN: Any, labels_B: Any) -> None:
+    generator = torch.Generator().manual_seed(topology.rank)
+    dense_BN = torch.randn(BATCH, NUM_DENSE, generator=generator).to(topology.device)
+    labels_B = torch.randint(0, 2, (BATCH,), generator=generator).float().to(topology.device)
+
+    def step() -> None:
         update(binary_cross_entropy_with_logits(score(dense_BN), labels_B))
 
     return Built(model, step, release)
@@ -234,12 +212,7 @@ def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_second
 def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
     """This project: ZeRO over all ranks, or HSDP."""
     model = parallelize(lay_out(config, topology, ds_config_of(scheme, topology)))
-    return (
-        model.engine.module,
-        lambda dense_BN: model.score(dense_BN.new_empty(len(dense_BN), 0, config.embedding_dim), dense_BN),
-        model.step,
-        lambda: release_engine(model.engine),
-    )
+    return model.engine.module, partial(model.score, None), model.step, partial(release_engine, model.engine)
 
 
 def ds_config_of(scheme: Scheme, topology: Topology) -> DsConfig:
@@ -286,12 +259,9 @@ def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
-    def score(dense_BN: Any) -> Any:
-        return model(inputs_embeds=dense_BN.new_empty(len(dense_BN), 0, config.embedding_dim), dense=dense_BN).logits
-
     def update(loss: Any) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, score, update, lambda: None
+    return model, lambda dense_BN: model(dense=dense_BN).logits, update, lambda: None

@@ -1,16 +1,15 @@
 """The sharding schemes of tools/bench/sharding.py, what each sends between nodes in theory, and the results."""
 
-import json
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
-from tools.bench.launch import write_json
+from pydantic import TypeAdapter
 
-JOB_FILE = "job.json"  # in --output, what one job's rank 0 writes
-BATCH = 16
-"""Examples per rank and step."""
+JOB_FILE, MEASURED_FILE = "job.json", "measured.json"
+"""In --output: what rank 0 of one job writes, and the whole benchmark."""
+BATCH = 16  # examples per rank and step
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,14 @@ class Measured:
         return bool(self.seconds) and self.peak_mib != inf
 
     @property
+    def step_seconds(self) -> float:
+        """Seconds of the median step."""
+        return statistics.median(self.seconds)
+
+    @property
     def samples_per_second(self) -> float:
         """Samples per second of all ranks, by the median step."""
-        return BATCH * self.ranks / statistics.median(self.seconds)
+        return BATCH * self.ranks / self.step_seconds
 
     @property
     def bytes_in_theory(self) -> float:
@@ -102,12 +106,7 @@ class Benchmark:
     compute_ms: float
     results: list[Measured]
 
-    def write(self, path: Path) -> None:
-        """Write measured.json."""
-        write_json(path, asdict(self))
-
 
 def read(path: Path) -> Benchmark:
     """The benchmark in a measured.json."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Benchmark(**values | {"results": [Measured(**result) for result in values["results"]]})
+    return TypeAdapter(Benchmark).validate_json(path.read_bytes())

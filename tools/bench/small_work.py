@@ -1,13 +1,15 @@
-"""Work for benchmarks of embedding tables: a small DHEN under ds_configs/zero2.json, and random ids."""
+"""Work for benchmarks: a small DHEN under ds_configs/zero2.json, random batches, and a training step."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
+from dhen.data.loading.batches import Batch
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
@@ -44,3 +46,19 @@ def random_ids(tables: Sequence[SparseFeature], ids_per_bag: Sequence[int], batc
     ]
     lengths_FB = torch.tensor(ids_per_bag)[:, None].expand(-1, batch_size).contiguous()
     return SparseIds(torch.cat(ids), len(tables), lengths_FB if max(ids_per_bag) > 1 else None)
+
+
+def random_batch(tables: Sequence[SparseFeature], batch_size: int, seed: int) -> Batch:
+    """Random examples with one id per bag."""
+    generator = torch.Generator().manual_seed(seed)
+    dense_BN = torch.randn(batch_size, NUM_DENSE, generator=generator)
+    labels_B = torch.rand(batch_size, generator=generator).round()
+    sparse = random_ids(tables, [1] * len(tables), batch_size, seed)
+    return Batch(labels_B, dense_BN, sparse, torch.arange(batch_size), batch_size)
+
+
+def take_step(model: ParallelDhen, batch: Batch) -> None:
+    """Lookup, forward, backward and update. Communicates; all ranks call it."""
+    batch = batch.to(model.topology.device)
+    logits_B = model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse)
+    model.step(binary_cross_entropy_with_logits(logits_B, batch.labels_B))

@@ -1,14 +1,14 @@
 """What stands for a GPU cluster on this machine: pauses for compute, a ring for reduce-scatter, a cap on memory."""
 
-import contextlib
 import ctypes
 import gc
 import json
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import deepspeed
@@ -58,38 +58,18 @@ def replace_reduce_scatter() -> None:
         output.view(-1).copy_(passed)
         if op == dist.ReduceOp.AVG:
             output.div_(size)
-        return Done() if async_op else None
-
-    class Done:
-        def wait(self) -> None:
-            pass
+        return SimpleNamespace(wait=lambda: None) if async_op else None
 
     dist.reduce_scatter_tensor = dist.reduce_scatter_single = ring
     deepspeed.comm.reduce_scatter_fn = lambda output, inputs, group=None, **_: ring(output, inputs, group=group)
 
 
 def run_under_a_cap(cap_mib: float, file: Path, topology: Topology, function: Callable[[], Any]) -> NoReturn:
-    """Call `function` with so much memory; rank 0 writes what it returns as JSON. Communicates; ends the rank.
+    """Call `function`; rank 0 writes what it returns as JSON. Communicates; ends the rank.
 
-    A rank that cannot allocate writes null and ends the job.
-    """
-    try:
-        with memory_cap(cap_mib):
-            result = function()
-    except MemoryError:
-        file.write_text("null")
-        os._exit(_OUT_OF_MEMORY)
-    topology.barrier()
-    if topology.is_main:
-        file.write_text(json.dumps(result))
-    os._exit(0)
-
-
-@contextlib.contextmanager
-def memory_cap(cap_mib: float) -> Iterator[None]:
-    """Let this process allocate at most `cap_mib` more than it has. Raises MemoryError if that is not enough.
-
-    Threads that start later reserve 0.5 MiB of stack, not 8: the cap counts reserved memory, and gloo starts several.
+    The process may allocate at most `cap_mib` more than it has. A rank that cannot allocate writes null and ends the
+    job. Threads that start later reserve 0.5 MiB of stack, not 8: the cap counts reserved memory, and gloo starts
+    several.
     """
     libc, attributes = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_attr_init(attributes)
@@ -99,14 +79,22 @@ def memory_cap(cap_mib: float) -> Iterator[None]:
     libc.malloc_trim(0)
     limit = int(status_kib("VmData") * 1024 + cap_mib * 2**20)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    result, fits = None, True
     try:
-        yield
-    except RuntimeError as error:
-        if "memory" not in str(error).lower():
+        result = function()
+    except (MemoryError, RuntimeError) as error:
+        fits = False
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        raise MemoryError(str(error)) from error
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    if not fits:
+        file.write_text("null")
+        os._exit(_OUT_OF_MEMORY)
+    topology.barrier()
+    if topology.is_main:
+        file.write_text(json.dumps(result))
+    os._exit(0)
 
 
 def status_kib(key: str) -> int:

@@ -12,6 +12,7 @@ from dhen.config.dhen_section import DhenSection
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
+from dhen.tables.id_exchange import lengths_of
 from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables
 from dhen.tables.pooled_exchange import Wires
@@ -123,10 +124,7 @@ def build_torchrec(case: Case, topology: Topology) -> Step:
     names = [table.name for table in case.tables]
 
     def forward(sparse: SparseIds) -> Tensor:
-        lengths = sparse.lengths_FB
-        if lengths is None:
-            lengths = torch.ones(len(names), sparse.batch_size, dtype=torch.int64, device=device)
-        return model(KeyedJaggedTensor(names, sparse.ids, lengths=lengths.reshape(-1))).values()
+        return model(KeyedJaggedTensor(names, sparse.ids, lengths=lengths_of(sparse).reshape(-1))).values()
 
     return forward, lambda embeddings: embeddings.backward(torch.ones_like(embeddings))
 

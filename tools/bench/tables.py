@@ -21,15 +21,15 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, lookup_work, update_work
-from tools.bench.clock import now, slowest
-from tools.bench.launch import argument_parser, is_rank, measure_as_a_rank, results_of_ranks, write_json
+from tools.bench.clock import largest, median_seconds, now
+from tools.bench.launch import argument_parser, is_rank, results_of_ranks, run, write_json
 from tools.bench.report import print_table, ratios
 from tools.bench.small_work import random_ids
 from tools.bench.table_systems import EMBEDDING_BAG, FP16, OPTIMIZER, OURS, ROUNDED, TORCHREC, Case, build
@@ -81,14 +81,12 @@ def measure(
     copied = copy_bandwidth(topology)
     results = []
     for system, of_system in times.items():
-        longest = torch.tensor(of_system, dtype=torch.float64, device=topology.device)
-        total = longest.clone()
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        dist.all_reduce(total)
-        forward, backward, _ = longest.T.tolist()
-        result = Measured(system, case, forward, backward, total[:, 2].tolist(), 0.0)
-        share = table_bytes(case, system) / statistics.median(result.seconds) / copied
-        results.append(replace(result, bandwidth_share=share))
+        forward, backward, _ = map(list, zip(*largest(topology, of_system), strict=True))
+        cpu_seconds = torch.tensor([cpu for *_, cpu in of_system], dtype=torch.float64, device=topology.device)
+        dist.all_reduce(cpu_seconds)
+        seconds = statistics.median(f + b for f, b in zip(forward, backward, strict=True))
+        share = table_bytes(case, system) / seconds / copied
+        results.append(Measured(system, case, forward, backward, cpu_seconds.tolist(), share))
     return results
 
 
@@ -114,13 +112,8 @@ def copy_bandwidth(topology: Topology) -> float:
     """Bytes per second that all ranks together read and write in a plain copy. Communicates; all ranks call it."""
     source = torch.ones(2**24, device=topology.device)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(5):
-        topology.barrier()
-        start = now(topology.device)
-        target.copy_(source)
-        seconds.append(now(topology.device) - start)
-    return topology.world_size * 2 * source.numel() * 4 / slowest(topology, statistics.median(seconds))
+    seconds = median_seconds(lambda: target.copy_(source), topology, rounds=5)
+    return topology.world_size * 2 * source.numel() * 4 / largest(topology, seconds)
 
 
 def show(results: Sequence[Measured]) -> None:
@@ -156,9 +149,8 @@ def show(results: Sequence[Measured]) -> None:
 
 def times_as_fast(base: Measured, result: Measured) -> list[str]:
     """How many times as fast as `base`: by medians, the range over the rounds, the forward, the backward."""
-    whole, lowest, highest = ratios(base.seconds, result.seconds)
     alone = ratios(base.forward, result.forward)[0], ratios(base.backward, result.backward)[0]
-    return [whole, f"{lowest}-{highest}", *alone]
+    return [*ratios(base.seconds, result.seconds), *alone]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -195,21 +187,13 @@ def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measu
     return results
 
 
-def main() -> int:
+def start_and_show(arguments: argparse.Namespace) -> None:
     """Measure each number of ranks in a job of its own, and show all."""
-    arguments = parse_arguments()
-    if is_rank():
-        measure_as_a_rank(measure_all, arguments, arguments.output)
-        return 0
-    results = []
-    for ranks in arguments.ranks:
-        values = results_of_ranks(ranks, __file__)
-        results += [Measured(**value | {"case": Case(**value["case"])}) for value in values]
-    write_json(arguments.output, [asdict(result) for result in results])
+    results = [result for ranks in arguments.ranks for result in results_of_ranks(ranks, list[Measured])]
+    write_json(arguments.output, results)
     show(results)
     print(f"{arguments.output} has the results")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(parse_arguments(), measure_all, start_and_show))

@@ -6,7 +6,7 @@ import torch
 from dhen.planner.live_memory import LiveMemory
 from dhen.runtime.topology import Topology
 from tests.ranks import run_ranks
-from tools.bench.composition import PARTS, Composition, measured_parts, predicted_parts, show
+from tools.bench.composition import PARTS, Composed, Composition, measured_parts, predicted_parts, show
 from tools.bench.sharding_ranks import model_bytes, model_config
 from tools.bench.sharding_schemes import SCHEMES
 from tools.bench.stand_ins import replace_reduce_scatter
@@ -47,8 +47,8 @@ def test_the_peak_is_that_of_live_memory():
 
 
 def test_the_table_has_measured_beside_predicted(capsys):
-    result = {"scheme": "dp", "model_bytes": 2**20, "measured": {"weights": 2**20, "buckets": 2**19}, "predicted": None}
-    show([result, result | {"scheme": "hsdp", "predicted": {"weights": 2**18}}])
+    measured = {"weights": 2**20, "buckets": 2**19}
+    show([Composed("dp", 2**20, measured, None), Composed("hsdp", 2**20, measured, {"weights": 2**18})])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["dp", "measured", "1.00", "0.00", "0.00", "0.00", "0.50", "0.00", "1.50", "1.5"]
     assert [line.split()[0] for line in lines[2:]] == ["hsdp", "predicted"]

@@ -26,12 +26,12 @@ def script(tmp_path) -> str:
 def test_ranks_get_the_arguments_and_send_results_back(script, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, "--ranks", "2"])
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert results_of_ranks(2, script, COLOUR="blue") == [["--ranks", "2"], "2", "3", "blue"]
+    assert results_of_ranks(2, list, COLOUR="blue") == [["--ranks", "2"], "2", "3", "blue"]
 
 
 def test_a_rank_that_fails_is_the_benchmarks_failure(script, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [script, "--fail"])
     with pytest.raises(SystemExit) as end:
-        results_of_ranks(1, script)
+        results_of_ranks(1, list)
     assert end.value.code == 1
     assert "no such thing" in capfd.readouterr().err

@@ -13,14 +13,14 @@ from tools.bench.overlap import BACKWARD, EMBEDDINGS, GRADIENTS, IDS, STEP, WAIT
 def overlap(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("overlap")
     small = ["--batch_size=256", "--dim=16", "--layers=1", "--rows=1000", "--tables=8"]
-    run_ranks(2, bench_overlap.trace_both, bench_overlap.parse_arguments([f"--output={folder}", *small]))
+    traced = run_ranks(2, bench_overlap.trace_both, bench_overlap.parse_arguments([f"--output={folder}", *small]))
     assert 0 < (folder / "overlap.png").stat().st_size < 150_000
     assert json.loads((folder / "trace-on.json").read_text())["traceEvents"]
-    return json.loads((folder / "overlap.json").read_text())
+    return traced[0]
 
 
 def spans(overlap: dict, mode: str, name: str) -> list[Span]:
-    return [Span(**span) for span in overlap["spans"][mode] if span["name"] == name]
+    return [span for span in overlap["spans"][mode] if span.name == name]
 
 
 def test_ids_of_the_next_batch_leave_before_this_ones_backward_ends(overlap):

@@ -14,11 +14,11 @@ def test_placements_are_predicted_and_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["placement.py", *tiny, "--ids_per_bag", "1", "2", f"--output={output}"])
     arguments = placement.parse_arguments()
 
-    def results_of_ranks(ranks: int, script: str, **environment: str) -> list[dict]:
-        return [vars(result) for result in run_ranks(ranks, placement.measure_all, arguments)[0]]
+    def results_of_ranks(ranks: int, kind: type, **environment: str) -> list[placement.Result]:
+        return run_ranks(ranks, placement.measure_all, arguments)[0]
 
     monkeypatch.setattr(placement, "results_of_ranks", results_of_ranks)
-    assert placement.main() == 0
+    placement.predict_measure_show(arguments)
     results = json.loads(output.read_text())
     ways = ["cost", "cost, none cut", "size", "round-robin"]
     assert [result["way"] for result in results] == 4 * ways

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
+from pydantic import TypeAdapter
 
 from tests.ranks import free_port, rank_environment
 from tests.tools.forked_python import call
@@ -19,16 +20,16 @@ TINY = ("--ranks", "1", "--dims", "8", "--ids_per_bag", "1", "--batch_size", "32
 def results_of(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[list[dict], str]]:
     """What the benchmark writes and prints. Its rank forks; test_launch.py has the launcher."""
 
-    def rank(ranks: int, script: str) -> list[dict]:
+    def rank(ranks: int, kind: type) -> list[tables.Measured]:
         arguments = [*sys.argv[1:], f"--output={tmp_path / 'rank.json'}"]
         done = call("tools/bench/tables.py", *arguments, **rank_environment(0, ranks, free_port()))
         assert done.status == 0, done.stderr
-        return json.loads((tmp_path / "rank.json").read_text())
+        return TypeAdapter(kind).validate_json((tmp_path / "rank.json").read_text())
 
     def run(*more: str) -> tuple[list[dict], str]:
         output = tmp_path / "results.json"
         monkeypatch.setattr(sys, "argv", ["tables.py", *TINY, *more, f"--output={output}"])
-        assert tables.main() == 0
+        tables.start_and_show(tables.parse_arguments())
         said = capsys.readouterr()
         return json.loads(output.read_text()), said.out + said.err
 
