@@ -60,7 +60,7 @@ class RoundedTables:
 
     def __init__(self, lookup: SplitTableBatchedEmbeddingBagsCodegen, optimizer: str, epsilon: float) -> None:
         self.learning_rate = 0.0
-        self._lookup = lookup
+        self.lookup = lookup
         self._optimizer, self._epsilon = optimizer, epsilon
         self._leaf = torch.empty(0, requires_grad=True)  # so that backward runs: autograd does not track the weights
         self._widths = _by_width(lookup, has_state=optimizer != "sgd")
@@ -68,10 +68,6 @@ class RoundedTables:
     def __call__(self, ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
         """The lookup's pooled embeddings. Their backward updates the tables."""
         return _LookUp.apply(self._leaf, self, ids, offsets, per_sample_weights)
-
-    def look_up(self, ids: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
-        """The forward: FBGEMM's lookup."""
-        return self._lookup(ids, offsets, per_sample_weights=weights)
 
     def update(self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, learning_rate: float) -> None:
         """The backward: one optimizer step. grad: of all pooled embeddings, (bags, sum of columns)."""
@@ -161,7 +157,7 @@ class _LookUp(torch.autograd.Function):
         weights: Tensor | None,
     ) -> Tensor:
         ctx.tables, ctx.inputs, ctx.learning_rate = tables, (ids, offsets, weights), tables.learning_rate
-        return tables.look_up(ids, offsets, weights)
+        return tables.lookup(ids, offsets, per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, ...]:

@@ -39,9 +39,8 @@ from dhen.training.saved.fine_tuning import config_for
 from tools.bench.clock import now
 from tools.bench.launch import argument_parser, write_json
 from tools.bench.report import print_table
-from tools.bench.small_work import ZERO2, take_step
+from tools.bench.small_work import take_step
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WARM_UP_STEPS = 3
 Rates = dict[str, list[float]]
 """Rows per second in each round, of the "loader" and of "training"."""
@@ -57,7 +56,7 @@ def main() -> int:
     torch.set_num_threads(1)
     pyarrow.set_cpu_count(1)
     with user_errors():
-        arguments = parse_arguments(["--config", options.config, "--ds_config", str(ZERO2)])
+        arguments = parse_arguments(["--config", options.config, "--ds_config", "ds_configs/zero2.json"])
         rates = measure(arguments, options, topology)
     job.stop()
     ranks = "" if options.world_size == 1 else f", the loader of one rank of {options.world_size}"
@@ -73,7 +72,7 @@ def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--config", default=str(REPOSITORY / "recipes/configs/quickstart.yaml"), help="recipe")
+    add("--config", default="recipes/configs/quickstart.yaml", help="recipe")
     add("--world_size", type=int, default=1, help="ranks that share the loader's rows")
     add("--rounds", type=int, default=5, help="measured epochs of the loader, and turns of training")
     add("--steps", type=int, default=60, help="updates of training in each round")
