@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -43,4 +44,4 @@ def looked_in(path: str | Path) -> str:
 
 
 def _exists(path: str) -> bool:
-    return Path(path).exists() or (glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None)
+    return os.path.exists(path) or (glob.has_magic(path) and next(glob.iglob(path, recursive=True), None) is not None)

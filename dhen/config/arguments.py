@@ -10,23 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from dhen.config.command_line import (
     ArgumentError,
     Parser,
     Paths,
+    Text,
     check_types,
     copy_for_parser,
     find_paths,
+    flags_of,
     option,
+    say_what_repeats,
     unknown_argument,
 )
 from dhen.config.ds_config import AUTO, Recipe
+from dhen.model import ranges
 from dhen.model.configuration_dhen import DhenArchitecture
 from dhen.model.interactions import import_interactions
 from dhen.model.names import unknown_name
-from dhen.paths import find, looked_in
+from dhen.paths import find
+from dhen.yaml_files import read_yaml
 
 ARGUMENTS_FILE = "arguments.yaml"
 """Name of the file in a run folder with all arguments of the run."""
@@ -54,7 +57,7 @@ class DataArguments:
         "Format of the raw files. auto decides by the file's name and its first bytes and, for .txt and .tsv, by its "
         "first line.",
     )
-    dataset_schema: str | None = option(
+    dataset_schema: Text | None = option(
         None,
         "YAML file that says which columns are the label, dense features and sparse features. csv, parquet and hub "
         "require it. recipes/configs/schemas has examples.",
@@ -65,7 +68,7 @@ class DataArguments:
     )
     validation_file: Paths = option(None, "Raw files or globs of the validation split. Requires --train_file.")
     test_file: Paths = option(None, "Raw files or globs of the test split. Requires --train_file.")
-    split_fractions: list[float] = option(
+    split_fractions: list[ranges.Share] = option(
         [0.8, 0.1, 0.1],
         "Fractions of rows for train, validation and test. They must sum to 1. Ignored if the data has its own splits.",
     )
@@ -81,12 +84,12 @@ class DataArguments:
         "values, and the hash for others, or for all if hash_size is given; with --model_name_or_path, as in the "
         "trained model.",
     )
-    hash_size: int | None = option(
+    hash_size: ranges.HashRows | None = option(
         None,
         "Rows per table of a hashed feature. More rows mean fewer collisions and more memory. Default: 100,000, or a "
         "million where --id_encoding auto chose the hash. With --model_name_or_path, as in the trained model.",
     )
-    min_count: int | None = option(
+    min_count: ranges.Count | None = option(
         None,
         "With a vocabulary, values seen fewer times than this in the training split share row 0. Default: 1, or with "
         "--model_name_or_path as in the trained model.",
@@ -99,7 +102,7 @@ class DataArguments:
     bad_rows: Literal["error", "skip"] = option(
         "error", "What to do with malformed rows. error: stop at the first. skip: list them in bad_rows.csv."
     )
-    cache_dir: str | None = option(
+    cache_dir: Text | None = option(
         None, "Folder for prepared data, which later runs reuse. Default: the folder 'prepared' beside output_dir."
     )
 
@@ -111,33 +114,33 @@ class TrainingArguments:
     A step is one update of the dense part: `gradient_accumulation_steps` micro steps.
     """
 
-    output_dir: str | None = option(
+    output_dir: Text | None = option(
         None, "Run folder for checkpoints, metrics and the trained model. Default: runs/<name of the data>."
     )
-    per_device_train_batch_size: int | None = option(
+    per_device_train_batch_size: ranges.Batch | None = option(
         None,
         "Examples per rank in each micro step (one forward and backward pass). Default: a step has about 1/200 of the "
         "training rows, over all ranks: a power of two, at least 64, and at most 2048 per rank.",
     )
-    per_device_eval_batch_size: int = option(
+    per_device_eval_batch_size: ranges.Batch = option(
         4096, "Examples per rank in each evaluation step. Lower it if evaluation runs out of memory."
     )
-    gradient_accumulation_steps: int = option(
+    gradient_accumulation_steps: ranges.Size = option(
         1, "Micro steps per step. The dense part is updated once per step, the tables once per micro step."
     )
-    num_train_epochs: int | None = option(
+    num_train_epochs: ranges.Count | None = option(
         None, "Passes over the training split. Default: as many as it takes to make 500 steps, and 1 for large data."
     )
-    max_steps: int = option(-1, "Total number of steps. Overrides --num_train_epochs, unless it is -1.")
-    learning_rate: float | None = option(
+    max_steps: ranges.MaxSteps = option(-1, "Total number of steps. Overrides --num_train_epochs, unless it is -1.")
+    learning_rate: ranges.NotNegative | None = option(
         None,
         "Peak learning rate of the dense part: all weights except the tables. Default: 1e-3, and a third of it with "
         "--model_name_or_path, so that the model keeps what it knows.",
     )
-    table_learning_rate: float | None = option(
+    table_learning_rate: ranges.NotNegative | None = option(
         None, "Peak learning rate of the embedding tables. Default: 0.05, and a third of it with --model_name_or_path."
     )
-    table_epsilon: float = option(
+    table_epsilon: ranges.Epsilon = option(
         1e-3,
         "Epsilon of the tables' Adagrad optimizer. A larger value makes the updates of rarely seen rows smaller, which "
         "helps against overfitting. For large data, try 1e-8.",
@@ -146,33 +149,35 @@ class TrainingArguments:
         "none",
         "Multiply both learning rates by global batch / base_batch_size (linear), or by its square root (sqrt).",
     )
-    base_batch_size: int = option(
+    base_batch_size: ranges.Count = option(
         2048, "Global batch size, in examples, that the learning rates were tuned for. Used by --learning_rate_scaling."
     )
-    warmup_steps: int = option(0, "Steps over which the learning rates rise linearly to their peak.")
+    warmup_steps: ranges.CountFrom0 = option(0, "Steps over which the learning rates rise linearly to their peak.")
     lr_scheduler_type: ScheduleKind = option(
         "cosine",
         "Learning rates after warm-up. constant: stay at the peak. linear, cosine: fall to min_lr_ratio at the end. "
         "inverse_sqrt: fall as 1 / sqrt(steps). reduce_lr_on_plateau: drop when the validation metric stops improving.",
     )
-    min_lr_ratio: float = option(0.0, "Lower bound of the learning rates, as a fraction of their peak.")
-    plateau_factor: float = option(0.1, "With reduce_lr_on_plateau, multiply the learning rates by this at each drop.")
-    plateau_patience: int = option(
+    min_lr_ratio: ranges.Share = option(0.0, "Lower bound of the learning rates, as a fraction of their peak.")
+    plateau_factor: ranges.ShareBetween = option(
+        0.1, "With reduce_lr_on_plateau, multiply the learning rates by this at each drop."
+    )
+    plateau_patience: ranges.CountFrom0 = option(
         0, "With reduce_lr_on_plateau, number of evaluations without improvement to tolerate before a drop."
     )
-    weight_decay: float = option(0.0, "Decoupled weight decay (AdamW), for the dense part.")
-    adam_beta1: float = option(0.9, "Adam's beta1, for the dense part.")
-    adam_beta2: float = option(0.999, "Adam's beta2, for the dense part.")
-    adam_epsilon: float = option(1e-8, "Adam's epsilon, for the dense part.")
-    max_grad_norm: float = option(
+    weight_decay: ranges.NotNegative = option(0.0, "Decoupled weight decay (AdamW), for the dense part.")
+    adam_beta1: ranges.ShareBelowOne = option(0.9, "Adam's beta1, for the dense part.")
+    adam_beta2: ranges.ShareBelowOne = option(0.999, "Adam's beta2, for the dense part.")
+    adam_epsilon: ranges.Epsilon = option(1e-8, "Adam's epsilon, for the dense part.")
+    max_grad_norm: ranges.NotNegative = option(
         0.0, "Clip the gradient norm of the dense part to this value. 0 turns clipping off. Tables are not clipped."
     )
-    whole_table_l2: float = option(
+    whole_table_l2: ranges.NotNegative = option(
         0.0,
         "L2 decay of the tables: each step multiplies every row by (1 - table learning rate * this value). Use it for "
         "small tables only, because its cost grows with the number of rows.",
     )
-    looked_up_l2: float = option(
+    looked_up_l2: ranges.NotNegative = option(
         0.0,
         "L2 penalty on the looked-up embeddings: adds this value / 2 * their squared norm, averaged over examples, to "
         "the loss.",
@@ -185,25 +190,27 @@ class TrainingArguments:
     overwrite_output_dir: bool = option(
         False, "Delete the earlier run in output_dir and start a new one. Other files in the folder stay."
     )
-    model_name_or_path: str | None = option(
+    model_name_or_path: Text | None = option(
         None, "Fine-tune this trained model: a run folder or an exported model. The run keeps its architecture."
     )
-    resume_from_checkpoint: str | None = option(
+    resume_from_checkpoint: Text | None = option(
         None, "Checkpoint folder to continue from, or 'true' for the newest checkpoint in output_dir."
     )
-    logging_steps: int = option(20, "Steps between progress lines.")
-    eval_steps: int = option(0, "Steps between evaluations on the validation split. 0: evaluate after each epoch.")
-    save_steps: int = option(0, "Steps between checkpoints. 0: save after each evaluation.")
-    save_total_limit: int = option(2, "Number of newest checkpoints to keep. The best one is kept as well.")
+    logging_steps: ranges.Count = option(20, "Steps between progress lines.")
+    eval_steps: ranges.CountFrom0 = option(
+        0, "Steps between evaluations on the validation split. 0: evaluate after each epoch."
+    )
+    save_steps: ranges.CountFrom0 = option(0, "Steps between checkpoints. 0: save after each evaluation.")
+    save_total_limit: ranges.Count = option(2, "Number of newest checkpoints to keep. The best one is kept as well.")
     metric_for_best_model: MetricName = option(
         "ne", "Validation metric that decides which checkpoint is best: the highest auc, or the lowest ne or logloss."
     )
     load_best_model_at_end: bool = option(True, "Test and export the best checkpoint instead of the last weights.")
-    early_stopping_patience: int = option(
+    early_stopping_patience: ranges.CountFrom0 = option(
         0, "Stop after this many evaluations in a row without improvement. 0 turns early stopping off."
     )
-    seed: int = option(0, "Random seed of the initial weights, the order of the rows, and dropout.")
-    interaction_files: list[str] = option([], "Python files that register your own interactions.")
+    seed: ranges.Seed = option(0, "Random seed of the initial weights, the order of the rows, and dropout.")
+    interaction_files: list[Text] = option([], "Python files that register your own interactions.")
 
     def without_effect(self) -> list[str]:
         """A sentence for each value that the user changed but that another value leaves without effect."""
@@ -265,18 +272,18 @@ def parse_arguments(
         description=description,
     )
     if launch.config:
-        parser.set_defaults(**_read_yaml(Path(find(launch.config))))
+        parser.set_defaults(**_read_recipe(find(launch.config)))
     *parts, _, unknown = parser.parse_args_into_dataclasses(
         command_line, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
         raise unknown_argument(unknown[0], _PARTS)
+    say_what_repeats(command_line)
     checked = [check_types(part, vars(given), "command line") for part, given in zip(_PARTS, parts, strict=True)]
     ds_config = launch.ds_config if launch.ds_config == AUTO else find(launch.ds_config)
     arguments = Arguments(ds_config, *checked, launch.check)
     _resolve_paths(arguments)
     _choose_learning_rates(arguments.training)
-    _check_ranges(arguments.training)
     _check_combinations(arguments.training, arguments.data)
     import_interaction_files(arguments.training.interaction_files)
     return arguments
@@ -304,8 +311,7 @@ def _launch_parser() -> argparse.ArgumentParser:
 
 def _names_data_or_help(words: Sequence[str]) -> bool:
     """Whether the user names data of their own. --help counts too: it shows the defaults for the user's own data."""
-    flags = {word.split("=")[0].replace("-", "_") for word in words}
-    return bool(flags & {"__dataset_name", "__train_file", "__help", "_h"})
+    return "-h" in words or not {"--dataset_name", "--train_file", "--help"}.isdisjoint(flags_of(words))
 
 
 def _resolve_paths(arguments: Arguments) -> None:
@@ -342,19 +348,12 @@ def import_interaction_files(paths: Sequence[str]) -> None:
             raise ArgumentError(f"interaction_files: {error}") from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_recipe(path: str) -> dict[str, Any]:
     """Read and check a recipe. Types are checked here, where an error can still name the file."""
-    if not path.is_file():
-        raise ArgumentError(f"{path}: no such file. --config takes a YAML file of arguments.{looked_in(path)}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise ArgumentError(
-            f"{path}: expected a mapping from arguments to values, got a {type(values).__name__}. Write one "
-            "'argument: value' per line."
-        )
+        values = read_yaml(path, "--config takes a YAML file of arguments.")
+    except (OSError, ValueError) as error:
+        raise ArgumentError(str(error)) from error
     allowed = {f.name for part in _PARTS for f in dataclasses.fields(part)}
     for key in values:
         if key not in allowed:
@@ -363,31 +362,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values["resume_from_checkpoint"] = "true"
     for part in _PARTS:
         own = {f.name for f in dataclasses.fields(part)} & values.keys()
-        checked = check_types(part, {name: values[name] for name in own}, str(path))
+        checked = check_types(part, {name: values[name] for name in own}, path)
         values |= {name: getattr(checked, name) for name in own}
     return values
 
 
-def _check_ranges(training: TrainingArguments) -> None:
-    at_least_one = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                    "num_train_epochs", "logging_steps", "base_batch_size", "save_total_limit")  # fmt: skip
-    for name in at_least_one:
-        if getattr(training, name) is not None and getattr(training, name) < 1:
-            raise ArgumentError(f"{name} is {getattr(training, name)}. Use 1 or more.")
-    not_negative = ("learning_rate", "table_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
-                    "whole_table_l2", "looked_up_l2", "table_epsilon", "adam_epsilon", "eval_steps", "save_steps",
-                    "early_stopping_patience", "plateau_patience", "min_lr_ratio")  # fmt: skip
-    for name in not_negative:
-        if getattr(training, name) < 0:
-            raise ArgumentError(f"{name} is {getattr(training, name)}. Use 0 or more.")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(training, name) < 1:
-            raise ArgumentError(f"{name} is {getattr(training, name)}. Use a value from 0 up to, but not including, 1.")
-    if training.max_steps != -1 and training.max_steps < 1:
-        raise ArgumentError(f"max_steps is {training.max_steps}. Use 1 or more, or -1 for num_train_epochs.")
-
-
 def _check_combinations(training: TrainingArguments, data: DataArguments) -> None:
+    if training.max_steps == 0:
+        raise ArgumentError("max_steps is 0. Use 1 or more, or -1 for num_train_epochs.")
     if training.resume_from_checkpoint and training.overwrite_output_dir:
         raise ArgumentError(
             "resume_from_checkpoint and overwrite_output_dir are both set. Use the first to continue the run in "
@@ -408,8 +390,3 @@ def _check_combinations(training: TrainingArguments, data: DataArguments) -> Non
         )
     if (data.validation_file or data.test_file) and not data.train_file:
         raise ArgumentError("validation_file or test_file is set without train_file. Add train_file.")
-
-
-def write_yaml(values: dict[str, Any], path: Path) -> None:
-    """Write the resolved arguments as YAML that --config accepts."""
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -3,18 +3,29 @@
 import argparse
 import copy
 import dataclasses
+import logging
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import field
-from typing import Any, NoReturn, get_type_hints
+from functools import cache
+from typing import Annotated, Any, NoReturn, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from annotated_types import Len
+from pydantic import StringConstraints, TypeAdapter, ValidationError
 from transformers import HfArgumentParser
 
-from dhen.model.names import unknown_name
+from dhen.model.names import first_mistake, quoted, unknown_name
 from dhen.paths import find
 
-Paths = str | list[str] | None
+logger = logging.getLogger(__name__)
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f]*$")]
+"""Not empty, on one line, and short enough for a path."""
+Paths = Text | Annotated[list[Text], Len(1)] | None
 """One path or several: one or more words after the flag, or a string or a list in YAML."""
+_adapter = cache(TypeAdapter)
+_PLAIN_PATHS = str | list[str] | None
 
 
 class ArgumentError(ValueError):
@@ -53,27 +64,41 @@ class Parser(HfArgumentParser):
         super().__init__(parts, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raise ArgumentError."""
-        raise ArgumentError(f"command line: {message}. Use --help to list all arguments.")
+        """Raise ArgumentError. argparse quotes a value in full."""
+        message = re.sub(r"\S{81,}", lambda word: f"{word[0][:80]}… ({len(word[0]):,} characters)", message)
+        raise ArgumentError(f"command line: {' '.join(message.split())[:300]}. Use --help to list all arguments.")
 
 
 def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
     """The error for a word on the command line that is not a flag of `parts`, with the nearest flag as a hint."""
     if not flag.startswith("-"):
         return ArgumentError(
-            f"command line: {flag!r} does not belong to any argument. Write several interactions as one word, such as "
-            "linear,self_attention, or as JSON."
+            f"command line: {quoted(flag)} does not belong to any argument. Write several interactions as one word, "
+            "such as linear,self_attention, or as JSON."
         )
     flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config", "--check"}
     return ArgumentError(f"command line: {unknown_name('argument', flag.split('=')[0], flags)}")
 
 
+def flags_of(words: Sequence[str]) -> list[str]:
+    """The flags on a command line, without their values."""
+    return ["--" + word[2:].split("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+
+
+def say_what_repeats(words: Sequence[str]) -> None:
+    """Log which flags are given more than once: argparse takes the last."""
+    for flag, times in Counter(flags_of(words)).items():
+        if times > 1:
+            logger.info("command line: %s is given %d times. The last one counts.", flag, times)
+
+
+@cache
 def copy_for_parser(part: type, group: str | None = None) -> type:
     """A copy of a dataclass for HfArgumentParser, which overwrites the types of the fields.
 
     group: the heading above its flags in --help.
     """
-    hints = {name: list[str] | None if hint == Paths else hint for name, hint in get_type_hints(part).items()}
+    hints = {name: list[str] | None if hint == _PLAIN_PATHS else hint for name, hint in get_type_hints(part).items()}
     return dataclasses.make_dataclass(
         part.__name__,
         [(f.name, hints[f.name], _fresh(f)) for f in dataclasses.fields(part)],
@@ -90,18 +115,13 @@ def check_types(part: type, values: dict[str, Any], where: str) -> Any:
 
     where: the file, or "command line", for the error message. Raises ArgumentError.
     """
-    for name, hint in get_type_hints(part).items():
-        if hint in (int, float) and isinstance(values.get(name), bool):
-            raise ArgumentError(f"{where}: {name} is {values[name]}. Use a number.")
     try:
-        checked = TypeAdapter(part).validate_python(values)
+        checked = _adapter(part).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(step) for step in first["loc"] if not str(step).startswith(("list", "str")))
-        raise ArgumentError(f"{where}: {key} is {first['input']!r}. {first['msg']}.") from error
+        raise ArgumentError(f"{where}: {first_mistake(error)}") from error
     for name, hint in get_type_hints(part).items():
         value = getattr(checked, name)
-        if hint == Paths and isinstance(value, list) and len(value) == 1:  # a flag always gives a list
+        if hint == _PLAIN_PATHS and isinstance(value, list) and len(value) == 1:  # a flag always gives a list
             setattr(checked, name, value[0])
     return checked
 

@@ -12,7 +12,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
 from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
 from dhen.model.mlp import Activation
-from dhen.model.names import check_names, check_type, is_valid_table_name
+from dhen.model.names import check_names, check_type, is_valid_table_name, quoted, unique_keys
+from dhen.model.ranges import CountFrom0, Depth, NotNegative, Rows, ShareBelowOne, Size
 
 EnsembleKind = Literal["concat", "sum", "weighted_sum"]
 NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
@@ -36,13 +37,14 @@ class SparseFeature:
         """Raises ValueError naming the feature. The name is also the table's key in the saved weights."""
         if not is_valid_table_name(self.name):
             raise ValueError(
-                f"sparse feature {self.name!r}: the name is not allowed. It must not be empty, contain a dot, start "
-                f"with '__', or be the name of a module attribute ('type', 'training', …). Rename the feature."
+                f"sparse feature {quoted(self.name)}: the name is not allowed. It must not be empty, contain a dot, "
+                f"start with '__', or be the name of a module attribute ('type', 'training', …). Rename the feature."
             )
-        if self.num_embeddings < 1:
-            raise ValueError(f"sparse feature {self.name!r}: num_embeddings is {self.num_embeddings}. Use 1 or more.")
+        check_type(f"sparse feature {quoted(self.name)}: num_embeddings", self.num_embeddings, Rows)
         if self.pooling not in ("sum", "mean"):
-            raise ValueError(f"sparse feature {self.name!r}: pooling is {self.pooling!r}. Use 'sum' or 'mean'.")
+            raise ValueError(
+                f"sparse feature {quoted(self.name)}: pooling is {quoted(self.pooling)}. Use 'sum' or 'mean'."
+            )
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,8 @@ def _described(default: Any, help_text: str) -> Any:
 class DhenArchitecture:
     """The architecture without the data's features: a plain dataclass, from which a command line can be built."""
 
-    embedding_dim: int = _described(16, "D, the dimension of every embedding.")
-    num_layers: int = _described(3, "Number of layers, unless `layers` is given.")
+    embedding_dim: Size = _described(16, "D, the dimension of every embedding.")
+    num_layers: Depth = _described(3, "Number of layers, unless `layers` is given.")
     interactions: Entries = _described(
         ["advanced_dlrm", "linear"],
         "Interactions of each layer: kinds, or objects {kind, num_embeddings, …options}. As text: JSON, or kinds "
@@ -82,7 +84,7 @@ class DhenArchitecture:
         "One object per layer, {interactions, …}. Replaces num_layers. An object may override interactions, ensemble, "
         "norm, norm_position, dropout, batch_norm, activation and num_embeddings_out for its layer. As text: JSON.",
     )
-    num_embeddings_out: int = _described(
+    num_embeddings_out: Size = _described(
         16, "L, the number of embeddings that an interaction outputs, unless its entry sets it."
     )
     ensemble: EnsembleKind = _described("concat", "How a layer joins the outputs of its interactions (eq. 1).")
@@ -92,19 +94,19 @@ class DhenArchitecture:
         "Where the norm is applied: post = Norm(Ensemble + ShortCut), as in eq. 1; pre = before the interactions, and "
         "once more after the last layer; inner = Norm(Ensemble) + ShortCut.",
     )
-    dropout: float = _described(0.0, "Dropout rate on the output of each layer's ensemble.")
-    dense_mlp: list[int] = _described([64], "Hidden sizes of the dense features' MLP.")
-    num_dense_embeddings: int = _described(1, "Number of embeddings that the dense features' MLP outputs.")
-    head_mlp: list[int] = _described([64], "Hidden sizes of the head's MLP.")
+    dropout: ShareBelowOne = _described(0.0, "Dropout rate on the output of each layer's ensemble.")
+    dense_mlp: list[Size] = _described([64], "Hidden sizes of the dense features' MLP.")
+    num_dense_embeddings: CountFrom0 = _described(1, "Number of embeddings that the dense features' MLP outputs.")
+    head_mlp: list[Size] = _described([64], "Hidden sizes of the head's MLP.")
     batch_norm: bool = _described(False, "Use batch norm in the MLPs of the interactions and the head.")
     activation: Activation = _described("relu", "Activation of all MLPs.")
-    embedding_init_std: float | None = _described(
+    embedding_init_std: NotNegative | None = _described(
         None, "Standard deviation of the tables' normal initialization. None: uniform within +-1/sqrt(rows)."
     )
 
 
 _LAYER_KEYS = ("num_embeddings_out", *(item.name for item in fields(LayerSpec)))
-_DATA_FIELDS = {"num_dense_features": int, "sparse_features": list[dict[str, Any]]}
+_DATA_FIELDS = {"num_dense_features": CountFrom0, "sparse_features": list[dict[str, Any]]}
 
 # Keys that PreTrainedConfig accepts besides its fields. It drops the generation parameters in older files.
 _TRANSFORMERS_KEYS = {
@@ -143,7 +145,7 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
             check_names("DhenConfig field", unknown, own)
         # transformers' @strict does not raise ValueError, rejects ints for float fields, and reads the types from the
         # parent's Field objects, which HfArgumentParser(DhenArchitecture) rewrites.
-        for name, annotation in (get_type_hints(DhenArchitecture) | _DATA_FIELDS).items():
+        for name, annotation in (get_type_hints(DhenArchitecture, include_extras=True) | _DATA_FIELDS).items():
             check_type(name, getattr(self, name), annotation)
         self.interactions = _entries("interactions", self.interactions)
         self.layers = None if self.layers is None else _entries("layers", self.layers)
@@ -169,7 +171,7 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
 
     def _layer_spec(self, entry: str | dict[str, Any], where: str) -> LayerSpec:
         if not isinstance(entry, dict):
-            raise ValueError(f"{where}: expected an object like {{'interactions': ['linear']}}, got {entry!r}.")
+            raise ValueError(f"{where}: expected an object like {{'interactions': ['linear']}}, got {quoted(entry)}.")
         try:
             check_names("layer key", entry, _LAYER_KEYS)
             settings = {key: entry.get(key, getattr(self, key)) for key in _LAYER_KEYS}
@@ -190,15 +192,6 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         return LayerSpec(interactions=specs, **settings)
 
     def _check_values(self) -> None:
-        for name in ("embedding_dim", "num_layers", "num_embeddings_out"):
-            _at_least(name, getattr(self, name), 1)
-        for name in ("num_dense_features", "num_dense_embeddings"):
-            _at_least(name, getattr(self, name), 0)
-        for name in ("dense_mlp", "head_mlp"):
-            for size in getattr(self, name):
-                _at_least(f"a size in {name}", size, 1)
-        if self.embedding_init_std is not None and self.embedding_init_std < 0:
-            raise ValueError(f"embedding_init_std is {self.embedding_init_std}. Use 0 or more, or None.")
         names = [table.name for table in self.tables]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"sparse_features: {sorted(repeated)} appear more than once. Use each name once.")
@@ -220,12 +213,12 @@ def _entries(name: str, value: Entries) -> list[str | dict[str, Any]]:
         if not text.startswith(("[", "{")):
             return [word.strip() for word in text.split(",") if word.strip()]
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is not valid JSON: {error}. The text is {text!r}.") from error
+            value = json.loads(text, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} is not valid JSON: {error}. The text is {quoted(text)}.") from error
         value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {value!r}. Use a list.")
+        raise ValueError(f"{name} is {quoted(value)}. Use a list.")
     return value
 
 
@@ -234,10 +227,10 @@ def _interaction_specs(entry: str | dict[str, Any], default_size: int) -> list[I
     if isinstance(entry, str):
         entry = {"kind": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
-        raise ValueError(f"an interaction must be a kind or an object with 'kind', got {entry!r}.")
+        raise ValueError(f"an interaction must be a kind or an object with 'kind', got {quoted(entry)}.")
     options = {key: value for key, value in entry.items() if key not in ("kind", "num_embeddings")}
     size = entry.get("num_embeddings", default_size)
-    check_type(f"interaction {entry['kind']!r}: num_embeddings", size, int)
+    check_type(f"interaction {quoted(entry['kind'])}: num_embeddings", size, Size)
     kinds = PRESETS.get(entry["kind"])
     if kinds and options:
         raise ValueError(
@@ -254,23 +247,15 @@ def _sparse_feature(entry: dict[str, Any]) -> SparseFeature:
     check_names("sparse_features key", entry, allowed)
     for key in ("name", "num_embeddings"):
         if key not in entry:
-            raise ValueError(f"sparse_features: {entry!r} has no {key!r}. Add it.")
+            raise ValueError(f"sparse_features: {quoted(entry)} has no {key!r}. Add it.")
     return SparseFeature(**entry)
 
 
 def _check_layer_settings(settings: dict[str, Any]) -> None:
     """Raise ValueError naming the first layer setting with a wrong value."""
-    for key, annotation in get_type_hints(DhenArchitecture).items():
+    for key, annotation in get_type_hints(DhenArchitecture, include_extras=True).items():
         if key in settings:
             check_type(key, settings[key], annotation)
-    if not 0 <= settings["dropout"] < 1:
-        raise ValueError(f"dropout is {settings['dropout']}. Use a value from 0 up to, but not including, 1.")
-    _at_least("num_embeddings_out", settings["num_embeddings_out"], 1)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} is {value}. Use {least} or more.")
 
 
 AutoConfig.register("dhen", DhenConfig)

@@ -1,10 +1,12 @@
 """Checks on the names and values that users write. Errors suggest the nearest valid name or the expected type."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-from huggingface_hub.dataclasses import type_validator
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 _RESERVED_NAMES = frozenset(
     """
@@ -27,7 +29,18 @@ _RESERVED_NAMES = frozenset(
 out so that data preparation can check names without importing torch."""
 
 
-def quoted(value: Any, most: int = 80) -> str:
+_MOST, _MOST_LISTED = 80, 200
+_BOUNDS = {
+    "greater_than": "a number above {}", "greater_than_equal": "{} or more",
+    "less_than": "a number below {}", "less_than_equal": "{} or less",
+    "string_too_short": "text that is not empty", "string_pattern_mismatch": "text on one line",
+}  # fmt: skip
+"""What is allowed, by the type of pydantic's error."""
+_ALTERNATIVE = re.compile(r"bool|int|float|str|(list|dict|tuple|union|nullable|constrained|function|literal)[\[-].*")
+"""Steps of pydantic's location that name a type of a union, not a key."""
+
+
+def quoted(value: Any, most: int = _MOST) -> str:
     """The value as Python writes it, on one line. Longer text than `most` characters is cut, with its length.
 
     >>> quoted("two\\nlines")
@@ -35,21 +48,40 @@ def quoted(value: Any, most: int = 80) -> str:
     >>> quoted("a" * 5000, most=8)
     "'aaaaaaa… (5,002 characters)"
     """
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python prints, or deep nesting
+        text = f"a very long {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
+def shown(value: object) -> str:
+    """A name or path as it is, or quoted if it does not fit into a line."""
+    text = str(value)
+    return text if text.isprintable() and len(text) <= 2 * _MOST else quoted(text)
+
+
 def unknown_name(what: str, name: str, allowed: Iterable[str]) -> str:
-    """Return an error sentence that suggests the nearest allowed name and lists all of them.
+    """Return an error sentence that suggests the nearest allowed name and lists all of them, or the nearest of many.
 
     >>> unknown_name("interaction kind", "liner", ["deep_cross", "linear"])
     "unknown interaction kind 'liner'. Did you mean 'linear'? Allowed: deep_cross, linear."
     """
     names = sorted(allowed)
     by_lower_case = {other.lower(): other for other in names}
-    nearest = get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.5)
-    hint = f" Did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
-    return f"unknown {what} {name!r}.{hint} Allowed: {', '.join(names) or 'none'}."
+    nearest = get_close_matches(name.lower()[:_MOST], by_lower_case, n=5, cutoff=0.5)
+    hint = f" Did you mean {quoted(by_lower_case[nearest[0]])}?" if nearest else ""
+    likely = [by_lower_case[other] for other in nearest]
+    return f"unknown {what} {quoted(name)}.{hint} Allowed: {listed(names, likely) or 'none'}."
+
+
+def listed(names: Sequence[str], likely: Sequence[str] = ()) -> str:
+    """The names, separated by commas; only the `likely` or the first ones if they do not fit into a line."""
+    text = ", ".join(names)
+    if len(text) <= _MOST_LISTED:
+        return text
+    some = ", ".join(likely) or text[:_MOST_LISTED].rpartition(", ")[0]
+    return f"{some[:_MOST_LISTED]}, … ({len(names)} in all)"
 
 
 def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
@@ -60,21 +92,54 @@ def check_names(what: str, names: Iterable[str], allowed: Iterable[str]) -> None
             raise ValueError(unknown_name(what, name, allowed))
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A hook for json.loads: the object, or ValueError if a key appears twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {quoted(next(key for key in keys if keys.count(key) > 1))} appears twice")
+    return values
+
+
 def is_valid_table_name(name: str) -> bool:
     """Whether a feature may have this name. Its table becomes an attribute of a torch module under the same name."""
     return bool(name) and "." not in name and not name.startswith("__") and name not in _RESERVED_NAMES
 
 
 def check_type(what: str, value: Any, expected: Any) -> None:
-    """Raise ValueError if `value` does not match the annotation `expected`. Ints count as floats, bools do not."""
+    """Raise ValueError if `value` does not match the annotation `expected`, or is out of its range.
+
+    Ints count as floats, bools do not. NaN and infinity are no floats.
+    """
     if get_origin(expected) is Literal and isinstance(value, str):
         if value not in get_args(expected):
             raise ValueError(unknown_name(what, value, get_args(expected)))
         return
-    is_whole_float = type(value) is int and float in (expected, *get_args(expected))
     try:
-        type_validator(what, float(value) if is_whole_float else value, expected)
-    except TypeError as error:
-        name = expected.__name__ if isinstance(expected, type) else str(expected)
-        name = name.replace("collections.abc.", "").replace("typing.", "")
-        raise ValueError(f"{what} is {value!r}. Use {name}.") from error
+        _adapter(expected).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(first_mistake(error, what)) from error
+
+
+@cache
+def _adapter(expected: Any) -> TypeAdapter:
+    return TypeAdapter(expected, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def first_mistake(error: ValidationError, *where: str) -> str:
+    """The first mistake that pydantic found, on one line: the key, its value, and what is allowed.
+
+    where: keys above those of pydantic.
+    """
+    first = error.errors()[0]
+    keys = [str(key) for key in first["loc"] if not _ALTERNATIVE.fullmatch(str(key))]
+    place, given = ".".join([*where, *(key[:_MOST] for key in keys)]), first["input"]
+    if first["type"] == "value_error":
+        return f"{place}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden", "missing"):
+        return f"{place}: {first['msg']}."
+    advice = re.sub(r", (unable|got|exceeded) .*", "", first["msg"]).replace("Input should be", "Use")
+    if first["type"] in _BOUNDS:
+        (bound,) = first["ctx"].values()
+        advice = f"Use {_BOUNDS[first['type']].format(bound if isinstance(bound, str) else f'{bound:,.15g}')}"
+    return f"{place} is {quoted(given)}. {advice}."

@@ -1,19 +1,19 @@
 """The planner's description of a machine: memory, rates and links, read from a small YAML file."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from dhen.model.names import unknown_name
+from dhen.model.names import first_mistake, unknown_name
+from dhen.model.ranges import NotNegative, Positive, Size
+from dhen.yaml_files import read_yaml
 
 _STRICT = ConfigDict(extra="forbid")
 _FOLDER = Path(__file__).parent / "machines"
-_ADVICE = {"greater_than": "Use a number above 0", "greater_than_equal": "Use 0 or more"}
-"""By the type of pydantic's error; for other types, its own words."""
 
 
 class MachineError(ValueError):
@@ -43,23 +43,23 @@ class Machine:
     name: str
     source: str
     is_gpu: bool
-    ranks_per_node: PositiveInt
-    memory_gib: PositiveFloat
-    host_memory_gib: NonNegativeFloat
-    flops: dict[str, PositiveFloat]
-    memory_bytes_per_second: PositiveFloat
-    local_bytes_per_second: PositiveFloat
-    node_bytes_per_second: PositiveFloat
-    seconds_per_operation: NonNegativeFloat = 0.0
-    seconds_per_collective: NonNegativeFloat = 0.0
-    seconds_per_module: NonNegativeFloat = 0.0
+    ranks_per_node: Size
+    memory_gib: Positive
+    host_memory_gib: NotNegative
+    flops: dict[str, Positive]
+    memory_bytes_per_second: Positive
+    local_bytes_per_second: Positive
+    node_bytes_per_second: Positive
+    seconds_per_operation: NotNegative = 0.0
+    seconds_per_collective: NotNegative = 0.0
+    seconds_per_module: NotNegative = 0.0
     is_local_shared: bool = False
     is_link_per_rank: bool = False
     can_overlap: bool = True
-    host_bytes_per_second: NonNegativeFloat = 0.0
-    host_memory_bytes_per_second: NonNegativeFloat = 0.0
-    compute_efficiency: PositiveFloat = 1.0
-    link_efficiency: PositiveFloat = 1.0
+    host_bytes_per_second: NotNegative = 0.0
+    host_memory_bytes_per_second: NotNegative = 0.0
+    compute_efficiency: Positive = 1.0
+    link_efficiency: Positive = 1.0
     costs: str = "gpu"
 
     def __post_init__(self) -> None:
@@ -134,31 +134,25 @@ def read_machine(name: str, **changes: Any) -> Machine:
     If each rank has its own NIC, the node's link follows a changed ranks_per_node. Raises MachineError.
     """
     path = shipped_machines().get(name, Path(name))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise MachineError(
             f"{unknown_name('machine', name, shipped_machines())} Or pass a YAML file like those in {_FOLDER}."
         )
     try:
-        machine = TypeAdapter(Machine).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        values = read_yaml(path)
+    except ValueError as error:
+        raise MachineError(str(error)) from error
+    try:
+        machine = TypeAdapter(Machine).validate_python(values)
         if machine.is_link_per_rank and "ranks_per_node" in changes:
             link = machine.node_bytes_per_second / machine.ranks_per_node * changes["ranks_per_node"]
             changes = {"node_bytes_per_second": link} | changes
         return replace(machine, **changes)
-    except yaml.YAMLError as error:
-        raise MachineError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             raise MachineError(f"{path}: {unknown_name('key', key, Machine.__dataclass_fields__)}") from error
-        if first["type"] == "value_error":
-            raise MachineError(f"{path}: {first['ctx']['error']}") from error
-        if not key:
-            raise MachineError(
-                f"{path}: a machine is a mapping of keys to values. See the examples in {_FOLDER}."
-            ) from error
-        found = "" if first["type"] == "missing" else f" is {first['input']!r}"
-        advice = _ADVICE.get(first["type"], first["msg"])
-        raise MachineError(f"{path}: {key}{found}. {advice}.") from error
+        raise MachineError(f"{path}: {first_mistake(error)}") from error
     except ValueError as error:
         raise MachineError(f"{path}: {error}") from error

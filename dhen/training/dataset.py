@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
 from dhen.config.arguments import ARGUMENTS_FILE, Arguments, DataArguments
 from dhen.config.command_line import ArgumentError, Paths
@@ -28,6 +27,7 @@ from dhen.runtime.topology import Topology
 from dhen.training.saved.checkpoint import find_checkpoint, has_canonical_keys
 from dhen.training.saved.fine_tuning import StartingPoint, frozen_and_new, ignored_architecture, lost_tables, start_from
 from dhen.training.saved.trained_model import TrainedModel
+from dhen.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _take_earlier_defaults(arguments: Arguments) -> list[str]:
     if not training.resume_from_checkpoint:
         return []
     path = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)).parent / ARGUMENTS_FILE
-    return take_recorded(arguments, yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else []
+    return take_recorded(arguments, read_yaml(path)) if path.is_file() else []
 
 
 def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:

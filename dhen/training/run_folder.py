@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dhen.config.arguments import ARGUMENTS_FILE, ArgumentError, Arguments, TrainingArguments, write_yaml
+from dhen.config.arguments import ARGUMENTS_FILE, ArgumentError, Arguments, TrainingArguments
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.runtime.run_environment import describe_environment
@@ -21,6 +21,7 @@ from dhen.training.parallelize import Layout, ParallelDhen, weights_of
 from dhen.training.saved.checkpoint import NEWEST, checkpoints
 from dhen.training.saved.trained_model import MODEL_FOLDER
 from dhen.training.unseen import UNSEEN_FILE
+from dhen.yaml_files import write_yaml
 
 SUMMARY_FILE = "summary.json"
 DS_CONFIG_FILE = "ds_config.json"

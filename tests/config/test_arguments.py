@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from dhen.config.arguments import ArgumentError, parse_arguments, write_yaml
+from dhen.config.arguments import ArgumentError, parse_arguments
 from dhen.training.saved.scoring import parse_scoring_arguments
+from dhen.yaml_files import write_yaml
 
 EVERY_KIND = {
     "dataset_name": "rows.csv", "split_fractions": [0.5, 0.25, 0.25], "num_layers": 2, "head_mlp": [8, 4],

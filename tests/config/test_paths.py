@@ -62,7 +62,7 @@ def test_what_opens_a_file_looks_it_up_too():
         (lambda: parse_arguments(["--interaction_files=none.py"]), "none.py: no such Python file"),
         (lambda: open_sources(PreparationSettings("none.csv")), "none.csv: no such file"),
         (lambda: open_sources(PreparationSettings("none_*.csv")), "none_*.csv: no file matches"),
-        (lambda: load_roles("none.yaml"), "none.yaml: no such schema file"),
+        (lambda: load_roles("none.yaml"), "none.yaml: no such file"),
         (lambda: TrainedModel.open("runs/none"), "runs/none: no trained model here"),
     ],
 )

@@ -42,11 +42,13 @@ def test_a_taken_name_is_refused(kind):
     [
         ("liner", "unknown interaction kind 'liner'. Did you mean 'linear'?"),
         ({"kind": "advanced_dlrm", "over_arc": [4]}, "'advanced_dlrm': 'over_arc'. Did you mean 'over_arch'?"),
-        ({"kind": "advanced_dlrm", "over_arch": "64"}, "over_arch is '64'. Use Sequence"),
-        ({"kind": "advanced_dlrm", "normalize": "false"}, "normalize is 'false'. Use bool"),
+        ({"kind": "advanced_dlrm", "over_arch": "64"}, "over_arch is '64'. 'str' instances are not allowed"),
+        ({"kind": "advanced_dlrm", "normalize": "false"}, "normalize is 'false'. Use a valid boolean"),
         ({"kind": "linear", "num_embeddings": 0}, "num_embeddings is 0"),
-        ({"kind": "linear", "num_embeddings": "8"}, "num_embeddings is '8'. Use int"),
+        ({"kind": "linear", "num_embeddings": "8"}, "num_embeddings is '8'. Use a valid integer"),
         ({"name": "linear"}, "an object with 'kind'"),
+        ({"kind": "advanced_dlrm", "compress_to": 0}, "compress_to is 0"),
+        ({"kind": "deep_cross_flattened", "num_cross_layers": 0}, "num_cross_layers is 0"),
         ({"kind": "wukong", "bias": True}, "preset 'wukong' takes no options"),
     ],
 )
@@ -65,10 +67,8 @@ def test_a_wrong_entry_is_named_when_the_config_is_made(entry, message):
             "example_weights has no effect because compress_to is not set",
         ),
         ({"kind": "advanced_dlrm", "cross_width": 4}, "cross_width has no effect because num_cross_layers is 0"),
-        ({"kind": "advanced_dlrm", "compress_to": 0}, "compress_to is 0"),
         ({"kind": "convolution", "kernel_size": [3]}, "kernel_size is [3]"),
         ({"kind": "convolution", "kernel_size": [2, 3]}, "kernel_size is [2, 3]. Use two odd numbers"),
-        ({"kind": "deep_cross_flattened", "num_cross_layers": 0}, "num_cross_layers is 0"),
     ],
 )
 def test_options_that_do_not_fit_are_named_when_the_model_is_built(entry, message):

@@ -39,8 +39,8 @@ def test_a_file_of_the_users_own_is_read_and_values_can_be_replaced(tmp_path):
     [
         ({"memory_gi": 3}, "unknown key 'memory_gi'. Did you mean 'memory_gib'?"),
         ({"memory_gib": -1}, "memory_gib is -1. Use a number above 0."),
-        ({"memory_gib": "much"}, "memory_gib is 'much'. Input should be a valid number"),
-        ({"ranks_per_node": 0}, "ranks_per_node is 0. Use a number above 0."),
+        ({"memory_gib": "much"}, "memory_gib is 'much'. Use a valid number"),
+        ({"ranks_per_node": 0}, "ranks_per_node is 0. Use 1 or more."),
         ({"ranks_per_node": 2.5}, "ranks_per_node is 2.5."),
         ({"seconds_per_operation": -1e-6}, "seconds_per_operation is -1e-06. Use 0 or more."),
         ({"host_memory_gib": -2}, "host_memory_gib is -2. Use 0 or more."),
@@ -78,7 +78,7 @@ def test_other_mistakes_are_one_line_too(tmp_path):
     with pytest.raises(MachineError, match="memory_gib is -3"):
         read_machine("h100", memory_gib=-3)
     (tmp_path / "list.yaml").write_text("- 3")
-    with pytest.raises(MachineError, match="a machine is a mapping"):
+    with pytest.raises(MachineError, match="expected a mapping"):
         read_machine(str(tmp_path / "list.yaml"))
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(MachineError, match="not valid YAML") as caught:

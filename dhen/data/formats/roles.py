@@ -30,18 +30,19 @@ from dataclasses import field, replace
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-import yaml
-from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.schema import LABEL
-from dhen.model.names import is_valid_table_name, unknown_name
-from dhen.paths import find, looked_in
+from dhen.model.names import first_mistake, is_valid_table_name, listed, quoted, shown, unknown_name
+from dhen.model.ranges import Count, HashRows
+from dhen.paths import find
+from dhen.yaml_files import parse_yaml, read_yaml
 
 _STRICT = ConfigDict(extra="forbid")
-_FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]*")
+_FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]{0,199}")
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -73,7 +74,7 @@ class LabelRole:
 
     column: str = LABEL
     positive: bool | int | float | str | None = None
-    greater_than: float | None = None
+    greater_than: FiniteFloat | None = None
 
     def __post_init__(self) -> None:
         if self.positive is not None and self.greater_than is not None:
@@ -98,27 +99,27 @@ class SparseRole:
     weights: str | None = None
     pooling: Literal["sum", "mean"] = "sum"
     encoding: Literal["hash", "vocabulary"] | None = None
-    hash_size: Annotated[int, Field(ge=2)] | None = None
-    min_count: PositiveInt | None = None
+    hash_size: HashRows | None = None
+    min_count: Count | None = None
 
     def __post_init__(self) -> None:
         if not is_valid_table_name(self.name):
             raise ValueError(
-                f"{self.name!r} is not allowed as the name of a sparse feature. It must not be empty, contain a dot, "
-                f"start with '__', or be the name of a module attribute ('type', 'training', …). To rename it, write "
-                f"{{name: new, column: {self.source}}}."
+                f"{quoted(self.name)} is not allowed as the name of a sparse feature. It must not be empty, contain a "
+                f"dot, start with '__', or be the name of a module attribute ('type', 'training', …). To rename it, "
+                f"write {{name: new, column: {shown(self.source)}}}."
             )
         if self.characters is not None and not 0 <= self.characters[0] < self.characters[1]:
             raise ValueError(
-                f"the characters of {self.name!r} are {list(self.characters)}. Give the first one, counted from 0, and "
-                f"the end, which is excluded: [6, 8] selects two."
+                f"the characters of {quoted(self.name)} are {list(self.characters)}. Give the first one, counted from "
+                f"0, and the end, which is excluded: [6, 8] selects two."
             )
         if self.part is not None and (self.characters is not None or self.is_multi_valued):
-            raise ValueError(f"{self.source!r} has `parts`, which need one date per row. Remove the other keys.")
+            raise ValueError(f"{quoted(self.source)} has `parts`, which need one date per row. Remove the other keys.")
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:
                 raise ValueError(
-                    f"{self.name!r} has a {key}, but the encoding {encoding} does not use it. Remove one of them."
+                    f"{quoted(self.name)} has a {key}, but the encoding {encoding} does not use it. Remove one of them."
                 )
 
     @property
@@ -162,25 +163,30 @@ class ColumnRoles:
             raise ValueError("there are no features. List at least one under dense or sparse.")
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"the feature {name!r} appears twice. Use a different name for each feature.")
+                raise ValueError(f"the feature {quoted(name)} appears twice. Use a different name for each feature.")
         for feature in (*self.dense, *self.sparse):
             if not has_magic(feature.source):
                 _check_name(feature.name)
             if self.label.column in feature.columns:
                 raise ValueError(
-                    f"the feature {feature.name!r} uses the column {self.label.column!r}, which is the label. The "
-                    f"model would see what it has to predict. Remove the feature, or set `label` to another column."
+                    f"the feature {quoted(feature.name)} uses the column {quoted(self.label.column)}, which is the "
+                    f"label. The model would see what it has to predict. Remove the feature, or set `label` to another "
+                    f"column."
                 )
         for key, letter in (("delimiter", self.delimiter), ("quote", self.quote)):
             if letter is not None and (len(letter) != 1 or not letter.isascii()):
-                raise ValueError(f"{key} is {letter!r}. Use a single ASCII character.")
+                raise ValueError(f"{key} is {quoted(letter)}. Use a single ASCII character.")
         if self.header and self.columns:
             raise ValueError("`columns` is only for files without a header. Add `header: false` or remove `columns`.")
         for feature in self.sparse:
             if feature.separator == "":
-                raise ValueError(f"the separator of {feature.name!r} is empty. Give the text that separates two ids.")
+                raise ValueError(
+                    f"the separator of {quoted(feature.name)} is empty. Give the text that separates two ids."
+                )
             if feature.characters is not None and feature.is_multi_valued:
-                raise ValueError(f"{feature.name!r} has `characters`, but is multi-valued. Remove one of the two.")
+                raise ValueError(
+                    f"{quoted(feature.name)} has `characters`, but is multi-valued. Remove one of the two."
+                )
 
     @property
     def has_patterns(self) -> bool:
@@ -206,15 +212,15 @@ class ColumnRoles:
             found = [column for column in present if column not in named and fnmatchcase(column, pattern)]
             if not found and (role != "ignored" or is_label_required):
                 raise ValueError(
-                    f"the pattern {pattern!r} under {role} matches no column that is not named elsewhere. The "
-                    f"columns are {', '.join(present)}. Correct the schema (--dataset_schema) or remove the pattern."
+                    f"the pattern {quoted(pattern)} under {role} matches no column that is not named elsewhere. The "
+                    f"columns are {listed(present)}. Correct the schema (--dataset_schema) or remove the pattern."
                 )
             for column in found:
                 other_role, other = first_match.setdefault(column, (role, pattern))
                 if other_role != role:
                     raise ValueError(
-                        f"the column {column!r} matches {other!r} under {other_role} and {pattern!r} under "
-                        f"{role}. Name the column itself where it belongs, or change a pattern."
+                        f"the column {quoted(column)} matches {quoted(other)} under {other_role} and {quoted(pattern)} "
+                        f"under {role}. Name the column itself where it belongs, or change a pattern."
                     )
             return found
 
@@ -237,7 +243,7 @@ class ColumnRoles:
         """Raise ValueError if a column is missing, is duplicated, or has no role."""
         for name in present:
             if present.count(name) > 1:
-                raise ValueError(f"{file}: row 1: two columns are named {name!r}. Rename one of them.")
+                raise ValueError(f"{file}: row 1: two columns are named {quoted(name)}. Rename one of them.")
         used = [column for feature in (*self.dense, *self.sparse) for column in feature.columns]
         wanted = [*used, self.label.column] if is_label_required else used
         for column in wanted:
@@ -245,8 +251,8 @@ class ColumnRoles:
                 near = difflib.get_close_matches(column, present, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"{file}: there is no column {column!r}. The columns are {', '.join(present)}.{hint} Correct the "
-                    f"schema (--dataset_schema) or the file."
+                    f"{file}: there is no column {quoted(column)}. The columns are {listed(present)}.{hint} Correct "
+                    f"the schema (--dataset_schema) or the file."
                 )
         if self.ignored == "*":
             return
@@ -254,31 +260,23 @@ class ColumnRoles:
         for column in present:
             if column not in known:
                 raise ValueError(
-                    f"{file}: the column {column!r} has no role. List it under dense, sparse or ignored in the schema "
-                    f'(--dataset_schema), or write `ignored: "*"` there to ignore all such columns.'
+                    f"{file}: the column {quoted(column)} has no role. List it under dense, sparse or ignored in the "
+                    f'schema (--dataset_schema), or write `ignored: "*"` there to ignore all such columns.'
                 )
 
 
 def load_roles(path: str | Path) -> ColumnRoles:
     """Read a YAML schema. Raises FileNotFoundError, or ValueError naming the file, the key and what is allowed."""
-    path = Path(find(str(path)))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such schema file. Give a YAML file with the role of each column.{looked_in(path)}"
-        )
-    return parse_roles(path.read_bytes(), path)
+    path = find(str(path))
+    return _roles_of(read_yaml(path, "Give a YAML file with the role of each column."), path)
 
 
 def parse_roles(text: str | bytes, path: str | Path) -> ColumnRoles:
     """Parse the text of a YAML schema. Raises ValueError that begins with `path`."""
-    try:
-        content = yaml.safe_load(text.decode("utf-8") if isinstance(text, bytes) else text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path}: a schema must be a mapping with keys such as label, dense and sparse, got {content!r:.80}."
-        )
+    return _roles_of(parse_yaml(text, path), path)
+
+
+def _roles_of(content: dict[str, Any], path: str | Path) -> ColumnRoles:
     allowed = ColumnRoles.__dataclass_fields__
     for key in content:
         if key not in allowed:
@@ -286,13 +284,13 @@ def parse_roles(text: str | bytes, path: str | Path) -> ColumnRoles:
     for kind in ("dense", "sparse"):
         entries = content.get(kind) or []
         if not isinstance(entries, list):
-            raise ValueError(f"{path}: {kind} is {entries!r:.80}. Use a list of columns.")
+            raise ValueError(f"{path}: {kind} is {quoted(entries)}. Use a list of columns.")
         content[kind] = [entry if isinstance(entry, dict) else {"name": str(entry)} for entry in entries]
     content["sparse"] = [feature for entry in content["sparse"] for feature in _by_part(entry, path)]
     if not isinstance(content.get("label", {}), dict):
         content["label"] = {"column": str(content["label"])}
     ignored = content.get("ignored") or []
-    content["ignored"] = ignored if isinstance(ignored, str) else [str(column) for column in ignored]
+    content["ignored"] = [str(column) for column in ignored] if isinstance(ignored, list) else ignored
     with _one_line(path):
         return TypeAdapter(ColumnRoles).validate_python(content)
 
@@ -303,12 +301,7 @@ def _one_line(place: str | Path) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        if first["type"] not in ("value_error", "extra_forbidden", "missing"):
-            reason = f"{reason}, not {first['input']!r}."
-        raise ValueError(f"{place}: {f'{key}: ' if key else ''}{reason}") from error
+        raise ValueError(f"{place}: {first_mistake(error)}") from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
 
@@ -316,8 +309,9 @@ def _one_line(place: str | Path) -> Iterator[None]:
 def _check_name(name: str) -> None:
     if name == LABEL or not _FEATURE_NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} is not allowed as a feature name, because files and columns are named after it. Use letters, "
-            f"digits, '_', '-', '.' and spaces, but not {LABEL!r}. To rename it, write {{name: new, column: {name}}}."
+            f"{quoted(name)} is not allowed as a feature name, because files and columns are named after it. Use "
+            f"at most 200 letters, digits, '_', '-', '.' and spaces, but not {LABEL!r}. To rename it, write "
+            f"{{name: new, column: {shown(name)}}}."
         )
 
 
@@ -327,7 +321,7 @@ def _by_part(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     if parts is None:
         return [entry]
     if not isinstance(parts, list) or not parts:
-        raise ValueError(f"{path}: parts is {parts!r:.80}. Use a list of {', '.join(get_args(Part))}.")
+        raise ValueError(f"{path}: parts is {quoted(parts)}. Use a list of {', '.join(get_args(Part))}.")
     rest = {key: value for key, value in entry.items() if key != "parts"}
     name = str(entry.get("name"))
     return [rest | {"name": f"{name}_{part}", "column": entry.get("column", name), "part": part} for part in parts]

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 
 from dhen.data.formats.text_blocks import BLOCK_BYTES
 from dhen.data.schema import SPLITS
+from dhen.model.names import check_type, quoted
+from dhen.model.ranges import Count, HashRows
 from dhen.paths import find
 
 Format = Literal["criteo", "libsvm", "csv", "parquet", "hub"]
@@ -91,12 +93,9 @@ class PreparationSettings:
                 f"split_fractions is {fractions}. Use three shares for train, validation and test that sum to 1, such "
                 f"as 0.8 0.1 0.1."
             )
-        if self.hash_size is not None and self.hash_size < 2:
-            raise ValueError(f"hash_size is {self.hash_size}. Use 2 or more, because row 0 of a table is for blanks.")
-        if self.min_count is not None and self.min_count < 1:
-            raise ValueError(f"min_count is {self.min_count}. Use 1 or more.")
-        if self.block_bytes < 1:
-            raise ValueError(f"block_bytes is {self.block_bytes}. Use 1 or more.")
+        check_type("hash_size", self.hash_size, HashRows | None)
+        check_type("min_count", self.min_count, Count | None)
+        check_type("block_bytes", self.block_bytes, Count)
         if bool(self.dataset_name) == bool(self.files_by_split()):
             raise ValueError(
                 "give either dataset_name, which is split by split_fractions, or files per split (train_file, "
@@ -111,7 +110,7 @@ class PreparationSettings:
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in allowed:
-            raise ValueError(f"{name} is {value!r}. Use one of: {', '.join(allowed)}.")
+            raise ValueError(f"{name} is {quoted(value)}. Use one of: {', '.join(allowed)}.")
 
 
 def _found(paths: Paths | Path) -> Paths:

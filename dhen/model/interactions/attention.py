@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dhen.model.interactions.linear import MixEmbeddings
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction
 from dhen.model.mlp import Activation, activation_module
+from dhen.model.ranges import ShareBelowOne, Size
 
 
 class MultiHeadAttention(nn.Module):
@@ -55,9 +56,9 @@ class SelfAttention(Interaction):
         self,
         context: InteractionContext,
         *,
-        num_heads: int = 1,
-        feedforward_dim: int | None = None,
-        dropout: float = 0.0,
+        num_heads: Size = 1,
+        feedforward_dim: Size | None = None,
+        dropout: ShareBelowOne = 0.0,
         norm_first: bool = False,
         activation: Activation | None = None,
         use_dense: bool = False,

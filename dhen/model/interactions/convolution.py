@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dhen.model.interactions.linear import MixEmbeddings
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction
 from dhen.model.mlp import Activation, activation_module
+from dhen.model.ranges import Size
 
 
 @register_interaction("convolution")
@@ -28,8 +29,8 @@ class Convolution(Interaction):
         self,
         context: InteractionContext,
         *,
-        num_channels: int = 1,
-        kernel_size: Sequence[int] = (3, 3),
+        num_channels: Size = 1,
+        kernel_size: Sequence[Size] = (3, 3),
         activation: Activation = "identity",
         use_dense: bool = False,
     ) -> None:
@@ -39,10 +40,8 @@ class Convolution(Interaction):
         Raises ValueError unless kernel_size is two odd numbers, because an even kernel has no center.
         """
         super().__init__(context, use_dense=use_dense)
-        if len(kernel_size) != 2 or any(size < 1 or size % 2 == 0 for size in kernel_size):
+        if len(kernel_size) != 2 or any(size % 2 == 0 for size in kernel_size):
             raise ValueError(f"kernel_size is {list(kernel_size)}. Use two odd numbers, one for M and one for D.")
-        if num_channels < 1:
-            raise ValueError(f"num_channels is {num_channels}. Use 1 or more.")
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)
         self.convolution = nn.Conv2d(1, num_channels, tuple(kernel_size), padding=padding)
         self.activation = activation_module(activation)

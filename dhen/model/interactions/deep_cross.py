@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dhen.model.interactions.linear import MixEmbeddings
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
+from dhen.model.ranges import Depth, Size
 
 
 @register_interaction("deep_cross")
@@ -53,12 +54,8 @@ class CrossNet(nn.Module):
     def __init__(self, width: int, num_cross_layers: int, cross_width: int | None = None) -> None:
         """cross_width: the rank of W_l = U_l V_l, with U_l (width, cross_width) and V_l (cross_width, width). None: W_l
         is a full matrix.
-
-        Raises ValueError if num_cross_layers or cross_width is below 1.
         """
         super().__init__()
-        if num_cross_layers < 1 or (cross_width is not None and cross_width < 1):
-            raise ValueError(f"num_cross_layers is {num_cross_layers} and cross_width is {cross_width}. Use 1 or more.")
         self.layers = nn.ModuleList()
         for _ in range(num_cross_layers):
             if cross_width is None:
@@ -102,8 +99,8 @@ class FlattenedDeepCross(Interaction):
         self,
         context: InteractionContext,
         *,
-        num_cross_layers: int = 1,
-        cross_width: int | None = None,
+        num_cross_layers: Depth = 1,
+        cross_width: Size | None = None,
         use_dense: bool = False,
     ) -> None:
         """num_cross_layers, cross_width: see CrossNet. cross_width None: full (M * D) x (M * D) weights."""

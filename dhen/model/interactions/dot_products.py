@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dhen.model.interactions.deep_cross import CrossNet
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
 from dhen.model.mlp import MLP, Activation
+from dhen.model.ranges import DepthFrom0, Size
 
 
 class PairwiseDots(nn.Module):
@@ -113,12 +114,12 @@ class AdvancedDlrm(Interaction):
         self,
         context: InteractionContext,
         *,
-        over_arch: Sequence[int] = (64,),
-        compress_to: int | None = None,
+        over_arch: Sequence[Size] = (64,),
+        compress_to: Size | None = None,
         example_weights: bool = False,
         normalize: bool = False,
-        num_cross_layers: int = 0,
-        cross_width: int | None = None,
+        num_cross_layers: DepthFrom0 = 0,
+        cross_width: Size | None = None,
         batch_norm: bool | None = None,
         activation: Activation | None = None,
         use_dense: bool = False,
@@ -135,8 +136,6 @@ class AdvancedDlrm(Interaction):
             raise ValueError("example_weights has no effect because compress_to is not set. Set compress_to too.")
         if cross_width is not None and num_cross_layers == 0:
             raise ValueError("cross_width has no effect because num_cross_layers is 0. Set num_cross_layers too.")
-        if compress_to is not None and compress_to < 1:
-            raise ValueError(f"compress_to is {compress_to}. Use 1 or more.")
         if compress_to is None:
             if context.num_inputs < 2:
                 raise ValueError(
@@ -188,7 +187,7 @@ class FactorizationMachine(AdvancedDlrm):
     """
 
     def __init__(
-        self, context: InteractionContext, *, compress_to: int = 8, normalize: bool = True, **options: Any
+        self, context: InteractionContext, *, compress_to: Size = 8, normalize: bool = True, **options: Any
     ) -> None:
         """Takes the options of AdvancedDlrm, with different defaults for these two."""
         super().__init__(context, compress_to=compress_to, normalize=normalize, **options)

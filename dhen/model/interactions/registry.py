@@ -5,6 +5,7 @@ Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension, N den
 
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dhen.model.mlp import Activation
-from dhen.model.names import check_names, check_type, unknown_name
+from dhen.model.names import check_names, check_type, shown, unknown_name
+from dhen.model.ranges import Size
 from dhen.paths import find, looked_in
 
 
@@ -134,9 +136,9 @@ def register_interaction(kind: str) -> Callable[[type[Interaction]], type[Intera
 def import_interactions(path: str | Path) -> None:
     """Run a user's Python file to register its interactions. Raises ValueError naming the file."""
     path = Path(find(str(path)))
-    if not path.is_file() or path.suffix != ".py":
+    if not os.path.isfile(path) or path.suffix != ".py":
         raise ValueError(
-            f"{path}: no such Python file. Give a file that registers classes with @register_interaction."
+            f"{shown(path)}: no such Python file. Give a file that registers classes with @register_interaction."
             f"{looked_in(path)}"
         )
     known = dict(_INTERACTIONS)
@@ -172,7 +174,7 @@ def interaction_options(kind: str) -> dict[str, InteractionOption]:
         if "__init__" not in cls.__dict__:
             continue
         parameters = inspect.signature(cls.__init__).parameters.values()
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(cls.__init__, include_extras=True)
         for parameter in parameters:
             if parameter.kind is parameter.KEYWORD_ONLY:
                 option = InteractionOption(parameter.default, hints.get(parameter.name, Any))
@@ -183,13 +185,12 @@ def interaction_options(kind: str) -> dict[str, InteractionOption]:
 
 
 def check_interaction(spec: InteractionSpec) -> None:
-    """Raise ValueError if the kind or an option is unknown, an option's type is wrong, or L is below 1."""
+    """Raise ValueError if the kind or an option is unknown, or an option or L has a wrong type or is out of range."""
     known = interaction_options(spec.kind)
     check_names(f"option for interaction {spec.kind!r}:", spec.options, known)
     for name, value in spec.options.items():
         check_type(f"interaction {spec.kind!r}: {name}", value, known[name].annotation)
-    if spec.num_embeddings < 1:
-        raise ValueError(f"interaction {spec.kind!r}: num_embeddings is {spec.num_embeddings}. Use 1 or more.")
+    check_type(f"interaction {spec.kind!r}: num_embeddings", spec.num_embeddings, Size)
 
 
 def build_interaction(spec: InteractionSpec, context: InteractionContext) -> Interaction:

@@ -8,8 +8,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from dhen.config.arguments import ARGUMENTS_FILE, DataArguments, DatasetFormat, import_interaction_files
 from dhen.config.command_line import (
     ArgumentError,
@@ -28,6 +26,7 @@ from dhen.runtime.topology import Topology
 from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
 from dhen.training.parallelize import ScoringDhen, parallelize_for_scoring
 from dhen.training.saved.trained_model import TrainedModel
+from dhen.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ def _data_of_run(trained: TrainedModel) -> tuple[DataArguments | None, bool]:
     path = trained.folder.parent / ARGUMENTS_FILE
     if not path.is_file():
         return None, False
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = read_yaml(path)
     names = DataArguments.__dataclass_fields__
     data = DataArguments(**{key: value for key, value in values.items() if key in names})
     find_paths(data, "dataset_name")  # the other paths are found when the files are opened

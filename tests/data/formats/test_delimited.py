@@ -203,10 +203,10 @@ def test_a_header_alone_is_no_data(tmp_path):
         ("sparse: [label]", "'label' is not allowed as a feature name"),
         ("sparse: [{name: a, pool: sum}]", r"sparse\.0\.pool"),
         ("sparse: [{name: a, pooling: max}]", r"sparse\.0\.pooling"),
-        ("sparse: [{name: a, hash_size: 1}]", r"sparse\.0\.hash_size\S*: Input should be greater .* 2, not 1"),
-        ("sparse: [{name: a, hash_size: 0}]", r"sparse\.0\.hash_size\S*: Input .*not 0"),
-        ("sparse: [{name: a, min_count: 0}]", r"sparse\.0\.min_count\S*: Input .*not 0"),
-        ("sparse: [{name: a, min_count: -2}]", r"sparse\.0\.min_count\S*: Input .*not -2"),
+        ("sparse: [{name: a, hash_size: 1}]", r"sparse\.0\.hash_size is 1. Use 2 or more"),
+        ("sparse: [{name: a, hash_size: 0}]", r"sparse\.0\.hash_size is 0. Use 2 or more"),
+        ("sparse: [{name: a, min_count: 0}]", r"sparse\.0\.min_count is 0. Use 1 or more"),
+        ("sparse: [{name: a, min_count: -2}]", r"sparse\.0\.min_count is -2. Use 1 or more"),
         ("sparse: [{name: a, characters: [2, 1]}]", r"the characters of 'a' are \[2, 1\]"),
         ("sparse: [{name: a, characters: [-1, 1]}]", r"the characters of 'a' are \[-1, 1\]"),
         (
@@ -222,7 +222,7 @@ def test_a_header_alone_is_no_data(tmp_path):
         ),
         ("sparse: a", "sparse is 'a'. Use a list"),
         ("sparse: [a]\ndelimiter: '||'", "Use a single ASCII character"),
-        ("- a", "a schema must be a mapping"),
+        ("- a", "expected a mapping from keys to values, got a list"),
         ("sparse: [a", "not valid YAML"),
     ],
 )
@@ -231,7 +231,7 @@ def test_a_wrong_schema_names_file_and_key(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=rf"schema\.yaml: .*{message}"):
         load_roles(path)
-    with pytest.raises(FileNotFoundError, match="no such schema file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         load_roles(tmp_path / "none.yaml")
 
 

@@ -1,0 +1,42 @@
+"""The numbers that arguments and options may be, as types that pydantic checks. NaN and infinity are in no range.
+
+The upper bounds are far above sensible values. They keep counts and sizes indexable, and squares within float32.
+"""
+
+from typing import Annotated, Any
+
+from annotated_types import Interval
+from pydantic import BeforeValidator, FiniteFloat
+from pydantic_core import PydanticKnownError
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):  # pydantic takes true for 1
+        raise PydanticKnownError("float_type")
+    return value
+
+
+_NUMBER = BeforeValidator(_not_bool)
+Size = Annotated[int, Interval(ge=1, le=2**20), _NUMBER]
+"""Size of a layer or of a group: embeddings, units, channels, ranks."""
+Depth = Annotated[int, Interval(ge=1, le=10_000), _NUMBER]
+"""Number of layers."""
+DepthFrom0 = Annotated[int, Interval(ge=0, le=10_000), _NUMBER]
+Rows = Annotated[int, Interval(ge=1, le=2**40), _NUMBER]
+"""Rows of a table. With more than 2**31 rows, ids are int64."""
+HashRows = Annotated[int, Interval(ge=2, le=2**40), _NUMBER]
+"""Row 0 is for blanks."""
+Batch = Annotated[int, Interval(ge=1, le=2**24), _NUMBER]
+"""Examples in a batch: with 128 features of one id each, these are 2**31 ids."""
+Count = Annotated[int, Interval(ge=1, le=10**12), _NUMBER]
+CountFrom0 = Annotated[int, Interval(ge=0, le=10**12), _NUMBER]
+MaxSteps = Annotated[int, Interval(ge=-1, le=10**12), _NUMBER]
+Seed = Annotated[int, Interval(ge=0, le=2**32 - 1), _NUMBER]
+"""32 bits, as NumPy's seeds have; torch gets the rank on top."""
+Positive = Annotated[FiniteFloat, Interval(gt=0, le=1e30), _NUMBER]
+Epsilon = Annotated[FiniteFloat, Interval(ge=1e-30, le=1e18), _NUMBER]
+"""Above 0 in float32 too: without one, a weight whose gradient is 0 becomes NaN."""
+NotNegative = Annotated[FiniteFloat, Interval(ge=0, le=1e18), _NUMBER]
+Share = Annotated[FiniteFloat, Interval(ge=0, le=1), _NUMBER]
+ShareBelowOne = Annotated[FiniteFloat, Interval(ge=0, lt=1), _NUMBER]
+ShareBetween = Annotated[FiniteFloat, Interval(gt=0, lt=1), _NUMBER]
