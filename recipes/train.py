@@ -22,7 +22,7 @@ from dhen.training.check import check
 from dhen.training.dataset import open_data
 from dhen.training.finish import finish
 from dhen.training.run_folder import check_run_folder
-from dhen.training.session import build_model, given_ds_config, make_trainer, start_reporting
+from dhen.training.session import build_model, given_ds_config, has_nothing_to_do, make_trainer, start_reporting
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
@@ -46,6 +46,9 @@ def main() -> None:
         data = open_data(arguments, topology)
         model = build_model(arguments, topology, data)
         trainer = make_trainer(arguments, data, model)
+        if has_nothing_to_do(arguments, trainer):
+            job.stop()
+            return
         progress = start_reporting(arguments, data, trainer)
 
     # If a rank dies from here on, the others say which one. FloatingPointError means that the loss is not finite.

@@ -116,8 +116,9 @@ class BestMetric:
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        return {"value": self.value, "evaluations_since": self.evaluations_since}
+        return {"name": self.name, "value": self.value, "evaluations_since": self.evaluations_since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
-        self.value, self.evaluations_since = state["value"], state["evaluations_since"]
+        """Restore the result of `state_dict`. The best value of another metric is forgotten."""
+        if state.get("name", self.name) == self.name:
+            self.value, self.evaluations_since = state["value"], state["evaluations_since"]

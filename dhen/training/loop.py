@@ -97,6 +97,8 @@ class Trainer:
         self.state = state
         self._schedule.load_state_dict(state.schedule)
         self._best.load_state_dict(state.best_metric)
+        if self._best.value is None:
+            state.best_step = None
 
     @property
     def data_order(self) -> dict[str, Any]:
@@ -119,7 +121,7 @@ class Trainer:
             self.model.tables.fill_unused()
         self.model.engine.module.train(not self._is_dense_frozen)
         accumulation = self.arguments.gradient_accumulation_steps
-        while not self._is_done():
+        while not self.is_done:
             micro_steps = 0
             batches = self.train_loader.epoch(self.state.epoch, first_step=self.state.step_in_epoch)
             for batch, sent_ids in with_ids_ahead(self.model, batches):
@@ -129,11 +131,13 @@ class Trainer:
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
                     self._finish_step(batch.global_rows, factor)
-                    if self._is_done():
+                    if self.is_done:
                         break
         self.model.settle()
 
-    def _is_done(self) -> bool:
+    @property
+    def is_done(self) -> bool:
+        """Whether there is no step left to make."""
         return self.state.step >= self.total_steps or self._best.has_stalled(self.arguments.early_stopping_patience)
 
     def _set_learning_rates(self) -> float:
@@ -227,7 +231,7 @@ class Trainer:
         state.best_metric = self._best.state_dict()
         with self._progress.paused():
             self.model.average_buffers()
-            save_checkpoint(self.model, self.output_dir, state, self.data_order)
+            save_checkpoint(self.model, self.output_dir, state, self.data_order, asdict(self.arguments))
             if self.model.topology.is_main:
                 delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
 

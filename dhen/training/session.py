@@ -3,11 +3,13 @@
 All ranks must call these functions, because most of them communicate.
 """
 
+import json
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dhen.config.arguments import Arguments, TrainingArguments
+from dhen.config.arguments import ARGUMENTS_FILE, Arguments, TrainingArguments
 from dhen.config.command_line import ArgumentError
 from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
@@ -20,17 +22,20 @@ from dhen.training.loop import Trainer
 from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallelize import Layout, ParallelDhen, lay_out, parallelize
 from dhen.training.progress import ProgressReporter
-from dhen.training.run_folder import announce, clear_run_folder, write_setup
+from dhen.training.run_folder import SUMMARY_FILE, announce, clear_run_folder, write_setup
 from dhen.training.saved.checkpoint import (
     check_same_model,
     find_checkpoint,
     load_checkpoint,
     point_latest_at,
+    recorded_arguments,
     saved_table_cuts,
 )
 from dhen.training.saved.fine_tuning import config_for
 from dhen.training.saved.trained_model import TrainedModel
+from dhen.yaml_files import read_yaml
 
+_OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "interaction_files")
 logger = logging.getLogger(__name__)
 
 
@@ -93,7 +98,26 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
         trainer.restore(load_checkpoint(model, folder, trainer.data_order))
         if model.topology.is_main:
             logger.info("resuming from %s at step %d of %d", folder, trainer.state.step, trainer.total_steps)
+            for sentence in _changed_arguments(folder, training, trainer.state.step):
+                logger.info("%s", sentence)
     return trainer
+
+
+def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
+    """Whether the resumed run already did all its steps, and more or tested them too. Says so."""
+    training, state = arguments.training, trainer.state
+    summary = Path(training.output_dir) / SUMMARY_FILE
+    done = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    tested_step = state.best_step or state.step if training.load_best_model_at_end else state.step
+    is_tested = (done.get("steps"), done.get("tested_step")) == (state.step, tested_step)
+    is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
+    if is_over and trainer.model.topology.is_main:
+        logger.info(
+            "the run already did step %d of %d. There is nothing left to train, and its folder stays as it is. Raise "
+            "max_steps or num_train_epochs to train on, or set max_steps to %d to test and export these weights.",
+            state.step, trainer.total_steps, state.step,
+        )  # fmt: skip
+    return is_over
 
 
 def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
@@ -123,6 +147,21 @@ def _num_layers(arguments: Arguments) -> int:
     if arguments.training.model_name_or_path:
         return len(TrainedModel.open(arguments.training.model_name_or_path).config.layer_specs)
     return len(DhenConfig(**vars(arguments.architecture)).layer_specs)
+
+
+def _changed_arguments(folder: Path, training: TrainingArguments, step: int) -> list[str]:
+    """A sentence for each argument that the run that wrote the checkpoint had otherwise."""
+    recorded, path = recorded_arguments(folder), folder.parent / ARGUMENTS_FILE
+    if not recorded and not path.is_file():
+        return [f"{folder} is of an earlier version and does not say with which arguments it was trained"]
+    recorded = recorded or read_yaml(path)
+    sentences = []
+    for item in fields(training):
+        old, new = recorded.get(item.name, item.default), getattr(training, item.name)
+        if old != new and item.name not in _OF_ONE_START:
+            does = "keeps the weights of the checkpoint" if item.name == "model_name_or_path" else "honours it"
+            sentences.append(f"{item.name} was {old} until step {step}, now {new}: the resumed run {does}")
+    return sentences
 
 
 def _checkpoint(training: TrainingArguments) -> Path:

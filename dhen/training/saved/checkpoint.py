@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
 
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
@@ -33,7 +34,10 @@ FORMAT_VERSION = 1
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
 CANONICAL_KEYS = "canonical keys"
 """Entry of the data order: whether ids are made of canonical texts. Checkpoints of earlier versions do not have it."""
+ARGUMENTS = "arguments"
 _PREFIX = "checkpoint-"
+_OPTIONS = {"betas", "eps", "weight_decay", "momentum", "fused"}
+"""Options of an optimizer that a resumed run may change: its state does not depend on them."""
 _REPLICATED_USES, _KNOWS_USES = "uses-of-replicated.safetensors", "knows_uses"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
@@ -60,11 +64,16 @@ class TrainerState:
 
 
 def save_checkpoint(
-    model: ParallelDhen, output_dir: Path, state: TrainerState, data_order: dict[str, Any] | None = None
+    model: ParallelDhen,
+    output_dir: Path,
+    state: TrainerState,
+    data_order: dict[str, Any] | None = None,
+    arguments: dict[str, Any] | None = None,
 ) -> Path:
     """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it.
 
-    data_order: everything that determines which rows a step trains on. A resumed run must have the same.
+    data_order: everything that determines which rows a step trains on. A resumed run must have the same. arguments:
+    what it may have otherwise.
     """
     topology = model.topology
     folder = checkpoint_of(output_dir, state.step)
@@ -83,6 +92,7 @@ def save_checkpoint(
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
+        facts[ARGUMENTS] = arguments or {}
         facts |= {"model": _model_facts(model.config), _KNOWS_USES: model.knows_uses, VERSION_KEY: FORMAT_VERSION}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         point_latest_at(folder, output_dir)
@@ -122,13 +132,14 @@ def load_checkpoint(
                 f"{folder}: saved with {name} {_shown(saved_order[name], value)}. The resumed run would train on other "
                 f"rows or features than the saved one. {_WAY_OUT}"
             )
+    options = [{key: group[key] for key in _OPTIONS & group.keys()} for group in _optimizer(model).param_groups]
     if is_same_cut or here["zero_stage"] == 0:
         loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if loaded is None:
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in this folder. Resume from another one.")
     else:
         load_resharded(model, folder)
-    _step_as_configured(model)
+    _step_as_configured(model, options)
     if model.tables is not None:
         load_tables(model.tables, folder)
     model.knows_uses = values.get(_KNOWS_USES, False)  # checkpoints of earlier versions do not
@@ -140,18 +151,20 @@ def load_checkpoint(
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})
 
 
-def _step_as_configured(model: ParallelDhen) -> None:
-    """Let the optimizer step fused, or not, as the ds_config of this run says, not as the checkpoint does.
+def _optimizer(model: ParallelDhen) -> Optimizer:
+    return getattr(model.engine.optimizer, "optimizer", model.engine.optimizer)
+
+
+def _step_as_configured(model: ParallelDhen, options: list[dict[str, Any]]) -> None:
+    """Let the optimizer step with the options of this run, by group. Loading its state replaced them by the saved ones.
 
     A fused step reads its counters on the device of the weights, where DeepSpeed's universal loader doesn't put them.
     """
-    fused = model.ds_config.deepspeed["optimizer"].get("params", {}).get("fused")
-    optimizer = getattr(model.engine.optimizer, "optimizer", model.engine.optimizer)
-    for group in optimizer.param_groups:
-        if "fused" in group:
-            group["fused"] = fused
+    optimizer = _optimizer(model)
+    for group, of_group in zip(optimizer.param_groups, options, strict=True):
+        group.update(of_group)
     for weight, state in optimizer.state.items():
-        if fused and isinstance(state.get("step"), torch.Tensor):
+        if options[0].get("fused") and isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].to(weight.device)
 
 
@@ -164,6 +177,11 @@ def check_same_model(folder: Path, config: DhenConfig) -> None:
     for name, saved in _read_state(folder).get("model", {}).items():
         if saved != now.get(name):
             raise CheckpointError(f"{folder}: saved with {name} {_shown(saved, now.get(name))}. {_WAY_OUT}")
+
+
+def recorded_arguments(folder: Path) -> dict[str, Any]:
+    """The TrainingArguments of the run that wrote the checkpoint. Empty for a checkpoint of an earlier version."""
+    return _read_state(folder).get(ARGUMENTS, {})
 
 
 def has_canonical_keys(folder: Path) -> bool:
