@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
 from dhen.model.mlp import Activation
 from dhen.model.names import check_names, check_type, is_valid_table_name, quoted, unique_keys
-from dhen.model.ranges import CountFrom0, Depth, NotNegative, Rows, ShareBelowOne, Size
+from dhen.model.ranges import Depth, NotNegative, Rows, ShareBelowOne, Size, SizeFrom0
 
 EnsembleKind = Literal["concat", "sum", "weighted_sum"]
 NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
@@ -96,7 +96,7 @@ class DhenArchitecture:
     )
     dropout: ShareBelowOne = _described(0.0, "Dropout rate on the output of each layer's ensemble.")
     dense_mlp: list[Size] = _described([64], "Hidden sizes of the dense features' MLP.")
-    num_dense_embeddings: CountFrom0 = _described(1, "Number of embeddings that the dense features' MLP outputs.")
+    num_dense_embeddings: SizeFrom0 = _described(1, "Number of embeddings that the dense features' MLP outputs.")
     head_mlp: list[Size] = _described([64], "Hidden sizes of the head's MLP.")
     batch_norm: bool = _described(False, "Use batch norm in the MLPs of the interactions and the head.")
     activation: Activation = _described("relu", "Activation of all MLPs.")
@@ -106,7 +106,7 @@ class DhenArchitecture:
 
 
 _LAYER_KEYS = ("num_embeddings_out", *(item.name for item in fields(LayerSpec)))
-_DATA_FIELDS = {"num_dense_features": CountFrom0, "sparse_features": list[dict[str, Any]]}
+_DATA_FIELDS = {"num_dense_features": SizeFrom0, "sparse_features": list[dict[str, Any]]}
 
 # Keys that PreTrainedConfig accepts besides its fields. It drops the generation parameters in older files.
 _TRANSFORMERS_KEYS = {

@@ -19,6 +19,7 @@ def _not_bool(value: Any) -> Any:
 _NUMBER = BeforeValidator(_not_bool)
 Size = Annotated[int, Interval(ge=1, le=2**20), _NUMBER]
 """Size of a layer or of a group: embeddings, units, channels, ranks."""
+SizeFrom0 = Annotated[int, Interval(ge=0, le=2**20), _NUMBER]
 Depth = Annotated[int, Interval(ge=1, le=10_000), _NUMBER]
 """Number of layers."""
 DepthFrom0 = Annotated[int, Interval(ge=0, le=10_000), _NUMBER]

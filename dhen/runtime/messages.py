@@ -40,9 +40,11 @@ def user_errors(*also: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(SECONDS_TO_BE_ENDED)
-        if not isinstance(error, (*MISTAKES, *also)) or os.environ.get("DHEN_TRACEBACK"):
+        is_too_large = isinstance(error, MemoryError | RuntimeError) and "alloca" in str(error)  # CPU or CUDA
+        if not (isinstance(error, (*MISTAKES, *also)) or is_too_large) or os.environ.get("DHEN_TRACEBACK"):
             raise
         is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
         who = f"[rank {os.environ['RANK']}] " if is_one_of_many else ""
-        print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        text = f"out of memory, so use a smaller model, batch or table: {error!s:.200}" if is_too_large else error
+        print(f"{who}error: {text}", file=sys.stderr, flush=True)
         os._exit(1)  # does not wait for other ranks: the launcher ends them

@@ -167,7 +167,7 @@ def test_overwriting_replaces_the_run_and_leaves_other_files(click_log, earlier_
     ("flags", "words", "saved"),
     [
         (
-            ["--table_learning_rate=1e38", "--ds_config=ds_configs/zero0.json"],
+            ["--table_learning_rate=1e18", "--ds_config=ds_configs/zero0.json"],
             "step 1: the values of a table are",
             False,
         ),
