@@ -3,20 +3,13 @@
 The upper bounds are far above sensible values. They keep counts and sizes indexable, and squares within float32.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Interval
 from pydantic import BeforeValidator, FiniteFloat
-from pydantic_core import PydanticKnownError
 
-
-def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic takes true for 1
-        raise PydanticKnownError("float_type")
-    return value
-
-
-_NUMBER = BeforeValidator(_not_bool)
+_NUMBER = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)
+"""Refuses true, which pydantic takes for 1."""
 Size = Annotated[int, Interval(ge=1, le=2**20), _NUMBER]
 """Size of a layer or of a group: embeddings, units, channels, ranks."""
 SizeFrom0 = Annotated[int, Interval(ge=0, le=2**20), _NUMBER]

@@ -80,7 +80,7 @@ def test_yaml_numbers_as_people_write_them(tmp_path):
         ("learning_rates: 1", ["recipe.yaml", "'learning_rates'", "Did you mean 'learning_rate'?"]),
         ("num_layers: many", ["recipe.yaml: num_layers is 'many'", "integer"]),
         ("save_steps: 1.5", ["recipe.yaml: save_steps is 1.5", "integer"]),
-        ("seed: true", ["recipe.yaml: seed is True", "number"]),
+        ("seed: true", ["recipe.yaml: seed is 'True'", "valid integer"]),
         ("freeze: all", ["recipe.yaml: freeze is 'all'", "'tables' or 'dense'"]),
         ("head_mlp: [a]", ["recipe.yaml: head_mlp.0 is 'a'"]),
         ("dataset_name: 5", ["recipe.yaml: dataset_name is 5", "string"]),
