@@ -163,32 +163,17 @@ def test_overwriting_replaces_the_run_and_leaves_other_files(click_log, earlier_
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("flags", "words", "saved"),
-    [
-        (
-            ["--table_learning_rate=1e18", "--ds_config=ds_configs/zero0.json"],
-            "step 1: the values of a table are",
-            False,
-        ),
-        (
-            ["--learning_rate=1e20", "--ds_config=ds_configs/zero2.json"],
-            "step 2: the loss or its gradient is not",
-            True,
-        ),
-    ],
-    ids=["tables", "dense part"],
-)
-def test_a_loss_that_is_not_finite_ends_the_run_in_its_step_with_advice(click_log, tmp_path, flags, words, saved):
-    run = tmp_path / "run"
-    given = [f"--dataset_name={click_log}", f"--output_dir={run}", *TINY, "--warmup_steps=0", "--save_steps=1", *flags]
-    line = the_error(run_script("train.py", *given, "--per_device_train_batch_size=64", "--logging_steps=20", ranks=2))
-    assert line.startswith(f"[rank 0] error: {words}")
+@pytest.mark.parametrize(("name", "flag"), [("zero0", "--table_learning_rate=1e18"), ("zero2", "--learning_rate=1e18")])
+def test_a_loss_that_is_not_finite_ends_the_run_in_its_step_with_advice(click_log, tmp_path, name, flag):
+    run, ds_config = tmp_path / "run", tmp_path / "sgd.json"
+    ds_config.write_text((ROOT / f"ds_configs/{name}.json").read_text().replace("rowwise_adagrad", "sgd"))
+    given = [f"--dataset_name={click_log}", f"--output_dir={run}", *TINY, "--warmup_steps=0", "--save_steps=1", flag]
+    given += [f"--ds_config={ds_config}", "--per_device_train_batch_size=64", "--logging_steps=20"]
+    line = the_error(run_script("train.py", *given, ranks=2))
+    assert line.startswith("[rank 0] error: step 2: the loss or its gradient is not finite. It began in ")
     assert " Lower learning_rate or table_learning_rate, add warmup_steps, or set max_grad_norm. " in line
-    assert (" It began in " in line) == saved
-    newest = f"The newest checkpoint is {run}/checkpoint-1." if saved else f"{run} has no checkpoint yet."
-    assert line.endswith(newest)
-    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-1"] * saved
+    assert line.endswith(f"The newest checkpoint is {run}/checkpoint-1.")
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (run / "model").exists()
 
 
@@ -204,6 +189,7 @@ def test_a_huge_dense_value_is_blamed_not_the_learning_rate(tmp_path):
     assert "It began in the dense input: feature 'price' of row " in line
     assert " is 1e+30. Correct such values, or give the feature the transform log1p in dataset_schema." in line
     assert "learning_rate" not in line
+    assert line.endswith(f"{tmp_path / 'run'} has no checkpoint yet.")
 
 
 def test_settings_that_a_prepared_folder_leaves_no_work_for_are_named(click_log, tmp_path):
