@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,8 +64,11 @@ def plain_losses(
     max_grad_norm: float = 0.0,
     optimizer: str = "AdamW",
     replicated: Collection[str] = (),
+    **params: Any,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Mean loss of each step and the final weights: the dense part and replicated tables by `optimizer`, others by SGD.
+
+    params: further arguments of the optimizer.
 
     With accumulation the tables step after every micro batch, on gradients divided by the number of micro batches, as
     FBGEMM does.
@@ -78,7 +82,7 @@ def plain_losses(
         for parameter in table.parameters()
     ]
     dense = [parameter for parameter in model.parameters() if all(parameter is not other for other in sharded)]
-    dense_optimizer = getattr(torch.optim, optimizer)(dense, lr=LEARNING_RATE, weight_decay=0.0)
+    dense_optimizer = getattr(torch.optim, optimizer)(dense, lr=LEARNING_RATE, weight_decay=0.0, **params)
     sgd = torch.optim.SGD([{"params": sharded}], lr=TABLE_LEARNING_RATE)
     losses = []
     for batch in batches:

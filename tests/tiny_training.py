@@ -34,12 +34,13 @@ def train(
 ) -> tuple[list[float], ParallelDhen]:
     """Mean loss of each step, the same on all ranks, and the model.
 
-    dhen, zero: keys that change that section of ds_configs/<name>.json; others: sections in place of its own.
+    name: of a file in ds_configs, or an absolute path, without its ending. dhen, zero: keys that change that section of
+    the file; others: sections in place of its own; none of these is checked.
     replicated: tables of the dense part.
     """
     micro = global_batch // topology.world_size // accumulation
     config = read_ds_config(
-        ROOT / f"ds_configs/{name}.json", recipe(topology.world_size, micro, accumulation, max_grad_norm)
+        ROOT / "ds_configs" / f"{name}.json", recipe(topology.world_size, micro, accumulation, max_grad_norm)
     )
     config = _changed(config, {"table_optimizer": "sgd"} | (dhen or {}), zero or {}, others or {})
     config = with_sgd_dense(config) if optimizer == "SGD" else config

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
 TableDtype = Literal["fp32", "fp16"]
@@ -11,7 +11,9 @@ WireDtype = Literal["fp32", "fp16", "bf16", "int8"]
 
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Positive = Annotated[int, Field(strict=True, gt=0)]
-"""Strict, so that `true` is not accepted as a number."""
+_PositiveFloat = Annotated[float, Field(strict=True, gt=0)]
+_Flag = Annotated[bool, Field(strict=True)]
+"""Strict, so that `true` is not accepted as a number, nor 1 as true."""
 
 
 class PlacementSection(BaseModel):
@@ -31,7 +33,7 @@ class PlacementSection(BaseModel):
     replicate_below_rows: _Count = Field(
         0, description="Tables with fewer rows are replicated in the dense part, if that is cheaper."
     )
-    memory_gib: PositiveFloat | None = Field(
+    memory_gib: _PositiveFloat | None = Field(
         None, description="Memory per rank for tables and optimizer state, in GiB; null means 0.8 of its memory."
     )
 
@@ -64,11 +66,11 @@ class DhenSection(BaseModel):
         WireSection(),
         description="Dtype of the tables' all-to-all, for both directions or each: fp32, fp16, bf16, int8.",
     )
-    allow_tf32: bool = Field(
+    allow_tf32: _Flag = Field(
         False,
         description="Round the inputs of fp32 matrix products and convolutions to TF32 (GPUs only).",
     )
-    overlap_tables: bool = Field(True, description="Overlap the tables' all-to-all with computation.")
+    overlap_tables: _Flag = Field(True, description="Overlap the tables' all-to-all with computation.")
     placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
     compile: Literal["none", "layers"] = Field(
         "none", description='torch.compile: "layers" compiles the forward and backward of each layer.'
@@ -86,4 +88,4 @@ class DhenSection(BaseModel):
     all_reduce_dtype: Literal["bf16", "fp16"] | None = Field(
         None, description="HSDP: dtype of the all-reduce of gradient shards across nodes; null keeps their own."
     )
-    async_all_reduce: bool = Field(True, description="HSDP: overlap the all-reduce across nodes with the backward.")
+    async_all_reduce: _Flag = Field(True, description="HSDP: overlap the all-reduce across nodes with the backward.")

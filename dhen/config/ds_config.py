@@ -6,6 +6,7 @@ model (sizes of buckets and of prefetching) may be "auto", too, and stays so unt
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,29 +15,28 @@ from typing import Any
 import deepspeed
 from pydantic import ValidationError
 
-from dhen.config.deepspeed_keys import check_sections, refusal, top_level_keys
+from dhen.config.deepspeed_sections import AUTO, ZERO, accepted, without_effect
 from dhen.config.dhen_section import DhenSection, PlacementSection, WireSection
 from dhen.config.known_faults import known_faults
-from dhen.config.zero_sizes import SIZE_KEYS, ZERO, with_sizes
-from dhen.model.names import unknown_name
+from dhen.config.optimizer_section import check_optimizer
+from dhen.config.zero_sizes import SIZE_KEYS, with_sizes
+from dhen.model.names import quoted, unknown_name
 from dhen.paths import find, looked_in
 
 SECTION = "dhen"
 _RUNGS = "by_depth"
-AUTO = "auto"
 _PARAMS = "optimizer.params."
 _SIZES = [f"{ZERO}.{key}" for key in SIZE_KEYS]
-_WITHOUT_EFFECT = {
-    "activation_checkpointing": "has no effect in DeepSpeed 0.19. Use dhen.activation_checkpointing.",
-    "bfloat16": 'is the old name of "bf16". Use "bf16".',
-    "gradient_allreduce_op": 'is not supported: "sum" scales dense gradients with the number of ranks. Remove it.',
-    "prescale_gradients": "is not supported: it does not scale the gradients of the tables. Remove it.",
-    "gradient_predivide_factor": "is not supported: it does not scale the gradients of the tables. Remove it.",
-}
+_DEEPEST = 30
+_LONGEST = 480
 
 
 class DsConfigError(ValueError):
-    """A ds_config cannot be used. The message names the file and the key."""
+    """A ds_config cannot be used. The message, one line, names the file and the key."""
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…")
 
 
 @dataclass(frozen=True)
@@ -136,19 +136,35 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
     if recipe.per_device_train_batch_size is None:
         recipe = replace(recipe, per_device_train_batch_size=1)
         for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
-            if raw.pop(key, AUTO) != AUTO:
+            if raw.pop(key, None) not in (AUTO, None):
                 raise DsConfigError(
                     f"{path}: {key} is set, but per_device_train_batch_size is not, so it would follow the number of "
                     f'training rows. Set --per_device_train_batch_size, or make {key} "auto".'
                 )
-    _check_top_level(path, raw)
-    _check_sections(path, raw)
-    _resolve_auto(path, raw, recipe.values())
-    _add_what_is_missing(raw, recipe.values())
-    _check_by_deepspeed(path, raw)
-    if fault := next(known_faults(raw, section), None):
-        raise DsConfigError(f"{path}: {fault}")
+    try:
+        raw = accepted(raw)
+        if not isinstance(raw.get("optimizer"), dict) or "type" not in raw["optimizer"]:
+            raise ValueError('optimizer is missing. Use {"type": "AdamW", "params": {"lr": "auto"}}.')
+        _resolve_auto(raw, recipe.values())
+        _add_what_is_missing(raw, recipe.values())
+        _check_together(raw, section)
+    except ValueError as error:
+        raise DsConfigError(f"{path}: {error}") from error
     return DsConfig(path, raw, section)
+
+
+def _check_together(raw: dict[str, Any], section: DhenSection) -> None:
+    """Check what settings say together, at last by DeepSpeed's own parser. Raises ValueError."""
+    zero = raw.get(ZERO, {})
+    stage = int(zero.get("stage", 0))
+    is_offloaded = bool(stage and zero.get("offload_optimizer"))
+    made = check_optimizer(raw["optimizer"], stage, is_offloaded, raw.get("zero_allow_untested_optimizer", False))
+    for fault in (*without_effect(zero, stage), *known_faults(raw, section, made)):
+        raise ValueError(fault)
+    try:
+        deepspeed.DeepSpeedConfig(_copy_without_total(raw))
+    except Exception as error:  # plain parsing of a dict, by code of many hands
+        raise ValueError(f"DeepSpeed rejects this ds_config: {error}") from error
 
 
 def _rung_name(index: int) -> str:
@@ -193,12 +209,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read the ds_config at `path` without checking its keys. Raises DsConfigError."""
     path = Path(find(str(path)))
     if not path.is_file():
-        near = sorted(str(other) for other in Path(find(str(path.parent))).glob("*.json"))
+        near = sorted(other.name for other in Path(find(str(path.parent))).glob("*.json"))
         have = f" Use one of {', '.join(near)}." if near else ""
         raise DsConfigError(f"{path}: no such ds_config.{have}{looked_in(path)}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-    except ValueError as error:
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+        _check_numbers(raw)
+    except (ValueError, RecursionError) as error:
         raise DsConfigError(f"{path}: not strict JSON: {error}") from error
     if not isinstance(raw, dict):
         raise DsConfigError(f"{path}: a ds_config must be a JSON object, but this is a {type(raw).__name__}.")
@@ -210,8 +227,23 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(seen) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {twice!r} appears twice")
+        raise ValueError(f"key {quoted(twice)} appears twice")
     return seen
+
+
+def _check_numbers(raw: Any) -> None:
+    """Raise ValueError about numbers that are not finite, which Python takes for JSON, and about endless nesting."""
+    values: list[tuple[Any, Any]] = [("the value", raw)]
+    for _ in range(_DEEPEST):
+        inner: list[tuple[Any, Any]] = []
+        for key, value in values:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{quoted(key)} is {value}. Use a finite number")
+            if isinstance(value, dict | list):
+                inner += value.items() if isinstance(value, dict) else [(key, one) for one in value]
+        values = inner
+    if values:
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
 
 
 def _check_section(path: str, section: Any) -> DhenSection:
@@ -230,33 +262,13 @@ def _check_section(path: str, section: Any) -> DhenSection:
             value = value[key] if isinstance(value, dict) else value
         wrong = {each["msg"]: None for each in error.errors() if _without_alternatives(each["loc"]) == place}
         key = ".".join([SECTION, *map(str, place)])
-        raise DsConfigError(f"{path}: {key} is {value!r}. {', or: '.join(wrong)}.") from error
+        raise DsConfigError(f"{path}: {key} is {quoted(value)}. {', or: '.join(wrong)}.") from error
 
 
 def _without_alternatives(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """The part of pydantic's error location that the user wrote, without the alternative types that pydantic tried."""
     inside = {"placement": 2, "all_to_all_dtype": 2}.get(str(place[0]) if place else "", 1)
     return place[: inside + 1 if place[:2] == ("placement", "tables") else inside]
-
-
-def _check_top_level(path: str, raw: dict[str, Any]) -> None:
-    known = top_level_keys()
-    for key in raw:
-        if key not in known:
-            raise DsConfigError(f"{path}: {unknown_name('key', key, known | {SECTION})}")
-
-
-def _check_sections(path: str, raw: dict[str, Any]) -> None:
-    """Check what DeepSpeed does not check: sections in which it silently ignores keys."""
-    if not isinstance(raw.get("optimizer"), dict) or "type" not in raw["optimizer"]:
-        raise DsConfigError(f'{path}: optimizer is missing. Use {{"type": "AdamW", "params": {{"lr": "auto"}}}}.')
-    for key, reason in _WITHOUT_EFFECT.items():
-        if key in raw:
-            raise DsConfigError(f"{path}: {key} {reason}")
-    try:
-        check_sections(raw)
-    except ValueError as error:
-        raise DsConfigError(f"{path}: {error}") from error
 
 
 def _add_what_is_missing(raw: dict[str, Any], values: dict[str, Any]) -> None:
@@ -270,31 +282,22 @@ def _add_what_is_missing(raw: dict[str, Any], values: dict[str, Any]) -> None:
             params.setdefault(key.removeprefix(_PARAMS), value)
 
 
-def _resolve_auto(path: str, raw: dict[str, Any], values: dict[str, Any], prefix: str = "") -> None:
+def _resolve_auto(raw: dict[str, Any], values: dict[str, Any], prefix: str = "") -> None:
     for key, value in raw.items():
         full = prefix + key
         if isinstance(value, dict):
-            _resolve_auto(path, value, values, f"{full}.")
+            _resolve_auto(value, values, f"{full}.")
         elif value == AUTO:
             if full in _SIZES:
                 continue  # resolved when the model is known
             if full not in values:
-                allowed = ", ".join([*values, *_SIZES])
-                raise DsConfigError(f'{path}: {full} is "auto", but only {allowed} can be. Set a value.')
+                allowed = ", ".join([*values, *SIZE_KEYS])
+                raise ValueError(f'{full} is "auto", but only {allowed} can be. Set a value.')
             raw[key] = values[full]
         elif full in values and value != values[full]:
-            raise DsConfigError(
-                f'{path}: {full} is {value}, but the recipe sets {values[full]}. Use "auto", or make them equal.'
+            raise ValueError(
+                f'{full} is {quoted(value)}, but the recipe sets {values[full]}. Use "auto", or make them equal.'
             )
-
-
-def _check_by_deepspeed(path: str, raw: dict[str, Any]) -> None:
-    try:
-        deepspeed.DeepSpeedConfig(_copy_without_total(raw))
-    except ValidationError as error:
-        raise DsConfigError(f"{path}: {refusal(error, raw)}") from error
-    except (AssertionError, ValueError, TypeError, deepspeed.runtime.config.DeepSpeedConfigError) as error:
-        raise DsConfigError(f"{path}: DeepSpeed rejects this ds_config: {error}") from error
 
 
 def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:

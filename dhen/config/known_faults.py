@@ -1,38 +1,33 @@
 """Set-ups that DeepSpeed 0.19 accepts but then trains wrongly, or fails on with an unhelpful message."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+from dhen.config.deepspeed_sections import ZERO
 from dhen.config.dhen_section import DhenSection
 
-_FP32 = ("fp32", "float32", "float", "torch.float32")
 
-
-def known_faults(raw: dict[str, Any], section: DhenSection) -> Iterator[str]:
+def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type) -> Iterator[str]:
     """The faults of a ds_config that DeepSpeed's parser accepts, as messages that start with the key.
 
-    raw: DeepSpeed's part of the ds_config.
+    raw: DeepSpeed's part of the ds_config. optimizer: the class that its section names.
     """
-    stage = int(raw.get("zero_optimization", {}).get("stage", 0))
-    yield from _of_precision(raw, stage, raw.get("zero_optimization", {}))
-    if raw.get("scheduler"):
+    zero = raw.get(ZERO, {})
+    stage = int(zero.get("stage", 0))
+    yield from _of_precision(raw, stage, zero)
+    is_cpu_adam = optimizer is DeepSpeedCPUAdam
+    yield from _of_small_masters(raw.get("bf16", {}), "offload_optimizer" in zero, is_cpu_adam)
+    if zero.get("offload_optimizer", {}).get("ratio", 1) != 1 and not is_cpu_adam:
         yield (
-            "scheduler is not supported: the recipe sets the schedule, so that the tables follow it, too. Remove it, "
-            "and set lr_scheduler_type in the recipe."
+            "zero_optimization.offload_optimizer.ratio needs DeepSpeedCPUAdam. Remove ratio, or torch_adam and fused "
+            "from optimizer.params."
         )
-    yield from _of_zero(raw.get("zero_optimization", {}))
     yield from _of_hybrid_sharding(raw, stage, section)
 
 
 def _of_precision(raw: dict[str, Any], stage: int, zero: dict[str, Any]) -> Iterator[str]:
-    if raw.get("fp16", {}).get("enabled"):
-        yield (
-            "fp16.enabled is not supported: tables are updated during the backward, so a step that overflows cannot be "
-            "undone. Use bf16 (ZeRO stages 1 to 3) or torch_autocast with bfloat16."
-        )
     autocast = raw.get("torch_autocast", {})
     if autocast.get("enabled") and autocast.get("dtype") != "bfloat16":
         yield (
@@ -62,27 +57,24 @@ def _of_precision(raw: dict[str, Any], stage: int, zero: dict[str, Any]) -> Iter
         )
 
 
-def _of_zero(zero: dict[str, Any]) -> Iterator[str]:
-    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_hpz_partition_size", "mics_shard_size"):
-        if zero.get(key, 0) not in (0, 1, False, -1):
-            yield f"zero_optimization.{key} is {zero[key]!r}, but this project does not support it. Remove it."
-    for key in ("offload_optimizer", "offload_param"):
-        offload = zero.get(key) or {}
-        if offload.get("device") != "nvme":
-            continue
-        path = offload.get("nvme_path")
-        if not path or not Path(path).is_dir():
-            yield f"zero_optimization.{key}.nvme_path is {path!r}, not a folder. Use a folder on the NVMe drive."
-        elif not AsyncIOBuilder().is_compatible(verbose=False):
-            yield (
-                f'zero_optimization.{key}.device is "nvme", which needs libaio, but libaio is not installed. Install '
-                'its headers (Debian: libaio-dev), or use "cpu".'
-            )
+def _of_small_masters(bf16: dict[str, Any], is_offloaded: bool, is_cpu_adam: bool) -> Iterator[str]:
+    if not bf16.get("bf16_master_weights_and_grads"):
+        return
+    if is_offloaded and not is_cpu_adam:
+        yield (
+            "bf16.bf16_master_weights_and_grads with offload_optimizer needs DeepSpeedCPUAdam. Remove torch_adam and "
+            "fused from optimizer.params, or remove offload_optimizer."
+        )
+    if not is_offloaded and not bf16.get("bf16_optimizer_states"):
+        yield (
+            "bf16.bf16_master_weights_and_grads without bf16.bf16_optimizer_states needs offload_optimizer. Set "
+            "bf16_optimizer_states to true, or remove both."
+        )
 
 
 def _of_hybrid_sharding(raw: dict[str, Any], stage: int, section: DhenSection) -> Iterator[str]:
     """What hybrid sharding cannot be combined with. Whether the ranks can be divided is only known in the job."""
-    zero = raw.get("zero_optimization", {})
+    zero = raw.get(ZERO, {})
     if section.shard_group == "world":
         for key, default in (("all_reduce_dtype", None), ("async_all_reduce", True)):
             if getattr(section, key) != default:
@@ -96,7 +88,7 @@ def _of_hybrid_sharding(raw: dict[str, Any], stage: int, section: DhenSection) -
             f"dhen.shard_group is {section.shard_group!r}, but zero_optimization.stage is 0, which shards nothing. "
             "Use stage 1, 2 or 3."
         )
-    sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") in _FP32
+    sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     is_on_device = (zero.get("offload_optimizer") or {}).get("device") != "cpu"
     if stage == 1 and raw.get("bf16", {}).get("enabled") and sums_in_fp32 and is_on_device:
         yield (

@@ -9,12 +9,13 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+from dhen.config.deepspeed_sections import ZERO
+
 _SMALL = 250_000
 """Elements (1 MB in fp32) that are not worth a message of their own: its latency costs more than their memory."""
 _TABLES = "tables."
 _PERSISTENT_SHARE = 100
 """The smallest weights stay gathered, as long as they are at most a hundredth of the model together."""
-ZERO = "zero_optimization"
 SIZE_KEYS = (
     "reduce_bucket_size",
     "stage3_prefetch_bucket_size",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dhen.runtime.extensions_cache import keep_extensions_apart
+from dhen.runtime.extensions_cache import announce_builds, keep_extensions_apart
 
 FBGEMM_PACKAGES = ("fbgemm-gpu", "fbgemm-gpu-cpu")
 FIRST_MINOR_OFFSET = 5  # FBGEMM 1.m is built against torch 2.(m + 5): 1.6 with 2.11, 1.8 with 2.13
@@ -30,6 +30,7 @@ def prepare_environment() -> None:
     keep_extensions_apart()
     _check_fbgemm(installed_versions(FBGEMM_PACKAGES), torch.__version__, os.environ["DS_ACCELERATOR"])
     _silence()
+    announce_builds()
 
 
 def _put_scripts_on_path() -> None:

@@ -1,7 +1,8 @@
 """Where DeepSpeed's C++ extensions are compiled: one folder per environment, cleared of stale locks.
 
-DeepSpeedCPUAdam and FusedAdam are compiled at first use. torch guards each build with a file named `lock` in the
-extension's folder. If a build is killed, its lock stays, and every later run silently waits for it forever.
+DeepSpeedCPUAdam and FusedAdam are compiled at first use, and the run says so. torch guards each build with a file named
+`lock` in the extension's folder. If a build is killed, its lock stays, and every later run silently waits for it
+forever.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import platform
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -44,6 +46,33 @@ def keep_extensions_apart() -> None:
                 "Remove the file, unless another machine is building there now.",
                 lock,
             )
+
+
+def announce_builds() -> None:
+    """Let each node say in a line what DeepSpeed compiles, and where, and in another how long it took. Idempotent."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    load = OpBuilder.jit_load
+    if load.__module__ == __name__:
+        return
+
+    def announced(builder: OpBuilder, verbose: bool = True) -> object:
+        folder, start = Path(os.environ[FOLDER]) / builder.name, time.monotonic()
+        is_silent = os.environ.get("LOCAL_RANK", "0") != "0" or _is_built(folder, builder)
+        if not is_silent:
+            logger.warning("compiling DeepSpeed's %s in %s, once; this takes about a minute", builder.name, folder)
+        extension = load(builder, verbose)
+        if not is_silent:
+            logger.warning("compiled %s in %.0f s", builder.name, time.monotonic() - start)
+        return extension
+
+    OpBuilder.jit_load = announced
+
+
+def _is_built(folder: Path, builder: Any) -> bool:
+    built = folder / f"{builder.name}.so"
+    sources = [Path(builder.deepspeed_src_path(source)) for source in builder.sources()]
+    return built.exists() and all(source.stat().st_mtime <= built.stat().st_mtime for source in sources)
 
 
 def _folder_of_this_environment() -> Path:

@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from dhen.config.deepspeed_keys import top_level_keys
 from dhen.config.ds_config import DsConfigError, Recipe, read_ds_config
 from tests import ROOT
 
@@ -88,20 +86,21 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
             "zero_optimization.offload_optimizer: unknown key 'devise'. Did you mean 'device'",
         ),
         (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}} | adam(),
             "Partial offloading only supported for ZeRO Stage 3",
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
+            "offload_optimizer.ratio needs DeepSpeedCPUAdam. Remove ratio, or torch_adam",
+        ),
         ({"bf16": {"enable": True}}, "bf16: unknown key 'enable'. Did you mean 'enabled'"),
-        ({"tensorboard": {"enable": True}}, "tensorboard: unknown key 'enable'. Did you mean 'enabled'"),
-        ({"comms_logger": {"verbos": True}}, "comms_logger: unknown key 'verbos'. Did you mean 'verbose'"),
-        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types: 'grad_acum_dtype'. Did you mean 'grad_accum_dtype'"),
-        ({"flops_profiler": {"profile_steps": 1}}, "flops_profiler: 'profile_steps'. Did you mean 'profile_step'"),
-        ({"checkpoint": {"tag_validations": "Warn"}}, "checkpoint: 'tag_validations'. Did you mean 'tag_validation'"),
-        ({"aio": {"blok_size": 1}}, "aio: 'blok_size'. Did you mean 'block_size'"),
-        ({"timers": {"throughputs": {}}}, "timers: 'throughputs'. Did you mean 'throughput'"),
+        (
+            {"data_types": {"grad_acum_dtype": "fp32"}},
+            "data_types: unknown key 'grad_acum_dtype'. Did you mean 'grad_accum_dtype'",
+        ),
         (adam(bettas=[0.9, 0.9]), "optimizer.params for AdamW: 'bettas'. Did you mean 'betas'"),
         (adam(amsgrd=True, torch_adam=True), "optimizer.params for AdamW: 'amsgrd'. Did you mean 'amsgrad'"),
-        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is None. Use an object"),
+        ({"optimizer": {"type": "AdamW", "params": []}}, "optimizer.params is \\[\\]. Use an object"),
         ({"zero_optimization": True}, "zero_optimization is True. Use an object"),
         (adam(max_grad_norm=1.0), "optimizer.params.max_grad_norm: the recipe sets clipping"),
         ({"optimizer": {"type": "AdmaW", "params": {}}}, "optimizer.type 'AdmaW'. Did you mean 'AdamW'"),
@@ -111,8 +110,8 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"dhen": {"table_optimiser": "sgd"}}, "Did you mean 'table_optimizer'"),
         ({"dhen": {"table_optimizer": "adam"}}, "table_optimizer is 'adam'"),
         ({"train_micro_batch_size_per_gpu": 32}, "the recipe sets 64"),
-        ({"steps_per_print": "auto"}, 'steps_per_print is "auto"'),
-        ({"fp16": {"enabled": True}}, "fp16.enabled is not supported"),
+        ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown is "auto"'),
+        ({"fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, "bf16.enabled with ZeRO stage 0"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'only "bfloat16" is supported'),
         ({"torch_autocast": {"enable": True}}, "Did you mean 'enabled'"),
@@ -124,12 +123,12 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"optimizer": {}}, "optimizer is missing"),
         ({"activation_checkpointing": {"partition_activations": True}}, "activation_checkpointing has no effect"),
         ({"gradient_allreduce_op": "sum"}, "number of ranks"),
-        ({"bfloat16": {"enabled": True}}, "old name of"),
+        ({"bfloat16": {"enabled": True}}, "is an old name. Use bf16"),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, "lr_scheduler_type"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/no/drive"}}},
-            "zero_optimization.offload_param.nvme_path is '/no/drive', not a folder",
+            """offload_param.device is 'nvme'. Use "cpu" or "none".""",
         ),
         ({"dhen": {"shard_group": "nodes"}}, "shard_group"),
         ({"dhen": {"shard_group": 0}}, "shard_group"),
@@ -174,13 +173,8 @@ def test_stage_1_in_bf16_may_have_a_shard_group(tmp_path, offload):
         adam(torch_adam=True, foreach=True, amsgrad=False),
         adam(adam_w_mode=True, bias_correction=True),
         {"optimizer": {"type": "SGD", "params": {"momentum": 0.9}}, "zero_allow_untested_optimizer": True},
-        {"optimizer": {"type": "Lamb", "params": {"max_coeff": 10.0}}},
-        {"optimizer": {"type": "muon", "params": {"momentum": 0.9}}},
-        {
-            "aio": {"block_size": 1048576},
-            "flops_profiler": {"enabled": False},
-            "checkpoint": {"tag_validation": "Warn"},
-        },
+        {"optimizer": {"type": "RMSprop", "params": {"alpha": 0.9}}, "zero_allow_untested_optimizer": True},
+        {"wall_clock_breakdown": True, "data_types": {"grad_accum_dtype": "fp32"}},
     ],
 )
 def test_what_deepspeed_knows_is_let_pass(tmp_path, change):
@@ -194,19 +188,6 @@ def test_a_bf16_all_reduce_is_taken(tmp_path):
     for change in ({}, {"zero_optimization": {"stage": 0}, "torch_autocast": AUTOCAST}):
         config = read_ds_config(written(tmp_path, change | {"communication_data_type": "bf16"}), RECIPE)
         assert config.deepspeed["communication_data_type"] == "bf16"
-
-
-@pytest.mark.skipif(AsyncIOBuilder().is_compatible(verbose=False), reason="libaio is here, so NVMe offload may work")
-def test_nvme_offload_says_what_it_needs(tmp_path):
-    offload = {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
-    with pytest.raises(DsConfigError, match="Install its headers"):
-        read_ds_config(written(tmp_path, {"zero_optimization": {"stage": 3} | offload}), RECIPE)
-
-
-def test_the_keys_are_those_that_deepspeed_reads():
-    known = top_level_keys()
-    assert {"optimizer", "zero_optimization", "activation_checkpointing", "flops_profiler", "torch_autocast"} <= known
-    assert not {"enabled", "stage", "lr"} & known, "keys of sections are no top-level keys"
 
 
 def test_what_the_recipe_decides_is_always_said(tmp_path):

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from deepspeed.ops.op_builder.builder import OpBuilder
 from torch.utils.file_baton import FileBaton
 
 from dhen.runtime.extensions_cache import FOLDER, keep_extensions_apart
@@ -75,3 +77,41 @@ def test_a_folder_that_the_user_named_is_only_reported(tmp_path, monkeypatch, ca
         keep_extensions_apart()
     assert lock.exists()
     assert f"{lock}: no process on this machine holds this lock" in caplog.text
+
+
+class Answer(OpBuilder):
+    """An extension that compiles in a second, because it includes nothing of torch."""
+
+    def __init__(self, source: Path) -> None:
+        super().__init__("answer")
+        self.source = source
+
+    def absolute_name(self) -> str:
+        return "answer"
+
+    def sources(self) -> list[str]:
+        return [str(self.source)]
+
+
+def test_a_build_says_what_is_compiled_and_where_and_a_compiled_one_nothing(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    source = tmp_path / "answer.cpp"
+    source.write_text(
+        '#include <Python.h>\nstatic PyModuleDef module = {PyModuleDef_HEAD_INIT, "answer"};\n'
+        "PyMODINIT_FUNC PyInit_answer() { return PyModule_Create(&module); }\n"
+    )
+
+    def messages() -> list[str]:
+        caplog.clear()
+        Answer(source).jit_load(verbose=False)
+        return caplog.messages
+
+    first, last = messages()
+    assert first == f"compiling DeepSpeed's answer in {tmp_path / 'answer'}, once; this takes about a minute"
+    assert re.fullmatch(r"compiled answer in \d+ s", last)
+    assert messages() == []
+    os.utime(source, (time.time() + 5,) * 2)  # as after an update of DeepSpeed
+    assert len(messages()) == 2
+    os.utime(source, (time.time() + 10,) * 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert messages() == [], "the node's first rank says it"

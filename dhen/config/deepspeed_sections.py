@@ -1,0 +1,246 @@
+"""Every setting of DeepSpeed 0.19's config: the values that train as they should, or why it is refused.
+
+`SETTINGS` has each top-level key, and each key of the sections that work. The tests walk the installed DeepSpeed, and
+fail if it reads a key that is not here. They train with every setting that works, and compare the losses with torch's.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import deepspeed
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from dhen.model.names import quoted, unknown_name
+
+AUTO = "auto"
+ZERO = "zero_optimization"
+
+
+class Works(NamedTuple):
+    """A setting that works. values: a type, a range of whole numbers, or the strings allowed.
+
+    stages: the ZeRO stages at which it has an effect.
+    """
+
+    values: type | range | tuple[str, ...]
+    stages: str = "0123"
+
+
+_COUNT = range(1, 2**63)
+_BUCKET = range(1, 2**31)
+"""The elements of a buffer that every rank allocates: 8 GiB in fp32 are beyond any use."""
+_REMOVED = "was removed from DeepSpeed. Remove it."
+_NOTHING = "has no effect in DeepSpeed 0.19. Remove it."
+_CHECKPOINT = "is not supported: this project saves and reshards its checkpoints itself. Remove it."
+_NVME = 'is for offload to NVMe, which this project has not trained with. Remove it, and use "device": "cpu".'
+_SETTINGS: dict[str, dict[Works | str, str]] = {
+    "": {
+        Works(_COUNT): "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps",
+        Works(float): "gradient_clipping",
+        Works(bool): "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown",
+        Works(("bf16", "fp32", "fp16")): "communication_data_type",
+        Works(dict): f"optimizer bf16 torch_autocast data_types {ZERO}",
+        "is not supported: the tables follow the recipe's schedule, too. Use lr_scheduler_type.": "scheduler",
+        "is not supported: tables are updated during the backward, so a step that overflows cannot be undone. Use bf16 "
+        "(ZeRO stages 1 to 3) or torch_autocast with bfloat16.": "fp16",
+        "is an old name. Use bf16.": "bfloat16",
+        "was removed from DeepSpeed. Use bf16 or torch_autocast.": "amp",
+        'is not supported: "sum" scales dense gradients with the number of ranks. Remove it.': "gradient_allreduce_op",
+        "is not supported: it does not scale the gradients of the tables. Remove it.": "prescale_gradients "
+        "gradient_predivide_factor",
+        "is not supported: the tables count micro steps as DeepSpeed does. Remove it.": "managed_gradient_accumulation",
+        "has no effect in DeepSpeed 0.19. Use dhen.activation_checkpointing.": "activation_checkpointing",
+        'is DeepCompile, which is not supported. Use dhen.compile "layers".': "compile",
+        "is not supported: nothing would collect what it leaves. Remove it.": "disable_python_gc",
+        "is not supported. Use the recipe's dataloader_drop_last.": "dataloader_drop_last",
+        "is not supported: this project loads the data itself. Remove it.": "data_efficiency curriculum_learning",
+        "is not supported: DeepSpeed's own log is off. Remove it; logging_steps sets how often a run prints a line.": (
+            "steps_per_print log_level dump_state memory_breakdown comms_logger timers"
+        ),
+        "is not supported. Use torch.profiler.": "flops_profiler",
+        "is not supported: this project writes metrics.csv and TensorBoard files itself. Remove it.": (
+            "tensorboard csv_monitor wandb comet"
+        ),
+        "is not supported: a model is parallel in its tables and, by ZeRO, in its dense part. Remove it.": (
+            "tensor_parallel expert_parallel use_data_before_expert_parallelism seq_parallel_communication_data_type "
+            "pipeline"
+        ),
+        "is not supported. Use --ds_config auto, or tools/plan.py.": "autotuning",
+        "was removed from DeepSpeed. Remove it; the tables' gradients are sparse anyway.": "sparse_gradients",
+        _NVME: "aio",
+        _NOTHING: "disable_allgather",
+        "is for language models. Remove it.": "vocabulary_size hybrid_engine weight_quantization",
+        _CHECKPOINT: "checkpoint datastates_ckpt nebula",
+        _REMOVED: "sparse_attention compression_training quantize_training eigenvalue elasticity graph_harvesting "
+        "progressive_layer_drop",
+    },
+    "optimizer": {
+        Works(str): "type",
+        Works(dict): "params",
+        "is for fp16, which is not supported. Remove it.": "legacy_fusion",
+    },
+    "bf16": {
+        Works(bool): "enabled check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states",
+        _NOTHING: "immediate_grad_update",
+    },
+    "torch_autocast": {
+        Works(bool): "enabled",
+        Works(str): "dtype",
+        "is not supported. Remove it; DeepSpeed's own list applies.": "lower_precision_safe_modules",
+    },
+    "data_types": {
+        Works(("fp32",)): "grad_accum_dtype",
+        "is not supported. Use bf16.enabled.": "param_dtype",
+        "is not supported: buffers, such as the statistics of batch norm, stay in fp32. Remove it.": (
+            "buffer_dtype keep_in_fp32_modules"
+        ),
+    },
+    ZERO: {
+        Works(range(4)): "stage",
+        Works(bool, "123"): "contiguous_gradients reduce_scatter overlap_comm",
+        Works(bool, "12"): "use_multi_rank_bucket_allreduce round_robin_gradients parameter_alignment",
+        Works(bool, "3"): "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential memory_efficient_linear",
+        Works(_BUCKET, "123"): "reduce_bucket_size",
+        Works(_BUCKET, "12"): "allgather_bucket_size",
+        Works(_COUNT, "3"): "sub_group_size",
+        Works(range(2**63), "3"): "stage3_prefetch_bucket_size stage3_param_persistence_threshold "
+        "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance",
+        Works(dict, "3"): "offload_param",
+        Works(dict, "123"): "offload_optimizer",
+        "is not supported: clipping and the check for inf need the norm. Remove it.": "compute_grad_norm",
+        "has no effect: a run exports its model itself. Remove it.": "stage3_gather_16bit_weights_on_model_save "
+        "stage3_gather_fp16_weights_on_model_save",
+        'is not supported. Use "offload_optimizer": {"device": "cpu"}.': "zenflow cpu_offload",
+        'is not supported. Use "offload_param": {"device": "cpu"}.': "cpu_offload_param",
+        "is not supported. Use pin_memory of offload_optimizer and offload_param.": "cpu_offload_use_pin_memory",
+        "is not supported. Use stage3_prefetch_bucket_size.": "stage3_module_granularity_threshold leaf_module",
+        "is for debugging DeepSpeed. Remove it.": "ignore_unused_parameters log_trace_cache_warnings "
+        "enable_sanity_checks",
+        "is not supported. Remove it; communication_data_type makes messages smaller.": "zero_quantized_weights "
+        "zero_quantized_nontrainable_weights zero_quantized_gradients zeropp_loco_param",
+        "is for Muon, which is not supported. Remove it.": "save_muon_momentum_buffer_in_memory",
+        'is not supported. Use dhen.shard_group "node".': "zero_hpz_partition_size mics_shard_size "
+        "mics_hierarchical_params_gather",
+        _CHECKPOINT: "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint",
+        _NOTHING: "allgather_partitions override_module_apply",
+        _REMOVED: "legacy_stage1",
+    },
+    f"{ZERO}.offload_param": {
+        Works(("cpu", "none")): "device",
+        Works(bool): "pin_memory",
+        _NVME: "nvme_path buffer_count buffer_size max_in_cpu",
+    },
+    f"{ZERO}.offload_optimizer": {
+        Works(("cpu", "none")): "device",
+        Works(bool): "pin_memory",
+        Works(float): "ratio",
+        "is not supported: it is for GH200 and the like. Remove it.": "super_offload cpuadam_cores_perc",
+        _NVME: "nvme_path buffer_count pipeline_read pipeline_write fast_init",
+    },
+}
+"""The keys of each section, top-level ones first, by the values that work, or by the reason why they are refused."""
+SETTINGS: dict[str, Works | str] = {
+    f"{section}.{key}".lstrip("."): setting
+    for section, settings in _SETTINGS.items()
+    for setting, keys in settings.items()
+    for key in keys.split()
+}
+"""By dotted key."""
+_SWITCHES = {"bf16": "enabled", "torch_autocast": "enabled"}
+_SWITCHES |= {f"{ZERO}.offload_param": "device", f"{ZERO}.offload_optimizer": "device"}
+"""Sections that do nothing until this key of theirs is set."""
+
+
+def accepted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """DeepSpeed's part of a ds_config, without keys that are null and sections that are switched off.
+
+    Whole numbers become ints, even if they are written as 5e8. Raises ValueError about a key that is unknown or
+    refused, or has a value of another type or out of range. prefix: of the section's keys.
+    """
+    result = {}
+    for name, value in section.items():
+        key = prefix + name
+        setting = SETTINGS.get(key)
+        if value is None or _is_switched_off(key, value):
+            continue
+        if setting is None:
+            places = [other.rpartition(".") for other, works in SETTINGS.items() if isinstance(works, Works)]
+            names = [last for before, _, last in places if before == prefix[:-1]]
+            where = f"{prefix[:-1]}: " if prefix else ""
+            raise ValueError(where + unknown_name("key", name, names if prefix else [*names, "dhen"]))
+        if isinstance(setting, Works):
+            result[name] = _checked(key, value, setting.values)
+        elif not _is_off(key, value):
+            raise ValueError(f"{key} {setting}")
+    switch = _SWITCHES.get(prefix[:-1])
+    if switch and switch not in result:
+        raise ValueError(f"{prefix}{switch} is missing, so {prefix[:-1]} would do nothing. Add it, or remove both.")
+    return result
+
+
+def without_effect(zero: dict[str, Any], stage: int) -> Iterator[str]:
+    """The keys of zero_optimization that do nothing at this stage, as sentences. DeepSpeed's defaults may be there.
+
+    "auto" is removed there, because it asks for nothing.
+    """
+    for name, value in list(zero.items()):
+        key = f"{ZERO}.{name}"
+        stages = SETTINGS[key].stages
+        if str(stage) in stages or _is_default(key, value):
+            continue
+        if zero.pop(name) != AUTO:
+            yield (
+                f"{key} has no effect at ZeRO stage {stage}, only at {', '.join(stages)}. Remove it, or change "
+                "zero_optimization.stage. In by_depth, null removes a key."
+            )
+
+
+def _checked(key: str, value: Any, values: type | range | tuple[str, ...]) -> Any:
+    """The value, if it is one of `values`."""
+    if value == AUTO:
+        return value  # resolved, or refused, later
+    kind = bool if isinstance(value, bool) else float if isinstance(value, int | float) else type(value)
+    if isinstance(values, range):
+        if kind is float and value == int(value) and int(value) in values:
+            return int(value)
+        allowed = f"a whole number from {values.start:,} to {values.stop - 1:,}"
+    elif isinstance(values, tuple):
+        if value in values:
+            return value
+        allowed = " or ".join(f'"{one}"' for one in values)
+    else:
+        if kind is dict and values is dict:
+            # Params depend on the type: see optimizer_section.py.
+            is_open = key == "optimizer.params"
+            return {k: v for k, v in value.items() if v is not None} if is_open else accepted(value, f"{key}.")
+        if kind is values:
+            return value
+        allowed = {dict: "an object, such as {}", bool: "true or false", float: "a number", str: "a text"}[values]
+    raise ValueError(f"{key} is {quoted(value)}. Use {allowed}.")
+
+
+def _is_switched_off(key: str, value: Any) -> bool:
+    switch = _SWITCHES.get(key)
+    state = value.get(switch) if switch and isinstance(value, dict) else None
+    return state == "none" if switch == "device" else state is False
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Whether a refused setting asks for nothing: DeepSpeed's default, or a section with nothing switched on."""
+    if not isinstance(value, dict):
+        return _is_default(key, value)
+    return value.get("enabled") is False or (bool(value) and all(not one or _is_off("", one) for one in value.values()))
+
+
+def _is_default(key: str, value: Any) -> bool:
+    default = _defaults().get(key)
+    default = False if default is None else default
+    return isinstance(value, bool) == isinstance(default, bool) and value == default
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """DeepSpeed's defaults of top-level keys, except sections, and of the keys of zero_optimization."""
+    zero = {f"{ZERO}.{field.alias or key}": field.default for key, field in DeepSpeedZeroConfig.model_fields.items()}
+    return vars(deepspeed.DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1})) | zero
