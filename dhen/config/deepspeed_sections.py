@@ -28,11 +28,11 @@ class Works(NamedTuple):
 
 
 _COUNT = range(1, 2**63)
-_BUCKET = range(1, 2**31)
-"""The elements of a buffer that every rank allocates: 8 GiB in fp32 are beyond any use."""
+_BUCKET = range(1, 2**31)  # elements of a buffer on every rank: 8 GiB in fp32 are beyond any use
+_UNSUPPORTED = "is not supported. Remove it."
 _REMOVED = "was removed from DeepSpeed. Remove it."
 _NOTHING = "has no effect in DeepSpeed 0.19. Remove it."
-_CHECKPOINT = "is not supported: this project saves and reshards its checkpoints itself. Remove it."
+_CHECKPOINT = "is not supported: this project saves its checkpoints and models itself. Remove it."
 _NVME = 'is for offload to NVMe, which this project has not trained with. Remove it, and use "device": "cpu".'
 _SETTINGS: dict[str, dict[Works | str, str]] = {
     "": {
@@ -44,15 +44,12 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
         "is not supported: the tables follow the recipe's schedule, too. Use lr_scheduler_type.": "scheduler",
         "is not supported: tables are updated during the backward, so a step that overflows cannot be undone. Use bf16 "
         "(ZeRO stages 1 to 3) or torch_autocast with bfloat16.": "fp16",
-        "is an old name. Use bf16.": "bfloat16",
-        "was removed from DeepSpeed. Use bf16 or torch_autocast.": "amp",
-        'is not supported: "sum" scales dense gradients with the number of ranks. Remove it.': "gradient_allreduce_op",
-        "is not supported: it does not scale the gradients of the tables. Remove it.": "prescale_gradients "
-        "gradient_predivide_factor",
-        "is not supported: the tables count micro steps as DeepSpeed does. Remove it.": "managed_gradient_accumulation",
+        "is not supported. Use bf16 or torch_autocast.": "bfloat16 amp",
+        "is not supported: it would scale the dense part's gradients, but not the tables'. Remove it.": (
+            "gradient_allreduce_op prescale_gradients gradient_predivide_factor"
+        ),
         "has no effect in DeepSpeed 0.19. Use dhen.activation_checkpointing.": "activation_checkpointing",
         'is DeepCompile, which is not supported. Use dhen.compile "layers".': "compile",
-        "is not supported: nothing would collect what it leaves. Remove it.": "disable_python_gc",
         "is not supported. Use the recipe's dataloader_drop_last.": "dataloader_drop_last",
         "is not supported: this project loads the data itself. Remove it.": "data_efficiency curriculum_learning",
         "is not supported: DeepSpeed's own log is off. Remove it; logging_steps sets how often a run prints a line.": (
@@ -67,18 +64,17 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
             "pipeline"
         ),
         "is not supported. Use --ds_config auto, or tools/plan.py.": "autotuning",
-        "was removed from DeepSpeed. Remove it; the tables' gradients are sparse anyway.": "sparse_gradients",
         _NVME: "aio",
-        _NOTHING: "disable_allgather",
-        "is for language models. Remove it.": "vocabulary_size hybrid_engine weight_quantization",
+        _NOTHING: "disable_allgather vocabulary_size",
+        _UNSUPPORTED: "managed_gradient_accumulation disable_python_gc hybrid_engine weight_quantization",
         _CHECKPOINT: "checkpoint datastates_ckpt nebula",
-        _REMOVED: "sparse_attention compression_training quantize_training eigenvalue elasticity graph_harvesting "
-        "progressive_layer_drop",
+        _REMOVED: "sparse_gradients sparse_attention compression_training quantize_training eigenvalue elasticity "
+        "graph_harvesting progressive_layer_drop",
     },
     "optimizer": {
         Works(str): "type",
         Works(dict): "params",
-        "is for fp16, which is not supported. Remove it.": "legacy_fusion",
+        _UNSUPPORTED: "legacy_fusion",
     },
     "bf16": {
         Works(bool): "enabled check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states",
@@ -87,14 +83,11 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
     "torch_autocast": {
         Works(bool): "enabled",
         Works(str): "dtype",
-        "is not supported. Remove it; DeepSpeed's own list applies.": "lower_precision_safe_modules",
+        _UNSUPPORTED: "lower_precision_safe_modules",
     },
     "data_types": {
         Works(("fp32",)): "grad_accum_dtype",
-        "is not supported. Use bf16.enabled.": "param_dtype",
-        "is not supported: buffers, such as the statistics of batch norm, stay in fp32. Remove it.": (
-            "buffer_dtype keep_in_fp32_modules"
-        ),
+        _UNSUPPORTED: "param_dtype buffer_dtype keep_in_fp32_modules",
     },
     ZERO: {
         Works(range(4)): "stage",
@@ -108,23 +101,18 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
         "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance",
         Works(dict, "3"): "offload_param",
         Works(dict, "123"): "offload_optimizer",
-        "is not supported: clipping and the check for inf need the norm. Remove it.": "compute_grad_norm",
-        "has no effect: a run exports its model itself. Remove it.": "stage3_gather_16bit_weights_on_model_save "
-        "stage3_gather_fp16_weights_on_model_save",
-        'is not supported. Use "offload_optimizer": {"device": "cpu"}.': "zenflow cpu_offload",
-        'is not supported. Use "offload_param": {"device": "cpu"}.': "cpu_offload_param",
-        "is not supported. Use pin_memory of offload_optimizer and offload_param.": "cpu_offload_use_pin_memory",
+        'is not supported. Use offload_optimizer or offload_param with "device": "cpu".': "zenflow cpu_offload "
+        "cpu_offload_param cpu_offload_use_pin_memory",
         "is not supported. Use stage3_prefetch_bucket_size.": "stage3_module_granularity_threshold leaf_module",
-        "is for debugging DeepSpeed. Remove it.": "ignore_unused_parameters log_trace_cache_warnings "
-        "enable_sanity_checks",
-        "is not supported. Remove it; communication_data_type makes messages smaller.": "zero_quantized_weights "
-        "zero_quantized_nontrainable_weights zero_quantized_gradients zeropp_loco_param",
-        "is for Muon, which is not supported. Remove it.": "save_muon_momentum_buffer_in_memory",
+        _UNSUPPORTED: "compute_grad_norm ignore_unused_parameters log_trace_cache_warnings enable_sanity_checks "
+        "legacy_stage1 save_muon_momentum_buffer_in_memory",
+        "is not supported. Use communication_data_type.": "zero_quantized_weights zero_quantized_nontrainable_weights "
+        "zero_quantized_gradients zeropp_loco_param",
         'is not supported. Use dhen.shard_group "node".': "zero_hpz_partition_size mics_shard_size "
         "mics_hierarchical_params_gather",
-        _CHECKPOINT: "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint",
+        _CHECKPOINT: "load_from_fp32_weights elastic_checkpoint pipeline_loading_checkpoint "
+        "stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save",
         _NOTHING: "allgather_partitions override_module_apply",
-        _REMOVED: "legacy_stage1",
     },
     f"{ZERO}.offload_param": {
         Works(("cpu", "none")): "device",
@@ -135,7 +123,7 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
         Works(("cpu", "none")): "device",
         Works(bool): "pin_memory",
         Works(float): "ratio",
-        "is not supported: it is for GH200 and the like. Remove it.": "super_offload cpuadam_cores_perc",
+        _UNSUPPORTED: "super_offload cpuadam_cores_perc",
         _NVME: "nvme_path buffer_count pipeline_read pipeline_write fast_init",
     },
 }
@@ -162,7 +150,7 @@ def accepted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in section.items():
         key = prefix + name
         setting = SETTINGS.get(key)
-        if value is None or _is_switched_off(key, value):
+        if value is None or (key in _SWITCHES and isinstance(value, dict) and _is_off(key, value)):
             continue
         if setting is None:
             places = [other.rpartition(".") for other, works in SETTINGS.items() if isinstance(works, Works)]
@@ -179,11 +167,10 @@ def accepted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def without_effect(zero: dict[str, Any], stage: int) -> Iterator[str]:
-    """The keys of zero_optimization that do nothing at this stage, as sentences. DeepSpeed's defaults may be there.
-
-    "auto" is removed there, because it asks for nothing.
-    """
+def without_effect(raw: Mapping[str, Any]) -> Iterator[str]:
+    """The keys of zero_optimization that do nothing at its stage, as sentences. Removes "auto": it asks for nothing."""
+    zero = raw.get(ZERO, {})
+    stage = zero.get("stage", 0)
     for name, value in list(zero.items()):
         key = f"{ZERO}.{name}"
         stages = SETTINGS[key].stages
@@ -220,17 +207,14 @@ def _checked(key: str, value: Any, values: type | range | tuple[str, ...]) -> An
     raise ValueError(f"{key} is {quoted(value)}. Use {allowed}.")
 
 
-def _is_switched_off(key: str, value: Any) -> bool:
-    switch = _SWITCHES.get(key)
-    state = value.get(switch) if switch and isinstance(value, dict) else None
-    return state == "none" if switch == "device" else state is False
-
-
 def _is_off(key: str, value: Any) -> bool:
-    """Whether a refused setting asks for nothing: DeepSpeed's default, or a section with nothing switched on."""
+    """Whether a setting asks for nothing: DeepSpeed's default, or a section that is off, or has nothing switched on."""
     if not isinstance(value, dict):
         return _is_default(key, value)
-    return value.get("enabled") is False or (bool(value) and all(not one or _is_off("", one) for one in value.values()))
+    if _SWITCHES.get(key) == "device":
+        return value.get("device") == "none"
+    is_idle = bool(value) and all(not one or _is_off("", one) for one in value.values())
+    return value.get("enabled") is False or (key not in _SWITCHES and is_idle)
 
 
 def _is_default(key: str, value: Any) -> bool:

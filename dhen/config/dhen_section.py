@@ -11,7 +11,6 @@ WireDtype = Literal["fp32", "fp16", "bf16", "int8"]
 
 _Count = Annotated[int, Field(strict=True, ge=0)]
 _Positive = Annotated[int, Field(strict=True, gt=0)]
-_PositiveFloat = Annotated[float, Field(strict=True, gt=0)]
 _Flag = Annotated[bool, Field(strict=True)]
 """Strict, so that `true` is not accepted as a number, nor 1 as true."""
 
@@ -33,7 +32,7 @@ class PlacementSection(BaseModel):
     replicate_below_rows: _Count = Field(
         0, description="Tables with fewer rows are replicated in the dense part, if that is cheaper."
     )
-    memory_gib: _PositiveFloat | None = Field(
+    memory_gib: Annotated[float, Field(strict=True, gt=0)] | None = Field(
         None, description="Memory per rank for tables and optimizer state, in GiB; null means 0.8 of its memory."
     )
 

@@ -27,7 +27,6 @@ SECTION = "dhen"
 _RUNGS = "by_depth"
 _PARAMS = "optimizer.params."
 _SIZES = [f"{ZERO}.{key}" for key in SIZE_KEYS]
-_DEEPEST = 30
 _LONGEST = 480
 
 
@@ -147,24 +146,15 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
             raise ValueError('optimizer is missing. Use {"type": "AdamW", "params": {"lr": "auto"}}.')
         _resolve_auto(raw, recipe.values())
         _add_what_is_missing(raw, recipe.values())
-        _check_together(raw, section)
+        for fault in (*without_effect(raw), *known_faults(raw, section, check_optimizer(raw))):
+            raise ValueError(fault)
     except ValueError as error:
         raise DsConfigError(f"{path}: {error}") from error
-    return DsConfig(path, raw, section)
-
-
-def _check_together(raw: dict[str, Any], section: DhenSection) -> None:
-    """Check what settings say together, at last by DeepSpeed's own parser. Raises ValueError."""
-    zero = raw.get(ZERO, {})
-    stage = int(zero.get("stage", 0))
-    is_offloaded = bool(stage and zero.get("offload_optimizer"))
-    made = check_optimizer(raw["optimizer"], stage, is_offloaded, raw.get("zero_allow_untested_optimizer", False))
-    for fault in (*without_effect(zero, stage), *known_faults(raw, section, made)):
-        raise ValueError(fault)
     try:
         deepspeed.DeepSpeedConfig(_copy_without_total(raw))
     except Exception as error:  # plain parsing of a dict, by code of many hands
-        raise ValueError(f"DeepSpeed rejects this ds_config: {error}") from error
+        raise DsConfigError(f"{path}: DeepSpeed rejects this ds_config: {error}") from error
+    return DsConfig(path, raw, section)
 
 
 def _rung_name(index: int) -> str:
@@ -234,7 +224,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_numbers(raw: Any) -> None:
     """Raise ValueError about numbers that are not finite, which Python takes for JSON, and about endless nesting."""
     values: list[tuple[Any, Any]] = [("the value", raw)]
-    for _ in range(_DEEPEST):
+    for _ in range(30):
         inner: list[tuple[Any, Any]] = []
         for key, value in values:
             if isinstance(value, float) and not math.isfinite(value):
@@ -243,7 +233,7 @@ def _check_numbers(raw: Any) -> None:
                 inner += value.items() if isinstance(value, dict) else [(key, one) for one in value]
         values = inner
     if values:
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+        raise ValueError("it is nested more than 30 levels deep")
 
 
 def _check_section(path: str, section: Any) -> DhenSection:

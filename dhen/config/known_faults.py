@@ -15,10 +15,15 @@ def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type) -> 
     raw: DeepSpeed's part of the ds_config. optimizer: the class that its section names.
     """
     zero = raw.get(ZERO, {})
-    stage = int(zero.get("stage", 0))
-    yield from _of_precision(raw, stage, zero)
-    is_cpu_adam = optimizer is DeepSpeedCPUAdam
-    yield from _of_small_masters(raw.get("bf16", {}), "offload_optimizer" in zero, is_cpu_adam)
+    stage, is_cpu_adam = zero.get("stage", 0), optimizer is DeepSpeedCPUAdam
+    yield from _of_precision(raw, stage)
+    bf16, is_offloaded = raw.get("bf16", {}), "offload_optimizer" in zero
+    is_right = is_cpu_adam if is_offloaded else bf16.get("bf16_optimizer_states")
+    if bf16.get("bf16_master_weights_and_grads") and not is_right:
+        yield (
+            "bf16.bf16_master_weights_and_grads needs bf16_optimizer_states and no offload_optimizer, or "
+            "offload_optimizer with DeepSpeedCPUAdam, which is the optimizer without torch_adam and fused."
+        )
     if zero.get("offload_optimizer", {}).get("ratio", 1) != 1 and not is_cpu_adam:
         yield (
             "zero_optimization.offload_optimizer.ratio needs DeepSpeedCPUAdam. Remove ratio, or torch_adam and fused "
@@ -54,21 +59,6 @@ def _of_precision(raw: dict[str, Any], stage: int, zero: dict[str, Any]) -> Iter
             f"communication_data_type is {asked!r}, but DeepSpeed 0.19 ignores it with torch_autocast at ZeRO stages 1 "
             "to 3. Gradients of lower_precision_safe_modules are sent in the autocast dtype, and all others in fp32. "
             "Remove communication_data_type."
-        )
-
-
-def _of_small_masters(bf16: dict[str, Any], is_offloaded: bool, is_cpu_adam: bool) -> Iterator[str]:
-    if not bf16.get("bf16_master_weights_and_grads"):
-        return
-    if is_offloaded and not is_cpu_adam:
-        yield (
-            "bf16.bf16_master_weights_and_grads with offload_optimizer needs DeepSpeedCPUAdam. Remove torch_adam and "
-            "fused from optimizer.params, or remove offload_optimizer."
-        )
-    if not is_offloaded and not bf16.get("bf16_optimizer_states"):
-        yield (
-            "bf16.bf16_master_weights_and_grads without bf16.bf16_optimizer_states needs offload_optimizer. Set "
-            "bf16_optimizer_states to true, or remove both."
         )
 
 

@@ -1,6 +1,7 @@
 """The "optimizer" section of a ds_config: the optimizers that this project trains with, and their params."""
 
 import inspect
+import json
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+from dhen.config.deepspeed_sections import ZERO
 from dhen.model.names import check_names, quoted, unknown_name
 
 OPTIMIZERS = ("Adam", "AdamW", "SGD", "Adagrad", "Adadelta", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop")
@@ -19,17 +21,16 @@ _GIVEN = {
 """Arguments of optimizers that the user does not set."""
 
 
-def check_optimizer(optimizer: dict[str, Any], stage: int, is_offloaded: bool, allows_untested: bool) -> type:
-    """The optimizer's class. Raises ValueError about what it would refuse, or what DeepSpeed would silently ignore."""
-    name, params = optimizer["type"], optimizer["params"]
+def check_optimizer(raw: dict[str, Any]) -> type:
+    """The optimizer's class. Raises ValueError about what it would refuse, or what DeepSpeed would silently ignore.
+
+    raw: DeepSpeed's part of the ds_config.
+    """
+    zero, name, params = raw.get(ZERO, {}), raw["optimizer"]["type"], raw["optimizer"]["params"]
     kind = {one.lower(): one for one in OPTIMIZERS if one.lower() in DEEPSPEED_OPTIMIZERS}.get(name.lower(), name)
     if kind not in OPTIMIZERS:
-        is_known = name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)
-        why = f"optimizer.type is {quoted(name)}, which does not train as it should here, or never has. Use one of "
-        raise ValueError(
-            f"{why}{', '.join(OPTIMIZERS)}." if is_known else unknown_name("optimizer.type", name, OPTIMIZERS)
-        )
-    made = _class_of(kind, params, is_offloaded)
+        raise ValueError(unknown_name("or unsupported optimizer.type", name, OPTIMIZERS))
+    made = _class_of(kind, params, "offload_optimizer" in zero)
     arguments = inspect.signature(made).parameters
     known = arguments.keys() - _GIVEN | ({"torch_adam", "adam_w_mode"} if kind in ("Adam", "AdamW") else set())
     if not made.__module__.startswith("torch."):
@@ -39,14 +40,13 @@ def check_optimizer(optimizer: dict[str, Any], stage: int, is_offloaded: bool, a
     check_names(f"key in optimizer.params for {name}:", params, known)
     for key, value in params.items():
         default = arguments[key].default if key in arguments else True
+        default = True if default is None else default  # foreach and fused
         if not _has_type_of(default, value):
-            use = {int: "a number", float: "a number", tuple: "a list of two numbers"}.get(
-                type(default), "true or false"
-            )
-            raise ValueError(f"optimizer.params.{key} is {quoted(value)}. Use {use}.")
+            raise ValueError(f"optimizer.params.{key} is {quoted(value)}. Use a value like {json.dumps(default)}.")
     if kind == "AdamW" and params.get("adam_w_mode") is False:
         raise ValueError('optimizer.params.adam_w_mode is false, but optimizer.type is AdamW. Use "type": "Adam".')
-    if stage and made not in ZERO_SUPPORTED_OPTIMIZERS and not allows_untested:
+    is_allowed = made in ZERO_SUPPORTED_OPTIMIZERS or raw.get("zero_allow_untested_optimizer")
+    if zero.get("stage") and not is_allowed:
         raise ValueError(f"optimizer.type is {name}. With it, ZeRO needs zero_allow_untested_optimizer: true.")
     if made.__module__.startswith("torch."):
         _try(made, {key: value for key, value in params.items() if key in arguments})
@@ -64,7 +64,7 @@ def _class_of(kind: str, params: dict[str, Any], is_offloaded: bool) -> type:
 
 
 def _has_type_of(default: Any, value: Any) -> bool:
-    if default is None or isinstance(default, bool):  # foreach and fused are None by default
+    if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, tuple):
         return isinstance(value, list) and len(value) == len(default) and all(_has_type_of(0.0, one) for one in value)

@@ -1,19 +1,18 @@
 """Where DeepSpeed's C++ extensions are compiled: one folder per environment, cleared of stale locks.
 
-DeepSpeedCPUAdam and FusedAdam are compiled at first use, and the run says so. torch guards each build with a file named
-`lock` in the extension's folder. If a build is killed, its lock stays, and every later run silently waits for it
-forever.
+DeepSpeedCPUAdam and FusedAdam are compiled at first use, and the run says so. torch guards each build with a file
+`lock` in the extension's folder. If a build is killed, its lock stays, and later runs would silently wait for it.
 """
 
 import contextlib
 import hashlib
+import importlib.metadata
 import logging
 import os
 import platform
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -58,7 +57,7 @@ def announce_builds() -> None:
 
     def announced(builder: OpBuilder, verbose: bool = True) -> object:
         folder, start = Path(os.environ[FOLDER]) / builder.name, time.monotonic()
-        is_silent = os.environ.get("LOCAL_RANK", "0") != "0" or _is_built(folder, builder)
+        is_silent = os.environ.get("LOCAL_RANK", "0") != "0" or (folder / f"{builder.name}.so").exists()
         if not is_silent:
             logger.warning("compiling DeepSpeed's %s in %s, once; this takes about a minute", builder.name, folder)
         extension = load(builder, verbose)
@@ -69,16 +68,11 @@ def announce_builds() -> None:
     OpBuilder.jit_load = announced
 
 
-def _is_built(folder: Path, builder: Any) -> bool:
-    built = folder / f"{builder.name}.so"
-    sources = [Path(builder.deepspeed_src_path(source)) for source in builder.sources()]
-    return built.exists() and all(source.stat().st_mtime <= built.stat().st_mtime for source in sources)
-
-
 def _folder_of_this_environment() -> Path:
-    """A folder for this Python prefix, torch version and machine: extensions may not run under another."""
+    """A folder for this Python prefix, torch, DeepSpeed and machine: extensions may not run under another."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = hashlib.sha256("\n".join((sys.prefix, torch.__version__, platform.node())).encode()).hexdigest()
+    where = (sys.prefix, torch.__version__, importlib.metadata.version("deepspeed"), platform.node())
+    key = hashlib.sha256("\n".join(where).encode()).hexdigest()
     return cache / "dhen" / "torch_extensions" / key[:16]
 
 

@@ -137,14 +137,14 @@ def test_what_is_switched_off_is_let_pass_and_left_out(tmp_path, change):
         ({"bf16": {"bf16_optimizer_states": True}}, "bf16.enabled is missing, so bf16 would do nothing"),
         (
             {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": False}},
-            "bf16_master_weights_and_grads without bf16.bf16_optimizer_states needs offload_optimizer",
+            "bf16.bf16_master_weights_and_grads needs bf16_optimizer_states and no offload_optimizer",
         ),
         (
             {
                 "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
                 "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
             },
-            "with offload_optimizer needs DeepSpeedCPUAdam. Remove torch_adam",
+            "or offload_optimizer with DeepSpeedCPUAdam, which is",
         ),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "DeepSpeed rejects this ds_config: bf16_opt"),
         ({"train_batch_size": {}}, "train_batch_size is {}. Use a whole number"),
@@ -154,7 +154,7 @@ def test_what_is_switched_off_is_let_pass_and_left_out(tmp_path, change):
         ({"communication_data_type": 16}, 'communication_data_type is 16. Use "bf16" or "fp32"'),
         ({"wandb": {"project": "mine"}}, "wandb is not supported: this project writes metrics.csv"),
         (adam(torch_adam=True, fused=True, foreach=True), "optimizer.params for AdamW: `fused` and `foreach`"),
-        (adam(torch_adam=True, fused=1), "optimizer.params.fused is 1. Use true or false."),
+        (adam(torch_adam=True, fused=1), "optimizer.params.fused is 1. Use a value like true."),
         (adam(torch_adam=True, eps=True), "optimizer.params.eps is True"),
         (adam(torch_adam=True, betas=[True, 0.5]), "optimizer.params.betas is [True, 0.5]"),
         (adam(torch_adam=True, maximize=True), "optimizer.params for AdamW: 'maximize'"),
@@ -165,6 +165,8 @@ def test_what_is_switched_off_is_let_pass_and_left_out(tmp_path, change):
             {"optimizer": {"type": "SGD", "params": {"nesterov": True}}, "zero_allow_untested_optimizer": True},
             "optimizer.params for SGD: Nesterov momentum requires a momentum and zero dampening",
         ),
+        ({"bf16": {"device": "none"}}, "bf16: unknown key 'device'"),
+        ({"bf16": {"enabled": "none"}}, "bf16.enabled is 'none'. Use true or false."),
         ({"optimizer": {"type": ["Adam"]}}, "optimizer.type is ['Adam']. Use a text."),
     ],
 )  # fmt: skip

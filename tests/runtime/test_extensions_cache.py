@@ -110,8 +110,6 @@ def test_a_build_says_what_is_compiled_and_where_and_a_compiled_one_nothing(tmp_
     assert first == f"compiling DeepSpeed's answer in {tmp_path / 'answer'}, once; this takes about a minute"
     assert re.fullmatch(r"compiled answer in \d+ s", last)
     assert messages() == []
-    os.utime(source, (time.time() + 5,) * 2)  # as after an update of DeepSpeed
-    assert len(messages()) == 2
-    os.utime(source, (time.time() + 10,) * 2)
+    (tmp_path / "answer/answer.so").unlink()
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert messages() == [], "the node's first rank says it"
