@@ -95,7 +95,7 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
         Works(bool, "12"): "use_multi_rank_bucket_allreduce round_robin_gradients parameter_alignment",
         Works(bool, "3"): "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential memory_efficient_linear",
         Works(_BUCKET, "123"): "reduce_bucket_size",
-        Works(_BUCKET, "12"): "allgather_bucket_size",
+        Works(range(2, 2**31, 2), "12"): "allgather_bucket_size",
         Works(_COUNT, "3"): "sub_group_size",
         Works(range(2**63), "3"): "stage3_prefetch_bucket_size stage3_param_persistence_threshold "
         "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance",
@@ -191,7 +191,7 @@ def _checked(key: str, value: Any, values: type | range | tuple[str, ...]) -> An
     if isinstance(values, range):
         if kind is float and value == int(value) and int(value) in values:
             return int(value)
-        allowed = f"a whole number from {values.start:,} to {values.stop - 1:,}"
+        allowed = f"a{' whole' if values.step == 1 else 'n even'} number from {values[0]:,} to {values[-1]:,}"
     elif isinstance(values, tuple):
         if value in values:
             return value
