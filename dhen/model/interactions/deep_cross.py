@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dhen.model.interactions.linear import MixEmbeddings
+from dhen.model.interactions.linear import MixEmbeddings, autocast, mix
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
 from dhen.model.ranges import Depth, Size
 
@@ -38,10 +38,9 @@ class DeepCross(Interaction):
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
         """Return u_BLD."""
-        x_BMD = self.rows(x_BMD, dense_BN)
-        products_BDD = torch.bmm(x_BMD.transpose(1, 2), x_BMD)
-        weight_BLD = self.weight.t().expand(x_BMD.shape[0], -1, -1)
-        return torch.baddbmm(self.bias.t(), weight_BLD, products_BDD)
+        x_BMD = autocast(self.rows(x_BMD, dense_BN))
+        u_BLD = mix(self.weight, torch.bmm(x_BMD.transpose(1, 2), x_BMD), transposed=True)
+        return u_BLD + self.bias.t().to(u_BLD.dtype)
 
 
 class CrossNet(nn.Module):

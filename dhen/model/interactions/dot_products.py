@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dhen.model.interactions.deep_cross import CrossNet
+from dhen.model.interactions.linear import autocast, mix
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
 from dhen.model.mlp import MLP, Activation
 from dhen.model.ranges import DepthFrom0, Size
@@ -47,6 +48,7 @@ class PairwiseDots(nn.Module):
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """Return (B, num_dots)."""
+        x_BMD = autocast(x_BMD)
         dots_BMM = torch.bmm(x_BMD, x_BMD.transpose(1, 2))
         return dots_BMM.flatten(1).index_select(1, self.triangle)
 
@@ -87,12 +89,12 @@ class CompressedDots(nn.Module):
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """Return (B, M * K)."""
-        weighed_BMD = x_BMD
+        weighed_BMD = inputs_BMD = autocast(x_BMD)
         if self.gate is not None:
             a_BM = 2 * torch.sigmoid((x_BMD * self.gate).sum(dim=2) + self.gate_bias)
             weighed_BMD = x_BMD * a_BM.unsqueeze(2)
-        mixtures_BDK = torch.bmm(weighed_BMD.transpose(1, 2), self.weight.expand(x_BMD.shape[0], -1, -1))
-        return torch.bmm(x_BMD, mixtures_BDK).flatten(1)
+        mixtures_BKD = mix(self.weight, weighed_BMD, transposed=True)
+        return torch.bmm(inputs_BMD, mixtures_BKD.transpose(1, 2)).flatten(1)
 
 
 @register_interaction("advanced_dlrm")

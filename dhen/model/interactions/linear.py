@@ -4,11 +4,61 @@ Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension.
 """
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype if autocast is on. Several products of the result share and keep one cast copy."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # autocast leaves float64 alone
+    return x.to(torch.get_autocast_dtype(device)) if is_cast else x
+
+
+def mix(weight: Tensor, x_BMD: Tensor, transposed: bool = False) -> Tensor:
+    """u = W x over M, in autocast's dtype if autocast is on. weight: W in R^(L x M), or W^T if `transposed`.
+
+    >>> mix(torch.ones(3, 5), torch.ones(2, 5, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+    return _Mix.apply(weight, autocast(x_BMD), transposed)
+
+
+class _Mix(torch.autograd.Function):
+    """W x that keeps x and the weight alone, and whose dW is one product over the batch and D.
+
+    bmm's own backward makes dW for each example before it sums them, and autocast would cast W for each example. Here
+    dW is summed in float32 and rounded once to autocast's dtype, like that of nn.Linear. Saving the weight itself, not
+    a view or a copy, lets ZeRO stage 3 free it between forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x_BMD: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight, x_BMD)
+        ctx.transposed = transposed
+        # bmm of an expanded view: matmul would copy x_BMD to fold its batch, which is slower on CPU in float32.
+        return torch.bmm(_expanded(weight.t() if transposed else weight, x_BMD), x_BMD)
+
+    @staticmethod
+    def backward(ctx: Any, du_BLD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        weight, x_BMD = ctx.saved_tensors
+        dweight = dx_BMD = None
+        if ctx.needs_input_grad[0]:
+            left, right = (x_BMD, du_BLD) if ctx.transposed else (du_BLD, x_BMD)
+            dweight = left.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).t()
+            dweight = dweight.to(weight.dtype)
+        if ctx.needs_input_grad[1]:
+            dx_BMD = torch.bmm(_expanded(weight if ctx.transposed else weight.t(), du_BLD), du_BLD)
+        return dweight, dx_BMD, None
+
+
+def _expanded(weight: Tensor, batch: Tensor) -> Tensor:
+    """The weight for bmm with each example of `batch`, in its dtype. Cast before it is expanded, so only once."""
+    return weight.to(batch.dtype).contiguous().expand(batch.shape[0], -1, -1)
 
 
 class MixEmbeddings(nn.Module):
@@ -33,8 +83,7 @@ class MixEmbeddings(nn.Module):
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """Return u_BLD."""
-        # bmm of an expanded view: matmul would copy x_BMD to fold its batch, which is three times slower on CPU.
-        u_BLD = torch.bmm(self.weight.expand(x_BMD.shape[0], -1, -1), x_BMD)
+        u_BLD = mix(self.weight, x_BMD)
         return u_BLD if self.bias is None else u_BLD + self.bias
 
 
