@@ -29,6 +29,7 @@ def train(
     zero: dict[str, Any] | None = None,
     others: dict[str, Any] | None = None,
     replicated: Collection[str] | None = None,
+    architecture: dict[str, Any] | None = None,
     steps: int = STEPS,
     before_step: Callable[[int, ParallelDhen], None] = lambda step, model: None,
 ) -> tuple[list[float], ParallelDhen]:
@@ -36,7 +37,7 @@ def train(
 
     name: of a file in ds_configs, or an absolute path, without its ending. dhen, zero: keys that change that section of
     the file; others: sections in place of its own; none of these is checked.
-    replicated: tables of the dense part.
+    replicated: tables of the dense part. architecture: keys that change the model's config.
     """
     micro = global_batch // topology.world_size // accumulation
     config = read_ds_config(
@@ -44,7 +45,8 @@ def train(
     )
     config = _changed(config, {"table_optimizer": "sgd"} | (dhen or {}), zero or {}, others or {})
     config = with_sgd_dense(config) if optimizer == "SGD" else config
-    model = parallelize(lay_out(DhenConfig(**CONFIG), topology, config, replicated=replicated), seed=SEED)
+    layout = lay_out(DhenConfig(**CONFIG | (architecture or {})), topology, config, replicated=replicated)
+    model = parallelize(layout, seed=SEED)
     model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
     losses = []
     for step, batch in enumerate(global_batches(steps, global_batch)):

@@ -1,9 +1,11 @@
 """Activation checkpointing by layer or by interaction (paper 3.1): only inputs are kept, the rest is recomputed."""
 
+import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dhen.model.modeling_dhen import DhenForClickPrediction
@@ -13,14 +15,49 @@ from dhen.model.names import unknown_name
 def checkpoint_layers(model: DhenForClickPrediction, what: str | int | Sequence[str]) -> int:
     """Recompute activations in the backward for "none", "all", the first N layers, or interactions of given kinds.
 
-    Returns the number of layers or interactions. Losses are bit-identical. Raises ValueError if the model has fewer
-    layers, or no interaction of a given kind.
+    Returns the number of layers or interactions. Losses and buffers, such as batch norm's statistics, are
+    bit-identical. Raises ValueError if the model has fewer layers, or no interaction of a given kind.
     """
     recomputed = list(_modules(model, what))
     for module in recomputed:
-        # Non-reentrant, so that the hooks of the layer's modules run again and ZeRO stage 3 gathers the weights again.
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        buffers = [child._buffers for child in module.modules() if child._buffers]
+        module.forward = functools.partial(_run, module.forward, buffers)
     return len(recomputed)
+
+
+def _run(forward: Callable[..., Tensor], buffers: Sequence[dict[str, Tensor | None]], *inputs: Tensor) -> Tensor:
+    """Run `forward` now and again in the backward. Recomputation sees the buffers as they were, and changes none."""
+    before: list[dict[str, Tensor | None]] = []
+
+    def run(*inputs: Tensor) -> Tensor:
+        if before:
+            with _replaced(buffers, _copies(before)):
+                return forward(*inputs)
+        if torch.is_grad_enabled():
+            before.extend(_copies(buffers))
+        return forward(*inputs)
+
+    # Non-reentrant, so that the hooks of the layer's modules run again and ZeRO stage 3 gathers the weights again.
+    return checkpoint(run, *inputs, use_reentrant=False)
+
+
+def _copies(buffers: Sequence[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:
+    return [{name: None if tensor is None else tensor.clone() for name, tensor in own.items()} for own in buffers]
+
+
+@contextlib.contextmanager
+def _replaced(
+    buffers: Sequence[dict[str, Tensor | None]], values: Sequence[dict[str, Tensor | None]]
+) -> Iterator[None]:
+    """Put `values` into the place of the modules' buffers, inside this context."""
+    present = [own.copy() for own in buffers]
+    try:
+        for own, value in zip(buffers, values, strict=True):
+            own.update(value)
+        yield
+    finally:  # checkpoint ends a recomputation early by an exception
+        for own, value in zip(buffers, present, strict=True):
+            own.update(value)
 
 
 def first_layers(model: DhenForClickPrediction, layers: str | int) -> Sequence[nn.Module]:
