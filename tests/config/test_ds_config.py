@@ -121,7 +121,6 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"communication_data_type": "fp16"}, "Use 'bf16', which has the range of fp32"),
         ({"communication_data_type": "bf16", "torch_autocast": AUTOCAST}, "ignores it with torch_autocast"),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "would reach the weights unnoticed. Remove it"),
-        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm is false"),
         ({"optimizer": {"parms": {}, "type": "AdamW"}}, "Did you mean 'params'"),
         ({"optimizer": {}}, "optimizer is missing"),
         ({"activation_checkpointing": {"partition_activations": True}}, "activation_checkpointing has no effect"),
