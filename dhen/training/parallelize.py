@@ -168,9 +168,10 @@ class ParallelDhen(ScoringDhen):
         is_finite = True
         self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         if self.ds_config.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
-            # Stages 1 to 3 compute this norm in `engine.step`, wait for it and skip the step without a word.
-            gradients = [weight.grad for weight in self.engine.module.parameters() if weight.grad is not None]
-            is_finite = bool(nn.utils.get_total_norm(gradients).isfinite())
+            # Stages 1 to 3 compute such norms in `engine.step`, wait for them and skip the step without a word.
+            weights = [weight for group in self.engine.optimizer.param_groups for weight in group["params"]]
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            is_finite = bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
         if is_finite:
             self.engine.step()
             is_finite = not getattr(self.engine.optimizer, "overflow", False)

@@ -163,17 +163,26 @@ def test_overwriting_replaces_the_run_and_leaves_other_files(click_log, earlier_
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
-@pytest.mark.parametrize(("name", "flag"), [("zero0", "--table_learning_rate=1e18"), ("zero2", "--learning_rate=1e18")])
-def test_a_loss_that_is_not_finite_ends_the_run_in_its_step_with_advice(click_log, tmp_path, name, flag):
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("zero0", ["--table_learning_rate=1e18"], "step 2: the loss or its gradient is not finite. It began in "),
+        ("zero2", ["--learning_rate=1e18"], "step 2: the loss or its gradient is not finite. It began in "),
+        ("zero0", ["--learning_rate=1e18", "--eval_steps=1"], "step 1: the validation loss is nan."),
+    ],
+    ids=["tables", "dense part", "evaluation"],
+)
+def test_a_loss_that_is_not_finite_ends_the_run_in_its_step_with_advice(click_log, tmp_path, name, flags, words):
     run, ds_config = tmp_path / "run", tmp_path / "sgd.json"
     ds_config.write_text((ROOT / f"ds_configs/{name}.json").read_text().replace("rowwise_adagrad", "sgd"))
-    given = [f"--dataset_name={click_log}", f"--output_dir={run}", *TINY, "--warmup_steps=0", "--save_steps=1", flag]
+    given = [f"--dataset_name={click_log}", f"--output_dir={run}", *TINY, "--warmup_steps=0", "--save_steps=1", *flags]
     given += [f"--ds_config={ds_config}", "--per_device_train_batch_size=64", "--logging_steps=20"]
     line = the_error(run_script("train.py", *given, ranks=2))
-    assert line.startswith("[rank 0] error: step 2: the loss or its gradient is not finite. It began in ")
+    assert line.startswith(f"[rank 0] error: {words}")
     assert " Lower learning_rate or table_learning_rate, add warmup_steps, or set max_grad_norm. " in line
-    assert line.endswith(f"The newest checkpoint is {run}/checkpoint-1.")
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    saved = [path.name for path in run.glob("checkpoint-*")]
+    assert saved == (["checkpoint-1"] if words.startswith("step 2") else [])
+    assert line.endswith(f"The newest checkpoint is {run}/checkpoint-1." if saved else "has no checkpoint yet.")
     assert not (run / "model").exists()
 
 
