@@ -104,14 +104,15 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
 
 
 def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
-    """Whether the resumed run already did all its steps, and more or tested them too. Says so."""
-    training, state = arguments.training, trainer.state
+    """Whether the resumed run already did all its steps, and more or tested them too. Says so. Communicates."""
+    training, state, topology = arguments.training, trainer.state, trainer.model.topology
     summary = Path(training.output_dir) / SUMMARY_FILE
-    done = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    # Rank 0 wrote it, perhaps on a disk of its own.
+    done = rank_zeros(topology, lambda: json.loads(summary.read_text("utf-8")) if summary.is_file() else {})
     tested_step = state.best_step or state.step if training.load_best_model_at_end else state.step
     is_tested = (done.get("steps"), done.get("tested_step")) == (state.step, tested_step)
     is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
-    if is_over and trainer.model.topology.is_main:
+    if is_over and topology.is_main:
         logger.info(
             "the run already did step %d of %d. There is nothing left to train, and its folder stays as it is. Raise "
             "max_steps or num_train_epochs to train on, or set max_steps to %d to test and export these weights.",
