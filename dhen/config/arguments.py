@@ -206,6 +206,11 @@ class TrainingArguments:
         "ne", "Validation metric that decides which checkpoint is best: the highest auc, or the lowest ne or logloss."
     )
     load_best_model_at_end: bool = option(True, "Test and export the best checkpoint instead of the last weights.")
+    calibrate: bool = option(
+        False,
+        "After training, multiply the logits of the exported model by one number, fitted on the validation split. Use "
+        "it with dropout, which makes predictions too extreme and too low on average.",
+    )
     early_stopping_patience: ranges.CountFrom0 = option(
         0, "Stop after this many evaluations in a row without improvement. 0 turns early stopping off."
     )

@@ -1,15 +1,15 @@
 """Activation checkpointing by layer or by interaction (paper 3.1): only inputs are kept, the rest is recomputed."""
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.names import unknown_name
+
+_Buffers = dict[str, Tensor | None]  # of one module
 
 
 def checkpoint_layers(model: DhenForClickPrediction, what: str | int | Sequence[str]) -> int:
@@ -25,39 +25,32 @@ def checkpoint_layers(model: DhenForClickPrediction, what: str | int | Sequence[
     return len(recomputed)
 
 
-def _run(forward: Callable[..., Tensor], buffers: Sequence[dict[str, Tensor | None]], *inputs: Tensor) -> Tensor:
+def _run(forward: Callable[..., Tensor], buffers: Sequence[_Buffers], *inputs: Tensor) -> Tensor:
     """Run `forward` now and again in the backward. Recomputation sees the buffers as they were, and changes none."""
-    before: list[dict[str, Tensor | None]] = []
+    before: list[_Buffers] = []
 
     def run(*inputs: Tensor) -> Tensor:
-        if before:
-            with _replaced(buffers, _copies(before)):
-                return forward(*inputs)
-        if torch.is_grad_enabled():
+        if not before:
             before.extend(_copies(buffers))
-        return forward(*inputs)
+            return forward(*inputs)
+        present = [own.copy() for own in buffers]
+        try:
+            _replace(buffers, _copies(before))
+            return forward(*inputs)
+        finally:  # checkpoint ends a recomputation early by an exception
+            _replace(buffers, present)
 
     # Non-reentrant, so that the hooks of the layer's modules run again and ZeRO stage 3 gathers the weights again.
     return checkpoint(run, *inputs, use_reentrant=False)
 
 
-def _copies(buffers: Sequence[dict[str, Tensor | None]]) -> list[dict[str, Tensor | None]]:
-    return [{name: None if tensor is None else tensor.clone() for name, tensor in own.items()} for own in buffers]
+def _copies(buffers: Sequence[_Buffers]) -> list[_Buffers]:
+    return [{name: None if each is None else each.clone() for name, each in own.items()} for own in buffers]
 
 
-@contextlib.contextmanager
-def _replaced(
-    buffers: Sequence[dict[str, Tensor | None]], values: Sequence[dict[str, Tensor | None]]
-) -> Iterator[None]:
-    """Put `values` into the place of the modules' buffers, inside this context."""
-    present = [own.copy() for own in buffers]
-    try:
-        for own, value in zip(buffers, values, strict=True):
-            own.update(value)
-        yield
-    finally:  # checkpoint ends a recomputation early by an exception
-        for own, value in zip(buffers, present, strict=True):
-            own.update(value)
+def _replace(buffers: Sequence[_Buffers], values: Sequence[_Buffers]) -> None:
+    for own, value in zip(buffers, values, strict=True):
+        own.update(value)
 
 
 def first_layers(model: DhenForClickPrediction, layers: str | int) -> Sequence[nn.Module]:

@@ -159,6 +159,10 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
             raise ArgumentError(f"early_stopping_patience {needs}")
         if training.lr_scheduler_type == "reduce_lr_on_plateau":
             raise ArgumentError(f"lr_scheduler_type reduce_lr_on_plateau {needs}")
+        if training.calibrate:
+            raise ArgumentError(f"calibrate {needs}")
+    elif training.calibrate and schema.splits["validation"].clicks in (0, schema.splits["validation"].rows):
+        raise ArgumentError("calibrate needs both labels in the validation split. Use more rows, or leave it out.")
 
 
 def _without_effect(arguments: Arguments, schema: Schema, start: StartingPoint | None) -> list[str]:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from dhen.config.arguments import Arguments
@@ -32,8 +33,16 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     tested_step = _load_best(trainer, output_dir) if arguments.training.load_best_model_at_end else state.step
     splits = {"eval": "validation", "test": "test"}
     values = {name: evaluate(model, data.loaders[split]) for name, split in splits.items() if split in data.loaders}
+    before, world = values, model.topology.world
+    scale = values["eval"].scores.best_scale(world) if arguments.training.calibrate else 1.0
+    if scale != 1:
+        values = {name: replace(it, metrics=it.scores.scaled(scale).compute(world)) for name, it in values.items()}
     results = {name: metrics_of(of_split, best_ne.get(splits[name])) for name, of_split in values.items()}
+    for name, of_split in before.items() if scale != 1 else ():
+        metrics = of_split.metrics
+        results[name] |= {"ne_before_scale": metrics.ne, "calibration_before_scale": metrics.calibration}
     summary = results | {
+        "logit_scale": scale,
         "samples_per_second": progress.samples_per_second or _earlier_rate(output_dir),
         "seconds": seconds,
         "world_size": model.topology.world_size,
@@ -44,7 +53,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         "zero_stage": model.ds_config.zero_stage,
     }
     card = model_card(model.config, data.schema, summary)
-    export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card)
+    export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card, scale)
     if model.topology.is_main:
         write_json(output_dir / SUMMARY_FILE, summary)
         draw_curves(output_dir / METRICS_FILE, best_ne.get("validation"))
@@ -77,7 +86,7 @@ def doubts(
         if arguments.training.max_steps > 0:
             way_out = "a larger max_steps"
         return [f"the run made only {steps} steps, so it has probably learned little from these rows. Use {way_out}."]
-    advice = "Train longer" + (" or with less dropout" if arguments.architecture.dropout else "")
+    advice = "Train longer" + (" or with less dropout, or use --calibrate" if arguments.architecture.dropout else "")
     if tested_step < steps:
         advice = "The model overfits after that step: try a larger table_epsilon, fewer epochs or dropout"
     sentences = []

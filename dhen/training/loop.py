@@ -29,10 +29,11 @@ from dhen.training.unseen import UnseenValues, unseen_values
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a split, and the values that training never saw, by feature."""
+    """The metrics of a split, the values that training never saw, by feature, and this rank's scores."""
 
     metrics: MetricValues
     unseen: dict[str, UnseenValues]
+    scores: ClickMetrics | None = None
 
 
 def evaluate(model: ScoringDhen, loader: BatchLoader) -> Evaluation:
@@ -42,7 +43,7 @@ def evaluate(model: ScoringDhen, loader: BatchLoader) -> Evaluation:
         for batch in loader.epoch(0):
             batch = batch.to(model.topology.device)
             metrics.update(model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse), batch.labels_B)
-    return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader))
+    return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader), metrics)
 
 
 class Trainer:

@@ -13,6 +13,8 @@ from torch.nn.functional import logsigmoid
 
 from dhen.runtime.collectives import all_gather_uneven
 
+_NEWTON_STEPS = 20
+
 
 @dataclass(frozen=True)
 class MetricValues:
@@ -113,9 +115,7 @@ class ClickMetrics:
 
         Communicates over `group`; all its ranks call it, including those without examples. None: this process alone.
         """
-        device = self._sums.device
-        logits = torch.cat([part.to(device) for part in self._logits])
-        labels = torch.cat([part.to(device) for part in self._labels])
+        logits, labels = self._examples()
         logloss, predictions, clicks, examples = _sum_over(self._sums, group).tolist()
         if group is not None:
             device = _communication_device(group)
@@ -127,6 +127,31 @@ class ClickMetrics:
             calibration=predictions / clicks if clicks else math.nan,
             examples=int(examples),
         )
+
+    def best_scale(self, group: dist.ProcessGroup | None = None) -> float:
+        """The positive number that, multiplied with all logits, makes the logloss least (temperature scaling).
+
+        Needs examples of both labels. Communicates over `group` like `compute`.
+        """
+        logits, labels = self._examples()
+        log_scale = 0.0
+        for _ in range(_NEWTON_STEPS):
+            z = logits.double() * math.exp(log_scale)
+            p = z.sigmoid()
+            slope, curvature = _sum_over(torch.stack([(labels - p) @ z, (p * (1 - p)) @ z.square()]), group).tolist()
+            log_scale += max(-1.0, min(slope / max(curvature, 1e-30), 1.0))  # a longer step may overshoot
+        return math.exp(log_scale)
+
+    def scaled(self, scale: float) -> "ClickMetrics":
+        """The same examples with their logits multiplied by `scale`."""
+        logits, labels = self._examples()
+        result = ClickMetrics()
+        result.update(logits * scale, labels)
+        return result
+
+    def _examples(self) -> tuple[Tensor, Tensor]:
+        parts = (self._logits, self._labels)
+        return tuple(torch.cat([part.to(self._sums.device) for part in each]) for each in parts)
 
 
 def exact_auc(scores: Tensor, labels: Tensor) -> float:

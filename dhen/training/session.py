@@ -111,6 +111,7 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
     done = rank_zeros(topology, lambda: json.loads(summary.read_text("utf-8")) if summary.is_file() else {})
     tested_step = state.best_step or state.step if training.load_best_model_at_end else state.step
     is_tested = (done.get("steps"), done.get("tested_step")) == (state.step, tested_step)
+    is_tested &= not training.calibrate or done.get("logit_scale", 1) != 1
     is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
     if is_over and topology.is_main:
         logger.info(

@@ -1,6 +1,5 @@
 """Activation checkpointing changes memory, no loss and no buffer: bit-equal under every ZeRO stage, with dropout."""
 
-import contextlib
 import functools
 
 import pytest
@@ -140,7 +139,7 @@ def test_buffers_and_evaluations_are_bit_equal(norm, what):
 @pytest.mark.parametrize("norm", NORMS, ids=str)
 def test_buffers_that_are_updated_again_would_show(norm, monkeypatch):
     config, expected = plain(*norm)
-    monkeypatch.setattr(activation_checkpointing, "_replaced", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(activation_checkpointing, "_replace", lambda *_: None)
     result = trained(config, "all")
     assert not torch.equal(result["logits"], expected["logits"])
 

@@ -246,3 +246,27 @@ def test_a_run_says_what_it_compiles(click_log, tmp_path):
     said = train(click_log, tmp_path / "run", "--max_steps=2", "--interactions=linear", ds_config=str(path))
     assert "compile: 1 layers by torch.compile" in said
     assert re.search(r"compile: layer 0 for \d+ examples, in \d+\.\d s", said), said
+
+
+def test_calibrate_scales_the_exported_logits_to_the_least_loss_on_the_validation_split(click_log, tmp_path):
+    plain, scaled = tmp_path / "plain", tmp_path / "scaled"
+    for run, flags in ((plain, ()), (scaled, ("--calibrate",))):
+        train(click_log, run, "--per_device_train_batch_size=32", "--dropout=0.3", *flags, ranks=2)
+    before, after = summary(plain), summary(scaled)
+    assert after["eval"]["ne"] < before["eval"]["ne"]
+    for split in ("eval", "test"):
+        assert after[split]["auc"] == pytest.approx(before[split]["auc"], abs=1e-6)
+        for metric in ("ne", "calibration"):
+            assert after[split][f"{metric}_before_scale"] == before[split][metric]
+    # The export says what the summary says, and only the last layer is new.
+    weights = [DhenForClickPrediction.from_pretrained(run / "model").eval() for run in (plain, scaled)]
+    states = [model.state_dict() for model in weights]
+    changed = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
+    assert changed == ["head.2.weight", "head.2.bias"]
+    torch.testing.assert_close(states[1][changed[0]], states[0][changed[0]] * after["logit_scale"])
+    (batch,) = BatchLoader(click_log, "test", batch_size=1000).epoch(0)
+    with torch.no_grad():
+        logits_B = weights[1](batch.sparse, batch.dense_BN).logits.double()
+    loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B.double()).item()
+    assert loss == pytest.approx(after["test"]["logloss"], rel=1e-5)
+    assert loss != pytest.approx(before["test"]["logloss"], rel=1e-4)

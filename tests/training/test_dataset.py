@@ -9,7 +9,9 @@ import pytest
 import torch.distributed as dist
 
 from dhen.config.arguments import DataArguments, parse_arguments
+from dhen.config.command_line import ArgumentError
 from dhen.data.formats.raw_rows import DataError
+from dhen.data.schema import Schema, SplitCounts
 from dhen.runtime.topology import Topology
 from dhen.training import dataset
 from tests.ranks import run_ranks
@@ -52,3 +54,14 @@ def test_a_resume_reads_the_arguments_beside_its_checkpoint(tmp_path):
     (tmp_path / "arguments.yaml").write_text("lr_scheduler_type: constant\n")
     dataset._take_earlier_defaults(arguments)
     assert arguments.training.lr_scheduler_type == "constant"
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [({}, "calibrate needs a validation split"), ({"validation": SplitCounts(10, 10)}, "calibrate needs both labels")],
+)
+def test_a_calibration_that_nothing_could_fit_is_refused(splits, words):
+    schema = Schema((), (), {"train": SplitCounts(100, 20)} | splits)
+    with pytest.raises(ArgumentError, match=words):
+        dataset._check_splits(parse_arguments(["--dataset_name=a", "--calibrate"]), schema)
+    dataset._check_splits(parse_arguments(["--dataset_name=a"]), schema)

@@ -34,7 +34,10 @@ def test_a_short_run_and_predictions_far_from_the_click_rate_are_said():
 
 def test_the_advice_depends_on_the_run():
     far = {"validation": evaluation(0.7)}
-    assert "Train longer or with less dropout, and" in doubts(given("--dropout=0.1"), 200, 200, far, SCHEMA)[0]
+    assert (
+        "Train longer or with less dropout, or use --calibrate, and"
+        in doubts(given("--dropout=0.1"), 200, 200, far, SCHEMA)[0]
+    )
     assert "The model overfits after that step" in doubts(given(), 200, 150, far, SCHEMA)[0]
 
 

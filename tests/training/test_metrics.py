@@ -116,6 +116,19 @@ def test_compute_can_be_called_again_and_further_examples_added() -> None:
     assert metrics.compute().examples == 2000
 
 
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e3])
+def test_the_best_scale_has_the_least_logloss(factor: float) -> None:
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(20_000) - 1
+    metrics = ClickMetrics()
+    metrics.update(logits * factor, (torch.rand(20_000) < logits.sigmoid()).float())
+    scale = metrics.best_scale()
+    after = metrics.scaled(scale).compute()
+    assert scale * factor == pytest.approx(1, rel=0.03)
+    assert after.auc == pytest.approx(metrics.compute().auc, abs=1e-6)
+    assert all(after.logloss < metrics.scaled(scale * other).compute().logloss for other in (0.99, 1.01))
+
+
 def test_running_loss_is_of_its_window_only() -> None:
     logits, labels = click_log(3000, seed=4)
     running = RunningLoss(torch.device("cpu"))

@@ -20,11 +20,7 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def mix(weight: Tensor, x_BMD: Tensor, transposed: bool = False) -> Tensor:
-    """u = W x over M, in autocast's dtype if autocast is on. weight: W in R^(L x M), or W^T if `transposed`.
-
-    >>> mix(torch.ones(3, 5), torch.ones(2, 5, 4)).shape
-    torch.Size([2, 3, 4])
-    """
+    """u = W x over M, in autocast's dtype if autocast is on. weight: W in R^(L x M), or W^T if `transposed`."""
     return _Mix.apply(weight, autocast(x_BMD), transposed)
 
 
@@ -49,16 +45,14 @@ class _Mix(torch.autograd.Function):
         dweight = dx_BMD = None
         if ctx.needs_input_grad[0]:
             left, right = (x_BMD, du_BLD) if ctx.transposed else (du_BLD, x_BMD)
-            dweight = left.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).t()
-            dweight = dweight.to(weight.dtype)
+            dweight = (left.transpose(0, 1).flatten(1) @ right.transpose(0, 1).flatten(1).t()).to(weight.dtype)
         if ctx.needs_input_grad[1]:
             dx_BMD = torch.bmm(_expanded(weight if ctx.transposed else weight.t(), du_BLD), du_BLD)
         return dweight, dx_BMD, None
 
 
 def _expanded(weight: Tensor, batch: Tensor) -> Tensor:
-    """The weight for bmm with each example of `batch`, in its dtype. Cast before it is expanded, so only once."""
-    return weight.to(batch.dtype).contiguous().expand(batch.shape[0], -1, -1)
+    return weight.to(batch.dtype).contiguous().expand(batch.shape[0], -1, -1)  # cast once, then expanded
 
 
 class MixEmbeddings(nn.Module):

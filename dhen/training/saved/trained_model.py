@@ -124,11 +124,11 @@ class TrainedModel:
             return file.get_tensor(feature)
 
 
-def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str) -> None:
+def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str, scale: float) -> None:
     """Write the trained model to `folder`, which appears only when it is complete. Communicates; all ranks call it.
 
     schema: the schema of the data, in the model's feature order. prepared: the prepared folder, for its vocabularies.
-    card: the text of the model card.
+    card: the text of the model card. scale: multiplies the logits, by way of the head's last layer.
     """
     topology = model.topology
     draft = folder.with_name(f".{folder.name}.draft")
@@ -141,6 +141,8 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     if model.knows_uses:
         _write_uses(model, draft)
     if topology.is_main:
+        for name in ("weight", "bias"):
+            dense[f"head.{len(model.engine.module.head) - 1}.{name}"] *= scale
         save_file(dense, draft / "model-dense.safetensors", metadata={"format": "pt"})
         written |= {name: ("model-dense.safetensors", _bytes(tensor)) for name, tensor in dense.items()}
     everyone: list[dict[str, tuple[str, int]]] = [{} for _ in range(topology.world_size)]
