@@ -13,7 +13,7 @@ from pathlib import Path
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.loop import evaluate
-from dhen.training.run_folder import metrics_of, print_metrics, write_json
+from dhen.training.reporting.run_folder import metrics_of, print_metrics, write_json
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
 from dhen.training.unseen import report_unseen
 

@@ -22,7 +22,7 @@ from dhen.data.preparation.origins import Origins
 from dhen.runtime import topology as job
 from dhen.runtime.collectives import all_gather_uneven
 from dhen.runtime.messages import log_to_stderr, user_errors
-from dhen.training.parallelize import ScoringDhen
+from dhen.training.parallel_model import ScoringDhen
 from dhen.training.saved.predictions import COLUMNS, PredictionWriter, prediction_file
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
 from dhen.training.unseen import UNSEEN_FILE, report_unseen, unseen_values, write_unseen

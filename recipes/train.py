@@ -21,7 +21,7 @@ from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.check import check
 from dhen.training.dataset import open_data
 from dhen.training.finish import finish
-from dhen.training.run_folder import check_run_folder
+from dhen.training.reporting.run_folder import check_run_folder
 from dhen.training.session import build_model, given_ds_config, has_nothing_to_do, make_trainer, start_reporting
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"

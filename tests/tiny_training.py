@@ -10,7 +10,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from dhen.config.ds_config import DsConfig, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import ParallelDhen, lay_out, parallelize
+from dhen.training.parallel_model import ParallelDhen
+from dhen.training.parallelize import lay_out, parallelize
 from tests import ROOT
 from tests.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe
 

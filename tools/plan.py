@@ -35,7 +35,7 @@ from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction,
 from dhen.planner.rungs import by_depth
 from dhen.planner.technique import Scheme, Technique
 from dhen.training.dataset import is_prepared
-from dhen.training.run_folder import write_json
+from dhen.training.reporting.run_folder import write_json
 from dhen.training.saved.fine_tuning import config_for
 
 BY_DEPTH_FILE = "by_depth.json"

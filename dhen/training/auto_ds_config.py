@@ -19,7 +19,7 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import rank_zeros
 from dhen.tables.placement.costs import CostsError
 from dhen.tables.placement.plan import PlacementError
-from dhen.training.run_folder import DS_CONFIG_FILE
+from dhen.training.reporting.run_folder import DS_CONFIG_FILE
 from dhen.training.saved.checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from dhen.data.schema import LABEL, SHARES, Schema
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import TrainingData, cache_of, open_data
 from dhen.training.loop import Trainer, with_ids_ahead
-from dhen.training.progress import duration
+from dhen.training.reporting.progress import duration
 from dhen.training.session import build_model, make_trainer
 
 logger = logging.getLogger(__name__)

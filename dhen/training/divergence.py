@@ -13,7 +13,7 @@ from torch import Tensor
 from dhen.data.loading.batches import Batch
 from dhen.data.schema import Schema
 from dhen.model.names import quoted
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 
 ADVICE = "Lower learning_rate or table_learning_rate, add warmup_steps, or set max_grad_norm."
 _LARGEST_INPUT = 1e6

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from dhen.config.arguments import Arguments
 from dhen.data.schema import Schema
-from dhen.training.curves import draw_curves
 from dhen.training.dataset import TrainingData
 from dhen.training.loop import Evaluation, Trainer, evaluate
-from dhen.training.progress import METRICS_FILE, ProgressReporter
-from dhen.training.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
+from dhen.training.reporting.curves import draw_curves
+from dhen.training.reporting.progress import METRICS_FILE, ProgressReporter
+from dhen.training.reporting.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
 from dhen.training.saved.checkpoint import checkpoint_of, is_whole, load_checkpoint
 from dhen.training.saved.model_card import model_card
 from dhen.training.saved.trained_model import MODEL_FOLDER, export_model

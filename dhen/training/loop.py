@@ -15,8 +15,8 @@ from dhen.tables.id_exchange import SentIds
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_learning_rate
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
-from dhen.training.parallelize import ParallelDhen, ScoringDhen
-from dhen.training.progress import ProgressReporter
+from dhen.training.parallel_model import ParallelDhen, ScoringDhen
+from dhen.training.reporting.progress import ProgressReporter
 from dhen.training.saved.checkpoint import (
     CANONICAL_KEYS,
     TrainerState,

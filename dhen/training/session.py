@@ -20,9 +20,10 @@ from dhen.training.auto_ds_config import choose_ds_config
 from dhen.training.dataset import TrainingData
 from dhen.training.loop import Trainer
 from dhen.training.memory_plan import MemoryPlan
-from dhen.training.parallelize import Layout, ParallelDhen, lay_out, parallelize
-from dhen.training.progress import ProgressReporter
-from dhen.training.run_folder import SUMMARY_FILE, announce, clear_run_folder, write_setup
+from dhen.training.parallel_model import ParallelDhen
+from dhen.training.parallelize import Layout, lay_out, parallelize
+from dhen.training.reporting.progress import ProgressReporter
+from dhen.training.reporting.run_folder import SUMMARY_FILE, announce, clear_run_folder, write_setup
 from dhen.training.saved.checkpoint import (
     check_same_model,
     find_checkpoint,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.schema import Schema
-from dhen.training.parallelize import ScoringDhen
+from dhen.training.parallel_model import ScoringDhen
 
 UNSEEN_FILE = "unseen.csv"
 MANY = 0.5

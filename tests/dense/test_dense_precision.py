@@ -7,7 +7,7 @@ import torch
 
 from dhen.runtime.topology import Topology
 from dhen.training import parallelize
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
 from tests.tiny_training import GLOBAL_BATCH, difference, train

@@ -24,7 +24,7 @@ from dhen.dense import hsdp
 from dhen.dense.hsdp import ReplicaReduction, saturate
 from dhen.runtime.topology import Topology, shard_size
 from dhen.training import parallelize
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 from tests import ROOT
 from tests.plain import global_batches, plain_losses, recipe
 from tests.ranks import run_ranks

@@ -21,7 +21,7 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.live_memory import LiveMemory
 from dhen.runtime.topology import Topology
 from dhen.training import parallelize
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 from tests.plain import LEARNING_RATE
 from tests.ranks import run_ranks
 from tests.tiny_training import train

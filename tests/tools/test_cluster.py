@@ -72,7 +72,7 @@ def left_behind() -> list[str]:
 
 DYING = f"""
 import itertools, os, runpy, signal
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 
 step, calls = ParallelDhen.step, itertools.count(1)
 

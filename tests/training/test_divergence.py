@@ -12,7 +12,7 @@ from dhen.data.loading.batches import Batch
 from dhen.data.schema import DenseColumn, Schema
 from dhen.runtime.topology import Topology
 from dhen.training.divergence import KeptMicroStep, where_it_began
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 from tests.plain import global_batches
 from tests.ranks import run_ranks
 from tests.tiny_training import train

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import dhen.training.reporting.progress
 import matplotlib.image
 import numpy as np
 import pytest
@@ -20,11 +21,10 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import dhen.training.progress
-from dhen.training.curves import CURVES_FILE, draw_curves
 from dhen.training.loop import Evaluation
 from dhen.training.metrics import MetricValues
-from dhen.training.progress import (
+from dhen.training.reporting.curves import CURVES_FILE, draw_curves
+from dhen.training.reporting.progress import (
     COLUMNS,
     METRICS_FILE,
     TENSORBOARD_FOLDER,
@@ -33,7 +33,7 @@ from dhen.training.progress import (
     duration,
     short,
 )
-from dhen.training.run_folder import metrics_of, print_metrics, write_json
+from dhen.training.reporting.run_folder import metrics_of, print_metrics, write_json
 from tests import ROOT
 from tests.training.reported_run import EVALUATION, LOGGING, ROWS, TOTAL, report_run
 
@@ -64,7 +64,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """stderr of one run into a pipe, and of one on a terminal that ends in an error; stdout of both."""
     call = (
         "from pathlib import Path; from tests.training.reported_run import report_run; "
-        "from dhen.training.curves import draw_curves; folder = Path({folder!r}); "
+        "from dhen.training.reporting.curves import draw_curves; folder = Path({folder!r}); "
         "report_run(folder, 0, 200, ends={ends}); draw_curves(folder / 'metrics.csv')"
     )
     program = [sys.executable, "-W", "default", "-c"]
@@ -238,7 +238,7 @@ def test_curves_show_training_validation_and_the_best_possible_ne(tmp_path: Path
 def test_curves_are_drawn_at_evaluations_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report_run(tmp_path, 0, TOTAL)
     assert not (tmp_path / CURVES_FILE).exists(), "a short run draws at its end only"
-    monkeypatch.setattr(dhen.training.progress, "SECONDS_BETWEEN_CURVES", 0.0)
+    monkeypatch.setattr(dhen.training.reporting.progress, "SECONDS_BETWEEN_CURVES", 0.0)
     report_run(tmp_path, TOTAL - EVALUATION, TOTAL)
     assert (tmp_path / CURVES_FILE).stat().st_size > 10_000
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 from tests import ROOT
 from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks

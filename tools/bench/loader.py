@@ -34,7 +34,8 @@ from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import prepare_dataset
-from dhen.training.parallelize import ParallelDhen, lay_out, parallelize
+from dhen.training.parallel_model import ParallelDhen
+from dhen.training.parallelize import lay_out, parallelize
 from dhen.training.saved.fine_tuning import config_for
 from tools.bench.clock import now
 from tools.bench.launch import argument_parser, write_json

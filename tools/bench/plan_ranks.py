@@ -24,7 +24,8 @@ from dhen.planner.step_time import compute_seconds, segments
 from dhen.planner.step_trace import trace_step
 from dhen.planner.technique import SCHEMES, Technique
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import ParallelDhen, lay_out, parallelize
+from dhen.training.parallel_model import ParallelDhen
+from dhen.training.parallelize import lay_out, parallelize
 from tools.bench.clock import largest, median_seconds
 from tools.bench.small_work import NUM_DENSE, random_batch, take_step
 from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap

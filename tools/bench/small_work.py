@@ -13,7 +13,8 @@ from dhen.data.loading.batches import Batch
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import ParallelDhen, lay_out, parallelize
+from dhen.training.parallel_model import ParallelDhen
+from dhen.training.parallelize import lay_out, parallelize
 
 ZERO2 = Path(__file__).resolve().parents[2] / "ds_configs/zero2.json"
 NUM_DENSE = 13

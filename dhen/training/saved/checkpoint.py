@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.tables.storage import load_tables, save_tables
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 from dhen.training.saved.resharding import load_resharded
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 
 
 class ReshardingError(ValueError):

@@ -24,7 +24,8 @@ from dhen.data.preparation.settings import PreparationSettings, as_tuple
 from dhen.data.preparation.sources import format_of
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
-from dhen.training.parallelize import ScoringDhen, parallelize_for_scoring
+from dhen.training.parallel_model import ScoringDhen
+from dhen.training.parallelize import parallelize_for_scoring
 from dhen.training.saved.trained_model import TrainedModel
 from dhen.yaml_files import read_yaml
 

@@ -30,7 +30,7 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.row_uses import fill_unused
 from dhen.tables.sharded_tables import ShardedTables
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 
 MODEL_FOLDER = "model"
 FORMAT_VERSION = 1

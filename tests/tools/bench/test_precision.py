@@ -9,7 +9,7 @@ import pytest
 
 from dhen.data.schema import Schema
 from dhen.runtime.topology import Topology
-from dhen.training.parallelize import ParallelDhen
+from dhen.training.parallel_model import ParallelDhen
 from tests import ROOT
 from tests.ranks import run_ranks
 from tests.recipes.launch import TINY, prepared_click_log

@@ -17,7 +17,8 @@ from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.runtime.run_environment import describe_environment
 from dhen.training.loop import Evaluation
-from dhen.training.parallelize import Layout, ParallelDhen, weights_of
+from dhen.training.parallel_model import ParallelDhen
+from dhen.training.parallelize import Layout, weights_of
 from dhen.training.saved.checkpoint import NEWEST, checkpoints
 from dhen.training.saved.trained_model import MODEL_FOLDER
 from dhen.training.unseen import UNSEEN_FILE

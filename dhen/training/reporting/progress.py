@@ -140,7 +140,7 @@ class ProgressReporter:
 
     def _draw_curves(self) -> None:
         # Imported here because matplotlib takes a second to import and only rank 0 needs it.
-        from dhen.training.curves import draw_curves
+        from dhen.training.reporting.curves import draw_curves
 
         draw_curves(self._csv_path, self._best_possible_ne)
         self._drawn = time.perf_counter()

@@ -1,0 +1,220 @@
+"""The model over all ranks: sharded tables and the data-parallel dense part, for training and for predictions."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from dhen.config.ds_config import DsConfig
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.features import SparseIds
+from dhen.runtime.topology import Topology
+from dhen.tables.id_exchange import SentIds
+from dhen.tables.placement.plan import Placement
+from dhen.tables.replicated import ReplicatedFeatures
+from dhen.tables.row_uses import UnseenIds, fill_unused, mean_row
+from dhen.tables.sharded_tables import PendingEmbeddings, ShardedTables
+
+
+@dataclass
+class ScoringDhen:
+    """A DHEN model over the ranks of `topology`, for predictions.
+
+    tables: the sharded, model-parallel tables; None if there are none, or all tables are replicated.
+    dense: the data-parallel dense part, including the tables that `placement` replicates. knows_uses: whether it is
+    known which rows training used; models of earlier versions do not say it.
+    """
+
+    config: DhenConfig
+    topology: Topology
+    placement: Placement
+    tables: ShardedTables | None
+    dense: nn.Module
+
+    def __post_init__(self) -> None:
+        self.replicated = ReplicatedFeatures(self.config, self.placement.replicated, self.topology)
+        self._unseen: UnseenIds | None = None
+        self._unseen_replicated: UnseenIds | None = None
+        self.knows_uses = True
+
+    def send_ids(self, sparse: SparseIds) -> SentIds | None:
+        """Start sending a batch's ids to their tables. None without sharded tables. Communicates over all ranks."""
+        return None if self.tables is None else self.tables.send_ids(self.replicated.others(sparse))
+
+    def settle(self) -> None:
+        """Wait for ids that were sent but will not be looked up."""
+        if self.tables is not None:
+            self.tables.settle()
+
+    def look_up(self, sparse: SparseIds | SentIds | None) -> PendingEmbeddings | None:
+        """Start looking up this rank's B examples. None without sharded tables. Communicates over all ranks."""
+        if self.tables is None:
+            return None
+        return self.tables.look_up(self.replicated.others(sparse) if isinstance(sparse, SparseIds) else sparse)
+
+    def score(
+        self, embeddings_BFD: PendingEmbeddings | Tensor | None, dense_BN: Tensor, sparse: SparseIds | None = None
+    ) -> Tensor:
+        """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3.
+
+        sparse: the batch's ids; needed only if tables are replicated.
+        """
+        own = self.replicated.own(sparse)
+        return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN).logits
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside this context: no gradients, no dropout, fixed batch norm statistics.
+
+        The ids whose rows training never used are counted for `unseen_ids`. In training, the mean of its table stands
+        for such a row. Communicates if tables are replicated; all ranks enter together.
+        """
+        module = getattr(self.dense, "module", self.dense)
+        was_training = module.training
+        module.eval()
+        try:
+            with torch.no_grad(), contextlib.ExitStack() as stack:
+                self._watch_unseen(stack)
+                yield
+        finally:
+            module.train(was_training)
+
+    def _watch_unseen(self, stack: contextlib.ExitStack) -> None:
+        if self.tables is not None:
+            self._unseen = stack.enter_context(self.tables.watching_unseen(uses_means=False))
+
+    def unseen_ids(self) -> dict[str, tuple[int, int, int]]:
+        """What the last evaluation met, by feature: ids, ids with unused rows, and of the latter those that are 0.
+
+        Communicates; all ranks call it.
+        """
+        index = {table.name: place for place, table in enumerate(self.config.tables)}
+        counts_3F = torch.zeros(3, len(index), dtype=torch.int64, device=self.topology.device)
+        if self.tables is not None:
+            for shard, counts in zip(self.tables.shards, self._unseen.counts_3S.unbind(1), strict=True):
+                if shard.first_column == 0:
+                    counts_3F[:, index[shard.name]] = counts
+        if self._unseen_replicated is not None:
+            for table, counts in zip(self.replicated.tables, self._unseen_replicated.counts_3S.unbind(1), strict=True):
+                counts_3F[:, index[table.name]] = counts
+        dist.all_reduce(counts_3F, group=self.topology.world)
+        return {name: tuple(counts_3F[:, place].tolist()) for name, place in index.items()}
+
+
+@dataclass
+class ParallelDhen(ScoringDhen):
+    """A DHEN model over the ranks, for training: `dense` is DeepSpeed's engine around the dense part.
+
+    shard_size: number of ranks that ZeRO shards over: all ranks, or those of a shard group.
+    """
+
+    ds_config: DsConfig
+    shard_size: int
+
+    @property
+    def engine(self) -> deepspeed.DeepSpeedEngine:
+        """DeepSpeed's engine."""
+        return self.dense
+
+    def set_learning_rates(self, dense: float, tables: float) -> None:
+        """Set the learning rates. Call this before `look_up`: FBGEMM reads the tables' rate in the forward pass."""
+        if self.tables is not None:
+            self.tables.set_learning_rate(tables)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = dense
+
+    def step(self, loss: Tensor) -> None:
+        """Take one micro step: the backward pass, then DeepSpeed's step. Communicates over all ranks.
+
+        FBGEMM updates the tables inside the backward pass. DeepSpeed updates the dense part after the last micro step.
+        It divides the loss by the number of micro steps k, so the tables take k updates with gradients of 1/k the size.
+
+        Raises FloatingPointError on all ranks, without a change of the dense part, if the gradient of a step is not
+        finite. A loss that is not finite on any rank makes it so.
+        """
+        is_finite = True
+        self.engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        if self.ds_config.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            # Stages 1 to 3 compute such norms in `engine.step`, wait for them and skip the step without a word.
+            weights = [weight for group in self.engine.optimizer.param_groups for weight in group["params"]]
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            is_finite = bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+        if is_finite:
+            self.engine.step()
+            is_finite = not getattr(self.engine.optimizer, "overflow", False)
+        if not is_finite:
+            raise FloatingPointError("the loss or its gradient is not finite")
+
+    def tables_are_finite(self) -> bool:
+        """Whether the sharded tables are finite on all ranks. Communicates; all ranks call it."""
+        shards = [] if self.tables is None else self.tables.shard_tensors()
+        sums = [tensors["weight"].sum(dtype=torch.float32) for _, tensors in shards]  # keeps no copy of a table
+        are_finite = torch.stack([torch.zeros((), device=self.topology.device), *sums]).isfinite().all().int()
+        dist.all_reduce(are_finite, op=dist.ReduceOp.MIN, group=self.topology.world)
+        return bool(are_finite)
+
+    def _watch_unseen(self, stack: contextlib.ExitStack) -> None:
+        if self.tables is not None:
+            self._unseen = stack.enter_context(self.tables.watching_unseen(uses_means=True))
+        if self.replicated.tables:
+            self.replicated.gather_uses()
+            means = self._means_of_replicated()
+            self._unseen_replicated = UnseenIds(self.replicated.uses, lambda: means)
+            stack.enter_context(self.replicated.watched_by(self._unseen_replicated))
+            hook = self.engine.module.tables.register_forward_hook(self.replicated.add_means)
+            stack.callback(hook.remove)
+
+    def _means_of_replicated(self) -> list[Tensor]:
+        means = []
+        for name, uses in self.replicated.uses_by_name().items():
+            weight = self.engine.module.get_parameter(f"tables.{name}.weight")
+            with deepspeed.zero.GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                means.append(mean_row(weight, uses))
+        return means
+
+    def average_buffers(self) -> None:
+        """Average the running statistics of batch norms over the ranks; nothing else synchronizes them. Communicates.
+
+        Call this before an evaluation, so that all ranks score with the same model, and before a save, which stores
+        only rank 0's statistics.
+        """
+        for buffer in self.engine.module.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer, group=self.topology.world)
+                buffer /= self.topology.world_size
+
+    def dense_state_dict(self) -> dict[str, Tensor]:
+        """The full fp32 weights and the buffers of the dense part, on rank 0's CPU. Empty on the other ranks.
+
+        A row of a replicated table that training never used is the mean of its table. Communicates, under ZeRO stages
+        1 to 3 one weight at a time, so no device needs memory for all of them.
+        """
+        self.replicated.gather_uses()
+        uses = {f"tables.{name}.weight": counts for name, counts in self.replicated.uses_by_name().items()}
+        parameters = dict(self.engine.module.named_parameters())
+        state = {}
+        for name, parameter in parameters.items():
+            whole = _whole_weight(parameter)
+            if self.topology.is_main:
+                state[name] = whole.detach().cpu().clone()
+                if name in uses:
+                    fill_unused(state[name], uses[name].cpu())
+        if self.topology.is_main:
+            buffers = self.engine.module.state_dict().items()
+            state |= {name: tensor.detach().cpu().clone() for name, tensor in buffers if name not in parameters}
+        return state
+
+
+def _whole_weight(parameter: nn.Parameter) -> Tensor:
+    """The full fp32 weight: from the optimizer if it holds one, else (a frozen weight, say) from the parameter."""
+    whole = safe_get_full_fp32_param(parameter)
+    if whole is not None:
+        return whole.float()  # bf16 if the master weights are
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.detach().float().clone()
