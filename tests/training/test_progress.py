@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import dhen.training.reporting.progress
 import matplotlib.image
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import dhen.training.reporting.progress
 from dhen.training.loop import Evaluation
 from dhen.training.metrics import MetricValues
 from dhen.training.reporting.curves import CURVES_FILE, draw_curves
