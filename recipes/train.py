@@ -30,7 +30,7 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 def main() -> None:
     """Read the arguments, join the job, open the data, build the model, train it, then test and export it."""
     log_to_stderr()
-    with user_errors():
+    with user_errors(FloatingPointError):  # which means that the loss is not finite
         arguments = parse_arguments(quickstart=QUICKSTART, description=__doc__)
         topology = job.start()
 
@@ -51,7 +51,7 @@ def main() -> None:
             return
         progress = start_reporting(arguments, data, trainer)
 
-    # If a rank dies from here on, the others say which one. FloatingPointError means that the loss is not finite.
+    # If a rank dies from here on, the others say which one.
     with user_errors(FloatingPointError), naming_lost_ranks(topology):
         with contextlib.closing(progress):
             trainer.train(progress)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import deepspeed
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from dhen.model.names import quoted, unknown_name
+from dhen.model.names import check_names, quoted, unknown_name
 
 AUTO = "auto"
 ZERO = "zero_optimization"
@@ -42,8 +42,8 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
         Works(("bf16", "fp32", "fp16")): "communication_data_type",
         Works(dict): f"optimizer bf16 torch_autocast data_types {ZERO}",
         "is not supported: the tables follow the recipe's schedule, too. Use lr_scheduler_type.": "scheduler",
-        "is not supported: tables are updated during the backward, so a step that overflows cannot be undone. Use bf16 "
-        "(ZeRO stages 1 to 3) or torch_autocast with bfloat16.": "fp16",
+        "is not supported: tables are updated during the backward, so a step that overflows cannot be undone. Remove "
+        "it, and use bf16 (ZeRO stages 1 to 3) or torch_autocast with bfloat16.": "fp16",
         "is not supported. Use bf16 or torch_autocast.": "bfloat16 amp",
         "is not supported: it would scale the dense part's gradients, but not the tables'. Remove it.": (
             "gradient_allreduce_op prescale_gradients gradient_predivide_factor"
@@ -77,7 +77,8 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
         _UNSUPPORTED: "legacy_fusion",
     },
     "bf16": {
-        Works(bool): "enabled check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states",
+        Works(bool): "enabled bf16_master_weights_and_grads bf16_optimizer_states",
+        "false lets a gradient that is not finite reach the weights unnoticed. Remove it.": "check_grad_overflow",
         _NOTHING: "immediate_grad_update",
     },
     "torch_autocast": {
@@ -150,7 +151,12 @@ def accepted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in section.items():
         key = prefix + name
         setting = SETTINGS.get(key)
-        if value is None or (key in _SWITCHES and isinstance(value, dict) and _is_off(key, value)):
+        if value is None:
+            continue
+        if key in _SWITCHES and isinstance(value, dict) and _is_off(key, value):
+            check_names(
+                f"key in {key}:", value, [one.rpartition(".")[2] for one in SETTINGS if one.startswith(f"{key}.")]
+            )
             continue
         if setting is None:
             places = [other.rpartition(".") for other, works in SETTINGS.items() if isinstance(works, Works)]
@@ -227,4 +233,5 @@ def _is_default(key: str, value: Any) -> bool:
 def _defaults() -> dict[str, Any]:
     """DeepSpeed's defaults of top-level keys, except sections, and of the keys of zero_optimization."""
     zero = {f"{ZERO}.{field.alias or key}": field.default for key, field in DeepSpeedZeroConfig.model_fields.items()}
-    return vars(deepspeed.DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1})) | zero
+    top = vars(deepspeed.DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1}))
+    return top | zero | {"bf16.check_grad_overflow": True}

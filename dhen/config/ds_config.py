@@ -111,13 +111,11 @@ def read_section(path: str | Path) -> DhenSection:
 
 def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layers: int = 1) -> DsConfig:
     """Like `read_ds_config`, for the contents of a ds_config. Does not modify `raw`. path: its name in messages."""
-    raw = _merged(dict(raw), {})
+    raw = merged(dict(raw), {})
     rungs = _take_rungs(path, raw)
     if not rungs:
         return _checked(path, raw, recipe)
-    every = [
-        _checked(f"{path}: {_rung_name(i)}", _merged(raw, changes), recipe) for i, (_, changes) in enumerate(rungs)
-    ]
+    every = [_checked(f"{path}: {_rung_name(i)}", merged(raw, changes), recipe) for i, (_, changes) in enumerate(rungs)]
     index = next((i for i, (most, _) in enumerate(rungs) if most is None or num_layers <= most), None)
     if index is None:
         raise DsConfigError(
@@ -182,14 +180,14 @@ def _take_rungs(path: str, raw: dict[str, Any]) -> list[tuple[int | None, dict[s
     return taken
 
 
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A deep copy of `base`, updated with `changes` recursively. null removes a key."""
     result = json.loads(json.dumps(base))
     for key, value in changes.items():
         if value is None:
             result.pop(key, None)
         elif isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = _merged(result[key], value)
+            result[key] = merged(result[key], value)
         else:
             result[key] = json.loads(json.dumps(value))
     return result

@@ -7,6 +7,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from dhen.config.deepspeed_sections import ZERO
 from dhen.config.dhen_section import DhenSection
+from dhen.model.names import quoted
 
 
 def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type) -> Iterator[str]:
@@ -24,10 +25,13 @@ def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type) -> 
             "bf16.bf16_master_weights_and_grads needs bf16_optimizer_states and no offload_optimizer, or "
             "offload_optimizer with DeepSpeedCPUAdam, which is the optimizer without torch_adam and fused."
         )
-    if zero.get("offload_optimizer", {}).get("ratio", 1) != 1 and not is_cpu_adam:
+    ratio = zero.get("offload_optimizer", {}).get("ratio", 1)
+    if not 0 < ratio <= 1:
+        yield f"zero_optimization.offload_optimizer.ratio is {quoted(ratio)}. Use a share above 0, up to 1."
+    if ratio != 1 and (stage != 3 or not is_cpu_adam):
         yield (
-            "zero_optimization.offload_optimizer.ratio needs DeepSpeedCPUAdam. Remove ratio, or torch_adam and fused "
-            "from optimizer.params."
+            "zero_optimization.offload_optimizer.ratio needs ZeRO stage 3 and DeepSpeedCPUAdam. Remove ratio, or use "
+            "stage 3, without torch_adam and fused in optimizer.params."
         )
     yield from _of_hybrid_sharding(raw, stage, section)
 
@@ -43,11 +47,6 @@ def _of_precision(raw: dict[str, Any], stage: int) -> Iterator[str]:
         yield (
             "bf16.enabled with ZeRO stage 0 is not supported: DeepSpeed 0.19 starts with an optimizer step on zero "
             "gradients. Use torch_autocast with bfloat16, or stage 1."
-        )
-    if raw.get("bf16", {}).get("check_grad_overflow") is False:
-        yield (
-            "bf16.check_grad_overflow is false, so a gradient that is not finite would reach the weights unnoticed. "
-            "Remove it."
         )
     asked = raw.get("communication_data_type")
     if asked == "fp16":

@@ -19,6 +19,8 @@ _GIVEN = {
     *("maximize", "capturable", "differentiable", "set_grad_none"),
 }
 """Arguments of optimizers that the user does not set."""
+_LARGEST = 1e18
+"""Beyond it, squares leave the range of float32."""
 
 
 def check_optimizer(raw: dict[str, Any]) -> type:
@@ -41,6 +43,8 @@ def check_optimizer(raw: dict[str, Any]) -> type:
     for key, value in params.items():
         default = arguments[key].default if key in arguments else True
         default = True if default is None else default  # foreach and fused
+        if isinstance(value, int | float) and not abs(value) <= _LARGEST:
+            raise ValueError(f"optimizer.params.{key} is {quoted(value)}. Use a number up to {_LARGEST:g}.")
         if not _has_type_of(default, value):
             raise ValueError(f"optimizer.params.{key} is {quoted(value)}. Use a value like {json.dumps(default)}.")
     if kind == "AdamW" and params.get("adam_w_mode") is False:
@@ -76,6 +80,11 @@ def _try(made: type[torch.optim.Optimizer], params: dict[str, Any]) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.grad = torch.ones(1)
     try:
-        made([weight], **params).step()
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"optimizer.params for {made.__name__}: {error}") from error
+        optimizer = made([weight], **params)
+        for _ in range(3):
+            optimizer.step()
+        problem = "" if weight.isfinite().all() else "a step with a gradient of 1 gives a weight that is not finite"
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(f"optimizer.params for {made.__name__}: {problem[:200]}. Correct it, or leave it out.")

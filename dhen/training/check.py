@@ -20,7 +20,7 @@ from dhen.runtime.topology import Topology
 from dhen.training.dataset import TrainingData, cache_of, open_data
 from dhen.training.loop import Trainer, with_ids_ahead
 from dhen.training.reporting.progress import duration
-from dhen.training.session import build_model, make_trainer
+from dhen.training.session import build_model, has_nothing_to_do, make_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def check(arguments: Arguments, topology: Topology) -> None:
         if topology.is_main:
             logger.info("check: %s. Columns:\n%s", _what_was_read(data), "\n".join(_columns(data.schema)))
         trainer = make_trainer(arguments, data, build_model(arguments, topology, data))
-        logger.info("check: %s", _expected(data, trainer, *_samples_per_second(trainer), preparation))
+        if not has_nothing_to_do(arguments, trainer):
+            logger.info("check: %s", _expected(data, trainer, *_samples_per_second(trainer), preparation))
         logger.info("check: nothing was trained, and nothing was written to %s", arguments.training.output_dir)
         topology.barrier()  # other ranks may still read the head
 
@@ -95,11 +96,13 @@ def _expected(data: TrainingData, trainer: Trainer, rate: float, timed: int, pre
     """How long the run takes. preparation: seconds to prepare the data."""
     splits, steps = data.schema.splits, trainer.total_steps
     rows_per_step = splits["train"].rows / trainer.steps_per_epoch
-    evaluations = math.ceil(steps / (trainer.arguments.eval_steps or trainer.steps_per_epoch))
+    left = steps - trainer.state.step
+    evaluations = math.ceil(left / (trainer.arguments.eval_steps or trainer.steps_per_epoch))
+    evaluations *= "validation" in splits
     scored = sum(
         splits[split].rows * times for split, times in (("validation", evaluations + 1), ("test", 1)) if split in splits
     )
-    seconds = ((steps - trainer.state.step) * rows_per_step + _SCORING_COST * scored) / rate
+    seconds = (left * rows_per_step + _SCORING_COST * scored) / rate
     before = f"{duration(preparation)} to prepare the data, then " if preparation else ""
     return (
         f"{steps:,} steps of {rows_per_step:,.0f} rows, {trainer.steps_per_epoch:,} per epoch. Expected time: {before}"

@@ -20,7 +20,7 @@ from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.head import is_partial, whole_schema
 from dhen.data.preparation.settings import Head, PreparationSettings
 from dhen.data.preparation.vocabulary import load_vocabulary
-from dhen.data.schema import SCHEMA_FILE, SHARES, Schema
+from dhen.data.schema import SCHEMA_FILE, SHARES, Schema, SplitCounts
 from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
@@ -148,7 +148,7 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
         if counts.unlabelled:
             raise ArgumentError(f"{counts.unlabelled:,} rows in the {split} split have no label. Use labelled rows.")
     train = schema.splits["train"]
-    if train.clicks in (0, train.rows) and not is_partial(schema):
+    if _has_one_class(train) and not is_partial(schema):
         raise ArgumentError(
             f"The labels of the {train.rows:,} training rows are all {int(train.clicks > 0)}, so there is nothing to "
             "learn. Check the label in dataset_schema, or use more rows."
@@ -161,8 +161,12 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
             raise ArgumentError(f"lr_scheduler_type reduce_lr_on_plateau {needs}")
         if training.calibrate:
             raise ArgumentError(f"calibrate {needs}")
-    elif training.calibrate and schema.splits["validation"].clicks in (0, schema.splits["validation"].rows):
+    elif training.calibrate and not is_partial(schema) and _has_one_class(schema.splits["validation"]):
         raise ArgumentError("calibrate needs both labels in the validation split. Use more rows, or leave it out.")
+
+
+def _has_one_class(counts: SplitCounts) -> bool:
+    return counts.clicks in (0, counts.rows)
 
 
 def _without_effect(arguments: Arguments, schema: Schema, start: StartingPoint | None) -> list[str]:
@@ -180,7 +184,7 @@ def _missing_metrics(best: str, schema: Schema) -> list[str]:
     """A sentence for each split with one class, in which auc and ne do not exist."""
     sentences = []
     for split, counts in schema.splits.items():
-        if counts.clicks in (0, counts.rows):
+        if _has_one_class(counts) and not is_partial(schema):
             sentence = (
                 f"the labels of the {split} split are all {int(counts.clicks > 0)}, so its auc and ne do not exist"
             )

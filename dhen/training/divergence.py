@@ -17,7 +17,8 @@ from dhen.training.parallel_model import ParallelDhen
 
 ADVICE = "Lower learning_rate or table_learning_rate, add warmup_steps, or set max_grad_norm."
 _LARGEST_INPUT = 1e6
-"""A larger dense value is named as the cause: products of such values leave the range of fp32."""
+"""A larger dense value is named as the cause if the parts that it enters are broken."""
+_FIRST_PARTS = ("the dense MLP", "layer 0")
 _NOTHING = (9, "the gradient, although the loss is finite", ADVICE)
 
 
@@ -55,8 +56,9 @@ def _search(model: ParallelDhen, kept: KeptMicroStep, schema: Schema) -> tuple[i
     batch = kept.batch
     embeddings_BFD = None if kept.embeddings_BFD is None else kept.embeddings_BFD().detach()
     broken = _broken_parts(model, batch, embeddings_BFD)  # on all ranks, because ZeRO stage 3 communicates here
+    largest = _LARGEST_INPUT if broken and broken[0] in _FIRST_PARTS else torch.finfo(torch.float32).max
     for column, values_B in zip(schema.dense, batch.dense_BN.cpu().unbind(1), strict=True):
-        is_wrong_B = ~(values_B.abs() <= _LARGEST_INPUT)
+        is_wrong_B = ~(values_B.abs() <= largest)
         if is_wrong_B.any():
             row, value = batch.rows_B[is_wrong_B][0], values_B[is_wrong_B][0]
             where = f"the dense input: feature {quoted(column.name)} of row {row} of the training data is {value:g}"

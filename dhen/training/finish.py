@@ -42,6 +42,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         metrics = of_split.metrics
         results[name] |= {"ne_before_scale": metrics.ne, "calibration_before_scale": metrics.calibration}
     summary = results | {
+        "calibrate": arguments.training.calibrate,
         "logit_scale": scale,
         "samples_per_second": progress.samples_per_second or _earlier_rate(output_dir),
         "seconds": seconds,
@@ -86,7 +87,8 @@ def doubts(
         if arguments.training.max_steps > 0:
             way_out = "a larger max_steps"
         return [f"the run made only {steps} steps, so it has probably learned little from these rows. Use {way_out}."]
-    advice = "Train longer" + (" or with less dropout, or use --calibrate" if arguments.architecture.dropout else "")
+    advice = "Train longer" + " or with less dropout" * bool(arguments.architecture.dropout)
+    advice += "" if arguments.training.calibrate else ", or use --calibrate"
     if tested_step < steps:
         advice = "The model overfits after that step: try a larger table_epsilon, fewer epochs or dropout"
     sentences = []

@@ -5,13 +5,14 @@ All ranks must call these functions, because most of them communicate.
 
 import json
 import logging
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dhen.config.arguments import ARGUMENTS_FILE, Arguments, TrainingArguments
 from dhen.config.command_line import ArgumentError
-from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
+from dhen.config.ds_config import AUTO, DsConfig, read_ds_config, read_json
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.machine_at_hand import rank_memory_bytes
 from dhen.runtime.topology import Topology
@@ -23,7 +24,7 @@ from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, lay_out, parallelize
 from dhen.training.reporting.progress import ProgressReporter
-from dhen.training.reporting.run_folder import SUMMARY_FILE, announce, clear_run_folder, write_setup
+from dhen.training.reporting.run_folder import DS_CONFIG_FILE, SUMMARY_FILE, announce, clear_run_folder, write_setup
 from dhen.training.saved.checkpoint import (
     check_same_model,
     find_checkpoint,
@@ -95,24 +96,22 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
     output_dir = Path(training.output_dir)
     trainer = Trainer(model, training, data.loaders["train"], data.loaders.get("validation"), output_dir, rows)
     if training.resume_from_checkpoint:
-        folder = _checkpoint(training)
-        trainer.restore(load_checkpoint(model, folder, trainer.data_order))
-        if model.topology.is_main:
-            logger.info("resuming from %s at step %d of %d", folder, trainer.state.step, trainer.total_steps)
-            for sentence in _changed_arguments(folder, training, trainer.state.step):
-                logger.info("%s", sentence)
+        trainer.restore(load_checkpoint(model, _checkpoint(training), trainer.data_order))
     return trainer
 
 
 def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
-    """Whether the resumed run already did all its steps, and more or tested them too. Says so. Communicates."""
+    """Whether a resumed run already did all its steps, and more or tested them too. Logs this, or what it resumes.
+
+    Communicates; all ranks call it.
+    """
     training, state, topology = arguments.training, trainer.state, trainer.model.topology
     summary = Path(training.output_dir) / SUMMARY_FILE
     # Rank 0 wrote it, perhaps on a disk of its own.
     done = rank_zeros(topology, lambda: json.loads(summary.read_text("utf-8")) if summary.is_file() else {})
     tested_step = state.best_step or state.step if training.load_best_model_at_end else state.step
     is_tested = (done.get("steps"), done.get("tested_step")) == (state.step, tested_step)
-    is_tested &= not training.calibrate or done.get("logit_scale", 1) != 1
+    is_tested &= done.get("calibrate", False) == training.calibrate
     is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
     if is_over and topology.is_main:
         logger.info(
@@ -120,6 +119,13 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
             "max_steps or num_train_epochs to train on, or set max_steps to %d to test and export these weights.",
             state.step, trainer.total_steps, state.step,
         )  # fmt: skip
+    elif training.resume_from_checkpoint and topology.is_main:
+        folder = _checkpoint(training)
+        logger.info("resuming from %s at step %d of %d", folder, state.step, trainer.total_steps)
+        of_recipe = arguments.recipe(topology.world_size).values()
+        changes = _changed_arguments(folder, training, state.step)
+        for sentence in changes + _changed_settings(folder, trainer.model, of_recipe):
+            logger.info("%s", sentence)
     return is_over
 
 
@@ -165,6 +171,30 @@ def _changed_arguments(folder: Path, training: TrainingArguments, step: int) -> 
             does = "keeps the weights of the checkpoint" if item.name == "model_name_or_path" else "honours it"
             sentences.append(f"{item.name} was {old} until step {step}, now {new}: the resumed run {does}")
     return sentences
+
+
+def _changed_settings(folder: Path, model: ParallelDhen, of_recipe: Collection[str]) -> list[str]:
+    """A sentence for each setting of the ds_config that the run of the checkpoint had otherwise.
+
+    of_recipe: settings that follow from the arguments.
+    """
+    path = folder.parent / DS_CONFIG_FILE
+    if not path.is_file():
+        return []
+    old, new = (dict(_flat(settings)) for settings in (read_json(path), model.ds_config.as_dict()))
+    return [
+        f"ds_config: {key} was {old.get(key)}, now {new.get(key)}: the resumed run honours it"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in of_recipe
+    ]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in json.loads(json.dumps(settings)).items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _checkpoint(training: TrainingArguments) -> Path:

@@ -56,7 +56,7 @@ ROUNDED = [
     *(zero(stage) | {"communication_data_type": "bf16"} for stage in (0, 1, 2, 3)),
     *(zero(stage) | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} for stage in (0, 1, 2, 3)),
     *(
-        zero(stage) | {"bf16": {"enabled": True, "check_grad_overflow": False}} | sums
+        zero(stage) | {"bf16": {"enabled": True}} | sums
         for stage in (1, 2, 3)
         for sums in ({}, {"data_types": {"grad_accum_dtype": "fp32"}})
     ),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.dhen_section import DhenSection
@@ -58,8 +59,10 @@ def random_batch(tables: Sequence[SparseFeature], batch_size: int, seed: int) ->
     return Batch(labels_B, dense_BN, sparse, torch.arange(batch_size), batch_size)
 
 
-def take_step(model: ParallelDhen, batch: Batch) -> None:
-    """Lookup, forward, backward and update. Communicates; all ranks call it."""
+def take_step(model: ParallelDhen, batch: Batch) -> Tensor:
+    """Lookup, forward, backward and update. Returns this rank's loss. Communicates; all ranks call it."""
     batch = batch.to(model.topology.device)
     logits_B = model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse)
-    model.step(binary_cross_entropy_with_logits(logits_B, batch.labels_B))
+    loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B)
+    model.step(loss)
+    return loss.detach()

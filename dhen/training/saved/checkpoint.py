@@ -36,8 +36,7 @@ CANONICAL_KEYS = "canonical keys"
 """Entry of the data order: whether ids are made of canonical texts. Checkpoints of earlier versions do not have it."""
 ARGUMENTS = "arguments"
 _PREFIX = "checkpoint-"
-_OPTIONS = {"betas", "eps", "weight_decay", "momentum", "fused"}
-"""Options of an optimizer that a resumed run may change: its state does not depend on them."""
+_OPTIMIZER = "optimizer"
 _REPLICATED_USES, _KNOWS_USES = "uses-of-replicated.safetensors", "knows_uses"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
@@ -92,7 +91,7 @@ def save_checkpoint(
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
-        facts[ARGUMENTS] = arguments or {}
+        facts |= {ARGUMENTS: arguments or {}, _OPTIMIZER: _optimizer_facts(model)}
         facts |= {"model": _model_facts(model.config), _KNOWS_USES: model.knows_uses, VERSION_KEY: FORMAT_VERSION}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         point_latest_at(folder, output_dir)
@@ -125,6 +124,13 @@ def load_checkpoint(
             f"stage {here['zero_stage']}. Use the same stage and, unless the optimizer is Adam, the same number of "
             "ranks per replica. Or start from the exported model with --model_name_or_path."
         )
+    now = _optimizer_facts(model)
+    for name, value in values.get(_OPTIMIZER, now).items():  # checkpoints of earlier versions do not say it
+        if value != now[name]:
+            raise CheckpointError(
+                f"{folder}: saved with optimizer.{name} {value}, but the ds_config now says {now[name]}. Use the same, "
+                "or start from the exported model with --model_name_or_path."
+            )
     saved_order = values.pop("data_order")
     for name, value in (data_order or {}).items():
         if saved_order.get(name, value) != value:
@@ -132,7 +138,7 @@ def load_checkpoint(
                 f"{folder}: saved with {name} {_shown(saved_order[name], value)}. The resumed run would train on other "
                 f"rows or features than the saved one. {_WAY_OUT}"
             )
-    options = [{key: group[key] for key in _OPTIONS & group.keys()} for group in _optimizer(model).param_groups]
+    options = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in _optimizer(model).param_groups]
     if is_same_cut or here["zero_stage"] == 0:
         loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         if loaded is None:
@@ -153,6 +159,14 @@ def load_checkpoint(
 
 def _optimizer(model: ParallelDhen) -> Optimizer:
     return getattr(model.engine.optimizer, "optimizer", model.engine.optimizer)
+
+
+def _optimizer_facts(model: ParallelDhen) -> dict[str, Any]:
+    """What the state of the dense part's optimizer depends on."""
+    optimizer = _optimizer(model)
+    group = optimizer.param_groups[0]
+    switches = {f"params.{name}": bool(group.get(name)) for name in ("amsgrad", "centered", "momentum")}
+    return {"type": type(optimizer).__name__} | switches
 
 
 def _step_as_configured(model: ParallelDhen, options: list[dict[str, Any]]) -> None:
