@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import TextIO
 
 try:
     import psutil
@@ -55,14 +57,23 @@ def _fact(name: str, found: str, is_right: object, remedy: str, status: str = "w
 def main() -> int:
     """Exit status: 0, or 1 if there is a problem."""
     arguments = parse_arguments()
+    try:
+        output = arguments.output and _opened(arguments.output)
+    except OSError as error:
+        sys.exit(f"doctor: --output {arguments.output} cannot be written: {error.strerror}. Name another file.")
     facts, machine = [], _machine(arguments.output_dir, arguments.min_free_gib)
     for fact in itertools.chain(_software(), machine, _network(arguments.port, arguments.nodes)):
         facts.append(fact)
         print(f"{fact.status:>7} | {fact.name}: {fact.found}{fact.remedy and f'. {fact.remedy}.'}", flush=True)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps([asdict(fact) for fact in facts], indent=2) + "\n", encoding="utf-8")
+    if output:
+        with output:
+            output.write(json.dumps([asdict(fact) for fact in facts], indent=2) + "\n")
     return int(any(fact.status == "problem" for fact in facts))
+
+
+def _opened(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,7 +83,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--output_dir", type=Path, default=Path("runs"), help="where runs will be written; default: %(default)s")
     add("--min_free_gib", type=float, default=5.0, metavar="GIB", help="free space needed there; default: %(default)s")
     add("--port", type=int, default=os.environ.get("MASTER_PORT", 29500), help="of the job; default: %(default)s")
-    add("--nodes", type=lambda names: names.split(","), default=[], metavar="A,B", help="nodes to reach by ssh")
+    add(
+        "--nodes",
+        type=lambda names: [name for name in names.split(",") if name],
+        default=[],
+        metavar="A,B",
+        help="nodes to reach by ssh",
+    )
     add("--hostfile", dest="nodes", type=_nodes_of, metavar="FILE", help="DeepSpeed's list of nodes to reach by ssh")
     add("--output", type=Path, metavar="FILE", help="also write the facts as JSON")
     return parser.parse_args()
@@ -106,7 +123,7 @@ def _software() -> Iterator[Fact]:
         found = f"no process holds {locks}" if locks else f"{len(list(folder.glob('*/*.so')))} built in {folder}"
         remedy = "Remove the lock, unless another machine is building there"
         yield _fact("extensions", found, not locks, remedy, "problem")
-    tools = (os.environ.get("CXX", "c++"), "ninja")
+    tools = (shlex.split(os.environ.get("CXX", "c++"))[0], "ninja")
     missing = " and ".join(tool for tool in tools if not shutil.which(tool))
     remedy = "Install g++ and ninja: DeepSpeed compiles its optimizers at first use"
     yield _fact("compiler", f"no {missing}" if missing else " and ".join(tools), not missing, remedy, "problem")
@@ -145,8 +162,8 @@ def _machine(output_dir: Path, least_gib: float) -> Iterator[Fact]:
     size = shutil.disk_usage("/dev/shm").total / 2**30
     remedy = "NCCL needs it: start the container with --shm-size=8g or --ipc=host"
     yield _fact("/dev/shm", f"{size:.2f} GiB", size >= _LEAST_SHM_GIB, remedy)
-    place = next(each for each in (output_dir.absolute(), *output_dir.absolute().parents) if each.is_dir())
-    free, can_write = shutil.disk_usage(place).free / 2**30, os.access(place, os.W_OK)
+    place = next(each for each in (output_dir.absolute(), *output_dir.absolute().parents) if each.exists())
+    free, can_write = shutil.disk_usage(place).free / 2**30, place.is_dir() and os.access(place, os.W_OK)
     found = f"{free:.1f} GiB free in {place}{'' if can_write else ', which cannot be written to'}"
     remedy = f"Choose another --output_dir, or delete files until {least_gib:g} GiB are free"
     yield _fact("disk", found, free >= least_gib and can_write, remedy, "problem")

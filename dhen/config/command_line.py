@@ -28,6 +28,13 @@ _adapter = cache(TypeAdapter)
 _PLAIN_PATHS = str | list[str] | None
 
 
+_OF_HUGGING_FACE = {
+    "--deepspeed": "Use --ds_config.",
+    **dict.fromkeys(("--bf16", "--fp16"), "The ds_config sets the precision: see ds_configs/zero2_bf16.json."),
+    "--gradient_checkpointing": "The ds_config sets it: use dhen.activation_checkpointing.",
+}
+
+
 class ArgumentError(ValueError):
     """A wrong argument. The message names the file or flag, the value, and what is allowed."""
 
@@ -76,6 +83,9 @@ def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
             f"command line: {quoted(flag)} does not belong to any argument. Write several interactions as one word, "
             "such as linear,self_attention, or as JSON."
         )
+    (name,) = flags_of([flag]) or [flag]
+    if name in _OF_HUGGING_FACE:
+        return ArgumentError(f"command line: unknown argument {name!r}. {_OF_HUGGING_FACE[name]}")
     flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config", "--check"}
     return ArgumentError(f"command line: {unknown_name('argument', flag.split('=')[0], flags)}")
 
