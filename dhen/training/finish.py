@@ -36,9 +36,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     before, world = values, model.topology.world
     scale = values["eval"].scores.best_scale(world) if arguments.training.calibrate else 1.0
     if scale == 1 and arguments.training.calibrate:
-        logger.warning(
-            "calibrate: no number from 0.1 to 10 makes the validation loss least, so the logits stay as they are"
-        )
+        logger.warning("calibrate: no number makes the validation loss least, so the logits stay as they are")
     if scale != 1:
         values = {name: replace(it, metrics=it.scores.scaled(scale).compute(world)) for name, it in values.items()}
     results = {name: metrics_of(of_split, best_ne.get(splits[name])) for name, of_split in values.items()}

@@ -14,7 +14,6 @@ from torch.nn.functional import logsigmoid
 from dhen.runtime.collectives import all_gather_uneven
 
 _NEWTON_STEPS, _CONVERGED = 20, 1e-6
-_MOST_LOG_SCALE = math.log(10)
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ class ClickMetrics:
     def best_scale(self, group: dist.ProcessGroup | None = None) -> float:
         """The positive number that, multiplied with all logits, makes the logloss least (temperature scaling).
 
-        1 if there is none between 0.1 and 10: clicks do not follow the logits, or follow them without exception. Needs
-        examples of both labels. Communicates over `group` like `compute`.
+        1 if there is none: clicks do not follow the logits, or follow them without exception. Needs examples of both
+        labels. Communicates over `group` like `compute`.
         """
         logits, labels = self._examples()
         log_scale = 0.0
@@ -143,7 +142,7 @@ class ClickMetrics:
             slope, curvature = _sum_over(torch.stack([(labels - p) @ z, (p * (1 - p)) @ z.square()]), group).tolist()
             step = max(-1.0, min(slope / max(curvature, 1e-30), 1.0))  # a longer step may overshoot
             log_scale += step
-        return math.exp(log_scale) if abs(step) < _CONVERGED and abs(log_scale) < _MOST_LOG_SCALE else 1.0
+        return math.exp(log_scale) if abs(step) < _CONVERGED and curvature > 0 else 1.0
 
     def scaled(self, scale: float) -> "ClickMetrics":
         """The same examples with their logits multiplied by `scale`."""

@@ -136,7 +136,7 @@ def test_what_is_switched_off_is_let_pass_and_left_out(tmp_path, change):
         ({"zero_optimization": {"stage": 2, "allgather_bucket_size": 3}}, "is 3. Use an even number from 2 to"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}} | adam(),
-            "Partial offloading only supported for ZeRO Stage 3",
+            "ratio needs ZeRO stage 3 and DeepSpeedCPUAdam. Remove ratio",
         ),
         ({"bf16": []}, "bf16 is []. Use an object"),
         ({"bf16": {"bf16_optimizer_states": True}}, "bf16.enabled is missing, so bf16 would do nothing"),

@@ -129,6 +129,14 @@ def test_the_best_scale_has_the_least_logloss(factor: float) -> None:
     assert all(after.logloss < metrics.scaled(scale * other).compute().logloss for other in (0.99, 1.01))
 
 
+@pytest.mark.parametrize("sign", [-1.0, 1.0], ids=["against the clicks", "without exception"])
+def test_without_a_best_scale_the_logits_stay(sign: float) -> None:
+    labels = (torch.arange(1000) % 2).float()
+    metrics = ClickMetrics()
+    metrics.update(sign * (labels - 0.5), labels)
+    assert metrics.best_scale() == 1
+
+
 def test_running_loss_is_of_its_window_only() -> None:
     logits, labels = click_log(3000, seed=4)
     running = RunningLoss(torch.device("cpu"))
