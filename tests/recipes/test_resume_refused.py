@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.recipes.launch import TINY, Finished, run_script, summary
 
+ZERO0 = ROOT / "ds_configs/zero0.json"
 DENSE, SPARSE = ["age", "price"], ["app", "city"]
 
 
@@ -109,3 +111,21 @@ def test_a_failure_at_the_end_is_one_line_too(tmp_path, data):
     )  # fmt: skip
     assert done.status == 1
     assert done.output.strip().splitlines()[-1] == "error: No space left on device: 'model'"
+
+
+def test_another_optimizer_is_refused_and_another_setting_is_said(tmp_path, finished, data):
+    run, zero0 = Path(shutil.copytree(finished, tmp_path / "run")), json.loads(ZERO0.read_text())
+    sgd, bf16 = tmp_path / "sgd.json", tmp_path / "bf16.json"
+    sgd.write_text(json.dumps(zero0 | {"optimizer": {"type": "SGD"}, "zero_allow_untested_optimizer": True}))
+    bf16.write_text(json.dumps(zero0 | {"dhen": zero0["dhen"] | {"all_to_all_dtype": "bf16"}}))
+    refused = train(data, run, "--resume_from_checkpoint=true", f"--ds_config={sgd}", "--max_steps=9")
+    assert refused.status == 1
+    assert "saved with optimizer.type AdamW, but the ds_config now says SGD" in refused.output, refused.output
+    assert "Traceback" not in refused.output
+    said = train(data, run, "--resume_from_checkpoint=true", f"--ds_config={bf16}", "--max_steps=9")
+    assert said.status == 0, said.output
+    lines = [line for line in said.output.splitlines() if line.startswith("ds_config: ")]
+    directions = ("backward", "forward")
+    assert lines == [
+        f"ds_config: dhen.all_to_all_dtype.{each} was fp32, now bf16: the resumed run honours it" for each in directions
+    ]
