@@ -98,6 +98,9 @@ def test_a_mistake_in_yaml_names_file_key_and_value(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--deepspeed", "ds.json"], ["'--deepspeed'", "Use --ds_config"]),
+        (["--bf16=true"], ["'--bf16'", "The ds_config sets the precision"]),
+        (["--gradient-checkpointing"], ["'--gradient_checkpointing'", "use dhen.activation_checkpointing"]),
         (["--learning_rates=1"], ["'--learning_rates'", "Did you mean '--learning_rate'?"]),
         (["--learning_rate=fast"], ["command line", "learning_rate", "'fast'"]),
         (["--freeze=all"], ["command line", "freeze", "'all'", "dense"]),

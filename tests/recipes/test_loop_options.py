@@ -270,3 +270,9 @@ def test_calibrate_scales_the_exported_logits_to_the_least_loss_on_the_validatio
     loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B.double()).item()
     assert loss == pytest.approx(after["test"]["logloss"], rel=1e-5)
     assert loss != pytest.approx(before["test"]["logloss"], rel=1e-4)
+    # A finished run is exported again if it is resumed without the flag.
+    back = ("--per_device_train_batch_size=32", "--dropout=0.3", "--resume_from_checkpoint=true", "--calibrate=false")
+    train(click_log, scaled, *back, ranks=2)
+    restored = DhenForClickPrediction.from_pretrained(scaled / "model").state_dict()
+    assert all(torch.equal(restored[name], states[0][name]) for name in states[0])
+    assert summary(scaled)["test"] == before["test"]

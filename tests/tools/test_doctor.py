@@ -78,3 +78,9 @@ def test_a_lock_that_nothing_holds_and_a_missing_hostfile_are_found(tmp_path):
     status, _, errors = doctor(f"--hostfile={tmp_path / 'none'}")
     assert status == 2
     assert "none" in errors
+
+
+def test_a_report_that_cannot_be_written_is_said_before_any_check(tmp_path):
+    status, lines, errors = doctor(f"--output={tmp_path}")
+    assert (status, lines) == (1, {})
+    assert errors == f"doctor: --output {tmp_path} cannot be written: Is a directory. Name another file.\n"
