@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dhen.config.arguments import LEARNING_RATES, Arguments, TrainingArguments
+from dhen.config.arguments import Arguments
+from dhen.config.training_arguments import LEARNING_RATES, TrainingArguments
 
 MOST_BATCH = 2048
 """The largest batch size per rank that is chosen."""

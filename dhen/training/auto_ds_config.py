@@ -9,8 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dhen.config.arguments import Arguments, TrainingArguments
+from dhen.config.arguments import Arguments
 from dhen.config.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config, read_json
+from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner
 from dhen.planner.nearest_machine import machine_at_hand

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dhen.config.arguments import ARGUMENTS_FILE, Arguments, DataArguments
+from dhen.config.arguments import ARGUMENTS_FILE, Arguments
 from dhen.config.command_line import ArgumentError, Paths
+from dhen.config.data_arguments import DataArguments
 from dhen.config.left_out import MOST_BATCH, choose_sizes, take_recorded
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.prepared_rows import mean_bag_sizes

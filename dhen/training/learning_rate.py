@@ -7,7 +7,7 @@ torch optimizer, which the tables do not have; they also start at 0 and have no 
 import math
 from typing import Any, get_args
 
-from dhen.config.arguments import MetricName, ScalingRule, ScheduleKind
+from dhen.config.training_arguments import MetricName, ScalingRule, ScheduleKind
 
 
 def scale_learning_rate(learning_rate: float, global_batch: int, base_batch: int, rule: ScalingRule) -> float:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.config.arguments import TrainingArguments
+from dhen.config.training_arguments import TrainingArguments
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.tables.id_exchange import SentIds
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began

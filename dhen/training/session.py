@@ -10,9 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dhen.config.arguments import ARGUMENTS_FILE, Arguments, TrainingArguments
+from dhen.config.arguments import ARGUMENTS_FILE, Arguments
 from dhen.config.command_line import ArgumentError
 from dhen.config.ds_config import AUTO, DsConfig, read_ds_config, read_json
+from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.machine_at_hand import rank_memory_bytes
 from dhen.runtime.topology import Topology

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from dhen.config.arguments import ArgumentError, parse_arguments
+from dhen.config.arguments import parse_arguments
+from dhen.config.command_line import ArgumentError
 from dhen.training.saved.scoring import parse_scoring_arguments
 from dhen.yaml_files import write_yaml
 

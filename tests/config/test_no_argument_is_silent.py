@@ -11,8 +11,10 @@ from typing import get_args, get_type_hints
 import pytest
 import yaml
 
-from dhen.config.arguments import Arguments, DataArguments, TrainingArguments, parse_arguments
+from dhen.config.arguments import Arguments, parse_arguments
+from dhen.config.data_arguments import DataArguments
 from dhen.config.left_out import choose_sizes
+from dhen.config.training_arguments import TrainingArguments
 from dhen.data.formats.roles import ColumnRoles, parse_roles
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig

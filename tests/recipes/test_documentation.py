@@ -17,9 +17,11 @@ import yaml
 from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401
-from dhen.config.arguments import DataArguments, TrainingArguments, parse_arguments
+from dhen.config.arguments import parse_arguments
+from dhen.config.data_arguments import DataArguments
 from dhen.config.dhen_section import DhenSection, PlacementSection
 from dhen.config.ds_config import AUTO
+from dhen.config.training_arguments import TrainingArguments
 from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole, load_roles
 from dhen.data.preparation.settings import Format
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dhen.config.arguments import DataArguments, parse_arguments
+from dhen.config.arguments import parse_arguments
 from dhen.config.command_line import ArgumentError
+from dhen.config.data_arguments import DataArguments
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.schema import Schema, SplitCounts
 from dhen.runtime.topology import Topology

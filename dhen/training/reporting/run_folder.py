@@ -12,7 +12,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from dhen.config.arguments import ARGUMENTS_FILE, ArgumentError, Arguments, TrainingArguments
+from dhen.config.arguments import ARGUMENTS_FILE, Arguments
+from dhen.config.command_line import ArgumentError
+from dhen.config.training_arguments import TrainingArguments
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.runtime.run_environment import describe_environment

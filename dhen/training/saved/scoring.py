@@ -8,7 +8,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
-from dhen.config.arguments import ARGUMENTS_FILE, DataArguments, DatasetFormat, import_interaction_files
+from dhen.config.arguments import ARGUMENTS_FILE, import_interaction_files
 from dhen.config.command_line import (
     ArgumentError,
     Parser,
@@ -19,6 +19,7 @@ from dhen.config.command_line import (
     option,
     unknown_argument,
 )
+from dhen.config.data_arguments import DataArguments, DatasetFormat
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.preparation.settings import PreparationSettings, as_tuple
 from dhen.data.preparation.sources import format_of
