@@ -30,9 +30,9 @@ import torch.distributed as dist
 
 from dhen.runtime import topology as job
 from dhen.runtime.topology import Topology
+from dhen.tables.lookup import make_lookup
 from dhen.tables.placement.costs import Costs, StepSetting, Work, WorkRate, lookup_work, read_costs, update_work
-from dhen.tables.sharded_tables import ADAGRAD_EPSILON, make_lookup
-from dhen.tables.stochastic_rounding import RoundedTables
+from dhen.tables.updated_tables import TableUpdate, UpdatedTables
 from tools.bench.clock import largest, median_seconds, now
 from tools.bench.launch import argument_parser, is_rank, run_ranks
 from tools.bench.report import print_table
@@ -131,7 +131,7 @@ def time_table(
     lookup.set_learning_rate(0.01)
     look_up = lookup
     if rounds_up_and_down and topology.device.type == "cpu":
-        look_up = RoundedTables(lookup, optimizer, ADAGRAD_EPSILON)
+        look_up = UpdatedTables(lookup, TableUpdate(optimizer))
         look_up.learning_rate = 0.01
     states = [state for of_table in lookup.split_optimizer_states() for state in of_table] if optimizer != "sgd" else []
     for tensor in [*lookup.split_embedding_weights(), *states]:

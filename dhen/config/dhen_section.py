@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+TableOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd", "adam"]
 TableDtype = Literal["fp32", "fp16"]
 TableRounding = Literal["stochastic", "nearest"]
 WireDtype = Literal["fp32", "fp16", "bf16", "int8"]
@@ -56,7 +56,9 @@ class DhenSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    table_optimizer: TableOptimizer = Field("rowwise_adagrad", description="Optimizer fused into the tables' backward.")
+    table_optimizer: TableOptimizer | Literal["auto"] = Field(
+        "rowwise_adagrad", description="Optimizer of the tables, part of their backward; auto takes the recipe's."
+    )
     table_dtype: TableDtype = Field("fp32", description="Dtype of the tables' weights.")
     table_rounding: TableRounding = Field(
         "stochastic", description='How updates of fp16 tables are rounded; "nearest" loses small updates.'

@@ -16,7 +16,7 @@ import deepspeed
 from pydantic import ValidationError
 
 from dhen.config.deepspeed_sections import AUTO, ZERO, accepted, without_effect
-from dhen.config.dhen_section import DhenSection, PlacementSection, WireSection
+from dhen.config.dhen_section import DhenSection, PlacementSection, TableOptimizer, WireSection
 from dhen.config.known_faults import known_faults
 from dhen.config.optimizer_section import check_optimizer
 from dhen.config.zero_sizes import SIZE_KEYS, with_sizes
@@ -40,9 +40,10 @@ class DsConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The values that a ds_config may leave "auto", as the recipe sets them.
+    """The values that a ds_config may leave "auto", as the recipe sets them, and how it updates the tables.
 
     per_device_train_batch_size: None if it depends on data that is not known yet. The ds_config must not set it then.
+    table_optimizer: None if the ds_config decides. table_epsilon: None for the optimizer's default.
     """
 
     per_device_train_batch_size: int | None
@@ -54,6 +55,10 @@ class Recipe:
     adam_beta1: float
     adam_beta2: float
     adam_epsilon: float
+    table_optimizer: TableOptimizer | None = None
+    table_epsilon: float | None = 1e-8
+    whole_table_l2: float = 0.0
+    ema_decay: float = 0.0
 
     def values(self) -> dict[str, Any]:
         """The value of each key that may be "auto"."""
@@ -79,6 +84,7 @@ class DsConfig:
     dhen: DhenSection
     rung: str = ""
     """The entry of by_depth that applies, or the planner's choice, with the reason, as text."""
+    recipe: Recipe | None = None
 
     @property
     def zero_stage(self) -> int:
@@ -106,7 +112,7 @@ def read_section(path: str | Path) -> DhenSection:
     """Read only the "dhen" section of the ds_config at `path`, without by_depth. Raises DsConfigError."""
     raw = read_json(Path(path))
     _take_rungs(str(path), raw)
-    return _check_section(str(path), raw.get(SECTION, {}))
+    return _check_section(str(path), raw.get(SECTION, {}), None)
 
 
 def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layers: int = 1) -> DsConfig:
@@ -129,7 +135,7 @@ def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layer
 
 
 def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
-    section = _check_section(path, raw.pop(SECTION, {}))
+    section = _check_section(path, raw.pop(SECTION, {}), recipe.table_optimizer)
     if recipe.per_device_train_batch_size is None:
         recipe = replace(recipe, per_device_train_batch_size=1)
         for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
@@ -152,7 +158,7 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
         deepspeed.DeepSpeedConfig(_copy_without_total(raw))
     except Exception as error:  # plain parsing of a dict, by code of many hands
         raise DsConfigError(f"{path}: DeepSpeed rejects this ds_config: {error}") from error
-    return DsConfig(path, raw, section)
+    return DsConfig(path, raw, section, recipe=recipe)
 
 
 def _rung_name(index: int) -> str:
@@ -234,9 +240,10 @@ def _check_numbers(raw: Any) -> None:
         raise ValueError("it is nested more than 30 levels deep")
 
 
-def _check_section(path: str, section: Any) -> DhenSection:
+def _check_section(path: str, section: Any, table_optimizer: TableOptimizer | None) -> DhenSection:
+    """table_optimizer: the recipe's, which applies if the section leaves it out or "auto"."""
     try:
-        return DhenSection.model_validate(section)
+        checked = DhenSection.model_validate(section)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":
@@ -251,6 +258,13 @@ def _check_section(path: str, section: Any) -> DhenSection:
         wrong = {each["msg"]: None for each in error.errors() if _without_alternatives(each["loc"]) == place}
         key = ".".join([SECTION, *map(str, place)])
         raise DsConfigError(f"{path}: {key} is {quoted(value)}. {', or: '.join(wrong)}.") from error
+    asked, default = section.get("table_optimizer", AUTO), DhenSection().table_optimizer
+    if asked not in (AUTO, table_optimizer or asked):
+        raise DsConfigError(
+            f'{path}: {SECTION}.table_optimizer is {asked!r}, but the recipe sets {table_optimizer!r}. Use "auto", or '
+            "make them equal."
+        )
+    return checked.model_copy(update={"table_optimizer": table_optimizer or default}) if asked == AUTO else checked
 
 
 def _without_alternatives(place: tuple[int | str, ...]) -> tuple[int | str, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dhen.config.command_line import Text, option
+from dhen.config.dhen_section import TableOptimizer
 from dhen.model import ranges
 
 ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"]
@@ -46,10 +47,15 @@ class TrainingArguments:
     table_learning_rate: ranges.NotNegative | None = option(
         None, "Peak learning rate of the embedding tables. Default: 0.05, and a third of it with --model_name_or_path."
     )
-    table_epsilon: ranges.Epsilon = option(
-        1e-3,
-        "Epsilon of the tables' Adagrad optimizer. A larger value makes the updates of rarely seen rows smaller, which "
-        "helps against overfitting. For large data, try 1e-8.",
+    table_optimizer: TableOptimizer | None = option(
+        None,
+        "Optimizer of the embedding tables, unless the ds_config sets dhen.table_optimizer. Default: rowwise_adagrad. "
+        "adam: for small tables, usually with --whole_table_l2 and a table_learning_rate near 1e-3.",
+    )
+    table_epsilon: ranges.Epsilon | None = option(
+        None,
+        "Epsilon of the tables' optimizer. With Adagrad, a larger value makes the updates of rarely seen rows smaller, "
+        "which helps against overfitting; for large data, try 1e-8. Default: 1e-3, and 1e-8 for adam.",
     )
     learning_rate_scaling: ScalingRule = option(
         "none",
@@ -72,21 +78,29 @@ class TrainingArguments:
         0, "With reduce_lr_on_plateau, number of evaluations without improvement to tolerate before a drop."
     )
     weight_decay: ranges.NotNegative = option(0.0, "Decoupled weight decay (AdamW), for the dense part.")
-    adam_beta1: ranges.ShareBelowOne = option(0.9, "Adam's beta1, for the dense part.")
-    adam_beta2: ranges.ShareBelowOne = option(0.999, "Adam's beta2, for the dense part.")
+    adam_beta1: ranges.ShareBelowOne = option(0.9, "Adam's beta1, for the dense part and for tables under adam.")
+    adam_beta2: ranges.ShareBelowOne = option(0.999, "Adam's beta2, for the dense part and for tables under adam.")
     adam_epsilon: ranges.Epsilon = option(1e-8, "Adam's epsilon, for the dense part.")
     max_grad_norm: ranges.NotNegative = option(
         0.0, "Clip the gradient norm of the dense part to this value. 0 turns clipping off. Tables are not clipped."
     )
     whole_table_l2: ranges.NotNegative = option(
         0.0,
-        "L2 decay of the tables: each step multiplies every row by (1 - table learning rate * this value). Use it for "
-        "small tables only, because its cost grows with the number of rows.",
+        "L2 regularization of all rows of the tables. Under adam it is coupled, as in the CTR benchmarks: each step adds "
+        "this value * weight to the gradient. Under the other optimizers it is decoupled: each step multiplies every "
+        "row by (1 - table learning rate * this value). Its cost grows with the number of rows, so use it for small "
+        "tables.",
     )
     looked_up_l2: ranges.NotNegative = option(
         0.0,
         "L2 penalty on the looked-up embeddings: adds this value / 2 * their squared norm, averaged over examples, to "
         "the loss.",
+    )
+    ema_decay: ranges.ShareBelowOne = option(
+        0.0,
+        "Evaluate, save and export an exponential moving average of all weights instead of the last ones. Each step t "
+        "keeps min(this value, (1 + t) / (10 + t)) of it; .99 and .999 are usual. It takes memory for a second copy of "
+        "the weights. 0: no average.",
     )
     freeze: Literal["none", "tables", "dense"] = option(
         "none",

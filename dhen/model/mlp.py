@@ -76,7 +76,9 @@ class MLP(nn.Sequential):
         """Map (B, in_features) to (B, out_features). `hidden` lists the hidden sizes; [] gives one linear layer."""
         steps: list[nn.Module] = []
         for size in hidden:
-            steps.append(nn.Linear(in_features, size))
+            # A bias would only shift the mean that batch norm subtracts. Its gradient is rounding noise, which Adam
+            # scales up to full steps, and the running mean would lag behind.
+            steps.append(nn.Linear(in_features, size, bias=not batch_norm))
             if batch_norm:
                 steps.append(BatchNorm(size))
             steps.append(activation_module(activation))

@@ -15,12 +15,11 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from dhen.config.dhen_section import TableDtype, TableOptimizer
 from dhen.tables.placement.costs import CACHED_SHARE
 
-ADAGRAD_EPSILON = 1e-8
-
 _OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
+    "adam": EmbOptimType.ADAM,  # on CUDA only
 }
 _DTYPES = {"fp32": SparseType.FP32, "fp16": SparseType.FP16}
 
@@ -30,7 +29,8 @@ def make_lookup(
     device: torch.device,
     optimizer: TableOptimizer,
     table_dtype: TableDtype = "fp32",
-    epsilon: float = ADAGRAD_EPSILON,
+    epsilon: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.999),
     *,
     rounds_stochastically: bool = False,
     cached: Collection[int] = (),
@@ -38,7 +38,7 @@ def make_lookup(
     """FBGEMM tables on `device` that sum over each bag and run the optimizer in their backward.
 
     sizes: (rows, columns) of each table. rounds_stochastically: round fp16 updates stochastically; FBGEMM ignores this
-    on CPU, see `RoundedTables`. cached: on CUDA, indices of the tables that stay in host memory, with a cache on the
+    on CPU, see `UpdatedTables`. cached: on CUDA, indices of the tables that stay in host memory, with a cache on the
     GPU.
     """
     return SplitTableBatchedEmbeddingBagsCodegen(
@@ -48,6 +48,8 @@ def make_lookup(
         optimizer=_OPTIMIZERS[optimizer],
         learning_rate=0.0,
         eps=epsilon,
+        beta1=betas[0],
+        beta2=betas[1],
         stochastic_rounding=rounds_stochastically,
         cache_load_factor=CACHED_SHARE,
         pooling_mode=PoolingMode.SUM,

@@ -40,13 +40,14 @@ class RowUses:
         first = sum(self._rows[:table])
         return self.counts[first : first + self._rows[table]]
 
-    def add(self, ids: Tensor, ids_per_table_S: Tensor) -> None:
-        """Count one use of each id. ids: ordered by table."""
+    def add(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
+        """Count one use of each id. ids: ordered by table. Returns their rows, counted over all tables."""
         places = self._places(ids, ids_per_table_S)
         self.counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
         self._added += ids.numel()
         if self._added >= _MOST:
             self.halve()
+        return places
 
     def halve(self) -> None:
         """Halve the counts while one is too large. Call it after the counts were loaded."""

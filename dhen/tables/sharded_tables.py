@@ -22,18 +22,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from dhen.config.dhen_section import TableDtype, TableOptimizer, TableRounding
+from dhen.config.dhen_section import TableDtype, TableRounding
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
 from dhen.runtime.topology import Topology
+from dhen.tables.averaged_tables import AveragedTables
 from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
-from dhen.tables.lookup import ADAGRAD_EPSILON, make_lookup
+from dhen.tables.lookup import make_lookup
 from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
 from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.pooled_exchange import WAITING, PooledExchange, PooledLayout, Wires
 from dhen.tables.row_uses import RowUses, UnseenIds, fill_unused, mean_row
-from dhen.tables.stochastic_rounding import RoundedTables, round_stochastically
+from dhen.tables.stochastic_rounding import round_stochastically
+from dhen.tables.updated_tables import TableUpdate, UpdatedTables
 
+_STATES = {"sgd": (), "rowwise_adagrad": ("sum",), "adagrad": ("sum",), "adam": ("exp_avg", "exp_avg_sq")}
 _DECAYED_ROWS = 1 << 16
 """Rows that are converted to float32 at a time."""
 
@@ -53,8 +56,8 @@ class ShardedTables(nn.Module):
 
     table_rounding: how updates of fp16 tables are rounded. wires: dtypes of the all-to-all. overlap: whether
     communication overlaps with computation; results are the same either way.
-    epsilon: Adagrad's; an update is learning rate * g / (sqrt(sum of g^2) + epsilon). A larger value makes the first
-    updates of a row smaller, so rows that are rarely seen stay close to their initial values.
+    update: the optimizer. Adagrad's update is learning rate * g / (sqrt(sum of g^2) + epsilon): a larger epsilon makes
+    the first updates of a row smaller, so rows that are rarely seen stay close to their initial values.
 
     Never pass this module to DeepSpeed: it would overwrite every rank's shards with rank 0's.
     """
@@ -66,10 +69,9 @@ class ShardedTables(nn.Module):
         placement: Placement,
         topology: Topology,
         *,
-        optimizer: TableOptimizer = "rowwise_adagrad",
+        update: TableUpdate | None = None,
         table_dtype: TableDtype = "fp32",
         table_rounding: TableRounding = "stochastic",
-        epsilon: float = ADAGRAD_EPSILON,
         seed: int = 0,
         init_std: float | None = None,
         wires: Wires | None = None,
@@ -80,8 +82,10 @@ class ShardedTables(nn.Module):
         self.tables = tuple(tables)
         self.embedding_dim = embedding_dim
         self.placement = placement
-        self.optimizer, self.table_dtype = optimizer, table_dtype
-        self.is_frozen = False
+        self.update, self.table_dtype = update or TableUpdate(), table_dtype
+        self.optimizer = self.update.optimizer
+        self.average: AveragedTables | None = None
+        self.is_frozen, self._is_averaged = False, False
         self._wires, self._overlap = wires or Wires(), overlap
         self._device, self._world_size = topology.device, topology.world_size
         # NCCL runs one stream per group. In ZeRO-3's group, the world, embeddings would queue behind its weights.
@@ -93,31 +97,39 @@ class ShardedTables(nn.Module):
         self.shards = by_rank[topology.rank]
         self._layout = PooledLayout(by_rank, len(self.tables), embedding_dim, topology.rank)
         self._ids = IdExchange(self.tables, by_rank, topology, overlap=overlap)
-        self._lookup, self._rounded = None, None
+        self._lookup, self._updated = None, None
         self.uses = RowUses([shard.num_embeddings for shard in self.shards], self._device)
         self._unseen: UnseenIds | None = None
         if self.shards:
-            self._make_lookup(epsilon, rounds=table_dtype == "fp16" and table_rounding == "stochastic")
+            self._make_lookup(rounds=table_dtype == "fp16" and table_rounding == "stochastic")
         for shard, weight in zip(self.shards, self._weights(), strict=True):
             columns = range(shard.first_column, shard.last_column)
             weight.copy_(init_table(shard.name, shard.num_embeddings, embedding_dim, columns, seed, init_std))
 
-    def _make_lookup(self, epsilon: float, *, rounds: bool) -> None:
+    def _make_lookup(self, *, rounds: bool) -> None:
         cached: frozenset[int] = frozenset()
-        if self._device.type == "cuda":
+        on_cpu, update = self._device.type == "cpu", self.update
+        if not on_cpu:
             memory = torch.cuda.get_device_properties(self._device).total_memory
             cached = beyond_device(self.shards, MEMORY_SHARE * memory)
+        if cached and update.touches_all_rows:
+            raise ValueError(
+                "the tables do not fit on the GPUs, but Adam with whole_table_l2 updates all rows in each step. Use "
+                "more ranks, or set whole_table_l2 to 0."
+            )
+        is_adam_here = update.optimizer == "adam" and (on_cpu or update.touches_all_rows)
         self._lookup = make_lookup(
             [(shard.num_embeddings, shard.num_columns) for shard in self.shards],
             self._device,
-            self.optimizer,
+            "sgd" if is_adam_here else update.optimizer,
             self.table_dtype,
-            epsilon,
+            update.epsilon,
+            update.betas,
             rounds_stochastically=rounds,
             cached=cached,
         )
-        if rounds and self._device.type == "cpu":
-            self._rounded = RoundedTables(self._lookup, self.optimizer, epsilon)
+        if is_adam_here or (rounds and on_cpu):
+            self._updated = UpdatedTables(self._lookup, update, rounds=rounds)
 
     def forward(self, sparse: SparseIds | SentIds) -> Tensor:
         """Look up and pool: SparseIds of this rank's B examples -> embeddings_BFD.
@@ -145,13 +157,17 @@ class ShardedTables(nn.Module):
 
     def _look_up_own(self, own: OwnIds) -> Tensor:
         """Pool the rows of this rank's shards, and count the uses in training or, in an evaluation, the unseen ids."""
-        weights, missing_SR = own.weights, None
+        look_up, weights, missing_SR = self._updated or self._lookup, own.weights, None
         lengths_SR = own.offsets.diff().view(len(self.shards), self._world_size * own.padded_batch)
         if torch.is_grad_enabled():
-            self.uses.add(own.ids, lengths_SR.sum(1))
+            rows = self.uses.add(own.ids, lengths_SR.sum(1))
+            if self.average is not None:
+                self.average.before_update(rows)
         elif self._unseen is not None:
             weights, missing_SR = self._unseen.split(own.ids, lengths_SR, weights)
-        pooled = (self._rounded or self._lookup)(own.ids, own.offsets, per_sample_weights=weights)
+        if self._is_averaged:
+            look_up = self.average.lookup
+        pooled = look_up(own.ids, own.offsets, per_sample_weights=weights)
         return pooled if missing_SR is None else pooled + self._unseen.mean_parts(missing_SR)
 
     @contextlib.contextmanager
@@ -187,11 +203,21 @@ class ShardedTables(nn.Module):
         """Set the learning rate of the next updates. Call it before the forward; a backward uses its forward's rate."""
         if self._lookup is not None:
             self._lookup.set_learning_rate(learning_rate)
-        if self._rounded is not None:
-            self._rounded.learning_rate = learning_rate
+        if self._updated is not None:
+            self._updated.learning_rate = learning_rate
+
+    def end_step(self, learning_rate: float, average_decay: float) -> None:
+        """Do what comes after the updates of a step: L2 decay of whole tables, and the moving average.
+
+        average_decay: share of the average that stays.
+        """
+        if self.update.l2 and self.update.optimizer != "adam":
+            self._decay_whole_tables(learning_rate * self.update.l2)
+        if self.average is not None:
+            self.average.after_step(average_decay)
 
     @torch.no_grad()
-    def decay_whole_tables(self, rate: float) -> None:
+    def _decay_whole_tables(self, rate: float) -> None:
         """Multiply every weight by 1 - `rate` (rate: learning rate times L2). For small tables: it touches every row.
 
         fp16 weights are rounded stochastically; rounded to nearest, most would never change.
@@ -204,23 +230,60 @@ class ShardedTables(nn.Module):
                 weight.mul_(1.0 - rate)
 
     def shard_tensors(self) -> list[tuple[TableShard, dict[str, Tensor]]]:
-        """This rank's shards and their tensors, which may be read or overwritten in place.
+        """This rank's shards and their tensors, which may be read or overwritten in place; then call `reloaded`.
 
         "weight" is (rows, columns). "uses" is (rows,), int32: how often training used each row. The Adagrad optimizers
-        add "sum": (rows, columns), or (rows,) for row-wise Adagrad.
+        add "sum": (rows, columns), or (rows,) for row-wise Adagrad. Adam adds "exp_avg" and "exp_avg_sq", (rows,
+        columns), and "steps", (1,). "average" is (rows, columns), if there is one.
         """
         if self._lookup is None:
             return []
         tensors = [{"weight": weight, "uses": self.uses.of(index)} for index, weight in enumerate(self._weights())]
-        if self.optimizer != "sgd":
-            for of_shard, (total,) in zip(tensors, self._lookup.split_optimizer_states(), strict=True):
-                of_shard["sum"] = total
+        if names := _STATES[self.optimizer]:
+            has_states = self._updated if self.optimizer == "adam" and self._updated else self._lookup
+            for of_shard, states in zip(tensors, has_states.split_optimizer_states(), strict=True):
+                of_shard |= zip(names, states, strict=True)
+                if self.optimizer == "adam":
+                    of_shard["steps"] = self._updated.steps if self._updated else self._lookup.iter
+        if self.average is not None and not self._is_averaged:
+            self.average.settle()
+            for of_shard, average in zip(tensors, self.average.weights, strict=True):
+                of_shard["average"] = average
         return list(zip(self.shards, tensors, strict=True))
+
+    def reloaded(self) -> None:
+        """Go on from tensors of `shard_tensors` that were overwritten."""
+        self.uses.halve()
+        if self.optimizer == "adam" and self._lookup is not None and self._updated is None:
+            self._lookup.iter_cpu.copy_(self._lookup.iter)
+
+    def start_average(self) -> None:
+        """Begin a moving average of the tables at their present weights. Raises ValueError if memory is missing."""
+        if self._lookup is not None:
+            weights = self._weights()
+            if any(weight.device != self._device for weight in weights):
+                raise ValueError(
+                    "the tables do not fit on the GPUs, so an average of them does not either. Set it to 0."
+                )
+            self.average = AveragedTables(weights, all_rows_change=self.update.l2 > 0)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside this context, lookups without gradients and `shard_tensors` use the averages, if there are any."""
+        if self.average is not None:
+            self.average.settle()
+        self._is_averaged = self.average is not None
+        try:
+            yield
+        finally:
+            self._is_averaged = False
 
     def _weights(self) -> list[Tensor]:
         """The weights of all shards. On a GPU, first writes the cache back to host memory and empties it."""
         if self._lookup is None:
             return []
+        if self._is_averaged:
+            return self.average.weights
         self._lookup.flush()
         self._lookup.reset_cache_states()
         return self._lookup.split_embedding_weights()

@@ -1,9 +1,9 @@
 """Saves and loads table shards by table and column, so that a checkpoint loads under any placement.
 
 Each rank writes its own shards to `tables-<rank>.safetensors`, under the keys `<table>/<first>:<last>/<tensor>`: first
-and last are columns, and tensor is "weight" or the optimizer's "sum". To load, a rank reads the columns that its shards
+and last are columns, and tensor is "weight", an optimizer's state or the weight's "average". To load, a rank reads the columns that its shards
 need from all files. Row-wise Adagrad's sum has one number per row *and shard*, so it loads only if the table is cut as
-it was when saved. "uses" says how often training used each row: any shard of a table has it.
+it was when saved. Any shard of a table has "uses", how often training used each row, and Adam's "steps".
 """
 
 import re
@@ -41,6 +41,7 @@ def save_tables(tables: ShardedTables, folder: Path, rank: int) -> None:
         for shard, of_shard in tables.shard_tensors()
         for kind, tensor in of_shard.items()
     }
+    tensors |= {key: tensor.clone() for key, tensor in tensors.items() if key.endswith("/steps")}  # else one for all
     save_file(tensors, folder / f"tables-{rank:05d}.safetensors", metadata=_kind(tables))
 
 
@@ -55,12 +56,14 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
     for shard, of_shard in tables.shard_tensors():
         for kind, tensor in of_shard.items():
             pieces = stored.get((shard.name, kind), [])
-            if kind == "uses":
+            if kind in ("uses", "steps"):
                 if pieces:
                     tensor.copy_(_read(pieces[0], ...))
                 continue
+            if kind == "average" and not pieces:  # the run that saved had none
+                pieces = stored.get((shard.name, "weight"), [])
             tensor.copy_(_columns(pieces, shard, tuple(tensor.shape), f"{folder}: table {shard.name!r}, {kind}"))
-    tables.uses.halve()
+    tables.reloaded()
 
 
 def _kind(tables: ShardedTables) -> dict[str, str]:

@@ -56,7 +56,8 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         "zero_stage": model.ds_config.zero_stage,
     }
     card = model_card(model.config, data.schema, summary)
-    export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card, scale)
+    with model.averaged():
+        export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card, scale)
     if model.topology.is_main:
         write_json(output_dir / SUMMARY_FILE, summary)
         draw_curves(output_dir / METRICS_FILE, best_ne.get("validation"))

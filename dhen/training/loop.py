@@ -172,11 +172,10 @@ class Trainer:
         raise FloatingPointError(f"step {step}: {what} {newest}") from None
 
     def _finish_step(self, rows: int, factor: float) -> None:
-        """Decay the tables, count the step, then log, evaluate and save if each is due."""
-        state, arguments, tables = self.state, self.arguments, self.model.tables
-        if arguments.whole_table_l2 and tables is not None and not tables.is_frozen:
-            tables.decay_whole_tables(self._table_learning_rate * factor * arguments.whole_table_l2)
+        """Count the step and end it, then log, evaluate and save if each is due."""
+        state, arguments = self.state, self.arguments
         is_epoch_end = self._count_step(rows)
+        self.model.end_step(state.step, self._table_learning_rate * factor)
         is_last = state.step == self.total_steps
         if is_last or self._is_due(arguments.logging_steps):
             self._log(factor)

@@ -12,6 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from dhen.config.ds_config import DsConfig
+from dhen.dense.averaged_weights import AveragedWeights
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
@@ -111,11 +112,13 @@ class ScoringDhen:
 class ParallelDhen(ScoringDhen):
     """A DHEN model over the ranks, for training: `dense` is DeepSpeed's engine around the dense part.
 
-    shard_size: number of ranks that ZeRO shards over: all ranks, or those of a shard group.
+    shard_size: number of ranks that ZeRO shards over: all ranks, or those of a shard group. average: the moving average
+    of the dense part, if there is one; `tables` has its own.
     """
 
     ds_config: DsConfig
     shard_size: int
+    average: AveragedWeights | None = None
 
     @property
     def engine(self) -> deepspeed.DeepSpeedEngine:
@@ -151,6 +154,40 @@ class ParallelDhen(ScoringDhen):
         if not is_finite:
             raise FloatingPointError("the loss or its gradient is not finite")
 
+    def start_average(self, decay: float) -> None:
+        """Begin a moving average of all weights, which evaluations and exports use. Raises ValueError if it cannot be.
+
+        decay: largest share of the average that a step keeps.
+        """
+        self.average, self._most_decay = AveragedWeights(self.engine), decay
+        if self.tables is not None:
+            self.tables.start_average()
+
+    def end_step(self, step: int, table_learning_rate: float) -> None:
+        """Do what comes after the updates of step number `step`: regularize whole tables, and average the weights."""
+        # The early weights leave the average soon: 1 - decay falls as 9 / (10 + step).
+        decay = min(self._most_decay, (1 + step) / (10 + step)) if self.average else 0.0
+        if self.tables is not None:
+            self.tables.end_step(table_learning_rate, decay)
+        if self.average is not None:
+            self.average.after_step(decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside this context the weights are their moving averages, if there are any. Communicates under ZeRO."""
+        with contextlib.ExitStack() as stack:
+            if self.average is not None:
+                stack.enter_context(self.average.swapped_in())
+                if self.tables is not None:
+                    stack.enter_context(self.tables.averaged())
+            yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """As ScoringDhen's, with the moving averages of the weights if there are any."""
+        with self.averaged(), super().evaluating():
+            yield
+
     def tables_are_finite(self) -> bool:
         """Whether the sharded tables are finite on all ranks. Communicates; all ranks call it."""
         shards = [] if self.tables is None else self.tables.shard_tensors()
@@ -184,16 +221,16 @@ class ParallelDhen(ScoringDhen):
         Call this before an evaluation, so that all ranks score with the same model, and before a save, which stores
         only rank 0's statistics.
         """
-        for buffer in self.engine.module.buffers():
+        for buffer in [*self.engine.module.buffers(), *(self.average.buffers if self.average else ())]:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer, group=self.topology.world)
                 buffer /= self.topology.world_size
 
-    def dense_state_dict(self) -> dict[str, Tensor]:
+    def dense_state_dict(self, *, fills_unused: bool = True) -> dict[str, Tensor]:
         """The full fp32 weights and the buffers of the dense part, on rank 0's CPU. Empty on the other ranks.
 
-        A row of a replicated table that training never used is the mean of its table. Communicates, under ZeRO stages
-        1 to 3 one weight at a time, so no device needs memory for all of them.
+        fills_unused: a row of a replicated table that training never used is the mean of its table. Communicates, under
+        ZeRO stages 1 to 3 one weight at a time, so no device needs memory for all of them.
         """
         self.replicated.gather_uses()
         uses = {f"tables.{name}.weight": counts for name, counts in self.replicated.uses_by_name().items()}
@@ -203,7 +240,7 @@ class ParallelDhen(ScoringDhen):
             whole = _whole_weight(parameter)
             if self.topology.is_main:
                 state[name] = whole.detach().cpu().clone()
-                if name in uses:
+                if name in uses and fills_unused:
                     fill_unused(state[name], uses[name].cpu())
         if self.topology.is_main:
             buffers = self.engine.module.state_dict().items()

@@ -31,15 +31,16 @@ from dhen.dense.lean_stage3 import LeanStage3
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime.topology import ShardGroups, Topology
-from dhen.tables.lookup import ADAGRAD_EPSILON
 from dhen.tables.placement.agreed import place_for_scoring, place_for_training
 from dhen.tables.placement.plan import Placement
 from dhen.tables.pooled_exchange import Wires
 from dhen.tables.sharded_tables import ShardedTables
+from dhen.tables.updated_tables import TableUpdate
 from dhen.tables.wire import Wire
 from dhen.training.parallel_model import ParallelDhen, ScoringDhen
 
 logger = logging.getLogger(__name__)
+_ADAGRAD_EPSILON, _ADAM_EPSILON = 1e-3, 1e-8
 WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,7 +71,6 @@ def parallelize(
     layout: Layout,
     *,
     seed: int = 0,
-    table_epsilon: float = ADAGRAD_EPSILON,
     dense_weights: Mapping[str, Tensor] | None = None,
     fill_table: Callable[[str, Tensor], None] | None = None,
 ) -> ParallelDhen:
@@ -81,7 +81,7 @@ def parallelize(
     """
     config, topology, ds_config, placement = layout.config, layout.topology, layout.ds_config, layout.placement
     _allow_tf32(ds_config.dhen.allow_tf32, topology.device)
-    tables = shard_tables(config, topology, placement, ds_config.dhen, table_epsilon, seed)
+    tables = shard_tables(config, topology, placement, ds_config.dhen, table_update(ds_config), seed)
     dense = _dense_part(config, ds_config, placement.replicated, seed, layout.groups)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
@@ -97,14 +97,14 @@ def parallelize(
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
     """Build the model for scoring, without DeepSpeed: empty tables over all ranks, and the full dense part on each."""
     placement = place_for_scoring(config, topology)
-    tables = shard_tables(config, topology, placement, DhenSection(table_optimizer="sgd"), ADAGRAD_EPSILON, seed=0)
+    tables = shard_tables(config, topology, placement, DhenSection(), TableUpdate("sgd"), seed=0)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
     return ScoringDhen(config, topology, placement, tables, dense.to(topology.device).eval())
 
 
 def shard_tables(
-    config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, epsilon: float, seed: int
+    config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, update: TableUpdate, seed: int
 ) -> ShardedTables | None:
     """Build this rank's shards of the tables; None if no table is sharded. Communicates; all ranks call it."""
     sharded = [table for table in config.tables if table.name not in placement.replicated]
@@ -115,15 +115,27 @@ def shard_tables(
         config.embedding_dim,
         placement,
         topology,
-        optimizer=section.table_optimizer,
+        update=update,
         table_dtype=section.table_dtype,
         table_rounding=section.table_rounding,
-        epsilon=epsilon,
         seed=seed,
         init_std=config.embedding_init_std,
         wires=Wires(Wire(section.all_to_all_dtype.forward), Wire(section.all_to_all_dtype.backward)),
         overlap=section.overlap_tables,
     )
+
+
+def table_update(ds_config: DsConfig) -> TableUpdate:
+    """How the recipe and the ds_config update the tables."""
+    recipe, optimizer = ds_config.recipe, ds_config.dhen.table_optimizer
+    if recipe is None:
+        return TableUpdate(optimizer)
+    epsilon, l2 = recipe.table_epsilon, recipe.whole_table_l2
+    if epsilon is None:
+        epsilon = _ADAM_EPSILON if optimizer == "adam" else _ADAGRAD_EPSILON
+    if optimizer == "adam":  # which adds it to the gradient of each micro step, a part of the step's
+        l2 /= ds_config.deepspeed["gradient_accumulation_steps"]
+    return TableUpdate(optimizer, epsilon, (recipe.adam_beta1, recipe.adam_beta2), l2)
 
 
 def _allow_tf32(is_allowed: bool, device: torch.device) -> None:

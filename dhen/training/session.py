@@ -78,7 +78,6 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     model = parallelize(
         layout,
         seed=training.seed,
-        table_epsilon=training.table_epsilon,
         dense_weights=start.dense_weights if start else None,
         fill_table=start.fill_table if start else None,
     )
@@ -88,6 +87,11 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         model.knows_uses = start.trained.knows_uses
         for name, uses in model.replicated.uses_by_name().items():
             start.fill_uses(name, uses)
+    if training.ema_decay:
+        try:
+            model.start_average(training.ema_decay)
+        except ValueError as error:
+            raise ArgumentError(f"ema_decay is {training.ema_decay}: {error}") from error
     return model
 
 

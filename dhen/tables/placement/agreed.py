@@ -89,6 +89,9 @@ def place_for_training(
     section, batch_size = ds_config.dhen, ds_config.deepspeed["train_micro_batch_size_per_gpu"]
     setting = setting_of(section, topology.world_size, topology.local_size, batch_size)
     setting = replace(setting, zero_stage=ds_config.zero_stage, shard_size=shard_size)
+    if recipe := ds_config.recipe:
+        all_rows = section.table_optimizer == "adam" and recipe.whole_table_l2 > 0
+        setting = replace(setting, all_rows=all_rows, averages=recipe.ema_decay > 0)
     memory_bytes = _memory_bytes(topology)
 
     def place() -> Placement:

@@ -22,6 +22,8 @@ _CACHED_ROW_BYTES, _CACHE_SLOT_BYTES = 4, 16
 """Bookkeeping of FBGEMM's cache on the GPU: bytes per row of the table, and bytes per cached row."""
 _USES_BYTES = 4
 """Bytes per row of the count of its uses (dhen/tables/row_uses.py)."""
+_AVERAGE_BYTES = 8
+"""Bytes per row that say when its average was brought up to date (dhen/tables/averaged_tables.py)."""
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
 WIRE_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.0}
 
@@ -124,7 +126,8 @@ class StepSetting:
 
     batch_size: examples per rank. wire_forward, wire_backward: dtypes of the all-to-all, keys of WIRE_BYTES.
     table_rounding: rounding of updates to fp16 tables. zero_stage, shard_size: ZeRO stage and number of ranks that ZeRO
-    shards over (None: all), for the dense part, which includes the replicated tables.
+    shards over (None: all), for the dense part, which includes the replicated tables. all_rows: an update changes all
+    rows. averages: there is a moving average of the tables.
     """
 
     world_size: int
@@ -137,6 +140,8 @@ class StepSetting:
     table_rounding: str = "stochastic"
     zero_stage: int = 0
     shard_size: int | None = None
+    all_rows: bool = False
+    averages: bool = False
 
     @property
     def global_batch(self) -> int:
@@ -145,9 +150,13 @@ class StepSetting:
 
     @property
     def update_key(self) -> str:
-        """Key of `Costs.update`: "<optimizer>/<dtype>", plus " rounded" if fp16 is rounded stochastically."""
+        """Key of `Costs.update`: "<optimizer>/<dtype>", plus " rounded" if fp16 is rounded stochastically.
+
+        Adam has the rates of Adagrad. It moves more bytes per row, which `row_bytes` counts.
+        """
         rounded = self.table_dtype == "fp16" and self.table_rounding == "stochastic"
-        return f"{self.optimizer}/{self.table_dtype}{' rounded' if rounded else ''}"
+        optimizer = "adagrad" if self.optimizer == "adam" else self.optimizer
+        return f"{optimizer}/{self.table_dtype}{' rounded' if rounded else ''}"
 
     @property
     def of_replicated(self) -> "StepSetting":
@@ -156,12 +165,13 @@ class StepSetting:
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row's weights and optimizer state."""
-        state = {"rowwise_adagrad": 4, "adagrad": 4 * columns, "sgd": 0}[self.optimizer]
-        return columns * WEIGHT_BYTES[self.table_dtype] + state
+        states = {"rowwise_adagrad": 4, "adagrad": 4 * columns, "sgd": 0, "adam": 8 * columns}
+        return columns * WEIGHT_BYTES[self.table_dtype] + states[self.optimizer]
 
     def shard_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a shard: weights, optimizer state and counts of uses."""
-        return rows * (self.row_bytes(columns) + _USES_BYTES)
+        """Bytes of a shard: weights, optimizer state, average and counts of uses."""
+        average = columns * WEIGHT_BYTES["fp32"] + _AVERAGE_BYTES if self.averages else 0
+        return rows * (self.row_bytes(columns) + average + _USES_BYTES)
 
     def cached_bytes(self, rows: int, columns: int) -> int:
         """Bytes that stay on the GPU when the shard is in host memory: cache, row-wise optimizer state, and uses."""
@@ -197,7 +207,7 @@ def lookup_work(ids: float, bags: int, rows: int, columns: int, setting: StepSet
 
 def update_work(ids: float, bags: int, rows: int, columns: int, setting: StepSetting) -> Work:
     """The work of an update: reads one bag's gradient per id, and reads and writes each distinct row and its state."""
-    touched = rows_touched(ids, rows)
+    touched = rows if setting.all_rows else rows_touched(ids, rows)
     gradient_bytes = max(ids, bags) * columns * _OUTPUT_BYTES
     return Work(ids, touched, 2 * touched * setting.row_bytes(columns), gradient_bytes)
 

@@ -37,6 +37,7 @@ CANONICAL_KEYS = "canonical keys"
 ARGUMENTS = "arguments"
 _PREFIX = "checkpoint-"
 _OPTIMIZER = "optimizer"
+_AVERAGE = "average-of-dense.safetensors"
 _REPLICATED_USES, _KNOWS_USES = "uses-of-replicated.safetensors", "knows_uses"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
@@ -88,6 +89,11 @@ def save_checkpoint(
         if topology.is_main:
             save_file(model.replicated.uses_by_name(), folder / _REPLICATED_USES)
     torch.save(_random_state(), folder / f"random-{topology.rank:05d}.pt")
+    if model.average is not None:
+        with model.averaged():
+            state_dict = model.dense_state_dict(fills_unused=False)
+        if topology.is_main:
+            save_file(state_dict, folder / _AVERAGE)
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
@@ -148,6 +154,10 @@ def load_checkpoint(
     _step_as_configured(model, options)
     if model.tables is not None:
         load_tables(model.tables, folder)
+    if model.average is not None and (folder / _AVERAGE).is_file():
+        model.average.load(load_file(folder / _AVERAGE))
+    elif model.average is not None:  # the run that saved had none, so the tables start theirs here, too
+        model.average.restart()
     model.knows_uses = values.get(_KNOWS_USES, False)  # checkpoints of earlier versions do not
     if model.replicated.tables:
         saved_uses = folder / _REPLICATED_USES

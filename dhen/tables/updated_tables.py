@@ -1,0 +1,169 @@
+"""Table updates that FBGEMM does not have: stochastic rounding of FP16 tables on CPU, and Adam.
+
+FBGEMM does the lookup. The update is done here, in float32, as part of the backward like FBGEMM's own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from dhen.config.dhen_section import TableOptimizer
+from dhen.tables.stochastic_rounding import round_stochastically
+from dhen.tables.widths import Width, by_width
+
+_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 26}
+"""Numbers that are updated together. On a CPU, few enough for the intermediate results to stay in its cache."""
+
+
+@dataclass(frozen=True)
+class TableUpdate:
+    """How the tables are updated.
+
+    epsilon: Adagrad's or Adam's. betas: Adam's. l2: L2 regularization of whole tables. With Adam it is coupled: each
+    update adds l2 * weight to the gradient of every row, as torch.optim.Adam's weight_decay does. Without l2, Adam
+    updates only the rows that were looked up, as torch.optim.SparseAdam and FBGEMM do. With the other optimizers l2 is
+    decoupled: each step ends with a multiplication of every row by 1 - learning rate * l2.
+    """
+
+    optimizer: TableOptimizer = "rowwise_adagrad"
+    epsilon: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)
+    l2: float = 0.0
+
+    @property
+    def touches_all_rows(self) -> bool:
+        """Whether an update changes rows that were not looked up."""
+        return self.optimizer == "adam" and self.l2 > 0
+
+
+class UpdatedTables:
+    """Looks up with FBGEMM's `lookup`, and updates its weights and optimizer states in place.
+
+    Adjacent tables of equal width are updated together, so tables should be ordered by width. rounds: whether fp16
+    weights are rounded stochastically. steps: number of updates, for Adam's bias correction; it may be overwritten in
+    place.
+    """
+
+    def __init__(
+        self, lookup: SplitTableBatchedEmbeddingBagsCodegen, update: TableUpdate, *, rounds: bool = True
+    ) -> None:
+        self.learning_rate = 0.0
+        self.lookup, self._update, self._rounds = lookup, update, rounds
+        self._leaf = torch.empty(0, requires_grad=True)  # so that backward runs: autograd does not track the weights
+        weights = lookup.split_embedding_weights()
+        self.steps = torch.zeros(1, dtype=torch.int64)
+        self._widths = by_width(weights)
+        states: Sequence[Sequence[Tensor]] = ()
+        if update.optimizer == "adam":
+            self._joined_states = [
+                [torch.zeros_like(of_width.weight, dtype=torch.float32) for _ in range(2)] for of_width in self._widths
+            ]
+        else:
+            states = [] if update.optimizer == "sgd" else lookup.split_optimizer_states()
+            self._joined_states = [
+                [of_width.of(kind) for kind in zip(*states, strict=True)] for of_width in self._widths
+            ]
+
+    def split_optimizer_states(self) -> list[tuple[Tensor, ...]]:
+        """Adam's two states of each table, (rows, columns): views."""
+        by_table: list[tuple[Tensor, ...]] = []
+        for of_width, joined in zip(self._widths, self._joined_states, strict=True):
+            ends = [*of_width.first_rows[1:].tolist(), len(of_width.weight)]
+            firsts = of_width.first_rows.tolist()
+            by_table += [tuple(s[a:b] for s in joined) for a, b in zip(firsts, ends, strict=True)]
+        return by_table
+
+    def __call__(self, ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
+        """The lookup's pooled embeddings. Their backward updates the tables."""
+        return _LookUp.apply(self._leaf, self, ids, offsets, per_sample_weights)
+
+    def update(self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, learning_rate: float) -> None:
+        """The backward: one optimizer step. grad: of all pooled embeddings, (bags, sum of columns)."""
+        num_bags = grad.shape[0]
+        self.steps += 1
+        for of_width, states in zip(self._widths, self._joined_states, strict=True):
+            first, last = of_width.tables
+            ends = offsets[first * num_bags : last * num_bags + 1]
+            here = slice(int(ends[0]), int(ends[-1]))
+            bags = torch.arange(len(ends) - 1, dtype=ids.dtype, device=ids.device)
+            bag_of_id = bags.repeat_interleave(ends.diff(), output_size=here.stop - here.start)
+            table_of_id = bag_of_id // num_bags
+            by_row, order = (ids[here] + of_width.first_rows[table_of_id]).sort(stable=True)
+            if self._update.touches_all_rows:
+                rows, counts = None, by_row.bincount(minlength=len(of_width.weight))
+            else:
+                rows, counts = by_row.unique_consecutive(return_counts=True)
+            # A row of `grads` is one bag's gradient for one table; bags are numbered table by table.
+            grads = grad[:, slice(*of_width.columns)].reshape(-1, of_width.weight.shape[1])
+            grad_of_id = ((bag_of_id - table_of_id * num_bags) * (last - first) + table_of_id)[order]
+            weight_of_id = None if weights is None else weights[here][order]
+            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(ids.dtype)
+            at_once = max(1, _AT_ONCE[grad.device.type] // grads.shape[1])
+            for row in range(0, len(counts), at_once):
+                of_rows = starts[row : row + at_once + 1]
+                of_ids = slice(int(of_rows[0]), int(of_rows[-1]))
+                # A row's gradient is the sum of its ids' bag gradients: again a lookup, of bags instead of rows.
+                grad_of_rows = embedding_bag(
+                    grad_of_id[of_ids],
+                    grads,
+                    of_rows[:-1] - of_rows[0],
+                    mode="sum",
+                    per_sample_weights=None if weight_of_id is None else weight_of_id[of_ids],
+                )
+                where = slice(row, row + at_once) if rows is None else rows[row : row + at_once]
+                self._update_rows(of_width, states, where, grad_of_rows, learning_rate)
+
+    def _update_rows(
+        self, of_width: Width, states: list[Tensor], rows: Tensor | slice, grad: Tensor, learning_rate: float
+    ) -> None:
+        after = of_width.weight[rows].float()
+        if self._update.touches_all_rows:
+            grad = grad.add_(after, alpha=self._update.l2)
+        of_rows = [state[rows] for state in states]
+        after = after.sub_(self._step(grad, of_rows), alpha=learning_rate)
+        if of_width.weight.dtype == torch.float16 and self._rounds:
+            after = round_stochastically(after)
+        of_width.weight[rows] = after.to(of_width.weight.dtype)
+        for state, new in zip(states, of_rows, strict=True):
+            state[rows] = new
+
+    def _step(self, grad: Tensor, states: list[Tensor]) -> Tensor:
+        """The update for a learning rate of 1, to be subtracted from the rows. Updates the rows' states in place."""
+        optimizer, epsilon = self._update.optimizer, self._update.epsilon
+        if optimizer == "sgd":
+            return grad
+        if optimizer == "adam":
+            (mean, square), (beta1, beta2), steps = states, self._update.betas, int(self.steps)
+            mean.lerp_(grad, 1 - beta1)
+            square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            scale = square.sqrt().div_((1 - beta2**steps) ** 0.5).add_(epsilon)
+            return mean.div(scale).div_(1 - beta1**steps)
+        (sums,) = states
+        squares = grad.square()
+        sums += squares.mean(1) if optimizer == "rowwise_adagrad" else squares
+        scale = sums.sqrt().add_(epsilon)
+        return grad / (scale[:, None] if scale.dim() == 1 else scale)
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        _: Tensor,
+        tables: UpdatedTables,
+        ids: Tensor,
+        offsets: Tensor,
+        weights: Tensor | None,
+    ) -> Tensor:
+        ctx.tables, ctx.inputs, ctx.learning_rate = tables, (ids, offsets, weights), tables.learning_rate
+        return tables.lookup(ids, offsets, per_sample_weights=weights)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, ...]:
+        ids, offsets, weights = ctx.inputs
+        ctx.tables.update(grad, ids, offsets, weights, ctx.learning_rate)
+        return None, None, None, None, None

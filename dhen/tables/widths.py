@@ -1,0 +1,46 @@
+"""Groups one rank's tables by width, so that one operation works on all tables of equal width."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Width:
+    """Adjacent tables of equal width, joined into one. Shares the tables' memory.
+
+    tables: range of table numbers, end exclusive. columns: range of columns in the lookup's output, end exclusive.
+    first_rows: number of each table's first row in `weight`.
+    """
+
+    tables: tuple[int, int]
+    columns: tuple[int, int]
+    first_rows: Tensor
+    weight: Tensor
+
+    def of(self, states: Sequence[Tensor]) -> Tensor:
+        """States of all tables -> those of these tables, joined."""
+        return _joined(states[slice(*self.tables)])
+
+
+def by_width(weights: Sequence[Tensor]) -> list[Width]:
+    """Group tables that FBGEMM stores back to back. Tables of equal width must be adjacent."""
+    widths, column, first = [], 0, 0
+    for width, group in groupby(weights, key=lambda weight: weight.shape[1]):
+        tables = list(group)
+        last = first + len(tables)
+        rows = torch.tensor([0] + [len(table) for table in tables], device=tables[0].device).cumsum(0)
+        rows = rows.to(torch.int32) if rows[-1] <= torch.iinfo(torch.int32).max else rows
+        widths.append(Width((first, last), (column, column + width * len(tables)), rows[:-1], _joined(tables)))
+        column, first = column + width * len(tables), last
+    return widths
+
+
+def _joined(tables: Sequence[Tensor]) -> Tensor:
+    joined = tables[0].as_strided((sum(map(len, tables)), *tables[0].shape[1:]), tables[0].stride())
+    ends = [table.data_ptr() + table.nbytes for table in tables]
+    assert [table.data_ptr() for table in tables[1:]] == ends[:-1]
+    return joined
