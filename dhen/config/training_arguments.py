@@ -49,8 +49,8 @@ class TrainingArguments:
     )
     table_optimizer: TableOptimizer | None = option(
         None,
-        "Optimizer of the embedding tables, unless the ds_config sets dhen.table_optimizer. Default: rowwise_adagrad. "
-        "adam: for small tables, usually with --whole_table_l2 and a table_learning_rate near 1e-3.",
+        'Optimizer of the embedding tables, where the ds_config leaves dhen.table_optimizer "auto". Default: '
+        "rowwise_adagrad. adam is for small tables, with a table_learning_rate near 1e-3 and often --whole_table_l2.",
     )
     table_epsilon: ranges.Epsilon | None = option(
         None,
@@ -86,8 +86,8 @@ class TrainingArguments:
     )
     whole_table_l2: ranges.NotNegative = option(
         0.0,
-        "L2 regularization of all rows of the tables. Under adam it is coupled, as in the CTR benchmarks: each step adds "
-        "this value * weight to the gradient. Under the other optimizers it is decoupled: each step multiplies every "
+        "L2 regularization of all rows of the tables. With adam it is coupled, as in the CTR benchmarks: a step adds "
+        "this value * weight to the gradient. With the other optimizers it is decoupled: each step multiplies every "
         "row by (1 - table learning rate * this value). Its cost grows with the number of rows, so use it for small "
         "tables.",
     )

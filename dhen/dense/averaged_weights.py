@@ -28,7 +28,7 @@ class AveragedWeights:
         masters = self._masters()
         if any(master.dtype != torch.float32 for master in masters):
             raise ValueError("the average needs fp32 master weights. Remove bf16.bf16_master_weights_and_grads.")
-        self._averages = [tensor.detach().clone() for tensor in self._raw()]
+        self._averages = [tensor.detach().float().clone() for tensor in self._raw()]
 
     @property
     def buffers(self) -> list[Tensor]:
@@ -38,7 +38,7 @@ class AveragedWeights:
     @torch.no_grad()
     def after_step(self, decay: float) -> None:
         """Average in the weights after a step. decay: share of the average that stays."""
-        torch._foreach_lerp_(self._averages, [raw.detach() for raw in self._raw()], 1 - decay)
+        torch._foreach_lerp_(self._averages, [raw.detach().float() for raw in self._raw()], 1 - decay)
 
     def restart(self) -> None:
         """Let the average begin at the present weights."""

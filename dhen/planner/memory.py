@@ -27,10 +27,10 @@ class MemorySetting:
 
     *_bytes: bytes per element. reduce_bucket, sub_group: in elements. shard_size: number of ranks that ZeRO shards
     over. num_replicas: of the dense part, more than 1 under HSDP. master_bytes: for the optimizer's copy of the
-    weights. state_bytes: for all of its states. wire_bytes: for HSDP's all-reduce. wire_copy: it works on a copy of the
-    gradients. async_all_reduce: False waits for it at once. temporaries: extra memory of the optimizer's step: two
-    copies of "one" weight at a time, one copy of "all" weights (torch's optimizers on GPUs), or "none" (fused).
-    accumulates: gradients are summed over several micro steps.
+    weights. state_bytes: for all of its states, and the moving average. wire_bytes: for HSDP's all-reduce. wire_copy:
+    it works on a copy of the gradients. async_all_reduce: False waits for it at once. temporaries: extra memory of the
+    optimizer's step: two copies of "one" weight at a time, one copy of "all" weights (torch's optimizers on GPUs), or
+    "none" (fused). accumulates: gradients are summed over several micro steps.
     """
 
     stage: int
@@ -65,6 +65,7 @@ class MemorySetting:
         offload = zero.get("offload_optimizer") or {}
         type_, params = raw["optimizer"]["type"].lower(), raw["optimizer"].get("params", {})
         moments = {"sgd": int(bool(params.get("momentum"))), "lion": 1, "adagrad": 1}.get(type_, 2)
+        averages = ds_config.recipe is not None and ds_config.recipe.ema_decay > 0
         has_temporaries = (params.get("torch_adam") or type_ == "sgd") and not params.get("fused")
         return cls(
             stage=stage,
@@ -73,7 +74,7 @@ class MemorySetting:
             weight_bytes=weight_bytes,
             gradient_bytes=weight_bytes,
             master_bytes=2 if small_master else 4,
-            state_bytes=moments * (2 if small_states else 4),
+            state_bytes=moments * (2 if small_states else 4) + (4 if averages else 0),
             wire_bytes=_DTYPE_BYTES.get(ds_config.dhen.all_reduce_dtype or "", weight_bytes),
             wire_copy=bool(ds_config.dhen.all_reduce_dtype or offload.get("device", "none") != "none"),
             async_all_reduce=ds_config.dhen.async_all_reduce,

@@ -1,9 +1,10 @@
 """Saves and loads table shards by table and column, so that a checkpoint loads under any placement.
 
 Each rank writes its own shards to `tables-<rank>.safetensors`, under the keys `<table>/<first>:<last>/<tensor>`: first
-and last are columns, and tensor is "weight", an optimizer's state or the weight's "average". To load, a rank reads the columns that its shards
-need from all files. Row-wise Adagrad's sum has one number per row *and shard*, so it loads only if the table is cut as
-it was when saved. Any shard of a table has "uses", how often training used each row, and Adam's "steps".
+and last are columns, and tensor is "weight", an optimizer's state, or the weight's "average". To load, a rank reads the
+columns that its shards need from all files. Row-wise Adagrad's state has one number per row *and shard*, so it loads
+only if the table is cut as it was when saved. Any shard of a table has "uses", how often training used each row, and
+Adam's "steps".
 """
 
 import re

@@ -1,6 +1,7 @@
 """ds_configs: every file that we ship, "auto", and each mistake with an error that names file and key."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,16 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
     assert config.dhen.table_optimizer == "rowwise_adagrad"
 
 
+def test_the_recipe_chooses_the_tables_optimizer_unless_the_ds_config_does(tmp_path):
+    adam = replace(RECIPE, table_optimizer="adam")
+    for section in ({}, {"table_optimizer": "auto"}, {"table_optimizer": "adam"}):
+        assert read_ds_config(written(tmp_path, {"dhen": section}), adam).dhen.table_optimizer == "adam"
+    path = written(tmp_path, {"dhen": {"table_optimizer": "sgd"}})
+    assert read_ds_config(path, RECIPE).dhen.table_optimizer == "sgd"
+    with pytest.raises(DsConfigError, match=r"table_optimizer is 'sgd', but the recipe sets 'adam'\. Use \"auto\""):
+        read_ds_config(path, adam)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -111,7 +122,7 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
         ({"optimizer": {"type": "SGD", "params": {"momentun": 0.9}}}, "for SGD: 'momentun'. Did you mean 'momentum'"),
         ({"zero_optimization": {"stage": 7}}, "zero_optimization|stage"),
         ({"dhen": {"table_optimiser": "sgd"}}, "Did you mean 'table_optimizer'"),
-        ({"dhen": {"table_optimizer": "adam"}}, "table_optimizer is 'adam'"),
+        ({"dhen": {"table_optimizer": "adamw"}}, "table_optimizer is 'adamw'"),
         ({"train_micro_batch_size_per_gpu": 32}, "the recipe sets 64"),
         ({"wall_clock_breakdown": "auto"}, 'wall_clock_breakdown is "auto"'),
         ({"fp16": {"enabled": True}}, "fp16 is not supported"),

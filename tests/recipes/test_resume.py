@@ -14,6 +14,7 @@ from tests import ROOT
 from tests.recipes.launch import TINY, Finished, last_step, losses, run_script, summary
 
 STEPS = 40
+AVERAGE = ("--ema_decay=0.9", "--table_optimizer=adam", "--whole_table_l2=0.01", "--batch_norm=true")
 SETTINGS = (*TINY, "--per_device_train_batch_size=12", "--dropout=0.1", "--lr_scheduler_type=cosine", "--save_steps=20")
 
 
@@ -28,13 +29,15 @@ def flags(run: Path, click_log: Path, stage: int, *more: str) -> list[str]:
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, click_log, stage):
     # 640 rows, 24 a step: the kill falls into the second epoch, and the checkpoint into the first.
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert run_script("train.py", *flags(straight, click_log, stage), ranks=2).status == 0
+    assert run_script("train.py", *flags(straight, click_log, stage, *AVERAGE), ranks=2).status == 0
     killed = run_script(
-        "train.py", *flags(broken, click_log, stage), ranks=2, kill_when=lambda: last_step(broken) >= 25
+        "train.py", *flags(broken, click_log, stage, *AVERAGE), ranks=2, kill_when=lambda: last_step(broken) >= 25
     )
     assert killed.status != 0
     assert [folder.name for folder in checkpoints(broken)] == ["checkpoint-20"]
-    resumed = run_script("train.py", *flags(broken, click_log, stage, "--resume_from_checkpoint=true"), ranks=2)
+    resumed = run_script(
+        "train.py", *flags(broken, click_log, stage, *AVERAGE, "--resume_from_checkpoint=true"), ranks=2
+    )
     assert resumed.status == 0, resumed.output
     assert "step 20 of 40" in resumed.output
     assert losses(broken) == losses(straight)
@@ -118,6 +121,7 @@ class SetUp:
         run.mkdir(parents=True, exist_ok=True)
         (run / "set_up.json").write_text(json.dumps(raw))
         own = (f"--ds_config={run / 'set_up.json'}", f"--per_device_train_batch_size={24 // self.ranks}")
+        own += ("--ema_decay=0.9",)
         return run_script("train.py", *flags(run, click_log, 0, "--dropout=0", *own, *more), ranks=self.ranks)
 
 

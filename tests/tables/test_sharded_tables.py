@@ -13,11 +13,15 @@ from dhen.model.features import SparseIds, init_table
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables
-from dhen.tables.sharded_tables import ADAGRAD_EPSILON, ShardedTables
+from dhen.tables.sharded_tables import ShardedTables
 from dhen.tables.storage import TableStorageError, load_tables, save_tables
+from dhen.tables.updated_tables import TableUpdate
 from tests.ranks import run_ranks
 
 DIM, SEED, LEARNING_RATE, STEPS = 8, 5, 0.3, 4
+EPSILON, BETA1, BETA2, L2 = 1e-8, 0.9, 0.999, 0.05
+UPDATES = {name: TableUpdate(name) for name in ("sgd", "adagrad", "rowwise_adagrad", "adam")}
+UPDATES["adam with l2"] = TableUpdate("adam", l2=L2)
 TABLES = (SparseFeature("sums", 40), SparseFeature("means", 9, "mean"), SparseFeature("more", 25))
 WORLD_SIZES = (1, 2, 4)  # 4 is more than there are tables
 KINDS = ("single", "bags", "weighted")
@@ -26,9 +30,10 @@ CUT = {"sums": 2, "more": 2}
 """Column shards by table."""
 CASES = (
     *((kind, "sgd", "whole") for kind in KINDS),
-    *(("bags", optimizer, "whole") for optimizer in ("adagrad", "rowwise_adagrad")),
+    *(("bags", optimizer, "whole") for optimizer in UPDATES if optimizer != "sgd"),
     *((kind, "sgd", "cut") for kind in KINDS),
-    *(("bags", optimizer, "cut") for optimizer in ("adagrad", "rowwise_adagrad")),
+    *(("bags", optimizer, "cut") for optimizer in UPDATES if optimizer != "sgd"),
+    ("weighted", "adam with l2", "cut"),
 )
 
 
@@ -40,6 +45,8 @@ class Reference:
         self.cuts = [cuts.get(table.name, 1) for table in TABLES]
         self.weights = [init_table(t.name, t.num_embeddings, DIM, columns, SEED).requires_grad_(True) for t in TABLES]
         self.sums = [torch.zeros_like(weight) for weight in self.weights]
+        self.means = [torch.zeros_like(weight) for weight in self.weights]
+        self.steps = 0
 
     def look_up(self, sparse: SparseIds) -> Tensor:
         batch = sparse.batch_size
@@ -57,15 +64,24 @@ class Reference:
 
     @torch.no_grad()
     def update(self, optimizer: str) -> None:
-        for weight, total, cut in zip(self.weights, self.sums, self.cuts, strict=True):
+        self.steps += 1
+        for weight, total, mean, cut in zip(self.weights, self.sums, self.means, self.cuts, strict=True):
             grad = weight.grad
             if optimizer == "sgd":
                 weight -= LEARNING_RATE * grad
+            elif optimizer.startswith("adam"):
+                # With L2 every row is updated, without it only the rows that were looked up.
+                rows = torch.ones(len(weight), dtype=torch.bool) if "l2" in optimizer else grad.abs().sum(1) > 0
+                grad = grad + L2 * weight if "l2" in optimizer else grad
+                mean[rows] = BETA1 * mean[rows] + (1 - BETA1) * grad[rows]
+                total[rows] = BETA2 * total[rows] + (1 - BETA2) * grad[rows].square()
+                scale = (total[rows] / (1 - BETA2**self.steps)).sqrt() + EPSILON
+                weight[rows] -= LEARNING_RATE * mean[rows] / (1 - BETA1**self.steps) / scale
             else:
                 # Row-wise Adagrad keeps the mean square of a row's gradient, shard by shard; Adagrad each square.
                 of_shards = grad.square().unflatten(1, (cut, -1)).mean(2, keepdim=True).expand(-1, -1, DIM // cut)
                 total += grad.square() if optimizer == "adagrad" else of_shards.flatten(1)
-                weight -= LEARNING_RATE * grad / (total.sqrt() + ADAGRAD_EPSILON)
+                weight -= LEARNING_RATE * grad / (total.sqrt() + EPSILON)
             weight.grad = None
 
 
@@ -100,10 +116,11 @@ def target_of(step: int, rank: int, size: int) -> Tensor:
 def make_tables(
     topology: Topology, optimizer: str, cuts: dict[str, int] = WHOLE, table_dtype: TableDtype = "fp32"
 ) -> ShardedTables:
-    setting = StepSetting(topology.world_size, topology.world_size, 6, optimizer)
+    update = UPDATES[optimizer]
+    setting = StepSetting(topology.world_size, topology.world_size, 6, update.optimizer)
     options = PlacementOptions(cuts={table.name: cuts.get(table.name, 1) for table in TABLES})
     placement = place_tables(TABLES, DIM, setting, read_costs("cpu"), options=options)
-    tables = ShardedTables(TABLES, DIM, placement, topology, optimizer=optimizer, table_dtype=table_dtype, seed=SEED)
+    tables = ShardedTables(TABLES, DIM, placement, topology, update=update, table_dtype=table_dtype, seed=SEED)
     tables.set_learning_rate(LEARNING_RATE)
     return tables
 
@@ -167,7 +184,7 @@ def assert_equal_to_formula(world_size: int, case: tuple[str, str, str], by_rank
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam", "adam with l2"])
 def test_cut_tables_train_as_whole_ones_do(world_size, optimizer):
     whole, cut = ([of_rank["bags", optimizer, how] for of_rank in sharded(world_size)] for how in ("whole", "cut"))
     assert max(len(tables) for _, tables in cut) > 0
@@ -176,7 +193,8 @@ def test_cut_tables_train_as_whole_ones_do(world_size, optimizer):
             torch.testing.assert_close(ours[step], theirs[step], atol=1e-6, rtol=1e-6)
     ours, theirs = joined([tables for _, tables in cut]), joined([tables for _, tables in whole])
     for name, weight in theirs.items():
-        torch.testing.assert_close(ours[name], weight, atol=1e-6, rtol=1e-6)
+        tolerance = 0 if optimizer.startswith("adam") else 1e-6
+        torch.testing.assert_close(ours[name], weight, atol=tolerance, rtol=tolerance)
 
 
 def test_row_wise_adagrad_keeps_a_state_a_row_and_shard():
@@ -247,14 +265,20 @@ def test_saved_tables_load_at_any_number_of_ranks(tmp_path, optimizer):
                 assert torch.equal(other[name][kind], tensor), (name, kind)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(CUT, WHOLE), (WHOLE, CUT)], ids=["cut to whole", "whole to cut"])
-def test_saved_tables_load_under_any_cut(tmp_path, saved, loaded):
-    """With Adagrad, whose state is cut as the weights are."""
-    run_ranks(2, save_after_training, tmp_path, "adagrad", saved)
-    before = merged(run_ranks(2, load_and_read, tmp_path, "adagrad", saved))
-    after = merged(run_ranks(3, load_and_read, tmp_path, "adagrad", loaded))
+@pytest.mark.parametrize(
+    ("saved", "loaded", "optimizer", "states"),
+    [(CUT, WHOLE, "adagrad", ["sum"]), (WHOLE, CUT, "adam with l2", ["exp_avg", "exp_avg_sq"])],
+    ids=["cut to whole", "whole to cut"],
+)
+def test_saved_tables_load_under_any_cut(tmp_path, saved, loaded, optimizer, states):
+    """With optimizers whose states are cut as the weights are."""
+    run_ranks(2, save_after_training, tmp_path, optimizer, saved)
+    before = merged(run_ranks(2, load_and_read, tmp_path, optimizer, saved))
+    after = merged(run_ranks(3, load_and_read, tmp_path, optimizer, loaded))
     for name in ("sums", "means", "more"):
-        for kind in ("weight", "sum"):
+        if optimizer == "adam with l2":
+            assert [int(of_side[name, 0]["steps"]) for of_side in (before, after)] == [2, 2]
+        for kind in ("weight", *states):
             pieces = [[s[key][kind] for key in sorted(s) if key[0] == name] for s in (before, after)]
             assert torch.equal(*(torch.cat(of_side, dim=1) for of_side in pieces)), (name, kind)
 

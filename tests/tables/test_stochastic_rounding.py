@@ -10,8 +10,9 @@ from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import Placement, TableShard
-from dhen.tables.sharded_tables import ADAGRAD_EPSILON, ShardedTables
+from dhen.tables.sharded_tables import ShardedTables
 from dhen.tables.stochastic_rounding import round_stochastically
+from dhen.tables.updated_tables import TableUpdate
 from tests.ranks import run_ranks
 
 ROWS, DIM = 64, 8
@@ -49,7 +50,7 @@ def test_the_mean_is_the_number_itself(value):
     assert abs(rounded.mean().item() - exact) < 4 * error
 
 
-def make_tables(topology: Topology, rounding: str, optimizer: str = "sgd") -> ShardedTables:
+def make_tables(topology: Topology, rounding: str, optimizer: str = "sgd", l2: float = 0.0) -> ShardedTables:
     shard = TableShard(0, "table", ROWS, 0, DIM, 0)
     table = SparseFeature("table", ROWS)
     return ShardedTables(
@@ -57,7 +58,7 @@ def make_tables(topology: Topology, rounding: str, optimizer: str = "sgd") -> Sh
         DIM,
         Placement((shard,), 1),
         topology,
-        optimizer=optimizer,
+        update=TableUpdate(optimizer, l2=l2),
         table_dtype="fp16",
         table_rounding=rounding,
     )
@@ -119,11 +120,12 @@ def targets(step: int) -> Tensor:
     return torch.randn(20, 1, DIM, generator=torch.Generator().manual_seed(50 + step))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "rowwise_adagrad", "adam"])
 def test_updates_are_the_optimizers_within_one_rounding_a_step(optimizer):
     ((before, after, tensors),) = run_ranks(1, updates, optimizer)
     assert torch.equal(before, init_table("table", ROWS, DIM, range(DIM), 0).half())
     weight, total = before.double(), torch.zeros(ROWS, DIM, dtype=torch.float64)
+    mean = torch.zeros_like(total)
     touched = torch.zeros(ROWS, dtype=torch.bool)
     for step in range(3):
         sparse, grad = bags(step), torch.zeros(ROWS, DIM, dtype=torch.float64)
@@ -133,24 +135,30 @@ def test_updates_are_the_optimizers_within_one_rounding_a_step(optimizer):
             touched[row] = True
         if optimizer == "sgd":
             weight -= 0.1 * grad
+        elif optimizer == "adam":
+            rows = grad.abs().sum(1) > 0
+            mean[rows] = 0.9 * mean[rows] + 0.1 * grad[rows]
+            total[rows] = 0.999 * total[rows] + 0.001 * grad[rows].square()
+            scale = (total[rows] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
+            weight[rows] -= 0.1 * mean[rows] / (1 - 0.9 ** (step + 1)) / scale
         else:
             total += grad.square() if optimizer == "adagrad" else grad.square().mean(1, keepdim=True)
-            weight -= 0.1 * grad / (total.sqrt() + ADAGRAD_EPSILON)
+            weight -= 0.1 * grad / (total.sqrt() + 1e-8)
     # One unit in the last place for each of three steps, of weights below 1.
     assert (after.double() - weight).abs().max() < 3 * 2**-11
     assert torch.equal(after[~touched], before[~touched])
     assert (after[touched] != before[touched]).any()
-    if optimizer != "sgd":
+    if "adagrad" in optimizer:
         expected = total if optimizer == "adagrad" else total[:, 0]
         torch.testing.assert_close(tensors["sum"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def whole_decay(topology: Topology) -> Tensor:
-    tables = make_tables(topology, "nearest")
+    tables = make_tables(topology, "nearest", l2=1e-2)
     ((_, tensors),) = tables.shard_tensors()
     tensors["weight"].fill_(1.0)
     for _ in range(200):
-        tables.decay_whole_tables(1e-4)
+        tables.end_step(learning_rate=1e-2, average_decay=0.0)
     return tensors["weight"].clone()
 
 
