@@ -12,6 +12,7 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.topology import Topology
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import lay_out, parallelize
+from dhen.training.self_ensemble import self_ensemble_loss
 from tests import ROOT
 from tests.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe
 
@@ -32,13 +33,15 @@ def train(
     replicated: Collection[str] | None = None,
     architecture: dict[str, Any] | None = None,
     steps: int = STEPS,
+    num_passes: int = 1,
     before_step: Callable[[int, ParallelDhen], None] = lambda step, model: None,
 ) -> tuple[list[float], ParallelDhen]:
     """Mean loss of each step, the same on all ranks, and the model.
 
     name: of a file in ds_configs, or an absolute path, without its ending. dhen, zero: keys that change that section of
     the file; others: sections in place of its own; none of these is checked.
-    replicated: tables of the dense part. architecture: keys that change the model's config.
+    replicated: tables of the dense part. architecture: keys that change the model's config. num_passes: with the
+    self-ensemble loss, if more than 1; the returned losses are those of the mean prediction.
     """
     micro = global_batch // topology.world_size // accumulation
     config = read_ds_config(
@@ -56,9 +59,12 @@ def train(
         for micro_step in range(accumulation):
             first = (micro_step * topology.world_size + topology.rank) * micro
             sparse, dense_BN, labels_B = (part.to(topology.device) for part in batch.rows(first, first + micro))
-            logits_B = model.score(model.look_up(sparse), dense_BN, sparse)
-            loss = binary_cross_entropy_with_logits(logits_B, labels_B)
-            model.step(loss)
+            logits_B = model.score(model.look_up(sparse), dense_BN, sparse, num_passes)
+            trained = loss = binary_cross_entropy_with_logits(logits_B, labels_B.repeat(num_passes))
+            if num_passes > 1:
+                total_loss, logits_B = self_ensemble_loss(logits_B.view(num_passes, -1), labels_B)
+                trained, loss = total_loss / micro, binary_cross_entropy_with_logits(logits_B, labels_B)
+            model.step(trained)
             total += loss.detach()
         dist.all_reduce(total)
         losses.append(total.item() / topology.world_size / accumulation)

@@ -139,6 +139,7 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
         ids_per_bag=ids_per_bag_of(arguments, recipe),
         eval_batch_size=training.per_device_eval_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
+        num_passes=training.num_passes,
     )
 
 

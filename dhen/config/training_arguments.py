@@ -1,7 +1,7 @@
 """The arguments that say how the model is trained."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dhen.config.command_line import Text, option
 from dhen.config.dhen_section import TableOptimizer
@@ -12,6 +12,8 @@ ScalingRule = Literal["none", "linear", "sqrt"]
 MetricName = Literal["auc", "ne", "logloss"]
 LEARNING_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.05}
 """The defaults, without a trained model to start from."""
+_OF_A_RUN = 35
+"""At least so many arguments of training are recorded by a run of any version."""
 
 
 @dataclass
@@ -74,8 +76,13 @@ class TrainingArguments:
     plateau_factor: ranges.ShareBetween = option(
         0.1, "With reduce_lr_on_plateau, multiply the learning rates by this at each drop."
     )
-    plateau_patience: ranges.CountFrom0 = option(
-        0, "With reduce_lr_on_plateau, number of evaluations without improvement to tolerate before a drop."
+    plateau_patience: ranges.Count = option(
+        1, "With reduce_lr_on_plateau, drop after this many evaluations in a row without improvement."
+    )
+    plateau_restores_best: bool = option(
+        False,
+        "With reduce_lr_on_plateau, go back to the best checkpoint at each drop: its weights, tables and optimizer "
+        "states. Steps and data go on.",
     )
     weight_decay: ranges.NotNegative = option(0.0, "Decoupled weight decay (AdamW), for the dense part.")
     adam_beta1: ranges.ShareBelowOne = option(0.9, "Adam's beta1, for the dense part and for tables under adam.")
@@ -83,6 +90,11 @@ class TrainingArguments:
     adam_epsilon: ranges.Epsilon = option(1e-8, "Adam's epsilon, for the dense part.")
     max_grad_norm: ranges.NotNegative = option(
         0.0, "Clip the gradient norm of the dense part to this value. 0 turns clipping off. Tables are not clipped."
+    )
+    self_ensemble: bool = option(
+        False,
+        "Score each training batch twice, with different dropout, and train the mean prediction on the label and both "
+        "predictions on their mean. The layers work on twice the rows.",
     )
     whole_table_l2: ranges.NotNegative = option(
         0.0,
@@ -137,12 +149,18 @@ class TrainingArguments:
     seed: ranges.Seed = option(0, "Random seed of the initial weights, the order of the rows, and dropout.")
     interaction_files: list[Text] = option([], "Python files that register your own interactions.")
 
+    @property
+    def num_passes(self) -> int:
+        """How often a training batch goes through the layers."""
+        return 2 if self.self_ensemble else 1
+
     def without_effect(self) -> list[str]:
         """A sentence for each value that the user changed but that another value leaves without effect."""
-        is_unused = {
-            "plateau_factor": ("lr_scheduler_type", self.lr_scheduler_type != "reduce_lr_on_plateau"),
-            "plateau_patience": ("lr_scheduler_type", self.lr_scheduler_type != "reduce_lr_on_plateau"),
+        of_plateau = ("plateau_factor", "plateau_patience", "plateau_restores_best")
+        has_no_plateau = ("lr_scheduler_type", self.lr_scheduler_type != "reduce_lr_on_plateau")
+        is_unused = dict.fromkeys(of_plateau, has_no_plateau) | {
             "base_batch_size": ("learning_rate_scaling", self.learning_rate_scaling == "none"),
+            "self_ensemble": ("freeze", self.freeze == "dense"),
         }
         default = TrainingArguments.__dataclass_fields__
         return [
@@ -150,3 +168,14 @@ class TrainingArguments:
             for name, (other, unused) in is_unused.items()
             if unused and getattr(self, name) != default[name].default
         ]
+
+
+def as_counted_now(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that a run recorded, with plateau_patience as it is counted now.
+
+    In earlier versions it did not count the evaluation that drops. A run records all arguments, more than a user sets.
+    """
+    patience = recorded.get("plateau_patience")
+    if len(recorded) < _OF_A_RUN or "plateau_restores_best" in recorded or not isinstance(patience, int):
+        return recorded
+    return recorded | {"plateau_patience": patience + 1}

@@ -100,9 +100,12 @@ class DhenModel(DhenPreTrainedModel):
         self.norm = make_norm(specs[-1].norm, num_embeddings, config.embedding_dim) if is_pre else None
         self.post_init()
 
-    def forward(self, inputs_embeds: Tensor | Callable[[], Tensor], dense: Tensor | None = None) -> DhenModelOutput:
+    def forward(
+        self, inputs_embeds: Tensor | Callable[[], Tensor], dense: Tensor | None = None, num_passes: int = 1
+    ) -> DhenModelOutput:
         """inputs_embeds: looked-up embeddings, (B, F, D), or a function that waits for them and returns them.
-        dense: (B, N), or None if N is 0.
+        dense: (B, N), or None if N is 0. num_passes: how often the examples go through the layers, as in
+        `DhenForClickPrediction`.
 
         Raises ValueError naming the argument whose shape does not match the config.
         """
@@ -115,6 +118,8 @@ class DhenModel(DhenPreTrainedModel):
         _check_shape("dense", dense, (self.config.num_dense_features,))
         dense_BN = dense.to(self.dtype)
         x_BMD = self.features(inputs_embeds, dense_BN)
+        if num_passes > 1:
+            x_BMD, dense_BN = x_BMD.repeat(num_passes, 1, 1), dense_BN.repeat(num_passes, 1)
         for layer in self.layers:
             x_BMD = layer(x_BMD, dense_BN)
         if self.norm is not None:
@@ -162,13 +167,17 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         dense: Tensor | None = None,
         labels: Tensor | None = None,
         inputs_embeds: Tensor | Callable[[], Tensor] | None = None,
+        num_passes: int = 1,
     ) -> DhenOutput:
         """Predict clicks. Inputs are cast to the weights' dtype. Logits are float32 (float64 for float64 weights).
 
         Pass the sparse features as `sparse` or, already looked up, as `inputs_embeds`: (B, F, D), or a function that
         waits for them and returns them. Pass both if this model holds only some of the tables, neither if there are
         no sparse features. dense: (B, N). labels: (B,), 0 or 1, used for the loss; an empty batch has loss 0.
-        Raises ValueError naming the argument.
+
+        num_passes P: repeat the examples after the look-up, so that each gets P predictions, with dropout of their own.
+        Logits are then (P * B,): all examples of the first pass, then those of the second. Batch norm's statistics are
+        over these P * B rows. Raises ValueError naming the argument.
         """
         if inputs_embeds is None:
             inputs_embeds = self._look_up(sparse, dense)
@@ -176,13 +185,14 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             inputs_embeds = self._join(inputs_embeds, sparse)
         elif sparse is not None:
             raise ValueError("pass sparse or inputs_embeds, not both.")
-        x_BMD = self.model(inputs_embeds, dense).last_hidden_state
+        x_BMD = self.model(inputs_embeds, dense, num_passes).last_hidden_state
         logits_B = self.head(x_BMD.flatten(1)).squeeze(1)
         logits_B = logits_B.to(torch.promote_types(logits_B.dtype, torch.float32))
         loss = None
         if labels is not None:
             # The mean, but 0 instead of NaN for an empty batch: every batch must produce a gradient.
-            total = nn.functional.binary_cross_entropy_with_logits(logits_B, labels.to(logits_B.dtype), reduction="sum")
+            labels = labels.to(logits_B.dtype).repeat(num_passes)
+            total = nn.functional.binary_cross_entropy_with_logits(logits_B, labels, reduction="sum")
             loss = total / max(labels.shape[0], 1)
         return DhenOutput(loss=loss, logits=logits_B)
 

@@ -68,6 +68,7 @@ class Job:
 
     batch_size: examples per rank and micro step. eval_batch_size: examples per rank and evaluation step; 0 for no
     evaluation. ids_per_bag: mean number of ids by sparse feature. accumulation_steps: micro steps per update.
+    num_passes: of each example through the layers.
     """
 
     config: DhenConfig
@@ -79,6 +80,7 @@ class Job:
     ids_per_bag: Mapping[str, float] | None = None
     eval_batch_size: int = 0
     accumulation_steps: int = 1
+    num_passes: int = 1
 
     @property
     def world_size(self) -> int:
@@ -310,7 +312,7 @@ class Planner:
 
     @functools.cache  # noqa: B019
     def _traced(self, checkpointing: int, precision: Precision) -> StepTrace:
-        return trace_step(self.job.config, self.job.batch_size, precision, checkpointing)
+        return trace_step(self.job.config, self.job.batch_size, precision, checkpointing, self.job.num_passes)
 
     def _precision(self, technique: Technique) -> Precision:
         if self.job.precision == "fp32":

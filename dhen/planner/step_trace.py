@@ -120,11 +120,13 @@ def trace_step(
     batch_size: int,
     precision: Precision = FP32,
     checkpointing: str | int | Sequence[str] = "none",
+    num_passes: int = 1,
 ) -> StepTrace:
     """Trace one micro step of the dense part of `config` with `batch_size` examples.
 
-    checkpointing: `dhen.activation_checkpointing` of a ds_config. Raises ValueError as `checkpoint_layers` does, and
-    UntraceableError if an interaction's code depends on the values of its tensors.
+    checkpointing: `dhen.activation_checkpointing` of a ds_config. num_passes: of each example through the layers.
+    Raises ValueError as `checkpoint_layers` does, and UntraceableError if an interaction's code depends on the values
+    of its tensors.
     """
     by_kind = not isinstance(checkpointing, str | int)
     depth = len(config.layer_specs)
@@ -136,7 +138,7 @@ def trace_step(
     entries, places = _shortened(config, recomputed)
     what = tuple(checkpointing) if by_kind else sum(place[0] < recomputed for place in places)
     with _saying_why():
-        trace = _trace(_as_text(config, entries), batch_size, precision, what)
+        trace = _trace(_as_text(config, entries), batch_size, precision, what, num_passes)
     return _lengthened(trace, places)
 
 
@@ -182,13 +184,15 @@ def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]
 
 
 @functools.lru_cache(maxsize=64)
-def _trace(config: str, batch_size: int, precision: Precision, what: int | tuple[str, ...]) -> StepTrace:
+def _trace(
+    config: str, batch_size: int, precision: Precision, what: int | tuple[str, ...], num_passes: int
+) -> StepTrace:
     with _on_fake_tensors(config, batch_size, precision) as (model, inputs):
         checkpoint_layers(model, what)
         with _Recorder([*model.parameters(), *model.buffers(), *inputs.values()]) as recorder:
             recorder.watch(model)
             with torch.autocast("cpu", precision.autocast, enabled=precision.autocast is not None):
-                loss = model(**inputs).loss
+                loss = model(**inputs, num_passes=num_passes).loss
             recorder.record("loss", "")
             loss.backward()
             recorder.record("end", "")

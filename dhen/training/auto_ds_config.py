@@ -69,6 +69,7 @@ def _planned(
         ids_per_bag=ids_per_bag,
         eval_batch_size=training.per_device_eval_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
+        num_passes=training.num_passes,
     )
     try:
         planner = Planner(job)

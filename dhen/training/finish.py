@@ -14,7 +14,6 @@ from dhen.training.loop import Evaluation, Trainer, evaluate
 from dhen.training.reporting.curves import draw_curves
 from dhen.training.reporting.progress import METRICS_FILE, ProgressReporter
 from dhen.training.reporting.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
-from dhen.training.saved.checkpoint import checkpoint_of, is_whole, load_checkpoint
 from dhen.training.saved.model_card import model_card
 from dhen.training.saved.trained_model import MODEL_FOLDER, export_model
 from dhen.training.unseen import UNSEEN_FILE, report_unseen, write_unseen
@@ -30,7 +29,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     """
     model, state, best_ne = trainer.model, trainer.state, data.schema.best_possible_ne
     output_dir, seconds = Path(arguments.training.output_dir), progress.watch.seconds
-    tested_step = _load_best(trainer, output_dir) if arguments.training.load_best_model_at_end else state.step
+    tested_step = trainer.load_best("testing") if arguments.training.load_best_model_at_end else state.step
     splits = {"eval": "validation", "test": "test"}
     values = {name: evaluate(model, data.loaders[split]) for name, split in splits.items() if split in data.loaders}
     before, world = values, model.topology.world
@@ -107,20 +106,6 @@ def doubts(
                 f"{name}: the predictions are too {way} on average: calibration is {calibration:.3f}. {why}"
             )
     return sentences
-
-
-def _load_best(trainer: Trainer, output_dir: Path) -> int:
-    """Load the weights of the best checkpoint and return its step. Communicates; all ranks call it."""
-    state = trainer.state
-    if state.best_step in (None, state.step):
-        return state.step
-    folder = checkpoint_of(output_dir, state.best_step)
-    if not is_whole(folder):  # for example, the run was resumed from a checkpoint in another folder
-        if trainer.model.topology.is_main:
-            logger.warning("the best checkpoint, %s, no longer exists: testing the last weights instead", folder)
-        return state.step
-    load_checkpoint(trainer.model, folder, with_random_state=False)
-    return state.best_step
 
 
 def _earlier_rate(output_dir: Path) -> float:

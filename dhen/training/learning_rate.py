@@ -5,19 +5,19 @@ torch optimizer, which the tables do not have; they also start at 0 and have no 
 """
 
 import math
-from typing import Any, get_args
+from typing import Any
 
-from dhen.config.training_arguments import MetricName, ScalingRule, ScheduleKind
+from dhen.config.training_arguments import MetricName, TrainingArguments
 
 
-def scale_learning_rate(learning_rate: float, global_batch: int, base_batch: int, rule: ScalingRule) -> float:
-    """Scale a learning rate to a batch size other than the one it was tuned for.
+def batch_size_scale(arguments: TrainingArguments, global_batch: int) -> float:
+    """Factor on the learning rates for a batch size other than the one that they were tuned for.
 
     linear: in proportion to the batch size (Goyal et al. 2017, section 2.1). sqrt: with its square root, which keeps
     the variance of the update and suits adaptive optimizers better.
     """
-    ratio = global_batch / base_batch
-    return learning_rate * {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[rule]
+    ratio = global_batch / arguments.base_batch_size
+    return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[arguments.learning_rate_scaling]
 
 
 class LearningRateSchedule:
@@ -25,59 +25,49 @@ class LearningRateSchedule:
 
     constant: 1. linear, cosine: fall to `min_lr_ratio` at `total_steps`. inverse_sqrt: sqrt(t / (t + steps since
     warm-up)) with t = `warmup_steps`, or 10,000 without warm-up. reduce_lr_on_plateau: multiplied by `plateau_factor`
-    whenever more than `plateau_patience` evaluations in a row have not improved the metric. `min_lr_ratio` is the
-    lower bound of all schedules. Raises ValueError for a value out of range.
+    at every `plateau_patience`-th evaluation in a row that does not improve the metric. `min_lr_ratio` is the lower
+    bound of all schedules.
 
-    >>> schedule = LearningRateSchedule("linear", total_steps=8, warmup_steps=4)
+    >>> schedule = LearningRateSchedule(TrainingArguments(lr_scheduler_type="linear", warmup_steps=4), total_steps=8)
     >>> [schedule.factor(step) for step in range(8)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
     """
 
-    def __init__(
-        self,
-        kind: ScheduleKind = "constant",
-        *,
-        total_steps: int,
-        warmup_steps: int = 0,
-        min_lr_ratio: float = 0.0,
-        plateau_factor: float = 0.1,
-        plateau_patience: int = 0,
-    ) -> None:
-        if kind not in get_args(ScheduleKind):
-            raise ValueError(f"lr_scheduler_type is {kind!r}. Use one of {', '.join(get_args(ScheduleKind))}.")
-        if not 0 <= min_lr_ratio <= 1:
-            raise ValueError(f"min_lr_ratio is {min_lr_ratio}. Use a fraction of the peak learning rate from 0 to 1.")
-        if not 0 < plateau_factor < 1:
-            raise ValueError(f"plateau_factor is {plateau_factor}. Use a number between 0 and 1, exclusive.")
-        self.kind, self.total_steps, self.warmup_steps = kind, total_steps, warmup_steps
-        self.min_lr_ratio = min_lr_ratio
-        self.plateau_factor, self.plateau_patience = plateau_factor, plateau_patience
+    def __init__(self, arguments: TrainingArguments, total_steps: int) -> None:
+        self._arguments, self._total_steps = arguments, total_steps
         self._dropped = 1.0
         self._without_improvement = 0
 
     def factor(self, step: int) -> float:
         """Factor for the next step, after `step` steps. The first factor is above 0, so that no step is wasted."""
-        warm_up = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        return warm_up * self._decay(max(0, step - self.warmup_steps))
+        steps = self._arguments.warmup_steps
+        return (min(1.0, (step + 1) / steps) if steps else 1.0) * self._decay(max(0, step - steps))
 
     def _decay(self, done: int) -> float:
         """Factor after `done` steps since warm-up."""
-        share = min(1.0, done / max(1, self.total_steps - self.warmup_steps))
-        if self.kind == "linear":
-            return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * (1.0 - share)
-        if self.kind == "cosine":
-            return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * share))
-        if self.kind == "inverse_sqrt":
-            timescale = self.warmup_steps or 10_000
-            return max(self.min_lr_ratio, math.sqrt(timescale / (timescale + done)))
-        return max(self.min_lr_ratio, self._dropped)
+        kind, least = self._arguments.lr_scheduler_type, self._arguments.min_lr_ratio
+        warmup_steps = self._arguments.warmup_steps
+        share = min(1.0, done / max(1, self._total_steps - warmup_steps))
+        if kind == "linear":
+            return least + (1.0 - least) * (1.0 - share)
+        if kind == "cosine":
+            return least + (1.0 - least) * 0.5 * (1.0 + math.cos(math.pi * share))
+        if kind == "inverse_sqrt":
+            timescale = warmup_steps or 10_000
+            return max(least, math.sqrt(timescale / (timescale + done)))
+        return max(least, self._dropped)
 
-    def after_evaluation(self, improved: bool) -> None:
-        """Record an evaluation. reduce_lr_on_plateau lowers the factor here."""
+    def after_evaluation(self, improved: bool) -> bool:
+        """Record an evaluation. reduce_lr_on_plateau lowers the factor here. Returns whether it does."""
+        arguments = self._arguments
         self._without_improvement = 0 if improved else self._without_improvement + 1
-        if self.kind == "reduce_lr_on_plateau" and self._without_improvement > self.plateau_patience:
-            self._dropped *= self.plateau_factor
-            self._without_improvement = 0
+        is_plateau = arguments.lr_scheduler_type == "reduce_lr_on_plateau"
+        if not is_plateau or self._without_improvement < arguments.plateau_patience:
+            return False
+        was_above = self._dropped > arguments.min_lr_ratio
+        self._dropped *= arguments.plateau_factor
+        self._without_improvement = 0
+        return was_above
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint. Everything else follows from the arguments."""

@@ -1,9 +1,9 @@
 """The training loop: steps, evaluations and checkpoints, until the last step or early stopping."""
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,19 +12,26 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from dhen.config.training_arguments import TrainingArguments
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.tables.id_exchange import SentIds
+from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
-from dhen.training.learning_rate import BestMetric, LearningRateSchedule, scale_learning_rate
+from dhen.training.learning_rate import BestMetric, LearningRateSchedule, batch_size_scale
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallel_model import ParallelDhen, ScoringDhen
 from dhen.training.reporting.progress import ProgressReporter
 from dhen.training.saved.checkpoint import (
     CANONICAL_KEYS,
     TrainerState,
+    checkpoint_of,
     checkpoints,
     delete_old_checkpoints,
+    is_whole,
+    load_checkpoint,
     save_checkpoint,
 )
+from dhen.training.self_ensemble import self_ensemble_loss
 from dhen.training.unseen import UnseenValues, unseen_values
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,22 +79,10 @@ class Trainer:
         if model.tables is not None:
             model.tables.is_frozen = arguments.freeze == "tables"
         global_batch = arguments.per_device_train_batch_size * self._shares
-        scale = partial(
-            scale_learning_rate,
-            global_batch=global_batch,
-            base_batch=arguments.base_batch_size,
-            rule=arguments.learning_rate_scaling,
-        )
-        self._learning_rate = scale(arguments.learning_rate)
-        self._table_learning_rate = scale(arguments.table_learning_rate)
-        self._schedule = LearningRateSchedule(
-            arguments.lr_scheduler_type,
-            warmup_steps=arguments.warmup_steps,
-            total_steps=self.total_steps,
-            min_lr_ratio=arguments.min_lr_ratio,
-            plateau_factor=arguments.plateau_factor,
-            plateau_patience=arguments.plateau_patience,
-        )
+        scale = batch_size_scale(arguments, global_batch)
+        self._learning_rate = arguments.learning_rate * scale
+        self._table_learning_rate = arguments.table_learning_rate * scale
+        self._schedule = LearningRateSchedule(arguments, self.total_steps)
         self._best = BestMetric(arguments.metric_for_best_model)
         self._running_loss = RunningLoss(model.topology.device)
         self._broken: KeptMicroStep | None = None
@@ -150,8 +145,12 @@ class Trainer:
     def micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
         """Take one micro step with the model's present learning rates. Communicates; all ranks call it."""
         embeddings_BFD = self.model.look_up(sent_ids)
-        logits_B = self.model.score(embeddings_BFD, batch.dense_BN, batch.sparse)
-        loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")
+        passes = self.arguments.num_passes
+        logits_B = self.model.score(embeddings_BFD, batch.dense_BN, batch.sparse, passes)
+        if passes > 1:
+            loss, logits_B = self_ensemble_loss(logits_B.view(passes, len(batch.labels_B)), batch.labels_B)
+        else:
+            loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")
         if self.arguments.looked_up_l2 and embeddings_BFD is not None:
             loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()
         # DeepSpeed and the tables average gradients over ranks, and DeepSpeed divides by the accumulation steps. With
@@ -184,7 +183,7 @@ class Trainer:
         if evaluates and self.validation_loader is not None:
             improved = self._evaluate()
         saves = is_last or self._is_due(arguments.save_steps, otherwise=evaluates)
-        if saves or (improved and arguments.load_best_model_at_end):
+        if saves or (improved and (arguments.load_best_model_at_end or arguments.plateau_restores_best)):
             self._save()
 
     def _count_step(self, rows: int) -> bool:
@@ -218,10 +217,33 @@ class Trainer:
         improved = self._best.update(metric)
         if improved:
             self.state.best_step = self.state.step
-        if math.isfinite(metric):  # auc and ne do not exist if validation has one class
-            self._schedule.after_evaluation(improved)
         self._progress.log_evaluation("validation", self.state.step, self.state.samples_seen, asdict(values))
+        # auc and ne do not exist if validation has one class
+        drops = math.isfinite(metric) and self._schedule.after_evaluation(improved)
+        if drops and self.arguments.plateau_restores_best:
+            with self._progress.paused():
+                step = self.load_best("training goes on from")
+            if step < self.state.step and self.model.topology.is_main:
+                logger.info("the learning rates drop: training goes on from the weights of step %d, the best", step)
         return improved
+
+    def load_best(self, otherwise: str) -> int:
+        """Load the best checkpoint's weights, tables and optimizer states, and return its step. Steps, data order and
+        random state stay. If it no longer exists, warn; otherwise: what then happens to the last weights.
+
+        Communicates; all ranks call it.
+        """
+        state = self.state
+        if state.best_step in (None, state.step):
+            return state.step
+        folder = checkpoint_of(self.output_dir, state.best_step)
+        if not rank_zeros(self.model.topology, lambda: is_whole(folder)):  # the run may be resumed from another folder
+            if self.model.topology.is_main:
+                what = f"{otherwise} the last weights instead"
+                logger.warning("the best checkpoint, %s, no longer exists: %s", folder, what)
+            return state.step
+        load_checkpoint(self.model, folder, with_random_state=False)
+        return state.best_step
 
     def _save(self) -> None:
         if not self.model.tables_are_finite():  # a gradient that is finite in the dense part need not be here

@@ -32,12 +32,14 @@ class MemoryPlan:
     evaluation: int = 0
 
     @classmethod
-    def of(cls, config: DhenConfig, ds_config: DsConfig, memory_bytes: int, eval_batch_size: int) -> "MemoryPlan":
+    def of(
+        cls, config: DhenConfig, ds_config: DsConfig, memory_bytes: int, eval_batch_size: int, num_passes: int = 1
+    ) -> "MemoryPlan":
         """Trace a micro step. Call this before the model is built, because ZeRO stage 3 patches torch's `linear`."""
         batch_size = ds_config.deepspeed["train_micro_batch_size_per_gpu"]
         try:
             precision = precision_of(ds_config)
-            trace = trace_step(config, batch_size, precision, ds_config.dhen.activation_checkpointing)
+            trace = trace_step(config, batch_size, precision, ds_config.dhen.activation_checkpointing, num_passes)
             if ds_config.dhen.compile == "layers":
                 trace = trace.of_compiled_layers(precision.weights.itemsize)
             return cls(trace, "", memory_bytes, evaluation_bytes(config, eval_batch_size, precision))

@@ -60,14 +60,18 @@ class ScoringDhen:
         return self.tables.look_up(self.replicated.others(sparse) if isinstance(sparse, SparseIds) else sparse)
 
     def score(
-        self, embeddings_BFD: PendingEmbeddings | Tensor | None, dense_BN: Tensor, sparse: SparseIds | None = None
+        self,
+        embeddings_BFD: PendingEmbeddings | Tensor | None,
+        dense_BN: Tensor,
+        sparse: SparseIds | None = None,
+        num_passes: int = 1,
     ) -> Tensor:
         """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3.
 
-        sparse: the batch's ids; needed only if tables are replicated.
+        sparse: the batch's ids; needed only if tables are replicated. num_passes: as in `DhenForClickPrediction`.
         """
         own = self.replicated.own(sparse)
-        return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN).logits
+        return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN, num_passes=num_passes).logits
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -10,10 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dhen.config.arguments import ARGUMENTS_FILE, Arguments
 from dhen.config.command_line import ArgumentError
 from dhen.config.ds_config import AUTO, DsConfig, read_ds_config, read_json
-from dhen.config.training_arguments import TrainingArguments
+from dhen.config.training_arguments import TrainingArguments, as_counted_now
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.machine_at_hand import rank_memory_bytes
 from dhen.runtime.topology import Topology
@@ -64,7 +66,8 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         ds_config = choose_ds_config(arguments, config, topology, memory_bytes, data.ids_per_bag)
     memory_plan = None
     if topology.is_main:
-        memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, training.per_device_eval_batch_size)
+        eval_batch_size, num_passes = training.per_device_eval_batch_size, training.num_passes
+        memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, eval_batch_size, num_passes)
     saved = _saved_placement(ds_config, training)
     layout = lay_out(config, topology, ds_config, ids_per_bag=data.ids_per_bag, **saved)
     _check_replicated(training, layout)
@@ -100,6 +103,9 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
     training, rows = arguments.training, data.schema.splits["train"].rows
     output_dir = Path(training.output_dir)
     trainer = Trainer(model, training, data.loaders["train"], data.loaders.get("validation"), output_dir, rows)
+    dropouts = [module.p for module in model.engine.module.modules() if isinstance(module, nn.Dropout)]
+    if training.self_ensemble and not any(dropouts) and model.topology.is_main:
+        logger.warning("self_ensemble has no effect: dropout is 0 in all layers")
     if training.resume_from_checkpoint:
         trainer.restore(load_checkpoint(model, _checkpoint(training), trainer.data_order))
     return trainer
@@ -168,7 +174,7 @@ def _changed_arguments(folder: Path, training: TrainingArguments, step: int) -> 
     recorded, path = recorded_arguments(folder), folder.parent / ARGUMENTS_FILE
     if not recorded and not path.is_file():
         return [f"{folder} is of an earlier version and does not say with which arguments it was trained"]
-    recorded = recorded or read_yaml(path)
+    recorded = as_counted_now(recorded or read_yaml(path))
     sentences = []
     for item in fields(training):
         old, new = recorded.get(item.name, item.default), getattr(training, item.name)

@@ -10,6 +10,7 @@ from dhen.config.arguments import parse_arguments
 from dhen.config.command_line import ArgumentError
 from dhen.training.saved.scoring import parse_scoring_arguments
 from dhen.yaml_files import write_yaml
+from tests import ROOT
 
 EVERY_KIND = {
     "dataset_name": "rows.csv", "split_fractions": [0.5, 0.25, 0.25], "num_layers": 2, "head_mlp": [8, 4],
@@ -136,13 +137,23 @@ def test_several_files_by_flags_and_by_yaml(tmp_path):
 
 
 def test_values_that_another_leaves_unread_are_named():
-    flags = ["--plateau_factor=0.5", "--plateau_patience=2", "--base_batch_size=64"]
+    flags = ["--plateau_factor=0.5", "--plateau_patience=2", "--plateau_restores_best", "--base_batch_size=64"]
     said = parse_arguments(flags).training.without_effect()
     assert [line.split(" has no effect: ")[0] for line in said] == [
-        "plateau_factor", "plateau_patience", "base_batch_size"
+        "plateau_factor", "plateau_patience", "plateau_restores_best", "base_batch_size"
     ]  # fmt: skip
+    frozen = ["--freeze=dense", "--model_name_or_path=m", "--self_ensemble"]
+    assert parse_arguments(frozen).training.without_effect() == ["self_ensemble has no effect: freeze is dense"]
     read = [*flags, "--lr_scheduler_type=reduce_lr_on_plateau", "--learning_rate_scaling=sqrt"]
     assert parse_arguments(read).training.without_effect() == []
+
+
+@pytest.mark.parametrize(("more", "patience"), [("", 3), ("plateau_restores_best: false", 2)])
+def test_the_patience_of_an_earlier_version_is_taken_as_it_counts_now(tmp_path, more, patience):
+    recorded = yaml.safe_load((ROOT / "tests/recipes/fixtures/keys_as_written/run/arguments.yaml").read_text())
+    written = yaml.safe_dump(recorded | {"plateau_patience": 2})
+    assert values(recipe(tmp_path, written + more))["plateau_patience"] == patience
+    assert values(recipe(tmp_path, "plateau_patience: 2\n"))["plateau_patience"] == 2
 
 
 def test_help_shows_each_flag_once_with_its_type_and_its_default(monkeypatch, capsys):

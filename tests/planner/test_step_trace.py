@@ -30,7 +30,9 @@ def config_of(depth: int, **more) -> DhenConfig:
     return DhenConfig(**values | {"num_layers": depth, "interactions": KINDS, "dropout": 0.1} | more)
 
 
-def really(config: DhenConfig, checkpointing: object = "none", dtype: torch.dtype = torch.float32) -> tuple[int, int]:
+def really(
+    config: DhenConfig, checkpointing: object = "none", dtype: torch.dtype = torch.float32, num_passes: int = 1
+) -> tuple[int, int]:
     """Bytes that are alive after a real forward, and the most in forward and backward, gradients let go at once."""
     model = DhenForClickPrediction(config, with_tables=False).to(dtype)
     checkpoint_layers(model, checkpointing)
@@ -39,7 +41,7 @@ def really(config: DhenConfig, checkpointing: object = "none", dtype: torch.dtyp
         weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
     gc.collect()
     with LiveMemory([*model.parameters(), *model.buffers(), *inputs]) as memory:
-        loss = model(inputs_embeds=inputs[0], dense=inputs[1], labels=inputs[2]).loss
+        loss = model(inputs_embeds=inputs[0], dense=inputs[1], labels=inputs[2], num_passes=num_passes).loss
         kept = memory.bytes
         loss.backward()
     return kept, memory.peak
@@ -62,6 +64,13 @@ def test_it_keeps_what_a_real_step_keeps(depth, checkpointing):
     kept, peak = really(config_of(depth), min(checkpointing, depth) if checkpointing == 2 else checkpointing)
     assert kept_bytes(trace) == kept
     assert peak_of(trace) == pytest.approx(peak, rel=0.02)
+
+
+def test_two_passes_keep_more_than_one_and_less_than_twice_the_batch():
+    trace, (kept, peak) = trace_step(config_of(3), BATCH, num_passes=2), really(config_of(3), num_passes=2)
+    assert kept_bytes(trace) == kept
+    assert peak_of(trace) == pytest.approx(peak, rel=0.02)
+    assert 1.5 * kept_bytes(trace_step(config_of(3), BATCH)) < kept < kept_bytes(trace_step(config_of(3), 2 * BATCH))
 
 
 @pytest.mark.parametrize("norm_position", ["post", "pre", "inner"])

@@ -4,10 +4,12 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.data.loading.batches import BatchLoader
@@ -105,7 +107,7 @@ def test_a_plateau_drops_the_learning_rate(click_log, tmp_path):
     train(
         click_log, tmp_path / "run", "--per_device_train_batch_size=64", "--max_steps=24", "--learning_rate=0.02",
         "--table_learning_rate=0.3", "--lr_scheduler_type=reduce_lr_on_plateau", "--plateau_factor=0.5",
-        "--plateau_patience=1", "--eval_steps=2", "--warmup_steps=0", "--learning_rate_scaling=sqrt",
+        "--plateau_patience=2", "--eval_steps=2", "--warmup_steps=0", "--learning_rate_scaling=sqrt",
         "--base_batch_size=16",
     )  # fmt: skip
     evaluations = rows(tmp_path / "run", "validation", "ne")
@@ -119,6 +121,71 @@ def test_a_plateau_drops_the_learning_rate(click_log, tmp_path):
                 factor, since = factor / 2, 0
     assert factor <= 0.25, f"it should have dropped twice: {evaluations}"
     assert rows(tmp_path / "run", "train", "learning_rate") == pytest.approx(expected)
+
+
+def drops_of(evaluations: dict[int, float], patience: int) -> dict[int, int]:
+    """The step of each drop of a plateau -> that of the best evaluation until then."""
+    drops, best, since = {}, min(evaluations), 0
+    for step in sorted(evaluations)[1:]:
+        is_better = evaluations[step] < evaluations[best]
+        best, since = step if is_better else best, 0 if is_better else since + 1
+        if since == patience:
+            drops[step], since = best, 0
+    return drops
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (3, 2)])
+def test_a_plateau_goes_back_to_the_best_checkpoint_and_a_resumed_run_after_it_is_exact(
+    click_log, tmp_path, stage, ranks
+):
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    flags = [
+        f"--per_device_train_batch_size={64 // ranks}", "--max_steps=20", "--learning_rate=0.02",
+        "--table_learning_rate=0.3", "--lr_scheduler_type=reduce_lr_on_plateau", "--plateau_factor=0.5",
+        "--eval_steps=2", "--plateau_restores_best", "--dropout=0.1", "--save_total_limit=100",
+    ]  # fmt: skip
+    launch = {"ranks": ranks, "ds_config": f"ds_configs/zero{stage}.json"}
+    printed = train(click_log, run, *flags, **launch)
+    drops = drops_of(rows(run, "validation", "ne"), patience=1)
+    (first, best), *_ = drops.items()
+    assert len(drops) > 2, drops
+    said = re.findall(r"training goes on from the weights of step (\d+)", printed)
+    assert [int(step) for step in said] == list(drops.values())
+    for pattern in ("tables-*", "*model_states.pt", "*optim_states.pt"):
+        paths = sorted((run / f"checkpoint-{best}").glob(pattern))
+        for path in paths:
+            pair = [read_tensors(run / f"checkpoint-{step}" / path.name) for step in (best, first)]
+            assert all(torch.equal(pair[0][name], pair[1][name]) for name in pair[0]), path
+    # A new run folder with the checkpoints up to the first drop.
+    shutil.copytree(run, resumed)
+    train(click_log, resumed, *flags, f"--resume_from_checkpoint={resumed}/checkpoint-{first}", **launch)
+    for split, column in (("train", "loss"), ("train", "learning_rate"), ("validation", "ne")):
+        assert rows(resumed, split, column) == rows(run, split, column)
+    assert summary(resumed)["test"] == summary(run)["test"]
+    if stage:
+        return
+    # In another folder the best checkpoint is missing.
+    same_weights = ["--learning_rate=0", "--table_learning_rate=0"]  # so that no evaluation is better
+    elsewhere = [f"--resume_from_checkpoint={run}/checkpoint-{first}", *same_weights]
+    printed = train(click_log, tmp_path / "other", *flags, *elsewhere)
+    warning = f"the best checkpoint, {tmp_path}/other/checkpoint-{best}, no longer exists: "
+    assert warning + "training goes on from the last weights instead" in printed
+    assert printed.count("testing the last weights instead") == 1
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file of a checkpoint."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    found, left = {}, [("", torch.load(path, weights_only=False))]
+    for name, value in left:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict | list | tuple):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{name}/{key}", each) for key, each in items]
+    assert found, path
+    return found
 
 
 def test_a_metric_that_validation_does_not_have_neither_stops_the_run_nor_lowers_the_learning_rate(tmp_path):
@@ -179,6 +246,29 @@ def test_accumulation_changes_no_loss_of_the_dense_part(click_log, tmp_path):
     assert pieces == pytest.approx(whole, rel=1e-5)
     # Negative control: the steps aren't all alike.
     assert pieces != pytest.approx({step: whole[max(step - 1, 1)] for step in whole}, rel=1e-2)
+
+
+def test_self_ensemble_trains_with_dropout_and_without_it_changes_nothing(click_log, tmp_path):
+    """Loss of the mean prediction, relative tolerance 1e-5, 10 steps: 1 rank at ZeRO 0, and 2 ranks at ZeRO 3."""
+    flags = ["--max_steps=10", "--per_device_eval_batch_size=8"]
+    line = "self_ensemble has no effect: dropout is 0 in all layers"
+    printed = {
+        "plain": train(click_log, tmp_path / "plain", *flags, "--per_device_train_batch_size=64"),
+        "twice": train(
+            click_log, tmp_path / "twice", *flags, "--per_device_train_batch_size=32", "--self_ensemble", ranks=2,
+            ds_config="ds_configs/zero3.json",
+        ),
+        "dropout": train(
+            click_log, tmp_path / "dropout", *flags, "--per_device_train_batch_size=64", "--self_ensemble",
+            "--dropout=0.2",
+        ),
+    }  # fmt: skip
+    assert [name for name in printed if line in printed[name]] == ["twice"]
+    plain, twice, dropout = (rows(tmp_path / name, "train", "loss") for name in printed)
+    assert twice == pytest.approx(plain, rel=1e-5)
+    assert dropout != pytest.approx(plain, rel=1e-3)
+    needs = [float(re.search(r"need at most ([\d.]+) of", printed[name])[1]) for name in ("plain", "dropout")]
+    assert needs[1] > needs[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

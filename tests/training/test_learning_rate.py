@@ -10,10 +10,15 @@ import torch
 from transformers import get_scheduler
 
 import dhen.training.learning_rate
-from dhen.training.learning_rate import BestMetric, LearningRateSchedule, ScheduleKind, scale_learning_rate
+from dhen.config.training_arguments import ScheduleKind, TrainingArguments
+from dhen.training.learning_rate import BestMetric, LearningRateSchedule, batch_size_scale
 
 TOTAL = 100
 KINDS: tuple[ScheduleKind, ...] = ("constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau")
+
+
+def schedule_of(kind: ScheduleKind, total_steps: int = TOTAL, **options: float) -> LearningRateSchedule:
+    return LearningRateSchedule(TrainingArguments(lr_scheduler_type=kind, **options), total_steps)
 
 
 def hugging_face(kind: str, warmup: int) -> list[float]:
@@ -31,20 +36,20 @@ def hugging_face(kind: str, warmup: int) -> list[float]:
 @pytest.mark.parametrize("warmup", [0, 1, 20])
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "inverse_sqrt"])
 def test_after_warm_up_the_factor_is_hugging_faces_of_that_name(kind: ScheduleKind, warmup: int) -> None:
-    schedule = LearningRateSchedule(kind, total_steps=TOTAL, warmup_steps=warmup)
+    schedule = schedule_of(kind, warmup_steps=warmup)
     ours = [schedule.factor(step) for step in range(warmup, TOTAL)]
     assert ours == pytest.approx(hugging_face(kind, warmup)[warmup:], rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_warm_up_is_a_line_that_does_not_waste_the_first_update(kind: ScheduleKind) -> None:
-    schedule = LearningRateSchedule(kind, total_steps=TOTAL, warmup_steps=8)
+    schedule = schedule_of(kind, warmup_steps=8)
     assert [schedule.factor(step) for step in range(9)] == [(step + 1) / 8 for step in range(8)] + [1.0]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_decay_ends_at_min_lr_ratio_and_never_rises(kind: ScheduleKind) -> None:
-    schedule = LearningRateSchedule(kind, total_steps=TOTAL, warmup_steps=10, min_lr_ratio=0.2)
+    schedule = schedule_of(kind, warmup_steps=10, min_lr_ratio=0.2)
     factors = [schedule.factor(step) for step in range(10, TOTAL + 50)]
     assert factors == sorted(factors, reverse=True)
     assert factors[TOTAL - 10 :] == pytest.approx([0.2] * 50)
@@ -53,27 +58,31 @@ def test_decay_ends_at_min_lr_ratio_and_never_rises(kind: ScheduleKind) -> None:
 
 @pytest.mark.parametrize("kind", ["inverse_sqrt", "reduce_lr_on_plateau"])
 def test_min_lr_ratio_is_a_floor(kind: ScheduleKind) -> None:
-    schedule = LearningRateSchedule(kind, total_steps=10**6, warmup_steps=1, min_lr_ratio=0.3)
+    schedule = schedule_of(kind, total_steps=10**6, warmup_steps=1, min_lr_ratio=0.3)
     for _ in range(5):
         schedule.after_evaluation(improved=False)
     assert schedule.factor(10**5) == 0.3
 
 
 def test_a_warm_up_longer_than_the_run_stays_finite() -> None:
-    schedule = LearningRateSchedule("cosine", total_steps=10, warmup_steps=40)
+    schedule = schedule_of("cosine", total_steps=10, warmup_steps=40)
     assert [schedule.factor(step) for step in (0, 9)] == [1 / 40, 10 / 40]
 
 
-@pytest.mark.parametrize(("patience", "factor_after"), [(0, [1, 0.5, 0.25, 0.25]), (1, [1, 1, 0.5, 0.5])])
-def test_plateau_drops_after_more_than_patience_evaluations(patience: int, factor_after: list[float]) -> None:
-    schedule = LearningRateSchedule(
-        "reduce_lr_on_plateau", total_steps=TOTAL, plateau_factor=0.5, plateau_patience=patience
-    )
+@pytest.mark.parametrize(("patience", "factor_after"), [(1, [1, 0.5, 0.25, 0.25]), (2, [1, 1, 0.5, 0.5])])
+def test_plateau_drops_at_the_patience_th_evaluation_in_a_row(patience: int, factor_after: list[float]) -> None:
+    schedule = schedule_of("reduce_lr_on_plateau", plateau_factor=0.5, plateau_patience=patience)
     factors = []
     for improved in (True, False, False, True):
-        schedule.after_evaluation(improved)
+        before, drops = schedule.factor(50), schedule.after_evaluation(improved)
         factors.append(schedule.factor(50))
+        assert drops == (factors[-1] < before)
     assert factors == factor_after
+
+
+def test_a_factor_at_its_floor_drops_no_more() -> None:
+    schedule = schedule_of("reduce_lr_on_plateau", plateau_factor=0.5, min_lr_ratio=0.3)
+    assert [schedule.after_evaluation(improved=False) for _ in range(4)] == [True, True, False, False]
 
 
 def test_plateau_equals_torchs() -> None:
@@ -82,7 +91,7 @@ def test_plateau_equals_torchs() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, threshold=0.0)
     best = BestMetric("ne")
-    ours = LearningRateSchedule("reduce_lr_on_plateau", total_steps=TOTAL, plateau_factor=0.5, plateau_patience=2)
+    ours = schedule_of("reduce_lr_on_plateau", plateau_factor=0.5, plateau_patience=3)
     drops = set()
     for value in metric:
         theirs.step(value)
@@ -94,7 +103,7 @@ def test_plateau_equals_torchs() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "reduce_lr_on_plateau"])
 def test_other_kinds_do_not_drop(kind: ScheduleKind) -> None:
-    schedule = LearningRateSchedule(kind, total_steps=TOTAL)
+    schedule = schedule_of(kind)
     before = schedule.factor(30)
     schedule.after_evaluation(improved=False)
     assert schedule.factor(30) == before
@@ -105,9 +114,7 @@ def test_resumed_anywhere_plateau_and_stopping_go_on_exactly() -> None:
     metric = [values.uniform(0.7, 0.8) for _ in range(30)]
 
     def fresh() -> tuple[BestMetric, LearningRateSchedule]:
-        schedule = LearningRateSchedule(
-            "reduce_lr_on_plateau", total_steps=TOTAL, plateau_factor=0.3, plateau_patience=1
-        )
+        schedule = schedule_of("reduce_lr_on_plateau", plateau_factor=0.3, plateau_patience=2)
         return BestMetric("auc"), schedule
 
     def run(best: BestMetric, schedule: LearningRateSchedule, values: list[float]) -> list[tuple[object, ...]]:
@@ -163,25 +170,11 @@ def test_early_stopping_after_patience_evaluations_and_never_at_patience_0() -> 
     assert stalled == [(False, False)] * 4 + [(True, False)]
 
 
-def test_learning_rate_scaling_rules() -> None:
-    assert scale_learning_rate(0.1, 8192, 512, "none") == 0.1
-    assert scale_learning_rate(0.1, 8192, 512, "linear") == pytest.approx(1.6)
-    assert scale_learning_rate(0.1, 8192, 512, "sqrt") == pytest.approx(0.4)
-    assert scale_learning_rate(0.1, 128, 512, "linear") == pytest.approx(0.025)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kind": "polynomial"}, "lr_scheduler_type is 'polynomial'. Use one of constant"),
-        ({"min_lr_ratio": 1.5}, "min_lr_ratio is 1.5"),
-        ({"plateau_factor": 1.0}, "plateau_factor is 1.0"),
-        ({"plateau_factor": 0.0}, "plateau_factor is 0.0"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LearningRateSchedule(**options, total_steps=TOTAL)
+@pytest.mark.parametrize(("rule", "scale"), [("none", 1), ("linear", 16), ("sqrt", 4)])
+def test_learning_rate_scaling_rules(rule: str, scale: float) -> None:
+    arguments = TrainingArguments(learning_rate_scaling=rule, base_batch_size=512)
+    assert batch_size_scale(arguments, 8192) == pytest.approx(scale)
+    assert batch_size_scale(arguments, 128) == pytest.approx({"none": 1, "linear": 1 / 4, "sqrt": 1 / 2}[rule])
 
 
 def test_examples_of_the_docstrings() -> None:
