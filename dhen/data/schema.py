@@ -10,7 +10,7 @@ A prepared folder is
 The Parquet columns are:
 
     label                one float32: 0, 1, or NaN if unknown, as in data to predict
-    dense feature        one float32, already transformed
+    dense feature        one float32, already transformed and scaled
     sparse feature       one int32 or int64, or a list of them if the feature is multi-valued
     <feature>:weights    a list of float32, only if the feature's ids have weights
     :file, :row          where the row came from, only in data to predict
@@ -52,10 +52,17 @@ def weights_column(feature: str) -> str:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class DenseColumn:
-    """A dense feature. `log1p` is sign(x) * log(1 + |x|), which keeps the sign. After the transform, a blank is 0."""
+    """A dense feature. `log1p` is sign(x) * log(1 + |x|), which keeps the sign. Then comes the scale: (x - mean) / std.
+
+    mean, std: of the transformed values in the train split; without a scale, None. If std is 0, so are all values.
+    A blank is 0 in the end. missing_of: the feature is 1 where that dense feature is blank, else 0.
+    """
 
     name: str
     transform: Literal["log1p", "identity"] = "log1p"
+    mean: float | None = None
+    std: float | None = None
+    missing_of: str | None = None
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -63,16 +70,19 @@ class SparseColumn:
     """A sparse feature, and how its raw values become ids in a table of `num_embeddings` rows.
 
     `hash`: 1 + hash(value) mod (num_embeddings - 1). `vocabulary`: the id of the key in vocabulary/<name>.parquet. Id 0
-    stands for a blank, and with `vocabulary` also for an unseen or rare key.
+    stands for a blank, and with `vocabulary` also for an unseen or rare key. `bins`: 1 + the number of `edges` below
+    the value. The edges are quantiles of the train split, so that up to `bins` bins have about as many rows each.
     """
 
     name: str
     num_embeddings: int
-    encoding: Literal["hash", "vocabulary"] = "hash"
+    encoding: Literal["hash", "vocabulary", "bins"] = "hash"
     min_count: int = 1
     is_multi_valued: bool = False
     is_weighted: bool = False
     pooling: Literal["sum", "mean"] = "sum"
+    bins: int | None = None
+    edges: tuple[float, ...] | None = field(default=None, repr=False)
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -109,6 +119,8 @@ class Schema:
         """Write schema.json into `folder` atomically."""
         draft = folder / f".{SCHEMA_FILE}.draft"
         values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)
+        for kind in ("dense", "sparse"):  # as earlier versions wrote columns without bins and scales
+            values[kind] = [{k: v for k, v in column.items() if v is not None} for column in values[kind]]
         draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         draft.replace(folder / SCHEMA_FILE)
 

@@ -20,6 +20,7 @@ Rows = Annotated[int, Interval(ge=1, le=2**40), _NUMBER]
 """Rows of a table. With more than 2**31 rows, ids are int64."""
 HashRows = Annotated[int, Interval(ge=2, le=2**40), _NUMBER]
 """Row 0 is for blanks."""
+Bins = Annotated[int, Interval(ge=2, le=10_000), _NUMBER]
 Batch = Annotated[int, Interval(ge=1, le=2**24), _NUMBER]
 """Examples in a batch: with 128 features of one id each, these are 2**31 ids."""
 Count = Annotated[int, Interval(ge=1, le=10**12), _NUMBER]

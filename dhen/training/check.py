@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dhen.config.arguments import Arguments
 from dhen.data.preparation.head import is_partial
-from dhen.data.schema import LABEL, SHARES, Schema
+from dhen.data.schema import LABEL, SHARES, DenseColumn, Schema
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import TrainingData, cache_of, open_data
 from dhen.training.loop import Trainer, with_ids_ahead
@@ -61,11 +61,17 @@ def _what_was_read(data: TrainingData) -> str:
 
 
 def _columns(schema: Schema) -> list[str]:
-    lines = [f"  {LABEL}: 0 or 1", *(f"  {column.name}: number, {column.transform}" for column in schema.dense)]
+    lines = [f"  {LABEL}: 0 or 1", *map(_number, schema.dense)]
     for column in schema.sparse:
         kind = "multi-valued " * column.is_multi_valued + "category"
         lines.append(f"  {column.name}: {kind}, {column.encoding}, {column.num_embeddings:,} table rows")
     return lines
+
+
+def _number(column: DenseColumn) -> str:
+    if column.missing_of is not None:
+        return f"  {column.name}: 1 if {column.missing_of} is blank, else 0"
+    return f"  {column.name}: number, {column.transform}" + (", scaled" if column.mean is not None else "")
 
 
 def _samples_per_second(trainer: Trainer) -> tuple[float, int]:

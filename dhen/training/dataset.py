@@ -293,6 +293,11 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
     sparse = {column.name: column for column in schema.sparse}
     for kind, have, want in (("dense", dense, wanted.dense), ("sparse", sparse, wanted.sparse)):
         for column in want:
+            if have.get(column.name) != column and str(have.get(column.name)) == str(column):
+                raise ValueError(
+                    f"{folder}: the bins of {column.name!r} have other edges than those of the model in {trained}, so "
+                    f"the ids have other meanings. {_USE_RAW}"
+                )
             if have.get(column.name) != column:
                 raise ValueError(
                     f"{folder}: {kind} feature {column.name!r} is {have.get(column.name, 'missing')}, but the model in "

@@ -74,9 +74,12 @@ def typed_table(
     values = raw.get(roles.label.column)
     label = columns.label_column(values, roles.label, checks, is_required=is_label_required, has_schema=True)
     typed = {LABEL: label}
-    for dense in roles.dense:
-        typed[dense.name] = columns.number_column(raw[dense.source], dense.source, checks)
+    numbers = {name: columns.number_column(raw[name], name, checks) for name in roles.numbers}
+    typed |= {dense.name: numbers[dense.source] for dense in roles.dense}
     for sparse in roles.sparse:
+        if sparse.bins is not None:
+            typed[sparse.name] = numbers[sparse.source]
+            continue
         keys, weights = columns.sparse_columns(raw, sparse, checks)
         typed[sparse.name] = keys
         if weights is not None:

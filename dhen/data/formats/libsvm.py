@@ -227,9 +227,10 @@ def _check_roles(roles: ColumnRoles, file: str, fields: list[str] | None) -> Non
     if roles.has_patterns:
         raise ValueError(f"{file}: libsvm files do not support patterns of columns. List the numbers of the fields.")
     for role in roles.sparse:
-        if role.weights not in (None, VALUE) or role.separator is not None or role.characters is not None:
+        is_plain = role.separator is None and role.characters is None and role.bins is None
+        if role.weights not in (None, VALUE) or not is_plain:
             raise ValueError(
-                f"{role.name!r}: libsvm files do not support separator, characters, or weights other than "
+                f"{role.name!r}: libsvm files do not support separator, characters, bins, or weights other than "
                 f"`weights: {VALUE}`. Correct the schema."
             )
     if fields is not None:

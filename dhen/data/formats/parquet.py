@@ -19,8 +19,8 @@ from dhen.data.formats.roles import ColumnRoles
 BATCH_ROWS = 65_536
 _INSTEAD_OF_TIME = {
     "label": "Make a column of 0 and 1.",
-    "dense": "List it under sparse, with the parts that matter: {{name: {}, parts: [hour, weekday, day]}}; or convert "
-    "it to a number, such as days before the click.",
+    "a number": "List it under sparse, with the parts that matter: {{name: {}, parts: [hour, weekday, day]}}; or "
+    "convert it to a number, such as days before the click.",
     "weights": "Convert it to a number.",
 }
 """What to do with a column of dates or times, by its role."""
@@ -88,7 +88,7 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     """Raise DataError if a column's type does not fit its role. The message says what to do instead."""
     lists = {c for feature in roles.sparse if feature.is_multi_valued for c in feature.columns}
     singles = {roles.label.column, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
-    numbers = {roles.label.column: "label", **{feature.source: "dense" for feature in roles.dense}}
+    numbers = {roles.label.column: "label", **dict.fromkeys(roles.numbers, "a number")}
     numbers |= {feature.weights: "weights" for feature in roles.sparse if feature.weights is not None}
     dates = {feature.source for feature in roles.sparse if feature.part is not None}
     for name in used_columns(roles, schema.names):

@@ -8,6 +8,7 @@ null_values: [""]         # values that count as blank
 dense:
   - price                 # log1p
   - {name: age, column: c7, transform: identity}              # reads the column c7
+  - {name: income, scale: standard, missing_indicator: true}  # also the feature income_is_missing, 0 or 1
 sparse:
   - user
   - {name: item, encoding: vocabulary, min_count: 2}          # overrides the command's settings; also hash_size
@@ -15,6 +16,7 @@ sparse:
   - {name: tags, separator: "|", weights: tag_weights}        # weights from another column, "1|0.5|0.5"
   - {name: history, multi_valued: true}                       # Parquet: a list column
   - {name: hour_of_day, column: time, characters: [6, 8]}     # characters 6 and 7 (from 0) of the column `time`
+  - {name: age_bin, column: c7, bins: 20}                     # numbers, by their quantiles in the train split
   - {name: seen, parts: [hour, weekday]}                      # of a date: the features seen_hour and seen_weekday
 ignored: [id]             # all other columns must be listed here; "*" ignores all of them
 
@@ -37,21 +39,33 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.schema import LABEL
 from dhen.model.names import first_mistake, is_valid_table_name, listed, quoted, shown, unknown_name
-from dhen.model.ranges import Count, HashRows
+from dhen.model.ranges import Bins, Count, HashRows
 from dhen.paths import find
 from dhen.yaml_files import parse_yaml, read_yaml
 
 _STRICT = ConfigDict(extra="forbid")
+_MISPLACED = (  # where a key is wrong, the key, where it is right, and what to do
+    ("dense", "bins", "sparse", "List {{name: {0}_bin, column: {0}, bins: …}} under sparse."),
+    ("sparse", "scale", "dense", "List the column under dense, or remove it."),
+    ("sparse", "missing_indicator", "dense", "Remove it: a blank of a sparse column already has its own id."),
+)
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]{0,199}")
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class DenseRole:
-    """A numeric column."""
+    """A numeric column. missing_indicator: one more feature says where it is blank."""
 
     name: str
     column: str | None = None
     transform: Literal["log1p", "identity"] = "log1p"
+    scale: Literal["none", "standard"] = "none"
+    missing_indicator: bool = False
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The names of the dense features that it becomes."""
+        return (self.name, f"{self.name}_is_missing") if self.missing_indicator else (self.name,)
 
     @property
     def source(self) -> str:
@@ -85,7 +99,7 @@ class LabelRole:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class SparseRole:
-    """A categorical column. part: of the dates in it.
+    """A categorical column. part: of the dates in it. bins: how many to make of the numbers in it.
 
     If `encoding`, `hash_size` or `min_count` is None, the command's setting applies.
     """
@@ -101,6 +115,7 @@ class SparseRole:
     encoding: Literal["hash", "vocabulary"] | None = None
     hash_size: HashRows | None = None
     min_count: Count | None = None
+    bins: Bins | None = None
 
     def __post_init__(self) -> None:
         if not is_valid_table_name(self.name):
@@ -116,11 +131,23 @@ class SparseRole:
             )
         if self.part is not None and (self.characters is not None or self.is_multi_valued):
             raise ValueError(f"{quoted(self.source)} has `parts`, which need one date per row. Remove the other keys.")
+        with_ids = ("characters", "part", "separator", "multi_valued", "weights", "encoding", "hash_size", "min_count")
+        for key in with_ids if self.bins is not None else ():
+            if getattr(self, key) not in (None, False):
+                key = "parts" if key == "part" else key
+                raise ValueError(
+                    f"{quoted(self.name)} has bins, which make ids of numbers, and {key}. Remove one of them."
+                )
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:
                 raise ValueError(
                     f"{quoted(self.name)} has a {key}, but the encoding {encoding} does not use it. Remove one of them."
                 )
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The name of the sparse feature that it becomes."""
+        return (self.name,)
 
     @property
     def is_multi_valued(self) -> bool:
@@ -134,7 +161,7 @@ class SparseRole:
 
     @property
     def source(self) -> str:
-        """The raw column with its ids."""
+        """The raw column with its ids or numbers."""
         return self.column or self.name
 
     @property
@@ -158,15 +185,18 @@ class ColumnRoles:
     null_values: tuple[str, ...] = field(default=("",))
 
     def __post_init__(self) -> None:
-        names = [feature.name for feature in (*self.dense, *self.sparse)]
+        names = [name for feature in (*self.dense, *self.sparse) for name in feature.features]
         if not names:
             raise ValueError("there are no features. List at least one under dense or sparse.")
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"the feature {quoted(name)} appears twice. Use a different name for each feature.")
+                raise ValueError(
+                    f"the feature {quoted(name)} appears twice. Use a different name for each feature. To use a column "
+                    f"twice, such as under dense and sparse, write {{name: {shown(name)}_2, column: {shown(name)}}}."
+                )
         for feature in (*self.dense, *self.sparse):
             if not has_magic(feature.source):
-                _check_name(feature.name)
+                _check_names(feature)
             if self.label.column in feature.columns:
                 raise ValueError(
                     f"the feature {quoted(feature.name)} uses the column {quoted(self.label.column)}, which is the "
@@ -187,6 +217,12 @@ class ColumnRoles:
                 raise ValueError(
                     f"{quoted(feature.name)} has `characters`, but is multi-valued. Remove one of the two."
                 )
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The raw columns that are read as numbers."""
+        binned = (feature.source for feature in self.sparse if feature.bins is not None)
+        return tuple(dict.fromkeys((*(feature.source for feature in self.dense), *binned)))
 
     @property
     def has_patterns(self) -> bool:
@@ -235,7 +271,7 @@ class ColumnRoles:
         with _one_line(file):
             dense, sparse = features(self.dense, "dense"), features(self.sparse, "sparse")
             for feature in (*dense, *sparse):
-                _check_name(feature.name)
+                _check_names(feature)
             dropped = tuple(column for name in ignored for column in matches(name, "ignored"))
             return replace(self, dense=dense, sparse=sparse, ignored=self.ignored if self.ignored == "*" else dropped)
 
@@ -286,6 +322,11 @@ def _roles_of(content: dict[str, Any], path: str | Path) -> ColumnRoles:
         if not isinstance(entries, list):
             raise ValueError(f"{path}: {kind} is {quoted(entries)}. Use a list of columns.")
         content[kind] = [entry if isinstance(entry, dict) else {"name": str(entry)} for entry in entries]
+    for wrong, key, right, use in _MISPLACED:
+        for entry in content[wrong]:
+            if key in entry:
+                name = shown(entry.get("name"))
+                raise ValueError(f"{path}: {wrong}: {name} has {key}, which is for {right} columns. {use.format(name)}")
     content["sparse"] = [feature for entry in content["sparse"] for feature in _by_part(entry, path)]
     if not isinstance(content.get("label", {}), dict):
         content["label"] = {"column": str(content["label"])}
@@ -306,13 +347,14 @@ def _one_line(place: str | Path) -> Iterator[None]:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _check_name(name: str) -> None:
-    if name == LABEL or not _FEATURE_NAME.fullmatch(name):
-        raise ValueError(
-            f"{quoted(name)} is not allowed as a feature name, because files and columns are named after it. Use "
-            f"at most 200 letters, digits, '_', '-', '.' and spaces, but not {LABEL!r}. To rename it, write "
-            f"{{name: new, column: {shown(name)}}}."
-        )
+def _check_names(role: DenseRole | SparseRole) -> None:
+    for name in role.features:
+        if name == LABEL or not _FEATURE_NAME.fullmatch(name):
+            raise ValueError(
+                f"{quoted(name)} is not allowed as a feature name, because files and columns are named after it. Use "
+                f"at most 200 letters, digits, '_', '-', '.' and spaces, but not {LABEL!r}. To rename it, write "
+                f"{{name: new, column: {shown(role.source)}}}."
+            )
 
 
 def _by_part(entry: dict[str, Any], path: Path) -> list[dict[str, Any]]:

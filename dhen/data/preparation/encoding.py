@@ -1,4 +1,4 @@
-"""Converts raw values to model inputs: ids by hash or vocabulary, and transformed dense values."""
+"""Converts raw values to model inputs: ids by hash, vocabulary or bins, and transformed dense values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from dhen.data.formats.columns import list_lengths, lists_of
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.formats.roles import ColumnRoles, SparseRole
 from dhen.data.preparation.hashing import hashed_ids
+from dhen.data.preparation.numbers import bin_ids, dense_values
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.vocabulary import Vocabulary
 from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, Schema, SparseColumn, weights_column
@@ -43,8 +44,12 @@ class Encoder:
         unknown: dict[str, np.ndarray] = {}
         encoded: dict[str, pa.Array] = {LABEL: raw[LABEL].combine_chunks()}
         for dense in self.dense:
-            encoded[dense.name] = pa.array(_transformed(raw[dense.name].to_numpy(), dense), from_pandas=False)
+            numbers = raw[dense.missing_of or dense.name].to_numpy()
+            encoded[dense.name] = pa.array(dense_values(numbers, dense), from_pandas=False)
         for sparse in self.sparse:
+            if sparse.encoding == "bins":
+                encoded[sparse.name] = pa.array(bin_ids(raw[sparse.name].to_numpy(), sparse))
+                continue
             column = raw[sparse.name].combine_chunks()
             keys = self.keys(column.flatten() if sparse.is_multi_valued else column)
             ids, keep = self._ids(keys, sparse), keys.is_valid().to_numpy(zero_copy_only=False)
@@ -84,10 +89,13 @@ class AskedEncoding:
 
 
 def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[str, AskedEncoding]:
-    """By feature: what the dataset_schema says, else the settings, else the model that they name as `like`."""
+    """By feature without bins: what the dataset_schema says, else the settings, else the model named as `like`."""
     like = {column.name: column for column in Schema.load(Path(settings.like)).sparse} if settings.like else {}
+    like = {name: column for name, column in like.items() if column.encoding != "bins"}
     asked = {}
     for role in roles.sparse:
+        if role.bins is not None:
+            continue
         told = role.encoding or (settings.id_encoding if settings.id_encoding != "auto" else None)
         old = like.get(role.name)
         size = role.hash_size or settings.hash_size
@@ -101,12 +109,24 @@ def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[s
 
 
 def new_columns(
-    roles: ColumnRoles, asked: Mapping[str, AskedEncoding], vocabularies: dict[str, Vocabulary]
+    roles: ColumnRoles,
+    asked: Mapping[str, AskedEncoding],
+    vocabularies: dict[str, Vocabulary],
+    fitted: Mapping[str, tuple[float, ...]],
 ) -> tuple[tuple[DenseColumn, ...], tuple[SparseColumn, ...]]:
-    """Return the schema's dense and sparse columns. `vocabularies`: one per feature that is encoded by a vocabulary."""
-    dense = tuple(DenseColumn(role.name, role.transform) for role in roles.dense)
+    """Return the schema's dense and sparse columns.
+
+    vocabularies: one per feature that is encoded by a vocabulary. fitted: the edges of each feature with bins, and
+    (mean, standard deviation) of each with a scale.
+    """
+    dense: list[DenseColumn] = []
+    for role in roles.dense:
+        dense.append(DenseColumn(role.name, role.transform, *fitted.get(role.name, ())))
+        dense += [DenseColumn(name, "identity", missing_of=role.name) for name in role.features[1:]]
     sparse = tuple(
-        SparseColumn(
+        SparseColumn(role.name, len(fitted[role.name]) + 2, "bins", bins=role.bins, edges=fitted[role.name])
+        if role.bins is not None
+        else SparseColumn(
             name=role.name,
             num_embeddings=(
                 vocabularies[role.name].num_embeddings if role.name in vocabularies else asked[role.name].hash_size
@@ -119,7 +139,7 @@ def new_columns(
         )
         for role in roles.sparse
     )
-    return dense, sparse
+    return tuple(dense), sparse
 
 
 def check_same_features(
@@ -127,7 +147,9 @@ def check_same_features(
 ) -> None:
     """Raise DataError unless raw data with these roles has the features in the schema of `folder`."""
     present = {role.name: "dense" for role in roles.dense} | {role.name: _kind(role) for role in roles.sparse}
-    wanted = {column.name: "dense" for column in dense} | {column.name: _kind(column) for column in sparse}
+    wanted = {column.missing_of or column.name: "dense" for column in dense} | {
+        column.name: _kind(column) for column in sparse
+    }
     for name, kind in wanted.items():
         if present.get(name) != kind:
             has = f"has it as {present[name]}" if name in present else "does not have it"
@@ -138,11 +160,5 @@ def check_same_features(
 
 
 def _kind(sparse: SparseRole | SparseColumn) -> str:
-    kind = "multi-valued sparse" if sparse.is_multi_valued else "sparse"
+    kind = "multi-valued sparse" if sparse.is_multi_valued else "sparse" if sparse.bins is None else "sparse with bins"
     return f"weighted {kind}" if sparse.is_weighted else kind
-
-
-def _transformed(values: np.ndarray, column: DenseColumn) -> np.ndarray:
-    if column.transform == "log1p":
-        values = np.sign(values) * np.log1p(np.abs(values))
-    return np.nan_to_num(values, nan=0.0).astype(np.float32)

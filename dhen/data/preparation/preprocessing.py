@@ -1,11 +1,12 @@
 """Streams raw files into a prepared folder (dhen/data/schema.py).
 
-Hashed ids need one pass over the data. A vocabulary, or `auto`, adds a pass before it that counts the keys of the train
-split. A sequential split adds a first pass that counts lines without parsing them.
+Hashed ids need one pass over the data. A vocabulary, `auto`, bins or a scale add a pass before it, which counts keys
+and fits numbers of the train split. A sequential split adds a first pass that counts lines without parsing them.
 
 Rows are read, encoded and written chunk by chunk. Memory therefore holds a few copies of one input block (8 MiB of
 text, or 65,536 Parquet rows) and one row group per split, regardless of the input's size. Only the distinct keys of
-features encoded by a vocabulary grow with the data (`KeyCounts` says how much memory a key takes).
+features encoded by a vocabulary grow with the data (`KeyCounts` says how much memory a key takes). Each feature with
+bins takes up to 16 MB.
 """
 
 import fcntl
@@ -31,6 +32,7 @@ from dhen.data.preparation.encoding import (
     check_same_features,
     new_columns,
 )
+from dhen.data.preparation.numbers import BinFit, ScaleFit, number_fits
 from dhen.data.preparation.origins import add_origins
 from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, RawStream
 from dhen.data.preparation.settings import PreparationSettings
@@ -107,42 +109,53 @@ def _given_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
 
 def _new_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
     asked = asked_encodings(stream.roles, settings)
-    vocabularies = _count_vocabularies(stream, settings, asked)
-    if settings.like and settings.vocabulary_keys == "union":
-        looked_up = {column.name for column in Schema.load(Path(settings.like)).sparse if column.encoding != "hash"}
+    trained = Schema.load(Path(settings.like)) if settings.like else None
+    fitted, fits = number_fits(stream.roles, trained)
+    vocabularies = _read_train(stream, settings, asked, fits)
+    fitted |= {name: fit.result(name) for name, fit in fits.items()}
+    if trained and settings.vocabulary_keys == "union":
+        looked_up = {column.name for column in trained.sparse if column.encoding == "vocabulary"}
         vocabularies |= {
             name: load_vocabulary(Path(settings.like), name).union(new)
             for name, new in vocabularies.items()
             if name in looked_up
         }
-    return Encoder(*new_columns(stream.roles, asked, vocabularies), vocabularies, settings.is_canonical)
+    return Encoder(*new_columns(stream.roles, asked, vocabularies, fitted), vocabularies, settings.is_canonical)
 
 
-def _count_vocabularies(
-    stream: RawStream, settings: PreparationSettings, asked: Mapping[str, AskedEncoding]
+def _read_train(
+    stream: RawStream,
+    settings: PreparationSettings,
+    asked: Mapping[str, AskedEncoding],
+    fits: Mapping[str, BinFit | ScaleFit],
 ) -> dict[str, Vocabulary]:
-    """Count keys in a separate pass. Only the train split counts: a key that never occurs there cannot be trained.
+    """Count keys and fit numbers in a separate pass. Returns the vocabularies.
+
+    Only the train split counts: a key that never occurs there cannot be trained.
 
     A feature whose encoding is auto gets no vocabulary if it has more than MOST_KEYS keys.
     """
     counts = {name: KeyCounts() for name, of_feature in asked.items() if of_feature.encoding != "hash"}
-    if not counts:
+    if not counts and not fits:
         return {}
     if "train" not in stream.splits:
-        if all(asked[name].encoding == "auto" for name in counts):
+        if all(asked[name].encoding == "auto" for name in counts) and not fits:
             return {}
         raise DataError(
-            "a vocabulary is built from the train split, but there is none. Add train rows or set schema_from."
+            f"{f'the bins or the scale of {next(iter(fits))!r}' if fits else 'a vocabulary'} is built from the train "
+            f"split, but there is none. Add train rows or set schema_from."
         )
     for part in stream.chunks("counting keys", only="train"):
         table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
+        for name, fit in fits.items():
+            fit.add(table[name].drop_null().to_numpy())
         for name, count in list(counts.items()):
             keys = table[name].combine_chunks()
             keys = keys.flatten() if pa.types.is_list(keys.type) else keys
             count.add(canonical_keys(keys) if settings.is_canonical else keys)
             if asked[name].encoding == "auto" and count.num_merged > MOST_KEYS:
                 del counts[name]
-        if not counts:
+        if not counts and not fits:
             return {}
     vocabularies = {name: count.vocabulary(asked[name].min_count) for name, count in counts.items()}
     return {

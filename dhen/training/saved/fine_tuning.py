@@ -1,9 +1,9 @@
 """Fine-tuning: starts from a trained model on new data. Matching weights are kept; all others start anew.
 
 Tables are matched by feature name. With a vocabulary on both sides, rows are matched by key. Hashed tables match if
-their sizes are equal, because the hash is the same. Dense weights are matched by name, and those that belong to a
-feature by the name of the feature. A new feature's weights in the layers start at 0. It still changes what attention,
-convolution, eq. 7's deep cross and norms over the features compute.
+their sizes are equal, because the hash is the same; tables of bins match if the bins are the same. Dense weights are
+matched by name, and those that belong to a feature by the name of the feature. A new feature's weights in the layers
+start at 0. It still changes what attention, convolution, eq. 7's deep cross and norms over the features compute.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -114,12 +114,21 @@ class StartingPoint:
 
     def changed_transforms(self) -> list[str]:
         """A sentence for each dense feature that reaches the trained weights on a different scale."""
-        before = {column.name: column.transform for column in self.trained.schema.dense}
+        before = {column.name: column for column in self.trained.schema.dense}
         return [
-            f"{column.name}: transform was {before[column.name]}, is now {column.transform}"
-            for column in self.schema.dense
-            if before.get(column.name, column.transform) != column.transform
+            f"{new.name}: {what} was {was}, is now {now}"
+            for new in self.schema.dense
+            if (old := before.get(new.name)) is not None
+            for what, was, now in (
+                ("transform", old.transform, new.transform),
+                ("scale (mean, standard deviation)", _scale(old), _scale(new)),
+            )
+            if was != now
         ]
+
+
+def _scale(column: DenseColumn) -> str:
+    return "none" if column.mean is None else f"({column.mean:.6g}, {column.std:.6g})"
 
 
 def start_from(trained: TrainedModel, prepared: Path, schema: Schema) -> StartingPoint:
@@ -301,6 +310,13 @@ def _match_table(
         how = f"encoding was {old.encoding}, is now {new.encoding}"
         return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
     pooling = "" if old.pooling == new.pooling else f"; pooling was {old.pooling}, is now {new.pooling}"
+    if old.encoding == "bins":
+        if old.edges != new.edges:
+            changed = (
+                "the bins have other edges" if old.bins == new.bins else f"bins were {old.bins}, are now {new.bins}"
+            )
+            return TableMatch(new.name, rows, 0, old.num_embeddings, changed), None
+        return TableMatch(new.name, rows, rows, 0, f"same bins{pooling}"), torch.arange(rows)
     if old.encoding == "hash":
         if old.num_embeddings != rows:
             how = f"hash size was {old.num_embeddings:,}, is now {rows:,}"

@@ -1,0 +1,137 @@
+"""Bins and scales of numbers: what is fitted to the values of the training split, and how it is applied.
+
+Fits depend only on the values and their order, not on the chunks that the values came in.
+"""
+
+import logging
+from collections.abc import Mapping
+
+import numpy as np
+
+from dhen.data.formats.roles import ColumnRoles
+from dhen.data.preparation.hashing import hash_positions
+from dhen.data.schema import MISSING_ID, DenseColumn, Schema, SparseColumn
+
+MOST_VALUES = 1_000_000
+_BLOCK_VALUES = 65_536
+_SAMPLE_SEED = -1
+_LARGEST = float(np.finfo(np.float32).max)
+_ONE_VALUE = "%s: blank or the same number in every training row, so its %s"
+
+logger = logging.getLogger(__name__)
+
+
+class BinFit:
+    """Splits numbers at their quantiles k / bins, which NumPy interpolates linearly.
+
+    The quantiles are exact up to MOST_VALUES training values. Of more, a random sample of half to all of MOST_VALUES is
+    kept, which is the same in every run: those whose position has a small hash.
+    """
+
+    def __init__(self, bins: int) -> None:
+        self._bins, self._seen, self._share = bins, 0, 1.0
+        self._values, self._hashes = np.empty(0), np.empty(0)
+
+    def add(self, values: np.ndarray) -> None:
+        """Take the next training values, without blanks."""
+        hashes = hash_positions(np.arange(self._seen, self._seen + len(values)), _SAMPLE_SEED)
+        self._seen += len(values)
+        is_kept = hashes < self._share
+        self._values = np.concatenate([self._values, values[is_kept]])
+        self._hashes = np.concatenate([self._hashes, hashes[is_kept]])
+        while len(self._values) > MOST_VALUES:
+            self._share /= 2
+            is_kept = self._hashes < self._share
+            self._values, self._hashes = self._values[is_kept], self._hashes[is_kept]
+
+    def result(self, name: str) -> tuple[float, ...]:
+        """Return the inner edges of the bins, ascending. Equal ones are merged, and no bin is above the largest."""
+        if len(self._values) == 0:
+            edges = np.empty(0)
+        else:
+            quantiles = np.quantile(self._values, np.arange(1, self._bins) / self._bins)
+            edges = np.unique(quantiles[quantiles < self._values.max()])
+        if len(edges) == 0:
+            logger.info(_ONE_VALUE, name, "numbers make one bin")
+        return tuple(edges.tolist())
+
+
+class ScaleFit:
+    """Mean and standard deviation of transformed numbers in float64, by blocks (Chan, Golub, LeVeque 1979)."""
+
+    def __init__(self, transform: str) -> None:
+        self._transform, self._count, self._mean, self._squares = transform, 0, 0.0, 0.0
+        self._waiting = np.empty(0)
+
+    def add(self, values: np.ndarray) -> None:
+        """Take the next training values, without blanks."""
+        self._waiting = np.concatenate([self._waiting, _transformed(values, self._transform)])
+        while len(self._waiting) >= _BLOCK_VALUES:
+            self._merge(self._waiting[:_BLOCK_VALUES])
+            self._waiting = self._waiting[_BLOCK_VALUES:]
+
+    def result(self, name: str) -> tuple[float, float]:
+        """Return the mean and the standard deviation (of the population)."""
+        if len(self._waiting):
+            self._merge(self._waiting)
+            self._waiting = np.empty(0)
+        std = float(np.sqrt(self._squares / max(self._count, 1)))
+        if std == 0:
+            logger.info(_ONE_VALUE, name, "scaled value is always 0")
+        return float(self._mean), std
+
+    def _merge(self, block: np.ndarray) -> None:
+        mean = block[0] + (block - block[0]).mean()  # of equal values, exactly this value
+        distance, total = mean - self._mean, self._count + len(block)
+        self._squares += ((block - mean) ** 2).sum() + distance**2 * self._count * len(block) / total
+        self._mean += distance * len(block) / total
+        self._count = total
+
+
+def number_fits(roles: ColumnRoles, trained: Schema | None) -> tuple[dict[str, tuple], dict[str, BinFit | ScaleFit]]:
+    """Return, by feature: the edges, or (mean, standard deviation), of the trained model; and what is to be fitted.
+
+    The trained model's are kept if the feature has the same `bins`, or the same transform and a scale.
+    """
+    known: Mapping[str, DenseColumn | SparseColumn] = (
+        {column.name: column for column in (*trained.dense, *trained.sparse)} if trained else {}
+    )
+    kept, new = {}, {}
+    for dense in roles.dense:
+        old = known.get(dense.name)
+        if dense.scale == "none":
+            continue
+        if isinstance(old, DenseColumn) and old.mean is not None and old.transform == dense.transform:
+            kept[dense.name] = (old.mean, old.std)
+        else:
+            new[dense.name] = ScaleFit(dense.transform)
+    for sparse in roles.sparse:
+        old = known.get(sparse.name)
+        if sparse.bins is None:
+            continue
+        if isinstance(old, SparseColumn) and old.bins == sparse.bins:
+            kept[sparse.name] = old.edges
+        else:
+            new[sparse.name] = BinFit(sparse.bins)
+    return kept, new
+
+
+def dense_values(values: np.ndarray, column: DenseColumn) -> np.ndarray:
+    """Return the float32 inputs of a dense feature. values: float64, NaN if blank."""
+    if column.missing_of is not None:
+        return np.isnan(values).astype(np.float32)
+    values = _transformed(values, column.transform)
+    if column.mean is not None:
+        values = (values - column.mean) / column.std if column.std else np.zeros_like(values)
+        values = np.clip(values, -_LARGEST, _LARGEST)
+    return np.nan_to_num(values, nan=0.0).astype(np.float32)
+
+
+def bin_ids(values: np.ndarray, column: SparseColumn) -> np.ndarray:
+    """Return int32 ids: 1 up to the first edge, which belongs to the bin below it, and so on; 0 for NaN."""
+    ids = np.searchsorted(np.array(column.edges), values) + 1
+    return np.where(np.isnan(values), MISSING_ID, ids).astype(np.int32)
+
+
+def _transformed(values: np.ndarray, transform: str) -> np.ndarray:
+    return np.sign(values) * np.log1p(np.abs(values)) if transform == "log1p" else values
