@@ -4,7 +4,6 @@ Fits depend only on the values and their order, not on the chunks that the value
 """
 
 import logging
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -93,9 +92,7 @@ def number_fits(roles: ColumnRoles, trained: Schema | None) -> tuple[dict[str, t
 
     The trained model's are kept if the feature has the same `bins`, or the same transform and a scale.
     """
-    known: Mapping[str, DenseColumn | SparseColumn] = (
-        {column.name: column for column in (*trained.dense, *trained.sparse)} if trained else {}
-    )
+    known = {column.name: column for column in (*trained.dense, *trained.sparse)} if trained else {}
     kept, new = {}, {}
     for dense in roles.dense:
         old = known.get(dense.name)
