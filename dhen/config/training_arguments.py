@@ -138,6 +138,7 @@ class TrainingArguments:
         "ne", "Validation metric that decides which checkpoint is best: the highest auc, or the lowest ne or logloss."
     )
     load_best_model_at_end: bool = option(True, "Test and export the best checkpoint instead of the last weights.")
+    skip_test: bool = option(False, "Leave the test split alone: do not score it. For a search over arguments.")
     calibrate: bool = option(
         False,
         "After training, multiply the logits of the exported model by one number, fitted on the validation split. Use "

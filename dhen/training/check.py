@@ -105,9 +105,8 @@ def _expected(data: TrainingData, trainer: Trainer, rate: float, timed: int, pre
     left = steps - trainer.state.step
     evaluations = math.ceil(left / (trainer.arguments.eval_steps or trainer.steps_per_epoch))
     evaluations *= "validation" in splits
-    scored = sum(
-        splits[split].rows * times for split, times in (("validation", evaluations + 1), ("test", 1)) if split in splits
-    )
+    times = {"validation": evaluations + 1, "test": int(not trainer.arguments.skip_test)}
+    scored = sum(splits[split].rows * each for split, each in times.items() if split in splits)
     seconds = (left * rows_per_step + _SCORING_COST * scored) / rate
     before = f"{duration(preparation)} to prepare the data, then " if preparation else ""
     return (

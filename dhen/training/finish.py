@@ -30,7 +30,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     model, state, best_ne = trainer.model, trainer.state, data.schema.best_possible_ne
     output_dir, seconds = Path(arguments.training.output_dir), progress.watch.seconds
     tested_step = trainer.load_best("testing") if arguments.training.load_best_model_at_end else state.step
-    splits = {"eval": "validation", "test": "test"}
+    splits = {"eval": "validation"} if arguments.training.skip_test else {"eval": "validation", "test": "test"}
     values = {name: evaluate(model, data.loaders[split]) for name, split in splits.items() if split in data.loaders}
     before, world = values, model.topology.world
     scale = values["eval"].scores.best_scale(world) if arguments.training.calibrate else 1.0
@@ -44,6 +44,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         results[name] |= {"ne_before_scale": metrics.ne, "calibration_before_scale": metrics.calibration}
     summary = results | {
         "calibrate": arguments.training.calibrate,
+        "skip_test": arguments.training.skip_test,
         "logit_scale": scale,
         "samples_per_second": progress.samples_per_second or _earlier_rate(output_dir),
         "seconds": seconds,
@@ -72,7 +73,8 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
         metric, is_last = arguments.training.metric_for_best_model, tested_step == state.step
         best = "" if is_last else f", whose validation {metric} was the best"
-        logger.info("tested and exported: the weights of step %s%s", f"{tested_step:,}", best)
+        tested = "" if arguments.training.skip_test else "tested and "
+        logger.info(f"{tested}exported: the weights of step %s%s", f"{tested_step:,}", best)
         logger.info(
             "results are in %s: curves.png, metrics.csv, summary.json, unseen.csv, and the model in %s/",
             output_dir,
