@@ -1,0 +1,221 @@
+"""Experiments: the files that say what is run, and the lines of their results."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, field
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from dhen.model.names import check_names, first_mistake, unknown_name
+from dhen.model.ranges import Count
+from dhen.yaml_files import read_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+_SET_BY_THE_TOOL = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+_DECIDE_NOTHING = {*_SET_BY_THE_TOOL, "cache_dir", "logging_steps", "save_total_limit"}
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_Name = Annotated[str, StringConstraints(pattern=r"^\w+$")]
+_Text = Annotated[str, StringConstraints(pattern=r"^[^\n|]+$")]
+"""On one line, and no end of a table's cell."""
+_Figure = Annotated[float, Field(strict=True)] | None
+Metric = Literal["auc", "ne", "logloss", "calibration", "ne_over_best"]
+"""ne_over_best: NE divided by the best possible NE, which generated data knows."""
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Quoted:
+    """Figures of the test split that others measured: as published, or with another library on the same rows."""
+
+    name: _Text
+    source: _Text
+    auc: _Figure = None
+    ne: _Figure = None
+    logloss: _Figure = None
+    calibration: _Figure = None
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Bar:
+    """A bound that an entry's mean over its seeds must keep on the test split, and a goal beyond it."""
+
+    entry: str
+    metric: Metric
+    at_least: _Figure = None
+    at_most: _Figure = None
+    goal: _Figure = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which names the keys."""
+        bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
+        if not bounds or (self.goal is not None and len(bounds) > 1):
+            raise ValueError("a bar has at_least, at_most or both, and a goal only beside one of them. Change its keys")
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Entry:
+    """A set-up that is run once per seed. seeds, ds_config: None for the experiment's. arguments: of the run."""
+
+    name: _Name
+    title: _Text
+    seeds: Count | None = None
+    ds_config: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+_KINDS = {"published": Quoted, "peers": Quoted, "bars": Bar, "entries": Entry}
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Experiment:
+    """A file in recipes/experiments.
+
+    title, data: for the report. config: the recipe's YAML. seeds: runs per entry. arguments: override the recipe in all
+    entries. published, peers: rows that are quoted and never run. The first entry is the one that others are compared
+    with.
+    """
+
+    title: _Text
+    data: _Text
+    config: str
+    ds_config: str
+    seeds: Count
+    entries: Annotated[list[Entry], Field(min_length=1)]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    published: list[Quoted] = field(default_factory=list)
+    peers: list[Quoted] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which names the key."""
+        names = [entry.name for entry in self.entries]
+        if len(set(names)) < len(names):
+            raise ValueError(f"entries: two of {', '.join(names)} have the same name. Rename one.")
+        check_names("entry of a bar", [bar.entry for bar in self.bars], names)
+        for values in (self.arguments, *(entry.arguments for entry in self.entries)):
+            if wrong := values.keys() & set(_SET_BY_THE_TOOL):
+                raise ValueError(f"arguments: {sorted(wrong)[0]} is set by the tool. Remove it.")
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The arguments in the recipe's YAML."""
+        return read_yaml(ROOT / self.config)
+
+    def changes(self, entry: Entry) -> dict[str, Any]:
+        """The entry's arguments that differ from the recipe."""
+        values = self.arguments | entry.arguments
+        return {key: value for key, value in values.items() if key not in self.recipe or self.recipe[key] != value}
+
+    def digest(self, entry: Entry) -> str:
+        """A digest of all that decides the entry's results: arguments, and the contents of ds_config and schema."""
+        values = {
+            key: value for key, value in (self.recipe | self.changes(entry)).items() if key not in _DECIDE_NOTHING
+        }
+        files = [json.loads((ROOT / (entry.ds_config or self.ds_config)).read_text(encoding="utf-8"))]
+        if "dataset_schema" in values:
+            files.append(read_yaml(ROOT / values["dataset_schema"]))
+        return hashlib.sha256(json.dumps([values, files], sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Result:
+    """One line of recipes/results: a run that ended. error: why it failed; it then has no figures.
+
+    arguments: that differ from the recipe. command: repeats the run. is_dirty: the code differed from the commit.
+    cpu_seconds: of all ranks. eval, test: metrics as in summary.json. evaluations: [samples seen, NE, AUC] on the
+    validation split.
+    """
+
+    entry: str
+    seed: int
+    digest: str
+    arguments: dict[str, Any]
+    ranks: int
+    command: str
+    commit: str | None = None
+    is_dirty: bool = False
+    error: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    cpu: str = ""
+    cpu_seconds: float = 0.0
+    seconds: float = 0.0
+    steps: int = 0
+    tested_step: int = 0
+    dense_weights: int = 0
+    eval: dict[str, _Figure] = field(default_factory=dict)
+    test: dict[str, _Figure] = field(default_factory=dict)
+    evaluations: list[list[_Figure]] = field(default_factory=list)
+
+    def metric(self, name: str, split: str = "test") -> _Figure:
+        """A metric of a split, None if it does not exist."""
+        values = getattr(self, split)
+        if name == "ne_over_best":
+            ne, best = values.get("ne"), values.get("best_possible_ne")
+            return ne / best if ne and best else None
+        return values.get(name)
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read an experiment. Raises FileNotFoundError or ValueError, which names the file and the key."""
+    return _checked(Experiment, read_yaml(path, "Name a file of recipes/experiments."), str(path))
+
+
+def read_results(path: Path) -> list[Result]:
+    """The lines of a file of results, which may not exist yet. Raises ValueError, which names the line."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    results = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is not JSON. Delete it, and repeat the run.") from error
+        results.append(_checked(Result, values, f"{path}: line {number}"))
+    return results
+
+
+def add_result(path: Path, result: Result) -> None:
+    """Append a line, as one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(result), allow_nan=False) + "\n")
+
+
+def _checked(kind: Any, values: Any, where: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        *above, key = error.errors()[0]["loc"] or [""]
+        if error.errors()[0]["type"] == "unexpected_keyword_argument":
+            kind = _KINDS[above[0]] if above else kind
+            place = ".".join(map(str, above)) + ": " * bool(above)
+            raise ValueError(f"{where}: {place}{unknown_name('key', key, kind.__dataclass_fields__)}") from error
+        raise ValueError(f"{where}: {first_mistake(error)}") from error
+
+
+class Outcome(NamedTuple):
+    """An experiment's results, sorted. by_entry: entry -> seed -> its first finished run with today's arguments."""
+
+    by_entry: dict[str, dict[int, Result]]
+    failed: list[Result]
+    stale: list[Result]
+
+
+def sort_results(experiment: Experiment, results: Sequence[Result]) -> Outcome:
+    """Sort results into those of the experiment as it is, failures without a later success, and stale lines."""
+    # Without results, the recipe need not be read.
+    digests = {entry.name: experiment.digest(entry) for entry in experiment.entries} if results else {}
+    outcome = Outcome({entry.name: {} for entry in experiment.entries}, [], [])
+    for result in results:
+        if digests.get(result.entry) != result.digest:
+            outcome.stale.append(result)
+        elif not result.error:
+            outcome.by_entry[result.entry].setdefault(result.seed, result)
+    for result in results:
+        is_current = digests.get(result.entry) == result.digest
+        if is_current and result.error and result.seed not in outcome.by_entry[result.entry]:
+            outcome.failed.append(result)
+    return outcome

@@ -1,0 +1,250 @@
+"""Runs the experiments of recipes/experiments, and writes the report of their results, recipes/RESULTS.md.
+
+    python tools/paper.py run recipes/experiments/frappe.yaml
+    python tools/paper.py run recipes/experiments/frappe.yaml --entries dhen --seeds 5 --jobs 2
+    python tools/paper.py report
+
+`run` trains each entry once per seed and appends a line per run to recipes/results. A run that has its line already is
+skipped, so an interrupted call goes on where it was. A failed run is tried again. `report` needs these lines only.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a call by path finds tools.experiments
+
+import argparse
+import csv
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dhen.model.names import check_names, quoted
+from dhen.yaml_files import write_yaml
+from tools.experiments import ROOT, Entry, Experiment, Result, add_result, read_experiment, read_results, sort_results
+from tools.paper_report import report_of
+
+EXPERIMENTS, RESULTS, REPORT = ROOT / "recipes/experiments", ROOT / "recipes/results", ROOT / "recipes/RESULTS.md"
+TINY = {"max_steps": 3}
+LOG, PACKAGES = "log.txt", ("torch", "deepspeed", "fbgemm")
+_INTERRUPTED = 130
+
+
+def main() -> int:
+    """Exit status: 0; 1 after a failed run, a mistake, or for a report that is not up to date; 130 if interrupted."""
+    arguments = parse_arguments()
+    try:
+        return arguments.command(arguments)
+    except (ValueError, OSError) as error:
+        print(f"paper: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("paper: interrupted. Only the runs in progress are lost; the same command goes on.", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="run|report")
+    add = (run := commands.add_parser("run", help="train what has no result yet")).add_argument
+    add("experiment", type=_path, help="a file of recipes/experiments")
+    add("--entries", type=lambda text: text.split(","), metavar="A,B", help="default: all")
+    add("--seeds", type=_count, help="runs per entry; default: as the experiment says")
+    add("--first_seed", type=int, default=0, metavar="SEED", help="default: %(default)s")
+    add("--jobs", type=_count, default=1, help="runs at the same time; default: %(default)s")
+    add("--nproc", type=_count, default=1, help="ranks per run, with the same global batch; default: %(default)s")
+    add("--budget", choices=["full", "tiny"], default="full", help="tiny: one seed, 3 steps, results to a new folder")
+    add("--keep", action="store_true", help="keep the run folders; those of failed runs are kept anyway")
+    add("--runs", type=_path, default=ROOT / "runs/experiments", metavar="FOLDER", help="default: runs/experiments")
+    run.set_defaults(command=run_experiment)
+    add = (report := commands.add_parser("report", help="write recipes/RESULTS.md")).add_argument
+    add("--check", action="store_true", help="write nothing; exit status 1 if the file would change")
+    add("--output", type=_path, default=REPORT, metavar="FILE", help="default: recipes/RESULTS.md")
+    report.set_defaults(command=write_report)
+    for each in (run, report):
+        each.add_argument("--results", type=_path, metavar="FOLDER", help="default: recipes/results")
+    return parser.parse_args()
+
+
+def _path(text: str) -> Path:
+    return Path(text).absolute()
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of 1 or more")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to do. result: its line, without figures. folder: its run folder. command: what starts it."""
+
+    result: Result
+    folder: Path
+    command: list[str]
+
+
+def run_experiment(call: argparse.Namespace) -> int:
+    """Do the runs that have no line yet. Exit status: 0, or 1 if one failed."""
+    os.chdir(ROOT)  # relative paths in a recipe begin here
+    name, experiment = call.experiment.stem, read_experiment(call.experiment)
+    check_names("entry", call.entries or [], [entry.name for entry in experiment.entries])
+    results = call.results or RESULTS
+    if call.budget == "tiny":
+        entries = [replace(entry, seeds=1, arguments=entry.arguments | TINY) for entry in experiment.entries]
+        experiment, results = replace(experiment, entries=entries), call.results or Path(tempfile.mkdtemp())
+    file = results / f"{name}.jsonl"
+    outcome = sort_results(experiment, read_results(file))
+    for result in outcome.stale:
+        print(f"{name}: stale: {result.entry}, seed {result.seed}, ran with other arguments")
+    runs = []
+    for entry in experiment.entries:
+        words = _arguments(call, experiment, entry)  # all entries are checked before any is run
+        for seed in range(call.first_seed, call.first_seed + (call.seeds or entry.seeds or experiment.seeds)):
+            if seed in outcome.by_entry[entry.name]:
+                print(f"{name}: skipped: {entry.name}, seed {seed}, has its line")
+            elif entry.name in (call.entries or [entry.name]):
+                runs.append(_run(call, experiment, entry, seed, words))
+    print(f"{name}: {len(runs)} runs to do; results go to {file}", flush=True)
+    num_failed = 0
+    for number, result in enumerate(_finished(runs, call.jobs, call.keep), 1):
+        add_result(file, result)
+        num_failed += bool(result.error)
+        what = ", ".join(f"{key} {result.metric(key) or math.nan:.5f}" for key in ("auc", "ne"))
+        what = f"failed: {result.error}" if result.error else f"test {what}; {result.cpu_seconds / 60:.1f} CPU minutes"
+        print(f"{name}: {number}/{len(runs)}: {result.entry}, seed {result.seed}: {what}", flush=True)
+    return int(num_failed > 0)
+
+
+def _run_folders(call: argparse.Namespace) -> Path:
+    """Where the experiment's run folders are. Relative, because the errors of failed runs name it in the report."""
+    return Path(os.path.relpath(call.runs / call.experiment.stem))
+
+
+def _arguments(call: argparse.Namespace, experiment: Experiment, entry: Entry) -> list[str]:
+    """Write the entry's YAML beside its run folders and return the words of the command that name it.
+
+    Raises ValueError, which names the file and the entry, if recipes/train.py would refuse it.
+    """
+    from dhen.config.arguments import parse_arguments as parse_training  # imports torch, which a report does without
+
+    values = experiment.recipe | experiment.changes(entry)
+    batch = values.get("per_device_train_batch_size")
+    if batch is not None:
+        if batch % call.nproc:
+            raise ValueError(f"--nproc {call.nproc} does not divide {entry.name}'s batch of {batch}. Use a divisor.")
+        values["per_device_train_batch_size"] = batch // call.nproc
+    file = _run_folders(call) / f"{entry.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_yaml(values, file)
+    words = [f"--ds_config={entry.ds_config or experiment.ds_config}", f"--config={file}"]
+    try:
+        parse_training(words)
+    except ValueError as error:
+        raise ValueError(f"{call.experiment}: entry {entry.name}: {error}") from error
+    return words
+
+
+def _run(call: argparse.Namespace, experiment: Experiment, entry: Entry, seed: int, words: list[str]) -> Run:
+    repeat = ["python", "tools/paper.py", "run", os.path.relpath(call.experiment), "--results=runs/repeated"]
+    repeat += [f"--entries={entry.name}", f"--first_seed={seed}", "--seeds=1", f"--nproc={call.nproc}"]
+    result = Result(
+        entry=entry.name, seed=seed, digest=experiment.digest(entry), arguments=experiment.changes(entry),
+        ranks=call.nproc, command=shlex.join([*repeat, f"--budget={call.budget}"]),
+    )  # fmt: skip
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={call.nproc}"]
+    python = [sys.executable, *(torchrun if call.nproc > 1 else []), "recipes/train.py"]
+    folder = _run_folders(call) / f"{entry.name}-{seed}"
+    return Run(result, folder, [*python, *words, f"--seed={seed}", f"--output_dir={folder}", "--overwrite_output_dir"])
+
+
+def _code() -> dict[str, Any]:
+    """The commit, None outside a git repository, and whether the code that trains differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+
+    is_dirty = bool(git("status", "--porcelain", "--", "dhen", "recipes/*.py"))
+    return {"commit": git("rev-parse", "HEAD") or None, "is_dirty": is_dirty}
+
+
+def _finished(runs: Sequence[Run], jobs: int, keep: bool) -> Iterator[Result]:
+    """Do the runs, `jobs` at a time, and yield the result of each as it ends. If interrupted, end those in progress."""
+    waiting, running = deque(runs), {}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.popleft()
+                run.folder.mkdir(parents=True, exist_ok=True)
+                with (run.folder / LOG).open("w") as log:  # a session of its own: Ctrl-C reaches this process alone
+                    files = {"stdout": log, "stderr": log}
+                    process = subprocess.Popen(run.command, **files, env=environment, start_new_session=True)
+                running[process.pid] = run, process, _code(), time.monotonic()
+            pid, status, usage = os.wait4(-1, 0)  # the only call that says what one child used
+            if pid not in running:  # an orphan that this process adopted
+                continue
+            run, process, code, start = running.pop(pid)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            used = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "seconds": time.monotonic() - start}
+            yield replace(run.result, **code, **used, **_found(run.folder, process.returncode))
+            if not keep and not process.returncode:
+                shutil.rmtree(run.folder)
+    finally:
+        for pid, (_, process, *_) in running.items():
+            os.killpg(pid, signal.SIGTERM)
+            process.wait()
+
+
+def _found(folder: Path, status: int) -> dict[str, Any]:
+    """What a run that ended left in its folder: figures, or its error."""
+    log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
+    if status:
+        lines = [line for line in log.splitlines() if line.strip()] or ["it printed nothing"]
+        said = next((line for line in lines if line.startswith("error: ")), lines[-1])
+        return {"error": f"status {status}, {folder / LOG}: {said[:300]}"}
+    summary, environment = (json.loads((folder / name).read_text()) for name in ("summary.json", "environment.json"))
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "validation"]
+    metrics = {split: summary.get(split, {}) for split in ("eval", "test")}
+    return {
+        "versions": {name: version for name, version in environment["versions"].items() if name.startswith(PACKAGES)},
+        "cpu": environment["cpu"] or "",
+        "dense_weights": int(re.search(r"([\d,]+) dense weights", log)[1].replace(",", "")),
+        "evaluations": [[_number(row[key]) for key in ("samples_seen", "ne", "auc")] for row in rows],
+        **{key: summary[key] for key in ("steps", "tested_step")},
+        **{split: {key: of[key] for key in of if key != "unseen"} for split, of in metrics.items()},
+    }
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text and math.isfinite(float(text)) else None
+
+
+def write_report(call: argparse.Namespace) -> int:
+    """Write the report, or only compare it. Exit status: 0, or 1 if it is not what the results say."""
+    text = report_of(EXPERIMENTS, call.results or RESULTS)
+    if not call.check:
+        call.output.write_text(text, encoding="utf-8")
+    elif not call.output.is_file() or call.output.read_text(encoding="utf-8") != text:
+        print(f"paper: {call.output} is not up to date. Run python tools/paper.py report.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

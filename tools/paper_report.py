@@ -1,0 +1,187 @@
+"""The report of the experiments' results, recipes/RESULTS.md, and the statistics over seeds in it."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tools.experiments import Entry, Experiment, Outcome, Result, read_experiment, read_results, sort_results
+
+_COLUMNS = {
+    "auc": "AUC", "ne": "NE", "logloss": "log loss", "calibration": "calibration", "ne_over_best": "NE / best possible"
+}  # fmt: skip
+_DIGITS = {"calibration": 3, "ne_over_best": 4}
+_HEAD = """\
+# Results
+
+Written by `python tools/paper.py report` from `recipes/experiments` and `recipes/results`. Do not edit it by hand.
+
+- **How results are chosen.** Arguments, and the step whose weights are tested, are chosen on the validation split. The
+  test split is read once per entry and seed, after training, and nothing is chosen by it.
+- **What a seed is.** It decides the initial weights, the order of the rows, and dropout. The data and its splits are
+  the same for all seeds. Figures of the test split are the mean ± the standard deviation over the seeds.
+- **Differences** between two entries are paired by seed: the mean ± its standard error. A difference of up to twice its
+  standard error is marked "not resolved".
+- **CPU minutes** are those of all processes of a run, from start to end; the first run of a data set also prepares
+  the data. NE is the normalized entropy. Calibration is the mean prediction divided by the click rate.
+- **To repeat them,** run the command of a data set. It trains what has no line in its file in `recipes/results`, so
+  give `--results` a new folder to train all of it again. Each line has the command of its run.
+"""
+
+
+class Statistic(NamedTuple):
+    """Mean over `n` seeds. spread: their sample standard deviation, or of a difference its standard error, or None."""
+
+    mean: float
+    spread: float | None
+    n: int
+
+
+def over_seeds(values: Sequence[float | None]) -> Statistic | None:
+    """Mean and sample standard deviation of the values that exist, None if there are none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return Statistic(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+def difference(own: Mapping[int, Result], base: Mapping[int, Result], metric: str) -> Statistic | None:
+    """Mean of own - base over the seeds that both have, with its standard error; None if they share none."""
+    pairs = [(own[seed].metric(metric), base[seed].metric(metric)) for seed in own.keys() & base.keys()]
+    found = over_seeds([one - other for one, other in pairs if None not in (one, other)])
+    return found and found._replace(spread=None if found.spread is None else found.spread / math.sqrt(found.n))
+
+
+def report_of(experiments: Path, results: Path) -> str:
+    """The report on all experiments in a folder. Raises ValueError or OSError, which names the file."""
+    parts = [_HEAD]
+    for file in sorted(experiments.glob("*.yaml")):
+        experiment = read_experiment(file)
+        outcome = sort_results(experiment, read_results(results / f"{file.stem}.jsonl"))
+        parts.append("\n".join(_section(file.stem, experiment, outcome)) + "\n")
+    return "\n".join(parts)
+
+
+def _section(name: str, experiment: Experiment, outcome: Outcome) -> Iterator[str]:
+    runs = outcome.by_entry
+    yield f"## {experiment.title}\n\n{experiment.data}\n"
+    yield f"```bash\npython tools/paper.py run recipes/experiments/{name}.yaml\n```\n"
+    knows_best = any(run.metric("ne_over_best") for of_entry in runs.values() for run in of_entry.values())
+    columns = [key for key in _COLUMNS if knows_best or key != "ne_over_best"]
+    titles = [_COLUMNS[key] for key in columns]
+    yield from _head(["entry", "seeds", *titles, "validation AUC", "validation NE", "CPU minutes", "source"])
+    for entry in experiment.entries:
+        progress = _progress(experiment, entry, outcome)
+        yield _row([entry.title, progress, *_figures(runs[entry.name], columns), "this project"])
+    for each in (*experiment.peers, *experiment.published):
+        given = (getattr(each, key, None) for key in columns)
+        figures = ("" if figure is None else f"{figure:g}" for figure in given)
+        yield _row([each.name, "", *figures, "", "", "", each.source])
+    yield from _differences(experiment, outcome)
+    yield from _bars(experiment, outcome)
+    yield from _remarks(experiment, outcome)
+
+
+def _figures(runs: Mapping[int, Result], columns: Sequence[str]) -> Iterator[str]:
+    for key in columns:
+        yield _mean(key, over_seeds([run.metric(key) for run in runs.values()]))
+    for key in ("auc", "ne"):
+        found = over_seeds([run.metric(key, "eval") for run in runs.values()])
+        yield _shown(key, found and found.mean)
+    minutes = over_seeds([run.cpu_seconds / 60 for run in runs.values()])
+    yield f"{minutes.mean:.1f}" if minutes else ""
+
+
+def _progress(experiment: Experiment, entry: Entry, outcome: Outcome) -> str:
+    done, needed = len(outcome.by_entry[entry.name]), entry.seeds or experiment.seeds
+    return "not run" if not done else str(done) if done >= needed else f"{done} of {needed}"
+
+
+def _differences(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
+    """A table of all entries that share a seed with the first one."""
+    first, *others = experiment.entries
+    runs = outcome.by_entry
+    pairs = {entry.name: len(runs[entry.name].keys() & runs[first.name].keys()) for entry in others}
+    if any(pairs.values()):
+        yield f"\nDifference to {first.title}, paired by seed:\n"
+        yield from _head(["entry", "seeds", "AUC", "NE", "log loss"])
+    for entry in others:
+        if pairs[entry.name]:
+            found = [difference(runs[entry.name], runs[first.name], key) for key in ("auc", "ne", "logloss")]
+            yield _row([entry.title, str(pairs[entry.name]), *map(_resolved, found)])
+
+
+def _resolved(found: Statistic | None) -> str:
+    if found is None:
+        return ""
+    is_resolved = found.spread is not None and abs(found.mean) > 2 * found.spread
+    spread = "" if found.spread is None else f" ± {found.spread:.5f}"
+    return f"{found.mean:+.5f}{spread}{'' if is_resolved else ', not resolved'}"
+
+
+def margin(value: float, at_least: float | None, at_most: float | None) -> float:
+    """How far a value is on the right side of the nearest bound; negative on the wrong side."""
+    low = math.inf if at_least is None else value - at_least
+    return min(low, math.inf if at_most is None else at_most - value)
+
+
+def _bars(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
+    """A line for each bar: met or not, and by how much."""
+    entries = {entry.name: entry for entry in experiment.entries}
+    if experiment.bars:
+        yield "\nBars, on the mean over the seeds:\n"
+    for bar in experiment.bars:
+        bounds = {"at least": bar.at_least, "at most": bar.at_most}
+        wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
+        goal = "" if bar.goal is None else f" (goal {bar.goal:g})"
+        found = over_seeds([run.metric(bar.metric) for run in outcome.by_entry[bar.entry].values()])
+        progress = _progress(experiment, entries[bar.entry], outcome)
+        verdict = "no such figure" if outcome.by_entry[bar.entry] else progress
+        if found:
+            verdict = _verdict("", margin(found.mean, bar.at_least, bar.at_most))
+            if goal:
+                beyond = margin(found.mean, bar.at_least and bar.goal, bar.at_most and bar.goal)
+                verdict += _verdict(", the goal ", beyond)
+            verdict = f"{found.mean:.5f}, {verdict if progress.isdecimal() else f'{progress} seeds, so far {verdict}'}"
+        yield f"- {entries[bar.entry].title}, {_COLUMNS[bar.metric]} {wanted}{goal}: {verdict}"
+
+
+def _verdict(what: str, by: float) -> str:
+    return f"{what}{'met' if by >= 0 else 'not met'} by {abs(by):.5f}"
+
+
+def _remarks(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
+    """Where the runs took place; the weights of the dense part; what failed, and lines that no longer count."""
+    runs = [run for of_entry in outcome.by_entry.values() for run in of_entry.values()]
+    places = Counter(
+        f"commit {(run.commit or 'unknown')[:10]}{' with changes' * run.is_dirty}, "
+        f"{', '.join(f'{name} {version}' for name, version in run.versions.items())}, {run.cpu}, {run.ranks} ranks"
+        for run in runs
+    )
+    if places:
+        yield "\nRuns:\n"
+    yield from (f"- {count} at {place}" for place, count in places.items())
+    for title, some in (("Failed", outcome.failed), ("Stale: the experiment's arguments have changed", outcome.stale)):
+        if some:
+            yield f"\n{title}:\n"
+        yield from (f"- {run.entry}, seed {run.seed}{run.error and f': {run.error}'}" for run in some)
+
+
+def _mean(metric: str, found: Statistic | None) -> str:
+    spread = found and found.spread
+    return _shown(metric, found and found.mean) + ("" if spread is None else f" ± {_shown(metric, spread)}")
+
+
+def _shown(metric: str, value: float | None) -> str:
+    return "" if value is None else f"{value:.{_DIGITS.get(metric, 5)}f}"
+
+
+def _head(columns: Sequence[str]) -> Iterator[str]:
+    yield _row(columns)
+    yield _row(["---"] * len(columns))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
