@@ -208,14 +208,12 @@ def sort_results(experiment: Experiment, results: Sequence[Result]) -> Outcome:
     """Sort results into those of the experiment as it is, failures without a later success, and stale lines."""
     # Without results, the recipe need not be read.
     digests = {entry.name: experiment.digest(entry) for entry in experiment.entries} if results else {}
-    outcome = Outcome({entry.name: {} for entry in experiment.entries}, [], [])
+    by_entry, failed, stale = {entry.name: {} for entry in experiment.entries}, [], []
     for result in results:
         if digests.get(result.entry) != result.digest:
-            outcome.stale.append(result)
-        elif not result.error:
-            outcome.by_entry[result.entry].setdefault(result.seed, result)
-    for result in results:
-        is_current = digests.get(result.entry) == result.digest
-        if is_current and result.error and result.seed not in outcome.by_entry[result.entry]:
-            outcome.failed.append(result)
-    return outcome
+            stale.append(result)
+        elif result.error:
+            failed.append(result)
+        else:
+            by_entry[result.entry].setdefault(result.seed, result)
+    return Outcome(by_entry, [each for each in failed if each.seed not in by_entry[each.entry]], stale)

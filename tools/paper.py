@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from dhen.model.names import check_names, quoted
@@ -38,7 +38,6 @@ from tools.paper_report import report_of
 EXPERIMENTS, RESULTS, REPORT = ROOT / "recipes/experiments", ROOT / "recipes/results", ROOT / "recipes/RESULTS.md"
 TINY = {"max_steps": 3}
 LOG, PACKAGES = "log.txt", ("torch", "deepspeed", "fbgemm")
-_INTERRUPTED = 130
 
 
 def main() -> int:
@@ -51,7 +50,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print("paper: interrupted. Only the runs in progress are lost; the same command goes on.", file=sys.stderr)
-        return _INTERRUPTED
+        return 130
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,15 +87,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run to do. result: its line, without figures. folder: its run folder. command: what starts it."""
-
-    result: Result
-    folder: Path
-    command: list[str]
-
-
 def run_experiment(call: argparse.Namespace) -> int:
     """Do the runs that have no line yet. Exit status: 0, or 1 if one failed."""
     os.chdir(ROOT)  # relative paths in a recipe begin here
@@ -120,7 +110,7 @@ def run_experiment(call: argparse.Namespace) -> int:
                 runs.append(_run(call, experiment, entry, seed, words))
     print(f"{name}: {len(runs)} runs to do; results go to {file}", flush=True)
     num_failed = 0
-    for number, result in enumerate(_finished(runs, call.jobs, call.keep), 1):
+    for number, result in enumerate(_finished(call, runs), 1):
         add_result(file, result)
         num_failed += bool(result.error)
         what = ", ".join(f"{key} {result.metric(key) or math.nan:.5f}" for key in ("auc", "ne"))
@@ -158,7 +148,10 @@ def _arguments(call: argparse.Namespace, experiment: Experiment, entry: Entry) -
     return words
 
 
-def _run(call: argparse.Namespace, experiment: Experiment, entry: Entry, seed: int, words: list[str]) -> Run:
+def _run(
+    call: argparse.Namespace, experiment: Experiment, entry: Entry, seed: int, words: list[str]
+) -> tuple[Result, list[str]]:
+    """The run's line without figures, and the command that starts it."""
     repeat = ["python", "tools/paper.py", "run", os.path.relpath(call.experiment), "--results=runs/repeated"]
     repeat += [f"--entries={entry.name}", f"--first_seed={seed}", "--seeds=1", f"--nproc={call.nproc}"]
     result = Result(
@@ -167,8 +160,7 @@ def _run(call: argparse.Namespace, experiment: Experiment, entry: Entry, seed: i
     )  # fmt: skip
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={call.nproc}"]
     python = [sys.executable, *(torchrun if call.nproc > 1 else []), "recipes/train.py"]
-    folder = _run_folders(call) / f"{entry.name}-{seed}"
-    return Run(result, folder, [*python, *words, f"--seed={seed}", f"--output_dir={folder}", "--overwrite_output_dir"])
+    return result, [*python, *words, f"--seed={seed}", "--overwrite_output_dir"]
 
 
 def _code() -> dict[str, Any]:
@@ -181,31 +173,33 @@ def _code() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD") or None, "is_dirty": is_dirty}
 
 
-def _finished(runs: Sequence[Run], jobs: int, keep: bool) -> Iterator[Result]:
-    """Do the runs, `jobs` at a time, and yield the result of each as it ends. If interrupted, end those in progress."""
+def _finished(call: argparse.Namespace, runs: Sequence[tuple[Result, list[str]]]) -> Iterator[Result]:
+    """Do the runs, --jobs at a time, and yield the result of each as it ends. If interrupted, end those in progress."""
     waiting, running = deque(runs), {}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
-                run = waiting.popleft()
-                run.folder.mkdir(parents=True, exist_ok=True)
-                with (run.folder / LOG).open("w") as log:  # a session of its own: Ctrl-C reaches this process alone
+            while waiting and len(running) < call.jobs:
+                result, command = waiting.popleft()
+                folder = _run_folders(call) / f"{result.entry}-{result.seed}"
+                folder.mkdir(parents=True, exist_ok=True)
+                command = [*command, f"--output_dir={folder}"]
+                with (folder / LOG).open("w") as log:  # a session of its own: Ctrl-C reaches this process alone
                     files = {"stdout": log, "stderr": log}
-                    process = subprocess.Popen(run.command, **files, env=environment, start_new_session=True)
-                running[process.pid] = run, process, _code(), time.monotonic()
+                    process = subprocess.Popen(command, **files, env=environment, start_new_session=True)
+                running[process.pid] = process, replace(result, **_code()), folder, time.monotonic()
             pid, status, usage = os.wait4(-1, 0)  # the only call that says what one child used
             if pid not in running:  # an orphan that this process adopted
                 continue
-            run, process, code, start = running.pop(pid)
+            process, result, folder, start = running.pop(pid)
             process.returncode = os.waitstatus_to_exitcode(status)
             used = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "seconds": time.monotonic() - start}
-            yield replace(run.result, **code, **used, **_found(run.folder, process.returncode))
-            if not keep and not process.returncode:
-                shutil.rmtree(run.folder)
+            yield replace(result, **used, **_found(folder, process.returncode))
+            if not call.keep and not process.returncode:
+                shutil.rmtree(folder)
     finally:
-        for pid, (_, process, *_) in running.items():
+        for pid, (process, *_) in running.items():
             os.killpg(pid, signal.SIGTERM)
             process.wait()
 

@@ -274,7 +274,7 @@ def test_changes_of_the_code_are_marked(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_mistake_in_an_experiment_is_one_line(tmp_path, changes, message):
     file = write_experiment(tmp_path / "log.yaml", **changes)
-    done = call("run", str(file), f"--results={tmp_path}", f"--runs={tmp_path / 'runs'}")
+    done = call("run", str(file), "--budget=tiny", f"--results={tmp_path}", f"--runs={tmp_path / 'runs'}")
     assert done.status == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     head, _, tail = message.partition(".*")
@@ -292,7 +292,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 def test_ranks_divide_the_batch(tmp_path):
-    done = call("run", str(write_experiment(tmp_path / "log.yaml")), "--nproc=3", f"--runs={tmp_path}")
+    done = call("run", str(write_experiment(tmp_path / "log.yaml")), "--nproc=3", "--budget=tiny", f"--runs={tmp_path}")
     assert done.status == 1
     assert "--nproc 3 does not divide first's batch of 512" in done.stderr
     assert os.listdir(tmp_path) == ["log.yaml"]
