@@ -1,22 +1,23 @@
-"""Generates click logs with known click probabilities, in Criteo's format, for the quickstart and for tests.
+"""Generates click logs with known click probabilities, in Criteo's format.
 
 The click probability is sigmoid(z) with
 
     z = bias + sum_f main_f[c_f] + sum_j slope_j t(x_j)                        first order
-      + sum_(f,g) <u_f[c_f], v_g[c_g]> + sum_(f,j) tilt_f[c_f] t(x_j)          second order
-      + sum_(f,g,h) sum_k p_f[c_f]_k q_g[c_g]_k r_h[c_h]_k                     third order
+      + sum_(f,g,...) sum_k u_f[c_f]_k v_g[c_g]_k ... [t(x_j)]                 interactions
 
-where c_f is the f-th category, x_j the j-th integer and t its standardized signed log1p. A blank adds nothing. The best
-log loss that a model can reach on the generated labels is therefore known: it is that of the true probabilities.
+where c_f is the f-th category, x_j the j-th integer and t its standardized signed log1p. A `Recipe` lists the
+interactions. A blank adds nothing. The best log loss that a model can reach on the generated labels is therefore known:
+it is that of the true probabilities.
 """
 
 import gzip
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,16 +27,90 @@ import polars as pl
 NUM_INTEGERS, NUM_CATEGORIES = 13, 26
 TRUTH_FILE = "truth.json"
 VERSION = 1
-"""Version of the generator. Raise it when the same seed and rows give a different log."""
+"""Version of the generator. Raise it when the same recipe, seed and rows give a different log."""
 CHUNK_ROWS = 100_000
-CARDINALITIES = (8, 12, 6, 10, 5, 9, 14, 7, 4, 16, 20, 24, 40, 30, 15, 50, 18, 10, 80, 12, 25, 6, 200, 22, 11, 35)
-PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
-TRIPLES = ((2, 4, 8), (4, 7, 8))
-TILTED = ((0, 0), (4, 2), (7, 5))  # (category, integer)
-LATENT_DIM = 2
-CLICK_RATE = 0.22
-# Standard deviations of the parts of z. The interactions dominate, so a linear model falls short.
-MAIN, SLOPE, PAIR, TILT, TRIPLE = 0.15, 0.12, 0.6, 0.15, 0.35
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """A product of the latent factors of some categories, summed over k, and of an integer if there is one.
+
+    scale: standard deviation of the sum, where no value is blank and the factors have variance 1.
+    """
+
+    categories: tuple[int, ...]
+    scale: float
+    integer: int | None = None
+    latent_dim: int = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a log is generated from.
+
+    rows: by split. cardinalities: of the 26 categories. main, slope: standard deviations of the first-order parts of z.
+    has_shared_factors: whether a category has one set of factors for all of its interactions, with mean 0 and variance
+        1 over the log. If so, an interaction has no part of a lower order, and what a model learns from one helps with
+        the next. If not, each interaction draws its own factors.
+    """
+
+    rows: dict[str, int]
+    cardinalities: tuple[int, ...]
+    interactions: tuple[Interaction, ...]
+    click_rate: float
+    main: float
+    slope: float
+    has_shared_factors: bool = False
+
+
+def _prefixes(first: int, scales: dict[int, float]) -> Iterator[Interaction]:
+    """One interaction of each order in `scales`, of the categories from `first` on."""
+    return (Interaction(tuple(range(first, first + order)), scale, latent_dim=1) for order, scale in scales.items())
+
+
+QUICKSTART = Recipe(
+    {"train": 1_000_000, "validation": 30_000, "test": 60_000},
+    (8, 12, 6, 10, 5, 9, 14, 7, 4, 16, 20, 24, 40, 30, 15, 50, 18, 10, 80, 12, 25, 6, 200, 22, 11, 35),
+    (
+        *(Interaction(pair, 0.6) for pair in ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))),
+        *(Interaction((f,), 0.15, integer=j, latent_dim=1) for f, j in ((0, 0), (4, 2), (7, 5))),
+        *(Interaction(triple, 0.35) for triple in ((2, 4, 8), (4, 7, 8))),
+    ),
+    click_rate=0.22,
+    main=0.15,
+    slope=0.12,
+)
+"""Orders 1 to 3. The interactions dominate, so a linear model falls short."""
+PLANTED = Recipe(
+    {"train": 2_000_000, "validation": 200_000, "test": 200_000},
+    (*(4, 5, 4, 5, 4) * 4, 40, 25, 60, 30, 100, 50),
+    (
+        *(Interaction((f, f + 1), 0.25, latent_dim=1) for f in range(20) if f % 5 < 4),
+        *(step for f in (0, 5, 10, 15) for step in _prefixes(f, {3: 0.15, 4: 0.4, 5: 0.55})),
+        *(Interaction((f, f + 1), 0.25, integer=f, latent_dim=1) for f in (0, 6)),
+    ),
+    click_rate=0.25,
+    main=0.05,
+    slope=0.05,
+    has_shared_factors=True,
+)
+"""Orders 1 to 5, in four chains of five categories. More than half of the variance of z is of orders 4 and 5, so depth
+pays; the pairs of neighbors teach a model the factors."""
+RECIPES = {"quickstart": QUICKSTART, "planted": PLANTED}
+
+
+def generated_log(name: str) -> Recipe | None:
+    """The recipe of a generated log, such as `planted` or, with 500,000 training rows, `planted-500k`; else None.
+
+    The other splits shrink or grow alike.
+    """
+    named = re.fullmatch(rf"({'|'.join(RECIPES)})(?:-([1-9]\d*)([kM]))?", name)
+    if not named:
+        return None
+    recipe, train = RECIPES[named[1]], int(named[2] or 0) * {"k": 1_000, "M": 1_000_000}.get(named[3], 0)
+    if not train:
+        return recipe
+    return replace(recipe, rows={split: rows * train // recipe.rows["train"] for split, rows in recipe.rows.items()})
 
 
 @dataclass(frozen=True)
@@ -66,22 +141,34 @@ class Rows:
 class ClickModel:
     """The true click probabilities behind a log, drawn from a seed."""
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    def __init__(self, seed: int = 0, recipe: Recipe = QUICKSTART) -> None:
+        self.seed, self.recipe = seed, recipe
         rng = _generator(seed, 0)
-        self._popularity = [np.cumsum(_zipf(count)) for count in CARDINALITIES]
-        self._main = [rng.normal(0, MAIN, count) for count in CARDINALITIES]
-        self._slopes = rng.normal(0, SLOPE, NUM_INTEGERS)
-        scale = PAIR / LATENT_DIM**0.5
-        self._pairs = [(_factors(rng, f, scale), _factors(rng, g, 1.0)) for f, g in PAIRS]
-        self._tilts = [rng.normal(0, TILT, CARDINALITIES[f]) for f, _ in TILTED]
-        scale = TRIPLE / LATENT_DIM**0.5
-        self._triples = [(_factors(rng, f, scale), _factors(rng, g, 1.0), _factors(rng, h, 1.0)) for f, g, h in TRIPLES]
+        shares = [_zipf(count) for count in recipe.cardinalities]
+        self._popularity = [np.cumsum(share) for share in shares]
+        self._main = [rng.normal(0, recipe.main, count) for count in recipe.cardinalities]
+        self._slopes = rng.normal(0, recipe.slope, NUM_INTEGERS)
+        shared: dict[int, np.ndarray] = {}
+
+        def factors(feature: int, latent_dim: int) -> np.ndarray:
+            if feature in shared:
+                return shared[feature]
+            drawn = rng.normal(0, 1, (recipe.cardinalities[feature], latent_dim))
+            if recipe.has_shared_factors:
+                drawn -= shares[feature] @ drawn
+                drawn /= np.sqrt(shares[feature] @ drawn**2)
+                shared[feature] = drawn
+            return drawn
+
+        self._factors = []
+        for interaction in recipe.interactions:
+            first, *others = (factors(feature, interaction.latent_dim) for feature in interaction.categories)
+            self._factors.append((first * (interaction.scale / interaction.latent_dim**0.5), *others))
         self._blank_integer = rng.uniform(0, 0.25, NUM_INTEGERS)
         self._blank_category = np.where(rng.random(NUM_CATEGORIES) < 0.4, rng.uniform(0, 0.2, NUM_CATEGORIES), 0.0)
         self._location = rng.uniform(0.5, 4.0, NUM_INTEGERS)
         self._spread = rng.uniform(0.6, 1.4, NUM_INTEGERS)
-        self._bias = self._bias_for(CLICK_RATE)
+        self._bias = self._bias_for(recipe.click_rate)
 
     def draw(self, rows: int, *stream: int) -> Rows:
         """Draw `rows` rows. The same `stream` gives the same rows."""
@@ -114,12 +201,9 @@ class ClickModel:
 
         for feature, table in enumerate(self._main):
             z += of(table, feature)
-        for (f, g), (u, v) in zip(PAIRS, self._pairs, strict=True):
-            z += (of(u, f) * of(v, g)).sum(1)
-        for (f, j), tilt in zip(TILTED, self._tilts, strict=True):
-            z += of(tilt, f) * t[:, j]
-        for (f, g, h), (p, q, r) in zip(TRIPLES, self._triples, strict=True):
-            z += (of(p, f) * of(q, g) * of(r, h)).sum(1)
+        for interaction, factors in zip(self.recipe.interactions, self._factors, strict=True):
+            product = math.prod(map(of, factors, interaction.categories)).sum(1)
+            z += product if interaction.integer is None else product * t[:, interaction.integer]
         return z
 
     def _bias_for(self, click_rate: float) -> float:
@@ -133,18 +217,21 @@ class ClickModel:
         return low
 
 
-def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> dict[str, FileTruth]:
+def generate_click_log(
+    folder: str | Path, rows: Mapping[str, int], seed: int = 0, recipe: Recipe = QUICKSTART
+) -> dict[str, FileTruth]:
     """Write `<split>.tsv.gz` for each split in `rows`, and truth.json. Returns the truth by file name.
 
     truth.json is {"version", "seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}. It is written last, so a
-    folder without it is incomplete. The same rows and seed give the same bytes. Holds 100,000 rows in memory at a time.
+    folder without it is incomplete. The same rows, seed and recipe give the same bytes. Holds 100,000 rows in memory at
+    a time. A folder holds the logs of one recipe.
 
     Raises ValueError if a split has so few rows that all or none of them are clicks.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRUTH_FILE).unlink(missing_ok=True)
-    model = ClickModel(seed)
+    model = ClickModel(seed, recipe)
     truths = {
         f"{split}.tsv.gz": _write_file(folder / f"{split}.tsv.gz", model, count, number)
         for number, (split, count) in enumerate(rows.items())
@@ -172,7 +259,7 @@ def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTr
     with _atomic_file(path) as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
         for chunk, first in enumerate(range(0, rows, CHUNK_ROWS)):
             drawn = model.draw(min(CHUNK_ROWS, rows - first), number, chunk)
-            file.write(_as_tsv(drawn))
+            file.write(_as_tsv(drawn, model.recipe.cardinalities))
             click_chance = np.where(drawn.labels == 1, drawn.probabilities, 1 - drawn.probabilities)
             logloss -= float(np.log(click_chance).sum())
             clicks += int(drawn.labels.sum())
@@ -201,15 +288,15 @@ def best_possible_ne(logloss_sum: float, clicks: int, rows: int) -> float:
     return logloss_sum / rows / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
 
 
-def _as_tsv(rows: Rows) -> bytes:
+def _as_tsv(rows: Rows, cardinalities: tuple[int, ...]) -> bytes:
     columns = {"label": pl.Series(rows.labels)}
     for j in range(NUM_INTEGERS):
         columns[f"I{j + 1}"] = pl.Series(rows.integers[:, j]).fill_nan(None).cast(pl.Int64)
     for f in range(NUM_CATEGORIES):
         # The last name, "", is for a blank (-1).
-        names = pl.Series([*(f"{_name(f, c):08x}" for c in range(CARDINALITIES[f])), ""])
+        names = pl.Series([*(f"{_name(f, c):08x}" for c in range(cardinalities[f])), ""])
         columns[f"C{f + 1}"] = names.gather(
-            np.where(rows.categories[:, f] < 0, CARDINALITIES[f], rows.categories[:, f])
+            np.where(rows.categories[:, f] < 0, cardinalities[f], rows.categories[:, f])
         )
     return pl.DataFrame(columns).write_csv(include_header=False, separator="\t", quote_style="never").encode()
 
@@ -217,10 +304,6 @@ def _as_tsv(rows: Rows) -> bytes:
 def _name(feature: int, category: int) -> int:
     """Return 32 random-looking bits, unique within a feature because an odd multiplier is a permutation."""
     return ((category + 1) * 2654435761 + (feature + 1) * 40503 * 65537) % 2**32
-
-
-def _factors(rng: np.random.Generator, feature: int, scale: float) -> np.ndarray:
-    return rng.normal(0, scale, (CARDINALITIES[feature], LATENT_DIM))
 
 
 def _zipf(count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Opens the data of a run, given a prepared folder, raw files, a hub data set, or the name of the quickstart."""
+"""Opens the data of a run, given a prepared folder, raw files, a hub data set, or the name of a generated log."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from dhen.data.preparation.head import is_partial, whole_schema
 from dhen.data.preparation.settings import Head, PreparationSettings
 from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import SCHEMA_FILE, SHARES, Schema, SplitCounts
-from dhen.data.synthetic import TRUTH_FILE, generate_click_log, holds_click_log
+from dhen.data.synthetic import TRUTH_FILE, Recipe, generate_click_log, generated_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
 from dhen.training.saved.checkpoint import find_checkpoint, has_canonical_keys
@@ -33,8 +33,6 @@ from dhen.yaml_files import read_yaml
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS, HEAD_ROWS = 30.0, 100_000
-QUICKSTART = "quickstart"
-QUICKSTART_ROWS = {"train": 1_000_000, "validation": 30_000, "test": 60_000}
 _USE_RAW = "Use the raw files instead: they are prepared with the model's schema."
 
 
@@ -257,20 +255,20 @@ def _settings(data: DataArguments, **more: Any) -> PreparationSettings:
 
 
 def _prepare(data: DataArguments, cache: Path, **more: Any) -> Path:
-    if data.dataset_name == QUICKSTART:
-        return _prepare_quickstart(data, cache, **more)
+    if isinstance(data.dataset_name, str) and (recipe := generated_log(data.dataset_name)):
+        return _prepare_generated(recipe, data, cache, **more)
     return prepare_cached(_settings(data, **more), cache)
 
 
-def _prepare_quickstart(data: DataArguments, cache: Path, head: Head | None, **more: Any) -> Path:
-    """Generate the quickstart's click log, prepare it, and record the best possible NE, which the generator knows."""
-    raw, rows = cache / QUICKSTART, QUICKSTART_ROWS
+def _prepare_generated(recipe: Recipe, data: DataArguments, cache: Path, head: Head | None, **more: Any) -> Path:
+    """Generate a click log, prepare it, and record the best possible NE, which the generator knows."""
+    raw, rows = cache / data.dataset_name, recipe.rows
     if head and not holds_click_log(raw, rows):
-        raw, rows = head.folder / QUICKSTART, {split: min(count, head.rows) for split, count in rows.items()}
+        raw, rows = head.folder / data.dataset_name, {split: min(count, head.rows) for split, count in rows.items()}
     if not holds_click_log(raw, rows):
         logger.info("generating a click log of %s rows in %s", f"{sum(rows.values()):,}", raw)
-        generate_click_log(raw, rows)
-    files = {split: f"{raw}/{split}.tsv.gz" for split in QUICKSTART_ROWS}
+        generate_click_log(raw, rows, recipe=recipe)
+    files = {split: f"{raw}/{split}.tsv.gz" for split in rows}
     named = replace(
         data, dataset_name=None, dataset_format="criteo", **{f"{split}_file": f for split, f in files.items()}
     )
@@ -280,7 +278,7 @@ def _prepare_quickstart(data: DataArguments, cache: Path, head: Head | None, **m
         truth = json.loads((raw / TRUTH_FILE).read_text(encoding="utf-8"))["files"]
         best = {split: truth[Path(file).name]["best_possible_ne"] for split, file in files.items()}
         if SHARES in schema.source:
-            schema.source[SHARES] = {split: schema.splits[split].rows / QUICKSTART_ROWS[split] for split in files}
+            schema.source[SHARES] = {split: schema.splits[split].rows / recipe.rows[split] for split in files}
         replace(schema, best_possible_ne=best).save(folder)
     return folder
 

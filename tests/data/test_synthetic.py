@@ -18,12 +18,14 @@ from dhen.data.loading.batches import BatchLoader
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.synthetic import (
-    CARDINALITIES,
-    CLICK_RATE,
+    PLANTED,
+    QUICKSTART,
+    RECIPES,
     TRUTH_FILE,
     VERSION,
     ClickModel,
     generate_click_log,
+    generated_log,
     holds_click_log,
 )
 
@@ -45,9 +47,14 @@ def click_log(tmp_path_factory):
     return folder, generate_click_log(folder, ROWS, seed=3)
 
 
+@pytest.fixture(scope="module", params=RECIPES)
+def recipe(request):
+    return RECIPES[request.param]
+
+
 @pytest.fixture(scope="module")
-def drawn():
-    return ClickModel(seed=0).draw(60_000, 9)
+def drawn(recipe):
+    return ClickModel(0, recipe).draw(60_000, 9)
 
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path, click_log):
@@ -109,14 +116,15 @@ def test_a_log_from_before_versions_is_not_taken_for_this_one(tmp_path):
     assert not holds_click_log(tmp_path, {"test": 200})
 
 
-def test_the_version_stands_for_this_log(tmp_path):
+@pytest.mark.parametrize(("name", "expected"), [("quickstart", "5c47ccfc5a1abb21"), ("planted", "7221071a4c8072b9")])
+def test_the_version_stands_for_this_log(tmp_path, name, expected):
     """If this fails, the generator has changed. Raise VERSION, so that old logs are not reused, and the digest."""
-    generate_click_log(tmp_path, {"test": 500})
+    generate_click_log(tmp_path, {"test": 500}, recipe=RECIPES[name])
     digest = hashlib.blake2b(gzip.decompress((tmp_path / "test.tsv.gz").read_bytes()), digest_size=8).hexdigest()
-    assert (VERSION, digest) == (1, "5c47ccfc5a1abb21")
+    assert (VERSION, digest) == (1, expected)
 
 
-def test_clicks_follow_the_probabilities(drawn):
+def test_clicks_follow_the_probabilities(drawn, recipe):
     """In each decile of the probabilities and overall, the clicks are within four standard deviations."""
     deviations = []
     for tenth in np.array_split(np.argsort(drawn.probabilities), 10):
@@ -124,12 +132,12 @@ def test_clicks_follow_the_probabilities(drawn):
         deviations.append((drawn.labels[tenth].sum() - chances.sum()) / math.sqrt((chances * (1 - chances)).sum()))
     assert np.abs(deviations).max() < 4
     assert abs(sum(deviations)) < 4 * math.sqrt(10)
-    assert drawn.labels.mean() == pytest.approx(CLICK_RATE, abs=0.01)
+    assert drawn.labels.mean() == pytest.approx(recipe.click_rate, abs=0.01)
 
 
-def test_the_probability_is_the_stated_function(drawn):
+def test_the_probability_is_the_stated_function(drawn, recipe):
     """The module's formula, row by row in plain Python."""
-    model = ClickModel(seed=0)
+    model = ClickModel(0, recipe)
     for row in range(0, 60_000, 6000):
         categories = drawn.categories[row]
         t = []
@@ -142,17 +150,15 @@ def test_the_probability_is_the_stated_function(drawn):
 
         z = model._bias + sum(slope * value for slope, value in zip(model._slopes, t, strict=True))
         z += sum(entry(table, feature) for feature, table in enumerate(model._main))
-        for (f, g), (u, v) in zip(synthetic.PAIRS, model._pairs, strict=True):
-            z += entry(u, f) @ entry(v, g)
-        for (f, j), tilt in zip(synthetic.TILTED, model._tilts, strict=True):
-            z += entry(tilt, f) * t[j]
-        for (f, g, h), (p, q, r) in zip(synthetic.TRIPLES, model._triples, strict=True):
-            z += sum(entry(p, f) * entry(q, g) * entry(r, h))
+        for interaction, factors in zip(recipe.interactions, model._factors, strict=True):
+            product = math.prod(entry(table, f) for f, table in zip(interaction.categories, factors, strict=True))
+            z += sum(product) * (1 if interaction.integer is None else t[interaction.integer])
         assert drawn.probabilities[row] == pytest.approx(1 / (1 + math.exp(-z)), rel=1e-9)
 
 
-def test_interactions_matter(drawn):
+def test_interactions_matter():
     """Even the best linear model on all features explains far less than the true probabilities."""
+    drawn = ClickModel(0).draw(60_000, 9)
     logs = np.nan_to_num(np.sign(drawn.integers) * np.log1p(np.abs(drawn.integers)))
     features = np.concatenate([logs, np.isnan(drawn.integers), drawn.categories], axis=1)
     train, test = slice(0, 40_000), slice(40_000, None)
@@ -167,6 +173,37 @@ def test_interactions_matter(drawn):
     assert linear_ne - best_ne > 0.1
 
 
+def test_depth_pays_on_the_planted_log():
+    """Most of the variance of z is of orders 4 and 5, and without them the best possible NE is out of reach."""
+    model = ClickModel(0, PLANTED)
+    drawn = model.draw(100_000, 9)
+    z = np.log(drawn.probabilities / (1 - drawn.probabilities))
+    model._main, model._slopes = [table * 0 for table in model._main], model._slopes * 0
+    for place, interaction in enumerate(PLANTED.interactions):
+        if len(interaction.categories) < 4:
+            model._factors[place] = tuple(table * 0 for table in model._factors[place])
+    of_high_order = model._score(drawn.integers, drawn.categories)
+    assert 0.5 < of_high_order.var() / z.var() < 0.65
+    assert drawn.labels.mean() == pytest.approx(0.25, abs=0.01)
+
+    def ne(probabilities):
+        return log_loss(drawn.labels, probabilities) / entropy(drawn.labels)
+
+    rest = (z - of_high_order)[:, None]
+    known = LogisticRegression(C=1e6).fit(rest, drawn.labels).predict_proba(rest)[:, 1]
+    assert 0.75 < ne(drawn.probabilities) < 0.77
+    assert ne(known) > 0.87
+
+
+def test_a_log_is_named_with_its_training_rows():
+    assert generated_log("quickstart") is QUICKSTART
+    assert generated_log("planted-500k").rows == {"train": 500_000, "validation": 50_000, "test": 50_000}
+    assert generated_log("planted-3M").rows["test"] == 300_000
+    assert [generated_log(name) for name in ("planted-", "planted-0k", "planted-500", "log.csv", "planted.csv")] == [
+        None
+    ] * 5
+
+
 def test_the_files_are_criteos_format(tmp_path, click_log):
     folder, truths = click_log
     files = {f"{split}_file": str(folder / f"{split}.tsv.gz") for split in ROWS}
@@ -176,7 +213,7 @@ def test_the_files_are_criteos_format(tmp_path, click_log):
         name: truth.clicks for name, truth in truths.items()
     }
     assert sum(counts.bad_rows for counts in schema.splits.values()) == 0
-    for column, cardinality in zip(schema.sparse, CARDINALITIES, strict=True):
+    for column, cardinality in zip(schema.sparse, QUICKSTART.cardinalities, strict=True):
         assert column.num_embeddings <= cardinality + 1
     (batch,) = BatchLoader(tmp_path / "out", "train", batch_size=ROWS["train"]).epoch(0)
     rows = ClickModel(seed=3).draw(ROWS["train"], 0, 0)
