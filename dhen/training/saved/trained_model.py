@@ -83,7 +83,14 @@ class TrainedModel:
 
     def dense_weights(self) -> dict[str, Tensor]:
         """All weights of the dense part, by name."""
-        return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
+        weights = {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
+        # Models of earlier versions have a bias before batch norm, which only shifts the mean that is subtracted.
+        for mean in [name for name in weights if name.endswith(".running_mean")]:
+            mlp, _, index = mean.removesuffix(".running_mean").rpartition(".")
+            bias = weights.pop(f"{mlp}.{int(index) - 1}.bias", None) if index.isdigit() else None
+            if bias is not None:
+                weights[mean] -= bias
+        return weights
 
     def table(self, feature: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
         """Columns [first, last) of a feature's table, by default all. Shape (rows, columns)."""

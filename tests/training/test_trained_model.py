@@ -1,0 +1,28 @@
+"""Exported models of earlier versions score as they did."""
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.training.saved.trained_model import TrainedModel
+from tests.plain import CONFIG
+
+
+def test_a_bias_before_batch_norm_moves_into_the_mean(tmp_path):
+    model = DhenForClickPrediction(DhenConfig(**CONFIG, batch_norm=True))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    saved = load_file(path)
+    norms = [name for name in saved if name.endswith(".1.running_mean")]
+    assert len(norms) == 3  # two over arches and the head
+    for name in norms:
+        bias = torch.randn_like(saved[name])
+        saved[name] = saved[name] + bias
+        saved[name.replace("1.running_mean", "0.bias")] = bias
+    save_file(saved, path, metadata={"format": "pt"})
+    weights = TrainedModel.open(tmp_path).dense_weights()
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("tables.")}
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=0)
