@@ -39,14 +39,6 @@ class ArgumentError(ValueError):
     """A wrong argument. The message names the file or flag, the value, and what is allowed."""
 
 
-def option(default: Any, meaning: str) -> Any:
-    """A field with its default and its line of --help."""
-    metadata = {"help": meaning}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Prints each flag once, with the type of its value and its default, if any."""
 

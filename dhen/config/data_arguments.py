@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dhen.config.command_line import Paths, Text, option
+from dhen.config.command_line import Paths, Text
 from dhen.model import ranges
+from dhen.model.configuration_dhen import option
 
 DatasetFormat = Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"]
 

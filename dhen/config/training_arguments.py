@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dhen.config.command_line import Text, option
+from dhen.config.command_line import Text
 from dhen.config.dhen_section import TableOptimizer
 from dhen.model import ranges
+from dhen.model.configuration_dhen import option
 
 ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"]
 ScalingRule = Literal["none", "linear", "sqrt"]

@@ -60,9 +60,9 @@ class LayerSpec:
     activation: Activation
 
 
-def _described(default: Any, help_text: str) -> Any:
-    """Return a dataclass field with help text. Lists are copied for each config."""
-    metadata = {"help": help_text}
+def option(default: Any, meaning: str) -> Any:
+    """A field with its default and its line of --help. Lists are copied for each config."""
+    metadata = {"help": meaning}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -72,35 +72,35 @@ def _described(default: Any, help_text: str) -> Any:
 class DhenArchitecture:
     """The architecture without the data's features: a plain dataclass, from which a command line can be built."""
 
-    embedding_dim: Size = _described(16, "D, the dimension of every embedding.")
-    num_layers: Depth = _described(3, "Number of layers, unless `layers` is given.")
-    interactions: Entries = _described(
+    embedding_dim: Size = option(16, "D, the dimension of every embedding.")
+    num_layers: Depth = option(3, "Number of layers, unless `layers` is given.")
+    interactions: Entries = option(
         ["advanced_dlrm", "linear"],
         "Interactions of each layer: kinds, or objects {kind, num_embeddings, …options}. As text: JSON, or kinds "
         "separated by commas.",
     )
-    layers: Entries = _described(
+    layers: Entries = option(
         None,
         "One object per layer, {interactions, …}. Replaces num_layers. An object may override interactions, ensemble, "
         "norm, norm_position, dropout, batch_norm, activation and num_embeddings_out for its layer. As text: JSON.",
     )
-    num_embeddings_out: Size = _described(
+    num_embeddings_out: Size = option(
         16, "L, the number of embeddings that an interaction outputs, unless its entry sets it."
     )
-    ensemble: EnsembleKind = _described("concat", "How a layer joins the outputs of its interactions (eq. 1).")
-    norm: NormKind = _described("layer_norm", "Norm of eq. 1: layer_norm and rms_norm over D, batch_norm over M*D.")
-    norm_position: NormPosition = _described(
+    ensemble: EnsembleKind = option("concat", "How a layer joins the outputs of its interactions (eq. 1).")
+    norm: NormKind = option("layer_norm", "Norm of eq. 1: layer_norm and rms_norm over D, batch_norm over M*D.")
+    norm_position: NormPosition = option(
         "post",
         "Where the norm is applied: post = Norm(Ensemble + ShortCut), as in eq. 1; pre = before the interactions, and "
         "once more after the last layer; inner = Norm(Ensemble) + ShortCut.",
     )
-    dropout: ShareBelowOne = _described(0.0, "Dropout rate on the output of each layer's ensemble.")
-    dense_mlp: list[Size] = _described([64], "Hidden sizes of the dense features' MLP.")
-    num_dense_embeddings: SizeFrom0 = _described(1, "Number of embeddings that the dense features' MLP outputs.")
-    head_mlp: list[Size] = _described([64], "Hidden sizes of the head's MLP.")
-    batch_norm: bool = _described(False, "Use batch norm in the MLPs of the interactions and the head.")
-    activation: Activation = _described("relu", "Activation of all MLPs.")
-    embedding_init_std: NotNegative | None = _described(
+    dropout: ShareBelowOne = option(0.0, "Dropout rate on the output of each layer's ensemble.")
+    dense_mlp: list[Size] = option([64], "Hidden sizes of the dense features' MLP.")
+    num_dense_embeddings: SizeFrom0 = option(1, "Number of embeddings that the dense features' MLP outputs.")
+    head_mlp: list[Size] = option([64], "Hidden sizes of the head's MLP.")
+    batch_norm: bool = option(False, "Use batch norm in the MLPs of the interactions and the head.")
+    activation: Activation = option("relu", "Activation of all MLPs.")
+    embedding_init_std: NotNegative | None = option(
         None, "Standard deviation of the tables' normal initialization. None: uniform within +-1/sqrt(rows)."
     )
 

@@ -69,7 +69,8 @@ def test_an_empty_batch_has_a_loss_of_0_with_a_gradient():
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_passes_differ_by_dropout_alone(dropout):
     torch.manual_seed(0)
-    model = DhenForClickPrediction(DhenConfig(**CONFIG, dropout=dropout))
+    interactions = [{"kind": "linear", "use_dense": True}, "advanced_dlrm"]
+    model = DhenForClickPrediction(DhenConfig(**CONFIG | {"dropout": dropout, "interactions": interactions}))
     (batch,) = global_batches(1, 16)
     inputs = {"sparse": SparseIds(batch.ids_FB.flatten(), len(ROWS)), "dense": batch.dense_BN}
     first_B, second_B = model.train()(**inputs, num_passes=2).logits.view(2, 16)

@@ -16,13 +16,13 @@ from dhen.config.command_line import (
     check_types,
     copy_for_parser,
     find_paths,
-    option,
     unknown_argument,
 )
 from dhen.config.data_arguments import DataArguments, DatasetFormat
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.preparation.settings import PreparationSettings, as_tuple
 from dhen.data.preparation.sources import format_of
+from dhen.model.configuration_dhen import option
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
 from dhen.training.parallel_model import ScoringDhen
