@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from dhen.data.formats.canonical import canonical_keys, string_buffers
 from dhen.data.formats.raw_rows import RowChecks
-from dhen.data.formats.roles import LabelRole, Part, SparseRole
+from dhen.data.formats.roles import LabelRole, SparseRole
 
 _YES, _NO = ("1", "yes", "y", "on", "t"), ("0", "no", "n", "off", "f")
 """Words for true and false, beside these two themselves."""
@@ -131,7 +131,9 @@ def sparse_columns(
     """Return (keys, weights or None) of a sparse feature. A key is the id as text, so 7 and "7" are the same key."""
     values = columns[role.source]
     if role.part is not None:
-        return _part_of_dates(values, role.part, role.source, checks), None
+        return _part_of_dates(values, role, checks), None
+    if role.transform is not None:
+        return _log_squared(values, role.source, checks), None
     if not role.is_multi_valued:
         keys = key_strings(values, role.source, checks)
         if role.characters is not None:
@@ -221,10 +223,26 @@ def plain(values: pa.Array) -> pa.Array:
     return values.cast(pa.string()) if is_text else values
 
 
-def _part_of_dates(values: pa.Array, part: Part, name: str, checks: RowChecks) -> pa.Array:
-    """Return a part of each date as text, null if blank. Dates are Arrow's, ISO text, or seconds since 1970."""
+def _log_squared(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
+    """Return floor(log(x)^2) of numbers above 2, and the whole part of others, as text; null if blank."""
+    numbers = number_column(values, name, checks).to_numpy(zero_copy_only=False)
+    is_blank = np.isnan(numbers)
+    buckets = np.where(numbers > 2, np.floor(np.log(np.maximum(numbers, 2)) ** 2), np.trunc(numbers))
+    return pa.array(np.where(is_blank, 0, buckets).astype(np.int64), mask=is_blank).cast(pa.string())
+
+
+def _part_of_dates(values: pa.Array, role: SparseRole, checks: RowChecks) -> pa.Array:
+    """Return a part of each date as text, null if blank.
+
+    Dates are Arrow's, or text in the role's format, or ISO text, or seconds since 1970.
+    """
     values = plain(values)
-    if not pa.types.is_temporal(values.type):
+    if role.date_format is not None and not pa.types.is_temporal(values.type):
+        # Polars does not read hours without minutes.
+        minutes = ("", "") if "%M" in role.date_format or "%H" not in role.date_format else (" 0", " %M")
+        texts = pl.Series(pl.from_arrow(_keys(values)[0])).str.strip_chars() + minutes[0]
+        moments = texts.str.to_datetime(role.date_format + minutes[1], time_unit="us", strict=False)
+    elif not pa.types.is_temporal(values.type):
         numbers, unread = parse_numbers(values, pl.Float64)
         is_plausible = ~unread & (numbers >= _SECONDS[0]) & (numbers <= _SECONDS[1])
         seconds = pl.Series(np.where(is_plausible, numbers, np.nan)).fill_nan(None)
@@ -235,19 +253,15 @@ def _part_of_dates(values: pa.Array, part: Part, name: str, checks: RowChecks) -
         moments = pl.select(pl.coalesce(from_numbers, days, dates)).to_series()
     else:
         moments = pl.Series(pl.from_arrow(values.cast(pa.timestamp("us"), safe=False)))
-    parts = getattr(moments.dt, part)().cast(pl.String).to_arrow().cast(pa.string())
+    parts = moments.dt.weekday() > 5 if role.part == "weekend" else getattr(moments.dt, role.part)()
+    parts = parts.cast(pl.Int32).cast(pl.String).to_arrow().cast(pa.string())
     is_bad = _is_present(values) & ~_is_present(parts)
     if pa.types.is_string(values.type):
         is_bad &= ~(pl.Series(pl.from_arrow(values)).str.strip_chars() == "").fill_null(True).to_numpy()
     elif pa.types.is_floating(values.type):
-        is_bad &= ~np.isnan(numbers) | unread
-    checks.refuse(
-        is_bad,
-        lambda i: (
-            f"column {name!r}: {_shown(values, i)} is not a date; use 2024-01-31, 2024-01-31 12:30:00, "
-            "or seconds since 1970, from 1973 on"
-        ),
-    )
+        is_bad &= ~np.isnan(values.to_numpy(zero_copy_only=False))
+    wanted = role.date_format or "2024-01-31, 2024-01-31 12:30:00, or seconds since 1970, from 1973 on"
+    checks.refuse(is_bad, lambda i: f"column {role.source!r}: {_shown(values, i)} is not a date; use {wanted}")
     return parts
 
 

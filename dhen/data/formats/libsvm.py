@@ -227,11 +227,11 @@ def _check_roles(roles: ColumnRoles, file: str, fields: list[str] | None) -> Non
     if roles.has_patterns:
         raise ValueError(f"{file}: libsvm files do not support patterns of columns. List the numbers of the fields.")
     for role in roles.sparse:
-        is_plain = role.separator is None and role.characters is None and role.bins is None
-        if role.weights not in (None, VALUE) or not is_plain:
+        others = (role.separator, role.characters, role.part, role.transform, role.bins)
+        if role.weights not in (None, VALUE) or others != (None,) * 5:
             raise ValueError(
-                f"{role.name!r}: libsvm files do not support separator, characters, bins, or weights other than "
-                f"`weights: {VALUE}`. Correct the schema."
+                f"{role.name!r}: libsvm files do not support separator, characters, parts, transform, bins, or weights "
+                f"other than `weights: {VALUE}`. Correct the schema."
             )
     if fields is not None:
         plain = [SparseRole(role.source) for role in (*roles.dense, *roles.sparse)]

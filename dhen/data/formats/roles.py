@@ -18,6 +18,8 @@ sparse:
   - {name: hour_of_day, column: time, characters: [6, 8]}     # characters 6 and 7 (from 0) of the column `time`
   - {name: age_bin, column: c7, bins: 20}                     # numbers, by their quantiles in the train split
   - {name: seen, parts: [hour, weekday]}                      # of a date: the features seen_hour and seen_weekday
+  - {name: at, parts: [day], date_format: "%y%m%d%H"}         # of a date that is written in another way
+  - {name: count, transform: log_squared}                     # of a number: floor(log(x)^2) as a category
 ignored: [id]             # all other columns must be listed here; "*" ignores all of them
 
 A name in these three lists may be a shell pattern, such as "cat_*" or {name: "age_*", transform: identity}. It stands
@@ -49,6 +51,7 @@ _MISPLACED = (  # where a key is wrong, the key, where it is right, and what to 
     ("sparse", "scale", "dense", "List the column under dense, or remove it."),
     ("sparse", "missing_indicator", "dense", "Remove it: a blank of a sparse column already has its own id."),
 )
+_DATE_FORMAT = re.compile(r"(?=.*%H|(?!.*%[MS]))([^%]|%[YymdHMS])+")
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]{0,199}")
 
 
@@ -78,8 +81,8 @@ class DenseRole:
         return (self.source,)
 
 
-Part = Literal["minute", "hour", "weekday", "day", "week", "month", "year"]
-"""Part of a date. weekday: 1 for Monday to 7. day: of the month. week: of the ISO year."""
+Part = Literal["minute", "hour", "weekday", "weekend", "day", "week", "month", "year"]
+"""Part of a date. weekday: 1 for Monday to 7. weekend: 1, or 0. day: of the month. week: of the ISO year."""
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -99,7 +102,11 @@ class LabelRole:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class SparseRole:
-    """A categorical column. part: of the dates in it. bins: how many to make of the numbers in it.
+    """A categorical column.
+
+    part: of the dates in it, which are written in date_format (codes of strftime). bins: how many to make of the
+    numbers in it. transform: of the numbers in it. `log_squared` is floor(log(x)^2) above 2, else the whole part: the
+    winners' transform in Criteo's challenge.
 
     If `encoding`, `hash_size` or `min_count` is None, the command's setting applies.
     """
@@ -108,6 +115,8 @@ class SparseRole:
     column: str | None = None
     characters: tuple[int, int] | None = None
     part: Part | None = None
+    date_format: str | None = None
+    transform: Literal["log_squared"] | None = None
     separator: str | None = None
     multi_valued: bool = False
     weights: str | None = None
@@ -131,13 +140,22 @@ class SparseRole:
             )
         if self.part is not None and (self.characters is not None or self.is_multi_valued):
             raise ValueError(f"{quoted(self.source)} has `parts`, which need one date per row. Remove the other keys.")
-        with_ids = ("characters", "part", "separator", "multi_valued", "weights", "encoding", "hash_size", "min_count")
-        for key in with_ids if self.bins is not None else ():
+        with_ids = ("characters", "part", "transform", "separator", "multi_valued", "weights", "encoding", "hash_size")
+        for key in (*with_ids, "min_count") if self.bins is not None else ():
             if getattr(self, key) not in (None, False):
                 key = "parts" if key == "part" else key
                 raise ValueError(
                     f"{quoted(self.name)} has bins, which make ids of numbers, and {key}. Remove one of them."
                 )
+        if self.transform and (self.part or self.characters or self.is_multi_valued):
+            raise ValueError(
+                f"{quoted(self.source)} has a `transform`, which needs one number per row. Remove the other keys."
+            )
+        if self.date_format is not None and (self.part is None or not _DATE_FORMAT.fullmatch(self.date_format)):
+            raise ValueError(
+                f"the date_format of {quoted(self.name)} is {quoted(self.date_format)}. Use %Y or %y, %m and "
+                f"%d, perhaps %H, %M and %S, and what stands between them, in an entry with `parts`."
+            )
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:
                 raise ValueError(
@@ -221,7 +239,7 @@ class ColumnRoles:
     @property
     def numbers(self) -> tuple[str, ...]:
         """The raw columns that are read as numbers."""
-        binned = (feature.source for feature in self.sparse if feature.bins is not None)
+        binned = (feature.source for feature in self.sparse if feature.bins or feature.transform)
         return tuple(dict.fromkeys((*(feature.source for feature in self.dense), *binned)))
 
     @property

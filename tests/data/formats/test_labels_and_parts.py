@@ -66,6 +66,10 @@ def test_another_label_is_refused(tmp_path, label, value, words):
         ("sparse: [{name: t, parts: [hour, second]}]", "part is 'second'"),
         ("sparse: [{name: t, parts: hour}]", "parts is 'hour'. Use a list of minute, hour"),
         ("sparse: [{name: t, parts: [hour], separator: '|'}]", "has `parts`, which need one date per row"),
+        ("sparse: [{name: t, transform: log_squared, separator: '|'}]", "has a `transform`, which needs one number"),
+        ("sparse: [{name: t, transform: log}]", "transform is 'log'"),
+        ("sparse: [{name: t, date_format: '%Y'}]", "the date_format of 't' is '%Y'"),
+        ("sparse: [{name: t, parts: [hour], date_format: '%d.%m.%y %M'}]", "Use %Y or %y"),
     ],
 )
 def test_a_wrong_schema_is_refused_by_key(tmp_path, schema, words):
@@ -79,8 +83,8 @@ MOMENTS = [
     datetime.datetime(2023, 6, 4, 0, 0, 9),
     datetime.datetime(2001, 12, 31),
 ]
-PARTS = {"minute": [5, 0, 0], "hour": [23, 0, 0], "weekday": [3, 7, 1], "day": [31, 4, 31], "month": [1, 6, 12],
-         "week": [5, 22, 1], "year": [2024, 2023, 2001]}  # fmt: skip
+PARTS = {"minute": [5, 0, 0], "hour": [23, 0, 0], "weekday": [3, 7, 1], "weekend": [0, 1, 0], "day": [31, 4, 31],
+         "month": [1, 6, 12], "week": [5, 22, 1], "year": [2024, 2023, 2001]}  # fmt: skip
 KINDS = {
     "ns": pa.array(MOMENTS, pa.timestamp("ns")),
     "s": pa.array([moment.replace(microsecond=0) for moment in MOMENTS], pa.timestamp("s")),
@@ -108,6 +112,19 @@ def test_parts_of_dates_are_features(tmp_path, kind):
 def test_what_is_no_date_is_refused(tmp_path, value):
     with pytest.raises(DataError, match=f"column 't': '{value}' is not a date; use 2024-01-31, "):
         prepared(tmp_path, "label: y\nsparse: [{name: t, parts: [hour]}]\n", f"y,t\n1,{value}\n")
+
+
+@pytest.mark.parametrize("form", ["%y%m%d%H", "%d.%m.%Y", "%m/%d/%Y %H:%M"])
+def test_dates_are_read_in_the_format_that_the_schema_names(tmp_path, form):
+    schema = f"label: y\nsparse: [{{name: t, parts: [weekend, day], date_format: '{form}', encoding: vocabulary}}]\n"
+    rows = "".join(f"{i % 2},{moment.strftime(form)}\n" for i, moment in enumerate(MOMENTS))
+    table = prepared(tmp_path, schema, f"y,t\n{rows}1,\n")
+    assert [ids != 0 for ids in table["t_day"].to_pylist()] == [True, True, True, False]
+    days = pyarrow.parquet.read_table(tmp_path / "prepared/vocabulary/t_day.parquet")["key"].to_pylist()
+    assert sorted(days) == ["31", "4"]
+    (tmp_path / "bad").mkdir()
+    with pytest.raises(DataError, match=f"column 't': 'soon' is not a date; use {form}"):
+        prepared(tmp_path / "bad", schema, f"y,t\n1,{MOMENTS[0].strftime(form)}\n0,soon\n")
 
 
 def test_floats_are_compared_as_numbers(tmp_path):
