@@ -63,11 +63,6 @@ class Recipe:
     has_shared_factors: bool = False
 
 
-def _prefixes(first: int, scales: dict[int, float]) -> Iterator[Interaction]:
-    """One interaction of each order in `scales`, of the categories from `first` on."""
-    return (Interaction(tuple(range(first, first + order)), scale, latent_dim=1) for order, scale in scales.items())
-
-
 QUICKSTART = Recipe(
     {"train": 1_000_000, "validation": 30_000, "test": 60_000},
     (8, 12, 6, 10, 5, 9, 14, 7, 4, 16, 20, 24, 40, 30, 15, 50, 18, 10, 80, 12, 25, 6, 200, 22, 11, 35),
@@ -86,7 +81,11 @@ PLANTED = Recipe(
     (*(4, 5, 4, 5, 4) * 4, 40, 25, 60, 30, 100, 50),
     (
         *(Interaction((f, f + 1), 0.25, latent_dim=1) for f in range(20) if f % 5 < 4),
-        *(step for f in (0, 5, 10, 15) for step in _prefixes(f, {3: 0.15, 4: 0.4, 5: 0.55})),
+        *(
+            Interaction(tuple(range(f, f + order)), scale, latent_dim=1)
+            for f in (0, 5, 10, 15)
+            for order, scale in ((3, 0.15), (4, 0.4), (5, 0.55))
+        ),
         *(Interaction((f, f + 1), 0.25, integer=f, latent_dim=1) for f in (0, 6)),
     ),
     click_rate=0.25,
@@ -105,11 +104,10 @@ def generated_log(name: str) -> Recipe | None:
     The other splits shrink or grow alike.
     """
     named = re.fullmatch(rf"({'|'.join(RECIPES)})(?:-([1-9]\d*)([kM]))?", name)
-    if not named:
-        return None
-    recipe, train = RECIPES[named[1]], int(named[2] or 0) * {"k": 1_000, "M": 1_000_000}.get(named[3], 0)
-    if not train:
+    recipe = RECIPES[named[1]] if named else None
+    if recipe is None or named[2] is None:
         return recipe
+    train = int(named[2]) * {"k": 1_000, "M": 1_000_000}[named[3]]
     return replace(recipe, rows={split: rows * train // recipe.rows["train"] for split, rows in recipe.rows.items()})
 
 
