@@ -129,6 +129,8 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
         section = section.model_copy(update={"allow_tf32": True})
     config = config_of(arguments, recipe)
     training = recipe.training
+    if training.table_optimizer:
+        section = section.model_copy(update={"table_optimizer": training.table_optimizer})
     return Job(
         config,
         training.per_device_train_batch_size or MOST_BATCH,
@@ -140,6 +142,7 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
         eval_batch_size=training.per_device_eval_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
         num_passes=training.num_passes,
+        averages=training.ema_decay > 0,
     )
 
 

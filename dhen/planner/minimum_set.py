@@ -68,7 +68,7 @@ class Job:
 
     batch_size: examples per rank and micro step. eval_batch_size: examples per rank and evaluation step; 0 for no
     evaluation. ids_per_bag: mean number of ids by sparse feature. accumulation_steps: micro steps per update.
-    num_passes: of each example through the layers.
+    num_passes: of each example through the layers. averages: there is a moving average of all weights.
     """
 
     config: DhenConfig
@@ -81,6 +81,7 @@ class Job:
     eval_batch_size: int = 0
     accumulation_steps: int = 1
     num_passes: int = 1
+    averages: bool = False
 
     @property
     def world_size(self) -> int:
@@ -159,6 +160,7 @@ class Planner:
     def _table_setting(self, technique: Technique) -> StepSetting:
         job = self.job
         setting = setting_of(job.section, job.world_size, job.machine.ranks_per_node, job.batch_size)
+        setting = replace(setting, averages=job.averages)
         if not job.section.placement.replicate_below_rows:  # then all techniques share one placement
             return setting
         return replace(setting, zero_stage=SCHEMES[technique.scheme], shard_size=self._shard_size(technique))
@@ -302,7 +304,9 @@ class Planner:
         config = config.sized(self._traced(0, Precision()).weights)
         setting = MemorySetting.of(config, shard, self.job.world_size, is_gpu=machine.is_gpu)
         offloaded = technique.offload_activations if machine.is_gpu else 0
-        return replace(setting, offload_activations=offloaded, accumulates=self.job.accumulation_steps > 1)
+        states = setting.state_bytes + (4 if self.job.averages else 0)
+        accumulates = self.job.accumulation_steps > 1
+        return replace(setting, offload_activations=offloaded, accumulates=accumulates, state_bytes=states)
 
     def _shard_size(self, technique: Technique) -> int:
         return self.job.machine.ranks_per_node if technique.scheme == "hsdp" else self.job.world_size

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dhen.config.arguments import Arguments
+from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config, read_json
 from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
@@ -70,6 +71,8 @@ def _planned(
         eval_batch_size=training.per_device_eval_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
         num_passes=training.num_passes,
+        averages=training.ema_decay > 0,
+        section=DhenSection(table_optimizer=training.table_optimizer or DhenSection().table_optimizer),
     )
     try:
         planner = Planner(job)

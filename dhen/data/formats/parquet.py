@@ -88,7 +88,8 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     """Raise DataError if a column's type does not fit its role. The message says what to do instead."""
     lists = {c for feature in roles.sparse if feature.is_multi_valued for c in feature.columns}
     singles = {roles.label.column, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
-    numbers = {roles.label.column: "label", **dict.fromkeys(roles.numbers, "a number")}
+    transformed = [feature.source for feature in roles.sparse if feature.transform is not None]
+    numbers = {roles.label.column: "label", **dict.fromkeys([*roles.numbers, *transformed], "a number")}
     numbers |= {feature.weights: "weights" for feature in roles.sparse if feature.weights is not None}
     dates = {feature.source for feature in roles.sparse if feature.part is not None}
     for name in used_columns(roles, schema.names):

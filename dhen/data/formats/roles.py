@@ -239,7 +239,7 @@ class ColumnRoles:
     @property
     def numbers(self) -> tuple[str, ...]:
         """The raw columns that are read as numbers."""
-        binned = (feature.source for feature in self.sparse if feature.bins or feature.transform)
+        binned = (feature.source for feature in self.sparse if feature.bins is not None)
         return tuple(dict.fromkeys((*(feature.source for feature in self.dense), *binned)))
 
     @property

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhen.data.preparation.hashing import hash_positions, hash_texts, hashed_ids, salt_of
@@ -21,6 +21,7 @@ def test_values_are_pinned():
     assert hash_positions(np.arange(3), seed=0).tolist() == [0.6829518621387167, 0.627654457044415, 0.3989382094406274]
 
 
+@settings(deadline=None)
 @given(st.lists(st.none() | st.text(max_size=40)), st.integers(0, 2**64 - 1))
 def test_equals_plain_python(texts, salt):
     # A slice, so that offsets do not start at 0.
@@ -28,6 +29,7 @@ def test_equals_plain_python(texts, salt):
     assert hash_texts(keys, salt).tolist() == [reference.hash_text(text or "", salt) for text in texts]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**40), st.integers(0, 2**31))
 def test_positions_equal_plain_python(position, seed):
     assert hash_positions(np.array([position]), seed)[0] == reference.uniform(position, seed)

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhen.data.preparation import vocabulary as module
@@ -18,6 +18,7 @@ def made_from(chunks, min_count=1):
     return counts.vocabulary(min_count)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.none() | st.sampled_from(["a", "b", "é", "10", "9", "Z"]))), st.integers(1, 4))
 def test_ids_go_by_descending_count_then_key(chunks, min_count):
     made = made_from(chunks, min_count)
