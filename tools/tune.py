@@ -162,15 +162,7 @@ class Search:
 
     def run(self) -> None:
         """Run the trials that are left, and print all."""
-        for trial in self.study.get_trials(states=[RUNNING]):  # a killed tune left them: end them, and queue them again
-            recipe = self._folder_of(trial) / "recipe.yaml"
-            with contextlib.suppress(psutil.Error):
-                process = psutil.Process(trial.user_attrs.get("pid", 0))
-                if str(recipe) in process.cmdline():
-                    end(process)
-            shutil.rmtree(recipe.parent, ignore_errors=True)
-            self.study.tell(trial.number, state=FAIL)
-            self.study.enqueue_trial(trial.params)
+        self.take_up()
         before, running = len(self.done()), {}
         try:
             while running or len(self.done()) < self.space.trials:
@@ -191,6 +183,18 @@ class Search:
         rows = [{name: str(value) for name, value in row.items() if name != "error"} for row in self._rows()]
         print_table(list(rows[0]), [list(row.values()) for row in rows])
         print(f"the search is finished: trials.csv, best.yaml and the best trial's run are in {self.folder}")
+
+    def take_up(self) -> None:
+        """End the runs that a killed tune left, and queue their trials again."""
+        for trial in self.study.get_trials(states=[RUNNING]):
+            recipe = self._folder_of(trial) / "recipe.yaml"
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(trial.user_attrs.get("pid", 0))
+                if str(recipe) in process.cmdline():
+                    end(process)
+            shutil.rmtree(recipe.parent, ignore_errors=True)
+            self.study.tell(trial.number, state=FAIL)
+            self.study.enqueue_trial(trial.params)
 
     def done(self) -> list[FrozenTrial]:
         """The trials that are over, the best first. Those that were interrupted failed without an error."""

@@ -107,15 +107,42 @@ def test_a_search_is_killed_goes_on_prunes_survives_divergence_and_never_scores_
     assert (done.status, done.stdout.count("trial 1")) == (0, 0)
     assert "the search is finished" in done.stdout
     assert len(study_in(folder).trials) == 4
+    unchanged = {"search": SEARCH, "arguments": {"dropout": 0.0}}
     changed = write(tmp_path, trials=3, search=SEARCH | {"learning_rate": [0.1]}, arguments={"dropout": 0.5})
-    with pytest.raises(ValueError, match=r"dropout was 0\.0, now 0\.5; learning_rate was \[1e-09, .*\], now \[0\.1\]"):
-        Search(str(changed), folder, 1, 1)
-    with pytest.raises(ValueError, match=r"nproc was 1, now 2\. Choose another --output_dir"):
-        Search(str(write(tmp_path, trials=3, search=SEARCH, arguments={"dropout": 0.0})), folder, 2, 1)
-    more = Search(str(write(tmp_path, trials=4, search=SEARCH, arguments={"dropout": 0.0})), folder, 1, 1)
+    said = refusal(changed, folder)
+    assert "dropout was 0.0, now 0.5; learning_rate was [1e-09, 0.01, 1e+17], now [0.1]. Choose another" in said
+    assert "nproc was 1, now 2. " in refusal(write(tmp_path, trials=3, **unchanged), folder, nproc=2)
+    assert len(Search(str(write(tmp_path, trials=4, **unchanged)), folder, 1, 1).done()) == 3
+
+
+def refusal(path, folder, nproc=1):
+    try:
+        Search(str(path), folder, nproc, 1)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
+def test_runs_of_a_killed_search_are_ended_and_no_other_process(space, tmp_path):
+    search = Search(str(space), tmp_path / "search", 1, 1)
     with pytest.raises(BlockingIOError):  # one tune at a time
-        Search(str(changed), folder, 1, 1)
-    assert len(more.done()) == 3
+        Search(str(space), tmp_path / "search", 1, 1)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    left = subprocess.Popen([*sleep, str(tmp_path / "search/trial-000/recipe.yaml")], start_new_session=True)
+    with_an_old_pid = subprocess.Popen([*sleep, "recipe.yaml"], start_new_session=True)
+    try:
+        for process in (left, with_an_old_pid):
+            search.study.ask(search.drawn_from).set_user_attr("pid", process.pid)
+        before = [trial.params for trial in search.study.trials]
+        search.take_up()
+        assert psutil.pid_exists(with_an_old_pid.pid)
+        assert with_an_old_pid.poll() is None
+        assert not psutil.pid_exists(left.pid)
+        assert search.done() == []
+        assert [search.study.ask(search.drawn_from).params for _ in before] == before
+    finally:
+        left.kill()
+        with_an_old_pid.kill()
 
 
 def test_a_search_stops_if_its_first_trials_fail(space, tmp_path):
