@@ -18,6 +18,7 @@ from dhen.model.ranges import Depth, NotNegative, Rows, ShareBelowOne, Size, Siz
 EnsembleKind = Literal["concat", "sum", "weighted_sum"]
 NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
 NormPosition = Literal["post", "pre", "inner"]
+InteractionInit = Literal["default", "zero"]
 Entries = list[str | dict[str, Any]] | str | None
 
 
@@ -58,6 +59,7 @@ class LayerSpec:
     dropout: float
     batch_norm: bool
     activation: Activation
+    interaction_init: InteractionInit
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -82,7 +84,8 @@ class DhenArchitecture:
     layers: Entries = option(
         None,
         "One object per layer, {interactions, …}. Replaces num_layers. An object may override interactions, ensemble, "
-        "norm, norm_position, dropout, batch_norm, activation and num_embeddings_out for its layer. As text: JSON.",
+        "norm, norm_position, dropout, batch_norm, activation, interaction_init and num_embeddings_out for its layer. "
+        "As text: JSON.",
     )
     num_embeddings_out: Size = option(
         16, "L, the number of embeddings that an interaction outputs, unless its entry sets it."
@@ -100,6 +103,13 @@ class DhenArchitecture:
     head_mlp: list[Size] = option([64], "Hidden sizes of the head's MLP.")
     batch_norm: bool = option(False, "Use batch norm in the MLPs of the interactions and the head.")
     activation: Activation = option("relu", "Activation of all MLPs.")
+    interaction_init: InteractionInit = option(
+        "default",
+        "zero: the last linear map of each interaction starts at 0, so that each layer starts as its shortcut.",
+    )
+    head_inputs: Literal["last", "all"] = option(
+        "last", "What the head reads: the output of the last layer, or the first layer's input and all layers' outputs."
+    )
     embedding_init_std: NotNegative | None = option(
         None, "Standard deviation of the tables' normal initialization. None: uniform within +-1/sqrt(rows)."
     )
@@ -198,7 +208,8 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         if self.layers is not None and not self.layers:
             raise ValueError("layers is empty. Give at least one layer, or None to use num_layers and interactions.")
         specs = self.layer_specs
-        uses_dense = any(s.options.get("use_dense") for spec in specs for s in spec.interactions)
+        options = [interaction.options for spec in specs for interaction in spec.interactions]
+        uses_dense = any(of.get("use_dense") or of.get("dense_output") for of in options)
         if self.num_dense_features and not self.num_dense_embeddings and not uses_dense:
             raise ValueError(
                 f"num_dense_embeddings is 0 and no interaction has use_dense, so the {self.num_dense_features} dense "

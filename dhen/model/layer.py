@@ -119,6 +119,7 @@ class DhenLayer(nn.Module):
                     num_dense_features=num_dense_features,
                     batch_norm=spec.batch_norm,
                     activation=spec.activation,
+                    zero_init=spec.interaction_init == "zero",
                 ),
             )
             for interaction in spec.interactions

@@ -57,6 +57,20 @@ class BatchNorm(nn.BatchNorm1d):
         ).to(x.dtype)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at 0.
+
+    >>> import torch
+    >>> ZeroLinear(3, 2)(torch.ones(1, 3)).tolist()
+    [[0.0, 0.0]]
+    """
+
+    def reset_parameters(self) -> None:
+        """Set weight and bias to 0."""
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class MLP(nn.Sequential):
     """Hidden layers act(BatchNorm(W x + b)), with BatchNorm off by default, then a final linear layer.
 
@@ -72,8 +86,12 @@ class MLP(nn.Sequential):
         out_features: int,
         activation: Activation = "relu",
         batch_norm: bool = False,
+        zero_init: bool = False,
     ) -> None:
-        """Map (B, in_features) to (B, out_features). `hidden` lists the hidden sizes; [] gives one linear layer."""
+        """Map (B, in_features) to (B, out_features). `hidden` lists the hidden sizes; [] gives one linear layer.
+
+        zero_init: the last layer starts at 0.
+        """
         steps: list[nn.Module] = []
         for size in hidden:
             # A bias would only shift the mean that batch norm subtracts. Its gradient is rounding noise, which Adam
@@ -83,4 +101,4 @@ class MLP(nn.Sequential):
                 steps.append(BatchNorm(size))
             steps.append(activation_module(activation))
             in_features = size
-        super().__init__(*steps, nn.Linear(in_features, out_features))
+        super().__init__(*steps, (ZeroLinear if zero_init else nn.Linear)(in_features, out_features))

@@ -21,9 +21,10 @@ from dhen.model.mlp import MLP
 
 @dataclass
 class DhenModelOutput(ModelOutput):
-    """last_hidden_state: x_BMD, the output of the last layer."""
+    """last_hidden_state: x_BMD, the output of the last layer. head_inputs: the embeddings that the head reads."""
 
     last_hidden_state: Tensor | None = None
+    head_inputs: Tensor | None = None
 
 
 @dataclass
@@ -94,7 +95,8 @@ class DhenModel(DhenPreTrainedModel):
                 raise ValueError(f"layer {index}: {error}") from error
             self.layers.append(layer)
             num_embeddings = layer.num_outputs
-        self.num_embeddings = num_embeddings
+        sizes = [self.num_inputs, *(layer.num_outputs for layer in self.layers)]
+        self.num_head_inputs = sum(sizes) if config.head_inputs == "all" else num_embeddings
         # With the norm before each layer, the last layer's output has not been normalized.
         is_pre = specs[-1].norm_position == "pre"
         self.norm = make_norm(specs[-1].norm, num_embeddings, config.embedding_dim) if is_pre else None
@@ -120,15 +122,21 @@ class DhenModel(DhenPreTrainedModel):
         x_BMD = self.features(inputs_embeds, dense_BN)
         if num_passes > 1:
             x_BMD, dense_BN = x_BMD.repeat(num_passes, 1, 1), dense_BN.repeat(num_passes, 1)
+        earlier: list[Tensor] = []  # only what the head reads, so that nothing else is kept in memory
         for layer in self.layers:
+            if self.config.head_inputs == "all":
+                earlier.append(x_BMD)
             x_BMD = layer(x_BMD, dense_BN)
         if self.norm is not None:
             x_BMD = self.norm(x_BMD)
-        return DhenModelOutput(last_hidden_state=x_BMD)
+        head_inputs = torch.cat([*earlier, x_BMD], dim=1) if earlier else x_BMD
+        return DhenModelOutput(last_hidden_state=x_BMD, head_inputs=head_inputs)
 
 
 class DhenForClickPrediction(DhenPreTrainedModel):
     """The complete model: tables, trunk, and a head that maps the last layer's embeddings to one logit.
+
+    With `head_inputs` "all", the head reads x0 and the outputs of all layers, flattened and concatenated.
 
     >>> config = DhenConfig(sparse_features=[{"name": "site", "num_embeddings": 10}], interactions=["linear"])
     >>> model = DhenForClickPrediction(config)
@@ -157,7 +165,7 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         if not own and with_tables is not True:
             self._keys_to_ignore_on_load_unexpected = [r"^tables\."]
         self.model = DhenModel(config)
-        width = self.model.num_embeddings * config.embedding_dim
+        width = self.model.num_head_inputs * config.embedding_dim
         self.head = MLP(width, config.head_mlp, 1, config.activation, config.batch_norm)
         self.post_init()
 
@@ -185,8 +193,8 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             inputs_embeds = self._join(inputs_embeds, sparse)
         elif sparse is not None:
             raise ValueError("pass sparse or inputs_embeds, not both.")
-        x_BMD = self.model(inputs_embeds, dense, num_passes).last_hidden_state
-        logits_B = self.head(x_BMD.flatten(1)).squeeze(1)
+        head_inputs_BMD = self.model(inputs_embeds, dense, num_passes).head_inputs
+        logits_B = self.head(head_inputs_BMD.flatten(1)).squeeze(1)
         logits_B = logits_B.to(torch.promote_types(logits_B.dtype, torch.float32))
         loss = None
         if labels is not None:
@@ -201,12 +209,18 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         inputs = [("sparse", name) for name in sparse]
         inputs += [("dense embedding", index) for index in range(self.model.num_inputs - len(inputs))]
         axes: Axes = {}
+        states = [(0, *label) for label in inputs]
         if self.model.features.dense_mlp is not None:
             axes["features.dense_mlp.0.weight"] = {1: dense}
         for index, layer in enumerate(self.model.layers):
             axes |= with_prefix(f"layers.{index}", layer.input_axes(inputs, dense))
             inputs = [("output", place) for place in range(layer.num_outputs)]
-        return with_prefix("model", axes)
+            states += [(index + 1, *label) for label in inputs]
+        axes = with_prefix("model", axes)
+        if self.config.head_inputs == "all":
+            values = [(state, column) for state in states for column in range(self.config.embedding_dim)]
+            axes["head.0.weight"] = {1: values}
+        return axes
 
     def _join(self, inputs_embeds: Tensor | Callable[[], Tensor], sparse: SparseIds | None) -> Callable[[], Tensor]:
         """Return a function that waits for `inputs_embeds` and returns the embeddings_BFD of all features in order."""

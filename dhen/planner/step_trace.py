@@ -175,7 +175,9 @@ def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]
     entries, places, first = [], [], 0
     for _, group in itertools.groupby(keys):
         count = len(list(group))
-        counts = [1] * count if count < _ALIKE else [1, count - 2, 1]
+        # A head that reads all layers grows with the depth, so no layer can stand for another.
+        is_alike = count >= _ALIKE and config.head_inputs == "last"
+        counts = [1, count - 2, 1] if is_alike else [1] * count
         for size in counts:
             entries.append(raw[first])
             places.append(range(first, first + size))

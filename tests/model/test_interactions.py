@@ -27,7 +27,12 @@ CASES = [
     ("advanced_dlrm", {"use_dense": True, "over_arch": [7, 4], "normalize": True, "activation": "tanh"}),
     ("advanced_dlrm", {"compress_to": 2, "example_weights": True, "use_dense": True}),
     ("advanced_dlrm", {"compress_to": 2, "normalize": True, "num_cross_layers": 2, "cross_width": 3}),
+    ("advanced_dlrm", {"compress_to": 2, "weights_mlp": [7], "example_weights": True, "swish_layer_norm": True}),
+    ("advanced_dlrm", {"compress_to": 2, "weights_mlp": [], "normalize": True, "swish_layer_norm": True}),
+    ("advanced_dlrm", {"use_dense": True, "dense_output": True}),
     ("factorization_machine", {"compress_to": 3}),
+    ("multiplicative", {}),
+    ("multiplicative", {"num_rows": 3, "num_layers": 2, "activation": "tanh", "use_dense": True}),
 ]
 
 
@@ -134,31 +139,55 @@ def convolution(s, x, dense, options):
     return torch.einsum("lm,bmd->bld", s["mix.weight"], image.reshape(len(x), channels * rows, D))
 
 
+def layer_norm(x, weight, bias):
+    centred = x - x.mean(1, keepdim=True)
+    return centred / (centred.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
 def advanced_dlrm(s, x, dense, options):
     if "compress_to" in options:
         a = torch.ones(len(x), M, dtype=torch.float64)
         if options.get("example_weights"):
             a = 2 * torch.sigmoid(torch.einsum("bmd,md->bm", x, s["dots.gate"]) + s["dots.gate_bias"])
-        dots = torch.einsum("bmd,bnd,bn,nk->bmk", x, x, a, s["dots.weight"]).reshape(len(x), -1)
+        weights = s["dots.weight"].expand(len(x), -1, -1)
+        if "weights_mlp" in options:
+            weights = weights + run_mlp(s, "dots.mlp.", x.reshape(len(x), -1), F.relu).reshape(weights.shape)
+        dots = torch.einsum("bmd,bnd,bn,bnk->bmk", x, x, a, weights).reshape(len(x), -1)
     else:
         dots = torch.stack([(x[:, i] * x[:, j]).sum(1) for i in range(M) for j in range(i + 1, M)], dim=1)
     if options.get("normalize"):
-        centred = dots - dots.mean(1, keepdim=True)
-        dots = centred / (centred.pow(2).mean(1, keepdim=True) + 1e-5).sqrt() * s["norm.weight"] + s["norm.bias"]
+        dots = layer_norm(dots, s["norm.weight"], s["norm.bias"])
+    if options.get("swish_layer_norm"):
+        dots = dots * torch.sigmoid(layer_norm(dots, s["swish.norm.weight"], s["swish.norm.bias"]))
     v = torch.cat([dots, dense], dim=1) if options.get("use_dense") else dots
     v = cross(s, "cross.layers.", v, options.get("num_cross_layers", 0))
     act = torch.tanh if options.get("activation") == "tanh" else F.relu
-    return run_mlp(s, "over_arch.", v, act).reshape(len(x), L, D)
+    u = run_mlp(s, "over_arch.", v, act)
+    if options.get("dense_output"):
+        u = torch.cat([dense @ s["dense_output.0.weight"].T + s["dense_output.0.bias"], u], dim=1)
+    return u.reshape(len(x), L, D)
 
 
 def factorization_machine(s, x, dense, options):
     return advanced_dlrm(s, x, dense, options | {"normalize": True})
 
 
+def multiplicative(s, x, dense, options):
+    """x <- x * sum over r of act(W_r x + b_r) + x, one row r and one layer at a time."""
+    act, v = torch.tanh if options.get("activation") == "tanh" else F.relu, x.reshape(len(x), -1)
+    for i in range(options.get("num_layers", 1)):
+        weights = s[f"layers.{i}.linear.weight"].split(v.shape[1])
+        biases = s[f"layers.{i}.linear.bias"].split(v.shape[1])
+        assert len(weights) == options.get("num_rows", 2)
+        v = v * sum(act(v @ w.T + b) for w, b in zip(weights, biases, strict=True)) + v
+    return torch.einsum("lm,bmd->bld", s["mix.weight"], v.reshape(x.shape))
+
+
 FORMULAS = {
     f.__name__: f
     for f in (
         linear, deep_cross, deep_cross_flattened, self_attention, convolution, advanced_dlrm, factorization_machine,
+        multiplicative,
     )
 }  # fmt: skip
 
@@ -234,9 +263,33 @@ def test_the_lower_triangle_in_another_order_is_caught():
     assert (module(x, dense) - advanced_dlrm(state(module), shuffled, dense, {})).abs().max() > 1e-3
 
 
-def test_dropout_of_attention_acts_in_training_only():
+def test_each_row_of_a_quadratic_layer_is_normalized_before_its_activation():
     torch.manual_seed(0)
-    module = make("self_attention", {"dropout": 0.5})
+    module = make("multiplicative", {"num_rows": 3, "batch_norm": True}).train()
+    x, dense = inputs()
+    s, v = state(module), x.reshape(B, -1)
+    h = v @ s["layers.0.linear.weight"].T + s["layers.0.linear.bias"]
+    h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
+    h = (h * s["layers.0.norm.weight"] + s["layers.0.norm.bias"]).relu().reshape(B, 3, -1)
+    expected = torch.einsum("lm,bmd->bld", s["mix.weight"], (v * h.sum(1) + v).reshape(x.shape))
+    torch.testing.assert_close(module(x, dense), expected, **TOLERANCE)
+
+
+def test_the_weights_of_each_example_start_as_the_compression_weight():
+    torch.manual_seed(0)
+    options = {"compress_to": 2, "weights_mlp": [4]}
+    dots = build_interaction(InteractionSpec("advanced_dlrm", L, options), InteractionContext(M, L, D)).double().dots
+    x, _ = inputs()
+    expected = torch.einsum("bmd,bnd,nk->bmk", x, x, dots.weight).reshape(B, -1)
+    torch.testing.assert_close(dots(x), expected, **TOLERANCE)
+    torch.nn.init.ones_(dots.mlp[-1].bias)
+    assert (dots(x) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["self_attention", "multiplicative"])
+def test_dropout_acts_in_training_only(kind):
+    torch.manual_seed(0)
+    module = make(kind, {"dropout": 0.5})
     x, dense = inputs()
     assert torch.equal(module.eval()(x, dense), module(x, dense))
     assert not torch.equal(module.train()(x, dense), module(x, dense))

@@ -20,6 +20,8 @@ ALL_KINDS = [
     "convolution",
     "advanced_dlrm",
     {"kind": "advanced_dlrm", "compress_to": 2, "example_weights": True, "num_cross_layers": 1},
+    {"kind": "advanced_dlrm", "compress_to": 2, "weights_mlp": [4], "swish_layer_norm": True},
+    "multiplicative",
     "wukong",
 ]
 B, N, D = 5, 3, 8
@@ -193,11 +195,39 @@ def test_without_sparse_features():
     assert torch.equal(model(inputs_embeds=torch.empty(B, 0, D), dense=dense).logits, model(dense=dense).logits)
 
 
-def test_dense_features_may_enter_by_the_interactions_alone():
-    entry = {"kind": "linear", "use_dense": True}
+@pytest.mark.parametrize(
+    "entry", [{"kind": "linear", "use_dense": True}, {"kind": "advanced_dlrm", "dense_output": True}]
+)
+def test_dense_features_may_enter_by_the_interactions_alone(entry):
     model, (sparse, dense, _) = make_model(interactions=[entry], num_dense_embeddings=0).eval(), make_batch()
     assert model.model.features.dense_mlp is None
     assert not torch.equal(model(sparse, dense).logits, model(sparse, dense + 1).logits)
+
+
+@pytest.mark.parametrize("norm_position", ["post", "pre"])
+def test_the_head_may_read_the_input_and_the_outputs_of_all_layers(norm_position):
+    model = make_model(head_inputs="all", num_layers=3, norm_position=norm_position).eval()
+    sparse, dense, _ = make_batch()
+    x_BMD = model.model.features(model.tables(sparse), dense)
+    states = [x_BMD]
+    for layer in model.model.layers:
+        states.append(layer(states[-1], dense))
+    if norm_position == "pre":  # the norm after the last layer is for its output alone
+        states[-1] = model.model.norm(states[-1])
+    expected = model.head(torch.cat([state.flatten(1) for state in states], dim=1)).squeeze(1)
+    torch.testing.assert_close(model(sparse, dense).logits, expected)
+
+
+@pytest.mark.parametrize("kind", [*ALL_KINDS, {"kind": "advanced_dlrm", "dense_output": True}], ids=str)
+def test_zero_init_starts_each_layer_as_its_shortcut(kind):
+    settings = {"interactions": [kind], "norm": "none", "batch_norm": False}
+    model = make_model(interaction_init="zero", **settings).model
+    x, dense = torch.randn(B, 3, D), torch.randn(B, N)
+    layer = model.layers[0]
+    assert torch.equal(layer(x, dense), layer.shortcut(x))
+    layer(x, dense).square().sum().backward()
+    assert any(weight.grad.any() for weight in layer.interactions.parameters()), "it learns"
+    assert not torch.equal(make_model(**settings).model.layers[0](x, dense), layer(x, dense))
 
 
 def test_layers_may_differ():

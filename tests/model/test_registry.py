@@ -28,6 +28,13 @@ def test_the_factorization_machine_has_the_options_of_advanced_dlrm_with_two_oth
     assert {name for name in machine if machine[name].default != dlrm[name].default} == {"compress_to", "normalize"}
 
 
+def test_zero_init_asks_a_users_interaction_to_say_that_it_can():
+    entry = {"kind": "users_product", "num_embeddings": 4}
+    config = DhenConfig(num_dense_features=3, interactions=[entry], interaction_init="zero")
+    with pytest.raises(ValueError, match=r"'users_product': interaction_init is 'zero'.*zero_init=context.zero_init"):
+        DhenModel(config)
+
+
 @pytest.mark.parametrize("kind", ["linear", "wukong"])
 def test_a_taken_name_is_refused(kind):
     with pytest.raises(ValueError, match=f"{kind!r} is already taken"):
@@ -66,6 +73,9 @@ def test_a_wrong_entry_is_named_when_the_config_is_made(entry, message):
             {"kind": "advanced_dlrm", "example_weights": True},
             "example_weights has no effect because compress_to is not set",
         ),
+        ({"kind": "advanced_dlrm", "weights_mlp": [4]}, "weights_mlp has no effect because compress_to is not set"),
+        ({"kind": "advanced_dlrm", "dense_output": True}, "num_dense_features is 0 and num_embeddings is 16"),
+        ({"kind": "multiplicative", "activation": "identity"}, "num_rows has no effect with activation 'identity'"),
         ({"kind": "advanced_dlrm", "cross_width": 4}, "cross_width has no effect because num_cross_layers is 0"),
         ({"kind": "convolution", "kernel_size": [3]}, "kernel_size is [3]"),
         ({"kind": "convolution", "kernel_size": [2, 3]}, "kernel_size is [2, 3]. Use two odd numbers"),

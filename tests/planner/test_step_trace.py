@@ -15,7 +15,15 @@ from dhen.planner import step_trace
 from dhen.planner.live_memory import LiveMemory
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 
-KINDS = ["advanced_dlrm", "self_attention", "convolution", "linear", "deep_cross", "deep_cross_flattened"]
+KINDS = [
+    "advanced_dlrm",
+    "self_attention",
+    "convolution",
+    "linear",
+    "deep_cross",
+    "deep_cross_flattened",
+    "multiplicative",
+]
 BATCH = 32
 
 
@@ -77,6 +85,12 @@ def test_two_passes_keep_more_than_one_and_less_than_twice_the_batch():
 def test_other_layers_and_dtypes(norm_position):
     config = config_of(4, norm_position=norm_position, ensemble="weighted_sum", norm="rms_norm")
     assert kept_bytes(trace_step(config, BATCH, Precision(torch.bfloat16))) == really(config, dtype=torch.bfloat16)[0]
+
+
+def test_a_head_that_reads_all_layers_is_traced_at_its_width():
+    config = config_of(6, head_inputs="all")
+    assert kept_bytes(trace_step(config, BATCH, checkpointing=4)) == really(config, 4)[0]
+    assert trace_step(config, BATCH).weights["head.0.weight"] == (6 + 6 * 2 * len(KINDS)) * 8 * 64
 
 
 def test_layers_that_differ_are_traced_each():

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import yaml
 
-from tests.recipes.launch import TINY, assert_same_metrics, run_script, summary
+from tests.recipes.launch import TINY, assert_same_metrics, losses, run_script, summary
 from tests.recipes.test_documentation import blocks
 
 
@@ -31,6 +32,25 @@ def test_an_interaction_of_the_users_file_trains_and_is_evaluated(tmp_path, user
     done = run_script("evaluate.py", *scored)
     assert done.status != 0
     assert "--interaction_files" in done.output
+
+
+def test_the_production_model_of_the_guide_trains_alike_under_stages_0_and_3(tmp_path, click_log):
+    """Also with zero-initialized interactions, a quadratic layer beside them, and a head that reads all layers."""
+    (text,) = [block for _, block in blocks("yaml") if "weights_mlp" in block]
+    recipe = yaml.safe_load(text) | {"interaction_init": "zero", "head_inputs": "all", "embedding_dim": 4}
+    recipe["layers"][1]["interactions"].append("multiplicative")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    found = []
+    for stage in (0, 3):
+        run = tmp_path / f"stage{stage}"
+        flags = [f"--config={path}", f"--dataset_name={click_log}", f"--output_dir={run}", "--max_steps=8"]
+        steps = ["--logging_steps=1", "--per_device_train_batch_size=32", f"--ds_config=ds_configs/zero{stage}.json"]
+        done = run_script("train.py", *flags, *steps, ranks=2)
+        assert done.status == 0, done.output
+        found.append({step: float(loss) for step, loss in losses(run).items()})
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert len(found[0]) == 8
 
 
 @pytest.mark.parametrize(("text", "words"), [(None, "no such Python file"), ("import math\n", "registers no")])

@@ -14,12 +14,16 @@ EXACT = (
     "linear", {"kind": "linear", "use_dense": True, "bias": True}, "advanced_dlrm",
     {"kind": "advanced_dlrm", "use_dense": True, "num_cross_layers": 2, "batch_norm": True},
     {"kind": "advanced_dlrm", "compress_to": 3, "example_weights": True},
+    {"kind": "advanced_dlrm", "compress_to": 3, "weights_mlp": [5], "dense_output": True, "use_dense": True},
+    {"kind": "advanced_dlrm", "compress_to": 3, "weights_mlp": []},
+    {"kind": "multiplicative", "num_layers": 2, "batch_norm": True, "use_dense": True},
     "deep_cross_flattened", {"kind": "deep_cross_flattened", "cross_width": 3, "num_cross_layers": 2},
 )  # fmt: skip
 """Interactions in which a zero weight takes a feature's influence away entirely."""
 OTHERS = (
     {"kind": "self_attention", "use_dense": True}, {"kind": "convolution", "num_channels": 2}, "deep_cross",
     {"kind": "factorization_machine", "use_dense": True}, {"kind": "convolution", "use_dense": True},
+    {"kind": "advanced_dlrm", "normalize": True, "swish_layer_norm": True},
 )  # fmt: skip
 
 
@@ -105,6 +109,18 @@ def test_every_weight_that_depends_on_the_features_says_how(interaction, norm_po
             assert {axis: len(labels) for axis, labels in axes.items()} == {
                 axis: state[name].shape[axis] for axis in axes
             }
+
+
+@pytest.mark.parametrize(("features", "size"), [("ceab", 4), ("bca", 5), ("ac", 5)])
+def test_a_head_that_reads_all_layers_keeps_what_it_knows_of_a_feature(features, size):
+    options = {"interactions": ["linear"], "head_inputs": "all", "num_embeddings_out": size}
+    old = Model(("a", "b", "c"), ("x", "y"), **options)
+    new = Model(tuple(features), ("y", "x"), **options)
+    assert new.start_from(old) == set()
+    embeddings, dense = values()
+    if "b" not in features:
+        embeddings["b"] = torch.zeros(6, DIM)
+    torch.testing.assert_close(new.logits(embeddings, dense), old.logits(embeddings, dense), rtol=1e-4, atol=1e-4)
 
 
 def test_a_users_interaction_that_does_not_say_how_starts_anew_on_other_features():

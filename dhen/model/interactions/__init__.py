@@ -6,6 +6,7 @@ from dhen.model.interactions.convolution import Convolution
 from dhen.model.interactions.deep_cross import DeepCross, FlattenedDeepCross
 from dhen.model.interactions.dot_products import AdvancedDlrm, FactorizationMachine
 from dhen.model.interactions.linear import Linear, MixEmbeddings
+from dhen.model.interactions.multiplicative import Multiplicative
 from dhen.model.interactions.registry import (
     PRESETS,
     Axes,

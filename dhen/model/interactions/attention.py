@@ -52,6 +52,8 @@ class SelfAttention(Interaction):
     torch.Size([2, 3, 4])
     """
 
+    can_start_at_zero = True
+
     def __init__(
         self,
         context: InteractionContext,
@@ -80,7 +82,7 @@ class SelfAttention(Interaction):
         self.attention_norm = nn.LayerNorm(dim)
         self.feedforward_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
-        self.mix = MixEmbeddings(self.num_rows, context.num_outputs)
+        self.mix = MixEmbeddings(self.num_rows, context.num_outputs, zero_init=context.zero_init)
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """W's columns are the embeddings."""

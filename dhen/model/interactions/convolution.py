@@ -25,6 +25,8 @@ class Convolution(Interaction):
     torch.Size([2, 3, 4])
     """
 
+    can_start_at_zero = True
+
     def __init__(
         self,
         context: InteractionContext,
@@ -45,7 +47,7 @@ class Convolution(Interaction):
         padding = (kernel_size[0] // 2, kernel_size[1] // 2)
         self.convolution = nn.Conv2d(1, num_channels, tuple(kernel_size), padding=padding)
         self.activation = activation_module(activation)
-        self.mix = MixEmbeddings(num_channels * self.num_rows, context.num_outputs)
+        self.mix = MixEmbeddings(num_channels * self.num_rows, context.num_outputs, zero_init=context.zero_init)
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """W's columns are the M embeddings of each channel."""

@@ -24,16 +24,18 @@ class DeepCross(Interaction):
     torch.Size([2, 3, 4])
     """
 
+    can_start_at_zero = True
+
     def __init__(self, context: InteractionContext, *, use_dense: bool = False) -> None:
-        """W uses Glorot initialization, and b starts at 0."""
+        """W uses Glorot initialization, or starts at 0 as the context says. b starts at 0."""
         super().__init__(context, use_dense=use_dense)
         self.weight = nn.Parameter(torch.empty(context.embedding_dim, context.num_outputs))
         self.bias = nn.Parameter(torch.empty(context.embedding_dim, context.num_outputs))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw W again and set b to 0."""
-        nn.init.xavier_uniform_(self.weight)
+        """Draw W again, or set it to 0, and set b to 0."""
+        (nn.init.zeros_ if self.context.zero_init else nn.init.xavier_uniform_)(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
@@ -94,6 +96,8 @@ class FlattenedDeepCross(Interaction):
     torch.Size([2, 3, 4])
     """
 
+    can_start_at_zero = True
+
     def __init__(
         self,
         context: InteractionContext,
@@ -105,7 +109,7 @@ class FlattenedDeepCross(Interaction):
         """num_cross_layers, cross_width: see CrossNet. cross_width None: full (M * D) x (M * D) weights."""
         super().__init__(context, use_dense=use_dense)
         self.cross = CrossNet(self.num_rows * context.embedding_dim, num_cross_layers, cross_width)
-        self.mix = MixEmbeddings(self.num_rows, context.num_outputs)
+        self.mix = MixEmbeddings(self.num_rows, context.num_outputs, zero_init=context.zero_init)
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """The cross layers work on the D values of each embedding."""

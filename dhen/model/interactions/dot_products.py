@@ -17,6 +17,23 @@ from dhen.model.mlp import MLP, Activation
 from dhen.model.ranges import DepthFrom0, Size
 
 
+class SwishLayerNorm(nn.Module):
+    """x * sigmoid(LayerNorm(x)), as TorchRec has it.
+
+    >>> SwishLayerNorm(3)(torch.ones(2, 3))[0].tolist()
+    [0.5, 0.5, 0.5]
+    """
+
+    def __init__(self, width: int) -> None:
+        """width: size of the last dimension."""
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of x's shape."""
+        return x * torch.sigmoid(self.norm(x))
+
+
 class PairwiseDots(nn.Module):
     """The M (M - 1) / 2 dot products x_i . x_j with i < j: the upper triangle of X X^T, row by row.
 
@@ -59,14 +76,29 @@ class CompressedDots(nn.Module):
     With `example_weights`, X (X^T (a * W)) where a_m = 2 sigmoid(x_m . v_m + c_m): each example weights its own
     embeddings. V and c start at 0, so a starts at 1.
 
+    With `weights_mlp`, X (X^T (W + reshape(MLP(flatten(X))))): an MLP makes each example's own weights, as in Wukong's
+    attentive factorization machine (Zhang et al. 2024). Its last layer starts at 0.
+
     >>> CompressedDots(num_inputs=3, embedding_dim=4, compress_to=2)(torch.ones(5, 3, 4)).shape
     torch.Size([5, 6])
     """
 
-    def __init__(self, num_inputs: int, embedding_dim: int, compress_to: int, example_weights: bool = False) -> None:
-        """num_inputs: M. compress_to: K."""
+    def __init__(
+        self,
+        num_inputs: int,
+        embedding_dim: int,
+        compress_to: int,
+        example_weights: bool = False,
+        weights_mlp: Sequence[int] | None = None,
+        activation: Activation = "relu",
+    ) -> None:
+        """num_inputs: M. compress_to: K. weights_mlp: hidden sizes. activation: of this MLP."""
         super().__init__()
         self.num_dots = num_inputs * compress_to
+        self.embedding_dim = embedding_dim
+        self.mlp: nn.Module | None = None
+        if weights_mlp is not None:
+            self.mlp = MLP(num_inputs * embedding_dim, weights_mlp, self.num_dots, activation, zero_init=True)
         self.weight = nn.Parameter(torch.empty(num_inputs, compress_to))
         self.gate = nn.Parameter(torch.empty(num_inputs, embedding_dim)) if example_weights else None
         self.gate_bias = nn.Parameter(torch.empty(num_inputs)) if example_weights else None
@@ -84,8 +116,14 @@ class CompressedDots(nn.Module):
         return [(row, mixture) for row in inputs for mixture in range(self.weight.shape[1])]
 
     def input_axes(self, inputs: Sequence[Hashable]) -> Axes:
-        """W, V and c have one row per embedding."""
-        return {name: {0: inputs} for name, _ in self.named_parameters()}
+        """W, V and c have one row per embedding. The MLP reads the D values of each, and makes W's entries."""
+        axes: Axes = {name: {0: inputs} for name, _ in self.named_parameters(recurse=False)}
+        if self.mlp is not None:
+            last, entries = f"mlp.{len(self.mlp) - 1}", {0: self.dot_labels(inputs)}
+            axes |= {f"{last}.weight": entries, f"{last}.bias": entries}
+            values = [(row, column) for row in inputs for column in range(self.embedding_dim)]
+            axes["mlp.0.weight"] = axes.get("mlp.0.weight", {}) | {1: values}
+        return axes
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """Return (B, M * K)."""
@@ -94,6 +132,9 @@ class CompressedDots(nn.Module):
             a_BM = 2 * torch.sigmoid((x_BMD * self.gate).sum(dim=2) + self.gate_bias)
             weighed_BMD = x_BMD * a_BM.unsqueeze(2)
         mixtures_BKD = mix(self.weight, weighed_BMD, transposed=True)
+        if self.mlp is not None:
+            weights_BMK = self.mlp(inputs_BMD.flatten(1)).unflatten(1, self.weight.shape)
+            mixtures_BKD = mixtures_BKD + torch.bmm(weights_BMK.transpose(1, 2), weighed_BMD)
         return torch.bmm(inputs_BMD, mixtures_BKD.transpose(1, 2)).flatten(1)
 
 
@@ -101,9 +142,11 @@ class CompressedDots(nn.Module):
 class AdvancedDlrm(Interaction):
     """v = [dots(X), dense], u = W_m MLP(v): DLRM's pairwise dots pass through the over arch, then map to L embeddings.
 
-    dots: x_i . x_j for i < j, or X (X^T W) with `compress_to`. If the options are set, the dots are normalized, joined
-    with the dense vector (`use_dense`) and crossed (v <- v0 * (U V v + b) + v), in this order, before the over arch.
-    W_m has a bias, which the paper does not print.
+    dots: x_i . x_j for i < j, or X (X^T W) with `compress_to`. If the options are set, the dots are normalized, gated
+    by themselves (`swish_layer_norm`), joined with the dense vector (`use_dense`) and crossed
+    (v <- v0 * (U V v + b) + v), in this order, before the over arch. With `dense_output`, the first of the L embeddings
+    is a linear map of the dense vector instead, so that it reaches the next layer by itself. W_m has a bias, which the
+    paper does not print.
 
     >>> dlrm = AdvancedDlrm(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
     >>> dlrm(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
@@ -111,6 +154,7 @@ class AdvancedDlrm(Interaction):
     """
 
     append_dense = False
+    can_start_at_zero = True
 
     def __init__(
         self,
@@ -119,23 +163,35 @@ class AdvancedDlrm(Interaction):
         over_arch: Sequence[Size] = (64,),
         compress_to: Size | None = None,
         example_weights: bool = False,
+        weights_mlp: Sequence[Size] | None = None,
         normalize: bool = False,
+        swish_layer_norm: bool = False,
         num_cross_layers: DepthFrom0 = 0,
         cross_width: Size | None = None,
         batch_norm: bool | None = None,
         activation: Activation | None = None,
         use_dense: bool = False,
+        dense_output: bool = False,
     ) -> None:
         """over_arch: hidden sizes; W_m is the linear layer after them. compress_to: K; None: all pairs.
 
-        example_weights: weight the embeddings per example before compression. normalize: apply layer norm to the dots.
-        num_cross_layers, cross_width: number and rank of low-rank cross layers; rank None: 32. batch_norm, activation:
-        the layer's if None. use_dense: append the raw dense features. Raises ValueError if there are no pairs, or if an
-        option would have no effect.
+        example_weights: weight the embeddings per example before compression. weights_mlp: hidden sizes of an MLP that
+        makes the weights of the compression per example. normalize: apply layer norm to the dots. swish_layer_norm:
+        multiply them by sigmoid(LayerNorm(dots)). num_cross_layers, cross_width: number and rank of low-rank cross
+        layers; rank None: 32. batch_norm, activation: the layer's if None. use_dense: append the raw dense features.
+        dense_output: one of the L outputs is an embedding of the dense features. Raises ValueError if there are no
+        pairs, or if an option would have no effect.
         """
         super().__init__(context, use_dense=use_dense)
-        if example_weights and compress_to is None:
-            raise ValueError("example_weights has no effect because compress_to is not set. Set compress_to too.")
+        activation = context.activation if activation is None else activation
+        for name, value in {"example_weights": example_weights, "weights_mlp": weights_mlp is not None}.items():
+            if value and compress_to is None:
+                raise ValueError(f"{name} has no effect because compress_to is not set. Set compress_to too.")
+        if dense_output and (context.num_dense_features == 0 or context.num_outputs == 1):
+            raise ValueError(
+                f"dense_output needs dense features and another output, but num_dense_features is "
+                f"{context.num_dense_features} and num_embeddings is {context.num_outputs}. Remove dense_output."
+            )
         if cross_width is not None and num_cross_layers == 0:
             raise ValueError("cross_width has no effect because num_cross_layers is 0. Set num_cross_layers too.")
         if compress_to is None:
@@ -146,16 +202,25 @@ class AdvancedDlrm(Interaction):
                 )
             self.dots: nn.Module = PairwiseDots(context.num_inputs)
         else:
-            self.dots = CompressedDots(context.num_inputs, context.embedding_dim, compress_to, example_weights)
+            self.dots = CompressedDots(
+                context.num_inputs, context.embedding_dim, compress_to, example_weights, weights_mlp, activation
+            )
         self.norm = nn.LayerNorm(self.dots.num_dots) if normalize else None
+        self.swish = SwishLayerNorm(self.dots.num_dots) if swish_layer_norm else None
         width = self.dots.num_dots + (context.num_dense_features if use_dense else 0)
         self.cross = CrossNet(width, num_cross_layers, cross_width or 32) if num_cross_layers else None
         self.over_arch = MLP(
             width,
             over_arch,
-            context.num_outputs * context.embedding_dim,
-            context.activation if activation is None else activation,
+            (context.num_outputs - dense_output) * context.embedding_dim,
+            activation,
             context.batch_norm if batch_norm is None else batch_norm,
+            context.zero_init,
+        )
+        self.dense_output = (
+            MLP(context.num_dense_features, [], context.embedding_dim, zero_init=context.zero_init)
+            if dense_output
+            else None
         )
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
@@ -165,6 +230,10 @@ class AdvancedDlrm(Interaction):
         axes = with_prefix("dots", self.dots.input_axes(inputs)) | {"over_arch.0.weight": {1: v}}
         if self.norm is not None:
             axes |= {"norm.weight": {0: dots}, "norm.bias": {0: dots}}
+        if self.swish is not None:
+            axes |= {"swish.norm.weight": {0: dots}, "swish.norm.bias": {0: dots}}
+        if self.dense_output is not None:
+            axes["dense_output.0.weight"] = {1: dense}
         return axes if self.cross is None else axes | with_prefix("cross", self.cross.input_axes(v))
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
@@ -172,11 +241,16 @@ class AdvancedDlrm(Interaction):
         v = self.dots(x_BMD)
         if self.norm is not None:
             v = self.norm(v)
+        if self.swish is not None:
+            v = self.swish(v)
         if self.use_dense:
             v = torch.cat([v, dense_BN], dim=1)
         if self.cross is not None:
             v = self.cross(v)
-        return self.over_arch(v).unflatten(1, (self.context.num_outputs, self.context.embedding_dim))
+        u = self.over_arch(v)
+        if self.dense_output is not None:
+            u = torch.cat([self.dense_output(dense_BN), u], dim=1)
+        return u.unflatten(1, (self.context.num_outputs, self.context.embedding_dim))
 
 
 @register_interaction("factorization_machine")

@@ -62,16 +62,17 @@ class MixEmbeddings(nn.Module):
     torch.Size([2, 3, 4])
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
-        """W is (L, M) with Glorot initialization. With `bias`, b is (L, 1) and starts at 0."""
+    def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False, zero_init: bool = False) -> None:
+        """W is (L, M) with Glorot initialization, or 0 with `zero_init`. With `bias`, b is (L, 1) and starts at 0."""
         super().__init__()
+        self.zero_init = zero_init
         self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
         self.bias = nn.Parameter(torch.empty(num_outputs, 1)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw W again and set b to 0."""
-        nn.init.xavier_uniform_(self.weight)
+        """Draw W again, or set it to 0, and set b to 0."""
+        (nn.init.zeros_ if self.zero_init else nn.init.xavier_uniform_)(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -90,10 +91,12 @@ class Linear(Interaction):
     torch.Size([2, 3, 4])
     """
 
+    can_start_at_zero = True
+
     def __init__(self, context: InteractionContext, *, bias: bool = False, use_dense: bool = False) -> None:
         """bias: add b_l to each output embedding l. The paper has no bias here."""
         super().__init__(context, use_dense=use_dense)
-        self.mix = MixEmbeddings(self.num_rows, context.num_outputs, bias)
+        self.mix = MixEmbeddings(self.num_rows, context.num_outputs, bias, context.zero_init)
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """W's columns are the embeddings."""

@@ -25,7 +25,7 @@ from dhen.paths import find, looked_in
 class InteractionContext:
     """What a layer tells its interactions: shapes, and defaults for their MLPs.
 
-    num_inputs: M. num_outputs: L. num_dense_features: N.
+    num_inputs: M. num_outputs: L. num_dense_features: N. zero_init: the last linear map starts at 0, so that u does.
     """
 
     num_inputs: int
@@ -34,6 +34,7 @@ class InteractionContext:
     num_dense_features: int = 0
     batch_norm: bool = False
     activation: Activation = "relu"
+    zero_init: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,12 @@ class Interaction(nn.Module):
     """u_BLD = Interaction(x_BMD). Examples in a batch do not affect each other, except through batch norm.
 
     With `use_dense`, `rows` appends one more embedding to x_BMD, a linear map of dense_BN, and `num_rows` counts it. An
-    interaction that uses the dense vector in another way sets `append_dense` to False.
+    interaction that uses the dense vector in another way sets `append_dense` to False. One that follows
+    `context.zero_init` sets `can_start_at_zero` to True.
     """
 
     append_dense = True
+    can_start_at_zero = False
 
     def __init__(self, context: InteractionContext, *, use_dense: bool = False) -> None:
         """Raises ValueError if `use_dense` is set but the data has no dense features."""
@@ -196,7 +199,13 @@ def check_interaction(spec: InteractionSpec) -> None:
 def build_interaction(spec: InteractionSpec, context: InteractionContext) -> Interaction:
     """Build the module that `spec` describes. Raises ValueError naming the kind and the wrong option."""
     check_interaction(spec)
+    kind = _INTERACTIONS[spec.kind]
+    if context.zero_init and not kind.can_start_at_zero:
+        raise ValueError(
+            f"interaction {spec.kind!r}: interaction_init is 'zero', but the class does not say that it can. Pass "
+            f"zero_init=context.zero_init to its MixEmbeddings and set can_start_at_zero to True, or use 'default'."
+        )
     try:
-        return _INTERACTIONS[spec.kind](context, **spec.options)
+        return kind(context, **spec.options)
     except ValueError as error:
         raise ValueError(f"interaction {spec.kind!r}: {error}") from error
