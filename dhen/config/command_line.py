@@ -70,12 +70,12 @@ class Parser(HfArgumentParser):
 
 def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
     """The error for a word on the command line that is not a flag of `parts`, with the nearest flag as a hint."""
-    if not flag.startswith("-"):
+    if not flag.startswith("--"):
         return ArgumentError(
             f"command line: {quoted(flag)} does not belong to any argument. Write several interactions as one word, "
             "such as linear,self_attention, or as JSON."
         )
-    (name,) = flags_of([flag]) or [flag]
+    (name,) = flags_of([flag])
     if name in _OF_HUGGING_FACE:
         return ArgumentError(f"command line: unknown argument {name!r}. {_OF_HUGGING_FACE[name]}")
     flags = {f"--{f.name}" for part in parts for f in dataclasses.fields(part)} | {"--config", "--ds_config", "--check"}
