@@ -268,7 +268,7 @@ def test_each_row_of_a_quadratic_layer_is_normalized_before_its_activation():
     module = make("multiplicative", {"num_rows": 3, "batch_norm": True}).train()
     x, dense = inputs()
     s, v = state(module), x.reshape(B, -1)
-    h = v @ s["layers.0.linear.weight"].T + s["layers.0.linear.bias"]
+    h = v @ s["layers.0.linear.weight"].T
     h = (h - h.mean(0)) / (h.var(0, unbiased=False) + 1e-5).sqrt()
     h = (h * s["layers.0.norm.weight"] + s["layers.0.norm.bias"]).relu().reshape(B, 3, -1)
     expected = torch.einsum("lm,bmd->bld", s["mix.weight"], (v * h.sum(1) + v).reshape(x.shape))

@@ -37,15 +37,17 @@ class QuadraticLayer(nn.Module):
         """num_rows: R."""
         super().__init__()
         self.num_rows = num_rows
-        self.linear = nn.Linear(width, num_rows * width)
+        self.linear = nn.Linear(width, num_rows * width, bias=not batch_norm)  # as in MLP
         self.norm = BatchNorm(num_rows * width) if batch_norm else None
         self.activation, self.dropout = activation_module(activation), nn.Dropout(dropout)
 
     def input_axes(self, values: Sequence[Hashable]) -> Axes:
         """Which weights belong to which of the `width` values."""
         rows = {0: [(row, value) for row in range(self.num_rows) for value in values]}
-        names = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var") if self.norm is not None else ()
-        return {"linear.weight": rows | {1: values}, "linear.bias": rows} | dict.fromkeys(names, rows)
+        names = ("norm.weight", "norm.bias", "norm.running_mean", "norm.running_var")
+        return {"linear.weight": rows | {1: values}} | dict.fromkeys(
+            ("linear.bias",) if self.norm is None else names, rows
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, width)."""
