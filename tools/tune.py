@@ -173,7 +173,7 @@ class Search:
                 for trial, process in list(running.items()):
                     if self._is_over(trial, process):
                         del running[trial]
-                        self._report(trial.number)
+                        self.report(trial.number)
                 done = self.done()
                 if len(done) >= before + FIRST_FAILURES and done[0].state == FAIL:
                     raise ValueError(f"the first {len(done)} trials failed: {done[-1].user_attrs['error']}")
@@ -222,12 +222,13 @@ class Search:
 
     def _is_over(self, trial: Trial, process: psutil.Popen) -> bool:
         """Tell Optuna what a run has reached, and end one that is not worth going on."""
-        status, folder = process.poll(), self._folder_of(trial)
+        status, folder, is_behind = process.poll(), self._folder_of(trial), False
         known = self.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         for samples, value in validation(folder / "metrics.csv", self.metric).items():
             if samples not in known:
                 trial.report(value, samples)
-        if status is None and not trial.should_prune():
+                is_behind |= trial.should_prune()  # which compares this evaluation only
+        if status is None and not is_behind:
             return False
         if status is None:
             end(process)
@@ -253,7 +254,7 @@ class Search:
             rows.append({name: float(f"{it:.5g}") if isinstance(it, float) else it for name, it in row.items()})
         return rows
 
-    def _report(self, number: int) -> None:
+    def report(self, number: int) -> None:
         """Print a trial, write trials.csv and best.yaml, and delete the weights of all trials but the best."""
         rows, (best, *others) = self._rows(), self.done()
         with (self.folder / "trials.csv").open("w", newline="", encoding="utf-8") as file:

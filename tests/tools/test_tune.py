@@ -145,6 +145,21 @@ def test_runs_of_a_killed_search_are_ended_and_no_other_process(space, tmp_path)
         with_an_old_pid.kill()
 
 
+def test_the_best_trial_so_far_keeps_its_weights_and_no_other(space, tmp_path):
+    search = Search(str(space), tmp_path / "search", 1, 1)
+    for ne, best in ((0.9, 0), (0.8, 1), (0.85, 1)):
+        trial = search.study.ask(search.drawn_from)
+        folder = tmp_path / "search" / f"trial-{trial.number:03}"
+        for name in ("checkpoint-5", "model", "tensorboard"):
+            (folder / name).mkdir(parents=True)
+        search.study.tell(trial, ne)
+        search.report(trial.number)
+        kept = {path.parent.name for name in ("checkpoint-*", "model") for path in tmp_path.glob(f"search/*/{name}")}
+        assert kept == {f"trial-{best:03}"}
+        assert (folder / "tensorboard").is_dir()
+        assert f"# Trial {best}: " in (tmp_path / "search" / "best.yaml").read_text()
+
+
 def test_a_search_stops_if_its_first_trials_fail(space, tmp_path):
     write(tmp_path, trials=9, search=SEARCH)
     done = call("tools/tune.py", space, f"--output_dir={tmp_path / 'search'}", "--jobs=3")
