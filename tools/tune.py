@@ -38,10 +38,10 @@ import psutil
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dhen.config.arguments import MetricName
 from dhen.config.arguments import parse_arguments as parse_recipe
 from dhen.config.command_line import HelpFormatter, check_types
 from dhen.config.ds_config import AUTO, read_json
+from dhen.config.training_arguments import MetricName
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.names import check_names, check_type, quoted
 from dhen.model.ranges import Count, Seed, Size
