@@ -115,12 +115,17 @@ class Schema:
         """Whether ids are made of canonical texts (dhen/data/formats/canonical.py), not of texts as written."""
         return self.source.get(VERSION, 0) > PREPARATION_VERSION_WRITTEN
 
+    def as_dict(self) -> dict[str, Any]:
+        """In JSON types. Columns without bins and scales are as earlier versions wrote them."""
+        values = asdict(self)
+        for kind in ("dense", "sparse"):
+            values[kind] = [{k: v for k, v in column.items() if v is not None} for column in values[kind]]
+        return values
+
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
         draft = folder / f".{SCHEMA_FILE}.draft"
-        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)
-        for kind in ("dense", "sparse"):  # as earlier versions wrote columns without bins and scales
-            values[kind] = [{k: v for k, v in column.items() if v is not None} for column in values[kind]]
+        values = {VERSION_KEY: FORMAT_VERSION} | self.as_dict()
         draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         draft.replace(folder / SCHEMA_FILE)
 

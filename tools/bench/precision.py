@@ -1,6 +1,6 @@
 """Measures what half precision and a quantized wire save and cost: bytes between nodes, memory, NE (paper 3.2.1).
 
-    python tools/bench/precision.py --config recipes/configs/frappe.yaml --epochs 1
+    python tools/bench/precision.py --config recipes/configs/frappe_quick.yaml --epochs 1
 
 The benchmark trains the recipe once per variant and seed, on two nodes of this machine (tools/cluster.py). It prints
 for each variant:
@@ -188,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line. `more` has the arguments for train.py."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--config", default="recipes/configs/frappe.yaml", help="recipe to train")
+    add("--config", default="recipes/configs/frappe_quick.yaml", help="recipe to train")
     add("--epochs", type=int, default=1, help="epochs per run")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each variant has a run per seed")
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="variants to compare")
