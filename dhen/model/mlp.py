@@ -57,16 +57,10 @@ class BatchNorm(nn.BatchNorm1d):
         ).to(x.dtype)
 
 
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at 0.
-
-    >>> import torch
-    >>> ZeroLinear(3, 2)(torch.ones(1, 3)).tolist()
-    [[0.0, 0.0]]
-    """
+class _ZeroLinear(nn.Linear):
+    """A linear layer that starts at 0."""
 
     def reset_parameters(self) -> None:
-        """Set weight and bias to 0."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -101,4 +95,4 @@ class MLP(nn.Sequential):
                 steps.append(BatchNorm(size))
             steps.append(activation_module(activation))
             in_features = size
-        super().__init__(*steps, (ZeroLinear if zero_init else nn.Linear)(in_features, out_features))
+        super().__init__(*steps, (_ZeroLinear if zero_init else nn.Linear)(in_features, out_features))

@@ -158,7 +158,7 @@ def advanced_dlrm(s, x, dense, options):
     if options.get("normalize"):
         dots = layer_norm(dots, s["norm.weight"], s["norm.bias"])
     if options.get("swish_layer_norm"):
-        dots = dots * torch.sigmoid(layer_norm(dots, s["swish.norm.weight"], s["swish.norm.bias"]))
+        dots = dots * torch.sigmoid(layer_norm(dots, s["swish.0.weight"], s["swish.0.bias"]))
     v = torch.cat([dots, dense], dim=1) if options.get("use_dense") else dots
     v = cross(s, "cross.layers.", v, options.get("num_cross_layers", 0))
     act = torch.tanh if options.get("activation") == "tanh" else F.relu

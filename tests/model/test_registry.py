@@ -74,7 +74,7 @@ def test_a_wrong_entry_is_named_when_the_config_is_made(entry, message):
             "example_weights has no effect because compress_to is not set",
         ),
         ({"kind": "advanced_dlrm", "weights_mlp": [4]}, "weights_mlp has no effect because compress_to is not set"),
-        ({"kind": "advanced_dlrm", "dense_output": True}, "num_dense_features is 0 and num_embeddings is 16"),
+        ({"kind": "advanced_dlrm", "dense_output": True}, "num_dense_features is 0, num_embeddings 16"),
         ({"kind": "multiplicative", "activation": "identity"}, "num_rows has no effect with activation 'identity'"),
         ({"kind": "advanced_dlrm", "cross_width": 4}, "cross_width has no effect because num_cross_layers is 0"),
         ({"kind": "convolution", "kernel_size": [3]}, "kernel_size is [3]"),

@@ -17,23 +17,6 @@ from dhen.model.mlp import MLP, Activation
 from dhen.model.ranges import DepthFrom0, Size
 
 
-class SwishLayerNorm(nn.Module):
-    """x * sigmoid(LayerNorm(x)), as TorchRec has it.
-
-    >>> SwishLayerNorm(3)(torch.ones(2, 3))[0].tolist()
-    [0.5, 0.5, 0.5]
-    """
-
-    def __init__(self, width: int) -> None:
-        """width: size of the last dimension."""
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor of x's shape."""
-        return x * torch.sigmoid(self.norm(x))
-
-
 class PairwiseDots(nn.Module):
     """The M (M - 1) / 2 dot products x_i . x_j with i < j: the upper triangle of X X^T, row by row.
 
@@ -177,9 +160,9 @@ class AdvancedDlrm(Interaction):
 
         example_weights: weight the embeddings per example before compression. weights_mlp: hidden sizes of an MLP that
         makes the weights of the compression per example. normalize: apply layer norm to the dots. swish_layer_norm:
-        multiply them by sigmoid(LayerNorm(dots)). num_cross_layers, cross_width: number and rank of low-rank cross
-        layers; rank None: 32. batch_norm, activation: the layer's if None. use_dense: append the raw dense features.
-        dense_output: one of the L outputs is an embedding of the dense features. Raises ValueError if there are no
+        multiply them by sigmoid(LayerNorm(dots)), as in TorchRec. num_cross_layers, cross_width: number and rank of
+        low-rank cross layers; rank None: 32. batch_norm, activation: the layer's if None. use_dense: append the raw
+        dense features. dense_output: one of the L outputs is an embedding of them. Raises ValueError if there are no
         pairs, or if an option would have no effect.
         """
         super().__init__(context, use_dense=use_dense)
@@ -188,10 +171,8 @@ class AdvancedDlrm(Interaction):
             if value and compress_to is None:
                 raise ValueError(f"{name} has no effect because compress_to is not set. Set compress_to too.")
         if dense_output and (context.num_dense_features == 0 or context.num_outputs == 1):
-            raise ValueError(
-                f"dense_output needs dense features and another output, but num_dense_features is "
-                f"{context.num_dense_features} and num_embeddings is {context.num_outputs}. Remove dense_output."
-            )
+            sizes = f"num_dense_features is {context.num_dense_features}, num_embeddings {context.num_outputs}"
+            raise ValueError(f"dense_output needs dense features and another output, but {sizes}. Remove dense_output.")
         if cross_width is not None and num_cross_layers == 0:
             raise ValueError("cross_width has no effect because num_cross_layers is 0. Set num_cross_layers too.")
         if compress_to is None:
@@ -206,8 +187,9 @@ class AdvancedDlrm(Interaction):
                 context.num_inputs, context.embedding_dim, compress_to, example_weights, weights_mlp, activation
             )
         self.norm = nn.LayerNorm(self.dots.num_dots) if normalize else None
-        self.swish = SwishLayerNorm(self.dots.num_dots) if swish_layer_norm else None
-        width = self.dots.num_dots + (context.num_dense_features if use_dense else 0)
+        num_dots, num_dense = self.dots.num_dots, context.num_dense_features
+        self.swish = nn.Sequential(nn.LayerNorm(num_dots), nn.Sigmoid()) if swish_layer_norm else None
+        width = num_dots + (num_dense if use_dense else 0)
         self.cross = CrossNet(width, num_cross_layers, cross_width or 32) if num_cross_layers else None
         self.over_arch = MLP(
             width,
@@ -217,11 +199,8 @@ class AdvancedDlrm(Interaction):
             context.batch_norm if batch_norm is None else batch_norm,
             context.zero_init,
         )
-        self.dense_output = (
-            MLP(context.num_dense_features, [], context.embedding_dim, zero_init=context.zero_init)
-            if dense_output
-            else None
-        )
+        zero, dim = context.zero_init, context.embedding_dim
+        self.dense_output = MLP(num_dense, [], dim, zero_init=zero) if dense_output else None
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """The over arch, the norm and the cross layers work on v."""
@@ -231,7 +210,7 @@ class AdvancedDlrm(Interaction):
         if self.norm is not None:
             axes |= {"norm.weight": {0: dots}, "norm.bias": {0: dots}}
         if self.swish is not None:
-            axes |= {"swish.norm.weight": {0: dots}, "swish.norm.bias": {0: dots}}
+            axes |= {"swish.0.weight": {0: dots}, "swish.0.bias": {0: dots}}
         if self.dense_output is not None:
             axes["dense_output.0.weight"] = {1: dense}
         return axes if self.cross is None else axes | with_prefix("cross", self.cross.input_axes(v))
@@ -242,7 +221,7 @@ class AdvancedDlrm(Interaction):
         if self.norm is not None:
             v = self.norm(v)
         if self.swish is not None:
-            v = self.swish(v)
+            v = v * self.swish(v)
         if self.use_dense:
             v = torch.cat([v, dense_BN], dim=1)
         if self.cross is not None:

@@ -22,18 +22,11 @@ class QuadraticLayer(nn.Module):
     The activation keeps the rows apart: without it, their sum would be a single matrix.
 
     >>> import torch
-    >>> QuadraticLayer(6, num_rows=2)(torch.ones(3, 6)).shape
+    >>> QuadraticLayer(6, num_rows=2, activation="relu", batch_norm=False, dropout=0.1)(torch.ones(3, 6)).shape
     torch.Size([3, 6])
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_rows: int,
-        activation: Activation = "relu",
-        batch_norm: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
+    def __init__(self, width: int, num_rows: int, activation: Activation, batch_norm: bool, dropout: float) -> None:
         """num_rows: R."""
         super().__init__()
         self.num_rows = num_rows
@@ -62,8 +55,7 @@ class QuadraticLayer(nn.Module):
 class Multiplicative(Interaction):
     """u = W reshape(Q(flatten(X))): quadratic layers Q over all M * D values, then W in R^(L x M) over the embeddings.
 
-    Each layer doubles the degree in X: after n layers, the entries are polynomials of X of degree up to 2^n, if the
-    activation is piecewise linear. See QuadraticLayer for the formula.
+    With a piecewise linear activation, n layers make polynomials of X of degree up to 2^n, piece by piece.
 
     >>> import torch
     >>> multiplicative = Multiplicative(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
@@ -84,21 +76,17 @@ class Multiplicative(Interaction):
         activation: Activation | None = None,
         use_dense: bool = False,
     ) -> None:
-        """num_rows: R. dropout: rate in both places. batch_norm, activation: the layer's if None.
-
-        Raises ValueError if the rows of a layer would add up to one.
+        """num_rows: R. dropout: rate in both places. batch_norm, activation: the layer's if None. Raises ValueError if
+        the rows would add up to one.
         """
         super().__init__(context, use_dense=use_dense)
         activation = context.activation if activation is None else activation
         if activation == "identity" and num_rows > 1:
-            raise ValueError(
-                "num_rows has no effect with activation 'identity'. Use another one, or set num_rows to 1."
-            )
+            raise ValueError("num_rows has no effect with activation 'identity'. Use another one, or a single row.")
         width = self.num_rows * context.embedding_dim
         norm = context.batch_norm if batch_norm is None else batch_norm
-        self.layers = nn.Sequential(
-            *(QuadraticLayer(width, num_rows, activation, norm, dropout) for _ in range(num_layers))
-        )
+        layers = [QuadraticLayer(width, num_rows, activation, norm, dropout) for _ in range(num_layers)]
+        self.layers = nn.Sequential(*layers)
         self.mix = MixEmbeddings(self.num_rows, context.num_outputs, zero_init=context.zero_init)
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
