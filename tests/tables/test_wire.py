@@ -13,6 +13,7 @@ from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables
 from dhen.tables.pooled_exchange import Wires
 from dhen.tables.sharded_tables import ShardedTables
+from dhen.tables.updated_tables import TableUpdate
 from dhen.tables.wire import Wire
 from tests.ranks import run_ranks
 
@@ -94,7 +95,7 @@ def bytes_of_a_step(topology: Topology, forward: str, backward: str) -> tuple[in
     setting = StepSetting(2, 2, BATCH, "sgd")
     placement = place_tables(TABLES, DIM, setting, read_costs("cpu"), options=PlacementOptions(max_column_shards=1))
     wires = Wires(Wire(forward), Wire(backward))
-    tables = ShardedTables(TABLES, DIM, placement, topology, optimizer="sgd", wires=wires)
+    tables = ShardedTables(TABLES, DIM, placement, topology, update=TableUpdate("sgd"), wires=wires)
     tables.set_learning_rate(0.1)
     sent: list[int] = []
     right = dist.all_to_all_single
@@ -118,7 +119,7 @@ def update_from_a_mean(topology: Topology, backward: str) -> torch.Tensor:
     setting = StepSetting(2, 2, BATCH, "sgd")
     placement = place_tables(TABLES, DIM, setting, read_costs("cpu"), options=PlacementOptions(max_column_shards=1))
     wires = Wires(backward=Wire(backward))
-    tables = ShardedTables(TABLES, DIM, placement, topology, optimizer="sgd", wires=wires)
+    tables = ShardedTables(TABLES, DIM, placement, topology, update=TableUpdate("sgd"), wires=wires)
     for _, tensors in tables.shard_tensors():
         tensors["weight"].zero_()
     tables.set_learning_rate(1.0)
