@@ -2,8 +2,10 @@
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.interactions import Interaction, InteractionContext, register_interaction
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.training.saved.trained_model import TrainedModel
 from tests.plain import CONFIG
@@ -26,3 +28,20 @@ def test_a_bias_before_batch_norm_moves_into_the_mean(tmp_path):
     assert weights.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_users_interaction_keeps_its_bias_before_batch_norm(tmp_path):
+    @register_interaction("normalized")
+    class Normalized(Interaction):
+        def __init__(self, context: InteractionContext) -> None:
+            super().__init__(context)
+            size = context.embedding_dim
+            self.layers = nn.Sequential(nn.Linear(context.num_inputs * size, size), nn.BatchNorm1d(size))
+
+        def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
+            return self.layers(x_BMD.flatten(1)).unsqueeze(1).expand(-1, self.context.num_outputs, -1)
+
+    model = DhenForClickPrediction(DhenConfig(**CONFIG | {"interactions": ["normalized"]}))
+    model.save_pretrained(tmp_path)
+    weights = TrainedModel.open(tmp_path).dense_weights()
+    DhenForClickPrediction(model.config, with_tables=False).load_state_dict(weights)

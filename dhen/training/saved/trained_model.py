@@ -25,6 +25,7 @@ from torch import Tensor
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.paths import find, looked_in
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
@@ -85,11 +86,13 @@ class TrainedModel:
         """All weights of the dense part, by name."""
         weights = {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
         # Models of earlier versions have a bias before batch norm, which only shifts the mean that is subtracted.
-        for mean in [name for name in weights if name.endswith(".running_mean")]:
-            mlp, _, index = mean.removesuffix(".running_mean").rpartition(".")
-            bias = weights.pop(f"{mlp}.{int(index) - 1}.bias", None) if index.isdigit() else None
-            if bias is not None:
-                weights[mean] -= bias
+        with torch.device("meta"):
+            known = DhenForClickPrediction(self.config, with_tables=False).state_dict().keys()
+        for bias in weights.keys() - known:
+            mlp, _, index = bias.removesuffix(".bias").rpartition(".")
+            mean = f"{mlp}.{int(index) + 1}.running_mean" if index.isdigit() else ""
+            if mean in weights:
+                weights[mean] -= weights.pop(bias)
         return weights
 
     def table(self, feature: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
