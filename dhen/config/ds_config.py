@@ -150,7 +150,8 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
             raise ValueError('optimizer is missing. Use {"type": "AdamW", "params": {"lr": "auto"}}.')
         _resolve_auto(raw, recipe.values())
         _add_what_is_missing(raw, recipe.values())
-        for fault in (*without_effect(raw), *known_faults(raw, section, check_optimizer(raw))):
+        averages = recipe.ema_decay > 0
+        for fault in (*without_effect(raw), *known_faults(raw, section, check_optimizer(raw), averages=averages)):
             raise ValueError(fault)
     except ValueError as error:
         raise DsConfigError(f"{path}: {error}") from error

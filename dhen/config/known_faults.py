@@ -10,10 +10,11 @@ from dhen.config.dhen_section import DhenSection
 from dhen.model.names import quoted
 
 
-def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type) -> Iterator[str]:
+def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type, *, averages: bool) -> Iterator[str]:
     """The faults of a ds_config that DeepSpeed's parser accepts, as messages that start with the key.
 
-    raw: DeepSpeed's part of the ds_config. optimizer: the class that its section names.
+    raw: DeepSpeed's part of the ds_config. optimizer: the class that its section names. averages: the recipe asks for a
+    moving average of the weights.
     """
     zero = raw.get(ZERO, {})
     stage, is_cpu_adam = zero.get("stage", 0), optimizer is DeepSpeedCPUAdam
@@ -25,6 +26,8 @@ def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type) -> 
             "bf16.bf16_master_weights_and_grads needs bf16_optimizer_states and no offload_optimizer, or "
             "offload_optimizer with DeepSpeedCPUAdam, which is the optimizer without torch_adam and fused."
         )
+    if bf16.get("bf16_master_weights_and_grads") and averages:  # bf16 loses the small steps of an average
+        yield "bf16.bf16_master_weights_and_grads leaves ema_decay no fp32 weights. Remove it, or set ema_decay to 0."
     ratio = zero.get("offload_optimizer", {}).get("ratio", 1)
     if not 0 < ratio <= 1:
         yield f"zero_optimization.offload_optimizer.ratio is {quoted(ratio)}. Use a share above 0, up to 1."

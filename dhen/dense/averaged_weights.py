@@ -18,16 +18,10 @@ from torch import Tensor
 
 
 class AveragedWeights:
-    """The average of the weights and floating-point buffers of `engine`'s module. It begins at the present ones.
-
-    Raises ValueError if the optimizer's weights are not fp32: bf16 loses the small steps of an average.
-    """
+    """The average of the weights and floating-point buffers of `engine`'s module. It begins at the present ones."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         self._engine, self._is_swapped = engine, False
-        masters = self._masters()
-        if any(master.dtype != torch.float32 for master in masters):
-            raise ValueError("the average needs fp32 master weights. Remove bf16.bf16_master_weights_and_grads.")
         self._averages = [tensor.detach().float().clone() for tensor in self._raw()]
 
     @property
@@ -38,6 +32,7 @@ class AveragedWeights:
     @torch.no_grad()
     def after_step(self, decay: float) -> None:
         """Average in the weights after a step. decay: share of the average that stays."""
+        assert not self._is_swapped
         torch._foreach_lerp_(self._averages, [raw.detach().float() for raw in self._raw()], 1 - decay)
 
     def restart(self) -> None:
@@ -47,17 +42,18 @@ class AveragedWeights:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside this context the module has the averages. Communicates under ZeRO; all ranks enter together."""
+        """Inside this context the module has the averages. Communicates under ZeRO; all ranks enter together.
+
+        After an error the averages stay: to put the weights back, a rank would wait for others that have no error.
+        """
         if self._is_swapped:
             yield
             return
         self._is_swapped = True
         self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-            self._is_swapped = False
+        yield
+        self._swap()
+        self._is_swapped = False
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the averages from the full tensors of the module's state. Communicates; all ranks call it."""

@@ -83,6 +83,11 @@ def test_the_recipe_chooses_the_tables_optimizer_unless_the_ds_config_does(tmp_p
         read_ds_config(path, adam)
 
 
+def test_a_moving_average_without_fp32_weights_is_refused_before_anything_is_built():
+    with pytest.raises(DsConfigError, match=r"paper.json: bf16.bf16_master_weights_and_grads leaves ema_decay no fp32"):
+        read_ds_config(ROOT / "ds_configs/paper.json", replace(RECIPE, ema_decay=0.9))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -1,5 +1,6 @@
 """The moving average of all weights: right under each ZeRO stage, used by evaluations, and kept in checkpoints."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,19 @@ def test_it_is_the_average_of_every_step_and_is_saved(tmp_path, name):
     assert found["raw weights changed by looking"] == 0
     assert found["loaded"] == 0
     assert found["scores of the average"] < (0.05 if "bf16" in name else 1e-5)
+
+
+def failing_on_one_rank(topology: Topology, name: str) -> None:
+    _, model = train(topology, name, steps=1)
+    model.start_average(DECAY)
+    with model.evaluating():
+        if topology.rank == 1:
+            raise OSError("no space left")
+        topology.barrier()
+
+
+def test_an_error_on_one_rank_ends_it_at_once():
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match="no space left"):
+        run_ranks(2, failing_on_one_rank, "zero2", timeout=60)
+    assert time.monotonic() - began < 60
