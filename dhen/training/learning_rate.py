@@ -86,8 +86,9 @@ class BestMetric:
     [(True, False), (True, False), (False, True)]
     """
 
-    def __init__(self, name: MetricName) -> None:
-        self.name = name
+    def __init__(self, name: MetricName, *, of_average: bool = False) -> None:
+        """of_average: the evaluated weights are a moving average."""
+        self.name, self._of_average = name, of_average
         self.value: float | None = None
         self.evaluations_since = 0
 
@@ -106,9 +107,11 @@ class BestMetric:
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint."""
-        return {"name": self.name, "value": self.value, "evaluations_since": self.evaluations_since}
+        of = {"name": self.name, "of_average": self._of_average}
+        return of | {"value": self.value, "evaluations_since": self.evaluations_since}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`. The best value of another metric is forgotten."""
-        if state.get("name", self.name) == self.name:
+        """Restore the result of `state_dict`. The best value of another metric, or of other weights, is forgotten."""
+        of = {"name": self.name, "of_average": self._of_average}
+        if of | state == state | of:  # earlier versions did not say it
             self.value, self.evaluations_since = state["value"], state["evaluations_since"]

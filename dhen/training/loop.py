@@ -83,7 +83,7 @@ class Trainer:
         self._learning_rate = arguments.learning_rate * scale
         self._table_learning_rate = arguments.table_learning_rate * scale
         self._schedule = LearningRateSchedule(arguments, self.total_steps)
-        self._best = BestMetric(arguments.metric_for_best_model)
+        self._best = BestMetric(arguments.metric_for_best_model, of_average=arguments.ema_decay > 0)
         self._running_loss = RunningLoss(model.topology.device)
         self._broken: KeptMicroStep | None = None
         self.state = TrainerState()

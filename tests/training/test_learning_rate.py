@@ -179,3 +179,16 @@ def test_learning_rate_scaling_rules(rule: str, scale: float) -> None:
 
 def test_examples_of_the_docstrings() -> None:
     assert doctest.testmod(dhen.training.learning_rate).failed == 0
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_best_of_the_average_is_none_of_the_last_weights(before: bool) -> None:
+    best = BestMetric("ne", of_average=before)
+    best.update(0.8)
+    for now in (False, True):
+        resumed = BestMetric("ne", of_average=now)
+        resumed.load_state_dict(best.state_dict())
+        assert resumed.value == (0.8 if now == before else None)
+    del (state := best.state_dict())["of_average"]  # as an earlier version saved it
+    resumed.load_state_dict(state)
+    assert resumed.value == 0.8
