@@ -45,6 +45,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     summary = results | {
         "calibrate": arguments.training.calibrate,
         "skip_test": arguments.training.skip_test,
+        "ema_decay": arguments.training.ema_decay,
         "logit_scale": scale,
         "samples_per_second": progress.samples_per_second or _earlier_rate(output_dir),
         "seconds": seconds,

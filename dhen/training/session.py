@@ -123,6 +123,7 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
     tested_step = state.best_step or state.step if training.load_best_model_at_end else state.step
     is_tested = (done.get("steps"), done.get("tested_step")) == (state.step, tested_step)
     is_tested &= done.get("calibrate", False) == training.calibrate
+    is_tested &= done.get("ema_decay", 0.0) == training.ema_decay
     is_tested &= training.skip_test or not done.get("skip_test", False)
     is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
     if is_over and topology.is_main:

@@ -15,7 +15,7 @@ METRICS = {"auc": 0.75, "ne": 0.8, "logloss": 0.4, "calibration": 1.01, "example
 
 def card_of(**splits):
     schema = Schema(dense=(), sparse=(), splits={"train": SplitCounts(rows=4321, clicks=1)})
-    return ModelCard(model_card(CONFIG, schema, splits | {"steps": 77, "seconds": 1.5}))
+    return ModelCard(model_card(CONFIG, schema, {"steps": 77, "seconds": 1.5} | splits))
 
 
 def test_the_hub_reads_library_tags_and_metrics():
@@ -45,3 +45,10 @@ def test_the_text_has_layers_rows_and_metrics():
     assert "2 layers over" in text
     assert "Trained on 4,321 rows for 77 steps." in text
     assert text.count("| 0.75000 | 0.80000 | 0.40000 | 1.0100 | 1,200 |") == 2
+
+
+def test_the_text_says_that_the_weights_are_an_average():
+    assert "moving average" not in card_of(test=METRICS, ema_decay=0.0).text
+    assert (
+        "The weights are moving averages over the steps, with decay 0.9." in card_of(test=METRICS, ema_decay=0.9).text
+    )

@@ -28,6 +28,8 @@ def model_card(config: DhenConfig, schema: Schema, summary: dict[str, Any]) -> s
         f"{values['calibration']:.4f} | {values['examples']:,} |"
         for name, values in splits.items()
     )
+    decay = summary.get("ema_decay")
+    average = f" The weights are moving averages over the steps, with decay {decay}." if decay else ""
     return f"""---
 {_metadata(splits).to_yaml()}
 ---
@@ -49,7 +51,7 @@ A row of a table that training never used holds the mean of the table's rows, we
 A value that is not in a vocabulary gets row 0.
 {_unseen(splits)}
 
-Trained on {schema.splits["train"].rows:,} rows for {summary["steps"]:,} steps.
+Trained on {schema.splits["train"].rows:,} rows for {summary["steps"]:,} steps.{average}
 
 ## Use
 
