@@ -62,7 +62,8 @@ class AveragedTables:
         """Average in the weights after a step."""
         if self._all_rows_change:
             for average, raw in zip(self._averages, self._raw, strict=True):
-                average.lerp_(raw.float(), 1 - decay)
+                for rows, of_raw in zip(average.split(_ROWS_AT_ONCE), raw.split(_ROWS_AT_ONCE), strict=True):
+                    rows.lerp_(of_raw.float(), 1 - decay)  # float copies fp16 rows
         else:
             self._log_decay += math.log(decay)
 
