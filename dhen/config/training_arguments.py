@@ -111,9 +111,9 @@ class TrainingArguments:
     )
     ema_decay: ranges.ShareBelowOne = option(
         0.0,
-        "Evaluate, save and export an exponential moving average of all weights instead of the last ones. Each step t "
-        "keeps min(this value, (1 + t) / (10 + t)) of it; .99 and .999 are usual. It takes memory for a second copy of "
-        "the weights. 0: no average.",
+        "Evaluate and export an exponential moving average of all weights instead of the last ones; checkpoints have "
+        "both. Each step t keeps min(this value, (1 + t) / (10 + t)) of it; .99 and .999 are usual. It takes memory "
+        "for a second copy of the weights. 0: no average.",
     )
     freeze: Literal["none", "tables", "dense"] = option(
         "none",
@@ -163,6 +163,7 @@ class TrainingArguments:
         is_unused = dict.fromkeys(of_plateau, has_no_plateau) | {
             "base_batch_size": ("learning_rate_scaling", self.learning_rate_scaling == "none"),
             "self_ensemble": ("freeze", self.freeze == "dense"),
+            "table_epsilon": ("table_optimizer", self.table_optimizer == "sgd"),
         }
         default = TrainingArguments.__dataclass_fields__
         return [
@@ -173,11 +174,13 @@ class TrainingArguments:
 
 
 def as_counted_now(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that a run recorded, with plateau_patience as it is counted now.
+    """Arguments that a run recorded, as they are counted now. A run records all arguments, more than a user sets.
 
-    In earlier versions it did not count the evaluation that drops. A run records all arguments, more than a user sets.
+    In earlier versions plateau_patience did not count the evaluation that drops, and the default of table_epsilon was a
+    number, which it still is for the optimizers of these versions.
     """
     patience = recorded.get("plateau_patience")
     if len(recorded) < _OF_A_RUN or "plateau_restores_best" in recorded or not isinstance(patience, int):
         return recorded
-    return recorded | {"plateau_patience": patience + 1}
+    epsilon = recorded.get("table_epsilon")
+    return recorded | {"plateau_patience": patience + 1, "table_epsilon": None if epsilon == 1e-3 else epsilon}

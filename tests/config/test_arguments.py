@@ -144,15 +144,19 @@ def test_values_that_another_leaves_unread_are_named():
     ]  # fmt: skip
     frozen = ["--freeze=dense", "--model_name_or_path=m", "--self_ensemble"]
     assert parse_arguments(frozen).training.without_effect() == ["self_ensemble has no effect: freeze is dense"]
+    sgd = parse_arguments(["--table_optimizer=sgd", "--table_epsilon=1e-3"]).training
+    assert sgd.without_effect() == ["table_epsilon has no effect: table_optimizer is sgd"]
     read = [*flags, "--lr_scheduler_type=reduce_lr_on_plateau", "--learning_rate_scaling=sqrt"]
     assert parse_arguments(read).training.without_effect() == []
 
 
 @pytest.mark.parametrize(("more", "patience"), [("", 3), ("plateau_restores_best: false", 2)])
-def test_the_patience_of_an_earlier_version_is_taken_as_it_counts_now(tmp_path, more, patience):
+def test_arguments_that_an_earlier_version_recorded_are_taken_as_they_count_now(tmp_path, more, patience):
     recorded = yaml.safe_load((ROOT / "tests/recipes/fixtures/keys_as_written/run/arguments.yaml").read_text())
-    written = yaml.safe_dump(recorded | {"plateau_patience": 2})
-    assert values(recipe(tmp_path, written + more))["plateau_patience"] == patience
+    written = yaml.safe_dump(recorded | {"plateau_patience": 2, "table_epsilon": 1e-3})
+    taken = values(recipe(tmp_path, written + more))
+    assert taken["plateau_patience"] == patience
+    assert taken["table_epsilon"] == (1e-3 if more else None)  # None: the optimizer's default, which is 1e-3
     assert values(recipe(tmp_path, "plateau_patience: 2\n"))["plateau_patience"] == 2
 
 
