@@ -3,6 +3,8 @@
 Each function returns the values and reports the rows that it cannot read to the chunk's `RowChecks`.
 """
 
+import re
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -17,6 +19,7 @@ _YES, _NO = ("1", "yes", "y", "on", "t"), ("0", "no", "n", "off", "f")
 _OTHER_LABELS = ". For other values, write {{column: {}, positive: …}} or {{…, greater_than: …}} as the schema's label"
 _SECONDS = (1e8, 1e10)
 """Seconds since 1970 that are taken for a time: from 1973 to 2286. Milliseconds, or a date like 20240131, are not."""
+_ADJACENT = re.compile(r"%\w%\w")
 A_NUMBER = "a finite number up to 3.4e38"
 _HEX = np.zeros(256, dtype=bool)
 _HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
@@ -177,7 +180,10 @@ def key_strings(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
 
 
 def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (numbers, unread): float64, NaN for blank or unreadable values, and a mask of the unreadable ones."""
+    """Return (numbers, unread): float64, NaN for blank or unreadable values, and a mask of the unreadable ones.
+
+    Spaces around a number do not count.
+    """
     values = plain(values)
     if pa.types.is_boolean(values.type):
         values = values.cast(pa.int8())
@@ -185,8 +191,12 @@ def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray
         values = values.cast(pa.float64())
     series = pl.Series(pl.from_arrow(values))
     numbers = series.cast(kind, strict=False)
-    unread = (numbers.is_null() & series.is_not_null()).to_numpy()
-    return numbers.cast(pl.Float64).fill_null(float("nan")).to_numpy(), unread
+    unread = numbers.is_null() & series.is_not_null()
+    if series.dtype == pl.String and unread.any():
+        texts = series.str.strip_chars()
+        numbers = texts.cast(kind, strict=False)
+        unread = numbers.is_null() & (texts != "").fill_null(False)
+    return numbers.cast(pl.Float64).fill_null(float("nan")).to_numpy(), unread.to_numpy()
 
 
 def _keys(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
@@ -239,9 +249,13 @@ def _part_of_dates(values: pa.Array, role: SparseRole, checks: RowChecks) -> pa.
     values = plain(values)
     if role.date_format is not None and not pa.types.is_temporal(values.type):
         # Polars does not read hours without minutes.
-        minutes = ("", "") if "%M" in role.date_format or "%H" not in role.date_format else (" 0", " %M")
+        minutes = ("", "") if "%M" in role.date_format or "%H" not in role.date_format else (" 00", " %M")
         texts = pl.Series(pl.from_arrow(_keys(values)[0])).str.strip_chars() + minutes[0]
         moments = texts.str.to_datetime(role.date_format + minutes[1], time_unit="us", strict=False)
+        as_read = moments.dt.to_string(role.date_format + minutes[1])
+        # Without separators, a number that lost its first zero is read as another date. Years have four digits.
+        is_date = as_read == texts if _ADJACENT.search(role.date_format) else moments.dt.year() >= 1000
+        moments = pl.select(pl.when(is_date).then(moments)).to_series()
     elif not pa.types.is_temporal(values.type):
         numbers, unread = parse_numbers(values, pl.Float64)
         is_plausible = ~unread & (numbers >= _SECONDS[0]) & (numbers <= _SECONDS[1])

@@ -102,6 +102,7 @@ def guess_column(name: str, values: pa.Array) -> Guess:
         return Guess(name, "sparse", options={"multi_valued": True})
     present = plain(values.drop_null())
     if pa.types.is_string(present.type):
+        present = pc.utf8_trim_whitespace(present)
         present = present.filter(pc.not_equal(present, ""))
     distinct = len(present.unique())
     if distinct + (len(present) < len(values)) < 2:  # a blank is a value too
@@ -124,8 +125,6 @@ def _guess_text(name: str, texts: pl.Series, is_unique: bool) -> Guess:
         is_list = texts.str.contains(separator, literal=True) & ~is_no_list
         if is_list.mean() >= _SHARE_OF_LISTS and is_no_list.mean() <= 0.05 and not texts.str.contains(_NUMBER).all():
             return Guess(name, "sparse", "lists, by their separator", {"separator": separator})
-    if not parse_numbers(texts.str.strip_chars().to_arrow(), pl.Float64)[1].any():
-        return Guess(name, "sparse", "doubtful: numbers with spaces around them; remove these and list it under dense")
     return Guess(name, "ignored", _ROW) if is_unique else Guess(name, "sparse", _doubt_about(name))
 
 

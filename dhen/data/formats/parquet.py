@@ -104,6 +104,8 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
         inner = inner.value_type if pa.types.is_dictionary(inner) else inner
         if pa.types.is_nested(inner):
             raise DataError(f"{file}: column {name!r} has the type {kind}. Use numbers, strings, or lists of them.")
+        if pa.types.is_duration(inner) or pa.types.is_interval(inner):
+            raise DataError(f"{file}: column {name!r} has the type {kind}. Convert it to a number of seconds.")
         if name in numbers and pa.types.is_temporal(inner):
             raise DataError(
                 f"{file}: column {name!r} is {numbers[name]}, but has the type {kind}. As a number, a time would "
@@ -113,8 +115,6 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
             raise DataError(
                 f"{file}: column {name!r} has the type {kind}, which has no date for `parts`. Use the date too."
             )
-        if pa.types.is_duration(inner) or pa.types.is_interval(inner):
-            raise DataError(f"{file}: column {name!r} has the type {kind}. Convert it to a number of seconds.")
 
 
 def open_parquet(file: str) -> pyarrow.parquet.ParquetFile:

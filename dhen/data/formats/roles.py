@@ -51,7 +51,7 @@ _MISPLACED = (  # where a key is wrong, the key, where it is right, and what to 
     ("sparse", "scale", "dense", "List the column under dense, or remove it."),
     ("sparse", "missing_indicator", "dense", "Remove it: a blank of a sparse column already has its own id."),
 )
-_DATE_FORMAT = re.compile(r"(?=.*%H|(?!.*%[MS]))([^%]|%[YymdHMS])+")
+_DATE_FORMAT = re.compile(r"(?=.*%[Yy])(?=.*%m)(?=.*%d)(?=.*%H|(?!.*%[MS]))([^%]|%[YymdHMS])+")
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]{0,199}")
 
 

@@ -70,6 +70,7 @@ def test_another_label_is_refused(tmp_path, label, value, words):
         ("sparse: [{name: t, transform: log}]", "transform is 'log'"),
         ("sparse: [{name: t, date_format: '%Y'}]", "the date_format of 't' is '%Y'"),
         ("sparse: [{name: t, parts: [hour], date_format: '%d.%m.%y %M'}]", "Use %Y or %y"),
+        ("sparse: [{name: t, parts: [weekday], date_format: '%d.%m.'}]", "Use %Y or %y"),
     ],
 )
 def test_a_wrong_schema_is_refused_by_key(tmp_path, schema, words):
@@ -125,6 +126,24 @@ def test_dates_are_read_in_the_format_that_the_schema_names(tmp_path, form):
     (tmp_path / "bad").mkdir()
     with pytest.raises(DataError, match=f"column 't': 'soon' is not a date; use {form}"):
         prepared(tmp_path / "bad", schema, f"y,t\n1,{MOMENTS[0].strftime(form)}\n0,soon\n")
+
+
+@pytest.mark.parametrize(
+    ("form", "value"),
+    [("%d%m%Y", "1012024"), ("%y%m%d%H", "9102100"), ("%Y%m%d", "2024112"), ("%d/%m/%Y", "31/01/24")],
+)
+def test_a_lost_zero_or_a_short_year_is_not_read_as_another_date(tmp_path, form, value):
+    schema = f"label: y\nsparse: [{{name: t, parts: [day], date_format: '{form}'}}]\n"
+    with pytest.raises(DataError, match=f"row 3: column 't': '{value}' is not a date; use {form}"):
+        prepared(tmp_path, schema, f"y,t\n1,{MOMENTS[0].strftime(form)}\n0,{value}\n")
+
+
+def test_spaces_around_numbers_do_not_count(tmp_path):
+    schema = "label: y\ndense: [{name: x, transform: identity, missing_indicator: true}]\n"
+    table = prepared(tmp_path, schema, "y,x\n1, 2.5 \n 0 ,\t3\n1, \n")
+    assert table["label"].to_pylist() == [1, 0, 1]
+    assert table["x"].to_pylist() == [2.5, 3, 0]
+    assert table["x_is_missing"].to_pylist() == [0, 0, 1]
 
 
 def test_floats_are_compared_as_numbers(tmp_path):
