@@ -272,11 +272,11 @@ class ShardedTables(nn.Module):
         """Inside this context, lookups without gradients and `shard_tensors` use the averages, if there are any."""
         if self.average is not None:
             self.average.settle()
-        self._is_averaged = self.average is not None
+        before, self._is_averaged = self._is_averaged, self.average is not None
         try:
             yield
         finally:
-            self._is_averaged = False
+            self._is_averaged = before
 
     def _weights(self) -> list[Tensor]:
         """The weights of all shards. On a GPU, first writes the cache back to host memory and empties it."""

@@ -133,7 +133,7 @@ def table_update(ds_config: DsConfig) -> TableUpdate:
     epsilon, l2 = recipe.table_epsilon, recipe.whole_table_l2
     if epsilon is None:
         epsilon = _ADAM_EPSILON if optimizer == "adam" else _ADAGRAD_EPSILON
-    if optimizer == "adam":  # which adds it to the gradient of each micro step, a part of the step's
+    if optimizer == "adam":  # adds it to the gradient of each micro step, which is a part of the step's gradient
         l2 /= ds_config.deepspeed["gradient_accumulation_steps"]
     return TableUpdate(optimizer, epsilon, (recipe.adam_beta1, recipe.adam_beta2), l2)
 

@@ -50,6 +50,8 @@ def averaged_run(topology: Topology, name: str, dhen: dict, folder: Path) -> dic
     _, model = train(topology, name, before_step=record, **arguments)
     record(STEPS, model)
     with model.averaged():
+        with model.evaluating():
+            pass
         average = states_of(model)
     after = states_of(model)
     save_checkpoint(model, folder, TrainerState(step=STEPS))
