@@ -52,7 +52,7 @@ def take_recorded(arguments: Arguments, recorded: Mapping[str, Any]) -> list[str
     for part, names in ((arguments.data, _CHANGED_DATA_DEFAULTS), (arguments.training, _CHANGED_DEFAULTS)):
         for name in names:
             default = rates.get(name, type(part).__dataclass_fields__[name].default)
-            if getattr(part, name) == default and name in recorded:
+            if getattr(part, name) == default != recorded.get(name, default):
                 setattr(part, name, recorded[name])
                 sentences.append(f"{name} is {recorded[name]}, as in the run that is resumed")
     return sentences

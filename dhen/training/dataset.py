@@ -14,6 +14,7 @@ from dhen.config.arguments import ARGUMENTS_FILE, Arguments
 from dhen.config.command_line import ArgumentError, Paths
 from dhen.config.data_arguments import DataArguments
 from dhen.config.left_out import MOST_BATCH, choose_sizes, take_recorded
+from dhen.config.training_arguments import as_counted_now
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation import preprocessing
@@ -110,7 +111,7 @@ def _take_earlier_defaults(arguments: Arguments) -> list[str]:
     if not training.resume_from_checkpoint:
         return []
     path = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)).parent / ARGUMENTS_FILE
-    return take_recorded(arguments, read_yaml(path)) if path.is_file() else []
+    return take_recorded(arguments, as_counted_now(read_yaml(path))) if path.is_file() else []
 
 
 def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:

@@ -42,4 +42,6 @@ def test_a_resumed_run_of_an_earlier_version_keeps_its_defaults():
         assert "lr_scheduler_type is constant, as in the run that is resumed" in said
     arguments = parse_arguments(flags)
     assert take_recorded(arguments, earlier | {"vocabulary_keys": "union"}) == []
+    default = parse_arguments(flags)
+    assert not [line for line in take_recorded(default, earlier | {"table_epsilon": None}) if "epsilon" in line]
     assert arguments.training.lr_scheduler_type == "cosine"
