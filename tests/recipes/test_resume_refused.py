@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.training.saved.checkpoint import CheckpointError, check_same_model
 from tests import ROOT
 from tests.recipes.launch import TINY, Finished, run_script, summary
 
@@ -129,3 +131,10 @@ def test_another_optimizer_is_refused_and_another_setting_is_said(tmp_path, fini
     assert lines == [
         f"ds_config: dhen.all_to_all_dtype.{each} was fp32, now bf16: the resumed run honours it" for each in directions
     ]
+
+
+def test_an_option_that_the_earlier_version_did_not_have_counts_as_its_default(tmp_path):
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"format_version": 1, "model": {"num_layers": 3}}))
+    check_same_model(tmp_path, DhenConfig())
+    with pytest.raises(CheckpointError, match="saved with head_inputs 'last', now 'all'"):
+        check_same_model(tmp_path, DhenConfig(head_inputs="all"))

@@ -195,10 +195,10 @@ def _step_as_configured(model: ParallelDhen, options: list[dict[str, Any]]) -> N
 def check_same_model(folder: Path, config: DhenConfig) -> None:
     """Raise CheckpointError, naming the difference, if the checkpoint's model is not that of `config`.
 
-    Checkpoints that do not describe their model pass.
+    Checkpoints that do not describe their model pass. Options that their version did not have count as the defaults.
     """
-    now = _model_facts(config)
-    for name, saved in _read_state(folder).get("model", {}).items():
+    now, described = _model_facts(config), _read_state(folder).get("model", {})
+    for name, saved in (_model_facts(DhenConfig()) | described if described else {}).items():
         if saved != now.get(name):
             raise CheckpointError(f"{folder}: saved with {name} {_shown(saved, now.get(name))}. {_WAY_OUT}")
 
