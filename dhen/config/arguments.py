@@ -22,7 +22,12 @@ from dhen.config.command_line import (
 )
 from dhen.config.data_arguments import DataArguments
 from dhen.config.ds_config import AUTO, Recipe
-from dhen.config.training_arguments import LEARNING_RATES, TrainingArguments, as_counted_now
+from dhen.config.training_arguments import (
+    ADAM_TABLE_LEARNING_RATE,
+    LEARNING_RATES,
+    TrainingArguments,
+    as_counted_now,
+)
 from dhen.model.configuration_dhen import DhenArchitecture
 from dhen.model.interactions import import_interactions
 from dhen.model.names import unknown_name
@@ -128,7 +133,8 @@ def _resolve_paths(arguments: Arguments) -> None:
 
 
 def _choose_learning_rates(training: TrainingArguments) -> None:
-    for name, rate in LEARNING_RATES.items():
+    of_adam = {"table_learning_rate": ADAM_TABLE_LEARNING_RATE} if training.table_optimizer == "adam" else {}
+    for name, rate in (LEARNING_RATES | of_adam).items():
         if getattr(training, name) is None:
             setattr(training, name, rate / 3 if training.model_name_or_path else rate)
 

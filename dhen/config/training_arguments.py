@@ -12,6 +12,7 @@ ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_l
 ScalingRule = Literal["none", "linear", "sqrt"]
 MetricName = Literal["auc", "ne", "logloss"]
 LEARNING_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.05}
+ADAM_TABLE_LEARNING_RATE = 1e-3
 """The defaults, without a trained model to start from."""
 _OF_A_RUN = 35
 """At least so many arguments of training are recorded by a run of any version."""
@@ -48,12 +49,14 @@ class TrainingArguments:
         "--model_name_or_path, so that the model keeps what it knows.",
     )
     table_learning_rate: ranges.NotNegative | None = option(
-        None, "Peak learning rate of the embedding tables. Default: 0.05, and a third of it with --model_name_or_path."
+        None,
+        "Peak learning rate of the embedding tables. Default: 0.05, or 1e-3 with --table_optimizer adam, and a third of "
+        "it with --model_name_or_path.",
     )
     table_optimizer: TableOptimizer | None = option(
         None,
         'Optimizer of the embedding tables, where the ds_config leaves dhen.table_optimizer "auto". Default: '
-        "rowwise_adagrad. adam is for small tables, with a table_learning_rate near 1e-3 and often --whole_table_l2.",
+        "rowwise_adagrad. adam is for small tables, often with --whole_table_l2.",
     )
     table_epsilon: ranges.Epsilon | None = option(
         None,

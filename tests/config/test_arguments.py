@@ -194,3 +194,11 @@ def test_help_shows_the_defaults_of_a_run_on_ones_own_data(tmp_path, capsys):
             parse_arguments([*flags, "--help"], quickstart=quickstart)
         _, said = capsys.readouterr().out.split("  --per_device_eval_batch_size INT\n")
         assert f"(default: {default})" in said.split("  --")[0]
+
+
+def test_the_default_rate_of_the_tables_is_that_of_their_optimizer():
+    rates = [
+        parse_arguments(["--dataset_name=a", f"--table_optimizer={kind}"]).training.table_learning_rate
+        for kind in ("adagrad", "adam")
+    ]
+    assert rates == [0.05, 1e-3]
