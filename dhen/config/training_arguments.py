@@ -50,8 +50,8 @@ class TrainingArguments:
     )
     table_learning_rate: ranges.NotNegative | None = option(
         None,
-        "Peak learning rate of the embedding tables. Default: 0.05, or 1e-3 with --table_optimizer adam, and a third of "
-        "it with --model_name_or_path.",
+        "Peak learning rate of the embedding tables. Default: 0.05, or 1e-3 with --table_optimizer adam; a third of it "
+        "with --model_name_or_path.",
     )
     table_optimizer: TableOptimizer | None = option(
         None,
