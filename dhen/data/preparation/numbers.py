@@ -44,15 +44,13 @@ class BinFit:
             self._values, self._hashes = self._values[is_kept], self._hashes[is_kept]
 
     def result(self, name: str) -> tuple[float, ...]:
-        """Return the inner edges of the bins, ascending. Equal ones are merged, and no bin is above the largest."""
-        if len(self._values) == 0:
-            edges = np.empty(0)
-        else:
-            quantiles = np.quantile(self._values, np.arange(1, self._bins) / self._bins)
-            edges = np.unique(quantiles[quantiles < self._values.max()])
-        if len(edges) == 0:
+        """Return the inner edges of the bins, ascending. Equal ones are merged, and the last bin has the largest."""
+        lower = self._values[self._values < self._values.max(initial=-np.inf)]
+        if len(lower) == 0:
             logger.info(_ONE_VALUE, name, "numbers make one bin")
-        return tuple(edges.tolist())
+            return ()
+        quantiles = np.quantile(self._values, np.arange(1, self._bins) / self._bins)
+        return tuple(np.unique(np.minimum(quantiles, lower.max())).tolist())
 
 
 class ScaleFit:

@@ -189,6 +189,16 @@ def test_quantiles_of_a_sample_are_near_the_exact_ones(monkeypatch):
     assert not np.allclose(shares, 0.1, atol=1e-5), "this was not a sample"
 
 
+@pytest.mark.parametrize(
+    ("counts", "edges"),
+    [({0: 1, 1: 99}, (0,)), ({0: 99, 1: 1}, (0,)), ({1: 30, 2: 20, 9: 50}, (1, 2)), ({3: 9}, ()), ({}, ())],
+)
+def test_a_frequent_largest_value_has_a_bin_of_its_own(counts, edges):
+    fit = numbers.BinFit(4)
+    fit.add(np.repeat(np.array(list(counts), dtype=float), list(counts.values())))
+    assert fit.result("x") == edges
+
+
 def test_a_scale_is_exact_for_a_constant_and_far_from_zero():
     for constant in (0.1, 1e30, -7.7):
         fit = numbers.ScaleFit("identity")
