@@ -115,19 +115,21 @@ class Experiment:
         values = {
             key: value for key, value in (self.recipe | self.changes(entry)).items() if key not in _DECIDE_NOTHING
         }
-        files = [json.loads((ROOT / (entry.ds_config or self.ds_config)).read_text(encoding="utf-8"))]
+        ds_config = ROOT / (entry.ds_config or self.ds_config)
+        if not ds_config.is_file():
+            raise FileNotFoundError(f"{ds_config}: no such file. Use a file of ds_configs as ds_config.")
+        files = [json.loads(ds_config.read_text(encoding="utf-8"))]
         if "dataset_schema" in values:
             files.append(read_yaml(ROOT / values["dataset_schema"]))
         return hashlib.sha256(json.dumps([values, files], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-@checked_dataclass(frozen=True, config=_STRICT)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="ignore", allow_inf_nan=False))
 class Result:
     """One line of recipes/results: a run that ended. error: why it failed; it then has no figures.
 
-    arguments: that differ from the recipe. command: repeats the run. is_dirty: the code differed from the commit.
-    cpu_seconds: of all ranks. eval, test: metrics as in summary.json. evaluations: [samples seen, NE, AUC] on the
-    validation split.
+    arguments: that differ from the recipe. is_dirty: the code differed from the commit. cpu_seconds: of all ranks.
+    eval, test: metrics as in summary.json. Keys of other versions are ignored.
     """
 
     entry: str
@@ -135,7 +137,6 @@ class Result:
     digest: str
     arguments: dict[str, Any]
     ranks: int
-    command: str
     commit: str | None = None
     is_dirty: bool = False
     error: str = ""
@@ -145,10 +146,8 @@ class Result:
     seconds: float = 0.0
     steps: int = 0
     tested_step: int = 0
-    dense_weights: int = 0
     eval: dict[str, _Figure] = field(default_factory=dict)
     test: dict[str, _Figure] = field(default_factory=dict)
-    evaluations: list[list[_Figure]] = field(default_factory=list)
 
     def metric(self, name: str, split: str = "test") -> _Figure:
         """A metric of a split, None if it does not exist."""

@@ -27,7 +27,7 @@ Written by `python tools/paper.py report` from `recipes/experiments` and `recipe
 - **CPU minutes** are those of all processes of a run, from start to end; the first run of a data set also prepares
   the data. NE is the normalized entropy. Calibration is the mean prediction divided by the click rate.
 - **To repeat them,** run the command of a data set. It trains what has no line in its file in `recipes/results`, so
-  give `--results` a new folder to train all of it again. Each line has the command of its run.
+  give `--results` a new folder to train all of it again, or with `--entries` and `--first_seed` a part of it.
 """
 
 
@@ -56,6 +56,8 @@ def difference(own: Mapping[int, Result], base: Mapping[int, Result], metric: st
 
 def report_of(experiments: Path, results: Path) -> str:
     """The report on all experiments in a folder. Raises ValueError or OSError, which names the file."""
+    if not results.is_dir():
+        raise FileNotFoundError(f"{results}: no such folder, so there are no results. Correct --results.")
     parts = [_HEAD]
     for file in sorted(experiments.glob("*.yaml")):
         experiment = read_experiment(file)
@@ -153,7 +155,7 @@ def _verdict(what: str, by: float) -> str:
 
 
 def _remarks(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
-    """Where the runs took place; the weights of the dense part; what failed, and lines that no longer count."""
+    """Where the runs took place, what failed, and lines that no longer count."""
     runs = [run for of_entry in outcome.by_entry.values() for run in of_entry.values()]
     places = Counter(
         f"commit {(run.commit or 'unknown')[:10]}{' with changes' * run.is_dirty}, "

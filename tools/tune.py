@@ -127,6 +127,8 @@ class Search:
         values = read_yaml(path, "Give a file such as recipes/configs/search/frappe.yaml.")
         check_names("key", map(str, values), [item.name for item in fields(Space)])
         self.space = space = check_types(Space, values, "space")
+        if not space.search:
+            raise ValueError("search is empty. Name the arguments to search.")
         base = parse_recipe(["--config", space.config])
         for name in {*space.arguments, *space.search} & SET_HERE | space.arguments.keys() & space.search.keys():
             raise ValueError(f"{name}: tune sets it itself, or it stands in arguments and in search. Remove it.")
@@ -174,12 +176,13 @@ class Search:
                     if self._is_over(trial, process):
                         del running[trial]
                         self.report(trial.number)
-                done = self.done()
-                if len(done) >= before + FIRST_FAILURES and done[0].state == FAIL:
-                    raise ValueError(f"the first {len(done)} trials failed: {done[-1].user_attrs['error']}")
+                if len(done := self.done()) >= before + FIRST_FAILURES and done[0].state == FAIL:
+                    break
         finally:
             for process in running.values():
                 end(process)
+        if (done := self.done())[0].state == FAIL:
+            raise ValueError(f"all {len(done)} trials failed, for example: {done[-1].user_attrs['error']}")
         rows = [{name: str(value) for name, value in row.items() if name != "error"} for row in self._rows()]
         print_table(list(rows[0]), [list(row.values()) for row in rows])
         print(f"the search is finished: trials.csv, best.yaml and the best trial's run are in {self.folder}")

@@ -42,7 +42,7 @@ def lines(experiment: Experiment, aucs: dict[str, list[float]], **more) -> list[
     entries = {entry.name: entry for entry in experiment.entries}
     return [
         Result(
-            entry=name, seed=seed, digest=experiment.digest(entries[name]), arguments={}, ranks=1, command="",
+            entry=name, seed=seed, digest=experiment.digest(entries[name]), arguments={}, ranks=1,
             cpu_seconds=60, test={"auc": auc, "ne": 1 - auc, "best_possible_ne": 0.1, "logloss": None}, **more,
         )
         for name, values in aucs.items() for seed, auc in enumerate(values)
@@ -98,9 +98,8 @@ def test_a_run_becomes_one_line_and_is_not_repeated(tmp_path):
         == subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout[:-1]
     )
     assert 1 < good.cpu_seconds < 300
-    assert good.evaluations == [[192, good.eval["ne"], good.eval["auc"]]]
+    assert 0 < good.eval["ne"] < 10
     assert good.test["examples"] == 300
-    assert good.dense_weights > 1000
     assert "is not finite" in bad.error
     assert not (tmp_path / "runs/log/good-0").exists()
     assert (tmp_path / "runs/log/bad-0/log.txt").is_file(), "a failed run can be looked at"
@@ -131,19 +130,19 @@ def test_every_experiment_runs(file, tmp_path):
 
 
 def test_the_report_is_up_to_date(tmp_path):
-    done = call("report", "--check")
-    assert done.status == 0, done.stderr
+    """The report needs no torch."""
     other = tmp_path / "RESULTS.md"
-    other.write_text((ROOT / "recipes/RESULTS.md").read_text() + "\nby hand\n")
-    assert call("report", "--check", f"--output={other}").status == 1
-    assert call("report", f"--output={other}").status == 0
-    assert other.read_text() == (ROOT / "recipes/RESULTS.md").read_text()
-
-
-def test_a_report_needs_no_torch():
+    none = call("report", f"--output={other}", f"--results={tmp_path / 'typo'}")
+    assert (none.status, none.stderr) == (
+        1,
+        f"paper: {tmp_path / 'typo'}: no such folder, so there are no results. Correct --results.\n",
+    )
+    assert not other.exists()
     code = "import sys; sys.modules['torch'] = None; from tools.paper import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, "report", "--check"], cwd=ROOT, capture_output=True, text=True)
+    words = [sys.executable, "-c", code, "report", f"--output={other}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert other.read_text() == (ROOT / "recipes/RESULTS.md").read_text(), "run python tools/paper.py report"
 
 
 def test_statistics_are_those_of_the_formulas(experiment):
@@ -270,6 +269,7 @@ def test_changes_of_the_code_are_marked(tmp_path, monkeypatch):
         ({"published": [{"name": "x", "source": "y", "auc": "high"}]}, "published.0.auc is 'high'"),
         ({"arguments": {"num_layer": 1}}, "entry first: .*unknown argument 'num_layer'. Did you mean 'num_layers'?"),
         ({"config": "recipes/configs/none.yaml"}, "recipes/configs/none.yaml: no such file"),
+        ({"ds_config": "auto"}, "auto: no such file. Use a file of ds_configs as ds_config."),
     ],
 )  # fmt: skip
 def test_a_mistake_in_an_experiment_is_one_line(tmp_path, changes, message):
@@ -289,6 +289,9 @@ def test_a_broken_line_is_named(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps({"entry": "first"}))
     with pytest.raises(ValueError, match=r"log\.jsonl: line 1: seed: "):
         read_results(tmp_path / "log.jsonl")
+    line = {"entry": "first", "seed": 0, "digest": "", "arguments": {}, "ranks": 1}
+    (tmp_path / "log.jsonl").write_text(json.dumps(line | {"dense_weights": 7, "command": "of an earlier version"}))
+    assert read_results(tmp_path / "log.jsonl") == [Result(**line)]
 
 
 def test_ranks_divide_the_batch(tmp_path):

@@ -16,6 +16,7 @@ from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
 from dhen.data.preparation.splitting import splits_with_rows
 from dhen.data.schema import SCHEMA_FILE
+from dhen.data.synthetic import RECIPES
 from dhen.paths import looked_in
 
 _SUFFIXES = {
@@ -128,7 +129,12 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
             if not some:
                 raise FileNotFoundError(f"{pattern}: no file matches. Check the pattern.{looked_in(pattern)}")
         else:
-            raise FileNotFoundError(f"{pattern}: no such file. Check the path.{looked_in(pattern)}")
+            check = "Check the path."
+            if path.name.partition("-")[0] in RECIPES:
+                check = (
+                    "Only train.py makes a log, such as planted-500k. Here, name its file: <cache>/<log>/test.tsv.gz."
+                )
+            raise FileNotFoundError(f"{pattern}: no such file. {check}{looked_in(pattern)}")
         found.extend(some)
     for file in found:
         if found.count(file) > 1:

@@ -310,7 +310,12 @@ def test_files_that_hold_no_rows_are_refused(tmp_path, name, content, message):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.txt", "none.txt: no such file"), ("no*.gz", "no file matches"), ("folder", "the folder has no files")],
+    [
+        ("none.txt", "none.txt: no such file. Check the path"),
+        ("planted-500", "planted-500: no such file. Only train.py makes a log, such as planted-500k"),
+        ("no*.gz", "no file matches"),
+        ("folder", "the folder has no files"),
+    ],
 )
 def test_files_that_are_not_there_are_named(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
