@@ -129,7 +129,8 @@ class Result:
     """One line of recipes/results: a run that ended. error: why it failed; it then has no figures.
 
     arguments: that differ from the recipe. is_dirty: the code differed from the commit. cpu_seconds: of all ranks.
-    eval, test: metrics as in summary.json. Keys of other versions are ignored.
+    eval, test: metrics as in summary.json. evaluations: [samples seen, NE, AUC] on the validation split. Keys of other
+    versions are ignored.
     """
 
     entry: str
@@ -146,8 +147,10 @@ class Result:
     seconds: float = 0.0
     steps: int = 0
     tested_step: int = 0
+    dense_weights: int = 0
     eval: dict[str, _Figure] = field(default_factory=dict)
     test: dict[str, _Figure] = field(default_factory=dict)
+    evaluations: list[list[_Figure]] = field(default_factory=list)
 
     def metric(self, name: str, split: str = "test") -> _Figure:
         """A metric of a split, None if it does not exist."""

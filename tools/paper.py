@@ -14,9 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a call by path finds tools.experiments
 
 import argparse
+import csv
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -197,19 +199,27 @@ def _finished(call: argparse.Namespace, runs: Sequence[tuple[Result, list[str]]]
 
 def _found(folder: Path, status: int) -> dict[str, Any]:
     """What a run that ended left in its folder: figures, or its error."""
+    log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     if status:
-        log = (folder / LOG).read_text(encoding="utf-8", errors="replace")
         lines = [line for line in log.splitlines() if line.strip()] or ["it printed nothing"]
         said = next((line for line in lines if line.startswith("error: ")), lines[-1])
         return {"error": f"status {status}, {folder / LOG}: {said[:300]}"}
     summary, environment = (json.loads((folder / name).read_text()) for name in ("summary.json", "environment.json"))
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "validation"]
     metrics = {split: summary.get(split, {}) for split in ("eval", "test")}
     return {
         "versions": {name: version for name, version in environment["versions"].items() if name.startswith(PACKAGES)},
         "cpu": environment["cpu"] or "",
+        "dense_weights": int(re.search(r"([\d,]+) dense weights", log)[1].replace(",", "")),
+        "evaluations": [[_number(row[key]) for key in ("samples_seen", "ne", "auc")] for row in rows],
         **{key: summary[key] for key in ("steps", "tested_step")},
         **{split: {key: of[key] for key in of if key != "unseen"} for split, of in metrics.items()},
     }
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text and math.isfinite(float(text)) else None
 
 
 def write_report(call: argparse.Namespace) -> int:
