@@ -17,7 +17,8 @@ from dhen.config.ds_config import DsConfig
 from dhen.config.zero_sizes import SIZE_KEYS
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine
-from dhen.planner.memory import MemorySetting, MemoryUse, predict_memory
+from dhen.planner.memory import MemoryUse, predict_memory
+from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.step_time import StepSeconds, step_seconds
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from dhen.planner.machine import Machine
-from dhen.planner.memory import ALL_REDUCE_ELEMENTS, MemorySetting, gathering_of
+from dhen.planner.memory import ALL_REDUCE_ELEMENTS, gathering_of
+from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.step_trace import StepTrace, Work
 from dhen.planner.zero3_gathering import Gathering
 

@@ -3,7 +3,6 @@
 FBGEMM does the lookup. The update is done here, in float32, as part of the backward like FBGEMM's own.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,28 +53,21 @@ class UpdatedTables:
         self.learning_rate = 0.0
         self.lookup, self._update, self._rounds = lookup, update, rounds
         self._leaf = torch.empty(0, requires_grad=True)  # so that backward runs: autograd does not track the weights
-        weights = lookup.split_embedding_weights()
         self.steps = torch.zeros(1, dtype=torch.int64)
-        self._widths = by_width(weights)
-        states: Sequence[Sequence[Tensor]] = ()
+        self._widths = by_width(lookup.split_embedding_weights())
         if update.optimizer == "adam":
-            self._joined_states = [
+            self._states = [
                 [torch.zeros_like(of_width.weight, dtype=torch.float32) for _ in range(2)] for of_width in self._widths
             ]
         else:
-            states = [] if update.optimizer == "sgd" else lookup.split_optimizer_states()
-            self._joined_states = [
-                [of_width.of(kind) for kind in zip(*states, strict=True)] for of_width in self._widths
-            ]
+            by_kind = [] if update.optimizer == "sgd" else list(zip(*lookup.split_optimizer_states(), strict=True))
+            self._states = [[of_width.joined(kind) for kind in by_kind] for of_width in self._widths]
 
     def split_optimizer_states(self) -> list[tuple[Tensor, ...]]:
         """Adam's two states of each table, (rows, columns): views."""
-        by_table: list[tuple[Tensor, ...]] = []
-        for of_width, joined in zip(self._widths, self._joined_states, strict=True):
-            ends = [*of_width.first_rows[1:].tolist(), len(of_width.weight)]
-            firsts = of_width.first_rows.tolist()
-            by_table += [tuple(s[a:b] for s in joined) for a, b in zip(firsts, ends, strict=True)]
-        return by_table
+        by_width = zip(self._widths, self._states, strict=True)
+        split = [[state.tensor_split(of_width.first_rows[1:].tolist()) for state in of] for of_width, of in by_width]
+        return [of_table for by_state in split for of_table in zip(*by_state, strict=True)]
 
     def __call__(self, ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
         """The lookup's pooled embeddings. Their backward updates the tables."""
@@ -85,7 +77,7 @@ class UpdatedTables:
         """The backward: one optimizer step. grad: of all pooled embeddings, (bags, sum of columns)."""
         num_bags = grad.shape[0]
         self.steps += 1
-        for of_width, states in zip(self._widths, self._joined_states, strict=True):
+        for of_width, states in zip(self._widths, self._states, strict=True):
             first, last = of_width.tables
             ends = offsets[first * num_bags : last * num_bags + 1]
             here = slice(int(ends[0]), int(ends[-1]))

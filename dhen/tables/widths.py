@@ -21,7 +21,7 @@ class Width:
     first_rows: Tensor
     weight: Tensor
 
-    def of(self, states: Sequence[Tensor]) -> Tensor:
+    def joined(self, states: Sequence[Tensor]) -> Tensor:
         """States of all tables -> those of these tables, joined."""
         return _joined(states[slice(*self.tables)])
 

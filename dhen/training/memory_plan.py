@@ -10,7 +10,8 @@ import torch
 
 from dhen.config.ds_config import DsConfig
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.planner.memory import MemorySetting, MemoryUse, predict_memory
+from dhen.planner.memory import MemoryUse, predict_memory
+from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.minimum_set import gib
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.tables.placement.agreed import table_memory

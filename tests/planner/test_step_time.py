@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from dhen.planner.machine import Machine
-from dhen.planner.memory import MemorySetting, gathering_of
+from dhen.planner.memory import gathering_of
+from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.step_time import compute_seconds, segments, step_seconds
 from dhen.planner.step_trace import StepTrace, Work, trace_step
 from dhen.planner.zero3_gathering import Limits

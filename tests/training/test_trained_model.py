@@ -44,4 +44,9 @@ def test_a_users_interaction_keeps_its_bias_before_batch_norm(tmp_path):
     model = DhenForClickPrediction(DhenConfig(**CONFIG | {"interactions": ["normalized"]}))
     model.save_pretrained(tmp_path)
     weights = TrainedModel.open(tmp_path).dense_weights()
-    DhenForClickPrediction(model.config, with_tables=False).load_state_dict(weights)
+    loaded = DhenForClickPrediction(model.config, with_tables=False)
+    loaded.load_state_dict(weights)
+    biases = [name for name in weights if name.endswith("interactions.0.layers.0.bias")]
+    assert len(biases) == 2
+    for name in biases:
+        assert torch.equal(loaded.state_dict()[name], model.state_dict()[name])

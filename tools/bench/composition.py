@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.planner.memory import MemorySetting, predict_memory
+from dhen.planner.memory import predict_memory
+from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.step_trace import trace_step
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import weights_of
