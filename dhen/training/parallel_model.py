@@ -117,12 +117,13 @@ class ParallelDhen(ScoringDhen):
     """A DHEN model over the ranks, for training: `dense` is DeepSpeed's engine around the dense part.
 
     shard_size: number of ranks that ZeRO shards over: all ranks, or those of a shard group. average: the moving average
-    of the dense part, if there is one; `tables` has its own.
+    of the dense part, if there is one; `tables` has its own. average_decay: the largest share of it that a step keeps.
     """
 
     ds_config: DsConfig
     shard_size: int
     average: AveragedWeights | None = None
+    average_decay: float = 0.0
 
     @property
     def engine(self) -> deepspeed.DeepSpeedEngine:
@@ -163,14 +164,14 @@ class ParallelDhen(ScoringDhen):
 
         decay: largest share of the average that a step keeps.
         """
-        self.average, self._most_decay = AveragedWeights(self.engine), decay
+        self.average, self.average_decay = AveragedWeights(self.engine), decay
         if self.tables is not None:
             self.tables.start_average()
 
     def end_step(self, step: int, table_learning_rate: float) -> None:
         """Do what comes after the updates of step number `step`: regularize whole tables, and average the weights."""
         # The early weights leave the average soon: 1 - decay falls as 9 / (10 + step).
-        decay = min(self._most_decay, (1 + step) / (10 + step)) if self.average else 0.0
+        decay = min(self.average_decay, (1 + step) / (10 + step))
         if self.tables is not None:
             self.tables.end_step(table_learning_rate, decay)
         if self.average is not None:
