@@ -158,6 +158,7 @@ class Search:
         old = study.user_attrs.get("fixed", new)
         changed = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
         if changed:
+            self._lock.close()  # whoever catches the error may open the study with another space
             were = "; ".join(f"{name} was {quoted(old.get(name))}, now {quoted(new.get(name))}" for name in changed)
             raise ValueError(f"{self.folder} has a study of another space: {were}. Choose another --output_dir.")
         study.set_user_attr("fixed", new)
