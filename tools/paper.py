@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from dhen.data.synthetic import RECIPES
 from dhen.model.names import check_names, quoted
 from dhen.yaml_files import write_yaml
 from tools.experiments import ROOT, Entry, Experiment, Result, add_result, read_experiment, read_results, sort_results
@@ -63,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--first_seed", type=lambda text: _count(text, 0), default=0, metavar="SEED", help="default: %(default)s")
     add("--jobs", type=_count, default=1, help="runs at the same time; default: %(default)s")
     add("--nproc", type=_count, default=1, help="ranks per run, with the same global batch; default: %(default)s")
-    add("--budget", choices=["full", "tiny"], default="full", help="tiny: one seed, 3 steps, results to a new folder")
+    add("--budget", choices=["full", "tiny"], default="full", help="tiny: one seed, 3 steps, a new folder of results")
     add("--keep", action="store_true", help="keep the run folders; those of failed runs are kept anyway")
     add("--runs", type=_path, default=ROOT / "runs/experiments", metavar="FOLDER", help="default: runs/experiments")
     run.set_defaults(command=run_experiment)
@@ -92,7 +93,8 @@ def run_experiment(call: argparse.Namespace) -> int:
     check_names("entry", call.entries or [], [entry.name for entry in experiment.entries])
     results = call.results or RESULTS
     if call.budget == "tiny":
-        entries = [replace(entry, seeds=1, arguments=entry.arguments | TINY) for entry in experiment.entries]
+        tiny = TINY | _small_log({**experiment.recipe, **experiment.arguments}.get("dataset_name"))
+        entries = [replace(entry, seeds=1, arguments=entry.arguments | tiny) for entry in experiment.entries]
         experiment, results = replace(experiment, entries=entries), call.results or Path(tempfile.mkdtemp())
     file = results / f"{name}.jsonl"
     outcome = sort_results(experiment, read_results(file))
@@ -115,6 +117,12 @@ def run_experiment(call: argparse.Namespace) -> int:
         what = f"failed: {result.error}" if result.error else f"test {what}; {result.cpu_seconds / 60:.1f} CPU minutes"
         print(f"{name}: {number}/{len(runs)}: {result.entry}, seed {result.seed}: {what}", flush=True)
     return int(num_failed > 0)
+
+
+def _small_log(name: Any) -> dict[str, str]:
+    """The arguments that put a small log in the place of a generated one."""
+    kind = next((kind for kind in RECIPES if str(name).partition("-")[0] == kind), None)
+    return {"dataset_name": f"{kind}-10k"} if kind else {}
 
 
 def _run_folders(call: argparse.Namespace) -> Path:
