@@ -298,5 +298,5 @@ def test_a_broken_line_is_named(tmp_path):
 def test_ranks_divide_the_batch(tmp_path):
     done = call("run", str(write_experiment(tmp_path / "log.yaml")), "--nproc=3", "--budget=tiny", f"--runs={tmp_path}")
     assert done.status == 1
-    assert "--nproc 3 does not divide first's batch of 512" in done.stderr
+    assert "--nproc 3 does not divide first's batch of 1024" in done.stderr
     assert os.listdir(tmp_path) == ["log.yaml"]
