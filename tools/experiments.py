@@ -58,13 +58,19 @@ class Bar:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Entry:
-    """A set-up that is run once per seed. seeds, ds_config: None for the experiment's. arguments: of the run."""
+    """A set-up that is run once per seed.
+
+    seeds, ds_config: None for the experiment's. arguments: of the run. paper: the paper's NE differences in percent, at
+    the experiment's paper_points. family: of a scaling curve.
+    """
 
     name: _Name
     title: _Text
     seeds: Count | None = None
     ds_config: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
+    paper: list[float] = field(default_factory=list)
+    family: _Text | None = None
 
 
 _KINDS = {"published": Quoted, "peers": Quoted, "bars": Bar, "entries": Entry}
@@ -76,7 +82,7 @@ class Experiment:
 
     title, data: for the report. config: the recipe's YAML. seeds: runs per entry. arguments: override the recipe in all
     entries. published, peers: rows that are quoted and never run. The first entry is the one that others are compared
-    with.
+    with. paper_points: the points of training that the paper's table reports; the report then has its layout.
     """
 
     title: _Text
@@ -89,12 +95,17 @@ class Experiment:
     published: list[Quoted] = field(default_factory=list)
     peers: list[Quoted] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
+    paper_points: list[_Text] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Raises ValueError, which names the key."""
         names = [entry.name for entry in self.entries]
         if len(set(names)) < len(names):
             raise ValueError(f"entries: two of {', '.join(names)} have the same name. Rename one.")
+        for entry in self.entries:
+            if entry.paper and len(entry.paper) != len(self.paper_points):
+                counts = f"{len(entry.paper)} figures for {len(self.paper_points)} paper_points"
+                raise ValueError(f"entry {entry.name}: paper has {counts}. Use one for each.")
         check_names("entry of a bar", [bar.entry for bar in self.bars], names)
         for values in (self.arguments, *(entry.arguments for entry in self.entries)):
             if wrong := values.keys() & set(_SET_BY_THE_TOOL):
@@ -148,6 +159,7 @@ class Result:
     steps: int = 0
     tested_step: int = 0
     dense_weights: int = 0
+    training_flops_per_sample: int | None = None
     eval: dict[str, _Figure] = field(default_factory=dict)
     test: dict[str, _Figure] = field(default_factory=dict)
     evaluations: list[list[_Figure]] = field(default_factory=list)

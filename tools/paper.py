@@ -2,10 +2,14 @@
 
     python tools/paper.py run recipes/experiments/frappe.yaml
     python tools/paper.py run recipes/experiments/frappe.yaml --entries dhen --seeds 5 --jobs 2
+    python tools/paper.py table1 --data flights
+    python tools/paper.py figure6 --nodes 2 --ranks_per_node 2 --depths 2 4 8
     python tools/paper.py report
 
 `run` trains each entry once per seed and appends a line per run to recipes/results. A run that has its line already is
 skipped, so an interrupted call goes on where it was. A failed run is tried again. `report` needs these lines only.
+`table1`, `table2` and `table3` run the experiments of a table of the paper. `figure6` and `common_optimizations` pass
+their arguments to tools/bench/sharding.py and tools/bench/common_optimizations.py.
 """
 
 import sys
@@ -33,15 +37,21 @@ from dhen.data.synthetic import RECIPES
 from dhen.model.names import check_names, quoted
 from dhen.yaml_files import write_yaml
 from tools.experiments import ROOT, Entry, Experiment, Result, add_result, read_experiment, read_results, sort_results
-from tools.paper_report import report_of
+from tools.paper_report import outcomes_of, report_of
+from tools.paper_tables import as_csv, draw
 
 EXPERIMENTS, RESULTS, REPORT = ROOT / "recipes/experiments", ROOT / "recipes/results", ROOT / "recipes/RESULTS.md"
-TINY = {"max_steps": 3}
+TABLES = ("table1", "table2", "table3")
+BENCHMARKS = {"figure6": "sharding.py", "common_optimizations": "common_optimizations.py"}
+TINY = {"max_steps": 3, "eval_steps": 1}
 LOG, PACKAGES = "log.txt", ("torch", "deepspeed", "fbgemm")
 
 
 def main() -> int:
     """Exit status: 0; 1 after a failed run or a mistake; 130 if interrupted."""
+    if sys.argv[1:] and sys.argv[1] in BENCHMARKS:
+        name, *words = sys.argv[1:]
+        return subprocess.run([sys.executable, ROOT / "tools/bench" / BENCHMARKS[name], *words]).returncode
     arguments = parse_arguments()
     try:
         return arguments.command(arguments)
@@ -56,9 +66,27 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="run|report")
-    add = (run := commands.add_parser("run", help="train what has no result yet")).add_argument
-    add("experiment", type=_path, help="a file of recipes/experiments")
+    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *TABLES, *BENCHMARKS, "report"]))
+    run = commands.add_parser("run", help="train what has no result yet")
+    run.add_argument("experiment", type=_path, help="a file of recipes/experiments")
+    run.set_defaults(command=run_experiment)
+    _add_options_of_runs(run)
+    for name in TABLES:
+        table = commands.add_parser(name, help=f"run the experiments of the paper's {name[:-1]} {name[-1]}")
+        table.add_argument("--data", help="the last word of an experiment's name; default: all")
+        table.set_defaults(command=run_table, table=name)
+        _add_options_of_runs(table)
+    for name, script in BENCHMARKS.items():
+        commands.add_parser(name, help=f"run tools/bench/{script}")
+    report = commands.add_parser("report", help="write recipes/RESULTS.md")
+    report.add_argument("--output", type=_path, default=REPORT, metavar="FILE", help="default: recipes/RESULTS.md")
+    report.add_argument("--results", type=_path, metavar="FOLDER", help="default: recipes/results")
+    report.set_defaults(command=write_report)
+    return parser.parse_args()
+
+
+def _add_options_of_runs(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--entries", type=lambda text: text.split(","), metavar="A,B", help="default: all")
     add("--seeds", type=_count, help="runs per entry; default: as the experiment says")
     add("--first_seed", type=lambda text: _count(text, 0), default=0, metavar="SEED", help="default: %(default)s")
@@ -67,13 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--budget", choices=["full", "tiny"], default="full", help="tiny: one seed, 3 steps, a new folder of results")
     add("--keep", action="store_true", help="keep the run folders; those of failed runs are kept anyway")
     add("--runs", type=_path, default=ROOT / "runs/experiments", metavar="FOLDER", help="default: runs/experiments")
-    run.set_defaults(command=run_experiment)
-    add = (report := commands.add_parser("report", help="write recipes/RESULTS.md")).add_argument
-    add("--output", type=_path, default=REPORT, metavar="FILE", help="default: recipes/RESULTS.md")
-    report.set_defaults(command=write_report)
-    for each in (run, report):
-        each.add_argument("--results", type=_path, metavar="FOLDER", help="default: recipes/results")
-    return parser.parse_args()
+    add("--results", type=_path, metavar="FOLDER", help="default: recipes/results")
 
 
 def _path(text: str) -> Path:
@@ -84,6 +106,18 @@ def _count(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is not a number of {least} or more")
     return int(text)
+
+
+def run_table(call: argparse.Namespace) -> int:
+    """Run the experiments of a table of the paper. Exit status: 0, or 1 if a run failed."""
+    files = sorted(EXPERIMENTS.glob(f"{call.table}_*.yaml"))
+    check_names("data", [call.data] if call.data else [], sorted({_data_of(file) for file in files}))
+    chosen = [file for file in files if call.data in (None, _data_of(file))]
+    return max(run_experiment(argparse.Namespace(**vars(call), experiment=file)) for file in chosen)
+
+
+def _data_of(file: Path) -> str:
+    return file.stem.rpartition("_")[2]
 
 
 def run_experiment(call: argparse.Namespace) -> int:
@@ -221,7 +255,7 @@ def _found(folder: Path, status: int) -> dict[str, Any]:
         "cpu": environment["cpu"] or "",
         "dense_weights": int(re.search(r"([\d,]+) dense weights", log)[1].replace(",", "")),
         "evaluations": [[_number(row[key]) for key in ("samples_seen", "ne", "auc")] for row in rows],
-        **{key: summary[key] for key in ("steps", "tested_step")},
+        **{key: summary[key] for key in ("steps", "tested_step", "training_flops_per_sample")},
         **{split: {key: of[key] for key in of if key != "unseen"} for split, of in metrics.items()},
     }
 
@@ -231,8 +265,13 @@ def _number(text: str) -> float | None:
 
 
 def write_report(call: argparse.Namespace) -> int:
-    """Write the report. Exit status: 0."""
-    call.output.write_text(report_of(EXPERIMENTS, call.results or RESULTS), encoding="utf-8")
+    """Write the report, and the CSV file and the plot of each of the paper's tables. Exit status: 0."""
+    results = call.results or RESULTS
+    call.output.write_text(report_of(EXPERIMENTS, results), encoding="utf-8")
+    for name, (experiment, outcome) in outcomes_of(EXPERIMENTS, results).items():
+        if experiment.paper_points and any(outcome.by_entry.values()):
+            (results / f"{name}.csv").write_text(as_csv(experiment, outcome), encoding="utf-8")
+            draw(experiment, outcome, results / f"{name}.png")
     return 0
 
 

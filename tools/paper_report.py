@@ -1,13 +1,14 @@
 """The report of the experiments' results, recipes/RESULTS.md, and the statistics over seeds in it."""
 
 import math
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from tools import paper_tables
 from tools.experiments import Entry, Experiment, Outcome, Result, read_experiment, read_results, sort_results
+from tools.markdown import head, row
+from tools.over_seeds import Statistic, difference, over_seeds, signed
 
 _COLUMNS = {
     "auc": "AUC", "ne": "NE", "logloss": "log loss", "calibration": "calibration", "ne_over_best": "NE / best possible"
@@ -22,8 +23,8 @@ Written by `python tools/paper.py report` from `recipes/experiments` and `recipe
   test split is read once per entry and seed, after training, and nothing is chosen by it.
 - **What a seed is.** It decides the initial weights, the order of the rows, and dropout. The data and its splits are
   the same for all seeds. Figures of the test split are the mean ± the standard deviation over the seeds.
-- **Differences** between two entries are paired by seed: the mean ± its standard error. A difference of up to twice its
-  standard error is marked "not resolved".
+- **Differences** between two entries are paired by seed. A mean of up to twice its standard error, which is the
+  standard deviation divided by the square root of the number of seeds, is marked "not resolved".
 - **CPU minutes** are those of all processes of a run, from start to end; the first run of a data set also prepares
   the data. NE is the normalized entropy. Calibration is the mean prediction divided by the click rate.
 - **To repeat them,** run the command of a data set. It trains what has no line in its file in `recipes/results`, so
@@ -31,59 +32,47 @@ Written by `python tools/paper.py report` from `recipes/experiments` and `recipe
 """
 
 
-class Statistic(NamedTuple):
-    """Mean over `n` seeds. spread: their sample standard deviation, or of a difference its standard error, or None."""
-
-    mean: float
-    spread: float | None
-    n: int
-
-
-def over_seeds(values: Sequence[float | None]) -> Statistic | None:
-    """Mean and sample standard deviation of the values that exist, None if there are none."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    return Statistic(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
-
-
-def difference(own: Mapping[int, Result], base: Mapping[int, Result], metric: str) -> Statistic | None:
-    """Mean of own - base over the seeds that both have, with its standard error; None if they share none."""
-    pairs = [(own[seed].metric(metric), base[seed].metric(metric)) for seed in own.keys() & base.keys()]
-    found = over_seeds([one - other for one, other in pairs if None not in (one, other)])
-    return found and found._replace(spread=None if found.spread is None else found.spread / math.sqrt(found.n))
-
-
 def report_of(experiments: Path, results: Path) -> str:
     """The report on all experiments in a folder. Raises ValueError or OSError, which names the file."""
     if not results.is_dir():
         raise FileNotFoundError(f"{results}: no such folder, so there are no results. Correct --results.")
-    parts = [_HEAD]
-    for file in sorted(experiments.glob("*.yaml")):
-        experiment = read_experiment(file)
-        outcome = sort_results(experiment, read_results(results / f"{file.stem}.jsonl"))
-        parts.append("\n".join(_section(file.stem, experiment, outcome)) + "\n")
-    return "\n".join(parts)
+    outcomes = outcomes_of(experiments, results)
+    return "\n".join([_HEAD, *("\n".join(_section(name, *of)) + "\n" for name, of in outcomes.items())])
+
+
+def outcomes_of(experiments: Path, results: Path) -> dict[str, tuple[Experiment, Outcome]]:
+    """All experiments in a folder by name. Raises ValueError or OSError, which names the file."""
+    read = {file.stem: read_experiment(file) for file in sorted(experiments.glob("*.yaml"))}
+    return {name: (of, sort_results(of, read_results(results / f"{name}.jsonl"))) for name, of in read.items()}
 
 
 def _section(name: str, experiment: Experiment, outcome: Outcome) -> Iterator[str]:
-    runs = outcome.by_entry
     yield f"## {experiment.title}\n\n{experiment.data}\n"
     yield f"```bash\npython tools/paper.py run recipes/experiments/{name}.yaml\n```\n"
+    if experiment.paper_points:
+        yield from paper_tables.table(experiment, outcome)
+        if any(outcome.by_entry.values()):
+            yield f"\n![NE difference over the samples seen](results/{name}.png)"
+    else:
+        yield from _table(experiment, outcome)
+        yield from _differences(experiment, outcome)
+    yield from _bars(experiment, outcome)
+    yield from _remarks(experiment, outcome)
+
+
+def _table(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
+    runs = outcome.by_entry
     knows_best = any(run.metric("ne_over_best") for of_entry in runs.values() for run in of_entry.values())
     columns = [key for key in _COLUMNS if knows_best or key != "ne_over_best"]
     titles = [_COLUMNS[key] for key in columns]
-    yield from _head(["entry", "seeds", *titles, "validation AUC", "validation NE", "CPU minutes", "source"])
+    yield from head(["entry", "seeds", *titles, "validation AUC", "validation NE", "CPU minutes", "source"])
     for entry in experiment.entries:
         progress = _progress(experiment, entry, outcome)
-        yield _row([entry.title, progress, *_figures(runs[entry.name], columns), "this project"])
+        yield row([entry.title, progress, *_figures(runs[entry.name], columns), "this project"])
     for each in (*experiment.peers, *experiment.published):
         given = (getattr(each, key, None) for key in columns)
         figures = ("" if figure is None else f"{figure:g}" for figure in given)
-        yield _row([each.name, "", *figures, "", "", "", each.source])
-    yield from _differences(experiment, outcome)
-    yield from _bars(experiment, outcome)
-    yield from _remarks(experiment, outcome)
+        yield row([each.name, "", *figures, "", "", "", each.source])
 
 
 def _figures(runs: Mapping[int, Result], columns: Sequence[str]) -> Iterator[str]:
@@ -108,19 +97,11 @@ def _differences(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
     pairs = {entry.name: len(runs[entry.name].keys() & runs[first.name].keys()) for entry in others}
     if any(pairs.values()):
         yield f"\nDifference to {first.title}, paired by seed:\n"
-        yield from _head(["entry", "seeds", "AUC", "NE", "log loss"])
+        yield from head(["entry", "seeds", "AUC", "NE", "log loss"])
     for entry in others:
         if pairs[entry.name]:
             found = [difference(runs[entry.name], runs[first.name], key) for key in ("auc", "ne", "logloss")]
-            yield _row([entry.title, str(pairs[entry.name]), *map(_resolved, found)])
-
-
-def _resolved(found: Statistic | None) -> str:
-    if found is None:
-        return ""
-    is_resolved = found.spread is not None and abs(found.mean) > 2 * found.spread
-    spread = "" if found.spread is None else f" ± {found.spread:.5f}"
-    return f"{found.mean:+.5f}{spread}{'' if is_resolved else ', not resolved'}"
+            yield row([entry.title, str(pairs[entry.name]), *(signed(each, 5) for each in found)])
 
 
 def margin(value: float, at_least: float | None, at_most: float | None) -> float:
@@ -178,12 +159,3 @@ def _mean(metric: str, found: Statistic | None) -> str:
 
 def _shown(metric: str, value: float | None) -> str:
     return "" if value is None else f"{value:.{_DIGITS.get(metric, 5)}f}"
-
-
-def _head(columns: Sequence[str]) -> Iterator[str]:
-    yield _row(columns)
-    yield _row(["---"] * len(columns))
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
