@@ -64,17 +64,21 @@ def plain_losses(
     max_grad_norm: float = 0.0,
     optimizer: str = "AdamW",
     replicated: Collection[str] = (),
+    architecture: dict[str, Any] | None = None,
+    num_ranks: int = 1,
+    auxiliary: float = 1.0,
     **params: Any,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """Mean loss of each step and the final weights: the dense part and replicated tables by `optimizer`, others by SGD.
 
-    params: further arguments of the optimizer.
+    params: further arguments of the optimizer. architecture: keys that change the model's config. num_ranks: that share
+    a micro batch, each with an auxiliary loss of its own, which is trained with the weight `auxiliary`.
 
     With accumulation the tables step after every micro batch, on gradients divided by the number of micro batches, as
     FBGEMM does.
     """
     torch.manual_seed(SEED)
-    model = DhenForClickPrediction(DhenConfig(**CONFIG), table_seed=SEED)
+    model = DhenForClickPrediction(DhenConfig(**CONFIG | (architecture or {})), table_seed=SEED)
     sharded = [
         parameter
         for name, table in model.tables.named_children()
@@ -89,12 +93,16 @@ def plain_losses(
         micro = len(batch.labels_B) // accumulation
         total = 0.0
         for first in range(0, len(batch.labels_B), micro):
-            sparse, dense_BN, labels_B = batch.rows(first, first + micro)
-            loss = binary_cross_entropy_with_logits(model(sparse, dense_BN).logits, labels_B) / accumulation
             sgd.zero_grad()
-            loss.backward()
+            for start in range(first, first + micro, micro // num_ranks):
+                sparse, dense_BN, labels_B = batch.rows(start, start + micro // num_ranks)
+                output = model(sparse, dense_BN)
+                loss = binary_cross_entropy_with_logits(output.logits, labels_B) / accumulation / num_ranks
+                total += loss.item()
+                if output.auxiliary_loss is not None:
+                    loss = loss + auxiliary * output.auxiliary_loss / accumulation / num_ranks
+                loss.backward()
             sgd.step()
-            total += loss.item()
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(dense, max_grad_norm)
         dense_optimizer.step()

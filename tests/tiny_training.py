@@ -10,9 +10,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from dhen.config.ds_config import DsConfig, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.topology import Topology
+from dhen.training.loop import summed_loss
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import lay_out, parallelize
-from dhen.training.self_ensemble import self_ensemble_loss
 from tests import ROOT
 from tests.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe
 
@@ -59,13 +59,10 @@ def train(
         for micro_step in range(accumulation):
             first = (micro_step * topology.world_size + topology.rank) * micro
             sparse, dense_BN, labels_B = (part.to(topology.device) for part in batch.rows(first, first + micro))
-            logits_B = model.score(model.look_up(sparse), dense_BN, sparse, num_passes)
-            trained = loss = binary_cross_entropy_with_logits(logits_B, labels_B.repeat(num_passes))
-            if num_passes > 1:
-                total_loss, logits_B = self_ensemble_loss(logits_B.view(num_passes, -1), labels_B)
-                trained, loss = total_loss / micro, binary_cross_entropy_with_logits(logits_B, labels_B)
-            model.step(trained)
-            total += loss.detach()
+            output = model.forward(model.look_up(sparse), dense_BN, sparse, num_passes)
+            loss, logits_B = summed_loss(output, labels_B, num_passes)
+            model.step(loss / micro)
+            total += binary_cross_entropy_with_logits(logits_B.detach(), labels_B)
         dist.all_reduce(total)
         losses.append(total.item() / topology.world_size / accumulation)
     return losses, model

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dhen.model.mixture_of_experts import Output
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.names import unknown_name
 
@@ -25,11 +26,11 @@ def checkpoint_layers(model: DhenForClickPrediction, what: str | int | Sequence[
     return len(recomputed)
 
 
-def _run(forward: Callable[..., Tensor], buffers: Sequence[_Buffers], *inputs: Tensor) -> Tensor:
+def _run(forward: Callable[..., Output], buffers: Sequence[_Buffers], *inputs: Tensor) -> Output:
     """Run `forward` now and again in the backward. Recomputation sees the buffers as they were, and changes none."""
     before: list[_Buffers] = []
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Output:
         if not before:
             before.extend(_copies(buffers))
             return forward(*inputs)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from dhen.dense.activation_checkpointing import first_layers
+from dhen.model.mixture_of_experts import Output
 from dhen.model.modeling_dhen import DhenForClickPrediction
 
 _LEAST_BYTES = 1 << 16
@@ -75,7 +76,7 @@ class ActivationOffload:
         self._copied: torch.cuda.Event | None = None  # the last layer's tensors have been copied
         self._last: Callable[[], _Layer | None] = _nothing
 
-    def run(self, forward: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def run(self, forward: Callable[..., Output], *arguments: Any) -> Output:
         """Run `forward(*arguments)` with offload."""
         if not torch.is_grad_enabled():
             return forward(*arguments)
@@ -86,7 +87,7 @@ class ActivationOffload:
         if self._stream is not None:
             for source, _ in sources.values():
                 source.record_stream(self._stream)
-            self._hold_back(result.device)
+            self._hold_back(arguments[0].device)
         sources.clear()  # the graph keeps the hooks alive, and they must not keep the sources alive
         self._last = weakref.ref(layer)  # only the graph keeps the layer alive
         return result

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, on_compile_end, on_compile_start
 
 from dhen.model.layer import DhenLayer
+from dhen.model.mixture_of_experts import Output
 from dhen.model.modeling_dhen import DhenForClickPrediction
 
 logger = logging.getLogger(__name__)
 
-_Forward = Callable[[Tensor, Tensor], Tensor]
+_Forward = Callable[[Tensor, Tensor], Output]
 _SHAPES_OF_A_LAYER = 6
 """Batches of one size, of other sizes, of one row and of none, each with up to two other states of the process."""
 
@@ -50,7 +51,7 @@ def compile_layers(model: DhenForClickPrediction, what: Literal["none", "layers"
     logger.info("compile: %d layers by torch.compile, when the first steps need them", len(layers))
 
 
-def _run(log: "_CompilationLog", index: int, as_written: _Forward, compiled: _Forward, *inputs: Tensor) -> Tensor:
+def _run(log: "_CompilationLog", index: int, as_written: _Forward, compiled: _Forward, *inputs: Tensor) -> Output:
     if not torch.is_grad_enabled():
         return as_written(*inputs)
     log.running = f"layer {index} for {inputs[0].shape[0]} examples"

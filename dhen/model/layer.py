@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dhen.model.configuration_dhen import EnsembleKind, LayerSpec, NormKind
 from dhen.model.interactions import Axes, InteractionContext, MixEmbeddings, build_interaction, with_prefix
+from dhen.model.mixture_of_experts import Output, joined, parted
 from dhen.model.mlp import BatchNorm
 
 
@@ -141,11 +142,12 @@ class DhenLayer(nn.Module):
             axes |= {f"norm.norm.{name}": {0: values} for name in names}
         return axes
 
-    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
-        """Return (B, num_outputs, D)."""
+    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Output:
+        """Return (B, num_outputs, D), with the sum of the interactions' losses if they have any."""
         inputs_BMD = self.norm(x_BMD) if self.norm_position == "pre" else x_BMD
-        u_BLD = self.dropout(self.ensemble([interaction(inputs_BMD, dense_BN) for interaction in self.interactions]))
+        u_list_BLD, losses = parted(interaction(inputs_BMD, dense_BN) for interaction in self.interactions)
+        u_BLD = self.dropout(self.ensemble(u_list_BLD))
         if self.norm_position == "inner":
             u_BLD = self.norm(u_BLD)
         sum_BLD = u_BLD + self.shortcut(x_BMD)
-        return self.norm(sum_BLD) if self.norm_position == "post" else sum_BLD
+        return joined(self.norm(sum_BLD) if self.norm_position == "post" else sum_BLD, losses)

@@ -16,23 +16,32 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import FeatureProcessing, PlainTables, SparseIds
 from dhen.model.interactions import Axes, with_prefix
 from dhen.model.layer import DhenLayer, make_norm
+from dhen.model.mixture_of_experts import parted
 from dhen.model.mlp import MLP
 
 
 @dataclass
 class DhenModelOutput(ModelOutput):
-    """last_hidden_state: x_BMD, the output of the last layer. head_inputs: the embeddings that the head reads."""
+    """last_hidden_state: x_BMD, the output of the last layer. head_inputs: the embeddings that the head reads.
+
+    auxiliary_loss: sum of the losses of the layers' gates, in a forward that trains; None if there are none.
+    """
 
     last_hidden_state: Tensor | None = None
     head_inputs: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
 
 
 @dataclass
 class DhenOutput(ModelOutput):
-    """loss: mean binary cross entropy over the batch, None without labels. logits: (B,), one per example."""
+    """loss: mean binary cross entropy over the batch, plus auxiliary_loss; None without labels. logits: (B,).
+
+    auxiliary_loss: as in `DhenModelOutput`. It is a mean over the rows, to add to a mean loss.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    auxiliary_loss: Tensor | None = None
 
 
 class DhenPreTrainedModel(PreTrainedModel):
@@ -123,14 +132,17 @@ class DhenModel(DhenPreTrainedModel):
         if num_passes > 1:
             x_BMD, dense_BN = x_BMD.repeat(num_passes, 1, 1), dense_BN.repeat(num_passes, 1)
         earlier: list[Tensor] = []  # only what the head reads, so that nothing else is kept in memory
+        loss: Tensor | float = 0.0
         for layer in self.layers:
             if self.config.head_inputs == "all":
                 earlier.append(x_BMD)
-            x_BMD = layer(x_BMD, dense_BN)
+            (x_BMD,), losses = parted([layer(x_BMD, dense_BN)])
+            loss = sum(losses, loss)
         if self.norm is not None:
             x_BMD = self.norm(x_BMD)
         head_inputs = torch.cat([*earlier, x_BMD], dim=1) if earlier else x_BMD
-        return DhenModelOutput(last_hidden_state=x_BMD, head_inputs=head_inputs)
+        auxiliary_loss = loss if isinstance(loss, Tensor) else None
+        return DhenModelOutput(last_hidden_state=x_BMD, head_inputs=head_inputs, auxiliary_loss=auxiliary_loss)
 
 
 class DhenForClickPrediction(DhenPreTrainedModel):
@@ -193,8 +205,8 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             inputs_embeds = self._join(inputs_embeds, sparse)
         elif sparse is not None:
             raise ValueError("pass sparse or inputs_embeds, not both.")
-        head_inputs_BMD = self.model(inputs_embeds, dense, num_passes).head_inputs
-        logits_B = self.head(head_inputs_BMD.flatten(1)).squeeze(1)
+        trunk = self.model(inputs_embeds, dense, num_passes)
+        logits_B = self.head(trunk.head_inputs.flatten(1)).squeeze(1)
         logits_B = logits_B.to(torch.promote_types(logits_B.dtype, torch.float32))
         loss = None
         if labels is not None:
@@ -202,7 +214,9 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             labels = labels.to(logits_B.dtype).repeat(num_passes)
             total = nn.functional.binary_cross_entropy_with_logits(logits_B, labels, reduction="sum")
             loss = total / max(labels.shape[0], 1)
-        return DhenOutput(loss=loss, logits=logits_B)
+            if trunk.auxiliary_loss is not None:
+                loss = loss + trunk.auxiliary_loss
+        return DhenOutput(loss=loss, logits=logits_B, auxiliary_loss=trunk.auxiliary_loss)
 
     def input_axes(self, sparse: Sequence[str], dense: Sequence[str]) -> Axes:
         """Which weights belong to which feature. sparse, dense: names of the features, in the data's order."""

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.training_arguments import TrainingArguments
 from dhen.data.loading.batches import Batch, BatchLoader
+from dhen.model.modeling_dhen import DhenOutput
 from dhen.tables.id_exchange import SentIds
 from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
@@ -145,12 +147,8 @@ class Trainer:
     def micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
         """Take one micro step with the model's present learning rates. Communicates; all ranks call it."""
         embeddings_BFD = self.model.look_up(sent_ids)
-        passes = self.arguments.num_passes
-        logits_B = self.model.score(embeddings_BFD, batch.dense_BN, batch.sparse, passes)
-        if passes > 1:
-            loss, logits_B = self_ensemble_loss(logits_B.view(passes, len(batch.labels_B)), batch.labels_B)
-        else:
-            loss = binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="sum")
+        output = self.model.forward(embeddings_BFD, batch.dense_BN, batch.sparse, self.arguments.num_passes)
+        loss, logits_B = summed_loss(output, batch.labels_B, self.arguments.num_passes)
         if self.arguments.looked_up_l2 and embeddings_BFD is not None:
             loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()
         # DeepSpeed and the tables average gradients over ranks, and DeepSpeed divides by the accumulation steps. With
@@ -256,6 +254,16 @@ class Trainer:
             save_checkpoint(self.model, self.output_dir, state, self.data_order, asdict(self.arguments))
             if self.model.topology.is_main:
                 delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
+
+
+def summed_loss(output: DhenOutput, labels_B: Tensor, num_passes: int) -> tuple[Tensor, Tensor]:
+    """The training loss, summed over this rank's examples, and the logits_B by which they are judged."""
+    logits_B, size = output.logits, len(labels_B)
+    if num_passes > 1:
+        loss, logits_B = self_ensemble_loss(logits_B.view(num_passes, size), labels_B)
+    else:
+        loss = binary_cross_entropy_with_logits(logits_B, labels_B, reduction="sum")
+    return loss if output.auxiliary_loss is None else loss + size * output.auxiliary_loss, logits_B
 
 
 def with_ids_ahead(model: ParallelDhen, batches: Iterator[Batch]) -> Iterator[tuple[Batch, SentIds | None]]:

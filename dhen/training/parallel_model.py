@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -15,6 +16,7 @@ from dhen.config.ds_config import DsConfig
 from dhen.dense.averaged_weights import AveragedWeights
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
+from dhen.model.modeling_dhen import DhenOutput
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import SentIds
 from dhen.tables.placement.plan import Placement
@@ -59,19 +61,23 @@ class ScoringDhen:
             return None
         return self.tables.look_up(self.replicated.others(sparse) if isinstance(sparse, SparseIds) else sparse)
 
-    def score(
+    def forward(
         self,
         embeddings_BFD: PendingEmbeddings | Tensor | None,
         dense_BN: Tensor,
         sparse: SparseIds | None = None,
         num_passes: int = 1,
-    ) -> Tensor:
-        """Looked-up embeddings and raw dense features -> logits_B. Communicates under ZeRO stage 3.
+    ) -> DhenOutput:
+        """Looked-up embeddings and raw dense features -> logits_B and auxiliary loss. Communicates under ZeRO stage 3.
 
         sparse: the batch's ids; needed only if tables are replicated. num_passes: as in `DhenForClickPrediction`.
         """
         own = self.replicated.own(sparse)
-        return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN, num_passes=num_passes).logits
+        return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN, num_passes=num_passes)
+
+    def score(self, *inputs: Any, **more: Any) -> Tensor:
+        """The logits of `forward`."""
+        return self.forward(*inputs, **more).logits
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

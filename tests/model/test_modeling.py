@@ -21,6 +21,7 @@ ALL_KINDS = [
     "advanced_dlrm",
     {"kind": "advanced_dlrm", "compress_to": 2, "example_weights": True, "num_cross_layers": 1},
     {"kind": "advanced_dlrm", "compress_to": 2, "weights_mlp": [4], "swish_layer_norm": True},
+    {"kind": "advanced_dlrm", "num_experts": 3, "balance_loss": 0.0, "batch_norm": False},
     "multiplicative",
     "wukong",
 ]

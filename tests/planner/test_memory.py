@@ -1,11 +1,12 @@
 """The predicted peak of a rank is that of a real run, under every ZeRO stage, HSDP, recomputation, offload and bf16."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from deepspeed.utils import set_z3_leaf_modules
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig
@@ -22,6 +23,7 @@ from dhen.planner.technique import Technique
 from dhen.planner.zero3_gathering import Gathering, Limits
 from dhen.runtime.topology import Topology
 from dhen.training import parallelize as parallelize_module
+from dhen.training.loop import summed_loss
 from dhen.training.parallelize import lay_out, parallelize
 from tests.planner.test_step_trace import kept_bytes
 from tests.ranks import run_ranks
@@ -44,22 +46,32 @@ FP32 = [
 BF16 = [Technique("dp"), Technique("zero2"), Technique("hsdp"), Technique("zero3", checkpointing=DEPTH)]
 
 
-def planner_of(precision: str, depth: int = DEPTH) -> Planner:
+EXPERTS = {"kind": "advanced_dlrm", "num_experts": 8, "over_arch": [128]}
+INTERACTIONS = ("advanced_dlrm", "self_attention", "linear", "deep_cross_flattened")
+
+
+def planner_of(precision: str, depth: int = DEPTH, interactions: Sequence[Any] = INTERACTIONS) -> Planner:
     config = DhenConfig(
         num_dense_features=5,
         sparse_features=[{"name": f"C{index}", "num_embeddings": 50} for index in range(TABLES)],
         embedding_dim=16,
         num_layers=depth,
         num_embeddings_out=6,
-        interactions=["advanced_dlrm", "self_attention", "linear", "deep_cross_flattened"],
+        interactions=list(interactions),
     )
     machine = read_machine("cpu", ranks_per_node=2)
     return Planner(Job(config, BATCH, machine, nodes=2, precision=precision))
 
 
-def measured_peaks(topology: Topology, precision: str, techniques: list[Technique], accumulation: int = 1) -> list[int]:
+def measured_peaks(
+    topology: Topology,
+    precision: str,
+    techniques: list[Technique],
+    accumulation: int = 1,
+    interactions: Sequence[Any] = INTERACTIONS,
+) -> list[int]:
     """Most bytes alive in a step of this rank, by technique."""
-    planner, peaks = planner_of(precision), []
+    planner, peaks = planner_of(precision, interactions=interactions), []
     for technique in techniques:
         whole = planner.whole_ds_config(technique)
         section = DhenSection(**whole.pop("dhen", {}))
@@ -76,8 +88,8 @@ def measured_peaks(topology: Topology, precision: str, techniques: list[Techniqu
                     memory.reset_peak()
                 sparse = SparseIds(torch.randint(0, 50, (TABLES * BATCH,), generator=generator), num_features=TABLES)
                 dense_BN, labels_B = torch.randn(BATCH, 5, generator=generator), torch.ones(BATCH)
-                logits_B = model.score(model.look_up(sparse), dense_BN, sparse)
-                model.step(binary_cross_entropy_with_logits(logits_B, labels_B))
+                loss, _ = summed_loss(model.forward(model.look_up(sparse), dense_BN, sparse), labels_B, 1)
+                model.step(loss / BATCH)
                 of_steps.append(memory.peak)
         peaks.append(
             min(of_steps[accumulation - 1 :: accumulation][3:])
@@ -89,6 +101,16 @@ def measured_peaks(topology: Topology, precision: str, techniques: list[Techniqu
 def test_the_predicted_peak_is_the_fullest_ranks(precision, techniques):
     measured = run_ranks(4, measured_peaks, precision, techniques, local_size=2)
     planner = planner_of(precision)
+    for technique, *peaks in zip(techniques, *measured, strict=True):
+        predicted = planner.predict(technique).memory
+        assert predicted.peak == pytest.approx(max(peaks), rel=TOLERANCE), f"{technique}: {predicted}"
+
+
+def test_the_memory_of_a_mixture_of_experts_is_predicted():
+    """Wide weights: 8 experts of 128 units."""
+    techniques = [Technique("dp"), Technique("zero2", checkpointing=2), Technique("hsdp")]
+    measured = run_ranks(4, measured_peaks, "fp32", techniques, 1, [EXPERTS, "linear"], local_size=2)
+    planner = planner_of("fp32", interactions=[EXPERTS, "linear"])
     for technique, *peaks in zip(techniques, *measured, strict=True):
         predicted = planner.predict(technique).memory
         assert predicted.peak == pytest.approx(max(peaks), rel=TOLERANCE), f"{technique}: {predicted}"

@@ -16,6 +16,7 @@ EXACT = (
     {"kind": "advanced_dlrm", "compress_to": 3, "example_weights": True},
     {"kind": "advanced_dlrm", "compress_to": 3, "weights_mlp": [5], "dense_output": True, "use_dense": True},
     {"kind": "advanced_dlrm", "compress_to": 3, "weights_mlp": []},
+    {"kind": "advanced_dlrm", "num_experts": 3, "noisy_gate": True, "use_dense": True},
     {"kind": "multiplicative", "num_layers": 2, "batch_norm": True, "use_dense": True},
     "deep_cross_flattened", {"kind": "deep_cross_flattened", "cross_width": 3, "num_cross_layers": 2},
 )  # fmt: skip

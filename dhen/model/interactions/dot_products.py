@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dhen.model.expert_mlps import ExpertMlps
 from dhen.model.interactions.deep_cross import CrossNet
 from dhen.model.interactions.linear import autocast, mix
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
+from dhen.model.mixture_of_experts import Gate, MixtureOfExperts, Output, joined, parted
 from dhen.model.mlp import MLP, Activation
-from dhen.model.ranges import DepthFrom0, Size
+from dhen.model.ranges import DepthFrom0, NotNegative, Size
 
 
 class PairwiseDots(nn.Module):
@@ -128,8 +130,8 @@ class AdvancedDlrm(Interaction):
     dots: x_i . x_j for i < j, or X (X^T W) with `compress_to`. If the options are set, the dots are normalized, gated
     by themselves (`swish_layer_norm`), joined with the dense vector (`use_dense`) and crossed
     (v <- v0 * (U V v + b) + v), in this order, before the over arch. With `dense_output`, the first of the L embeddings
-    is a linear map of the dense vector instead, so that it reaches the next layer by itself. W_m has a bias, which the
-    paper does not print.
+    is a linear map of the dense vector instead, so that it reaches the next layer by itself. With `num_experts`, a
+    mixture of so many stands for W_m MLP (paper, table 3). W_m has a bias, which the paper does not print.
 
     >>> dlrm = AdvancedDlrm(InteractionContext(num_inputs=5, num_outputs=3, embedding_dim=4))
     >>> dlrm(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
@@ -144,6 +146,10 @@ class AdvancedDlrm(Interaction):
         context: InteractionContext,
         *,
         over_arch: Sequence[Size] = (64,),
+        num_experts: Size = 1,
+        experts_per_example: Size | None = None,
+        balance_loss: NotNegative | None = None,
+        noisy_gate: bool = False,
         compress_to: Size | None = None,
         example_weights: bool = False,
         weights_mlp: Sequence[Size] | None = None,
@@ -156,7 +162,9 @@ class AdvancedDlrm(Interaction):
         use_dense: bool = False,
         dense_output: bool = False,
     ) -> None:
-        """over_arch: hidden sizes; W_m is the linear layer after them. compress_to: K; None: all pairs.
+        """over_arch: hidden sizes; W_m is the linear layer after them. num_experts: number of such MLPs, of which
+        experts_per_example compute an example; None: 2. balance_loss: factor of the loss that keeps the experts equally
+        busy; None: 0.01. noisy_gate: choose them with noise in training. compress_to: K; None: all pairs.
 
         example_weights: weight the embeddings per example before compression. weights_mlp: hidden sizes of an MLP that
         makes the weights of the compression per example. normalize: apply layer norm to the dots. swish_layer_norm:
@@ -170,6 +178,10 @@ class AdvancedDlrm(Interaction):
         for name, value in {"example_weights": example_weights, "weights_mlp": weights_mlp is not None}.items():
             if value and compress_to is None:
                 raise ValueError(f"{name} has no effect because compress_to is not set. Set compress_to too.")
+        of_gate = {"experts_per_example": experts_per_example, "balance_loss": balance_loss, "noisy_gate": noisy_gate}
+        for name, value in of_gate.items():
+            if num_experts == 1 and value is not None and value is not False:
+                raise ValueError(f"{name} has no effect because num_experts is 1. Set num_experts too.")
         if dense_output and (context.num_dense_features == 0 or context.num_outputs == 1):
             sizes = f"num_dense_features is {context.num_dense_features}, num_embeddings {context.num_outputs}"
             raise ValueError(f"dense_output needs dense features and another output, but {sizes}. Remove dense_output.")
@@ -191,22 +203,26 @@ class AdvancedDlrm(Interaction):
         self.swish = nn.Sequential(nn.LayerNorm(num_dots), nn.Sigmoid()) if swish_layer_norm else None
         width = num_dots + (num_dense if use_dense else 0)
         self.cross = CrossNet(width, num_cross_layers, cross_width or 32) if num_cross_layers else None
-        self.over_arch = MLP(
-            width,
-            over_arch,
-            (context.num_outputs - dense_output) * context.embedding_dim,
-            activation,
-            context.batch_norm if batch_norm is None else batch_norm,
-            context.zero_init,
-        )
         zero, dim = context.zero_init, context.embedding_dim
+        norm = context.batch_norm if batch_norm is None else batch_norm
+        sizes = (width, over_arch, (context.num_outputs - dense_output) * dim, activation)
+        if num_experts == 1:
+            self.over_arch: nn.Module = MLP(*sizes, norm, zero)
+        elif norm:
+            raise ValueError("batch_norm does not work with num_experts. Set the interaction's batch_norm to false.")
+        else:
+            balance = 0.01 if balance_loss is None else balance_loss
+            gate = Gate(width, num_experts, experts_per_example or 2, balance, noisy_gate)
+            self.over_arch = MixtureOfExperts(gate, ExpertMlps(num_experts, *sizes, zero))
         self.dense_output = MLP(num_dense, [], dim, zero_init=zero) if dense_output else None
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """The over arch, the norm and the cross layers work on v."""
         dots = self.dots.dot_labels(inputs)
         v = [*dots, *(dense if self.use_dense else ())]
-        axes = with_prefix("dots", self.dots.input_axes(inputs)) | {"over_arch.0.weight": {1: v}}
+        axes = with_prefix("dots", self.dots.input_axes(inputs))
+        for name in ("0", "gate.linear", "gate.noise", "experts.layers.0"):
+            axes[f"over_arch.{name}.weight"] = {1: v}
         if self.norm is not None:
             axes |= {"norm.weight": {0: dots}, "norm.bias": {0: dots}}
         if self.swish is not None:
@@ -215,8 +231,8 @@ class AdvancedDlrm(Interaction):
             axes["dense_output.0.weight"] = {1: dense}
         return axes if self.cross is None else axes | with_prefix("cross", self.cross.input_axes(v))
 
-    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
-        """Return u_BLD."""
+    def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Output:
+        """Return u_BLD, with the gate's loss if there is one."""
         v = self.dots(x_BMD)
         if self.norm is not None:
             v = self.norm(v)
@@ -226,10 +242,10 @@ class AdvancedDlrm(Interaction):
             v = torch.cat([v, dense_BN], dim=1)
         if self.cross is not None:
             v = self.cross(v)
-        u = self.over_arch(v)
+        (u,), losses = parted([self.over_arch(v)])
         if self.dense_output is not None:
             u = torch.cat([self.dense_output(dense_BN), u], dim=1)
-        return u.unflatten(1, (self.context.num_outputs, self.context.embedding_dim))
+        return joined(u.unflatten(1, (self.context.num_outputs, self.context.embedding_dim)), losses)
 
 
 @register_interaction("factorization_machine")

@@ -97,7 +97,7 @@ class Interaction(nn.Module):
         return [*inputs, *(["dense row"] if self.dense_row is not None else [])]
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
-        """Return u_BLD."""
+        """Return u_BLD, or (u_BLD, a scalar to add to the training loss)."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(x_BMD, dense_BN) -> u_BLD.")
 
 
