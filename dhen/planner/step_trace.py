@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
 
 from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
@@ -33,6 +33,11 @@ _LAYERS = "model.layers."
 _UNTRACEABLE = (RuntimeError, AssertionError, TypeError)
 """What torch raises if code reads the values of fake tensors, or mixes them with real tensors."""
 EventKind = Literal["enter", "leave", "gradient", "loss", "end"]
+# torch has formulas for the kernels of GPUs alone, but the trace runs on tensors of a CPU.
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+register_flop_formula(_ATTENTION, get_raw=True)(sdpa_flop)
+register_flop_formula(_ATTENTION_BACKWARD, get_raw=True)(sdpa_backward_flop)
 
 
 class UntraceableError(ValueError):
@@ -140,6 +145,23 @@ def trace_step(
     with _saying_why():
         trace = _trace(_as_text(config, entries), batch_size, precision, what, num_passes)
     return _lengthened(trace, places)
+
+
+def training_flops_per_sample(
+    config: DhenConfig, batch_size: int = 2, precision: Precision = FP32, num_passes: int = 1
+) -> int | None:
+    """Floating-point operations of the dense part's forward and backward for one example; None if it is untraceable.
+
+    Counted are matrix products, convolutions and attention, with 2 for a multiply-add, as torch.utils.flop_counter
+    does; of a mixture of experts, those of the chosen experts and of the gate. Not counted are the tables, the
+    optimizer, what is computed element by element, and recomputation. num_passes: of the example through the layers.
+    batch_size and precision change no count; with those of an earlier `trace_step`, this costs nothing.
+    """
+    try:
+        trace = trace_step(config, batch_size, precision, num_passes=num_passes)
+    except UntraceableError:
+        return None
+    return sum(work.flops for event in trace.events for work in event.work) // batch_size
 
 
 def evaluation_bytes(config: DhenConfig, batch_size: int, precision: Precision = FP32) -> int:

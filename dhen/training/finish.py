@@ -9,8 +9,11 @@ from pathlib import Path
 
 from dhen.config.arguments import Arguments
 from dhen.data.schema import Schema
+from dhen.planner.step_trace import training_flops_per_sample
 from dhen.training.dataset import TrainingData
 from dhen.training.loop import Evaluation, Trainer, evaluate
+from dhen.training.memory_plan import precision_of
+from dhen.training.parallel_model import ParallelDhen
 from dhen.training.reporting.curves import draw_curves
 from dhen.training.reporting.progress import METRICS_FILE, ProgressReporter
 from dhen.training.reporting.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
@@ -55,6 +58,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         "samples_seen": state.samples_seen,
         "ds_config": arguments.ds_config,
         "zero_stage": model.ds_config.zero_stage,
+        "training_flops_per_sample": _training_flops(model, arguments) if model.topology.is_main else None,
     }
     card = model_card(model.config, data.schema, summary)
     with model.averaged():
@@ -109,6 +113,11 @@ def doubts(
                 f"{name}: the predictions are too {way} on average: calibration is {calibration:.3f}. {why}"
             )
     return sentences
+
+
+def _training_flops(model: ParallelDhen, arguments: Arguments) -> int | None:
+    batch_size, precision = arguments.training.per_device_train_batch_size, precision_of(model.ds_config)
+    return training_flops_per_sample(model.config, batch_size, precision, arguments.training.num_passes)
 
 
 def _earlier_rate(output_dir: Path) -> float:

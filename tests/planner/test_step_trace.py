@@ -13,7 +13,7 @@ from dhen.model.interactions import Interaction, InteractionContext, MixEmbeddin
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.planner import step_trace
 from dhen.planner.live_memory import LiveMemory
-from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
+from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step, training_flops_per_sample
 
 KINDS = [
     "advanced_dlrm",
@@ -23,6 +23,7 @@ KINDS = [
     "deep_cross",
     "deep_cross_flattened",
     "multiplicative",
+    {"kind": "advanced_dlrm", "num_experts": 4, "over_arch": [16]},
 ]
 BATCH = 32
 
@@ -131,6 +132,29 @@ def test_weights_and_operations_are_those_of_the_model():
         logits_B = model(inputs_embeds=inputs, dense=torch.randn(BATCH, 3)).logits
         binary_cross_entropy_with_logits(logits_B, torch.ones(BATCH)).backward()
     assert sum(work.flops for event in trace.events for work in event.work) == counter.get_total_flops()
+    assert training_flops_per_sample(config) == counter.get_total_flops() / BATCH
+
+
+def test_training_flops_are_those_of_the_formulas():
+    """Forward, and twice as many backward; half of a layer's backward only, if nothing before it is trained."""
+
+    def flops(entry: dict[str, object], **more: object) -> int:
+        options = {"interactions": [entry], "head_mlp": [], "dense_mlp": [], "num_dense_features": 0}
+        return training_flops_per_sample(config_of(1, **options | {"ensemble": "concat", "dropout": 0.0} | more))
+
+    linear = {"kind": "linear", "num_embeddings": 5}
+    head = 3 * 2 * 5 * 8  # 5 embeddings of 8 to one logit
+    assert flops(linear) == 3 * 2 * 5 * 5 * 8 + head
+    dlrm = {"kind": "advanced_dlrm", "num_embeddings": 5, "over_arch": [16]}
+    mlp, dots, gate = 3 * 2 * (10 * 16 + 16 * 40), 3 * 2 * 5 * 5 * 8, 3 * 2 * 10 * 4
+    biases = 2 * 2 * (16 + 40)  # of two experts: a product in the backward alone
+    assert flops(dlrm) == mlp + dots + head
+    assert flops(dlrm | {"num_experts": 4}) == 2 * mlp + dots + gate + biases + head
+    assert flops(dlrm | {"num_experts": 4, "experts_per_example": 1}) == mlp + dots + gate + biases // 2 + head
+    attention = {"kind": "self_attention", "num_embeddings": 5, "feedforward_dim": 16}
+    products = 3 * 2 * 5 * 8 * (3 * 8 + 8 + 2 * 16) + 3 * 2 * 5 * 5 * 8  # of rows by weights, and of W
+    scores = 2 * 2 * 5 * 5 * 8  # of the forward; flash attention's backward computes them again
+    assert flops(attention) == products + scores * 7 // 2 + head
 
 
 def test_too_many_layers_and_unknown_kinds_are_refused():
