@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from dhen.model.interactions.linear import autocast
-from dhen.model.mlp import Activation, activation_module
+from dhen.model.mlp import Activation, activation_module, autocast
 
 
 # torch's own grouped_mm takes no float64 and no odd sizes, and float32 neither on fake tensors nor in torch.compile.
@@ -64,7 +63,7 @@ def _aligned(tensor: Tensor, num_axes: int = 1) -> Tensor:
     return F.pad(tensor, [pad for size in sizes for pad in (0, -size % 8)]).contiguous()
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedAffine(torch.autograd.Function):
     """Keeps the weight itself, not a copy in the rows' dtype, so that ZeRO stage 3 can free it until the backward."""
 
     @staticmethod
@@ -89,13 +88,8 @@ class _GroupedLinear(torch.autograd.Function):
         return drows_RI, dweight_EIO, dbias_EO, None, None
 
 
-class GroupedLinear(nn.Module):
-    """x W_e + b_e for each row x of expert e. The initialization is that of nn.Linear, or 0 with `zero_init`.
-
-    >>> experts_R, ends_E = torch.tensor([0, 1]), torch.tensor([1, 2], dtype=torch.int32)
-    >>> GroupedLinear(num_experts=2, in_features=4, out_features=3)(torch.ones(2, 4), experts_R, ends_E).shape
-    torch.Size([2, 3])
-    """
+class _GroupedLinear(nn.Module):
+    """x W_e + b_e for each row x of expert e. The initialization is that of nn.Linear, or 0 with `zero_init`."""
 
     def __init__(self, num_experts: int, in_features: int, out_features: int, zero_init: bool = False) -> None:
         super().__init__()
@@ -111,7 +105,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, rows_RI: Tensor, experts_R: Tensor, ends_E: Tensor) -> Tensor:
         """Return rows_RO, in the dtype of rows_RI."""
-        return _GroupedLinear.apply(rows_RI, self.weight, self.bias, experts_R, ends_E)
+        return _GroupedAffine.apply(rows_RI, self.weight, self.bias, experts_R, ends_E)
 
 
 class ExpertMlps(nn.Module):
@@ -134,7 +128,7 @@ class ExpertMlps(nn.Module):
         """hidden, zero_init: of each expert, as in `MLP`."""
         super().__init__()
         sizes = list(pairwise([in_features, *hidden, out_features]))
-        layers = [GroupedLinear(num_experts, *pair, zero_init and pair is sizes[-1]) for pair in sizes]
+        layers = [_GroupedLinear(num_experts, *pair, zero_init and pair is sizes[-1]) for pair in sizes]
         self.layers, self.activation = nn.ModuleList(layers), activation_module(activation)
 
     def forward(self, rows_RI: Tensor, experts_R: Tensor, ends_E: Tensor) -> Tensor:

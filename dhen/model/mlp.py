@@ -28,6 +28,13 @@ def activation_module(name: Activation) -> nn.Module:
     return _ACTIVATIONS[name]()
 
 
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype if autocast is on. Several products of the result share and keep one cast copy."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # autocast leaves float64 alone
+    return x.to(torch.get_autocast_dtype(device)) if is_cast else x
+
+
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalization of (B, width) that can also train on batches of one row or none.
 

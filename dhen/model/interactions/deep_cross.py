@@ -8,8 +8,9 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dhen.model.interactions.linear import MixEmbeddings, autocast, mix
+from dhen.model.interactions.linear import MixEmbeddings, mix
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
+from dhen.model.mlp import autocast
 from dhen.model.ranges import Depth, Size
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from dhen.model.expert_mlps import ExpertMlps
 from dhen.model.interactions.deep_cross import CrossNet
-from dhen.model.interactions.linear import autocast, mix
+from dhen.model.interactions.linear import mix
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction, with_prefix
 from dhen.model.mixture_of_experts import Gate, MixtureOfExperts, Output, joined, parted
-from dhen.model.mlp import MLP, Activation
+from dhen.model.mlp import MLP, Activation, autocast
 from dhen.model.ranges import DepthFrom0, NotNegative, Size
 
 

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dhen.model.interactions.registry import Axes, Interaction, InteractionContext, register_interaction
-
-
-def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype if autocast is on. Several products of the result share and keep one cast copy."""
-    device = x.device.type
-    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # autocast leaves float64 alone
-    return x.to(torch.get_autocast_dtype(device)) if is_cast else x
+from dhen.model.mlp import autocast
 
 
 def mix(weight: Tensor, x_BMD: Tensor, transposed: bool = False) -> Tensor:
