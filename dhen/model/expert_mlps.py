@@ -1,7 +1,7 @@
 """MLPs as experts of a mixture. A layer of all of them is one operation, with static shapes, on rows sorted by expert.
 
-On a GPU in bf16 the operation is one kernel. Otherwise it is a product per expert, and a GPU's host waits for the sizes
-of the groups, once per forward.
+On an H100 or newer in bf16, the operation is one kernel. Otherwise it is a product per expert, and a GPU's host waits
+for the sizes of the groups: once per forward, in bf16 for each operation.
 
 Shapes: R rows, E experts, I inputs, O outputs. Expert e has the rows from ends[e - 1] to ends[e].
 """
