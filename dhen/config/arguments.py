@@ -30,7 +30,7 @@ from dhen.config.training_arguments import (
 )
 from dhen.model.configuration_dhen import DhenArchitecture
 from dhen.model.interactions import import_interactions
-from dhen.model.names import unknown_name
+from dhen.model.names import quoted, unknown_name
 from dhen.paths import find
 from dhen.yaml_files import read_yaml
 
@@ -188,15 +188,24 @@ def _check_combinations(training: TrainingArguments, data: DataArguments) -> Non
             "resume_from_checkpoint and overwrite_output_dir are both set. Use the first to continue the run in "
             "output_dir, or the second to delete it."
         )
-    if training.freeze == "tables" and (training.looked_up_l2 or training.whole_table_l2):
+    for name in ("looked_up_l2", "whole_table_l2", "new_row_learning_rate") if training.freezes("tables") else ():
+        if value := getattr(training, name):
+            raise ArgumentError(
+                f"freeze is {quoted(training.freeze)}, so {name} {value} would have no effect. Remove it, or thaw the "
+                "tables; to train new rows only, set table_learning_rate to 0 instead."
+            )
+    if training.new_head and training.freezes("dense"):
         raise ArgumentError(
-            "freeze is 'tables', so looked_up_l2 and whole_table_l2 would have no effect. Set both to 0."
+            f"freeze is {quoted(training.freeze)}, so the head of new_head would stay random. Freeze the parts below "
+            "it instead: features and layers, such as features,layers:0-2."
         )
-    if training.freeze != "none" and not (training.model_name_or_path or training.resume_from_checkpoint):
-        raise ArgumentError(
-            f"freeze is {training.freeze!r}, but there is no trained model to start from: frozen weights would stay "
-            "random. Add --model_name_or_path or --resume_from_checkpoint, or remove freeze."
-        )
+    for name, unset in {"freeze": "none", "new_row_learning_rate": None, "new_head": False}.items():
+        value, resumed = getattr(training, name), training.resume_from_checkpoint if name != "new_head" else None
+        if value != unset and not (training.model_name_or_path or resumed):
+            raise ArgumentError(
+                f"{name} is {quoted(value)}, but there is no trained model to start from. Add --model_name_or_path"
+                f"{' or --resume_from_checkpoint' * (name != 'new_head')}, or remove {name}."
+            )
     if data.train_file and data.dataset_name:
         raise ArgumentError(
             "dataset_name and train_file are both set. Use dataset_name, or train_file, validation_file and test_file."

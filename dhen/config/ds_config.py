@@ -44,6 +44,7 @@ class Recipe:
 
     per_device_train_batch_size: None if it depends on data that is not known yet. The ds_config must not set it then.
     table_optimizer: None if the ds_config decides. table_epsilon: None for the optimizer's default.
+    new_row_learning_rate: None for that of the other rows.
     """
 
     per_device_train_batch_size: int | None
@@ -59,6 +60,7 @@ class Recipe:
     table_epsilon: float | None = 1e-8
     whole_table_l2: float = 0.0
     ema_decay: float = 0.0
+    new_row_learning_rate: float | None = None
 
     def values(self) -> dict[str, Any]:
         """The value of each key that may be "auto"."""

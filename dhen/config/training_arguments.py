@@ -7,6 +7,7 @@ from dhen.config.command_line import Text
 from dhen.config.dhen_section import TableOptimizer
 from dhen.model import ranges
 from dhen.model.configuration_dhen import option
+from dhen.model.parts import Freeze
 
 ScheduleKind = Literal["constant", "linear", "cosine", "inverse_sqrt", "reduce_lr_on_plateau"]
 ScalingRule = Literal["none", "linear", "sqrt"]
@@ -118,9 +119,26 @@ class TrainingArguments:
         "both. Each step t keeps min(this value, (1 + t) / (10 + t)) of it; .99 and .999 are usual. It takes memory "
         "for a second copy of the weights. 0: no average.",
     )
-    freeze: Literal["none", "tables", "dense"] = option(
+    freeze: Freeze = option(
         "none",
-        "Part of the model whose weights stay fixed. Requires --model_name_or_path or --resume_from_checkpoint.",
+        "Parts of the model that stay as they are, separated by commas: tables, features (the MLP of the dense "
+        "features), layers:0-3 or layers:2, dense (all weights except the tables). Requires --model_name_or_path or "
+        "--resume_from_checkpoint.",
+    )
+    layer_learning_rate_decay: ranges.ShareAbove0 = option(
+        1.0,
+        "Train each part of the dense part with this share of the learning rate of the part above it: the head with "
+        "learning_rate, the last layer with this share of it, and so on, down to the features. 1: all alike.",
+    )
+    new_row_learning_rate: ranges.NotNegative | None = option(
+        None,
+        "Peak learning rate of the table rows that the model of --model_name_or_path never trained: new ids and new "
+        "features. Default: table_learning_rate, which all other rows keep.",
+    )
+    new_head: bool = option(
+        False,
+        "Fine-tune with a head that starts anew, with the head_mlp and head_inputs of this run, instead of the trained "
+        "model's.",
     )
     dataloader_drop_last: bool = option(False, "Skip the last step of each epoch if its batch is incomplete.")
     overwrite_output_dir: bool = option(
@@ -159,13 +177,17 @@ class TrainingArguments:
         """How often a training batch goes through the layers."""
         return 2 if self.self_ensemble else 1
 
+    def freezes(self, word: str) -> bool:
+        """Whether `freeze` has this word."""
+        return word in map(str.strip, self.freeze.split(","))
+
     def without_effect(self) -> list[str]:
         """A sentence for each value that the user changed but that another value leaves without effect."""
         of_plateau = ("plateau_factor", "plateau_patience", "plateau_restores_best")
         has_no_plateau = ("lr_scheduler_type", self.lr_scheduler_type != "reduce_lr_on_plateau")
         is_unused = dict.fromkeys(of_plateau, has_no_plateau) | {
             "base_batch_size": ("learning_rate_scaling", self.learning_rate_scaling == "none"),
-            "self_ensemble": ("freeze", self.freeze == "dense"),
+            "self_ensemble": ("freeze", self.freezes("dense")),
             "table_epsilon": ("table_optimizer", self.table_optimizer == "sgd"),
         }
         default = TrainingArguments.__dataclass_fields__

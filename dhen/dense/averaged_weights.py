@@ -60,6 +60,8 @@ class AveragedWeights:
         module = self._engine.module
         with self.swapped_in(), torch.no_grad():
             for name, weight in module.named_parameters():
+                if not weight.requires_grad or name not in state:  # frozen, or ANCHOR of trained_parts.py
+                    continue
                 value = state[name].to(self._engine.device)
                 if hasattr(weight, "ds_id"):
                     # safe_set_full_fp32_param fails if the last shard is padded.

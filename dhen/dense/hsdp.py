@@ -298,7 +298,7 @@ class HsdpEngine(deepspeed.DeepSpeedEngine):
 
 def initialize(
     model: nn.Module,
-    parameters: list[nn.Parameter],
+    parameters: list[Any],
     config: dict[str, Any],
     groups: ShardGroups,
     reduction: ReplicaReduction,

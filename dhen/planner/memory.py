@@ -60,8 +60,8 @@ class _Rank:
         self._trace, self._setting, self._is_gpu = trace, setting, is_gpu
         self._most_gathered = 0
         size = setting.shard_size
-        self._shard = sum(-(-elements // size) for elements in trace.weights.values())
-        self._largest = max(trace.weights.values())
+        self._shard = sum(-(-elements // size) for elements in trace.trained.values())
+        self._largest = max(trace.trained.values())
         optimizer = self._shard * (setting.state_bytes + (0 if setting.shares_masters else setting.master_bytes))
         on_host = int(optimizer * setting.offload_optimizer)
         stepped = int(min(self._shard, setting.sub_group) * setting.offload_optimizer)
@@ -78,7 +78,8 @@ class _Rank:
                 self.host += self._largest * setting.gradient_bytes
                 self.rest["buckets"] = self._largest * setting.gradient_bytes
             return
-        gradients, weights = self._shard * setting.gradient_bytes, self._shard * setting.weight_bytes
+        gradients = self._shard * setting.gradient_bytes
+        weights = sum(-(-elements // size) for elements in trace.weights.values()) * setting.weight_bytes
         if on_host:
             self.host += gradients + int(self._shard * setting.offload_optimizer) * setting.master_bytes
         if setting.offload_param:
@@ -89,7 +90,7 @@ class _Rank:
     def micro_step(self) -> tuple[dict[str, int], str]:
         """The peak in the forward and backward: what is held then, and when."""
         setting = self._setting
-        flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._trace.weights)
+        flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._trace.trained)
         activations = _Activations(self._trace, setting.offload_activations)
         gathering = gathering_of(self._trace, setting) if setting.stage == 3 else None
         owner = {weight: module for module, own in self._trace.modules.items() for weight in own}
@@ -111,7 +112,7 @@ class _Rank:
             gathered = gathering.elements * setting.weight_bytes if gathering else 0
             where = "backward" if is_backward else "forward"
             note(f"{where}, {event.name or event.kind}", peak, gathered, flow.held)
-            if event.kind == "gradient":
+            if event.kind == "gradient" and event.name not in self._trace.frozen:
                 elements = self._trace.weights[event.name]
                 if gathering and is_nearly_full(elements, setting.reduce_bucket):
                     gathering.release(event.name)
@@ -152,7 +153,7 @@ class _Rank:
             is_converted = setting.gradient_bytes != setting.master_bytes
             joined = at_once * setting.gradient_bytes if is_converted else 0
             if setting.stage < 3:
-                most = max(_shares(self._trace.weights, setting.shard_size).values())
+                most = max(_shares(self._trace.trained, setting.shard_size).values())
                 joined += most * setting.gradient_bytes
             else:  # without a conversion, the optimizer reads the buffer of the gradients
                 gradients = self._shard * setting.gradient_bytes + is_converted * gradients

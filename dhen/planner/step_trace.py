@@ -76,11 +76,19 @@ class Event:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One micro step. weights: elements by name. modules: names of the weights that each module owns directly."""
+    """One micro step. weights: elements by name. modules: names of the weights that each module owns directly. frozen:
+    names of weights without gradient and optimizer state. Activations count as if none were.
+    """
 
     events: tuple[Event, ...]
     weights: dict[str, int]
     modules: dict[str, tuple[str, ...]]
+    frozen: frozenset[str] = frozenset()
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """The weights that are trained."""
+        return {name: elements for name, elements in self.weights.items() if name not in self.frozen} or {"": 1}
 
     @property
     def num_weights(self) -> int:

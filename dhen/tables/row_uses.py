@@ -37,8 +37,12 @@ class RowUses:
 
     def of(self, table: int) -> Tensor:
         """The counts of table number `table`, (rows,): a view."""
+        return self.rows_of(self.counts, table)
+
+    def rows_of(self, values: Tensor, table: int) -> Tensor:
+        """A table's part of one value per row of all tables: a view."""
         first = sum(self._rows[:table])
-        return self.counts[first : first + self._rows[table]]
+        return values[first : first + self._rows[table]]
 
     def add(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
         """Count one use of each id. ids: ordered by table. Returns their rows, counted over all tables."""

@@ -100,6 +100,7 @@ class ShardedTables(nn.Module):
         self._lookup, self._updated = None, None
         self.uses = RowUses([shard.num_embeddings for shard in self.shards], self._device)
         self._unseen: UnseenIds | None = None
+        self._is_new = torch.zeros_like(self.uses.counts, dtype=torch.bool) if self.update.has_new_rows else None
         if self.shards:
             self._make_lookup(rounds=table_dtype == "fp16" and table_rounding == "stochastic")
         for shard, weight in zip(self.shards, self._weights(), strict=True):
@@ -112,12 +113,12 @@ class ShardedTables(nn.Module):
         if not on_cpu:
             memory = torch.cuda.get_device_properties(self._device).total_memory
             cached = beyond_device(self.shards, MEMORY_SHARE * memory)
-        if cached and update.touches_all_rows:
+        if cached and (update.touches_all_rows or update.has_new_rows):
             raise ValueError(
-                "the tables do not fit on the GPUs, but Adam with whole_table_l2 updates all rows in each step. Use "
-                "more ranks, or set whole_table_l2 to 0."
+                "the tables do not fit on the GPUs, but Adam with whole_table_l2 updates all rows in each step, and "
+                "new_row_learning_rate updates rows where they lie. Use more ranks, or leave these options out."
             )
-        is_adam_here = update.optimizer == "adam" and (on_cpu or update.touches_all_rows)
+        is_adam_here = update.optimizer == "adam" and (on_cpu or update.touches_all_rows or update.has_new_rows)
         self._lookup = make_lookup(
             [(shard.num_embeddings, shard.num_columns) for shard in self.shards],
             self._device,
@@ -128,8 +129,8 @@ class ShardedTables(nn.Module):
             rounds_stochastically=rounds,
             cached=cached,
         )
-        if is_adam_here or (rounds and on_cpu):
-            self._updated = UpdatedTables(self._lookup, update, rounds=rounds)
+        if is_adam_here or (rounds and on_cpu) or update.has_new_rows:
+            self._updated = UpdatedTables(self._lookup, update, rounds=rounds, is_new=self._is_new)
 
     def forward(self, sparse: SparseIds | SentIds) -> Tensor:
         """Look up and pool: SparseIds of this rank's B examples -> embeddings_BFD.
@@ -199,46 +200,63 @@ class ShardedTables(nn.Module):
         """Wait until no ids are in transit."""
         self._ids.settle()
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """Set the learning rate of the next updates. Call it before the forward; a backward uses its forward's rate."""
+    def mark_new_rows(self) -> None:
+        """Let the rows that training has not used yet be the new ones, if `update` tells them apart."""
+        if self._is_new is not None:
+            self._is_new.copy_(self.uses.counts == 0)
+
+    def set_learning_rate(self, learning_rate: float, of_new_rows: float | None = None) -> None:
+        """Set the learning rate of the next updates. Call it before the forward; a backward uses its forward's rate.
+
+        of_new_rows: by default the same.
+        """
         if self._lookup is not None:
             self._lookup.set_learning_rate(learning_rate)
         if self._updated is not None:
-            self._updated.learning_rate = learning_rate
+            self._updated.learning_rates = (learning_rate, learning_rate if of_new_rows is None else of_new_rows)
 
-    def end_step(self, learning_rate: float, average_decay: float) -> None:
+    def end_step(self, learning_rate: float, average_decay: float, of_new_rows: float | None = None) -> None:
         """Do what comes after the updates of a step: L2 decay of whole tables, and the moving average.
 
-        average_decay: share of the average that stays.
+        average_decay: share of the average that stays. of_new_rows: their learning rate, by default the same.
         """
         if self.update.l2 and self.update.optimizer != "adam":
-            self._decay_whole_tables(learning_rate * self.update.l2)
+            new_rate = learning_rate if of_new_rows is None else of_new_rows
+            self._decay_whole_tables(learning_rate * self.update.l2, new_rate * self.update.l2)
         if self.average is not None:
             self.average.after_step(average_decay)
 
     @torch.no_grad()
-    def _decay_whole_tables(self, rate: float) -> None:
+    def _decay_whole_tables(self, rate: float, of_new_rows: float) -> None:
         """Multiply every weight by 1 - `rate` (rate: learning rate times L2). For small tables: it touches every row.
 
         fp16 weights are rounded stochastically; rounded to nearest, most would never change.
         """
-        for weight in self._weights():
+        for index, weight in enumerate(self._weights()):
+            share: float | Tensor = 1.0 - rate
+            if self._is_new is not None:
+                share = torch.where(self.uses.rows_of(self._is_new, index), 1.0 - of_new_rows, 1.0 - rate)[:, None]
             if weight.dtype == torch.float16:
-                for rows in weight.split(_DECAYED_ROWS):
-                    rows.copy_(round_stochastically(rows.float() * (1.0 - rate)))
+                for first in range(0, len(weight), _DECAYED_ROWS):
+                    here = slice(first, first + _DECAYED_ROWS)
+                    of_rows = share if isinstance(share, float) else share[here]
+                    weight[here] = round_stochastically(weight[here].float() * of_rows)
             else:
-                weight.mul_(1.0 - rate)
+                weight.mul_(share)
 
     def shard_tensors(self) -> list[tuple[TableShard, dict[str, Tensor]]]:
         """This rank's shards and their tensors, which may be read or overwritten in place; then call `reloaded`.
 
         "weight" is (rows, columns). "uses" is (rows,), int32: how often training used each row. The Adagrad optimizers
         add "sum": (rows, columns), or (rows,) for row-wise Adagrad. Adam adds "exp_avg" and "exp_avg_sq", (rows,
-        columns), and "steps", (1,). "average" is (rows, columns), if there is one.
+        columns), and "steps", (1,). "average" is (rows, columns), if there is one. "is_new" is (rows,), bool, if new
+        rows have a learning rate of their own.
         """
         if self._lookup is None:
             return []
         tensors = [{"weight": weight, "uses": self.uses.of(index)} for index, weight in enumerate(self._weights())]
+        for index, of_shard in enumerate(tensors if self._is_new is not None else ()):
+            of_shard["is_new"] = self.uses.rows_of(self._is_new, index)
         if names := _STATES[self.optimizer]:
             has_states = self._updated if self.optimizer == "adam" and self._updated else self._lookup
             for of_shard, states in zip(tensors, has_states.split_optimizer_states(), strict=True):

@@ -3,8 +3,8 @@
 Each rank writes its own shards to `tables-<rank>.safetensors`, under the keys `<table>/<first>:<last>/<tensor>`: first
 and last are columns, and tensor is "weight", an optimizer's state, or the weight's "average". To load, a rank reads the
 columns that its shards need from all files. Row-wise Adagrad's state has one number per row *and shard*, so it loads
-only if the table is cut as it was when saved. Any shard of a table has "uses", how often training used each row, and
-Adam's "steps".
+only if the table is cut as it was when saved. Any shard of a table has "uses", how often training used each row,
+"is_new" if new rows have a learning rate of their own, and Adam's "steps".
 """
 
 import re
@@ -57,7 +57,7 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
     for shard, of_shard in tables.shard_tensors():
         for kind, tensor in of_shard.items():
             pieces = stored.get((shard.name, kind), [])
-            if kind in ("uses", "steps"):
+            if kind in ("uses", "steps", "is_new"):
                 if pieces:
                     tensor.copy_(_read(pieces[0], ...))
                 continue

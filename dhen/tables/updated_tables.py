@@ -25,13 +25,15 @@ class TableUpdate:
     epsilon: Adagrad's or Adam's. betas: Adam's. l2: L2 regularization of whole tables. With Adam it is coupled: each
     update adds l2 * weight to the gradient of every row, as torch.optim.Adam's weight_decay does. Without l2, Adam
     updates only the rows that were looked up, as torch.optim.SparseAdam and FBGEMM do. With the other optimizers l2 is
-    decoupled: each step ends with a multiplication of every row by 1 - learning rate * l2.
+    decoupled: each step ends with a multiplication of every row by 1 - learning rate * l2. has_new_rows: the rows that
+    training had not used at the start have a learning rate of their own.
     """
 
     optimizer: TableOptimizer = "rowwise_adagrad"
     epsilon: float = 1e-8
     betas: tuple[float, float] = (0.9, 0.999)
     l2: float = 0.0
+    has_new_rows: bool = False
 
     @property
     def touches_all_rows(self) -> bool:
@@ -43,18 +45,27 @@ class UpdatedTables:
     """Looks up with FBGEMM's `lookup`, and updates its weights and optimizer states in place.
 
     Adjacent tables of equal width are updated together, so tables should be ordered by width. rounds: whether fp16
-    weights are rounded stochastically. steps: number of updates, for Adam's bias correction; it may be overwritten in
-    place.
+    weights are rounded stochastically. is_new: whether a row, counted over all tables, takes the second of the two
+    `learning_rates`. Every optimizer's step is its learning rate times a term that does not depend on the rate, so each
+    row moves exactly as if the whole table had its rate. steps: number of updates, for Adam's bias correction; it may
+    be overwritten in place.
     """
 
     def __init__(
-        self, lookup: SplitTableBatchedEmbeddingBagsCodegen, update: TableUpdate, *, rounds: bool = True
+        self,
+        lookup: SplitTableBatchedEmbeddingBagsCodegen,
+        update: TableUpdate,
+        *,
+        rounds: bool = True,
+        is_new: Tensor | None = None,
     ) -> None:
-        self.learning_rate = 0.0
+        self.learning_rates = (0.0, 0.0)
         self.lookup, self._update, self._rounds = lookup, update, rounds
         self._leaf = torch.empty(0, requires_grad=True)  # so that backward runs: autograd does not track the weights
         self.steps = torch.zeros(1, dtype=torch.int64)
         self._widths = by_width(lookup.split_embedding_weights())
+        rows = [len(of_width.weight) for of_width in self._widths]
+        self._is_new = [None] * len(rows) if is_new is None else is_new.split(rows)
         if update.optimizer == "adam":
             self._states = [
                 [torch.zeros_like(of_width.weight, dtype=torch.float32) for _ in range(2)] for of_width in self._widths
@@ -73,11 +84,16 @@ class UpdatedTables:
         """The lookup's pooled embeddings. Their backward updates the tables."""
         return _LookUp.apply(self._leaf, self, ids, offsets, per_sample_weights)
 
-    def update(self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, learning_rate: float) -> None:
-        """The backward: one optimizer step. grad: of all pooled embeddings, (bags, sum of columns)."""
+    def update(
+        self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, rates: tuple[float, float]
+    ) -> None:
+        """The backward: one optimizer step. grad: of all pooled embeddings, (bags, sum of columns).
+
+        rates: the learning rates of old and of new rows.
+        """
         num_bags = grad.shape[0]
         self.steps += 1
-        for of_width, states in zip(self._widths, self._states, strict=True):
+        for of_width, states, is_new in zip(self._widths, self._states, self._is_new, strict=True):
             first, last = of_width.tables
             ends = offsets[first * num_bags : last * num_bags + 1]
             here = slice(int(ends[0]), int(ends[-1]))
@@ -107,16 +123,17 @@ class UpdatedTables:
                     per_sample_weights=None if weight_of_id is None else weight_of_id[of_ids],
                 )
                 where = slice(row, row + at_once) if rows is None else rows[row : row + at_once]
-                self._update_rows(of_width, states, where, grad_of_rows, learning_rate)
+                rate = rates[0] if is_new is None else torch.where(is_new[where], rates[1], rates[0])[:, None]
+                self._update_rows(of_width, states, where, grad_of_rows, rate)
 
     def _update_rows(
-        self, of_width: Width, states: list[Tensor], rows: Tensor | slice, grad: Tensor, learning_rate: float
+        self, of_width: Width, states: list[Tensor], rows: Tensor | slice, grad: Tensor, rate: float | Tensor
     ) -> None:
         after = of_width.weight[rows].float()
         if self._update.touches_all_rows:
             grad = grad.add_(after, alpha=self._update.l2)
         of_rows = [state[rows] for state in states]
-        after = after.sub_(self._step(grad, of_rows), alpha=learning_rate)
+        after = after.sub_(self._step(grad, of_rows) * rate)
         if of_width.weight.dtype == torch.float16 and self._rounds:
             after = round_stochastically(after)
         of_width.weight[rows] = after.to(of_width.weight.dtype)
@@ -151,11 +168,11 @@ class _LookUp(torch.autograd.Function):
         offsets: Tensor,
         weights: Tensor | None,
     ) -> Tensor:
-        ctx.tables, ctx.inputs, ctx.learning_rate = tables, (ids, offsets, weights), tables.learning_rate
+        ctx.tables, ctx.inputs, ctx.rates = tables, (ids, offsets, weights), tables.learning_rates
         return tables.lookup(ids, offsets, per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[None, ...]:
         ids, offsets, weights = ctx.inputs
-        ctx.tables.update(grad, ids, offsets, weights, ctx.learning_rate)
+        ctx.tables.update(grad, ids, offsets, weights, ctx.rates)
         return None, None, None, None, None

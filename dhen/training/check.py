@@ -80,7 +80,7 @@ def _samples_per_second(trainer: Trainer) -> tuple[float, int]:
     Communicates; all ranks call it.
     """
     model, loader = trainer.model, trainer.train_loader
-    model.engine.module.train()
+    model.start_training_mode()
     model.set_learning_rates(0.0, 0.0)
     samples = steps = 0
     elapsed = torch.zeros((), dtype=torch.float64, device=model.topology.device)

@@ -92,14 +92,15 @@ def open_data(arguments: Arguments, topology: Topology, head: Path | None = None
     if origin is not None:
         _check_same_keys(prepared, schema, origin, is_canonical=is_canonical)
     if trained is not None:
-        start = start_from(trained, prepared, schema)
+        start = start_from(trained, prepared, schema, arguments.architecture if training.new_head else None)
         schema = start.schema
     _check_splits(arguments, schema)
     chosen = choose_sizes(training, schema.splits["train"].rows, topology.world_size)
+    sentences = _without_effect(arguments, schema, start)  # on all ranks, because it may raise
     if topology.is_main:
         if chosen:
             logger.info(chosen)
-        for sentence in _without_effect(arguments, schema, start):
+        for sentence in sentences:
             logger.warning("%s", sentence)
     read = replace(schema, splits=Schema.load(prepared).splits)
     return TrainingData(prepared, schema, start, _open_splits(arguments, topology, prepared, read))

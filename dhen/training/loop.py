@@ -77,13 +77,11 @@ class Trainer:
         self.total_steps = most if most > 0 else epochs * self.steps_per_epoch
         world_size = model.topology.world_size
         self._shares = world_size * arguments.gradient_accumulation_steps
-        self._is_dense_frozen = arguments.freeze == "dense"
-        if model.tables is not None:
-            model.tables.is_frozen = arguments.freeze == "tables"
         global_batch = arguments.per_device_train_batch_size * self._shares
         scale = batch_size_scale(arguments, global_batch)
         self._learning_rate = arguments.learning_rate * scale
-        self._table_learning_rate = arguments.table_learning_rate * scale
+        rates = (arguments.table_learning_rate, arguments.new_row_learning_rate)
+        self._table_rates = [None if rate is None else rate * scale for rate in rates]
         self._schedule = LearningRateSchedule(arguments, self.total_steps)
         self._best = BestMetric(arguments.metric_for_best_model, of_average=arguments.ema_decay > 0)
         self._running_loss = RunningLoss(model.topology.device)
@@ -117,14 +115,15 @@ class Trainer:
         self._progress = progress
         if self.model.tables is not None and self.model.tables.is_frozen:
             self.model.tables.fill_unused()
-        self.model.engine.module.train(not self._is_dense_frozen)
+        self.model.start_training_mode()
         accumulation = self.arguments.gradient_accumulation_steps
         while not self.is_done:
             micro_steps = 0
             batches = self.train_loader.epoch(self.state.epoch, first_step=self.state.step_in_epoch)
             for batch, sent_ids in with_ids_ahead(self.model, batches):
                 if micro_steps == 0:
-                    factor = self._set_learning_rates()
+                    factor = self._schedule.factor(self.state.step)
+                    self.model.set_learning_rates(self._learning_rate * factor, *self._rates_of_tables(factor))
                 self.micro_step(batch, sent_ids)
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
@@ -138,11 +137,9 @@ class Trainer:
         """Whether there is no step left to make."""
         return self.state.step >= self.total_steps or self._best.has_stalled(self.arguments.early_stopping_patience)
 
-    def _set_learning_rates(self) -> float:
-        factor = self._schedule.factor(self.state.step)
-        dense = 0.0 if self._is_dense_frozen else self._learning_rate * factor
-        self.model.set_learning_rates(dense, self._table_learning_rate * factor)
-        return factor
+    def _rates_of_tables(self, factor: float) -> list[float | None]:
+        """The learning rates of old and of new rows."""
+        return [None if rate is None else rate * factor for rate in self._table_rates]
 
     def micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
         """Take one micro step with the model's present learning rates. Communicates; all ranks call it."""
@@ -172,7 +169,7 @@ class Trainer:
         """Count the step and end it, then log, evaluate and save if each is due."""
         state, arguments = self.state, self.arguments
         is_epoch_end = self._count_step(rows)
-        self.model.end_step(state.step, self._table_learning_rate * factor)
+        self.model.end_step(state.step, *self._rates_of_tables(factor))
         is_last = state.step == self.total_steps
         if is_last or self._is_due(arguments.logging_steps):
             self._log(factor)

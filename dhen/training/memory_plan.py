@@ -4,12 +4,14 @@ The prediction is for information only. If it is not possible, the run continues
 """
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
 
 from dhen.config.ds_config import DsConfig
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.parts import part_of
 from dhen.planner.memory import MemoryUse, predict_memory
 from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.minimum_set import gib
@@ -34,15 +36,27 @@ class MemoryPlan:
 
     @classmethod
     def of(
-        cls, config: DhenConfig, ds_config: DsConfig, memory_bytes: int, eval_batch_size: int, num_passes: int = 1
+        cls,
+        config: DhenConfig,
+        ds_config: DsConfig,
+        memory_bytes: int,
+        eval_batch_size: int,
+        num_passes: int = 1,
+        frozen: Collection[str] = (),
     ) -> "MemoryPlan":
-        """Trace a micro step. Call this before the model is built, because ZeRO stage 3 patches torch's `linear`."""
+        """Trace a micro step. Call this before the model is built, because ZeRO stage 3 patches torch's `linear`.
+
+        frozen: parts of the model without gradients and optimizer states.
+        """
         batch_size = ds_config.deepspeed["train_micro_batch_size_per_gpu"]
         try:
             precision = precision_of(ds_config)
             trace = trace_step(config, batch_size, precision, ds_config.dhen.activation_checkpointing, num_passes)
             if ds_config.dhen.compile == "layers":
                 trace = trace.of_compiled_layers(precision.weights.itemsize)
+            num_layers = len(config.layer_specs)
+            fixed = frozenset(name for name in trace.weights if part_of(name, num_layers) in frozen)
+            trace = replace(trace, frozen=fixed)
             return cls(trace, "", memory_bytes, evaluation_bytes(config, eval_batch_size, precision))
         except ValueError as error:
             return cls(None, str(error), memory_bytes)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from dhen.config.ds_config import DsConfig
 from dhen.dense.averaged_weights import AveragedWeights
+from dhen.dense.trained_parts import ANCHOR
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenOutput
+from dhen.model.parts import part_of
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import SentIds
 from dhen.tables.placement.plan import Placement
@@ -87,14 +89,15 @@ class ScoringDhen:
         for such a row. Communicates if tables are replicated; all ranks enter together.
         """
         module = getattr(self.dense, "module", self.dense)
-        was_training = module.training
+        in_training = [each for each in module.modules() if each.training]  # not those of frozen parts
         module.eval()
         try:
             with torch.no_grad(), contextlib.ExitStack() as stack:
                 self._watch_unseen(stack)
                 yield
         finally:
-            module.train(was_training)
+            for each in in_training:
+                each.training = True
 
     def _watch_unseen(self, stack: contextlib.ExitStack) -> None:
         if self.tables is not None:
@@ -124,10 +127,12 @@ class ParallelDhen(ScoringDhen):
 
     shard_size: number of ranks that ZeRO shards over: all ranks, or those of a shard group. average: the moving average
     of the dense part, if there is one; `tables` has its own. average_decay: the largest share of it that a step keeps.
+    frozen: the parts of the model that are not trained (see dhen/model/parts.py).
     """
 
     ds_config: DsConfig
     shard_size: int
+    frozen: frozenset[str] = frozenset()
     average: AveragedWeights | None = None
     average_decay: float = 0.0
 
@@ -136,12 +141,21 @@ class ParallelDhen(ScoringDhen):
         """DeepSpeed's engine."""
         return self.dense
 
-    def set_learning_rates(self, dense: float, tables: float) -> None:
-        """Set the learning rates. Call this before `look_up`: FBGEMM reads the tables' rate in the forward pass."""
+    def start_training_mode(self) -> None:
+        """Switch to training mode. Frozen parts stay in evaluation mode: no dropout, fixed batch norm statistics."""
+        module, num_layers = self.engine.module.train(), len(self.config.layer_specs)
+        for name, each in module.named_modules():
+            each.training = part_of(name, num_layers) not in self.frozen
+
+    def set_learning_rates(self, dense: float, tables: float, new_rows: float | None = None) -> None:
+        """Set the learning rates. Call this before `look_up`: FBGEMM reads the tables' rate in the forward pass.
+
+        dense: of the head; a parameter group trains with its "rate_share" of it. new_rows: by default as `tables`.
+        """
         if self.tables is not None:
-            self.tables.set_learning_rate(tables)
+            self.tables.set_learning_rate(tables, new_rows)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = dense
+            group["lr"] = dense * group.get("rate_share", 1.0)
 
     def step(self, loss: Tensor) -> None:
         """Take one micro step: the backward pass, then DeepSpeed's step. Communicates over all ranks.
@@ -174,12 +188,15 @@ class ParallelDhen(ScoringDhen):
         if self.tables is not None:
             self.tables.start_average()
 
-    def end_step(self, step: int, table_learning_rate: float) -> None:
-        """Do what comes after the updates of step number `step`: regularize whole tables, and average the weights."""
+    def end_step(self, step: int, table_learning_rate: float, of_new_rows: float | None = None) -> None:
+        """Do what comes after the updates of step number `step`: regularize whole tables, and average the weights.
+
+        of_new_rows: their learning rate, by default the same.
+        """
         # The early weights leave the average soon: 1 - decay falls as 9 / (10 + step).
         decay = min(self.average_decay, (1 + step) / (10 + step))
         if self.tables is not None:
-            self.tables.end_step(table_learning_rate, decay)
+            self.tables.end_step(table_learning_rate, decay, of_new_rows)
         if self.average is not None:
             self.average.after_step(decay)
 
@@ -230,12 +247,16 @@ class ParallelDhen(ScoringDhen):
         """Average the running statistics of batch norms over the ranks; nothing else synchronizes them. Communicates.
 
         Call this before an evaluation, so that all ranks score with the same model, and before a save, which stores
-        only rank 0's statistics.
+        only rank 0's statistics. Those of frozen parts, which never change, keep their bits.
         """
-        for buffer in [*self.engine.module.buffers(), *(self.average.buffers if self.average else ())]:
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer, group=self.topology.world)
-                buffer /= self.topology.world_size
+        num_layers = len(self.config.layer_specs)
+        named = [(name, buffer) for name, buffer in self.engine.module.named_buffers() if buffer.is_floating_point()]
+        averages = self.average.buffers if self.average else [buffer for _, buffer in named]
+        for (name, buffer), average in zip(named, averages, strict=True):
+            if part_of(name, num_layers) not in self.frozen:
+                for each in (buffer,) if average is buffer else (buffer, average):
+                    dist.all_reduce(each, group=self.topology.world)
+                    each /= self.topology.world_size
 
     def dense_state_dict(self, *, fills_unused: bool = True) -> dict[str, Tensor]:
         """The full fp32 weights and the buffers of the dense part, on rank 0's CPU. Empty on the other ranks.
@@ -246,6 +267,7 @@ class ParallelDhen(ScoringDhen):
         self.replicated.gather_uses()
         uses = {f"tables.{name}.weight": counts for name, counts in self.replicated.uses_by_name().items()}
         parameters = dict(self.engine.module.named_parameters())
+        parameters.pop(ANCHOR, None)
         state = {}
         for name, parameter in parameters.items():
             whole = _whole_weight(parameter)
@@ -255,7 +277,8 @@ class ParallelDhen(ScoringDhen):
                     fill_unused(state[name], uses[name].cpu())
         if self.topology.is_main:
             buffers = self.engine.module.state_dict().items()
-            state |= {name: tensor.detach().cpu().clone() for name, tensor in buffers if name not in parameters}
+            known = {*parameters, ANCHOR}
+            state |= {name: tensor.detach().cpu().clone() for name, tensor in buffers if name not in known}
         return state
 
 

@@ -6,8 +6,9 @@ step needs the one before:
    overwrite the ranks' different shards.
 2. Build the dense part from the same seed on all ranks, under zero.Init if ZeRO stage 3 shards its parameters.
 3. If there is a trained model, copy its weights over the initial ones.
-4. Wrap layers for activation checkpointing and offload, as many as the ds_config says.
-5. Wrap the dense part in DeepSpeed's engine, over all ranks or, for hybrid shards, by hsdp.py.
+4. Freeze parts of it.
+5. Wrap layers for activation checkpointing and offload, as many as the ds_config says.
+6. Wrap the dense part in DeepSpeed's engine, over all ranks or, for hybrid shards, by hsdp.py.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.dense.activation_offload import offload_layers
 from dhen.dense.compiled_layers import compile_layers
 from dhen.dense.lean_stage3 import LeanStage3
+from dhen.dense.trained_parts import freeze, groups_of
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime.topology import ShardGroups, Topology
@@ -73,11 +75,14 @@ def parallelize(
     seed: int = 0,
     dense_weights: Mapping[str, Tensor] | None = None,
     fill_table: Callable[[str, Tensor], None] | None = None,
+    frozen: frozenset[str] = frozenset(),
+    rate_decay: float = 1.0,
 ) -> ParallelDhen:
     """Build the model over all ranks. Communicates; all ranks call it.
 
     dense_weights: trained weights of the dense part by name; other weights keep their initial values. fill_table:
-    copies a trained model's rows into the replicated table of the given name.
+    copies a trained model's rows into the replicated table of the given name. frozen: parts that are not trained (see
+    dhen/model/parts.py). rate_decay: of the learning rate, from each layer to the one below it.
     """
     config, topology, ds_config, placement = layout.config, layout.topology, layout.ds_config, layout.placement
     _allow_tf32(ds_config.dhen.allow_tf32, topology.device)
@@ -87,11 +92,14 @@ def parallelize(
         _load_dense_weights(dense, dense_weights)
     if fill_table:
         _fill_tables(dense, placement.replicated, fill_table)
+    freeze(dense, frozen)
     _transform_layers(dense, ds_config, topology.device)
-    engine = _engine(dense, ds_config, layout.groups)
+    engine = _engine(dense, groups_of(dense, rate_decay), ds_config, layout.groups)
     # All ranks drew the weights from one seed. For dropout, each rank needs its own.
     torch.manual_seed(seed + topology.rank)
-    return ParallelDhen(config, topology, placement, tables, engine, ds_config, layout.shard_size)
+    if tables is not None:
+        tables.is_frozen = "tables" in frozen
+    return ParallelDhen(config, topology, placement, tables, engine, ds_config, layout.shard_size, frozen)
 
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
@@ -135,7 +143,8 @@ def table_update(ds_config: DsConfig) -> TableUpdate:
         epsilon = _ADAM_EPSILON if optimizer == "adam" else _ADAGRAD_EPSILON
     if optimizer == "adam":  # adds it to the gradient of each micro step, which is a part of the step's gradient
         l2 /= ds_config.deepspeed["gradient_accumulation_steps"]
-    return TableUpdate(optimizer, epsilon, (recipe.adam_beta1, recipe.adam_beta2), l2)
+    has_new_rows = recipe.new_row_learning_rate is not None
+    return TableUpdate(optimizer, epsilon, (recipe.adam_beta1, recipe.adam_beta2), l2, has_new_rows)
 
 
 def _allow_tf32(is_allowed: bool, device: torch.device) -> None:
@@ -198,8 +207,9 @@ def _transform_layers(dense: DhenForClickPrediction, ds_config: DsConfig, device
         raise DsConfigError(f"{ds_config.path}: dhen.{key} is {error}") from error
 
 
-def _engine(dense: nn.Module, ds_config: DsConfig, groups: ShardGroups | None) -> deepspeed.DeepSpeedEngine:
-    parameters = [parameter for parameter in dense.parameters() if parameter.requires_grad]
+def _engine(
+    dense: nn.Module, parameters: list[Any], ds_config: DsConfig, groups: ShardGroups | None
+) -> deepspeed.DeepSpeedEngine:
     if groups is not None:
         wire_dtype = WIRE_DTYPES.get(ds_config.dhen.all_reduce_dtype)
         reduction = hsdp.ReplicaReduction(groups, wire_dtype, is_async=ds_config.dhen.async_all_reduce)

@@ -17,6 +17,8 @@ from dhen.config.command_line import ArgumentError
 from dhen.config.ds_config import AUTO, DsConfig, read_ds_config, read_json
 from dhen.config.training_arguments import TrainingArguments, as_counted_now
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.names import quoted
+from dhen.model.parts import frozen_parts, part_of
 from dhen.runtime.machine_at_hand import rank_memory_bytes
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import rank_zeros
@@ -25,7 +27,7 @@ from dhen.training.dataset import TrainingData
 from dhen.training.loop import Trainer
 from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallel_model import ParallelDhen
-from dhen.training.parallelize import Layout, lay_out, parallelize
+from dhen.training.parallelize import Layout, lay_out, parallelize, weights_of
 from dhen.training.reporting.progress import ProgressReporter
 from dhen.training.reporting.run_folder import DS_CONFIG_FILE, SUMMARY_FILE, announce, clear_run_folder, write_setup
 from dhen.training.saved.checkpoint import (
@@ -45,10 +47,15 @@ logger = logging.getLogger(__name__)
 
 
 def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None:
-    """Read and check the user's ds_config. Returns None for "auto", which is planned when the model is known."""
+    """Read and check the user's ds_config. Returns None for "auto", which is planned when the model is known.
+
+    Raises ValueError if it is wrong, or if the arguments freeze a layer that the model does not have.
+    """
+    num_layers = _num_layers(arguments)
+    frozen_parts(arguments.training.freeze, num_layers)
     if arguments.ds_config == AUTO:
         return None
-    return read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size), _num_layers(arguments))
+    return read_ds_config(arguments.ds_config, arguments.recipe(topology.world_size), num_layers)
 
 
 def build_model(arguments: Arguments, topology: Topology, data: TrainingData) -> ParallelDhen:
@@ -61,13 +68,14 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     config = start.config if start else config_for(arguments.architecture, data.schema)
     if training.resume_from_checkpoint:  # check first: the checkpoint's placement fits only the same tables
         check_same_model(_checkpoint(training), config)
+    frozen = _frozen_parts(training, config)
     memory_bytes = rank_memory_bytes(topology)
     if ds_config is None:
         ds_config = choose_ds_config(arguments, config, topology, memory_bytes, data.ids_per_bag)
     memory_plan = None
     if topology.is_main:
         eval_batch_size, num_passes = training.per_device_eval_batch_size, training.num_passes
-        memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, eval_batch_size, num_passes)
+        memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, eval_batch_size, num_passes, frozen)
     saved = _saved_placement(ds_config, training)
     layout = lay_out(config, topology, ds_config, ids_per_bag=data.ids_per_bag, **saved)
     _check_replicated(training, layout)
@@ -80,12 +88,15 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         raise ArgumentError("check did not build the model, because it would need more memory than a rank has.")
     model = parallelize(
         layout,
+        frozen=frozen,
+        rate_decay=training.layer_learning_rate_decay,
         seed=training.seed,
         dense_weights=start.dense_weights if start else None,
         fill_table=start.fill_table if start else None,
     )
     if start and model.tables is not None:
         start.load_tables(model.tables)
+        model.tables.mark_new_rows()
     if start:
         model.knows_uses = start.trained.knows_uses
         for name, uses in model.replicated.uses_by_name().items():
@@ -96,6 +107,28 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         except ValueError as error:
             raise ArgumentError(f"ema_decay is {training.ema_decay}: {error}") from error
     return model
+
+
+def _frozen_parts(training: TrainingArguments, config: DhenConfig) -> frozenset[str]:
+    """The parts that stay as they are. Raises ArgumentError if nothing would be trained, or a part does not exist."""
+    frozen = frozen_parts(training.freeze, len(config.layer_specs))
+    if training.freezes("features") and not config.num_dense_features * config.num_dense_embeddings:
+        raise ArgumentError(
+            f"freeze is {quoted(training.freeze)}, but the model has no MLP of dense features. Remove features from it."
+        )
+    dense = {part_of(name, len(config.layer_specs)) for name in weights_of(config)}
+    if dense <= frozen and ("tables" in frozen or not config.tables):
+        raise ArgumentError(
+            f"freeze is {quoted(training.freeze)}, which leaves nothing to train. Leave a part out, such as the layers."
+        )
+    if training.new_row_learning_rate is not None and not training.model_name_or_path:
+        recorded = recorded_arguments(_checkpoint(training)).get("new_row_learning_rate")
+        if recorded is None:
+            raise ArgumentError(
+                f"new_row_learning_rate is {training.new_row_learning_rate}, but the checkpoint does not know the new "
+                "rows. Add the --model_name_or_path that the run started from, or remove new_row_learning_rate."
+            )
+    return frozen
 
 
 def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) -> Trainer:
@@ -233,9 +266,11 @@ def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[s
 def _check_replicated(training: TrainingArguments, layout: Layout) -> None:
     """Raise ArgumentError if an option that works on sharded tables only is set and some tables are replicated."""
     replicated = layout.placement.replicated
-    options = {name: getattr(training, name) for name in ("freeze", "looked_up_l2", "whole_table_l2")}
-    for name, value in options.items():
-        if replicated and value and value != "none":
+    unset = {"looked_up_l2": 0.0, "whole_table_l2": 0.0, "new_row_learning_rate": None}
+    unset |= {} if not training.freezes("tables") else {"freeze": "none"}
+    for name, default in unset.items():
+        value = getattr(training, name)
+        if replicated and value != default:
             raise ArgumentError(
                 f"{name} is {value}, which works on sharded tables only, but {layout.ds_config.path} replicates "
                 f"{', '.join(replicated)}. Remove {name}, or set dhen.placement.replicate_below_rows to 0."

@@ -174,21 +174,6 @@ def test_frozen_tables_are_those_of_the_trained_model_by_name_and_key(old_run, n
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_frozen_dense_part_keeps_every_bit(old_run, new_log, tmp_path, stage):
-    run = tmp_path / "run"
-    flags = [f"--model_name_or_path={old_run}", "--freeze=dense", "--weight_decay=0.1"]
-    output = train(new_log.flags, run, *flags, ranks=2, stage=stage)
-    prepared = new_log.prepared(tmp_path / "cache")
-    before = start_from(TrainedModel.open(old_run), prepared, Schema.load(prepared)).dense_weights
-    after = TrainedModel.open(run).dense_weights()
-    assert before.keys() == after.keys()
-    assert any("running_mean" in name for name in before)
-    assert [name for name in before if not torch.equal(before[name], after[name])] == []
-    assert f"dense weights: {len(before)} of {len(before)} kept" in output
-    assert not torch.equal(table_of(run, "page"), table_of(old_run, "page"))
-
-
 def test_evaluate_reads_the_new_data_in_the_trained_models_order(old_run, new_log, tmp_path):
     run = tmp_path / "run"
     train(new_log.flags, run, f"--model_name_or_path={old_run / 'model'}")

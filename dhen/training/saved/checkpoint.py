@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
 from dhen.data.format_version import VERSION_KEY, check_format_version
+from dhen.dense.trained_parts import ANCHOR
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.model.parts import part_of
 from dhen.tables.storage import load_tables, save_tables
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.saved.resharding import load_resharded
@@ -36,7 +38,7 @@ CANONICAL_KEYS = "canonical keys"
 """Entry of the data order: whether ids are made of canonical texts. Checkpoints of earlier versions do not have it."""
 ARGUMENTS = "arguments"
 _PREFIX = "checkpoint-"
-_OPTIMIZER = "optimizer"
+_OPTIMIZER, _TRAINED = "optimizer", "trained"
 _AVERAGE = "average-of-dense.safetensors"
 _REPLICATED_USES, _KNOWS_USES = "uses-of-replicated.safetensors", "knows_uses"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
@@ -97,7 +99,7 @@ def save_checkpoint(
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
-        facts |= {ARGUMENTS: arguments or {}, _OPTIMIZER: _optimizer_facts(model)}
+        facts |= {ARGUMENTS: arguments or {}, _OPTIMIZER: _optimizer_facts(model), _TRAINED: _trained_parts(model)}
         facts |= {"model": _model_facts(model.config), _KNOWS_USES: model.knows_uses, VERSION_KEY: FORMAT_VERSION}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         point_latest_at(folder, output_dir)
@@ -137,6 +139,14 @@ def load_checkpoint(
                 f"{folder}: saved with optimizer.{name} {value}, but the ds_config now says {now[name]}. Use the same, "
                 "or start from the exported model with --model_name_or_path."
             )
+    everything = _trained_parts(model, everything=True)  # checkpoints of earlier versions do not say it
+    then, parts = values.get(_TRAINED, everything), _trained_parts(model)
+    if then != parts:
+        raise CheckpointError(
+            f"{folder}: saved with optimizer states for {', '.join(then)}, but this run trains {', '.join(parts)}. "
+            "Use the same freeze (except for tables), and layer_learning_rate_decay below 1 if it was, or start from "
+            "the exported model with --model_name_or_path."
+        )
     saved_order = values.pop("data_order")
     for name, value in (data_order or {}).items():
         if saved_order.get(name, value) != value:
@@ -151,6 +161,9 @@ def load_checkpoint(
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in this folder. Resume from another one.")
     else:
         load_resharded(model, folder)
+    for weight in model.engine.module.parameters():
+        if not weight.requires_grad and hasattr(weight, "ds_id"):
+            weight.partition()  # DeepSpeed loaded its shards, but not the copy of a weight that stays gathered
     _step_as_configured(model, options)
     if model.tables is not None:
         load_tables(model.tables, folder)
@@ -177,6 +190,17 @@ def _optimizer_facts(model: ParallelDhen) -> dict[str, Any]:
     group = optimizer.param_groups[0]
     switches = {f"params.{name}": bool(group.get(name)) for name in ("amsgrad", "centered", "momentum")}
     return {"type": type(optimizer).__name__} | switches
+
+
+def _trained_parts(model: ParallelDhen, *, everything: bool = False) -> list[str]:
+    """The parts of the dense part that are trained, which the files of the optimizer's state depend on.
+
+    everything: as if none was frozen and all had one learning rate.
+    """
+    num_layers, weights = len(model.config.layer_specs), model.engine.module.named_parameters()
+    parts = {part_of(name, num_layers) for name, weight in weights if everything or weight.requires_grad} - {ANCHOR}
+    has_rates = len(_optimizer(model).param_groups) > 1 and not everything
+    return sorted(parts) + ["each with a learning rate"] * has_rates or ["no weight"]
 
 
 def _step_as_configured(model: ParallelDhen, options: list[dict[str, Any]]) -> None:

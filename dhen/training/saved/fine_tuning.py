@@ -21,6 +21,7 @@ from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import MISSING_ID, DenseColumn, Schema, SparseColumn
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.model.parts import frozen_parts, part_of
 from dhen.tables.sharded_tables import ShardedTables
 from dhen.training.saved.trained_model import TrainedModel
 
@@ -95,6 +96,9 @@ class StartingPoint:
             if names:
                 lines.append(f"  {words}: {', '.join(names)}")
         lines += [f"    {sentence}" for sentence in (*self.changed_shortcut(), *self.changed_transforms())]
+        for name in ("head_mlp", "head_inputs"):
+            old, new = getattr(self.trained.config, name), getattr(self.config, name)
+            lines += [f"  {name} was {old}, is now {new}"] * (old != new)
         total = len(self.dense_weights) + len(self.new_dense_weights)
         lines.append(f"  dense weights: {len(self.dense_weights)} of {total} kept")
         for words, names in (("new", self.new_dense_weights), ("dropped", self.dropped_dense_weights)):
@@ -131,17 +135,25 @@ def _scale(column: DenseColumn) -> str:
     return "none" if column.mean is None else f"({column.mean:.6g}, {column.std:.6g})"
 
 
-def start_from(trained: TrainedModel, prepared: Path, schema: Schema) -> StartingPoint:
+def start_from(
+    trained: TrainedModel, prepared: Path, schema: Schema, new_head: DhenArchitecture | None = None
+) -> StartingPoint:
     """Match the trained model with the data in `prepared`. Does not communicate.
+
+    new_head: an architecture. The head then starts anew, with its head_mlp and head_inputs.
 
     Raises ArgumentError if the model has tables, but no row of them can be kept.
     """
     old = trained.schema
     sparse, dense = _keep_places(old.sparse, schema.sparse), _keep_places(old.dense, schema.dense)
     schema = replace(schema, sparse=sparse, dense=dense)
-    config = config_for(_architecture_of(trained.config), schema)
-    before = trained.dense_weights()
+    architecture, before = _architecture_of(trained.config), trained.dense_weights()
+    if new_head:
+        architecture = replace(architecture, head_mlp=new_head.head_mlp, head_inputs=new_head.head_inputs)
+    config = config_for(architecture, schema)
     kept = match_dense_weights(before, trained.config, _names(old), config, _names(schema))
+    if new_head:
+        kept = {name: weight for name, weight in kept.items() if not name.startswith("head.")}
     old_columns = {column.name: column for column in old.sparse}
     matches, rows = [], {}
     for column in sparse:
@@ -232,23 +244,27 @@ def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[
     return [
         f"{item.name} {getattr(wanted, item.name)!r} has no effect: fine-tuning keeps "
         f"{getattr(start.config, item.name)!r} from the trained model"
+        + " (a new head: new_head true)"
+        * item.name.startswith("head_")
         for item in fields(DhenArchitecture)
         if getattr(wanted, item.name) not in (getattr(default, item.name), getattr(start.config, item.name))
     ]
 
 
 def frozen_and_new(freeze: str, start: StartingPoint) -> list[str]:
-    """A sentence if `freeze` covers weights that the trained model does not have: they would never be trained."""
+    """A sentence for each frozen part with weights that the trained model does not have: they are never trained."""
     new_rows = {match.feature: match.rows - match.rows_kept for match in start.tables if match.rows > match.rows_kept}
-    if freeze == "tables" and new_rows:
+    num_layers, sentences = len(start.config.layer_specs), []
+    frozen = frozen_parts(freeze, num_layers)
+    if "tables" in frozen and new_rows:
         counts = ", ".join(f"{count:,} of {name}" for name, count in new_rows.items())
-        return [f"freeze tables leaves new rows untrained, so each counts as the mean of its table: {counts}"]
-    if freeze == "dense" and start.new_dense_weights:
-        names = ", ".join(start.new_dense_weights)
-        return [f"freeze dense leaves new weights at their random initial values: {names}"]
-    if freeze == "dense" and start.new_features:
-        return [f"freeze dense leaves new features without effect: {', '.join(start.new_features)}"]
-    return []
+        sentences += [f"freeze tables leaves new rows untrained, so each counts as the mean of its table: {counts}"]
+    if new := [name for name in start.new_dense_weights if part_of(name, num_layers) in frozen]:
+        sentences += [f"freeze {freeze} leaves new weights at their random initial values: {', '.join(new)}"]
+    elif "layers.0" in frozen and start.new_features:
+        names = ", ".join(start.new_features)
+        sentences += [f"freeze {freeze} leaves new features without effect on the first layer: {names}"]
+    return sentences
 
 
 def lost_tables(start: StartingPoint) -> list[str]:

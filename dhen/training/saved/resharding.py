@@ -4,11 +4,13 @@ ZeRO saves the shards as the ranks hold them. If a job shards over a different n
 checkpoint to full weights, and each rank loads its own shard from these.
 """
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
 
 from dhen.training.parallel_model import ParallelDhen
@@ -31,7 +33,7 @@ def load_resharded(model: ParallelDhen, checkpoint: Path) -> None:
             raise ReshardingError(f"{checkpoint}: DeepSpeed cannot convert this checkpoint: {failure or 'see rank 0'}")
         config.load_universal_checkpoint = True
         model.engine.load_checkpoint(str(checkpoint), tag=folder.name, load_lr_scheduler_states=False)
-        _load_buffers(model, folder)
+        _load_the_rest(model, checkpoint)
     finally:
         config.load_universal_checkpoint = False
         model.topology.barrier()
@@ -52,10 +54,25 @@ def _convert(checkpoint: Path, folder: Path) -> str | None:
     return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
 
 
-def _load_buffers(model: ParallelDhen, folder: Path) -> None:
-    """Load the buffers (running statistics of batch norms), which DeepSpeed's universal loader skips."""
-    first, *_ = sorted(folder.glob("*mp_rank_00_model_states.pt"))
-    saved = torch.load(first, map_location="cpu", weights_only=False)["module"]
-    for name, buffer in model.engine.module.named_buffers():
-        if name in saved:  # other buffers are constants
-            buffer.copy_(saved[name])
+def _load_the_rest(model: ParallelDhen, checkpoint: Path) -> None:
+    """Load the buffers (running statistics of batch norms) and the frozen weights, which DeepSpeed's loader skips."""
+    files, module = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"), key=_rank), model.engine.module
+    first, *others = (torch.load(file, map_location="cpu", weights_only=False) for file in files)
+    for name, buffer in module.named_buffers():
+        if name in first["module"]:  # other buffers are constants
+            buffer.copy_(first["module"][name])
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            continue
+        is_sharded, saved = hasattr(weight, "ds_id"), first["module"].get(name)
+        if is_sharded:
+            shards = [of_rank["frozen_param_fragments"][name] for of_rank in (first, *others)]
+            saved = torch.cat(shards)[: weight.ds_numel].view(weight.ds_shape)
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_sharded):
+            weight.copy_(saved)
+
+
+def _rank(file: Path) -> int:
+    """The rank that wrote a file zero_pp_rank_<rank>_mp_rank_00_model_states.pt; 0 for the one file of other stages."""
+    found = re.match(r"zero_pp_rank_(\d+)_", file.name)
+    return int(found[1]) if found else 0
