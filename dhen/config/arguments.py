@@ -200,11 +200,11 @@ def _check_combinations(training: TrainingArguments, data: DataArguments) -> Non
             "it instead: features and layers, such as features,layers:0-2."
         )
     for name, unset in {"freeze": "none", "new_row_learning_rate": None, "new_head": False}.items():
-        value, resumed = getattr(training, name), training.resume_from_checkpoint if name != "new_head" else None
-        if value != unset and not (training.model_name_or_path or resumed):
+        value, is_resumed = getattr(training, name), name == "freeze" and training.resume_from_checkpoint
+        if value != unset and not (training.model_name_or_path or is_resumed):
             raise ArgumentError(
-                f"{name} is {quoted(value)}, but there is no trained model to start from. Add --model_name_or_path"
-                f"{' or --resume_from_checkpoint' * (name != 'new_head')}, or remove {name}."
+                f"{name} is {quoted(value)}, but there is no trained model to start from. Add --model_name_or_path, or "
+                f"remove {name}."
             )
     if data.train_file and data.dataset_name:
         raise ArgumentError(

@@ -188,6 +188,7 @@ class TrainingArguments:
         is_unused = dict.fromkeys(of_plateau, has_no_plateau) | {
             "base_batch_size": ("learning_rate_scaling", self.learning_rate_scaling == "none"),
             "self_ensemble": ("freeze", self.freezes("dense")),
+            "layer_learning_rate_decay": ("freeze", self.freezes("dense")),
             "table_epsilon": ("table_optimizer", self.table_optimizer == "sgd"),
         }
         default = TrainingArguments.__dataclass_fields__

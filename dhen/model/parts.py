@@ -12,6 +12,7 @@ from pydantic import AfterValidator
 from dhen.model.names import quoted
 
 _LAYERS = re.compile(r"layers:(\d{1,5})(?:-(\d{1,5}))?")
+_FREEZE = re.compile(r"none|(W)( *, *(W))*".replace("W", rf"tables|dense|features|{_LAYERS.pattern}"))
 
 
 def part_of(name: str, num_layers: int) -> str:
@@ -51,9 +52,7 @@ def frozen_parts(freeze: str, num_layers: int) -> frozenset[str]:
 
 
 def _check_freeze(freeze: str) -> str:
-    words = [word.strip() for word in freeze.split(",")]
-    known = all(word in ("tables", "dense", "features") or _LAYERS.fullmatch(word) for word in words)
-    if not known and freeze != "none":
+    if not _FREEZE.fullmatch(freeze):
         raise ValueError(
             f"{quoted(freeze)} is not allowed. Use 'none', or one or more of 'tables', 'dense', 'features' and layers "
             "such as 'layers:0-3' or 'layers:2', separated by commas."

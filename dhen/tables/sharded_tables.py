@@ -85,7 +85,7 @@ class ShardedTables(nn.Module):
         self.update, self.table_dtype = update or TableUpdate(), table_dtype
         self.optimizer = self.update.optimizer
         self.average: AveragedTables | None = None
-        self.is_frozen, self._is_averaged = False, False
+        self.is_frozen, self._is_averaged, self._rates = False, False, (0.0, 0.0)
         self._wires, self._overlap = wires or Wires(), overlap
         self._device, self._world_size = topology.device, topology.world_size
         # NCCL runs one stream per group. In ZeRO-3's group, the world, embeddings would queue behind its weights.
@@ -212,37 +212,35 @@ class ShardedTables(nn.Module):
         """
         if self._lookup is not None:
             self._lookup.set_learning_rate(learning_rate)
+        self._rates = (learning_rate, learning_rate if of_new_rows is None else of_new_rows)
         if self._updated is not None:
-            self._updated.learning_rates = (learning_rate, learning_rate if of_new_rows is None else of_new_rows)
+            self._updated.learning_rates = self._rates
 
-    def end_step(self, learning_rate: float, average_decay: float, of_new_rows: float | None = None) -> None:
+    def end_step(self, average_decay: float) -> None:
         """Do what comes after the updates of a step: L2 decay of whole tables, and the moving average.
 
-        average_decay: share of the average that stays. of_new_rows: their learning rate, by default the same.
+        average_decay: share of the average that stays.
         """
         if self.update.l2 and self.update.optimizer != "adam":
-            new_rate = learning_rate if of_new_rows is None else of_new_rows
-            self._decay_whole_tables(learning_rate * self.update.l2, new_rate * self.update.l2)
+            self._decay_whole_tables(*(1.0 - rate * self.update.l2 for rate in self._rates))
         if self.average is not None:
             self.average.after_step(average_decay)
 
     @torch.no_grad()
-    def _decay_whole_tables(self, rate: float, of_new_rows: float) -> None:
-        """Multiply every weight by 1 - `rate` (rate: learning rate times L2). For small tables: it touches every row.
+    def _decay_whole_tables(self, share: float, of_new_rows: float) -> None:
+        """Multiply every weight by `share`. For small tables: it touches every row.
 
         fp16 weights are rounded stochastically; rounded to nearest, most would never change.
         """
         for index, weight in enumerate(self._weights()):
-            share: float | Tensor = 1.0 - rate
+            of_rows = torch.tensor([[share]], device=weight.device).expand(len(weight), 1)
             if self._is_new is not None:
-                share = torch.where(self.uses.rows_of(self._is_new, index), 1.0 - of_new_rows, 1.0 - rate)[:, None]
+                of_rows = of_rows.where(~self.uses.rows_of(self._is_new, index)[:, None], of_new_rows)
             if weight.dtype == torch.float16:
-                for first in range(0, len(weight), _DECAYED_ROWS):
-                    here = slice(first, first + _DECAYED_ROWS)
-                    of_rows = share if isinstance(share, float) else share[here]
-                    weight[here] = round_stochastically(weight[here].float() * of_rows)
+                for rows, shares in zip(weight.split(_DECAYED_ROWS), of_rows.split(_DECAYED_ROWS), strict=True):
+                    rows.copy_(round_stochastically(rows.float() * shares))
             else:
-                weight.mul_(share)
+                weight.mul_(of_rows)
 
     def shard_tensors(self) -> list[tuple[TableShard, dict[str, Tensor]]]:
         """This rank's shards and their tensors, which may be read or overwritten in place; then call `reloaded`.

@@ -133,7 +133,8 @@ class UpdatedTables:
         if self._update.touches_all_rows:
             grad = grad.add_(after, alpha=self._update.l2)
         of_rows = [state[rows] for state in states]
-        after = after.sub_(self._step(grad, of_rows) * rate)
+        step = self._step(grad, of_rows)
+        after = after.sub_(step, alpha=rate) if isinstance(rate, float) else after.sub_(step * rate)
         if of_width.weight.dtype == torch.float16 and self._rounds:
             after = round_stochastically(after)
         of_width.weight[rows] = after.to(of_width.weight.dtype)

@@ -79,9 +79,8 @@ class Trainer:
         self._shares = world_size * arguments.gradient_accumulation_steps
         global_batch = arguments.per_device_train_batch_size * self._shares
         scale = batch_size_scale(arguments, global_batch)
-        self._learning_rate = arguments.learning_rate * scale
-        rates = (arguments.table_learning_rate, arguments.new_row_learning_rate)
-        self._table_rates = [None if rate is None else rate * scale for rate in rates]
+        rates = (arguments.learning_rate, arguments.table_learning_rate, arguments.new_row_learning_rate)
+        self._rates = [None if rate is None else rate * scale for rate in rates]
         self._schedule = LearningRateSchedule(arguments, self.total_steps)
         self._best = BestMetric(arguments.metric_for_best_model, of_average=arguments.ema_decay > 0)
         self._running_loss = RunningLoss(model.topology.device)
@@ -123,7 +122,7 @@ class Trainer:
             for batch, sent_ids in with_ids_ahead(self.model, batches):
                 if micro_steps == 0:
                     factor = self._schedule.factor(self.state.step)
-                    self.model.set_learning_rates(self._learning_rate * factor, *self._rates_of_tables(factor))
+                    self.model.set_learning_rates(*(None if rate is None else rate * factor for rate in self._rates))
                 self.micro_step(batch, sent_ids)
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
@@ -136,10 +135,6 @@ class Trainer:
     def is_done(self) -> bool:
         """Whether there is no step left to make."""
         return self.state.step >= self.total_steps or self._best.has_stalled(self.arguments.early_stopping_patience)
-
-    def _rates_of_tables(self, factor: float) -> list[float | None]:
-        """The learning rates of old and of new rows."""
-        return [None if rate is None else rate * factor for rate in self._table_rates]
 
     def micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
         """Take one micro step with the model's present learning rates. Communicates; all ranks call it."""
@@ -169,7 +164,7 @@ class Trainer:
         """Count the step and end it, then log, evaluate and save if each is due."""
         state, arguments = self.state, self.arguments
         is_epoch_end = self._count_step(rows)
-        self.model.end_step(state.step, *self._rates_of_tables(factor))
+        self.model.end_step(state.step)
         is_last = state.step == self.total_steps
         if is_last or self._is_due(arguments.logging_steps):
             self._log(factor)
@@ -199,7 +194,7 @@ class Trainer:
 
     def _log(self, factor: float) -> None:
         loss, ne = self._running_loss.take(self.model.topology.world)
-        self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._learning_rate * factor)
+        self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._rates[0] * factor)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split. Returns whether the result is the best so far."""

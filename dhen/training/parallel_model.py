@@ -188,15 +188,12 @@ class ParallelDhen(ScoringDhen):
         if self.tables is not None:
             self.tables.start_average()
 
-    def end_step(self, step: int, table_learning_rate: float, of_new_rows: float | None = None) -> None:
-        """Do what comes after the updates of step number `step`: regularize whole tables, and average the weights.
-
-        of_new_rows: their learning rate, by default the same.
-        """
+    def end_step(self, step: int) -> None:
+        """Do what comes after the updates of step number `step`: regularize whole tables, and average the weights."""
         # The early weights leave the average soon: 1 - decay falls as 9 / (10 + step).
         decay = min(self.average_decay, (1 + step) / (10 + step))
         if self.tables is not None:
-            self.tables.end_step(table_learning_rate, decay, of_new_rows)
+            self.tables.end_step(decay)
         if self.average is not None:
             self.average.after_step(decay)
 
@@ -247,16 +244,13 @@ class ParallelDhen(ScoringDhen):
         """Average the running statistics of batch norms over the ranks; nothing else synchronizes them. Communicates.
 
         Call this before an evaluation, so that all ranks score with the same model, and before a save, which stores
-        only rank 0's statistics. Those of frozen parts, which never change, keep their bits.
+        only rank 0's statistics.
         """
-        num_layers = len(self.config.layer_specs)
-        named = [(name, buffer) for name, buffer in self.engine.module.named_buffers() if buffer.is_floating_point()]
-        averages = self.average.buffers if self.average else [buffer for _, buffer in named]
-        for (name, buffer), average in zip(named, averages, strict=True):
-            if part_of(name, num_layers) not in self.frozen:
-                for each in (buffer,) if average is buffer else (buffer, average):
-                    dist.all_reduce(each, group=self.topology.world)
-                    each /= self.topology.world_size
+        for buffer in [*self.engine.module.buffers(), *(self.average.buffers if self.average else ())]:
+            if buffer.is_floating_point():
+                total = buffer.double()  # exact where all are equal: frozen parts keep their bits
+                dist.all_reduce(total, group=self.topology.world)
+                buffer.copy_(total / self.topology.world_size)
 
     def dense_state_dict(self, *, fills_unused: bool = True) -> dict[str, Tensor]:
         """The full fp32 weights and the buffers of the dense part, on rank 0's CPU. Empty on the other ranks.
@@ -267,18 +261,16 @@ class ParallelDhen(ScoringDhen):
         self.replicated.gather_uses()
         uses = {f"tables.{name}.weight": counts for name, counts in self.replicated.uses_by_name().items()}
         parameters = dict(self.engine.module.named_parameters())
-        parameters.pop(ANCHOR, None)
         state = {}
         for name, parameter in parameters.items():
             whole = _whole_weight(parameter)
-            if self.topology.is_main:
+            if self.topology.is_main and name != ANCHOR:
                 state[name] = whole.detach().cpu().clone()
                 if name in uses and fills_unused:
                     fill_unused(state[name], uses[name].cpu())
         if self.topology.is_main:
             buffers = self.engine.module.state_dict().items()
-            known = {*parameters, ANCHOR}
-            state |= {name: tensor.detach().cpu().clone() for name, tensor in buffers if name not in known}
+            state |= {name: tensor.detach().cpu().clone() for name, tensor in buffers if name not in parameters}
         return state
 
 

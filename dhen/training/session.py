@@ -18,7 +18,7 @@ from dhen.config.ds_config import AUTO, DsConfig, read_ds_config, read_json
 from dhen.config.training_arguments import TrainingArguments, as_counted_now
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.names import quoted
-from dhen.model.parts import frozen_parts, part_of
+from dhen.model.parts import frozen_parts
 from dhen.runtime.machine_at_hand import rank_memory_bytes
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import rank_zeros
@@ -27,7 +27,7 @@ from dhen.training.dataset import TrainingData
 from dhen.training.loop import Trainer
 from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallel_model import ParallelDhen
-from dhen.training.parallelize import Layout, lay_out, parallelize, weights_of
+from dhen.training.parallelize import Layout, lay_out, parallelize
 from dhen.training.reporting.progress import ProgressReporter
 from dhen.training.reporting.run_folder import DS_CONFIG_FILE, SUMMARY_FILE, announce, clear_run_folder, write_setup
 from dhen.training.saved.checkpoint import (
@@ -116,18 +116,10 @@ def _frozen_parts(training: TrainingArguments, config: DhenConfig) -> frozenset[
         raise ArgumentError(
             f"freeze is {quoted(training.freeze)}, but the model has no MLP of dense features. Remove features from it."
         )
-    dense = {part_of(name, len(config.layer_specs)) for name in weights_of(config)}
-    if dense <= frozen and ("tables" in frozen or not config.tables):
+    if "head" in frozen and ("tables" in frozen or not config.tables):
         raise ArgumentError(
             f"freeze is {quoted(training.freeze)}, which leaves nothing to train. Leave a part out, such as the layers."
         )
-    if training.new_row_learning_rate is not None and not training.model_name_or_path:
-        recorded = recorded_arguments(_checkpoint(training)).get("new_row_learning_rate")
-        if recorded is None:
-            raise ArgumentError(
-                f"new_row_learning_rate is {training.new_row_learning_rate}, but the checkpoint does not know the new "
-                "rows. Add the --model_name_or_path that the run started from, or remove new_row_learning_rate."
-            )
     return frozen
 
 
@@ -267,10 +259,9 @@ def _check_replicated(training: TrainingArguments, layout: Layout) -> None:
     """Raise ArgumentError if an option that works on sharded tables only is set and some tables are replicated."""
     replicated = layout.placement.replicated
     unset = {"looked_up_l2": 0.0, "whole_table_l2": 0.0, "new_row_learning_rate": None}
-    unset |= {} if not training.freezes("tables") else {"freeze": "none"}
+    unset |= {"freeze": "none"} if training.freezes("tables") else {}
     for name, default in unset.items():
-        value = getattr(training, name)
-        if replicated and value != default:
+        if replicated and (value := getattr(training, name)) != default:
             raise ArgumentError(
                 f"{name} is {value}, which works on sharded tables only, but {layout.ds_config.path} replicates "
                 f"{', '.join(replicated)}. Remove {name}, or set dhen.placement.replicate_below_rows to 0."

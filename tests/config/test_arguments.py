@@ -124,7 +124,7 @@ def test_a_mistake_in_yaml_names_file_key_and_value(tmp_path, text, words):
         ),
         (["--freeze=dense", "--new_head", "--model_name_or_path=m"], ["new_head would stay random", "features"]),
         (["--new_head", "--resume_from_checkpoint=true"], ["new_head is True", "Add --model_name_or_path, or remove"]),
-        (["--new_row_learning_rate=0"], ["new_row_learning_rate is 0.0", "--resume_from_checkpoint"]),
+        (["--new_row_learning_rate=0"], ["new_row_learning_rate is 0.0", "--model_name_or_path"]),
         (["--layer_learning_rate_decay=0"], ["layer_learning_rate_decay is 0.0", "above 0"]),
         (["--layer_learning_rate_decay=1.1"], ["layer_learning_rate_decay is 1.1", "1 or less"]),
         (["--freeze=tables"], ["freeze is 'tables'", "no trained model", "--model_name_or_path"]),

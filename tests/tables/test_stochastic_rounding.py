@@ -158,7 +158,8 @@ def whole_decay(topology: Topology) -> Tensor:
     ((_, tensors),) = tables.shard_tensors()
     tensors["weight"].fill_(1.0)
     for _ in range(200):
-        tables.end_step(learning_rate=1e-2, average_decay=0.0)
+        tables.set_learning_rate(1e-2)
+        tables.end_step(average_decay=0.0)
     return tensors["weight"].clone()
 
 

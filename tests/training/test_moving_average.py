@@ -42,7 +42,7 @@ def averaged_run(topology: Topology, name: str, dhen: dict, folder: Path) -> dic
         if step == 0:
             model.start_average(DECAY)
         else:
-            model.end_step(step, table_learning_rate=0.0)
+            model.end_step(step)
         model.average_buffers()
         raw.append(states_of(model))
 

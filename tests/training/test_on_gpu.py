@@ -68,7 +68,7 @@ def decay_between_steps(topology: Topology) -> dict:
     for step in range(2):
         sparse = batch_of("bags", step, topology.rank, 6).to(topology.device)
         (tables(sparse) * target_of(step, topology.rank, 6).to(topology.device)).sum().backward()
-        tables._decay_whole_tables(0.1, 0.1)
+        tables._decay_whole_tables(0.9, 0.9)
     return columns_of(tables)
 
 

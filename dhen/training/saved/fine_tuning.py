@@ -244,8 +244,6 @@ def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[
     return [
         f"{item.name} {getattr(wanted, item.name)!r} has no effect: fine-tuning keeps "
         f"{getattr(start.config, item.name)!r} from the trained model"
-        + " (a new head: new_head true)"
-        * item.name.startswith("head_")
         for item in fields(DhenArchitecture)
         if getattr(wanted, item.name) not in (getattr(default, item.name), getattr(start.config, item.name))
     ]

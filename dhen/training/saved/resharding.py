@@ -56,7 +56,8 @@ def _convert(checkpoint: Path, folder: Path) -> str | None:
 
 def _load_the_rest(model: ParallelDhen, checkpoint: Path) -> None:
     """Load the buffers (running statistics of batch norms) and the frozen weights, which DeepSpeed's loader skips."""
-    files, module = sorted(checkpoint.glob("*mp_rank_00_model_states.pt"), key=_rank), model.engine.module
+    files, module = checkpoint.glob("*mp_rank_00_model_states.pt"), model.engine.module
+    files = sorted(files, key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])  # by rank
     first, *others = (torch.load(file, map_location="cpu", weights_only=False) for file in files)
     for name, buffer in module.named_buffers():
         if name in first["module"]:  # other buffers are constants
@@ -70,9 +71,3 @@ def _load_the_rest(model: ParallelDhen, checkpoint: Path) -> None:
             saved = torch.cat(shards)[: weight.ds_numel].view(weight.ds_shape)
         with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_sharded):
             weight.copy_(saved)
-
-
-def _rank(file: Path) -> int:
-    """The rank that wrote a file zero_pp_rank_<rank>_mp_rank_00_model_states.pt; 0 for the one file of other stages."""
-    found = re.match(r"zero_pp_rank_(\d+)_", file.name)
-    return int(found[1]) if found else 0
