@@ -94,7 +94,7 @@ def fine_tune(data: Log, old: Path, run: Path, case: str, *more: str, ranks: int
     done = run_script(
         "train.py", *data.flags, *TINY, f"--output_dir={run}", f"--ds_config=ds_configs/{case}.json", f"--seed={SEED}",
         f"--per_device_train_batch_size={32 // ranks}", f"--learning_rate={RATE}", f"--max_steps={STEPS}",
-        "--save_steps=2", "--ema_decay=0.9", "--load_best_model_at_end=false",
+        "--save_steps=2", "--eval_steps=2", "--ema_decay=0.9", "--load_best_model_at_end=false",
         *flags, *more, ranks=ranks, nodes=nodes, patch=partial(print_states, run),
     )  # fmt: skip
     assert done.status == 0, done.output
@@ -226,6 +226,7 @@ def test_a_new_head_starts_anew_and_all_else_is_kept(old_run, new_log, start, tm
     output = train(new_log.flags, tmp_path / "run", f"--model_name_or_path={old_run}", *more)
     assert "  head_mlp was [64], is now [8, 6]\n  head_inputs was last, is now all\n" in output
     assert "head_mlp [8, 6] has no effect" not in output
+    assert "freeze tables,features,layers:0-1 leaves new features without effect on these parts: new\n" in output
     before, after = TrainedModel.open(old_run), TrainedModel.open(tmp_path / "run")
     assert (after.config.head_mlp, after.config.head_inputs) == ([8, 6], "all")
     kept = after.dense_weights()

@@ -259,9 +259,9 @@ def frozen_and_new(freeze: str, start: StartingPoint) -> list[str]:
         sentences += [f"freeze tables leaves new rows untrained, so each counts as the mean of its table: {counts}"]
     if new := [name for name in start.new_dense_weights if part_of(name, num_layers) in frozen]:
         sentences += [f"freeze {freeze} leaves new weights at their random initial values: {', '.join(new)}"]
-    elif "layers.0" in frozen and start.new_features:
-        names = ", ".join(start.new_features)
-        sentences += [f"freeze {freeze} leaves new features without effect on the first layer: {names}"]
+    dense = _names(start.schema)[1] if "features" in frozen else ()
+    if blocked := [name for name in start.new_features if "layers.0" in frozen or name in dense]:
+        sentences += [f"freeze {freeze} leaves new features without effect on these parts: {', '.join(blocked)}"]
     return sentences
 
 
