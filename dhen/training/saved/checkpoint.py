@@ -161,9 +161,6 @@ def load_checkpoint(
             raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in this folder. Resume from another one.")
     else:
         load_resharded(model, folder)
-    for weight in model.engine.module.parameters():
-        if not weight.requires_grad and hasattr(weight, "ds_id"):
-            weight.partition()  # DeepSpeed loaded its shards, but not the copy of a weight that stays gathered
     _step_as_configured(model, options)
     if model.tables is not None:
         load_tables(model.tables, folder)
