@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dhen.data.schema import Schema
+from dhen.dense.trained_parts import ANCHOR
+from dhen.model.features import init_table
 from dhen.model.parts import part_of
 from dhen.training.saved.fine_tuning import start_from
 from dhen.training.saved.trained_model import TrainedModel
@@ -64,6 +66,7 @@ def print_states(run: Path) -> None:
     """A patch: ranks print how many numbers of optimizer state they have. `run`.1, `run`.2, … get the dense weights
     after each step.
     """
+    from dhen.training import parallel_model
     from dhen.training.loop import Trainer
     from dhen.training.parallel_model import ParallelDhen
 
@@ -72,6 +75,8 @@ def print_states(run: Path) -> None:
     def step(self: ParallelDhen, loss: Tensor) -> None:
         step_as_before(self, loss)
         assert all(weight.grad is None for weight in self.engine.module.parameters() if not weight.requires_grad)
+        if anchor := [weight for name, weight in self.engine.module.named_parameters() if name == ANCHOR]:
+            assert not parallel_model._whole_weight(*anchor).any(), "the anchor is added to the logits"
         state = self.dense_state_dict()
         if self.topology.is_main:
             torch.save(state, next(path for path in after_step(run) if not path.exists()))
@@ -146,7 +151,10 @@ def assert_only_new_rows_trained(run: Path, old_run: Path) -> None:
         assert torch.equal(after[1:][kept], before[1:])
         new = [row for row, key in enumerate(new_keys) if key not in old_keys]
         uses = TrainedModel.open(run).uses(feature)[1:][new]
-        assert len(after[1:][new][uses > 0].unique(dim=0)) == int((uses > 0).sum()) > 10
+        untrained = init_table(feature, len(after), after.shape[1], range(after.shape[1]), SEED)
+        has_moved = (after != untrained).any(1)[1:][new]
+        assert has_moved[uses > 0].all()
+        assert int((uses > 0).sum()) > 10
     assert table_of(run, "new").any()
 
 
