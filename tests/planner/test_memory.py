@@ -122,7 +122,10 @@ def test_the_memory_of_a_mixture_of_experts_is_predicted():
 def test_frozen_weights_have_no_gradients_and_no_optimizer_states():
     """Activations count as if none were frozen, so the prediction is a little too large: by 6 to 7 % here."""
     techniques, frozen = [Technique("dp"), Technique("hsdp")], frozenset({"layers.1", "layers.2"})
-    measured, planner = run_ranks(4, measured_peaks, "fp32", techniques, 1, INTERACTIONS, frozen, local_size=2), planner_of("fp32")
+    measured, planner = (
+        run_ranks(4, measured_peaks, "fp32", techniques, 1, INTERACTIONS, frozen, local_size=2),
+        planner_of("fp32"),
+    )
     for technique, *peaks in zip(techniques, *measured, strict=True):
         trace = trace_step(planner.job.config, BATCH)
         names = frozenset(name for name in trace.weights if part_of(name, DEPTH) in frozen)

@@ -20,8 +20,8 @@ from tests import ROOT
 from tests.recipes.launch import prepared_click_log
 from tests.tools import forked_python
 from tools.experiments import Experiment, Result, add_result, read_experiment, read_results, sort_results
-from tools.paper import _code
 from tools.over_seeds import Statistic, difference, over_seeds
+from tools.paper import _code
 from tools.paper_report import margin, report_of
 
 call = functools.partial(forked_python.call, "tools/paper.py")
