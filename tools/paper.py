@@ -8,8 +8,8 @@
 
 `run` trains each entry once per seed and appends a line per run to recipes/results. A run that has its line already is
 skipped, so an interrupted call goes on where it was. A failed run is tried again. `report` needs these lines only.
-`table1`, `table2` and `table3` run the experiments of a table of the paper. `figure6` and `common_optimizations` pass
-their arguments to tools/bench/sharding.py and tools/bench/common_optimizations.py.
+`table1`, `table2` and `table3` run the experiments of a table of the paper. `figure6` passes its arguments to
+tools/bench/sharding.py.
 """
 
 import sys
@@ -42,16 +42,14 @@ from tools.paper_tables import as_csv, draw
 
 EXPERIMENTS, RESULTS, REPORT = ROOT / "recipes/experiments", ROOT / "recipes/results", ROOT / "recipes/RESULTS.md"
 TABLES = ("table1", "table2", "table3")
-BENCHMARKS = {"figure6": "sharding.py", "common_optimizations": "common_optimizations.py"}
 TINY = {"max_steps": 3, "eval_steps": 1}
 LOG, PACKAGES = "log.txt", ("torch", "deepspeed", "fbgemm")
 
 
 def main() -> int:
     """Exit status: 0; 1 after a failed run or a mistake; 130 if interrupted."""
-    if sys.argv[1:] and sys.argv[1] in BENCHMARKS:
-        name, *words = sys.argv[1:]
-        return subprocess.run([sys.executable, ROOT / "tools/bench" / BENCHMARKS[name], *words]).returncode
+    if sys.argv[1:2] == ["figure6"]:
+        return subprocess.run([sys.executable, ROOT / "tools/bench/sharding.py", *sys.argv[2:]]).returncode
     arguments = parse_arguments()
     try:
         return arguments.command(arguments)
@@ -66,7 +64,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *TABLES, *BENCHMARKS, "report"]))
+    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *TABLES, "figure6", "report"]))
     run = commands.add_parser("run", help="train what has no result yet")
     run.add_argument("experiment", type=_path, help="a file of recipes/experiments")
     run.set_defaults(command=run_experiment)
@@ -76,8 +74,7 @@ def parse_arguments() -> argparse.Namespace:
         table.add_argument("--data", help="the last word of an experiment's name; default: all")
         table.set_defaults(command=run_table, table=name)
         _add_options_of_runs(table)
-    for name, script in BENCHMARKS.items():
-        commands.add_parser(name, help=f"run tools/bench/{script}")
+    commands.add_parser("figure6", help="run tools/bench/sharding.py")
     report = commands.add_parser("report", help="write recipes/RESULTS.md")
     report.add_argument("--output", type=_path, default=REPORT, metavar="FILE", help="default: recipes/RESULTS.md")
     report.add_argument("--results", type=_path, metavar="FOLDER", help="default: recipes/results")

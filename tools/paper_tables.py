@@ -49,7 +49,7 @@ def table(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
     for entry in experiment.entries:
         own = runs[entry.name]
         differences = [signed(point, 3) for point in at_points(ne_differences(own, runs[first.name]))]
-        differences = ["baseline", *differences[1:]] if entry is first else differences
+        differences = ["baseline", "", ""] if entry is first else differences
         quoted = [f"{figure:+g}" for figure in entry.paper] or ["baseline" if entry is first else ""] * len(paper)
         yield row([entry.title, str(len(own) or "not run"), *differences, *quoted, *_costs(own)])
     yield from _slopes(experiment, outcome)

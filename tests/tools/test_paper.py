@@ -154,11 +154,11 @@ def test_statistics_are_those_of_the_formulas(experiment):
     found = over_seeds(list(values[0]))
     assert found == pytest.approx((values[0].mean(), values[0].std(ddof=1), 5), rel=1e-12)
     differences = values[0] - values[1]
-    expected = (differences.mean(), differences.std(ddof=1) / np.sqrt(5), 5)
+    expected = (differences.mean(), differences.std(ddof=1), 5)
     assert difference(own, base, "auc") == pytest.approx(expected, rel=1e-9)
     del own[0], base[3]
     differences = differences[[1, 2, 4]]
-    expected = (differences.mean(), differences.std(ddof=1) / np.sqrt(3), 3)
+    expected = (differences.mean(), differences.std(ddof=1), 3)
     assert difference(own, base, "auc") == pytest.approx(expected, rel=1e-9), "only seeds that both have"
     assert difference(own, base, "logloss") is None
     assert over_seeds([None, 0.5]) == Statistic(0.5, None, 1)
@@ -173,7 +173,7 @@ def test_the_report_has_means_differences_and_progress(tmp_path, experiment):
     assert "| Peer |  | 0.91 |" in text
     assert "| a paper |" in text
     assert "NE / best possible" in text
-    assert "| Second | 3 | +0.01067 ± 0.00233 | -0.01067 ± 0.00233 |  |" in text
+    assert "| Second | 3 | +0.01067 ± 0.00404 | -0.01067 ± 0.00404 |  |" in text
     assert "- 6 at commit aaaaaaaaaa with changes" in text
     close = report(tmp_path, lines(experiment, aucs | {"second": [0.91, 0.93, 0.92]}))
     assert "| Second | 3 | +0.00000 ± 0.01000, not resolved |" in close
