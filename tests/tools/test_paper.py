@@ -176,7 +176,7 @@ def test_the_report_has_means_differences_and_progress(tmp_path, experiment):
     assert "| Second | 3 | +0.01067 ± 0.00404 | -0.01067 ± 0.00404 |  |" in text
     assert "- 6 at commit aaaaaaaaaa with changes" in text
     close = report(tmp_path, lines(experiment, aucs | {"second": [0.91, 0.93, 0.92]}))
-    assert "| Second | 3 | +0.00000 ± 0.01000, not resolved |" in close
+    assert "| Second | 3 | +0.00000 ± 0.01732, not resolved |" in close
     one = report(tmp_path, lines(experiment, {"first": [0.9], "second": [0.8]}))
     assert "| Second | 1 | -0.10000, not resolved |" in one, "one pair has no standard error"
     assert "| Second | not run |" in report(tmp_path, [])
