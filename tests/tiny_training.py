@@ -34,6 +34,7 @@ def train(
     architecture: dict[str, Any] | None = None,
     steps: int = STEPS,
     num_passes: int = 1,
+    frozen: frozenset[str] = frozenset(),
     before_step: Callable[[int, ParallelDhen], None] = lambda step, model: None,
 ) -> tuple[list[float], ParallelDhen]:
     """Mean loss of each step, the same on all ranks, and the model.
@@ -41,7 +42,8 @@ def train(
     name: of a file in ds_configs, or an absolute path, without its ending. dhen, zero: keys that change that section of
     the file; others: sections in place of its own; none of these is checked.
     replicated: tables of the dense part. architecture: keys that change the model's config. num_passes: with the
-    self-ensemble loss, if more than 1; the returned losses are those of the mean prediction.
+    self-ensemble loss, if more than 1; the returned losses are those of the mean prediction. frozen: parts that are not
+    trained.
     """
     micro = global_batch // topology.world_size // accumulation
     config = read_ds_config(
@@ -50,7 +52,7 @@ def train(
     config = _changed(config, {"table_optimizer": "sgd"} | (dhen or {}), zero or {}, others or {})
     config = with_sgd_dense(config) if optimizer == "SGD" else config
     layout = lay_out(DhenConfig(**CONFIG | (architecture or {})), topology, config, replicated=replicated)
-    model = parallelize(layout, seed=SEED)
+    model = parallelize(layout, frozen=frozen, seed=SEED)
     model.set_learning_rates(LEARNING_RATE, TABLE_LEARNING_RATE)
     losses = []
     for step, batch in enumerate(global_batches(steps, global_batch)):

@@ -111,7 +111,7 @@ def test_the_quickstart_is_checked_before_it_is_generated(tmp_path):
     done = run_script("train.py", f"--output_dir={tmp_path / 'runs/q'}", "--check", patch=quickly)
     assert done.status == 0, done.output
     assert "train 1,000,000 (22." in done.output
-    assert "check: 1,954 steps of 512 rows" in done.output
+    assert "check: 1,954 steps of 1,024 rows" in done.output
     assert everything(tmp_path) == {}
 
 
