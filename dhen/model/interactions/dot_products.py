@@ -61,8 +61,8 @@ class CompressedDots(nn.Module):
     With `example_weights`, X (X^T (a * W)) where a_m = 2 sigmoid(x_m . v_m + c_m): each example weights its own
     embeddings. V and c start at 0, so a starts at 1.
 
-    With `weights_mlp`, X (X^T (W + reshape(MLP(flatten(X))))): an MLP makes each example's own weights, as in Wukong's
-    attentive factorization machine (Zhang et al. 2024). Its last layer starts at 0.
+    With `weights_mlp`, X (X^T (W + reshape(MLP(flatten(X))))): an MLP makes each example's own weights. Wukong's
+    factorization machine does so too, from a compressed X (Zhang et al. 2024). The MLP's last layer starts at 0.
 
     >>> CompressedDots(num_inputs=3, embedding_dim=4, compress_to=2)(torch.ones(5, 3, 4)).shape
     torch.Size([5, 6])
