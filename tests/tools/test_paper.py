@@ -90,7 +90,10 @@ def test_a_run_becomes_one_line_and_is_not_repeated(tmp_path):
     assert done.status == 1, "a run failed"
     good, bad = sorted(read_results(tmp_path / "results/log.jsonl"), key=lambda result: result.error)
     assert (good.entry, bad.entry) == ("good", "bad")
-    assert (good.steps, good.tested_step, good.ranks, good.error) == (3, 3, 1, "")
+    assert (good.steps, good.ranks, good.error) == (3, 1, "")
+    assert len(good.evaluations) == 3
+    assert good.tested_step in {1, 2, 3}
+    assert good.training_flops_per_sample > 0
     assert {"head_mlp", "max_steps", "dataset_name"} < good.arguments.keys()
     assert good.arguments["head_mlp"] == []
     assert "interactions" not in good.arguments, "as in the recipe"
