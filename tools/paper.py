@@ -264,8 +264,9 @@ def _number(text: str) -> float | None:
 def write_report(call: argparse.Namespace) -> int:
     """Write the report, and the CSV file and the plot of each of the paper's tables. Exit status: 0."""
     results = call.results or RESULTS
-    call.output.write_text(report_of(EXPERIMENTS, results), encoding="utf-8")
-    for name, (experiment, outcome) in outcomes_of(EXPERIMENTS, results).items():
+    outcomes = outcomes_of(EXPERIMENTS, results)
+    call.output.write_text(report_of(outcomes), encoding="utf-8")
+    for name, (experiment, outcome) in outcomes.items():
         if experiment.paper_points and any(outcome.by_entry.values()):
             (results / f"{name}.csv").write_text(as_csv(experiment, outcome), encoding="utf-8")
             draw(experiment, outcome, results / f"{name}.png")

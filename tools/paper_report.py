@@ -32,18 +32,17 @@ Written by `python tools/paper.py report` from `recipes/experiments` and `recipe
 """
 
 
-def report_of(experiments: Path, results: Path) -> str:
-    """The report on all experiments in a folder. Raises ValueError or OSError, which names the file."""
-    if not results.is_dir():
-        raise FileNotFoundError(f"{results}: no such folder, so there are no results. Correct --results.")
-    outcomes = outcomes_of(experiments, results)
-    return "\n".join([_HEAD, *("\n".join(_section(name, *of)) + "\n" for name, of in outcomes.items())])
-
-
 def outcomes_of(experiments: Path, results: Path) -> dict[str, tuple[Experiment, Outcome]]:
     """All experiments in a folder by name. Raises ValueError or OSError, which names the file."""
+    if not results.is_dir():
+        raise FileNotFoundError(f"{results}: no such folder, so there are no results. Correct --results.")
     read = {file.stem: read_experiment(file) for file in sorted(experiments.glob("*.yaml"))}
     return {name: (of, sort_results(of, read_results(results / f"{name}.jsonl"))) for name, of in read.items()}
+
+
+def report_of(outcomes: Mapping[str, tuple[Experiment, Outcome]]) -> str:
+    """The report on the experiments."""
+    return "\n".join([_HEAD, *("\n".join(_section(name, *of)) + "\n" for name, of in outcomes.items())])
 
 
 def _section(name: str, experiment: Experiment, outcome: Outcome) -> Iterator[str]:
