@@ -51,21 +51,30 @@ def measured(like: Machine, device: torch.device, size: int, batch_size: int) ->
     """`like` with this machine's compute and memory rates."""
     names = [name for name in _DTYPES if name != "tf32" or device.type == "cuda"]
     flops = {name: _rounded(product_rate(name, device, size)) for name in names}
-    source = torch.ones(2**25, device=device)  # larger than any cache
-    target = torch.empty_like(source)
-    moved = 2 * source.numel() * source.element_size()
-    one = torch.ones(1, device=device)
     machine = dataclasses.replace(
         like,
         name=f"measured here, otherwise like: {like.name}",
         source="compute and memory by tools/calibrate_machine.py; links and host as in the file it started from",
         is_gpu=device.type == "cuda",
         flops=flops,
-        memory_bytes_per_second=_rounded(moved / seconds_of(lambda: target.copy_(source), device)),
-        seconds_per_operation=_rounded(seconds_of(lambda: [one.add(1) for _ in range(1000)], device) / 1000),
+        memory_bytes_per_second=_rounded(copy_rate(device)),
+        seconds_per_operation=_rounded(seconds_per_start(device)),
         compute_efficiency=1.0,
     )
     return dataclasses.replace(machine, compute_efficiency=_rounded(efficiency(machine, device, batch_size)))
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second of a copy in memory, read and written."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)  # larger than any cache
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / seconds_of(lambda: target.copy_(source), device)
+
+
+def seconds_per_start(device: torch.device) -> float:
+    """Seconds to start an operation that does next to nothing."""
+    one = torch.ones(1, device=device)
+    return seconds_of(lambda: [one.add(1) for _ in range(1000)], device) / 1000
 
 
 def _products(count: int, a: Tensor, b: Tensor, out: Tensor) -> None:

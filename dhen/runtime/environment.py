@@ -1,6 +1,7 @@
 """Set-up before DeepSpeed and FBGEMM are imported: accelerator, matching versions, silenced warnings.
 
-Importing `dhen.runtime` runs `prepare_environment`. Packages that use DeepSpeed or FBGEMM import it first.
+Importing `dhen.runtime` runs `prepare_environment`. Packages that use DeepSpeed or FBGEMM import it first. Only
+`dhen.tables` uses FBGEMM and calls `check_fbgemm`, so the dense part runs where FBGEMM is not installed.
 """
 
 import importlib.metadata
@@ -24,13 +25,17 @@ class EnvironmentMismatchError(RuntimeError):
 
 
 def prepare_environment() -> None:
-    """Set the variables DeepSpeed reads at import, check the FBGEMM build, silence useless warnings. Idempotent."""
+    """Set the variables DeepSpeed reads at import, and silence useless warnings. Idempotent."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     _put_scripts_on_path()
     keep_extensions_apart()
-    _check_fbgemm(installed_versions(FBGEMM_PACKAGES), torch.__version__, os.environ["DS_ACCELERATOR"])
     _silence()
     announce_builds()
+
+
+def check_fbgemm() -> None:
+    """Raise EnvironmentMismatchError unless exactly one FBGEMM is installed, built for this torch and this device."""
+    _check_fbgemm(installed_versions(FBGEMM_PACKAGES), torch.__version__, os.environ["DS_ACCELERATOR"])
 
 
 def _put_scripts_on_path() -> None:
@@ -47,7 +52,6 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _check_fbgemm(installed: dict[str, str], torch_version: str, accelerator: str) -> None:
-    """Raise EnvironmentMismatchError unless exactly one FBGEMM is installed, built for this torch and this device."""
     torch_minor = int(torch_version.split(".")[1])
     wanted = f"1.{torch_minor - FIRST_MINOR_OFFSET}"
     advice = f"Install either fbgemm-gpu-cpu=={wanted}.0 (CPU) or fbgemm-gpu=={wanted}.0 (GPU) for this torch."

@@ -60,8 +60,9 @@ def use_bmm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autocast_keeps_one_copy_of_the_input_and_none_of_the_weight_per_example(user, monkeypatch):
     expected = 2 * USERS[user][1]
     assert bytes_of(user, autocast=True)[0] == expected
-    use_bmm(monkeypatch)  # negative control
-    assert bytes_of(user, autocast=True)[0] >= expected + B * M * D
+    if user != "pairwise_dots":  # whose own backward would keep the input as it is
+        use_bmm(monkeypatch)  # negative control
+        assert bytes_of(user, autocast=True)[0] >= expected + B * M * D
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])

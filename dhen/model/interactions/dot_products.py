@@ -19,6 +19,26 @@ from dhen.model.mlp import MLP, Activation, autocast
 from dhen.model.ranges import DepthFrom0, NotNegative, Size
 
 
+class _Dots(torch.autograd.Function):
+    """x_i . x_j of the pairs i < j, whose backward is one gather and one product.
+
+    dX = (G + G^T) X, where G holds the pairs' gradients. autograd would add each gradient to its place in G, one by one
+    on a GPU, and multiply X by G and by G^T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BMD: Tensor, triangle: Tensor, pairs: Tensor) -> Tensor:
+        ctx.save_for_backward(x_BMD, pairs)
+        return torch.bmm(x_BMD, x_BMD.transpose(1, 2)).flatten(1).index_select(1, triangle)
+
+    @staticmethod
+    def backward(ctx: Any, ddots: Tensor) -> tuple[Tensor, None, None]:
+        x_BMD, pairs = ctx.saved_tensors
+        both_BMM = ddots.to(x_BMD.dtype).index_select(1, pairs).view(len(x_BMD), x_BMD.shape[1], x_BMD.shape[1])
+        both_BMM.diagonal(dim1=1, dim2=2).zero_()
+        return torch.bmm(both_BMM, x_BMD), None, None
+
+
 class PairwiseDots(nn.Module):
     """The M (M - 1) / 2 dot products x_i . x_j with i < j: the upper triangle of X X^T, row by row.
 
@@ -33,12 +53,17 @@ class PairwiseDots(nn.Module):
         self.num_inputs = num_inputs
         self.num_dots = num_inputs * (num_inputs - 1) // 2
         self.register_buffer("triangle", torch.empty(self.num_dots, dtype=torch.int64), persistent=False)
+        self.register_buffer("pairs", torch.empty(num_inputs**2, dtype=torch.int64), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the upper triangle's indices into the flattened (M, M) matrix. from_pretrained leaves them unset."""
+        """Set the upper triangle's indices into the flattened (M, M) matrix, and for each place of that matrix the
+        number of its pair; 0 on the diagonal. from_pretrained leaves them unset.
+        """
         row, column = torch.triu_indices(self.num_inputs, self.num_inputs, offset=1, device=self.triangle.device)
         self.triangle.copy_(row * self.num_inputs + column)
+        pairs = self.pairs.zero_().view(self.num_inputs, self.num_inputs)
+        pairs[row, column] = pairs[column, row] = torch.arange(self.num_dots, device=pairs.device)
 
     def dot_labels(self, inputs: Sequence[Hashable]) -> list[Hashable]:
         """Each dot belongs to a pair, in no order."""
@@ -50,9 +75,7 @@ class PairwiseDots(nn.Module):
 
     def forward(self, x_BMD: Tensor) -> Tensor:
         """Return (B, num_dots)."""
-        x_BMD = autocast(x_BMD)
-        dots_BMM = torch.bmm(x_BMD, x_BMD.transpose(1, 2))
-        return dots_BMM.flatten(1).index_select(1, self.triangle)
+        return _Dots.apply(autocast(x_BMD), self.triangle, self.pairs)
 
 
 class CompressedDots(nn.Module):
