@@ -135,7 +135,7 @@ def run_tests(report: Any) -> None:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if "mark.gpu" not in path.read_text(encoding="utf-8"):
             continue
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "-x", "--tb=short", str(path)]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--tb=short", str(path)]
         start = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         name = str(path.relative_to(ROOT))

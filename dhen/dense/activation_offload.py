@@ -100,7 +100,8 @@ class ActivationOffload:
 
     def _pack(self, layer: _Layer, sources: dict, tensor: Tensor) -> "Tensor | _Saved":
         is_weight = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)  # ZeRO manages weights
-        if is_weight or tensor.numel() * tensor.element_size() < _LEAST_BYTES:
+        is_on_host = self._stream is not None and tensor.device.type == "cpu"  # attention's random state
+        if is_weight or is_on_host or tensor.numel() * tensor.element_size() < _LEAST_BYTES:
             return tensor
         # Several operations may save the same tensor. `sources` keeps it alive, so its address is not reused.
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor._version)

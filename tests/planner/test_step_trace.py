@@ -136,7 +136,7 @@ def test_weights_and_operations_are_those_of_the_model():
 
 
 def test_training_flops_are_those_of_the_formulas():
-    """Forward, and twice as many backward, but for dots as many; half of a layer's backward only, if nothing before it is trained."""
+    """Forward, and twice as many backward, but as many for dots; half only, if nothing before the layer is trained."""
 
     def flops(entry: dict[str, object], **more: object) -> int:
         options = {"interactions": [entry], "head_mlp": [], "dense_mlp": [], "num_dense_features": 0}

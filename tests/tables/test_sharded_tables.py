@@ -239,7 +239,8 @@ def test_an_id_outside_its_table_is_named_and_never_looked_up():
 def save_after_training(topology: Topology, folder, optimizer: str, cuts: dict[str, int] = WHOLE) -> None:
     tables = make_tables(topology, optimizer, cuts)
     for step in range(2):
-        (tables(batch_of("bags", step, topology.rank, 6)) * target_of(step, topology.rank, 6)).sum().backward()
+        sparse = batch_of("bags", step, topology.rank, 6).to(topology.device)
+        (tables(sparse) * target_of(step, topology.rank, 6).to(topology.device)).sum().backward()
     save_tables(tables, folder, topology.rank)
     dist.barrier()
 

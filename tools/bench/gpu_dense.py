@@ -153,6 +153,7 @@ def forget_peak(device: torch.device) -> None:
     """Return what is cached and start a new peak."""
     if device.type == "cuda":
         gc.collect()
+        torch.cuda.init()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -210,9 +210,11 @@ def measure_memory(size: Size, topology: Topology, rates: dict[str, float], repo
             layout = lay_out(config, topology, ds_config)
             use = plan.use(layout)
             model = build(layout)
+            built = peak_gib(device)
+            forget_peak(device)
             seconds, _ = step_seconds(lambda model=model: train(model, batches, 2), device)
             measured, predicted = peak_gib(device), use.peak / 2**30
-            figures = {"ms": seconds * 500, "GiB": measured, "predicted GiB": predicted}
+            figures = {"ms": seconds * 500, "built GiB": built, "GiB": measured, "predicted GiB": predicted}
             if measured:
                 figures["off by"] = predicted / measured - 1
             parts = {part: gib(size) for part, size in use.parts.items()}
