@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, field
 from functools import cached_property
@@ -231,3 +232,13 @@ def sort_results(experiment: Experiment, results: Sequence[Result]) -> Outcome:
         else:
             by_entry[result.entry].setdefault(result.seed, result)
     return Outcome(by_entry, [each for each in failed if each.seed not in by_entry[each.entry]], stale)
+
+
+def code(folder: Path = ROOT) -> dict[str, Any]:
+    """The commit of a folder, None outside a git repository, and whether the code that trains differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=folder).stdout.strip()
+
+    is_dirty = bool(git("status", "--porcelain", "--", "dhen", "recipes/*.py"))
+    return {"commit": git("rev-parse", "HEAD") or None, "is_dirty": is_dirty}

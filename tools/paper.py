@@ -8,8 +8,8 @@
 
 `run` trains each entry once per seed and appends a line per run to recipes/results. A run that has its line already is
 skipped, so an interrupted call goes on where it was. A failed run is tried again. `report` needs these lines only.
-`table1`, `table2` and `table3` run the experiments of a table of the paper. `figure6` passes its arguments to
-tools/bench/sharding.py.
+`table1`, `table2` and `table3` run the experiments of a table of the paper. `common_optimizations` and `figure6` pass
+their arguments to tools/bench/precision.py and tools/bench/sharding.py.
 """
 
 import sys
@@ -36,12 +36,29 @@ from typing import Any
 from dhen.data.synthetic import RECIPES
 from dhen.model.names import check_names, quoted
 from dhen.yaml_files import write_yaml
-from tools.experiments import ROOT, Entry, Experiment, Result, add_result, read_experiment, read_results, sort_results
+from tools.bench import precision_results
+from tools.experiments import (
+    ROOT,
+    Entry,
+    Experiment,
+    Result,
+    add_result,
+    code,
+    read_experiment,
+    read_results,
+    sort_results,
+)
 from tools.paper_report import outcomes_of, report_of
 from tools.paper_tables import as_csv, draw
 
 EXPERIMENTS, RESULTS, REPORT = ROOT / "recipes/experiments", ROOT / "recipes/results", ROOT / "recipes/RESULTS.md"
 TABLES = ("table1", "table2", "table3")
+BENCHMARKS = {"common_optimizations": "tools/bench/precision.py", "figure6": "tools/bench/sharding.py"}
+COMMON_OPTIMIZATIONS = (
+    "--variants", *precision_results.COMMON, "--config=recipes/configs/planted.yaml",
+    f"--results={RESULTS / precision_results.FILE}", "--output=runs/common_optimizations",
+    "--dataset_name=planted-500k", "--num_layers=8", "--per_device_train_batch_size=256", "--max_steps=200",
+)  # fmt: skip
 TINY = {"max_steps": 3, "eval_steps": 1}
 LOG, PACKAGES = "log.txt", ("torch", "deepspeed", "fbgemm")
 
@@ -50,6 +67,9 @@ def main() -> int:
     """Exit status: 0; 1 after a failed run or a mistake; 130 if interrupted."""
     if sys.argv[1:2] == ["figure6"]:
         return subprocess.run([sys.executable, ROOT / "tools/bench/sharding.py", *sys.argv[2:]]).returncode
+    if sys.argv[1:2] == ["common_optimizations"]:
+        command = [sys.executable, ROOT / "tools/bench/precision.py", *COMMON_OPTIMIZATIONS, *sys.argv[2:]]
+        return subprocess.run(command).returncode
     arguments = parse_arguments()
     try:
         return arguments.command(arguments)
@@ -64,7 +84,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *TABLES, "figure6", "report"]))
+    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *TABLES, *BENCHMARKS, "report"]))
     run = commands.add_parser("run", help="train what has no result yet")
     run.add_argument("experiment", type=_path, help="a file of recipes/experiments")
     run.set_defaults(command=run_experiment)
@@ -74,7 +94,8 @@ def parse_arguments() -> argparse.Namespace:
         table.add_argument("--data", help="the last word of an experiment's name; default: all")
         table.set_defaults(command=run_table, table=name)
         _add_options_of_runs(table)
-    commands.add_parser("figure6", help="run tools/bench/sharding.py")
+    for name, script in BENCHMARKS.items():
+        commands.add_parser(name, help=f"run {script}")
     report = commands.add_parser("report", help="write recipes/RESULTS.md")
     report.add_argument("--output", type=_path, default=REPORT, metavar="FILE", help="default: recipes/RESULTS.md")
     report.add_argument("--results", type=_path, metavar="FOLDER", help="default: recipes/results")
@@ -195,16 +216,6 @@ def _run(
     return result, [*python, *words, f"--seed={seed}", "--overwrite_output_dir"]
 
 
-def _code() -> dict[str, Any]:
-    """The commit, None outside a git repository, and whether the code that trains differs from it."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
-
-    is_dirty = bool(git("status", "--porcelain", "--", "dhen", "recipes/*.py"))
-    return {"commit": git("rev-parse", "HEAD") or None, "is_dirty": is_dirty}
-
-
 def _finished(call: argparse.Namespace, runs: Sequence[tuple[Result, list[str]]]) -> Iterator[Result]:
     """Do the runs, --jobs at a time, and yield the result of each as it ends. If interrupted, end those in progress."""
     waiting, running = deque(runs), {}
@@ -220,7 +231,7 @@ def _finished(call: argparse.Namespace, runs: Sequence[tuple[Result, list[str]]]
                 with (folder / LOG).open("w") as log:  # a session of its own: Ctrl-C reaches this process alone
                     files = {"stdout": log, "stderr": log}
                     process = subprocess.Popen(command, **files, env=environment, start_new_session=True)
-                running[process.pid] = process, replace(result, **_code()), folder, time.monotonic()
+                running[process.pid] = process, replace(result, **code()), folder, time.monotonic()
             pid, status, usage = os.wait4(-1, 0)  # the only call that says what one child used
             if pid not in running:  # an orphan that this process adopted
                 continue
@@ -265,7 +276,8 @@ def write_report(call: argparse.Namespace) -> int:
     """Write the report, and the CSV file and the plot of each of the paper's tables. Exit status: 0."""
     results = call.results or RESULTS
     outcomes = outcomes_of(EXPERIMENTS, results)
-    call.output.write_text(report_of(outcomes), encoding="utf-8")
+    common = precision_results.common_section(precision_results.read(results / precision_results.FILE))
+    call.output.write_text(f"{report_of(outcomes)}\n{common}\n", encoding="utf-8")
     for name, (experiment, outcome) in outcomes.items():
         if experiment.paper_points and any(outcome.by_entry.values()):
             (results / f"{name}.csv").write_text(as_csv(experiment, outcome), encoding="utf-8")

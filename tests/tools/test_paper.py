@@ -19,9 +19,8 @@ from dhen.data.synthetic import RECIPES
 from tests import ROOT
 from tests.recipes.launch import prepared_click_log
 from tests.tools import forked_python
-from tools.experiments import Experiment, Result, add_result, read_experiment, read_results, sort_results
+from tools.experiments import Experiment, Result, add_result, code, read_experiment, read_results, sort_results
 from tools.over_seeds import Statistic, difference, over_seeds
-from tools.paper import _code
 from tools.paper_report import margin, outcomes_of, report_of
 
 call = functools.partial(forked_python.call, "tools/paper.py")
@@ -245,16 +244,16 @@ def test_all_that_decides_a_result_is_in_its_digest(tmp_path):
 
 def test_changes_of_the_code_are_marked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert _code() == {"commit": None, "is_dirty": False}
+    assert code(tmp_path) == {"commit": None, "is_dirty": False}
     (tmp_path / "dhen").mkdir()
     (tmp_path / "dhen/a.py").write_text("")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run([*git, *words], check=True)
     (tmp_path / "results.jsonl").write_text("{}")
-    assert not _code()["is_dirty"], "results are no code"
+    assert not code(tmp_path)["is_dirty"], "results are no code"
     (tmp_path / "dhen/a.py").write_text("1")
-    assert _code()["is_dirty"]
+    assert code(tmp_path)["is_dirty"]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@
 The benchmark trains the recipe once per variant and seed, on two nodes of this machine (tools/cluster.py). It prints
 for each variant:
 - what node 0 sends per training step, without evaluation and test;
+- milliseconds of a step, the median;
 - MiB of the tables of all ranks, and MiB of the tensors that rank 0's engine holds between backward and optimizer step;
 - the test split's NE over the seeds, and how far it is from that of fp32.
 
-results.json has every run, and the engine's tensors by dtype. The benchmark passes arguments that it does not know to
-recipes/train.py.
+results.jsonl has a line per run, with the engine's tensors by dtype. A run that has its line is skipped. The benchmark
+passes arguments that it does not know to recipes/train.py.
 """
 
 import sys
@@ -21,9 +22,9 @@ import argparse
 import json
 import runpy
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +32,10 @@ from torch.utils._pytree import tree_iter
 
 from dhen.training.loop import Trainer
 from tools.bench.launch import JobError, argument_parser, is_rank, results_of_cluster, run_here, write_json
+from tools.bench.precision_results import Result, add, read
 from tools.bench.report import print_table
 from tools.cluster import Cluster, bytes_sent
+from tools.experiments import code
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_FILE = "measured.json"
@@ -49,25 +52,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16, fp32 masters": ("zero2_bf16", {}),
     "bf16 optimizer": ("zero2_bf16", {"bf16": BF16_OPTIMIZER}),
     "paper": ("paper", {}),
+    "dp": ("zero0", {}),
+    "dp, fp16 tables": ("zero0", {"dhen": {"table_dtype": "fp16"}}),
+    "dp, bf16 autocast": ("zero0_bf16", {}),
+    "dp, bf16 all-reduce": ("zero0", {"communication_data_type": "bf16"}),
+    "dp, bf16 all-to-all": ("zero0", {"dhen": {"all_to_all_dtype": "bf16"}}),
+    "paper_dp": ("paper_dp", {}),
 }
 """The ds_config of each variant, and the changes to it."""
 ROLES = ("weights", "masters", "moments", "gradients", "buffers")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One run. bytes_per_step: what node 0 sends. table_bytes: of all ranks, with the optimizer's states.
-
-    dense_bytes: what rank 0's engine holds between backward and step, by "<role> <dtype>".
-    """
-
-    variant: str
-    seed: int
-    bytes_per_step: float
-    table_bytes: int
-    dense_bytes: dict[str, int]
-    ne: float
-    auc: float
 
 
 def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Cluster, folder: Path) -> Result:
@@ -79,9 +72,8 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
     output = folder / f"{variant.replace(' ', '_').replace(',', '')}-{seed}"
     ds_config = folder / f"{output.name}.json"
     ds_config.write_text(json.dumps(config), encoding="utf-8")
-    flags = [f"--config={arguments.config}", f"--ds_config={ds_config}", f"--output_dir={output}", f"--seed={seed}"]
-    flags += ["--overwrite_output_dir", f"--num_train_epochs={arguments.epochs}", "--lr_scheduler_type=constant"]
-    command = [__file__, *flags, *arguments.more]
+    flags = [f"--ds_config={ds_config}", f"--output_dir={output}", f"--seed={seed}", "--overwrite_output_dir"]
+    command = [__file__, *flags, *flags_of(arguments)]
     measured = results_of_cluster(cluster, command, dict[str, Any], output / MEASURED_FILE)
     summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     placement = json.loads((output / "placement.json").read_text(encoding="utf-8"))
@@ -93,7 +85,16 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
         dense_bytes=measured["dense_bytes"],
         ne=summary["test"]["ne"],
         auc=summary["test"]["auc"],
+        seconds_per_step=measured["seconds_per_step"],
+        flags=flags_of(arguments),
+        commit=code()["commit"],
     )
+
+
+def flags_of(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """What all runs pass to recipes/train.py."""
+    recipe = (f"--config={arguments.config}", f"--num_train_epochs={arguments.epochs}", "--lr_scheduler_type=constant")
+    return (*recipe, *arguments.more)
 
 
 def train_here() -> None:
@@ -105,11 +106,13 @@ def train_here() -> None:
         engine, topology = trainer.model.engine, trainer.model.topology
         step = engine.step
         dense_bytes: dict[str, int] = {}
+        ends: list[float] = []
 
         def measure_and_step() -> None:
             if trainer.state.step == 1 and not dense_bytes:  # before the first step Adam has no moments
                 dense_bytes.update(engine_bytes(engine))
             step()
+            ends.append(time.perf_counter())
 
         engine.step = measure_and_step
         topology.barrier()
@@ -118,6 +121,7 @@ def train_here() -> None:
         topology.barrier()
         if topology.is_main:
             values = {"bytes_per_step": (bytes_sent() - before) / trainer.state.step, "dense_bytes": dense_bytes}
+            values["seconds_per_step"] = statistics.median(b - a for a, b in pairwise(ends))
             write_json(trainer.output_dir / MEASURED_FILE, values)
 
     Trainer.train = train_and_measure
@@ -168,20 +172,22 @@ def show(results: Sequence[Result]) -> None:
     by_variant: dict[str, list[Result]] = {}
     for result in results:
         by_variant.setdefault(result.variant, []).append(result)
-    base = statistics.mean(result.ne for result in by_variant["fp32"]) if "fp32" in by_variant else None
+    first_variant = next(iter(by_variant))
+    base = statistics.mean(result.ne for result in by_variant[first_variant])
     rows = []
     for variant, of_variant in by_variant.items():
         first, ne = of_variant[0], [result.ne for result in of_variant]
         held = [sum(size for key, size in first.dense_bytes.items() if key.split()[0] == role) for role in ROLES[:4]]
-        row = [variant, f"{first.bytes_per_step / 2**10:.1f}"]
+        milliseconds = 1e3 * statistics.median(result.seconds_per_step for result in of_variant)
+        row = [variant, f"{first.bytes_per_step / 2**10:.1f}", f"{milliseconds:.0f}"]
         row += [f"{size / 2**20:.3f}" for size in (first.table_bytes, *held)]
         row += [f"{value:.5f}" for value in (statistics.mean(ne), min(ne), max(ne))]
-        row.append(f"{statistics.mean(ne) / base - 1:+.2%}" if base else "-")
+        row.append(f"{statistics.mean(ne) / base - 1:+.2%}")
         rows.append([*row, f"{statistics.mean(result.auc for result in of_variant):.5f}"])
-    columns = ("variant", "KiB per step", "tables", *ROLES[:4], "NE", "from", "to", "of fp32", "AUC")
+    columns = ("variant", "KiB per step", "ms", "tables", *ROLES[:4], "NE", "from", "to", "to the first", "AUC")
     print_table(columns, rows, left=["variant"])
     print("MiB of the tables with their states on all ranks, then of rank 0's weights, masters, moments and gradients.")
-    print("NE over the seeds: mean, from lowest to highest, and the mean's distance from that of fp32.")
+    print("NE over the seeds: mean, from lowest to highest, and the mean's distance from that of the first variant.")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -191,8 +197,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", default="recipes/configs/frappe_quick.yaml", help="recipe to train")
     add("--epochs", type=int, default=1, help="epochs per run")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds; each variant has a run per seed")
-    add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="variants to compare")
-    add("--output", type=Path, default="runs/precision", help="folder of the runs and of results.json")
+    defaults = [name for name in VARIANTS if not name.startswith("dp") and name != "paper_dp"]
+    add("--variants", nargs="+", default=defaults, choices=VARIANTS, help="variants to compare, with the first one")
+    add("--output", type=Path, default="runs/precision", help="folder of the runs")
+    add("--results", type=Path, help="file of the results (default: results.jsonl in --output)")
     arguments, arguments.more = parser.parse_known_args()
     return arguments
 
@@ -201,15 +209,21 @@ def train_and_show(arguments: argparse.Namespace) -> None:
     """Train and show all variants. Raises ClusterError without a cluster, and JobError in the end if a run fails."""
     folder = arguments.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    results, failures = [], []
+    file = arguments.results or folder / "results.jsonl"
+    done = {(each.variant, each.seed): each for each in read(file) if each.flags == flags_of(arguments)}
+    runs, failures = list(product(arguments.seeds, arguments.variants)), []
     with Cluster(2, link_mbit=0, local_mbit=0) as cluster:
-        for seed, variant in product(arguments.seeds, arguments.variants):
+        for seed, variant in runs:
+            if (variant, seed) in done:
+                print(f"skipped: {variant}, seed {seed}, has its line in {file}")
+                continue
             try:
-                results.append(train(variant, seed, arguments, cluster, folder))
+                done[variant, seed] = train(variant, seed, arguments, cluster, folder)
             except JobError as error:
                 failures.append(str(error))
-            write_json(folder / "results.json", results)
-    if results:
+            else:
+                add(file, done[variant, seed])
+    if results := [done[variant, seed] for seed, variant in runs if (variant, seed) in done]:
         show(results)
     if failures:
         raise JobError(" ".join(failures))
