@@ -48,7 +48,7 @@ from tools.experiments import (
     read_results,
     sort_results,
 )
-from tools.paper_report import outcomes_of, report_of
+from tools.paper_report import is_drawn, outcomes_of, report_of
 from tools.paper_tables import as_csv, draw
 
 EXPERIMENTS, RESULTS, REPORT = ROOT / "recipes/experiments", ROOT / "recipes/results", ROOT / "recipes/RESULTS.md"
@@ -279,7 +279,7 @@ def write_report(call: argparse.Namespace) -> int:
     common = precision_results.common_section(precision_results.read(results / precision_results.FILE))
     call.output.write_text(f"{report_of(outcomes)}\n{common}\n", encoding="utf-8")
     for name, (experiment, outcome) in outcomes.items():
-        if experiment.paper_points and any(outcome.by_entry.values()):
+        if is_drawn(experiment) and any(outcome.by_entry.values()):
             (results / f"{name}.csv").write_text(as_csv(experiment, outcome), encoding="utf-8")
             draw(experiment, outcome, results / f"{name}.png")
     return 0

@@ -45,13 +45,20 @@ def report_of(outcomes: Mapping[str, tuple[Experiment, Outcome]]) -> str:
     return "\n".join([_HEAD, *("\n".join(_section(name, *of)) + "\n" for name, of in outcomes.items())])
 
 
+def is_drawn(experiment: Experiment) -> bool:
+    """Whether the experiment has the layout of the paper or is a scaling curve, and so a plot."""
+    return bool(experiment.paper_points or paper_tables.families(experiment))
+
+
 def _section(name: str, experiment: Experiment, outcome: Outcome) -> Iterator[str]:
     yield f"## {experiment.title}\n\n{experiment.data}\n"
     yield f"```bash\npython tools/paper.py run recipes/experiments/{name}.yaml\n```\n"
-    if experiment.paper_points:
-        yield from paper_tables.table(experiment, outcome)
+    if is_drawn(experiment):
+        is_curve = paper_tables.families(experiment)
+        yield from (paper_tables.scaling if is_curve else paper_tables.table)(experiment, outcome)
         if any(outcome.by_entry.values()):
-            yield f"\n![NE difference over the samples seen](results/{name}.png)"
+            what = "Test NE over training FLOPs" if is_curve else "NE difference over the samples seen"
+            yield f"\n![{what}](results/{name}.png)"
     else:
         yield from _table(experiment, outcome)
         yield from _differences(experiment, outcome)

@@ -1,4 +1,6 @@
-"""An experiment in the paper's layout: NE differences over training, beside the paper's, as a table, CSV and a plot."""
+"""An experiment in the paper's layout: NE differences over training, beside the paper's, as a table, CSV and a plot; or
+a scaling curve.
+"""
 
 import csv
 import io
@@ -7,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -52,7 +55,22 @@ def table(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
         differences = ["baseline", "", ""] if entry is first else differences
         quoted = [f"{figure:+g}" for figure in entry.paper] or ["baseline" if entry is first else ""] * len(paper)
         yield row([entry.title, str(len(own) or "not run"), *differences, *quoted, *_costs(own)])
-    yield from _slopes(experiment, outcome)
+
+
+def scaling(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
+    """The lines of a scaling curve: the sizes of each family, and the slope of those with two sizes or more."""
+    yield from head(["model", "seeds", "MFLOPs per sample", "test NE", "CPU minutes"])
+    for entry in experiment.entries:
+        own = outcome.by_entry[entry.name]
+        yield row([entry.title, str(len(own) or "not run"), *_costs(own)])
+    slopes = {family: slope(outcome, entries) for family, entries in families(experiment).items()}
+    if any(slopes.values()):
+        yield "\nChange of the test NE in percent per decade of training FLOPs, ± its standard error:\n"
+        yield from head(["family", "runs", "slope"])
+    for family, found in slopes.items():
+        if found:
+            value, error, num_runs = found
+            yield row([family, str(num_runs), f"{value:+.3f} ± {error:.3f}"])
 
 
 def _costs(runs: Mapping[int, Result]) -> Iterator[str]:
@@ -63,18 +81,6 @@ def _costs(runs: Mapping[int, Result]) -> Iterator[str]:
     ):
         found = over_seeds(values)
         yield f"{found.mean:.{digits}f}" if found else ""
-
-
-def _slopes(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
-    """A table of the families' slopes, for those with three sizes or more."""
-    slopes = {family: slope(outcome, entries) for family, entries in families(experiment).items()}
-    if any(slopes.values()):
-        yield "\nChange of the test NE in percent per decade of training FLOPs, ± its standard error:\n"
-        yield from head(["family", "runs", "slope"])
-    for family, found in slopes.items():
-        if found:
-            value, error, num_runs = found
-            yield row([family, str(num_runs), f"{value:+.3f} ± {error:.3f}"])
 
 
 def families(experiment: Experiment) -> dict[str, list[Entry]]:
@@ -112,9 +118,30 @@ def as_csv(experiment: Experiment, outcome: Outcome) -> str:
 
 
 def draw(experiment: Experiment, outcome: Outcome, path: Path) -> None:
-    """Draw the NE differences over the samples seen: mean, and a band of one standard deviation."""
+    """Draw a scaling curve, or the NE differences over training."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axis = figure.subplots()
+    (_draw_scaling if families(experiment) else _draw_differences)(experiment, outcome, axis)
+    axis.set_title(experiment.title)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_scaling(experiment: Experiment, outcome: Outcome, axis: Axes) -> None:
+    """Test NE over training FLOPs: the mean of each size, a line per family, and a dot per run."""
+    for family, entries in families(experiment).items():
+        runs = [list(outcome.by_entry[entry.name].values()) for entry in entries]
+        sizes = [(of[0].training_flops_per_sample, [run.metric("ne") for run in of]) for of in runs if of]
+        means = [(flops, found.mean) for flops, values in sizes if flops and (found := over_seeds(values))]
+        if means:
+            (line,) = axis.plot(*zip(*sorted(means), strict=True), label=family)
+            dots = [(flops, ne) for flops, values in sizes for ne in values if flops and ne]
+            axis.plot(*zip(*dots, strict=True), linestyle="", marker="o", markersize=4, color=line.get_color())
+    axis.set(xlabel="training FLOPs per sample", ylabel="test NE", xscale="log")
+
+
+def _draw_differences(experiment: Experiment, outcome: Outcome, axis: Axes) -> None:
+    """NE differences over the samples seen: mean, and a band of one standard deviation."""
     first, *others = experiment.entries
     axis.axhline(0, color="gray", linewidth=1, label=first.title)
     for entry in others:
@@ -125,7 +152,5 @@ def draw(experiment: Experiment, outcome: Outcome, path: Path) -> None:
             (line,) = axis.plot(list(differences), means, label=entry.title, marker="o", markersize=3)
             low, high = np.subtract(means, spreads), np.add(means, spreads)
             axis.fill_between(list(differences), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    axis.set(xlabel="samples seen", ylabel="NE difference in percent", title=experiment.title)
+    axis.set(xlabel="samples seen", ylabel="NE difference in percent")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=110)

@@ -13,7 +13,7 @@ import yaml
 
 from tests.tools import forked_python
 from tools.experiments import Experiment, Outcome, Result, read_experiment
-from tools.paper_tables import as_csv, at_points, draw, families, ne_differences, slope, table
+from tools.paper_tables import as_csv, at_points, draw, families, ne_differences, scaling, slope, table
 
 call = functools.partial(forked_python.call, "tools/paper.py")
 EXPERIMENT = {
@@ -69,7 +69,14 @@ def test_the_table_stands_beside_the_papers(experiment, outcome):
     assert second.startswith("| Second | 3 | -0.549 ± 0.777, not resolved | -5.000 ± 0.000 | +2.857 ± 0.000 | -0.07 |")
     assert second.endswith("| +0.2 | 10.000 | 0.72000 | 1.0 |")
     assert third == "| Third | not run |  |  |  |  |  |  |  |  |"
+
+
+def test_a_scaling_curve_has_its_sizes_and_slopes(experiment, outcome, tmp_path):
+    lines = list(scaling(experiment, outcome))
+    assert "| Second | 3 | 10.000 | 0.72000 | 1.0 |" in lines
     assert any(line.startswith("| one | 5 |") for line in lines)
+    draw(experiment, outcome, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
 def test_the_slope_is_that_of_least_squares(experiment):
@@ -94,7 +101,8 @@ def test_every_evaluation_is_in_the_csv_and_the_plot_is_drawn(experiment, outcom
     rows = list(csv.DictReader(io.StringIO(as_csv(experiment, outcome))))
     assert len(rows) == 2 * 3 + 3 * 4
     assert rows[0] == {"entry": "first", "seed": "0", "samples_seen": "100", "validation_ne": "0.9"}
-    draw(experiment, outcome, tmp_path / "table.png")
+    entries = [replace(entry, family=None) for entry in experiment.entries]  # otherwise it is a scaling curve
+    draw(replace(experiment, entries=entries), outcome, tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 10_000
 
 
