@@ -62,7 +62,8 @@ class Entry:
     """A set-up that is run once per seed.
 
     seeds, ds_config: None for the experiment's. arguments: of the run. paper: the paper's NE differences in percent, at
-    the experiment's paper_points. family: of a scaling curve.
+    the experiment's paper_points. family: of a scaling curve. starts_from: the entry whose model of the same seed is
+    fine-tuned. against: entries that this one is compared with.
     """
 
     name: _Name
@@ -72,6 +73,8 @@ class Entry:
     arguments: dict[str, Any] = field(default_factory=dict)
     paper: list[float] = field(default_factory=list)
     family: _Text | None = None
+    starts_from: str | None = None
+    against: list[str] = field(default_factory=list)
 
 
 _KINDS = {"published": Quoted, "peers": Quoted, "bars": Bar, "entries": Entry}
@@ -83,7 +86,8 @@ class Experiment:
 
     title, data: for the report. config: the recipe's YAML. seeds: runs per entry. arguments: override the recipe in all
     entries. published, peers: rows that are quoted and never run. The first entry is the one that others are compared
-    with. paper_points: the points of training that the paper's table reports; the report then has its layout.
+    with. paper_points: the points of training that the paper's table reports; the report then has its layout. rows: a
+    data set of tools/later_rows.py, whose folder the arguments name as {rows}.
     """
 
     title: _Text
@@ -97,6 +101,7 @@ class Experiment:
     peers: list[Quoted] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     paper_points: list[_Text] = field(default_factory=list)
+    rows: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError, which names the key."""
@@ -108,6 +113,12 @@ class Experiment:
                 counts = f"{len(entry.paper)} figures for {len(self.paper_points)} paper_points"
                 raise ValueError(f"entry {entry.name}: paper has {counts}. Use one for each.")
         check_names("entry of a bar", [bar.entry for bar in self.bars], names)
+        for number, entry in enumerate(self.entries):
+            others = [("against", name, names) for name in entry.against]
+            others += [("starts_from, an earlier entry,", name, names[:number]) for name in [entry.starts_from] if name]
+            for key, name, allowed in others:
+                if name not in allowed:
+                    raise ValueError(f"entry {entry.name}: {unknown_name(key, name, allowed)}")
         for values in (self.arguments, *(entry.arguments for entry in self.entries)):
             if wrong := values.keys() & set(_SET_BY_THE_TOOL):
                 raise ValueError(f"arguments: {sorted(wrong)[0]} is set by the tool. Remove it.")
@@ -122,8 +133,14 @@ class Experiment:
         values = self.arguments | entry.arguments
         return {key: value for key, value in values.items() if key not in self.recipe or self.recipe[key] != value}
 
+    def base_of(self, entry: Entry) -> Entry | None:
+        """The entry whose model this one starts from."""
+        return next((each for each in self.entries if each.name == entry.starts_from), None)
+
     def digest(self, entry: Entry) -> str:
-        """A digest of all that decides the entry's results: arguments, and the contents of ds_config and schema."""
+        """A digest of all that decides the entry's results: arguments, and the contents of ds_config and schema; also
+        those of the entry that it starts from.
+        """
         values = {
             key: value for key, value in (self.recipe | self.changes(entry)).items() if key not in _DECIDE_NOTHING
         }
@@ -133,6 +150,8 @@ class Experiment:
         files = [json.loads(ds_config.read_text(encoding="utf-8"))]
         if "dataset_schema" in values:
             files.append(read_yaml(ROOT / values["dataset_schema"]))
+        if base := self.base_of(entry):
+            files.append(self.digest(base))
         return hashlib.sha256(json.dumps([values, files], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

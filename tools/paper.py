@@ -8,8 +8,8 @@
 
 `run` trains each entry once per seed and appends a line per run to recipes/results. A run that has its line already is
 skipped, so an interrupted call goes on where it was. A failed run is tried again. `report` needs these lines only.
-`table1`, `table2` and `table3` run the experiments of a table of the paper. `common_optimizations` and `figure6` pass
-their arguments to tools/bench/precision.py and tools/bench/sharding.py.
+`table1`, `table2`, `table3`, `scaling` and `fine_tuning` run the experiments whose names begin so.
+`common_optimizations` and `figure6` pass their arguments to tools/bench/precision.py and tools/bench/sharding.py.
 """
 
 import sys
@@ -29,7 +29,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,11 +48,16 @@ from tools.experiments import (
     read_results,
     sort_results,
 )
+from tools.later_rows import write_later_rows
 from tools.paper_report import is_drawn, outcomes_of, report_of
 from tools.paper_tables import as_csv, draw
 
 EXPERIMENTS, RESULTS, REPORT = ROOT / "recipes/experiments", ROOT / "recipes/results", ROOT / "recipes/RESULTS.md"
-TABLES = ("table1", "table2", "table3")
+GROUPS = {
+    "table1": "the paper's table 1", "table2": "the paper's table 2", "table3": "the paper's table 3",
+    "scaling": "the scaling curve", "fine_tuning": "fine-tuning",
+}  # fmt: skip
+"""Commands that run the experiments whose files begin with their name."""
 BENCHMARKS = {"common_optimizations": "tools/bench/precision.py", "figure6": "tools/bench/sharding.py"}
 COMMON_OPTIMIZATIONS = (
     "--variants", *precision_results.COMMON, "--config=recipes/configs/planted.yaml",
@@ -84,16 +89,16 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *TABLES, *BENCHMARKS, "report"]))
+    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *GROUPS, *BENCHMARKS, "report"]))
     run = commands.add_parser("run", help="train what has no result yet")
     run.add_argument("experiment", type=_path, help="a file of recipes/experiments")
     run.set_defaults(command=run_experiment)
     _add_options_of_runs(run)
-    for name in TABLES:
-        table = commands.add_parser(name, help=f"run the experiments of the paper's {name[:-1]} {name[-1]}")
-        table.add_argument("--data", help="the last word of an experiment's name; default: all")
-        table.set_defaults(command=run_table, table=name)
-        _add_options_of_runs(table)
+    for name, what in GROUPS.items():
+        group = commands.add_parser(name, help=f"run the experiments of {what}")
+        group.add_argument("--data", help="the last word of an experiment's name; default: all")
+        group.set_defaults(command=run_group, group=name)
+        _add_options_of_runs(group)
     for name, script in BENCHMARKS.items():
         commands.add_parser(name, help=f"run {script}")
     report = commands.add_parser("report", help="write recipes/RESULTS.md")
@@ -126,9 +131,9 @@ def _count(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def run_table(call: argparse.Namespace) -> int:
-    """Run the experiments of a table of the paper. Exit status: 0, or 1 if a run failed."""
-    files = sorted(EXPERIMENTS.glob(f"{call.table}_*.yaml"))
+def run_group(call: argparse.Namespace) -> int:
+    """Run the experiments of a group. Exit status: 0, or 1 if a run failed."""
+    files = sorted(EXPERIMENTS.glob(f"{call.group}_*.yaml"))
     check_names("data", [call.data] if call.data else [], sorted({_data_of(file) for file in files}))
     chosen = [file for file in files if call.data in (None, _data_of(file))]
     return max(run_experiment(argparse.Namespace(**vars(call), experiment=file)) for file in chosen)
@@ -149,6 +154,8 @@ def run_experiment(call: argparse.Namespace) -> int:
         entries = [replace(entry, seeds=1, arguments=entry.arguments | tiny) for entry in experiment.entries]
         experiment, results = replace(experiment, entries=entries), call.results or Path(tempfile.mkdtemp())
     file = results / f"{name}.jsonl"
+    if experiment.rows:
+        write_later_rows(experiment.rows, _rows_folder(call))
     outcome = sort_results(experiment, read_results(file))
     for result in outcome.stale:
         print(f"{name}: stale: {result.entry}, seed {result.seed}, ran with other arguments")
@@ -159,16 +166,31 @@ def run_experiment(call: argparse.Namespace) -> int:
             if seed in outcome.by_entry[entry.name]:
                 print(f"{name}: skipped: {entry.name}, seed {seed}, has its line")
             elif entry.name in (call.entries or [entry.name]):
+                if base := experiment.base_of(entry):
+                    _add_base(runs, call, experiment, base, seed)
                 runs.append(_run(call, experiment, entry, seed, words))
     print(f"{name}: {len(runs)} runs to do; results go to {file}", flush=True)
     num_failed = 0
     for number, result in enumerate(_finished(call, runs), 1):
-        add_result(file, result)
+        if result.seed not in outcome.by_entry[result.entry]:  # else its model was needed again
+            add_result(file, result)
         num_failed += bool(result.error)
         what = ", ".join(f"{key} {result.metric(key) or math.nan:.5f}" for key in ("auc", "ne"))
         what = f"failed: {result.error}" if result.error else f"test {what}; {result.cpu_seconds / 60:.1f} CPU minutes"
         print(f"{name}: {number}/{len(runs)}: {result.entry}, seed {result.seed}: {what}", flush=True)
     return int(num_failed > 0)
+
+
+def _add_base(
+    runs: list[tuple[Result, list[str]]], call: argparse.Namespace, experiment: Experiment, base: Entry, seed: int
+) -> None:
+    """Train the model that another entry starts from, unless this call trains it anyway."""
+    if not any((result.entry, result.seed) == (base.name, seed) for result, _ in runs):
+        runs.append(_run(call, experiment, base, seed, _arguments(call, experiment, base)))
+
+
+def _rows_folder(call: argparse.Namespace) -> Path:
+    return _run_folders(call) / "rows"
 
 
 def _small_log(name: Any) -> dict[str, str]:
@@ -190,6 +212,10 @@ def _arguments(call: argparse.Namespace, experiment: Experiment, entry: Entry) -
     from dhen.config.arguments import parse_arguments as parse_training  # imports torch, which a report does without
 
     values = experiment.recipe | experiment.changes(entry)
+    folder = str(_rows_folder(call))
+    values = {
+        key: value.replace("{rows}", folder) if isinstance(value, str) else value for key, value in values.items()
+    }
     batch = values.get("per_device_train_batch_size")
     if batch is not None:
         if batch % call.nproc:
@@ -212,8 +238,11 @@ def _run(
     """The run's line without figures, and the command that starts it."""
     result = Result(entry.name, seed, experiment.digest(entry), experiment.changes(entry), ranks=call.nproc)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={call.nproc}"]
-    python = [sys.executable, *(torchrun if call.nproc > 1 else []), "recipes/train.py"]
-    return result, [*python, *words, f"--seed={seed}", "--overwrite_output_dir"]
+    python = [sys.executable, *(torchrun if call.nproc > 1 else [])]
+    start = []
+    if entry.starts_from:
+        start = [f"--model_name_or_path={_run_folders(call) / f'{entry.starts_from}-{seed}'}"]
+    return result, [*python, "recipes/train.py", *words, *start, f"--seed={seed}", "--overwrite_output_dir"]
 
 
 def _finished(call: argparse.Namespace, runs: Sequence[tuple[Result, list[str]]]) -> Iterator[Result]:
@@ -223,7 +252,7 @@ def _finished(call: argparse.Namespace, runs: Sequence[tuple[Result, list[str]]]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
-            while waiting and len(running) < call.jobs:
+            while waiting and len(running) < call.jobs and not _waits_for_a_model(waiting[0][1], running):
                 result, command = waiting.popleft()
                 folder = _run_folders(call) / f"{result.entry}-{result.seed}"
                 folder.mkdir(parents=True, exist_ok=True)
@@ -239,12 +268,20 @@ def _finished(call: argparse.Namespace, runs: Sequence[tuple[Result, list[str]]]
             process.returncode = os.waitstatus_to_exitcode(status)
             used = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "seconds": time.monotonic() - start}
             yield replace(result, **used, **_found(folder, process.returncode))
-            if not call.keep and not process.returncode:
+            if not call.keep and not process.returncode and not any(_starts_from(each, folder) for _, each in runs):
                 shutil.rmtree(folder)
     finally:
         for pid, (process, *_) in running.items():
             os.killpg(pid, signal.SIGTERM)
             process.wait()
+
+
+def _starts_from(command: Sequence[str], folder: Path) -> bool:
+    return f"--model_name_or_path={folder}" in command
+
+
+def _waits_for_a_model(command: Sequence[str], running: Mapping[int, tuple[Any, ...]]) -> bool:
+    return any(_starts_from(command, folder) for _, _, folder, _ in running.values())
 
 
 def _found(folder: Path, status: int) -> dict[str, Any]:

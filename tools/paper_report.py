@@ -97,17 +97,19 @@ def _progress(experiment: Experiment, entry: Entry, outcome: Outcome) -> str:
 
 
 def _differences(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
-    """A table of all entries that share a seed with the first one."""
+    """A table of the entries and those that they are compared with: `against`, or the first entry."""
+    runs, by_name = outcome.by_entry, {entry.name: entry for entry in experiment.entries}
     first, *others = experiment.entries
-    runs = outcome.by_entry
-    pairs = {entry.name: len(runs[entry.name].keys() & runs[first.name].keys()) for entry in others}
-    if any(pairs.values()):
-        yield f"\nDifference to {first.title}, paired by seed:\n"
-        yield from head(["entry", "seeds", "AUC", "NE", "log loss"])
-    for entry in others:
-        if pairs[entry.name]:
-            found = [difference(runs[entry.name], runs[first.name], key) for key in ("auc", "ne", "logloss")]
-            yield row([entry.title, str(pairs[entry.name]), *(signed(each, 5) for each in found)])
+    pairs = [(entry, by_name[name]) for entry in experiment.entries for name in entry.against]
+    pairs = pairs or [(entry, first) for entry in others]
+    shared = [(one, other, len(runs[one.name].keys() & runs[other.name].keys())) for one, other in pairs]
+    if any(count for *_, count in shared):
+        yield "\nDifferences, paired by seed:\n"
+        yield from head(["entry", "against", "seeds", "AUC", "NE", "log loss"])
+    for one, other, count in shared:
+        if count:
+            found = [difference(runs[one.name], runs[other.name], key) for key in ("auc", "ne", "logloss")]
+            yield row([one.title, other.title, str(count), *(signed(each, 5) for each in found)])
 
 
 def margin(value: float, at_least: float | None, at_most: float | None) -> float:

@@ -172,8 +172,12 @@ class ClickModel:
         """Draw `rows` rows. The same `stream` gives the same rows."""
         rng = _generator(self.seed, 1, *stream)
         integers, categories = self._draw_features(rng, rows)
-        probabilities = 1 / (1 + np.exp(-self._score(integers, categories) - self._bias))
+        probabilities = self.probabilities_of(integers, categories)
         return Rows(probabilities, (rng.random(rows) < probabilities).astype(np.int8), integers, categories)
+
+    def probabilities_of(self, integers: np.ndarray, categories: np.ndarray) -> np.ndarray:
+        """The true click probabilities of rows, (R,)."""
+        return 1 / (1 + np.exp(-self._score(integers, categories) - self._bias))
 
     def _draw_features(self, rng: np.random.Generator, rows: int) -> tuple[np.ndarray, np.ndarray]:
         integers = np.floor(np.exp(rng.normal(self._location, self._spread, (rows, NUM_INTEGERS)))) - 1

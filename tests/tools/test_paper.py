@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dhen.data.synthetic import RECIPES
+from dhen.data.synthetic import RECIPES, generated_log
 from tests import ROOT
 from tests.recipes.launch import prepared_click_log
 from tests.tools import forked_python
@@ -117,18 +117,21 @@ def test_a_run_becomes_one_line_and_is_not_repeated(tmp_path):
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
 def test_every_experiment_runs(file, tmp_path):
-    """All entries are checked; the first one makes three steps."""
+    """All entries are checked. The first one makes three steps; of one experiment, the last, which fine-tunes."""
     experiment = read_experiment(file)
     for key in ("train_file", "dataset_name"):
         data = experiment.recipe.get(key, "quickstart")
         if data not in RECIPES and not (ROOT / data).exists():
             pytest.skip(f"{ROOT / data} is not there")
-    flags = ["--budget=tiny", f"--entries={experiment.entries[0].name}"]
+    starts_from = experiment.entries[-1].starts_from if experiment.rows == "criteo" else None
+    flags = ["--budget=tiny", f"--entries={experiment.entries[-1 if starts_from else 0].name}"]
     done = call("run", str(file), *flags, f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}")
     assert done.status == 0, done.stdout + done.stderr
-    (result,) = read_results(tmp_path / f"results/{file.stem}.jsonl")
+    *base, result = read_results(tmp_path / f"results/{file.stem}.jsonl")
+    assert [each.entry for each in base] == ([starts_from] if starts_from else []), "the model to start from"
     assert 0 < result.metric("ne") < 10
-    assert (result.metric("ne_over_best") is not None) == (experiment.recipe.get("dataset_name") in RECIPES)
+    name = str((experiment.recipe | experiment.arguments).get("dataset_name"))
+    assert (result.metric("ne_over_best") is not None) == (generated_log(name) is not None)
 
 
 def test_the_report_is_up_to_date(tmp_path):
@@ -173,13 +176,17 @@ def test_the_report_has_means_differences_and_progress(tmp_path, experiment):
     assert "| Peer |  | 0.91 |" in text
     assert "| a paper |" in text
     assert "NE / best possible" in text
-    assert "| Second | 3 | +0.01067 ± 0.00404 | -0.01067 ± 0.00404 |  |" in text
+    assert "| Second | First | 3 | +0.01067 ± 0.00404 | -0.01067 ± 0.00404 |  |" in text
     assert "- 6 at commit aaaaaaaaaa with changes" in text
     close = report(tmp_path, lines(experiment, aucs | {"second": [0.91, 0.93, 0.92]}))
-    assert "| Second | 3 | +0.00000 ± 0.01732, not resolved |" in close
+    assert "| Second | First | 3 | +0.00000 ± 0.01732, not resolved |" in close
     one = report(tmp_path, lines(experiment, {"first": [0.9], "second": [0.8]}))
-    assert "| Second | 1 | -0.10000, not resolved |" in one, "one pair has no standard error"
+    assert "| Second | First | 1 | -0.10000, not resolved |" in one, "one pair has no standard error"
     assert "| Second | not run |" in report(tmp_path, [])
+    entries = [ENTRIES[0] | {"against": ["second"]}, ENTRIES[1]]
+    other_way = report(tmp_path, lines(experiment, aucs), entries=entries)
+    assert "| First | Second | 3 | -0.01067 ± 0.00404 |" in other_way
+    assert "| Second | First |" not in other_way, "only against those that are named"
 
 
 def test_bars_are_met_or_not_by_how_much(tmp_path, experiment):
@@ -266,6 +273,9 @@ def test_changes_of_the_code_are_marked(tmp_path, monkeypatch):
         ({"entries": [ENTRIES[0], ENTRIES[0]]}, "entries: two of first, first have the same name"),
         ({"arguments": {"seed": 1}}, "arguments: seed is set by the tool. Remove it"),
         ({"bars": [{"entry": "first", "metric": "auc"}]}, "a bar has at_least, at_most or both"),
+        ({"entries": [ENTRIES[0] | {"starts_from": "first"}]}, "entry first: unknown starts_from, an earlier entry, 'first'"),
+        ({"entries": [ENTRIES[0] | {"against": ["third"]}]}, "entry first: unknown against 'third'"),
+        ({"rows": "flight"}, "unknown data set as rows 'flight'. Did you mean 'flights'?"),
         ({"bars": [{"entry": "third", "metric": "auc", "at_most": 1}]}, "unknown entry of a bar 'third'"),
         ({"bars": [{"entry": "first", "metric": "auk", "at_most": 1}]}, "bars.0.metric is 'auk'"),
         ({"published": [{"name": "x", "source": "y", "auc": "high"}]}, "published.0.auc is 'high'"),

@@ -1,0 +1,94 @@
+"""Rows for fine-tuning: an earlier part that a model is trained on, and a later part with what changed since.
+
+Files of a data set: earlier_train.csv, earlier_validation.csv, later_train_1.csv, _10 and _100 (percent of the later
+training rows, drawn once), later_validation.csv, later_test.csv. In the later part one column is blank, because its
+feature is gone, and the schema names another that the earlier model did not have. Later rows have unseen ids.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from dhen.data.synthetic import PLANTED, ClickModel
+from dhen.model.names import check_names
+from tools.experiments import ROOT
+
+SHARES = (1, 10, 100)
+_DATA = ROOT.parent / "shared/data"
+_EARLIER, _LATER = (0.9, 0.1), (0.7, 0.1, 0.2)
+"""Shares of train and validation, and of train, validation and test: in this order in time."""
+_PLANTED_ROWS, _DRIFT, _KNOWN = 300_000, 0.2, 0.7
+"""Rows of each part; the later factors' share of the variance; the share of one category's values seen earlier."""
+
+
+def write_later_rows(data: str, folder: Path) -> None:
+    """Write the files of a data set, unless they are there. Raises ValueError for an unknown one, and
+    FileNotFoundError without its source.
+    """
+    check_names("data set as rows", [data], SOURCES)
+    done = folder / "done"
+    if done.is_file():
+        return
+    earlier, later, gone = SOURCES[data]()
+    folder.mkdir(parents=True, exist_ok=True)
+    later = later.with_columns(pl.lit(None).alias(gone)).select(earlier.columns)
+    for frame, name in zip(_cut(earlier, _EARLIER), ("train", "validation"), strict=True):
+        frame.write_csv(folder / f"earlier_{name}.csv")
+    train, validation, test = _cut(later, _LATER)
+    drawn = train.sample(fraction=1.0, shuffle=True, seed=0)
+    for share in SHARES:
+        drawn.head(max(1, len(drawn) * share // 100)).write_csv(folder / f"later_train_{share}.csv")
+    validation.write_csv(folder / "later_validation.csv")
+    test.write_csv(folder / "later_test.csv")
+    done.touch()
+
+
+def _cut(frame: pl.DataFrame, shares: tuple[float, ...]) -> list[pl.DataFrame]:
+    ends = [0, *(round(len(frame) * end) for end in np.cumsum(shares))]
+    return [frame[first:last] for first, last in itertools.pairwise(ends)]
+
+
+def _flights() -> tuple[pl.DataFrame, pl.DataFrame, str]:
+    """Departures until June, and after."""
+    parts = [pl.read_csv(_DATA / "flights" / f"{split}.csv.gz") for split in ("train", "valid", "test")]
+    whole = pl.concat(parts).sort("month", "day", "sched_dep_time", "flight", "origin")
+    is_earlier = whole["month"] <= 6
+    return whole.filter(is_earlier), whole.filter(~is_earlier), "tailnum"
+
+
+def _criteo() -> tuple[pl.DataFrame, pl.DataFrame, str]:
+    """The first half of the sample in time order, and the second."""
+    names = ["label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
+    file = _DATA / "criteo/kaggle_first_10000.txt.gz"
+    whole = pl.read_csv(file, separator="\t", has_header=False, new_columns=names, infer_schema=False)
+    return whole[: len(whole) // 2], whole[len(whole) // 2 :], "C17"
+
+
+def _planted() -> tuple[pl.DataFrame, pl.DataFrame, str]:
+    """The generated log; later, part of the factors are others, and one category has values that were not there."""
+    model, other = ClickModel(0, PLANTED), ClickModel(1, PLANTED)
+    earlier, later = (model.draw(_PLANTED_ROWS, 9, part) for part in range(2))
+    z = [np.log(p / (1 - p)) for p in (later.probabilities, other.probabilities_of(later.integers, later.categories))]
+    drifted = 1 / (1 + np.exp(-((1 - _DRIFT) ** 0.5 * z[0] + _DRIFT**0.5 * (z[1] - z[1].mean()))))
+    labels = (np.random.default_rng(0).random(len(drifted)) < drifted).astype(np.int8)
+    feature = int(np.argmax(PLANTED.cardinalities))
+    is_known = earlier.categories[:, feature] < _KNOWN * PLANTED.cardinalities[feature]
+    frames = [_frame(earlier.labels, earlier.integers, earlier.categories).filter(is_known)]
+    return frames[0], _frame(labels, later.integers, later.categories), "C3"
+
+
+def _frame(labels: np.ndarray, integers: np.ndarray, categories: np.ndarray) -> pl.DataFrame:
+    columns = {"label": labels} | {f"I{i + 1}": integers[:, i] for i in range(integers.shape[1])}
+    columns |= {f"C{f + 1}": categories[:, f] for f in range(categories.shape[1])}
+    return pl.DataFrame(columns).with_columns(
+        pl.col("^I.*$").fill_nan(None).cast(pl.Int64), pl.col("^C.*$").replace(-1, None)
+    )
+
+
+SOURCES: dict[str, Callable[[], tuple[pl.DataFrame, pl.DataFrame, str]]] = {
+    "criteo": _criteo, "flights": _flights, "planted": _planted,
+}  # fmt: skip
+"""Earlier rows, later rows, and the column of the feature that is gone."""
