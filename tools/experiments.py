@@ -115,7 +115,7 @@ class Experiment:
         check_names("entry of a bar", [bar.entry for bar in self.bars], names)
         for number, entry in enumerate(self.entries):
             others = [("against", name, names) for name in entry.against]
-            others += [("starts_from, an earlier entry,", name, names[:number]) for name in [entry.starts_from] if name]
+            others += [("earlier entry as starts_from", name, names[:number]) for name in [entry.starts_from] if name]
             for key, name, allowed in others:
                 if name not in allowed:
                     raise ValueError(f"entry {entry.name}: {unknown_name(key, name, allowed)}")

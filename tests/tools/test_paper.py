@@ -273,7 +273,7 @@ def test_changes_of_the_code_are_marked(tmp_path, monkeypatch):
         ({"entries": [ENTRIES[0], ENTRIES[0]]}, "entries: two of first, first have the same name"),
         ({"arguments": {"seed": 1}}, "arguments: seed is set by the tool. Remove it"),
         ({"bars": [{"entry": "first", "metric": "auc"}]}, "a bar has at_least, at_most or both"),
-        ({"entries": [ENTRIES[0] | {"starts_from": "first"}]}, "entry first: unknown starts_from, an earlier entry, 'first'"),
+        ({"entries": [ENTRIES[0] | {"starts_from": "first"}]}, "entry first: unknown earlier entry as starts_from"),
         ({"entries": [ENTRIES[0] | {"against": ["third"]}]}, "entry first: unknown against 'third'"),
         ({"rows": "flight"}, "unknown data set as rows 'flight'. Did you mean 'flights'?"),
         ({"bars": [{"entry": "third", "metric": "auc", "at_most": 1}]}, "unknown entry of a bar 'third'"),
