@@ -49,9 +49,8 @@ def evaluate(model: ScoringDhen, loader: BatchLoader) -> Evaluation:
     """Score all examples of all ranks. Communicates; all ranks call it."""
     metrics = ClickMetrics()
     with model.evaluating():
-        for batch in loader.epoch(0):
-            batch = batch.to(model.topology.device)
-            metrics.update(model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse), batch.labels_B)
+        for batch, ids in with_ids_ahead(model, loader.epoch(0)):
+            metrics.update(model.score(model.look_up(ids), batch.dense_BN, batch.sparse), batch.labels_B)
     return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader), metrics)
 
 
@@ -258,7 +257,7 @@ def summed_loss(output: DhenOutput, labels_B: Tensor, num_passes: int) -> tuple[
     return loss if output.auxiliary_loss is None else loss + size * output.auxiliary_loss, logits_B
 
 
-def with_ids_ahead(model: ParallelDhen, batches: Iterator[Batch]) -> Iterator[tuple[Batch, SentIds | None]]:
+def with_ids_ahead(model: ScoringDhen, batches: Iterator[Batch]) -> Iterator[tuple[Batch, SentIds | None]]:
     """Yield each batch on the device with its ids in flight: the next batch's ids are sent before this one is used."""
     ahead = None
     for batch in batches:

@@ -93,19 +93,20 @@ class ClickMetrics:
         self._logits: list[Tensor] = [torch.empty(0, dtype=torch.float32)]
         self._labels: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
         self._sums = torch.zeros(4, dtype=torch.float64)
+        self._wrong = torch.zeros(2, dtype=torch.int64)
 
     def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
-        """Add this rank's examples, possibly none: logits_B, and labels_B of 0 and 1.
+        """Add this rank's examples, possibly none: logits_B, and labels_B of 0 and 1. Does not wait for a GPU.
 
-        Raises ValueError if the shapes differ or a label is not 0 or 1. NaN marks rows without a label.
+        Raises ValueError if the shapes differ or a label is not 0 or 1; on a GPU, `compute` does that. NaN marks rows
+        without a label.
         """
         if logits_B.shape != labels_B.shape or logits_B.dim() != 1:
             raise ValueError(f"logits {tuple(logits_B.shape)} and labels {tuple(labels_B.shape)} must have shape (B,).")
-        wrong = labels_B[(labels_B != 0) & (labels_B != 1)]
-        if wrong.isnan().any():
-            raise ValueError("Some rows have no label and cannot be evaluated. Score them with recipes/predict.py.")
-        if len(wrong):
-            raise ValueError(f"A label is {wrong[0].item():g}. Labels must be 0 or 1. Prepare the data again.")
+        wrong = ((labels_B != 0) & (labels_B != 1)).sum()
+        self._wrong = self._wrong.to(labels_B.device) + torch.stack([labels_B.isnan().sum(), wrong])
+        if labels_B.device.type == "cpu":
+            _check_labels(*self._wrong.tolist())
         self._sums = self._sums.to(logits_B.device) + _sums(logits_B, labels_B)
         self._logits.append(logits_B.detach().float())
         self._labels.append(labels_B.to(torch.uint8))
@@ -116,7 +117,9 @@ class ClickMetrics:
         Communicates over `group`; all its ranks call it, including those without examples. None: this process alone.
         """
         logits, labels = self._examples()
-        logloss, predictions, clicks, examples = _sum_over(self._sums, group).tolist()
+        sums = torch.cat([self._sums, self._wrong.to(self._sums)])
+        logloss, predictions, clicks, examples, *wrong = _sum_over(sums, group).tolist()
+        _check_labels(*wrong)
         if group is not None:
             device = _communication_device(group)
             logits, labels = (all_gather_uneven(values.to(device), group) for values in (logits, labels))
@@ -154,6 +157,14 @@ class ClickMetrics:
     def _examples(self) -> tuple[Tensor, Tensor]:
         parts = (self._logits, self._labels)
         return tuple(torch.cat([part.to(self._sums.device) for part in each]) for each in parts)
+
+
+def _check_labels(missing: float, wrong: float) -> None:
+    """missing: rows without a label, which count as `wrong` too."""
+    if missing:
+        raise ValueError("Some rows have no label and cannot be evaluated. Score them with recipes/predict.py.")
+    if wrong:
+        raise ValueError(f"{wrong:.0f} labels are neither 0 nor 1. Prepare the data again.")
 
 
 def exact_auc(scores: Tensor, labels: Tensor) -> float:

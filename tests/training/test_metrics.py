@@ -92,7 +92,12 @@ def test_a_diverged_model_has_no_auc() -> None:
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([0.0, math.nan], "have no label"), ([0.0, 2.0], "A label is 2"), ([0.5, 1.0], "A label is 0.5"), ([1.0], "(1,)")],
+    [
+        ([0.0, math.nan], "have no label"),
+        ([0.0, 2.0], "neither 0 nor 1"),
+        ([0.5, 1.0], "1 labels are neither"),
+        ([1.0], "(1,)"),
+    ],
 )
 def test_labels_that_are_none_are_refused(labels: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):

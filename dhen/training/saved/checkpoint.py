@@ -90,7 +90,7 @@ def save_checkpoint(
         model.replicated.gather_uses()
         if topology.is_main:
             save_file(model.replicated.uses_by_name(), folder / _REPLICATED_USES)
-    torch.save(_random_state(), folder / f"random-{topology.rank:05d}.pt")
+    torch.save(_random_state(topology.device), folder / f"random-{topology.rank:05d}.pt")
     if model.average is not None:
         with model.averaged():
             state_dict = model.dense_state_dict(fills_unused=False)
@@ -367,9 +367,9 @@ def _write_atomically(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:
