@@ -22,6 +22,7 @@ from dhen.data.preparation.origins import Origins
 from dhen.runtime import topology as job
 from dhen.runtime.collectives import all_gather_uneven
 from dhen.runtime.messages import log_to_stderr, user_errors
+from dhen.training.loop import with_ids_ahead
 from dhen.training.parallel_model import ScoringDhen
 from dhen.training.saved.predictions import COLUMNS, PredictionWriter, prediction_file
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
@@ -51,12 +52,11 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
     writer = PredictionWriter(path) if topology.is_main else None
     origins = Origins(loader.folder, loader.split)
     with model.evaluating():
-        for batch in loader.epoch(0):
-            batch = batch.to(topology.device)
-            scores = model.score(model.look_up(batch.sparse), batch.dense_BN, batch.sparse).sigmoid()
+        for batch, ids in with_ids_ahead(model, loader.epoch(0)):
+            scores = model.score(model.look_up(ids), batch.dense_BN, batch.sparse).sigmoid()
             # Each rank has consecutive rows of a step, so gathering in rank order keeps the rows in order.
             columns = [
-                all_gather_uneven(values.to(topology.device), topology.world).numpy()
+                all_gather_uneven(values.to(topology.device), topology.world).cpu().numpy()
                 for values in (batch.rows_B, scores, batch.labels_B)
             ]
             if writer is not None:

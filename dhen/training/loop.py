@@ -114,6 +114,9 @@ class Trainer:
         if self.model.tables is not None and self.model.tables.is_frozen:
             self.model.tables.fill_unused()
         self.model.start_training_mode()
+        starts_trained = self.arguments.model_name_or_path is not None and self.state.step == 0
+        if starts_trained and self.validation_loader is not None and self._evaluate() and self._keeps_best:
+            self._save()  # fine-tuning never ends with a model that is worse on validation than it was
         accumulation = self.arguments.gradient_accumulation_steps
         while not self.is_done:
             micro_steps = 0
@@ -172,8 +175,12 @@ class Trainer:
         if evaluates and self.validation_loader is not None:
             improved = self._evaluate()
         saves = is_last or self._is_due(arguments.save_steps, otherwise=evaluates)
-        if saves or (improved and (arguments.load_best_model_at_end or arguments.plateau_restores_best)):
+        if saves or (improved and self._keeps_best):
             self._save()
+
+    @property
+    def _keeps_best(self) -> bool:
+        return self.arguments.load_best_model_at_end or self.arguments.plateau_restores_best
 
     def _count_step(self, rows: int) -> bool:
         """Count a step on `rows` examples. Returns whether it was the last of its epoch."""
