@@ -23,6 +23,8 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Name = Annotated[str, StringConstraints(pattern=r"^\w+$")]
 _Text = Annotated[str, StringConstraints(pattern=r"^[^\n|]+$")]
 """On one line, and no end of a table's cell."""
+ROWS_VERSION = 1
+"""Of the rows that tools/later_rows.py writes."""
 _Figure = Annotated[float, Field(strict=True)] | None
 Metric = Literal["auc", "ne", "logloss", "calibration", "ne_over_best"]
 """ne_over_best: NE divided by the best possible NE, which generated data knows."""
@@ -114,11 +116,12 @@ class Experiment:
                 raise ValueError(f"entry {entry.name}: paper has {counts}. Use one for each.")
         check_names("entry of a bar", [bar.entry for bar in self.bars], names)
         for number, entry in enumerate(self.entries):
-            others = [("against", name, names) for name in entry.against]
-            others += [("earlier entry as starts_from", name, names[:number]) for name in [entry.starts_from] if name]
-            for key, name, allowed in others:
+            trained = [each.name for each in self.entries[:number] if each.starts_from is None]
+            others = [("entry in against", name, names) for name in entry.against]
+            others += [("entry in starts_from", name, trained) for name in [entry.starts_from] if name]
+            for what, name, allowed in others:
                 if name not in allowed:
-                    raise ValueError(f"entry {entry.name}: {unknown_name(key, name, allowed)}")
+                    raise ValueError(f"entry {entry.name}: {unknown_name(what, name, allowed)}")
         for values in (self.arguments, *(entry.arguments for entry in self.entries)):
             if wrong := values.keys() & set(_SET_BY_THE_TOOL):
                 raise ValueError(f"arguments: {sorted(wrong)[0]} is set by the tool. Remove it.")
@@ -150,6 +153,8 @@ class Experiment:
         files = [json.loads(ds_config.read_text(encoding="utf-8"))]
         if "dataset_schema" in values:
             files.append(read_yaml(ROOT / values["dataset_schema"]))
+        if self.rows:
+            files.append([self.rows, ROWS_VERSION])
         if base := self.base_of(entry):
             files.append(self.digest(base))
         return hashlib.sha256(json.dumps([values, files], sort_keys=True, default=str).encode()).hexdigest()[:16]

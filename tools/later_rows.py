@@ -14,23 +14,23 @@ import polars as pl
 
 from dhen.data.synthetic import PLANTED, ClickModel
 from dhen.model.names import check_names
-from tools.experiments import ROOT
+from tools.experiments import ROOT, ROWS_VERSION
 
 SHARES = (1, 10, 100)
 _DATA = ROOT.parent / "shared/data"
 _EARLIER, _LATER = (0.9, 0.1), (0.7, 0.1, 0.2)
 """Shares of train and validation, and of train, validation and test: in this order in time."""
-_PLANTED_ROWS, _DRIFT, _KNOWN = 300_000, 0.2, 0.7
-"""Rows of each part; the later factors' share of the variance; the share of one category's values seen earlier."""
+_PLANTED_ROWS, _DRIFT = 300_000, 0.2
+"""Rows of each part; the other factors' share of the variance later."""
 
 
 def write_later_rows(data: str, folder: Path) -> None:
     """Write the files of a data set, unless they are there. Raises ValueError for an unknown one, and
     FileNotFoundError without its source.
     """
-    check_names("data set as rows", [data], SOURCES)
-    done = folder / "done"
-    if done.is_file():
+    check_names("data set in rows", [data], SOURCES)
+    version = folder / f"version_{ROWS_VERSION}"
+    if version.is_file():
         return
     earlier, later, gone = SOURCES[data]()
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def write_later_rows(data: str, folder: Path) -> None:
         drawn.head(max(1, len(drawn) * share // 100)).write_csv(folder / f"later_train_{share}.csv")
     validation.write_csv(folder / "later_validation.csv")
     test.write_csv(folder / "later_test.csv")
-    done.touch()
+    version.touch()
 
 
 def _cut(frame: pl.DataFrame, shares: tuple[float, ...]) -> list[pl.DataFrame]:
@@ -68,16 +68,15 @@ def _criteo() -> tuple[pl.DataFrame, pl.DataFrame, str]:
 
 
 def _planted() -> tuple[pl.DataFrame, pl.DataFrame, str]:
-    """The generated log; later, part of the factors are others, and one category has values that were not there."""
+    """The generated log. Later, other factors have a share of the variance, and C2 has a value that was not there."""
     model, other = ClickModel(0, PLANTED), ClickModel(1, PLANTED)
     earlier, later = (model.draw(_PLANTED_ROWS, 9, part) for part in range(2))
     z = [np.log(p / (1 - p)) for p in (later.probabilities, other.probabilities_of(later.integers, later.categories))]
     drifted = 1 / (1 + np.exp(-((1 - _DRIFT) ** 0.5 * z[0] + _DRIFT**0.5 * (z[1] - z[1].mean()))))
     labels = (np.random.default_rng(0).random(len(drifted)) < drifted).astype(np.int8)
-    feature = int(np.argmax(PLANTED.cardinalities))
-    is_known = earlier.categories[:, feature] < _KNOWN * PLANTED.cardinalities[feature]
-    frames = [_frame(earlier.labels, earlier.integers, earlier.categories).filter(is_known)]
-    return frames[0], _frame(labels, later.integers, later.categories), "C3"
+    is_known = earlier.categories[:, 1] < PLANTED.cardinalities[1] - 1  # C2, which interacts with others
+    known = _frame(earlier.labels, earlier.integers, earlier.categories).filter(is_known)
+    return known, _frame(labels, later.integers, later.categories), "C3"
 
 
 def _frame(labels: np.ndarray, integers: np.ndarray, categories: np.ndarray) -> pl.DataFrame:

@@ -28,9 +28,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dhen.data.synthetic import RECIPES
@@ -60,9 +59,9 @@ GROUPS = {
 """Commands that run the experiments whose files begin with their name."""
 BENCHMARKS = {"common_optimizations": "tools/bench/precision.py", "figure6": "tools/bench/sharding.py"}
 COMMON_OPTIMIZATIONS = (
-    "--variants", *precision_results.COMMON, "--config=recipes/configs/planted.yaml",
-    f"--results={RESULTS / precision_results.FILE}", "--output=runs/common_optimizations",
+    "--variants", *precision_results.COMMON, f"--config={ROOT / 'recipes/configs/planted.yaml'}",
     "--dataset_name=planted-500k", "--num_layers=8", "--per_device_train_batch_size=256", "--max_steps=200",
+    f"--output={ROOT / 'runs/common_optimizations'}",
 )  # fmt: skip
 TINY = {"max_steps": 3, "eval_steps": 1}
 LOG, PACKAGES = "log.txt", ("torch", "deepspeed", "fbgemm")
@@ -70,11 +69,9 @@ LOG, PACKAGES = "log.txt", ("torch", "deepspeed", "fbgemm")
 
 def main() -> int:
     """Exit status: 0; 1 after a failed run or a mistake; 130 if interrupted."""
-    if sys.argv[1:2] == ["figure6"]:
-        return subprocess.run([sys.executable, ROOT / "tools/bench/sharding.py", *sys.argv[2:]]).returncode
-    if sys.argv[1:2] == ["common_optimizations"]:
-        command = [sys.executable, ROOT / "tools/bench/precision.py", *COMMON_OPTIMIZATIONS, *sys.argv[2:]]
-        return subprocess.run(command).returncode
+    name, *more = sys.argv[1:] or [""]
+    if name in BENCHMARKS:
+        return run_benchmark(name, more)
     arguments = parse_arguments()
     try:
         return arguments.command(arguments)
@@ -108,6 +105,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_benchmark(name: str, more: Sequence[str]) -> int:
+    """Run a benchmark with these arguments. Only results without other arguments than --seeds go into the report."""
+    defaults: Sequence[str] = ()
+    if name == "common_optimizations":
+        is_standard = all(word.startswith("--seeds") or word.isdecimal() for word in more)
+        defaults = [*COMMON_OPTIMIZATIONS, *([f"--results={RESULTS / precision_results.FILE}"] if is_standard else [])]
+    return subprocess.run([sys.executable, ROOT / BENCHMARKS[name], *defaults, *more]).returncode
+
+
 def _add_options_of_runs(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--entries", type=lambda text: text.split(","), metavar="A,B", help="default: all")
@@ -134,13 +140,34 @@ def _count(text: str, least: int = 1) -> int:
 def run_group(call: argparse.Namespace) -> int:
     """Run the experiments of a group. Exit status: 0, or 1 if a run failed."""
     files = sorted(EXPERIMENTS.glob(f"{call.group}_*.yaml"))
-    check_names("data", [call.data] if call.data else [], sorted({_data_of(file) for file in files}))
+    check_names("data", [] if call.data is None else [call.data], sorted({_data_of(file) for file in files}))
     chosen = [file for file in files if call.data in (None, _data_of(file))]
     return max(run_experiment(argparse.Namespace(**vars(call), experiment=file)) for file in chosen)
 
 
 def _data_of(file: Path) -> str:
     return file.stem.rpartition("_")[2]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run to do. result: its line, without figures. base: folder of the run whose model it starts from."""
+
+    result: Result
+    command: list[str]
+    folder: Path
+    base: Path | None
+
+    @classmethod
+    def of(cls, call: argparse.Namespace, experiment: Experiment, entry: Entry, seed: int, words: list[str]) -> "_Run":
+        """The run of an entry with a seed. words: of `_arguments`."""
+        result = Result(entry.name, seed, experiment.digest(entry), experiment.changes(entry), ranks=call.nproc)
+        folder = _run_folders(call) / f"{entry.name}-{seed}"
+        base = _run_folders(call) / f"{entry.starts_from}-{seed}" if entry.starts_from else None
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={call.nproc}"]
+        command = [sys.executable, *(torchrun if call.nproc > 1 else []), "recipes/train.py", *words]
+        command += [f"--seed={seed}", "--overwrite_output_dir", f"--output_dir={folder}"]
+        return cls(result, command + ([f"--model_name_or_path={base}"] if base else []), folder, base)
 
 
 def run_experiment(call: argparse.Namespace) -> int:
@@ -168,7 +195,7 @@ def run_experiment(call: argparse.Namespace) -> int:
             elif entry.name in (call.entries or [entry.name]):
                 if base := experiment.base_of(entry):
                     _add_base(runs, call, experiment, base, seed)
-                runs.append(_run(call, experiment, entry, seed, words))
+                runs.append(_Run.of(call, experiment, entry, seed, words))
     print(f"{name}: {len(runs)} runs to do; results go to {file}", flush=True)
     num_failed = 0
     for number, result in enumerate(_finished(call, runs), 1):
@@ -181,12 +208,10 @@ def run_experiment(call: argparse.Namespace) -> int:
     return int(num_failed > 0)
 
 
-def _add_base(
-    runs: list[tuple[Result, list[str]]], call: argparse.Namespace, experiment: Experiment, base: Entry, seed: int
-) -> None:
+def _add_base(runs: list[_Run], call: argparse.Namespace, experiment: Experiment, base: Entry, seed: int) -> None:
     """Train the model that another entry starts from, unless this call trains it anyway."""
-    if not any((result.entry, result.seed) == (base.name, seed) for result, _ in runs):
-        runs.append(_run(call, experiment, base, seed, _arguments(call, experiment, base)))
+    if not any((run.result.entry, run.result.seed) == (base.name, seed) for run in runs):
+        runs.append(_Run.of(call, experiment, base, seed, _arguments(call, experiment, base)))
 
 
 def _rows_folder(call: argparse.Namespace) -> Path:
@@ -232,56 +257,45 @@ def _arguments(call: argparse.Namespace, experiment: Experiment, entry: Entry) -
     return words
 
 
-def _run(
-    call: argparse.Namespace, experiment: Experiment, entry: Entry, seed: int, words: list[str]
-) -> tuple[Result, list[str]]:
-    """The run's line without figures, and the command that starts it."""
-    result = Result(entry.name, seed, experiment.digest(entry), experiment.changes(entry), ranks=call.nproc)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={call.nproc}"]
-    python = [sys.executable, *(torchrun if call.nproc > 1 else [])]
-    start = []
-    if entry.starts_from:
-        start = [f"--model_name_or_path={_run_folders(call) / f'{entry.starts_from}-{seed}'}"]
-    return result, [*python, "recipes/train.py", *words, *start, f"--seed={seed}", "--overwrite_output_dir"]
-
-
-def _finished(call: argparse.Namespace, runs: Sequence[tuple[Result, list[str]]]) -> Iterator[Result]:
+def _finished(call: argparse.Namespace, runs: Sequence[_Run]) -> Iterator[Result]:
     """Do the runs, --jobs at a time, and yield the result of each as it ends. If interrupted, end those in progress."""
-    waiting, running = deque(runs), {}
+    waiting, done = list(runs), set()
+    running: dict[int, tuple[subprocess.Popen, _Run, float]] = {}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or running:
-            while waiting and len(running) < call.jobs and not _waits_for_a_model(waiting[0][1], running):
-                result, command = waiting.popleft()
-                folder = _run_folders(call) / f"{result.entry}-{result.seed}"
-                folder.mkdir(parents=True, exist_ok=True)
-                command = [*command, f"--output_dir={folder}"]
-                with (folder / LOG).open("w") as log:  # a session of its own: Ctrl-C reaches this process alone
+            to_come = {run.folder for run in (*waiting, *(run for _, run, _ in running.values()))}
+            ready = [run for run in waiting if run.base not in to_come]
+            for run in ready[: call.jobs - len(running)]:
+                waiting.remove(run)
+                shutil.rmtree(run.folder, ignore_errors=True)  # the model of an earlier call is not this run's
+                run.folder.mkdir(parents=True)
+                with (run.folder / LOG).open("w") as log:  # a session of its own: Ctrl-C reaches this process alone
                     files = {"stdout": log, "stderr": log}
-                    process = subprocess.Popen(command, **files, env=environment, start_new_session=True)
-                running[process.pid] = process, replace(result, **code()), folder, time.monotonic()
+                    process = subprocess.Popen(run.command, **files, env=environment, start_new_session=True)
+                running[process.pid] = process, replace(run, result=replace(run.result, **code())), time.monotonic()
             pid, status, usage = os.wait4(-1, 0)  # the only call that says what one child used
             if pid not in running:  # an orphan that this process adopted
                 continue
-            process, result, folder, start = running.pop(pid)
+            process, run, start = running.pop(pid)
             process.returncode = os.waitstatus_to_exitcode(status)
             used = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "seconds": time.monotonic() - start}
-            yield replace(result, **used, **_found(folder, process.returncode))
-            if not call.keep and not process.returncode and not any(_starts_from(each, folder) for _, each in runs):
+            yield replace(run.result, **used, **_found(run.folder, process.returncode))
+            if process.returncode:
+                failed = [each for each in waiting if each.base == run.folder]
+                waiting = [each for each in waiting if each not in failed]
+                yield from (replace(each.result, error=f"{run.folder} failed, whose model it needs") for each in failed)
+            else:
+                done.add(run.folder)
+            needed = {each.base for each in (*waiting, *(each for _, each, _ in running.values()))}
+            for folder in () if call.keep else done - needed:
                 shutil.rmtree(folder)
+                done.remove(folder)
     finally:
         for pid, (process, *_) in running.items():
             os.killpg(pid, signal.SIGTERM)
             process.wait()
-
-
-def _starts_from(command: Sequence[str], folder: Path) -> bool:
-    return f"--model_name_or_path={folder}" in command
-
-
-def _waits_for_a_model(command: Sequence[str], running: Mapping[int, tuple[Any, ...]]) -> bool:
-    return any(_starts_from(command, folder) for _, _, folder, _ in running.values())
 
 
 def _found(folder: Path, status: int) -> dict[str, Any]:
