@@ -72,7 +72,8 @@ def test_a_run_becomes_one_line_and_is_not_repeated(tmp_path):
     good = {"name": "good", "title": "Good", "arguments": architecture}
     bad = {"name": "bad", "title": "Bad", "arguments": {"learning_rate": 1e10, "table_learning_rate": 1e15}}
     common = {"dataset_name": str(log), "per_device_train_batch_size": 64, "warmup_steps": 0}
-    file = write_experiment(tmp_path / "log.yaml", seeds=1, arguments=common, entries=[good, bad])
+    after = {"name": "after", "title": "After", "starts_from": "bad"}
+    file = write_experiment(tmp_path / "log.yaml", seeds=1, arguments=common, entries=[good, bad, after])
     folders = [f"--results={tmp_path / 'results'}", f"--runs={tmp_path / 'runs'}"]
     flags = ["run", str(file), *folders, "--budget=tiny"]
 
@@ -87,8 +88,9 @@ def test_a_run_becomes_one_line_and_is_not_repeated(tmp_path):
 
     done = call(*flags, "--jobs=2")
     assert done.status == 1, "a run failed"
-    good, bad = sorted(read_results(tmp_path / "results/log.jsonl"), key=lambda result: result.error)
-    assert (good.entry, bad.entry) == ("good", "bad")
+    results = {result.entry: result for result in read_results(tmp_path / "results/log.jsonl")}
+    good, bad = results["good"], results["bad"]
+    assert results["after"].error.endswith("log/bad-0 failed, whose model it needs")
     assert (good.steps, good.ranks, good.error) == (3, 1, "")
     assert len(good.evaluations) == 3
     assert good.tested_step in {1, 2, 3}
@@ -112,7 +114,7 @@ def test_a_run_becomes_one_line_and_is_not_repeated(tmp_path):
     assert again.status == 0, again.stderr
     assert "skipped: good, seed 0" in again.stdout
     assert "0 runs to do" in again.stdout
-    assert len(read_results(tmp_path / "results/log.jsonl")) == 2
+    assert len(read_results(tmp_path / "results/log.jsonl")) == 3
 
 
 @pytest.mark.parametrize("file", EXPERIMENTS, ids=lambda file: file.stem)
