@@ -6,14 +6,16 @@ A part calls `report(case, **figures)` for each result as it comes.
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.profiler import ProfilerActivity, profile
 
 from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
 from dhen.data.loading.batches import Batch
@@ -175,8 +177,29 @@ def measure_dcn(size: Size, topology: Topology, rates: dict[str, float], report:
             start = now(topology.device)
             train(model, batches, _TIMED)
             seconds = (now(topology.device) - start) / _TIMED
-            report(case, **speed(config, batch, seconds, rates), GiB=peak_gib(topology.device))
+            figures = host_work(lambda model=model, batches=batches: train(model, batches, 4), steps=4)
+            report(case, **speed(config, batch, seconds, rates), **figures, GiB=peak_gib(topology.device))
         model = None
+
+
+def host_work(call: Callable[[], object], steps: int) -> dict[str, Any]:
+    """What the host does in a step: kernels that it starts, waits for the device and their milliseconds, and the
+    operations that take it longest, as milliseconds of their own.
+    """
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]):  # the first profile takes seconds to start
+        pass
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+    on_host = [each for each in profiler.key_averages() if each.device_type == DeviceType.CPU]
+    starts = sum(each.count for each in on_host if each.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))
+    waits = [each for each in on_host if each.key.endswith("Synchronize")]
+    slowest = sorted(on_host, key=lambda each: -each.self_cpu_time_total)[:12]
+    return {
+        "kernels": starts / steps,
+        "waits": sum(each.count for each in waits) / steps,
+        "ms of waits": sum(each.self_cpu_time_total for each in waits) / steps / 1e3,
+        "slowest": {each.key[:80]: round(each.self_cpu_time_total / steps / 1e3, 4) for each in slowest},
+    }
 
 
 def _batch(tables: Sequence[SparseFeature], ids_per_bag: Sequence[int], size: int, seed: int) -> Batch:
