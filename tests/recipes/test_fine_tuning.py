@@ -287,6 +287,17 @@ def test_an_architecture_that_has_no_effect_is_named(old_run, new_log, tmp_path)
     assert (written["dropout"], written["batch_norm"], written["embedding_dim"]) == (0.0, True, 4)
 
 
+def test_steps_that_make_the_model_worse_are_not_kept(old_run, new_log, tmp_path):
+    """Rates that ruin it: the trained model itself is tested and exported."""
+    rates = ["--learning_rate=3", "--table_learning_rate=30", "--max_steps=3", "--metric_for_best_model=ne"]
+    output = train(new_log.flags, tmp_path / "run", f"--model_name_or_path={old_run}", *rates)
+    first, *others = re.findall(r"^step (\d+)/3 validation .* ne ([\d.]+)", output, re.MULTILINE)
+    assert first[0] == "0"
+    assert min(float(ne) for _, ne in others) > float(first[1])
+    assert "tested and exported: the weights of step 0, whose validation ne was the best" in output
+    assert summary(tmp_path / "run")["eval"]["ne"] == pytest.approx(float(first[1]), abs=1e-4)
+
+
 def test_fine_tuning_beats_as_many_steps_from_scratch(tmp_path):
     """On the later half of a generated log, by test NE. Margin 0.02; measured 0.949 against 0.986."""
     generate_click_log(tmp_path, {"earlier": 12_000, "later": 3_000})
