@@ -133,8 +133,11 @@ def test_another_optimizer_is_refused_and_another_setting_is_said(tmp_path, fini
     ]
 
 
-def test_an_option_that_the_earlier_version_did_not_have_counts_as_its_default(tmp_path):
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"format_version": 1, "model": {"num_layers": 3}}))
-    check_same_model(tmp_path, DhenConfig())
-    with pytest.raises(CheckpointError, match="saved with head_inputs 'last', now 'all'"):
-        check_same_model(tmp_path, DhenConfig(head_inputs="all"))
+def test_an_option_that_the_checkpoint_does_not_have_is_a_difference(tmp_path, finished):
+    state = json.loads((finished / "checkpoint-8/trainer_state.json").read_text())
+    del state["model"]["head_inputs"]
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    config = DhenConfig.from_pretrained(finished / "model")
+    check_same_model(finished / "checkpoint-8", config)
+    with pytest.raises(CheckpointError, match="saved with head_inputs None, now 'last'"):
+        check_same_model(tmp_path, config)
