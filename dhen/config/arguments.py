@@ -22,11 +22,7 @@ from dhen.config.command_line import (
 )
 from dhen.config.data_arguments import DataArguments
 from dhen.config.ds_config import AUTO, Recipe
-from dhen.config.training_arguments import (
-    ADAM_TABLE_LEARNING_RATE,
-    LEARNING_RATES,
-    TrainingArguments,
-)
+from dhen.config.training_arguments import ADAM_TABLE_LEARNING_RATE, LEARNING_RATES, TrainingArguments
 from dhen.model.configuration_dhen import DhenArchitecture
 from dhen.model.interactions import import_interactions
 from dhen.model.names import quoted, unknown_name

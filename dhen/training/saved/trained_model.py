@@ -265,7 +265,7 @@ def _write_header(file: BinaryIO, key: str, shape: tuple[int, int], num_bytes: i
 
 
 def _check_version(index: Path) -> None:
-    """Raise FormatVersionError for another format. A single file, which `save_pretrained` writes, says no version."""
+    """Raise ValueError for another format. A single file, which `save_pretrained` writes, says no version."""
     metadata = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}) if index.is_file() else {}
     check_format_version(index, metadata, FORMAT_VERSION, "train the model again")
 
