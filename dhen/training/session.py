@@ -14,7 +14,7 @@ from torch import nn
 
 from dhen.config.arguments import Arguments
 from dhen.config.command_line import ArgumentError
-from dhen.config.ds_config import AUTO, DsConfig, read_ds_config, read_json
+from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
 from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.names import quoted
@@ -29,14 +29,13 @@ from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, lay_out, parallelize
 from dhen.training.reporting.progress import ProgressReporter
-from dhen.training.reporting.run_folder import DS_CONFIG_FILE, SUMMARY_FILE, announce, clear_run_folder, write_setup
+from dhen.training.reporting.run_folder import SUMMARY_FILE, announce, clear_run_folder, write_setup
 from dhen.training.saved.checkpoint import (
     check_same_model,
     find_checkpoint,
     load_checkpoint,
     point_latest_at,
-    recorded_arguments,
-    saved_table_cuts,
+    read_state,
 )
 from dhen.training.saved.fine_tuning import config_for
 from dhen.training.saved.trained_model import TrainedModel
@@ -195,7 +194,7 @@ def _num_layers(arguments: Arguments) -> int:
 
 def _changed_arguments(folder: Path, training: TrainingArguments, step: int) -> list[str]:
     """A sentence for each argument that the run that wrote the checkpoint had otherwise."""
-    recorded, sentences = recorded_arguments(folder), []
+    recorded, sentences = read_state(folder)["arguments"], []
     for item in fields(training):
         old, new = recorded.get(item.name, item.default), getattr(training, item.name)
         if old != new and item.name not in _OF_ONE_START:
@@ -209,10 +208,7 @@ def _changed_settings(folder: Path, model: ParallelDhen, of_recipe: Collection[s
 
     of_recipe: settings that follow from the arguments.
     """
-    path = folder.parent / DS_CONFIG_FILE
-    if not path.is_file():
-        return []
-    old, new = (dict(_flat(settings)) for settings in (read_json(path), model.ds_config.as_dict()))
+    old, new = (dict(_flat(of)) for of in (read_state(folder)["ds_config"], model.ds_config.as_dict()))
     return [
         f"ds_config: {key} was {old.get(key)}, now {new.get(key)}: the resumed run honours it"
         for key in sorted(old.keys() | new.keys())
@@ -240,7 +236,7 @@ def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[s
     """
     if not training.resume_from_checkpoint:
         return {}
-    cuts = saved_table_cuts(_checkpoint(training))
+    cuts = read_state(_checkpoint(training))["table_cuts"]
     sharded = {name: shards for name, shards in cuts.items() if shards}
     return {
         "replicated": [name for name in cuts if name not in sharded],

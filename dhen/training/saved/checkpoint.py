@@ -34,9 +34,7 @@ NEWEST = ("true", LATEST)
 STATE_FILE = "trainer_state.json"
 FORMAT_VERSION = 2
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
-ARGUMENTS = "arguments"
 _PREFIX = "checkpoint-"
-_OPTIMIZER, _TRAINED = "optimizer", "trained"
 _AVERAGE = "average-of-dense.safetensors"
 _REPLICATED_USES = "uses-of-replicated.safetensors"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
@@ -97,8 +95,9 @@ def save_checkpoint(
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
-        facts |= {ARGUMENTS: arguments or {}, _OPTIMIZER: _optimizer_facts(model), _TRAINED: _trained_parts(model)}
-        facts |= {"model": _model_facts(model.config), VERSION_KEY: FORMAT_VERSION}
+        facts |= {"arguments": arguments or {}, "ds_config": model.ds_config.as_dict(), VERSION_KEY: FORMAT_VERSION}
+        facts |= {"model": _model_facts(model.config), "optimizer": _optimizer_facts(model)}
+        facts |= {"trained": _trained_parts(model)}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         point_latest_at(folder, output_dir)
     topology.barrier()
@@ -118,7 +117,7 @@ def load_checkpoint(
     differ from this run's.
     """
     check_same_model(folder, model.config)
-    values = _read_state(folder)
+    values = read_state(folder)
     topology = model.topology
     here = _set_up(model)
     saved = {name: values.pop(name) for name in here}
@@ -131,13 +130,13 @@ def load_checkpoint(
             "ranks per replica. Or start from the exported model with --model_name_or_path."
         )
     now = _optimizer_facts(model)
-    for name, value in values[_OPTIMIZER].items():
+    for name, value in values["optimizer"].items():
         if value != now[name]:
             raise CheckpointError(
                 f"{folder}: saved with optimizer.{name} {value}, but the ds_config now says {now[name]}. Use the same, "
                 "or start from the exported model with --model_name_or_path."
             )
-    then, parts = values[_TRAINED], _trained_parts(model)
+    then, parts = values["trained"], _trained_parts(model)
     if then != parts:
         raise CheckpointError(
             f"{folder}: saved with optimizer states for {', '.join(then)}, but this run trains {', '.join(parts)}. "
@@ -207,20 +206,10 @@ def _step_as_configured(model: ParallelDhen, options: list[dict[str, Any]]) -> N
 
 def check_same_model(folder: Path, config: DhenConfig) -> None:
     """Raise CheckpointError, naming the difference, if the checkpoint's model is not that of `config`."""
-    saved, now = _read_state(folder)["model"], _model_facts(config)
+    saved, now = read_state(folder)["model"], _model_facts(config)
     for name in saved | now:
         if saved.get(name) != now.get(name):
             raise CheckpointError(f"{folder}: saved with {name} {_shown(saved.get(name), now.get(name))}. {_WAY_OUT}")
-
-
-def recorded_arguments(folder: Path) -> dict[str, Any]:
-    """The TrainingArguments of the run that wrote the checkpoint."""
-    return _read_state(folder)[ARGUMENTS]
-
-
-def saved_table_cuts(folder: Path) -> dict[str, int]:
-    """Number of column shards per table in the checkpoint; 0 for a replicated table."""
-    return _read_state(folder)["table_cuts"]
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path:
@@ -323,7 +312,11 @@ def _have(output_dir: Path) -> str:
     return f" {output_dir} has {names}." if names else ""
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
+    """The contents of trainer_state.json. Raises ValueError if it is not there or in another format.
+
+    arguments, ds_config: of the run that wrote it. table_cuts: number of column shards per table, 0 if replicated.
+    """
     if not is_whole(folder):
         raise CheckpointError(f"{folder}: {_INCOMPLETE}")
     values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
