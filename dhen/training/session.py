@@ -143,9 +143,9 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
     # Rank 0 wrote it, perhaps on a disk of its own.
     done = rank_zeros(topology, lambda: json.loads(summary.read_text("utf-8")) if summary.is_file() else {})
     tested_step = state.best_step or state.step if training.load_best_model_at_end else state.step
-    asked = {"calibrate": training.calibrate, "ema_decay": training.ema_decay}
-    is_tested = ({"steps": state.step, "tested_step": tested_step} | asked).items() <= done.items()
-    is_tested &= training.skip_test or not done.get("skip_test")
+    wanted = {"steps": state.step, "tested_step": tested_step}
+    wanted |= {"calibrate": training.calibrate, "ema_decay": training.ema_decay}
+    is_tested = wanted.items() <= done.items() and (training.skip_test or not done["skip_test"])
     is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
     if is_over and topology.is_main:
         logger.info(

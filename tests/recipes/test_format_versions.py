@@ -48,7 +48,7 @@ OLD = {
     "resume": (
         STATE,
         "train.py",
-        ["--dataset_name={data}", "--output_dir={run}", "--resume_from_checkpoint=true", *TINY],
+        ["--train_file={new}.csv", "--output_dir={run}", "--resume_from_checkpoint=true", *TINY],
     ),
     "fine-tune": (INDEX, "train.py", ["--dataset_name={data}", "--output_dir={new}", "--model_name_or_path={run}"]),
     "evaluate": (INDEX, "evaluate.py", ["--model_name_or_path={run}"]),
