@@ -22,12 +22,7 @@ from dhen.config.command_line import (
 )
 from dhen.config.data_arguments import DataArguments
 from dhen.config.ds_config import AUTO, Recipe
-from dhen.config.training_arguments import (
-    ADAM_TABLE_LEARNING_RATE,
-    LEARNING_RATES,
-    TrainingArguments,
-    as_counted_now,
-)
+from dhen.config.training_arguments import ADAM_TABLE_LEARNING_RATE, LEARNING_RATES, TrainingArguments
 from dhen.model.configuration_dhen import DhenArchitecture
 from dhen.model.interactions import import_interactions
 from dhen.model.names import quoted, unknown_name
@@ -166,7 +161,6 @@ def _read_recipe(path: str) -> dict[str, Any]:
         values = read_yaml(path, "--config takes a YAML file of arguments.")
     except (OSError, ValueError) as error:
         raise ArgumentError(str(error)) from error
-    values = as_counted_now(values)
     allowed = {f.name for part in _PARTS for f in dataclasses.fields(part)}
     for key in values:
         if key not in allowed:

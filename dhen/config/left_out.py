@@ -1,22 +1,13 @@
-"""Arguments that the user left out: chosen by the number of rows, or as a run of an earlier version had them."""
+"""Sizes that the user left out are chosen by the number of rows."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from dhen.config.arguments import Arguments
-from dhen.config.training_arguments import LEARNING_RATES, TrainingArguments
+from dhen.config.training_arguments import TrainingArguments
 
 MOST_BATCH = 2048
 """The largest batch size per rank that is chosen."""
 _LEAST_GLOBAL_BATCH = 64
 _STEPS_PER_EPOCH, _LEAST_STEPS, _LEAST_EVAL_STEPS = 200, 500, 25
-_CHANGED_DATA_DEFAULTS = ("id_encoding", "hash_size", "min_count", "vocabulary_keys")
-_CHANGED_DEFAULTS = (
-    "per_device_train_batch_size", "num_train_epochs", "lr_scheduler_type", "learning_rate", "table_learning_rate",
-    "table_epsilon",
-)  # fmt: skip
-"""Arguments whose defaults were others in versions that did not record vocabulary_keys."""
 
 
 def choose_sizes(training: TrainingArguments, rows: int, world_size: int) -> str:
@@ -37,22 +28,3 @@ def choose_sizes(training: TrainingArguments, rows: int, world_size: int) -> str
             training.eval_steps = _LEAST_EVAL_STEPS
             chosen.append(f"eval_steps {training.eval_steps}")
     return f"chosen for {rows:,} training rows: {', '.join(chosen)}" if chosen else ""
-
-
-def take_recorded(arguments: Arguments, recorded: Mapping[str, Any]) -> list[str]:
-    """For a resume: if a run of an earlier version, whose defaults were others, recorded its arguments, take its values
-    for those that are left at their default. Returns a sentence for each of them.
-    """
-    if "vocabulary_keys" in recorded:
-        return []
-    recorded = {**recorded, "vocabulary_keys": "new"}
-    is_fine_tuning = arguments.training.model_name_or_path is not None
-    rates = {name: rate / 3 if is_fine_tuning else rate for name, rate in LEARNING_RATES.items()}
-    sentences = []
-    for part, names in ((arguments.data, _CHANGED_DATA_DEFAULTS), (arguments.training, _CHANGED_DEFAULTS)):
-        for name in names:
-            default = rates.get(name, type(part).__dataclass_fields__[name].default)
-            if getattr(part, name) == default != recorded.get(name, default):
-                setattr(part, name, recorded[name])
-                sentences.append(f"{name} is {recorded[name]}, as in the run that is resumed")
-    return sentences

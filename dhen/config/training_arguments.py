@@ -1,7 +1,7 @@
 """The arguments that say how the model is trained."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from dhen.config.command_line import Text
 from dhen.config.dhen_section import TableOptimizer
@@ -15,8 +15,6 @@ MetricName = Literal["auc", "ne", "logloss"]
 LEARNING_RATES = {"learning_rate": 1e-3, "table_learning_rate": 0.05}
 ADAM_TABLE_LEARNING_RATE = 1e-3
 """The defaults, without a trained model to start from."""
-_OF_A_RUN = 35
-"""At least so many arguments of training are recorded by a run of any version."""
 
 
 @dataclass
@@ -197,16 +195,3 @@ class TrainingArguments:
             for name, (other, unused) in is_unused.items()
             if unused and getattr(self, name) != default[name].default
         ]
-
-
-def as_counted_now(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that a run recorded, as they are counted now. A run records all arguments, more than a user sets.
-
-    In earlier versions plateau_patience did not count the evaluation that drops, and the default of table_epsilon was a
-    number, which it still is for the optimizers of these versions.
-    """
-    patience = recorded.get("plateau_patience")
-    if len(recorded) < _OF_A_RUN or "plateau_restores_best" in recorded or not isinstance(patience, int):
-        return recorded
-    epsilon = recorded.get("table_epsilon")
-    return recorded | {"plateau_patience": patience + 1, "table_epsilon": None if epsilon == 1e-3 else epsilon}

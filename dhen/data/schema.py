@@ -30,12 +30,9 @@ from dhen.data.format_version import VERSION_KEY, check_format_version
 
 LABEL = "label"
 SCHEMA_FILE = "schema.json"
-FORMAT_VERSION = 1
-"""Version of the prepared folder. Raise it when folders that were written before can no longer be read as they are."""
-PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN = 3, 2
-"""Versions of prepared folders with canonical keys, and with keys as they were written. Raise the first when the same
-input and settings give a different folder, so that older cached folders are not reused."""
-VERSION = "preparation_version"
+FORMAT_VERSION = 4
+"""Version of the prepared folder. Raise it when the same input and settings give a different folder, or when folders
+that were written before can no longer be read as they are. A cached folder of another version is not reused."""
 SHARES = "share_read"
 """Entry of `source` of data of which only the head is prepared: by split, the share of the rows that the folder has."""
 SPLITS = ("train", "validation", "test")
@@ -90,7 +87,7 @@ class SplitCounts:
     """Number of rows in one split, and how many of them are clicks or `unlabelled` (label NaN).
 
     `rows` does not include the `bad_rows`, which were skipped. unknown_keys: by feature with a vocabulary, the number
-    of values that are not a key. Folders of earlier versions do not have them.
+    of values that are not a key.
     """
 
     rows: int
@@ -110,22 +107,10 @@ class Schema:
     source: dict[str, Any] = field(default_factory=dict)
     best_possible_ne: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def is_canonical(self) -> bool:
-        """Whether ids are made of canonical texts (dhen/data/formats/canonical.py), not of texts as written."""
-        return self.source.get(VERSION, 0) > PREPARATION_VERSION_WRITTEN
-
-    def as_dict(self) -> dict[str, Any]:
-        """In JSON types. Columns without bins and scales are as earlier versions wrote them."""
-        values = asdict(self)
-        for kind in ("dense", "sparse"):
-            values[kind] = [{k: v for k, v in column.items() if v is not None} for column in values[kind]]
-        return values
-
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
         draft = folder / f".{SCHEMA_FILE}.draft"
-        values = {VERSION_KEY: FORMAT_VERSION} | self.as_dict()
+        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)
         draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         draft.replace(folder / SCHEMA_FILE)
 
@@ -140,7 +125,7 @@ class Schema:
         text = path.read_text(encoding="utf-8")
         try:
             values = TypeAdapter(dict[str, Any]).validate_json(text)
-            check_format_version(path, values, FORMAT_VERSION, "create this folder again with this code")
+            check_format_version(path, values, FORMAT_VERSION, "prepare the data and train the model again")
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]

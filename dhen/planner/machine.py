@@ -68,7 +68,7 @@ class Machine:
             raise ValueError(
                 f"flops has only {', '.join(self.flops) or 'no entries'}. Add fp32, and bf16 if its rate differs."
             )
-        if self.is_gpu and "tf32" not in self.flops:  # in files of earlier versions, fp32 is the rate of TF32
+        if self.is_gpu and "tf32" not in self.flops:
             raise ValueError(
                 "flops has no tf32. Add it, and the rate without TF32 as fp32, or run tools/calibrate_machine.py again."
             )

@@ -86,8 +86,8 @@ class ReplicatedFeatures:
         return {table.name: self.uses.of(index) for index, table in enumerate(self.tables)}
 
     def load_uses(self, saved: Mapping[str, Tensor]) -> None:
-        """Continue from `uses_by_name` of a checkpoint. Rows of a table that it lacks count as used."""
+        """Continue from `uses_by_name` of a checkpoint."""
         self._new_uses.counts.zero_()
         for name, uses in self.uses_by_name().items():
-            uses.copy_(saved.get(name, torch.ones_like(uses)))
+            uses.copy_(saved[name])
         self.uses.halve()

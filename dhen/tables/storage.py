@@ -52,13 +52,11 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
     Does not communicate. Raises TableStorageError for a missing table, other sizes or another optimizer.
     """
     stored = _index(folder, _kind(tables))
-    if not any(kind == "uses" for _, kind in stored):  # saved by an earlier version: all rows count as used
-        tables.uses.counts.fill_(1)
     for shard, of_shard in tables.shard_tensors():
         for kind, tensor in of_shard.items():
             pieces = stored.get((shard.name, kind), [])
             if kind in ("uses", "steps", "is_new"):
-                if pieces:
+                if pieces:  # the run that saved may have had no new rows
                     tensor.copy_(_read(pieces[0], ...))
                 continue
             if kind == "average" and not pieces:  # the run that saved had none

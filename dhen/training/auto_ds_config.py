@@ -11,7 +11,7 @@ from typing import Any
 
 from dhen.config.arguments import Arguments
 from dhen.config.dhen_section import DhenSection
-from dhen.config.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config, read_json
+from dhen.config.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config
 from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner
@@ -21,8 +21,7 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import rank_zeros
 from dhen.tables.placement.costs import CostsError
 from dhen.tables.placement.plan import PlacementError
-from dhen.training.reporting.run_folder import DS_CONFIG_FILE
-from dhen.training.saved.checkpoint import find_checkpoint
+from dhen.training.saved.checkpoint import find_checkpoint, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -86,13 +85,7 @@ def _planned(
 
 def _saved_ds_config(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], str]:
     """The ds_config of the run that wrote the checkpoint, with the recipe's values set back to "auto"."""
-    path = checkpoint.parent / DS_CONFIG_FILE
-    if not path.is_file():
-        raise DsConfigError(
-            f"ds_config auto: a resumed run uses the ds_config of the run that wrote {checkpoint}, but {path} does not "
-            "exist. Name the ds_config that the run was trained with."
-        )
-    raw = read_json(path)
+    raw = read_state(checkpoint)["ds_config"]
     for key in recipe.values():
         *outer, name = key.split(".")
         section = raw
@@ -100,4 +93,4 @@ def _saved_ds_config(checkpoint: Path, recipe: Recipe) -> tuple[dict[str, Any], 
             section = section.get(part, {})
         if name in section:
             section[name] = AUTO
-    return raw, f"taken from {path}, because the checkpoint was written with it"
+    return raw, f"taken from {checkpoint}"

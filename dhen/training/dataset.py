@@ -10,11 +10,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dhen.config.arguments import ARGUMENTS_FILE, Arguments
+from dhen.config.arguments import Arguments
 from dhen.config.command_line import ArgumentError, Paths
 from dhen.config.data_arguments import DataArguments
-from dhen.config.left_out import MOST_BATCH, choose_sizes, take_recorded
-from dhen.config.training_arguments import as_counted_now
+from dhen.config.left_out import MOST_BATCH, choose_sizes
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation import preprocessing
@@ -26,10 +25,9 @@ from dhen.data.schema import SCHEMA_FILE, SHARES, Schema, SplitCounts
 from dhen.data.synthetic import TRUTH_FILE, Recipe, generate_click_log, generated_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
-from dhen.training.saved.checkpoint import find_checkpoint, has_canonical_keys
+from dhen.training.saved.checkpoint import find_checkpoint, read_state
 from dhen.training.saved.fine_tuning import StartingPoint, frozen_and_new, ignored_architecture, lost_tables, start_from
 from dhen.training.saved.trained_model import TrainedModel
-from dhen.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -69,28 +67,18 @@ def open_data(arguments: Arguments, topology: Topology, head: Path | None = None
     ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
     data, training = arguments.data, arguments.training
-    for sentence in _take_earlier_defaults(arguments):
-        if topology.is_main:
-            logger.info(sentence)
     trained = TrainedModel.open(training.model_name_or_path) if training.model_name_or_path else None
-    origin, is_canonical = None, True  # whose ids the weights know, and whether these are of canonical texts
-    if trained is not None:
-        origin, is_canonical = trained.folder, trained.schema.is_canonical
-    if training.resume_from_checkpoint:
-        origin = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-        is_canonical = has_canonical_keys(origin)
+    if training.resume_from_checkpoint:  # one of another format is refused here, before data is prepared for hours
+        read_state(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)))
     like = trained.folder if trained else None
     batch = training.per_device_train_batch_size or MOST_BATCH
     rows = max(HEAD_ROWS, 2 * batch * training.gradient_accumulation_steps * topology.world_size)
-    more = {"is_canonical": is_canonical, "like": like, "head": Head(head, rows) if head else None}
-    prepared = prepare_dataset(data, cache_of(arguments), topology, **more)
+    prepared = prepare_dataset(data, cache_of(arguments), topology, like=like, head=head and Head(head, rows))
     schema, start = whole_schema(prepared), None
     if is_partial(schema) and training.resume_from_checkpoint:
         raise ArgumentError(
             f"{cache_of(arguments)} does not have the data, which check compares with the checkpoint's."
         )
-    if origin is not None:
-        _check_same_keys(prepared, schema, origin, is_canonical=is_canonical)
     if trained is not None:
         start = start_from(trained, prepared, schema, arguments.architecture if training.new_head else None)
         schema = start.schema
@@ -104,15 +92,6 @@ def open_data(arguments: Arguments, topology: Topology, head: Path | None = None
             logger.warning("%s", sentence)
     read = replace(schema, splits=Schema.load(prepared).splits)
     return TrainingData(prepared, schema, start, _open_splits(arguments, topology, prepared, read))
-
-
-def _take_earlier_defaults(arguments: Arguments) -> list[str]:
-    """Apply `take_recorded` if the run resumes one whose arguments are known."""
-    training = arguments.training
-    if not training.resume_from_checkpoint:
-        return []
-    path = find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)).parent / ARGUMENTS_FILE
-    return take_recorded(arguments, as_counted_now(read_yaml(path))) if path.is_file() else []
 
 
 def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:
@@ -205,7 +184,6 @@ def prepare_dataset(
     schema_from: Path | None = None,
     only_split: str | None = None,
     *,
-    is_canonical: bool = True,
     like: Path | None = None,
     is_label_required: bool | None = None,
     head: Head | None = None,
@@ -213,14 +191,12 @@ def prepare_dataset(
     """Return the prepared folder for `data`. Rank 0 prepares it and the others wait. All ranks call it.
 
     schema_from: a trained model whose features, ids and transforms to use; labels are then optional. only_split: the
-    only split to read from a hub data set. is_canonical: whether keys get their canonical text; those of models of
-    earlier versions do not. like: a trained model whose encoding of each feature to use, unless `data` says otherwise.
-    is_label_required: by default, unless there is a schema_from. head: prepare only the head.
+    only split to read from a hub data set. like: a trained model whose encoding of each feature to use, unless `data`
+    says otherwise. is_label_required: by default, unless there is a schema_from. head: prepare only the head.
 
     Raises DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
-    more = {"schema_from": schema_from, "only_split": only_split, "is_canonical": is_canonical, "like": like}
-    more["head"] = head
+    more = {"schema_from": schema_from, "only_split": only_split, "like": like, "head": head}
     more["is_label_required"] = schema_from is None if is_label_required is None else is_label_required
     work = in_background(partial(_prepare, data, cache, **more)) if topology.is_main else None
     answer: list[Path | None] = [None]
@@ -288,7 +264,6 @@ def _prepare_generated(recipe: Recipe, data: DataArguments, cache: Path, head: H
 def check_prepared_for(folder: Path, trained: Path) -> Schema:
     """The schema of a prepared folder, in the trained model's feature order. Raises ValueError if they do not match."""
     schema, wanted = Schema.load(folder), Schema.load(trained)
-    _check_same_keys(folder, schema, trained, is_canonical=wanted.is_canonical)
     dense = {column.name: column for column in schema.dense}
     sparse = {column.name: column for column in schema.sparse}
     for kind, have, want in (("dense", dense, wanted.dense), ("sparse", sparse, wanted.sparse)):
@@ -316,13 +291,3 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
                     f"ids have other meanings. {_USE_RAW}"
                 )
     return replace(schema, dense=wanted.dense, sparse=wanted.sparse)
-
-
-def _check_same_keys(folder: Path, schema: Schema, origin: Path, *, is_canonical: bool) -> None:
-    """Raise ValueError if the ids in a prepared folder are made of other texts than those of a model or checkpoint."""
-    if schema.is_canonical != is_canonical and schema.sparse:
-        older, newer = (folder, origin) if is_canonical else (origin, folder)
-        raise ValueError(
-            f"{folder}: the ids in {older} are made of texts as they were written, and those in {newer} of canonical "
-            "ones, so they have other meanings. Use the raw files instead: their ids are made as the model's are."
-        )

@@ -112,6 +112,5 @@ class BestMetric:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the result of `state_dict`. The best value of another metric, or of other weights, is forgotten."""
-        of = {"name": self.name, "of_average": self._of_average}
-        if of | state == state | of:  # earlier versions did not say it
+        if (state["name"], state["of_average"]) == (self.name, self._of_average):
             self.value, self.evaluations_since = state["value"], state["evaluations_since"]

@@ -21,7 +21,6 @@ from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallel_model import ParallelDhen, ScoringDhen
 from dhen.training.reporting.progress import ProgressReporter
 from dhen.training.saved.checkpoint import (
-    CANONICAL_KEYS,
     TrainerState,
     checkpoint_of,
     checkpoints,
@@ -105,7 +104,6 @@ class Trainer:
             "dataloader_drop_last": arguments.dataloader_drop_last,
             "dense features": [column.name for column in self.train_loader.schema.dense],
             "data": self.train_loader.digest,
-            CANONICAL_KEYS: self.train_loader.schema.is_canonical,
         }
 
     def train(self, progress: ProgressReporter) -> None:

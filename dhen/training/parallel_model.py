@@ -32,8 +32,7 @@ class ScoringDhen:
     """A DHEN model over the ranks of `topology`, for predictions.
 
     tables: the sharded, model-parallel tables; None if there are none, or all tables are replicated.
-    dense: the data-parallel dense part, including the tables that `placement` replicates. knows_uses: whether it is
-    known which rows training used; models of earlier versions do not say it.
+    dense: the data-parallel dense part, including the tables that `placement` replicates.
     """
 
     config: DhenConfig
@@ -46,7 +45,6 @@ class ScoringDhen:
         self.replicated = ReplicatedFeatures(self.config, self.placement.replicated, self.topology)
         self._unseen: UnseenIds | None = None
         self._unseen_replicated: UnseenIds | None = None
-        self.knows_uses = True
 
     def send_ids(self, sparse: SparseIds) -> SentIds | None:
         """Start sending a batch's ids to their tables. None without sharded tables. Communicates over all ranks."""

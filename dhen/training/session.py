@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from dhen.config.arguments import ARGUMENTS_FILE, Arguments
+from dhen.config.arguments import Arguments
 from dhen.config.command_line import ArgumentError
-from dhen.config.ds_config import AUTO, DsConfig, read_ds_config, read_json
-from dhen.config.training_arguments import TrainingArguments, as_counted_now
+from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
+from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.names import quoted
 from dhen.model.parts import frozen_parts
@@ -29,18 +29,16 @@ from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, lay_out, parallelize
 from dhen.training.reporting.progress import ProgressReporter
-from dhen.training.reporting.run_folder import DS_CONFIG_FILE, SUMMARY_FILE, announce, clear_run_folder, write_setup
+from dhen.training.reporting.run_folder import SUMMARY_FILE, announce, clear_run_folder, write_setup
 from dhen.training.saved.checkpoint import (
     check_same_model,
     find_checkpoint,
     load_checkpoint,
     point_latest_at,
-    recorded_arguments,
-    saved_table_cuts,
+    read_state,
 )
 from dhen.training.saved.fine_tuning import config_for
 from dhen.training.saved.trained_model import TrainedModel
-from dhen.yaml_files import read_yaml
 
 _OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "interaction_files")
 logger = logging.getLogger(__name__)
@@ -98,7 +96,6 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         start.load_tables(model.tables)
         model.tables.mark_new_rows()
     if start:
-        model.knows_uses = start.trained.knows_uses
         for name, uses in model.replicated.uses_by_name().items():
             start.fill_uses(name, uses)
     if training.ema_decay:
@@ -146,10 +143,9 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
     # Rank 0 wrote it, perhaps on a disk of its own.
     done = rank_zeros(topology, lambda: json.loads(summary.read_text("utf-8")) if summary.is_file() else {})
     tested_step = state.best_step or state.step if training.load_best_model_at_end else state.step
-    is_tested = (done.get("steps"), done.get("tested_step")) == (state.step, tested_step)
-    is_tested &= done.get("calibrate", False) == training.calibrate
-    is_tested &= done.get("ema_decay", 0.0) == training.ema_decay
-    is_tested &= training.skip_test or not done.get("skip_test", False)
+    wanted = {"steps": state.step, "tested_step": tested_step}
+    wanted |= {"calibrate": training.calibrate, "ema_decay": training.ema_decay}
+    is_tested = wanted.items() <= done.items() and (training.skip_test or not done["skip_test"])
     is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
     if is_over and topology.is_main:
         logger.info(
@@ -198,11 +194,7 @@ def _num_layers(arguments: Arguments) -> int:
 
 def _changed_arguments(folder: Path, training: TrainingArguments, step: int) -> list[str]:
     """A sentence for each argument that the run that wrote the checkpoint had otherwise."""
-    recorded, path = recorded_arguments(folder), folder.parent / ARGUMENTS_FILE
-    if not recorded and not path.is_file():
-        return [f"{folder} is of an earlier version and does not say with which arguments it was trained"]
-    recorded = as_counted_now(recorded or read_yaml(path))
-    sentences = []
+    recorded, sentences = read_state(folder)["arguments"], []
     for item in fields(training):
         old, new = recorded.get(item.name, item.default), getattr(training, item.name)
         if old != new and item.name not in _OF_ONE_START:
@@ -216,10 +208,7 @@ def _changed_settings(folder: Path, model: ParallelDhen, of_recipe: Collection[s
 
     of_recipe: settings that follow from the arguments.
     """
-    path = folder.parent / DS_CONFIG_FILE
-    if not path.is_file():
-        return []
-    old, new = (dict(_flat(settings)) for settings in (read_json(path), model.ds_config.as_dict()))
+    old, new = (dict(_flat(of)) for of in (read_state(folder)["ds_config"], model.ds_config.as_dict()))
     return [
         f"ds_config: {key} was {old.get(key)}, now {new.get(key)}: the resumed run honours it"
         for key in sorted(old.keys() | new.keys())
@@ -247,7 +236,7 @@ def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[s
     """
     if not training.resume_from_checkpoint:
         return {}
-    cuts = saved_table_cuts(_checkpoint(training))
+    cuts = read_state(_checkpoint(training))["table_cuts"]
     sharded = {name: shards for name, shards in cuts.items() if shards}
     return {
         "replicated": [name for name in cuts if name not in sharded],

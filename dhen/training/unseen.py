@@ -36,21 +36,14 @@ class UnseenValues:
 
 
 def unseen_values(model: ScoringDhen, loader: BatchLoader) -> dict[str, UnseenValues]:
-    """The unseen values of the loader's split, which the model has just scored. Communicates; all ranks call it.
-
-    Left out are features for which an earlier version, of the model or of the data, did not count what this needs.
-    """
+    """The unseen values of the loader's split, which the model has just scored. Communicates; all ranks call it."""
     ids, unknown_keys = model.unseen_ids(), loader.schema.splits[loader.split].unknown_keys
     found = {}
     for column in loader.schema.sparse:
         values, unused, unused_zeros = ids[column.name]
         if column.encoding == "vocabulary":
-            if column.name not in unknown_keys:
-                continue
             # Unknown keys have id 0. If training never used row 0, they are among its unused ids, with the blanks.
             unused += max(unknown_keys[column.name] - unused_zeros, 0)
-        elif not model.knows_uses:
-            continue
         found[column.name] = UnseenValues(values, unused)
     return found
 
@@ -68,12 +61,6 @@ def report_unseen(split: str, unseen: Mapping[str, UnseenValues], schema: Schema
             ", ".join(shown),
             f", and {more} more features" if more else "",
             " (at least: hashed values may share a row)" if is_hashed else "",
-        )
-    if unknown := [column.name for column in schema.sparse if column.name not in unseen]:
-        logger.info(
-            "%s: unseen values of %s are not counted: the model or the data is of an earlier version",
-            split,
-            ", ".join(unknown),
         )
     if many := [f"{name} ({share:.1%})" for share, name in shares if share > MANY]:
         logger.warning(

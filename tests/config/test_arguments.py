@@ -10,7 +10,6 @@ from dhen.config.arguments import parse_arguments
 from dhen.config.command_line import ArgumentError
 from dhen.training.saved.scoring import parse_scoring_arguments
 from dhen.yaml_files import write_yaml
-from tests import ROOT
 
 EVERY_KIND = {
     "dataset_name": "rows.csv", "split_fractions": [0.5, 0.25, 0.25], "num_layers": 2, "head_mlp": [8, 4],
@@ -158,16 +157,6 @@ def test_values_that_another_leaves_unread_are_named():
     assert sgd.without_effect() == ["table_epsilon has no effect: table_optimizer is sgd"]
     read = [*flags, "--lr_scheduler_type=reduce_lr_on_plateau", "--learning_rate_scaling=sqrt"]
     assert parse_arguments(read).training.without_effect() == []
-
-
-@pytest.mark.parametrize(("more", "patience"), [("", 3), ("plateau_restores_best: false", 2)])
-def test_arguments_that_an_earlier_version_recorded_are_taken_as_they_count_now(tmp_path, more, patience):
-    recorded = yaml.safe_load((ROOT / "tests/recipes/fixtures/keys_as_written/run/arguments.yaml").read_text())
-    written = yaml.safe_dump(recorded | {"plateau_patience": 2, "table_epsilon": 1e-3})
-    taken = values(recipe(tmp_path, written + more))
-    assert taken["plateau_patience"] == patience
-    assert taken["table_epsilon"] == (1e-3 if more else None)  # None: the optimizer's default, which is 1e-3
-    assert values(recipe(tmp_path, "plateau_patience: 2\n"))["plateau_patience"] == 2
 
 
 def test_help_shows_each_flag_once_with_its_type_and_its_default(monkeypatch, capsys):

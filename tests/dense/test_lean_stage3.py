@@ -159,7 +159,7 @@ def save_or_resume(topology: Topology, folder: str, is_lean: bool, resumes: bool
 
 @pytest.mark.parametrize("is_lean", [True, False])
 def test_checkpoints_go_both_ways(tmp_path, is_lean):
-    """A checkpoint of DeepSpeed's own optimizer, as earlier versions wrote it, is resumed to the last bit."""
+    """A checkpoint of DeepSpeed's own optimizer is resumed to the last bit by ours, and the other way around."""
     written = run_ranks(2, save_or_resume, str(tmp_path), is_lean, False)[0]
     assert run_ranks(2, save_or_resume, str(tmp_path), not is_lean, True)[0] == written
 

@@ -1,4 +1,4 @@
-"""Data, checkpoints and exports of a newer format are refused in one line; those without a version still work."""
+"""Data, checkpoints and exported models of another format are refused in one line, before anything is written."""
 
 import json
 import shutil
@@ -6,18 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.launch import TINY, Finished, assert_same_metrics, losses, run_script, summary
+from tests.recipes.launch import TINY, Finished, run_script
 
 SCHEMA, STATE, INDEX = "schema.json", "trainer_state.json", "model.safetensors.index.json"
+WAYS_OUT = {
+    SCHEMA: "Use the code that wrote the file, or prepare the data and train the model again.",
+    STATE: "Use the code that wrote the file, or start a new run, without a resume.",
+    INDEX: "Use the code that wrote the file, or train the model again.",
+}
 
 
-def set_version(file: Path, version: int | None) -> None:
-    """Write the file again with that version; None: with none, as files were before there were versions."""
+def make_old(file: Path) -> None:
+    """Write the file again as one without a version, as files were before there were versions."""
     values = json.loads(file.read_text())
-    holder = values["metadata"] if file.name == INDEX else values
-    assert holder.pop("format_version") == 1
-    if version is not None:
-        holder["format_version"] = version
+    del (values["metadata"] if file.name == INDEX else values)["format_version"]
     file.write_text(json.dumps(values))
 
 
@@ -41,12 +43,12 @@ def copies(click_log, finished, tmp_path) -> tuple[Path, Path]:
     return Path(shutil.copytree(click_log, tmp_path / "data")), Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-NEWER = {
+OLD = {
     "train on data": (SCHEMA, "train.py", ["--dataset_name={data}", "--output_dir={new}", *TINY]),
     "resume": (
         STATE,
         "train.py",
-        ["--dataset_name={data}", "--output_dir={run}", "--resume_from_checkpoint=true", *TINY],
+        ["--train_file={new}.csv", "--output_dir={run}", "--resume_from_checkpoint=true", *TINY],
     ),
     "fine-tune": (INDEX, "train.py", ["--dataset_name={data}", "--output_dir={new}", "--model_name_or_path={run}"]),
     "evaluate": (INDEX, "evaluate.py", ["--model_name_or_path={run}"]),
@@ -55,32 +57,27 @@ NEWER = {
 }
 
 
-@pytest.mark.parametrize("name", NEWER)
-def test_a_newer_format_is_refused_in_one_line(copies, tmp_path, name):
-    kind, script, flags = NEWER[name]
+@pytest.mark.parametrize("name", OLD)
+def test_an_old_format_is_refused_in_one_line(copies, tmp_path, name):
+    kind, script, flags = OLD[name]
     data, run = copies
     file = {SCHEMA: data / SCHEMA, STATE: run / "checkpoint-4" / STATE, INDEX: run / "model" / INDEX}[kind]
-    set_version(file, 2)
+    make_old(file)
     before = sorted(run.rglob("*"))
     done = run_script(script, *[flag.format(data=data, run=run, new=tmp_path / "new") for flag in flags])
     assert done.status == 1, done.output
     (line,) = [line for line in done.output.splitlines() if "error: " in line]
-    assert line.startswith(f"error: {file}: format_version is 2, but this code reads version 1. Update this code, or ")
+    assert line.startswith(f"error: {file}: format_version is None, but this code reads version ")
+    assert line.endswith(WAYS_OUT[kind])
     assert done.output.strip().endswith(line), done.output
     assert sorted(run.rglob("*")) == before
     assert not list(tmp_path.glob("new*"))
 
 
-def test_files_without_a_version_still_work(copies, finished, tmp_path):
+def test_a_model_without_row_uses_is_refused_in_one_line(copies, tmp_path):
     data, run = copies
-    for file in (data / SCHEMA, run / "model" / SCHEMA, run / "model" / INDEX, run / "checkpoint-2" / STATE):
-        set_version(file, None)
-    resumed = tmp_path / "resumed"
-    done = train(data, resumed, f"--resume_from_checkpoint={run / 'checkpoint-2'}")
-    assert done.status == 0, done.output
-    assert losses(resumed)[4] == losses(finished)[4]
-    flags = [f"--model_name_or_path={run}", f"--dataset_name={data}", f"--output={tmp_path / 'metrics.json'}"]
-    done = run_script("evaluate.py", *flags)
-    assert done.status == 0, done.output
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert_same_metrics(metrics, summary(finished)["test"], 1e-6)
+    for file in (run / "model").glob("row-uses-*"):
+        file.unlink()
+    done = run_script("evaluate.py", f"--model_name_or_path={run}", f"--dataset_name={data}")
+    assert done.status == 1, done.output
+    assert done.output.strip().splitlines()[-1].startswith(f"error: {run / 'model'}: no file row-uses-*.safetensors")

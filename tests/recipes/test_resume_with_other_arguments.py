@@ -74,21 +74,6 @@ def test_other_arguments_are_said_and_honoured(tmp_path, finished, data, stage):
     assert summary(run)["steps"] == 10
 
 
-def test_a_checkpoint_that_does_not_say_its_arguments(tmp_path, finished, data):
-    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
-    state = run / "checkpoint-8" / "trainer_state.json"
-    facts = json.loads(state.read_text())
-    del facts["arguments"]
-    state.write_text(json.dumps(facts))
-    elsewhere = Path(shutil.copytree(run / "checkpoint-8", tmp_path / "elsewhere" / "checkpoint-8"))
-    of_the_run = {"resume_from_checkpoint": True, "max_steps": 9, "learning_rate": 0.01}
-    done = train(data, run, arguments=of_the_run)
-    assert "learning_rate was 0.001 until step 8, now 0.01" in done.output, done.output
-    done = train(data, tmp_path / "new", arguments=of_the_run | {"resume_from_checkpoint": elsewhere})
-    assert done.status == 0, done.output
-    assert "is of an earlier version and does not say with which arguments it was trained" in done.output
-
-
 def test_with_nothing_left_to_train_nothing_changes(tmp_path, finished, data):
     run = Path(shutil.copytree(finished[0], tmp_path / "run"))
     before = contents(run)

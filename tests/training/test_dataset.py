@@ -1,4 +1,4 @@
-"""Preparing data in a job of several ranks, and for a run that is resumed."""
+"""Preparing data in a job of several ranks, and what is refused before a run."""
 
 import time
 from dataclasses import replace
@@ -45,16 +45,6 @@ def prepare_nothing(topology: Topology, folder: Path) -> str:
 def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
     (message,) = run_ranks(1, prepare_nothing, tmp_path)
     assert "rows.tsv: row 1" in message
-
-
-def test_a_resume_reads_the_arguments_beside_its_checkpoint(tmp_path):
-    (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4/trainer_state.json").write_text("{}")
-    arguments = parse_arguments(["--dataset_name=a", f"--output_dir={tmp_path}", "--resume_from_checkpoint=true"])
-    assert dataset._take_earlier_defaults(arguments) == [], "a checkpoint without its run says nothing"
-    (tmp_path / "arguments.yaml").write_text("lr_scheduler_type: constant\n")
-    dataset._take_earlier_defaults(arguments)
-    assert arguments.training.lr_scheduler_type == "constant"
 
 
 @pytest.mark.parametrize(

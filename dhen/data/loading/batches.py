@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -130,10 +130,9 @@ class BatchLoader:
 
         It does not depend on the location of the files or on how the raw values were read.
         """
-        schema = {key: value for key, value in self.schema.as_dict().items() if key in ("dense", "sparse", "splits")}
-        for counts in schema["splits"].values():
-            del counts["unknown_keys"]
-        digest = hashlib.blake2b(json.dumps(schema).encode(), digest_size=16)
+        schema = asdict(self.schema)
+        facts = [schema[key] for key in ("dense", "sparse", "splits")]
+        digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
         rows = decode(self._groups[:1], self.schema)
         bags = [values for bag in rows.bags for values in (bag.offsets, bag.ids)]
         for values in (rows.labels_R, rows.single_RS, *bags):

@@ -8,19 +8,18 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from dhen.data.preparation.encoding import HASH_SIZE
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.raw_stream import ProgressCallback
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import open_sources
 from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER
-from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, SCHEMA_FILE
+from dhen.data.schema import FORMAT_VERSION, SCHEMA_FILE
 
 _DIGESTS_FILE = ".digests.json"
 _HEAD_BLOCK = 1 << 20
 _NOT_IN_DIGEST = {
     *("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema", "schema_from", "like"),
-    *("block_bytes", "is_canonical", "head"),
+    *("block_bytes", "head"),
 }
 """Settings that are paths (the digest covers the files' contents instead) or that do not change the result."""
 
@@ -59,21 +58,18 @@ def prepare_cached(
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     """Return a digest of everything that determines the result: files, settings and the version."""
     relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
-    if settings.schema_from is not None:  # then these have no effect; earlier versions had these defaults
-        relevant |= {"id_encoding": "hash", "hash_size": HASH_SIZE, "min_count": 1}
+    if settings.schema_from is not None:
+        del relevant["id_encoding"], relevant["hash_size"], relevant["min_count"]  # they have no effect
+    if settings.like is None:
         del relevant["vocabulary_keys"]
-    elif settings.like is None:
-        del relevant["vocabulary_keys"]
-        if settings.id_encoding != "auto":  # as earlier versions wrote the defaults: their folders are found again
-            relevant |= {"hash_size": settings.hash_size or HASH_SIZE, "min_count": settings.min_count or 1}
     _, format_name, sources = open_sources(settings)
     inputs = [
         (source.splits, [_fingerprint(format_name, file, digests) for file in source.files]) for source in sources
     ]
     if not settings.is_label_required:  # these rows include the names of their files
         inputs.append([source.files for source in sources])
-    version = PREPARATION_VERSION if settings.is_canonical else PREPARATION_VERSION_WRITTEN
-    digest = hashlib.blake2b(json.dumps([version, format_name, relevant, inputs]).encode(), digest_size=16)
+    facts = [FORMAT_VERSION, format_name, relevant, inputs]
+    digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())
     for origin in (settings.schema_from, settings.like):

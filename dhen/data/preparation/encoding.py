@@ -25,15 +25,11 @@ HASH_SIZE, _AUTO_HASH_SIZE = 100_000, MOST_KEYS
 
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes raw tables (`RawChunk.table`) as prepared tables (dhen/data/schema.py).
-
-    is_canonical: keys get their canonical text first. `Schema.is_canonical` says whether those of a model have it.
-    """
+    """Encodes raw tables (`RawChunk.table`) as prepared tables (dhen/data/schema.py)."""
 
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
     vocabularies: dict[str, Vocabulary]
-    is_canonical: bool = True
 
     def encode(self, raw: pa.Table) -> pa.Table:
         """Return the same rows with ids and transformed values."""
@@ -51,7 +47,7 @@ class Encoder:
                 encoded[sparse.name] = pa.array(bin_ids(raw[sparse.name].to_numpy(), sparse))
                 continue
             column = raw[sparse.name].combine_chunks()
-            keys = self.keys(column.flatten() if sparse.is_multi_valued else column)
+            keys = canonical_keys(column.flatten() if sparse.is_multi_valued else column)
             ids, keep = self._ids(keys, sparse), keys.is_valid().to_numpy(zero_copy_only=False)
             lengths = list_lengths(column) if sparse.is_multi_valued else np.ones(len(column), np.int64)
             if sparse.encoding == "vocabulary":
@@ -66,10 +62,6 @@ class Encoder:
                 name = weights_column(sparse.name)
                 encoded[name] = lists_of(lengths, raw[name].combine_chunks().flatten(), keep=keep)
         return pa.table(encoded), unknown
-
-    def keys(self, texts: pa.Array) -> pa.Array:
-        """Return the texts that ids are made of."""
-        return canonical_keys(texts) if self.is_canonical else texts
 
     def _ids(self, keys: pa.Array, sparse: SparseColumn) -> pa.Array:
         if sparse.encoding == "hash":

@@ -39,7 +39,7 @@ from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source, open_sources
 from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, load_vocabulary
 from dhen.data.preparation.writing import BadRowList, SplitWriter
-from dhen.data.schema import PREPARATION_VERSION, PREPARATION_VERSION_WRITTEN, SHARES, VERSION, Schema, SplitCounts
+from dhen.data.schema import SHARES, Schema, SplitCounts
 
 _UNFINISHED = ".unfinished-"
 
@@ -89,8 +89,7 @@ def _prepare_in(folder: Path, settings: PreparationSettings, progress: ProgressC
     for name, vocabulary in encoder.vocabularies.items():
         vocabulary.save(folder, name)
     splits = _write_splits(folder, stream, encoder, with_origins=not settings.is_label_required)
-    version = PREPARATION_VERSION if encoder.is_canonical else PREPARATION_VERSION_WRITTEN
-    source = _source(settings, format_name, sources) | {VERSION: version}
+    source = _source(settings, format_name, sources)
     if settings.head is not None:
         source[SHARES] = stream.share_read
     schema = Schema(encoder.dense, encoder.sparse, splits, source)
@@ -104,7 +103,7 @@ def _given_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
     check_same_features(stream.roles, schema.dense, schema.sparse, str(origin))
     with_vocabulary = [column.name for column in schema.sparse if column.encoding == "vocabulary"]
     vocabularies = {name: load_vocabulary(origin, name) for name in with_vocabulary}
-    return Encoder(schema.dense, schema.sparse, vocabularies, schema.is_canonical)
+    return Encoder(schema.dense, schema.sparse, vocabularies)
 
 
 def _new_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
@@ -120,7 +119,7 @@ def _new_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
             for name, new in vocabularies.items()
             if name in looked_up
         }
-    return Encoder(*new_columns(stream.roles, asked, vocabularies, fitted), vocabularies, settings.is_canonical)
+    return Encoder(*new_columns(stream.roles, asked, vocabularies, fitted), vocabularies)
 
 
 def _read_train(
@@ -152,7 +151,7 @@ def _read_train(
         for name, count in list(counts.items()):
             keys = table[name].combine_chunks()
             keys = keys.flatten() if pa.types.is_list(keys.type) else keys
-            count.add(canonical_keys(keys) if settings.is_canonical else keys)
+            count.add(canonical_keys(keys))
             if asked[name].encoding == "auto" and count.num_merged > MOST_KEYS:
                 del counts[name]
         if not counts and not fits:
@@ -212,7 +211,7 @@ def _refuse_mostly_bad(counts: dict[str, SplitCounts], first_bad: BadRow | None)
 def _source(settings: PreparationSettings, format_name: str, sources: tuple[Source, ...]) -> dict[str, object]:
     """Return the `source` entry of schema.json, which says where the rows came from."""
     values = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-    del values["block_bytes"], values["is_canonical"], values["head"]
+    del values["block_bytes"], values["head"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
     return {"format": format_name, "files": files, "settings": values}
 

@@ -50,7 +50,6 @@ class PreparationSettings:
     schema_from: prepared folder or saved model whose features, ids and transforms are reused. The encoding settings
         above then have no effect.
     block_bytes: how much of a text file to read at a time. Does not affect the result.
-    is_canonical: False makes ids of the texts as they were written, as models of earlier versions need them.
     head: prepare only the head, unless a cache has all.
     """
 
@@ -73,7 +72,6 @@ class PreparationSettings:
     only_split: str | None = None
     schema_from: str | Path | None = None
     block_bytes: int = BLOCK_BYTES
-    is_canonical: bool = True
     head: Head | None = None
 
     def __post_init__(self) -> None:

@@ -32,15 +32,11 @@ LATEST = "latest"
 NEWEST = ("true", LATEST)
 """The values of --resume_from_checkpoint that mean the newest checkpoint in output_dir."""
 STATE_FILE = "trainer_state.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
-CANONICAL_KEYS = "canonical keys"
-"""Entry of the data order: whether ids are made of canonical texts. Checkpoints of earlier versions do not have it."""
-ARGUMENTS = "arguments"
 _PREFIX = "checkpoint-"
-_OPTIMIZER, _TRAINED = "optimizer", "trained"
 _AVERAGE = "average-of-dense.safetensors"
-_REPLICATED_USES, _KNOWS_USES = "uses-of-replicated.safetensors", "knows_uses"
+_REPLICATED_USES = "uses-of-replicated.safetensors"
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
     "Resume with the same value (and the same --model_name_or_path, if the run started from a trained model), or start "
@@ -99,8 +95,9 @@ def save_checkpoint(
     topology.barrier()
     if topology.is_main:
         facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
-        facts |= {ARGUMENTS: arguments or {}, _OPTIMIZER: _optimizer_facts(model), _TRAINED: _trained_parts(model)}
-        facts |= {"model": _model_facts(model.config), _KNOWS_USES: model.knows_uses, VERSION_KEY: FORMAT_VERSION}
+        facts |= {"arguments": arguments or {}, "ds_config": model.ds_config.as_dict(), VERSION_KEY: FORMAT_VERSION}
+        facts |= {"model": _model_facts(model.config), "optimizer": _optimizer_facts(model)}
+        facts |= {"trained": _trained_parts(model)}
         _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
         point_latest_at(folder, output_dir)
     topology.barrier()
@@ -120,7 +117,7 @@ def load_checkpoint(
     differ from this run's.
     """
     check_same_model(folder, model.config)
-    values = _read_state(folder)
+    values = read_state(folder)
     topology = model.topology
     here = _set_up(model)
     saved = {name: values.pop(name) for name in here}
@@ -133,14 +130,13 @@ def load_checkpoint(
             "ranks per replica. Or start from the exported model with --model_name_or_path."
         )
     now = _optimizer_facts(model)
-    for name, value in values.get(_OPTIMIZER, now).items():  # checkpoints of earlier versions do not say it
+    for name, value in values["optimizer"].items():
         if value != now[name]:
             raise CheckpointError(
                 f"{folder}: saved with optimizer.{name} {value}, but the ds_config now says {now[name]}. Use the same, "
                 "or start from the exported model with --model_name_or_path."
             )
-    everything = _trained_parts(model, everything=True)  # checkpoints of earlier versions do not say it
-    then, parts = values.get(_TRAINED, everything), _trained_parts(model)
+    then, parts = values["trained"], _trained_parts(model)
     if then != parts:
         raise CheckpointError(
             f"{folder}: saved with optimizer states for {', '.join(then)}, but this run trains {', '.join(parts)}. "
@@ -149,7 +145,7 @@ def load_checkpoint(
         )
     saved_order = values.pop("data_order")
     for name, value in (data_order or {}).items():
-        if saved_order.get(name, value) != value:
+        if saved_order[name] != value:
             raise CheckpointError(
                 f"{folder}: saved with {name} {_shown(saved_order[name], value)}. The resumed run would train on other "
                 f"rows or features than the saved one. {_WAY_OUT}"
@@ -168,10 +164,8 @@ def load_checkpoint(
         model.average.load(load_file(folder / _AVERAGE))
     elif model.average is not None:  # the run that saved had none, so the tables start theirs here, too
         model.average.restart()
-    model.knows_uses = values.get(_KNOWS_USES, False)  # checkpoints of earlier versions do not
     if model.replicated.tables:
-        saved_uses = folder / _REPLICATED_USES
-        model.replicated.load_uses(load_file(saved_uses) if saved_uses.is_file() else {})
+        model.replicated.load_uses(load_file(folder / _REPLICATED_USES))
     if with_random_state and saved["world_size"] == here["world_size"]:
         _set_random_state(torch.load(folder / f"random-{topology.rank:05d}.pt", weights_only=True))
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})
@@ -189,14 +183,11 @@ def _optimizer_facts(model: ParallelDhen) -> dict[str, Any]:
     return {"type": type(optimizer).__name__} | switches
 
 
-def _trained_parts(model: ParallelDhen, *, everything: bool = False) -> list[str]:
-    """The parts of the dense part that are trained, which the files of the optimizer's state depend on.
-
-    everything: as if none was frozen and all had one learning rate.
-    """
+def _trained_parts(model: ParallelDhen) -> list[str]:
+    """The parts of the dense part that are trained, which the files of the optimizer's state depend on."""
     num_layers, weights = len(model.config.layer_specs), model.engine.module.named_parameters()
-    parts = {part_of(name, num_layers) for name, weight in weights if everything or weight.requires_grad} - {ANCHOR}
-    has_rates = len(_optimizer(model).param_groups) > 1 and not everything
+    parts = {part_of(name, num_layers) for name, weight in weights if weight.requires_grad} - {ANCHOR}
+    has_rates = len(_optimizer(model).param_groups) > 1
     return sorted(parts) + ["each with a learning rate"] * has_rates or ["no weight"]
 
 
@@ -214,29 +205,11 @@ def _step_as_configured(model: ParallelDhen, options: list[dict[str, Any]]) -> N
 
 
 def check_same_model(folder: Path, config: DhenConfig) -> None:
-    """Raise CheckpointError, naming the difference, if the checkpoint's model is not that of `config`.
-
-    Checkpoints that do not describe their model pass. Options that their version did not have count as the defaults.
-    """
-    now, described = _model_facts(config), _read_state(folder).get("model", {})
-    for name, saved in (_model_facts(DhenConfig()) | described if described else {}).items():
-        if saved != now.get(name):
-            raise CheckpointError(f"{folder}: saved with {name} {_shown(saved, now.get(name))}. {_WAY_OUT}")
-
-
-def recorded_arguments(folder: Path) -> dict[str, Any]:
-    """The TrainingArguments of the run that wrote the checkpoint. Empty for a checkpoint of an earlier version."""
-    return _read_state(folder).get(ARGUMENTS, {})
-
-
-def has_canonical_keys(folder: Path) -> bool:
-    """Whether the run trained on ids of canonical texts; runs of earlier versions did not."""
-    return bool(_read_state(folder)["data_order"].get(CANONICAL_KEYS, False))
-
-
-def saved_table_cuts(folder: Path) -> dict[str, int]:
-    """Number of column shards per table in the checkpoint; 0 for a replicated table."""
-    return _read_state(folder)["table_cuts"]
+    """Raise CheckpointError, naming the difference, if the checkpoint's model is not that of `config`."""
+    saved, now = read_state(folder)["model"], _model_facts(config)
+    for name in saved | now:
+        if saved.get(name) != now.get(name):
+            raise CheckpointError(f"{folder}: saved with {name} {_shown(saved.get(name), now.get(name))}. {_WAY_OUT}")
 
 
 def find_checkpoint(wanted: str, output_dir: Path) -> Path:
@@ -339,16 +312,15 @@ def _have(output_dir: Path) -> str:
     return f" {output_dir} has {names}." if names else ""
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> dict[str, Any]:
+    """The contents of trainer_state.json. Raises ValueError if it is not there or in another format.
+
+    arguments, ds_config: of the run that wrote it. table_cuts: number of column shards per table, 0 if replicated.
+    """
     if not is_whole(folder):
         raise CheckpointError(f"{folder}: {_INCOMPLETE}")
     values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    check_format_version(
-        folder / STATE_FILE,
-        values,
-        FORMAT_VERSION,
-        "start a new run, for example from an exported model with --model_name_or_path",
-    )
+    check_format_version(folder / STATE_FILE, values, FORMAT_VERSION, "start a new run, without a resume")
     return values
 
 

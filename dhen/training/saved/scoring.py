@@ -118,7 +118,6 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
         schema=schema,
     )
     model = parallelize_for_scoring(trained.config, topology, trained.dense_weights())
-    model.knows_uses = trained.knows_uses
     if model.tables is not None:
         trained.load_tables(model.tables)
     return model, loader
@@ -140,11 +139,7 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
             )
         # The vocabulary of a fine-tuned model also has keys of the model that it started from.
         schema_from = trained.folder if was_fine_tuned and not is_prepared(of_run.dataset_name) else None
-        is_canonical = trained.schema.is_canonical
-        prepared = prepare_dataset(
-            of_run, cache, topology, schema_from, is_canonical=is_canonical, is_label_required=True
-        )
-        return prepared, split
+        return prepare_dataset(of_run, cache, topology, schema_from, is_label_required=True), split
     data = DataArguments(
         dataset_name=name,
         dataset_format=arguments.dataset_format,

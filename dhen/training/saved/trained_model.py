@@ -25,7 +25,6 @@ from torch import Tensor
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.paths import find, looked_in
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
@@ -34,7 +33,7 @@ from dhen.tables.sharded_tables import ShardedTables
 from dhen.training.parallel_model import ParallelDhen
 
 MODEL_FOLDER = "model"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the exported model. Raise it when models that were exported before can no longer be read as they are."""
 VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
@@ -84,16 +83,7 @@ class TrainedModel:
 
     def dense_weights(self) -> dict[str, Tensor]:
         """All weights of the dense part, by name."""
-        weights = {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
-        # Models of earlier versions have a bias before batch norm, which only shifts the mean that is subtracted.
-        with torch.device("meta"):
-            known = DhenForClickPrediction(self.config, with_tables=False).state_dict().keys()
-        for bias in weights.keys() - known:
-            mlp, _, index = bias.removesuffix(".bias").rpartition(".")
-            mean = f"{mlp}.{int(index) + 1}.running_mean" if index.isdigit() else ""
-            if mean in weights:
-                weights[mean] -= weights.pop(bias)
-        return weights
+        return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
 
     def table(self, feature: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
         """Columns [first, last) of a feature's table, by default all. Shape (rows, columns)."""
@@ -111,11 +101,6 @@ class TrainedModel:
             tensors["weight"].copy_(self.table(shard.name, shard.first_column, shard.last_column))
             tensors["uses"].copy_(self.uses(shard.name))
 
-    @property
-    def knows_uses(self) -> bool:
-        """Whether the model says how often training used each row. Models of earlier versions do not."""
-        return bool(self._uses_files)
-
     @cached_property
     def _uses_files(self) -> dict[str, Path]:
         """Feature -> file."""
@@ -126,10 +111,12 @@ class TrainedModel:
         return files
 
     def uses(self, feature: str) -> Tensor:
-        """How often training used each row of a feature's table, int32. All once, if the model does not know it."""
+        """How often training used each row of a feature's table, int32. Raises FileNotFoundError."""
         if feature not in self._uses_files:
-            rows = next(table.num_embeddings for table in self.config.tables if table.name == feature)
-            return torch.ones(rows, dtype=torch.int32)
+            raise FileNotFoundError(
+                f"{self.folder}: no file {_USES}-*.safetensors says which rows of {feature!r} training used. Copy it "
+                "from the model that this one was made of, or train the model again."
+            )
         with safe_open(self._uses_files[feature], framework="pt") as file:
             return file.get_tensor(feature)
 
@@ -148,8 +135,7 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     topology.barrier()
     written = _write_tables(model.tables, draft, topology) if model.tables is not None else {}
     dense = model.dense_state_dict()
-    if model.knows_uses:
-        _write_uses(model, draft)
+    _write_uses(model, draft)
     if topology.is_main:
         for name in ("weight", "bias"):
             dense[f"head.{len(model.engine.module.head) - 1}.{name}"] *= scale
@@ -279,9 +265,9 @@ def _write_header(file: BinaryIO, key: str, shape: tuple[int, int], num_bytes: i
 
 
 def _check_version(index: Path) -> None:
-    """Raise FormatVersionError for another format. A model that `save_pretrained` wrote does not say its version."""
+    """Raise ValueError for another format. A single file, which `save_pretrained` writes, says no version."""
     metadata = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}) if index.is_file() else {}
-    check_format_version(index, metadata, FORMAT_VERSION, "train the model again with this code")
+    check_format_version(index, metadata, FORMAT_VERSION, "train the model again")
 
 
 def _write_index(entries: dict[str, tuple[str, int]], folder: Path) -> None:

@@ -18,7 +18,6 @@ from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.schema import Schema
 
 NUM_ROWS = 300
 
@@ -160,20 +159,6 @@ def test_one_frame_has_one_set_of_ids_whoever_writes_it(tmp_path, seed, encoding
     for name in names:
         distinct = {value for value in values[name] if value is not None}
         assert len(set(expected[name].to_pylist())) == len(distinct) + 1, f"{name}: different values, different ids"
-
-
-def test_a_folder_of_an_earlier_version_keeps_its_keys(tmp_path):
-    (tmp_path / "schema.yaml").write_text("label: y\nsparse: [user]\n")
-    (tmp_path / "log.csv").write_text("y,user\n1,7.0\n0,7\n")
-    settings = {"train_file": str(tmp_path / "log.csv"), "dataset_schema": str(tmp_path / "schema.yaml")}
-    new = prepare(PreparationSettings(**settings), tmp_path / "new")
-    Schema(new.dense, new.sparse, new.splits, new.source | {"preparation_version": 2}).save(tmp_path / "new")
-    again = prepare(PreparationSettings(**settings, schema_from=tmp_path / "new"), tmp_path / "again")
-    assert again.source["preparation_version"] == 2
-    ids = pyarrow.parquet.read_table(tmp_path / "again/train")["user"].to_pylist()
-    assert ids[0] != ids[1], "as when the earlier version prepared it"
-    newer = pyarrow.parquet.read_table(tmp_path / "new/train")["user"].to_pylist()
-    assert newer[0] == newer[1] == ids[1]
 
 
 GRID = {

@@ -1,6 +1,5 @@
 """Bins, scales and missing indicators of numbers, against NumPy's formulas; they are fitted to the train split only."""
 
-import json
 import math
 
 import numpy as np
@@ -138,14 +137,6 @@ def test_the_size_of_the_blocks_changes_nothing(tmp_path, monkeypatch):
     blocks, others, _ = prepared(tmp_path, name="blocks", block_bytes=700)
     assert (whole.dense, whole.sparse) == (blocks.dense, blocks.sparse)
     assert all(tables[split].equals(others[split]) for split in tables)
-
-
-def test_folders_without_bins_and_scales_say_what_they_did_before(tmp_path):
-    prepared(tmp_path, "dense: [age, income]\nsparse: [same]\nignored: '*'")
-    values = json.loads((tmp_path / "out/schema.json").read_text())
-    assert values["dense"] == [{"name": name, "transform": "log1p"} for name in ("age", "income")]
-    wanted = {"name", "num_embeddings", "encoding", "min_count", "is_multi_valued", "is_weighted", "pooling"}
-    assert values["sparse"][0].keys() == wanted
 
 
 def test_the_fit_of_a_trained_model_is_kept(tmp_path):
