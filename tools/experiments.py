@@ -160,12 +160,13 @@ class Experiment:
         return hashlib.sha256(json.dumps([values, files], sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-@checked_dataclass(frozen=True, config=_STRICT)
+@checked_dataclass(frozen=True, config=ConfigDict(extra="ignore", allow_inf_nan=False))
 class Result:
     """One line of recipes/results: a run that ended. error: why it failed; it then has no figures.
 
     arguments: that differ from the recipe. is_dirty: the code differed from the commit. cpu_seconds: of all ranks.
-    eval, test: metrics as in summary.json. evaluations: [samples seen, NE, AUC] on the validation split.
+    eval, test: metrics as in summary.json. evaluations: [samples seen, NE, AUC] on the validation split. Keys of other
+    versions are ignored.
     """
 
     entry: str
