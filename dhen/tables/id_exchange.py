@@ -93,8 +93,9 @@ class IdExchange:
         self._group = dist.new_group(timeout=topology.timeout)
         self._last_sent: SentIds | None = None
         self._stream = torch.cuda.Stream(topology.device) if topology.device.type == "cuda" else None
-        largest = max((table.num_embeddings for table in tables), default=0)
-        self.wire_dtype = torch.int32 if largest <= torch.iinfo(torch.int32).max else torch.int64
+        # On CUDA, FBGEMM's backward adds the rows of a rank's tables before an id to it, in the id's dtype.
+        most = max((sum(shard.num_embeddings for shard in shards) for shards in shards_by_rank), default=0)
+        self.wire_dtype = torch.int32 if most <= torch.iinfo(torch.int32).max else torch.int64
         self._num_shards = [len(shards) for shards in shards_by_rank]
         order = [shard.table for shards in shards_by_rank for shard in shards]
         owner = [rank for rank, shards in enumerate(shards_by_rank) for _ in shards]

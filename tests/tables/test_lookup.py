@@ -67,21 +67,28 @@ def test_neighbouring_blocks_are_joined_and_split_as_one():
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(out, parts, strict=True))
 
 
-def send_few_and_many(topology: Topology) -> dict[str, tuple]:
-    """Ids of a small table, and of one with more rows than 32 bits count."""
+ROWS = {"small": [50], "large": [2**31 + 10], "large together": [2**30, 2**30 + 10]}
+
+
+def send_last_ids(topology: Topology) -> dict[str, tuple]:
+    """The last id of each table of a rank."""
     result = {}
-    for name, rows in (("small", 50), ("large", 2**31 + 10)):
-        shard = TableShard(0, name, rows, 0, 4, 0)
-        exchange = IdExchange((SparseFeature(name, rows),), [(shard,)], topology)
-        own = exchange.send(SparseIds(torch.tensor([rows - 1, 3]), 1)).result()
-        result[name] = (own.ids.dtype, own.offsets.dtype, own.ids.tolist())
+    for case, sizes in ROWS.items():
+        names = [f"{case} {number}" for number in range(len(sizes))]
+        tables = [SparseFeature(name, rows) for name, rows in zip(names, sizes, strict=True)]
+        shards = [TableShard(number, table.name, table.num_embeddings, 0, 4, 0) for number, table in enumerate(tables)]
+        exchange = IdExchange(tables, [shards], topology)
+        own = exchange.send(SparseIds(torch.tensor([rows - 1 for rows in sizes]), len(sizes))).result()
+        result[case] = (own.ids.dtype, own.offsets.dtype, own.ids.tolist())
     return result
 
 
-def test_ids_travel_in_32_bits_where_every_table_has_fewer_rows():
-    (sent,) = run_ranks(1, send_few_and_many)
-    assert sent["small"] == (torch.int32, torch.int32, [49, 3])
-    assert sent["large"] == (torch.int64, torch.int64, [2**31 + 9, 3])
+def test_ids_travel_in_32_bits_where_no_rank_has_more_rows():
+    """FBGEMM adds the rows of a rank's tables before it to an id."""
+    (sent,) = run_ranks(1, send_last_ids)
+    assert sent["small"] == (torch.int32, torch.int32, [49])
+    assert sent["large"] == (torch.int64, torch.int64, [2**31 + 9])
+    assert sent["large together"] == (torch.int64, torch.int64, [2**30 - 1, 2**30 + 9])
 
 
 def widths_of_own_shards(topology: Topology) -> list[int]:
