@@ -112,7 +112,10 @@ def _software() -> Iterator[Fact]:
     status, remedy = "problem" if "missing" in has.values() else "warning", f"Run pip install -r {file.name}"
     yield _fact("packages", ", ".join(others) or f"{len(pins)} have the tested versions", not others, remedy, status)
     try:
-        from dhen.runtime import extensions_cache  # checks that FBGEMM, torch and the device belong together
+        from dhen.runtime import extensions_cache
+        from dhen.runtime.environment import check_fbgemm
+
+        check_fbgemm()
     except (ImportError, RuntimeError) as error:
         wrong, _, advice = str(error).rstrip(".").partition(". ")
         yield Fact("FBGEMM", wrong, "problem", advice or remedy)
