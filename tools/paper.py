@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a call by path finds tools.experiments
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -271,10 +272,12 @@ def _finished(call: argparse.Namespace, runs: Sequence[_Run]) -> Iterator[Result
                 waiting.remove(run)
                 shutil.rmtree(run.folder, ignore_errors=True)  # the model of an earlier call is not this run's
                 run.folder.mkdir(parents=True)
-                with (run.folder / LOG).open("w") as log:  # a session of its own: Ctrl-C reaches this process alone
+                run = replace(run, result=replace(run.result, **code()))
+                with _uninterrupted(), (run.folder / LOG).open("w") as log:
                     files = {"stdout": log, "stderr": log}
+                    # In a session of its own: Ctrl-C reaches this process alone.
                     process = subprocess.Popen(run.command, **files, env=environment, start_new_session=True)
-                running[process.pid] = process, replace(run, result=replace(run.result, **code())), time.monotonic()
+                    running[process.pid] = process, run, time.monotonic()
             pid, status, usage = os.wait4(-1, 0)  # the only call that says what one child used
             if pid not in running:  # an orphan that this process adopted
                 continue
@@ -296,6 +299,21 @@ def _finished(call: argparse.Namespace, runs: Sequence[_Run]) -> Iterator[Result
         for pid, (process, *_) in running.items():
             os.killpg(pid, signal.SIGTERM)
             process.wait()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait for the end of this block, so that no run is started and then forgotten."""
+    arrived: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: arrived.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        if arrived:
+            raise KeyboardInterrupt
 
 
 def _found(folder: Path, status: int) -> dict[str, Any]:
