@@ -112,7 +112,8 @@ class Trainer:
         if self.model.tables is not None and self.model.tables.is_frozen:
             self.model.tables.fill_unused()
         self.model.start_training_mode()
-        starts_trained = self.arguments.model_name_or_path is not None and self.state.step == 0
+        is_new = self.state.step == 0 and self._best.value is None  # else a checkpoint has this evaluation
+        starts_trained = is_new and self.arguments.model_name_or_path is not None
         if starts_trained and self.validation_loader is not None and self._evaluate() and self._keeps_best:
             self._save()  # fine-tuning never ends with a model that is worse on validation than it was
         accumulation = self.arguments.gradient_accumulation_steps

@@ -296,6 +296,12 @@ def test_steps_that_make_the_model_worse_are_not_kept(old_run, new_log, tmp_path
     assert min(float(ne) for _, ne in others) > float(first[1])
     assert "tested and exported: the weights of step 0, whose validation ne was the best" in output
     assert summary(tmp_path / "run")["eval"]["ne"] == pytest.approx(float(first[1]), abs=1e-4)
+    state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())
+    checkpoint = f"--resume_from_checkpoint={tmp_path / 'run/checkpoint-0'}"
+    output = train(new_log.flags, tmp_path / "run", f"--model_name_or_path={old_run}", *rates, checkpoint)
+    assert "step 0/3 validation" not in output, "its checkpoint has that evaluation"
+    resumed = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())
+    assert resumed["best_metric"] == state["best_metric"]
 
 
 def test_fine_tuning_beats_as_many_steps_from_scratch(tmp_path):
