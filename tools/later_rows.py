@@ -59,6 +59,12 @@ def _flights() -> tuple[pl.DataFrame, pl.DataFrame, str]:
     return whole.filter(is_earlier), whole.filter(~is_earlier), "tailnum"
 
 
+def _flights_mixed() -> tuple[pl.DataFrame, pl.DataFrame, str]:
+    """The same, but the later rows are in an order drawn once: their splits have the same months."""
+    earlier, later, gone = _flights()
+    return earlier, later.sample(fraction=1.0, shuffle=True, seed=1), gone
+
+
 def _criteo() -> tuple[pl.DataFrame, pl.DataFrame, str]:
     """The first half of the sample in time order, and the second."""
     names = ["label", *(f"I{i}" for i in range(1, 14)), *(f"C{i}" for i in range(1, 27))]
@@ -88,6 +94,6 @@ def _frame(labels: np.ndarray, integers: np.ndarray, categories: np.ndarray) -> 
 
 
 SOURCES: dict[str, Callable[[], tuple[pl.DataFrame, pl.DataFrame, str]]] = {
-    "criteo": _criteo, "flights": _flights, "planted": _planted,
+    "criteo": _criteo, "flights": _flights, "flights_mixed": _flights_mixed, "planted": _planted,
 }  # fmt: skip
 """Earlier rows, later rows, and the column of the feature that is gone."""
