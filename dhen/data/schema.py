@@ -30,7 +30,7 @@ from dhen.data.format_version import VERSION_KEY, check_format_version
 
 LABEL = "label"
 SCHEMA_FILE = "schema.json"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 """Version of the prepared folder. Raise it when the same input and settings give a different folder, or when folders
 that were written before can no longer be read as they are. A cached folder of another version is not reused."""
 SHARES = "share_read"
@@ -87,7 +87,7 @@ class SplitCounts:
     """Number of rows in one split, and how many of them are clicks or `unlabelled` (label NaN).
 
     `rows` does not include the `bad_rows`, which were skipped. unknown_keys: by feature with a vocabulary, the number
-    of values that are not a key.
+    of values that are not a key. digest: of all values, in the order of the rows.
     """
 
     rows: int
@@ -95,6 +95,7 @@ class SplitCounts:
     bad_rows: int = 0
     unlabelled: int = 0
     unknown_keys: dict[str, int] = field(default_factory=dict)
+    digest: str = ""
 
 
 @dataclass(frozen=True)

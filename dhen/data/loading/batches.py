@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dhen.data.loading.epoch_order import EpochOrder, EpochReader
-from dhen.data.loading.prepared_rows import Bags, Rows, decode, find_row_groups
+from dhen.data.loading.prepared_rows import Bags, Rows, find_row_groups
 from dhen.data.loading.read_ahead import read_ahead
 from dhen.data.schema import Schema
 from dhen.model.features import SparseIds
@@ -124,20 +123,12 @@ class BatchLoader:
         full, rest = divmod(rows, self._global_batch)
         return full + (rest > 0 and not self.drop_last)
 
-    @cached_property
+    @property
     def digest(self) -> str:
-        """A digest of the schema and of the labels and ids in the first row group.
-
-        It does not depend on the location of the files or on how the raw values were read.
-        """
+        """A digest of the columns and of all values, wherever the files are. The preparation made it."""
         schema = asdict(self.schema)
         facts = [schema[key] for key in ("dense", "sparse", "splits")]
-        digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
-        rows = decode(self._groups[:1], self.schema)
-        bags = [values for bag in rows.bags for values in (bag.offsets, bag.ids)]
-        for values in (rows.labels_R, rows.single_RS, *bags):
-            digest.update(np.ascontiguousarray(values).data)
-        return digest.hexdigest()
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Iterate over this rank's batches of an epoch from step `first_step` on, `accumulation_steps` per step.

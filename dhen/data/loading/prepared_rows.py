@@ -181,7 +181,7 @@ class _Columns:
     def __init__(self, group: RowGroup, schema: Schema) -> None:
         self._path, self._first_row = group.path, group.first_row
         try:
-            with pyarrow.parquet.ParquetFile(group.path) as file:
+            with pyarrow.parquet.ParquetFile(group.path, page_checksum_verification=True) as file:
                 self._table = file.read_row_group(group.index, columns=list(_wanted(schema)))
         except (OSError, pa.ArrowException) as error:
             raise ValueError(

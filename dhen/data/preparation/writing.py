@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import xxhash
 
 from dhen.data.formats.raw_rows import BadRow
 from dhen.data.schema import LABEL, SplitCounts
@@ -31,6 +32,7 @@ class SplitWriter:
         self._waiting_rows = 0
         self._part: pyarrow.parquet.ParquetWriter | None = None
         self._row_groups = 0
+        self._digest = xxhash.xxh3_128()
         folder.mkdir()
 
     def write(self, table: pa.Table) -> None:
@@ -55,14 +57,17 @@ class SplitWriter:
 
     def counts(self, bad_rows: int) -> SplitCounts:
         """Return the counts of the rows written so far."""
-        return SplitCounts(self.rows, self.clicks, bad_rows, self.unlabelled)
+        return SplitCounts(self.rows, self.clicks, bad_rows, self.unlabelled, digest=self._digest.hexdigest())
 
     def _write_row_group(self, num_rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
         group, rest = waiting.slice(0, num_rows), waiting.slice(num_rows)
         if self._part is None or self._row_groups % ROW_GROUPS_PER_PART == 0:
             self._open_part(group.schema)
-        self._part.write_table(group.combine_chunks(), row_group_size=num_rows)
+        group = group.combine_chunks()
+        self._part.write_table(group, row_group_size=num_rows)
+        for batch in group.to_batches():
+            self._digest.update(batch.serialize())
         self._row_groups += 1
         self._waiting, self._waiting_rows = [rest] if rest.num_rows else [], rest.num_rows
 
@@ -71,8 +76,9 @@ class SplitWriter:
             self._part.close()
         name = f"part-{self._row_groups // ROW_GROUPS_PER_PART:05d}.parquet"
         self._part = pyarrow.parquet.ParquetWriter(
-            self.folder / name, schema, compression="zstd", compression_level=1, write_statistics=False
-        )
+            self.folder / name, schema, compression="zstd", compression_level=1, write_statistics=False,
+            write_page_checksum=True,
+        )  # fmt: skip
 
 
 class BadRowList:
