@@ -12,51 +12,71 @@ what the run would use and how long it would take, and trains nothing.
 """
 
 import contextlib
+import sys
 from pathlib import Path
 
-from dhen.config.arguments import parse_arguments
+from dhen.config.arguments import Arguments, parse_arguments
 from dhen.runtime import topology as job
-from dhen.runtime.lost_ranks import naming_lost_ranks
-from dhen.runtime.messages import log_to_stderr, user_errors
+from dhen.runtime.lost_ranks import naming_lost_ranks, training_begins
+from dhen.runtime.messages import heartbeat, log_to_stderr, user_errors
+from dhen.runtime.stopping import STATUS, StopRequest
+from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.check import check
 from dhen.training.dataset import open_data
 from dhen.training.finish import finish
 from dhen.training.reporting.run_folder import check_run_folder
-from dhen.training.session import build_model, given_ds_config, has_nothing_to_do, make_trainer, start_reporting
+from dhen.training.session import (
+    build_model,
+    given_ds_config,
+    has_nothing_to_do,
+    make_trainer,
+    settle_resume,
+    start_reporting,
+)
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 def main() -> None:
-    """Read the arguments, join the job, open the data, build the model, train it, then test and export it."""
+    """Read the arguments, join the job and run it. Exit with status 75 if it was stopped on request."""
     log_to_stderr()
+    stop = StopRequest()
+    stop.listen()
     with user_errors(FloatingPointError):  # which means that the loss is not finite
         arguments = parse_arguments(quickstart=QUICKSTART, description=__doc__)
-        topology = job.start()
-
-        # Check all that needs no data first, because preparing the data may take hours.
-        check_run_folder(arguments.training)
-        given_ds_config(arguments, topology)
-
-        if arguments.check:
-            check(arguments, topology)
-            job.stop()
-            return
-
-        data = open_data(arguments, topology)
-        model = build_model(arguments, topology, data)
-        trainer = make_trainer(arguments, data, model)
-        if has_nothing_to_do(arguments, trainer):
-            job.stop()
-            return
-        progress = start_reporting(arguments, data, trainer)
-
-    # If a rank dies from here on, the others say which one.
-    with user_errors(FloatingPointError), naming_lost_ranks(topology):
-        with contextlib.closing(progress):
-            trainer.train(progress)
-        finish(arguments, data, trainer, progress)
+        topology = job.start(arguments.training.timeout_minutes)
+        with naming_lost_ranks(topology):
+            is_stopped = run(arguments, topology, stop)
     job.stop()
+    if is_stopped:
+        sys.exit(STATUS)
+
+
+def run(arguments: Arguments, topology: job.Topology, stop: StopRequest) -> bool:
+    """Open the data, build the model, train it, then test and export it. Returns whether it was stopped on request."""
+    # Check all that needs no data first, because preparing the data may take hours.
+    rank_zeros(topology, lambda: check_run_folder(arguments.training))
+    settle_resume(arguments, topology)
+    given_ds_config(arguments, topology)
+    if arguments.check:
+        check(arguments, topology)
+        return False
+
+    heartbeat.doing = "opening or preparing the data"
+    data = open_data(arguments, topology)
+    heartbeat.doing = "building the model"
+    model = build_model(arguments, topology, data)
+    trainer = make_trainer(arguments, data, model)
+    if has_nothing_to_do(arguments, trainer):
+        return False
+    heartbeat.doing = "making the first step"
+    training_begins()
+    with contextlib.closing(start_reporting(arguments, data, trainer)) as progress:
+        is_stopped = trainer.train(progress, stop)
+    heartbeat.doing = "testing and exporting"
+    if not is_stopped:
+        finish(arguments, data, trainer, progress)
+    return is_stopped
 
 
 if __name__ == "__main__":

@@ -146,7 +146,12 @@ class TrainingArguments:
         None, "Fine-tune this trained model: a run folder or an exported model. The run keeps its architecture."
     )
     resume_from_checkpoint: Text | None = option(
-        None, "Checkpoint folder to continue from, or 'true' for the newest checkpoint in output_dir."
+        None,
+        "Checkpoint folder to continue from; 'true' for the newest checkpoint in output_dir; 'auto' for the same, or a "
+        "new run if output_dir has none.",
+    )
+    timeout_minutes: ranges.Positive = option(
+        30.0, "How long ranks wait for another one in a step or a save before they name it and end the job."
     )
     logging_steps: ranges.Count = option(20, "Steps between progress lines.")
     eval_steps: ranges.CountFrom0 = option(

@@ -1,6 +1,6 @@
 """Names the rank that was lost. When a rank dies, the others only see a closed connection, which does not say whose.
 
-During training, a thread of every rank waits on the job's store, without polling, for the question "are you there?" and
+A thread of every rank waits on the job's store, without polling, for the question "are you there?" and
 answers it. A rank whose collective fails asks all ranks and records the ones that do not answer. Then the threads end
 all remaining ranks, including those that wait for a rank that is about to exit.
 
@@ -15,43 +15,59 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
 
+from dhen.runtime.messages import SECONDS_TO_BE_ENDED
 from dhen.runtime.topology import Topology
 
 _QUESTION, _ANSWER, _LOST = "dhen/are_you_there/{}", "dhen/here/{}", "dhen/lost"
 _LEAVING, _LEFT = b"leaving", "dhen/left/{}"
 _SECONDS_TO_ANSWER, _SECONDS_TO_READ = 3.0, 2.0
 _OF_A_CONNECTION = re.compile(r"connection|timed out|broken pipe|gloo|nccl|socket|store", re.IGNORECASE)
-_ending = threading.Lock()
+_ending, _is_training = threading.Lock(), threading.Event()
 
 
 @contextlib.contextmanager
 def naming_lost_ranks(topology: Topology) -> Iterator[None]:
-    """Wrap training: if a collective fails because a rank was lost, name that rank and exit with status 1."""
+    """Wrap a run: if a collective fails because a rank was lost, name that rank and exit with status 1."""
     answering = threading.Thread(target=_answer, args=(topology, _store().clone()), daemon=True)
     answering.start()
     try:
         yield
     except RuntimeError as error:
-        lost = _find_lost(topology) if _OF_A_CONNECTION.search(str(error)) else []
+        if not _OF_A_CONNECTION.search(str(error)):
+            raise
+        # Before training, a rank is mostly lost to a mistake of the user, which it has printed. The launcher ends us.
+        time.sleep(SECONDS_TO_BE_ENDED if topology.local_rank and not _is_training.is_set() else 0)
+        lost = _find_lost(topology)
         if not lost:
             raise
         _end(topology, lost)
-    finally:
+    except BaseException:
         with contextlib.suppress(RuntimeError):
-            _leave(topology, answering)
+            _leave(topology, answering, range(topology.world_size) if topology.is_main else [topology.rank])
+        raise
+    with contextlib.suppress(RuntimeError):
+        _leave(topology, answering, [topology.rank])
 
 
-def _leave(topology: Topology, answering: threading.Thread) -> None:
-    """End the thread. Rank 0, which holds the store, lets the others leave first, or they would report a lost store."""
+def training_begins() -> None:
+    """From now on, every rank says at once which one was lost."""
+    _is_training.set()
+
+
+def _leave(topology: Topology, answering: threading.Thread, ranks: Iterable[int]) -> None:
+    """End the threads of these ranks: this one's, and all when rank 0 fails, which holds the store.
+
+    Rank 0 lets the others' threads end first, or torch would report a lost store.
+    """
     store = _store()
-    store.set(_QUESTION.format(topology.rank), _LEAVING)
+    for rank in ranks:
+        store.set(_QUESTION.format(rank), _LEAVING)
     answering.join(_SECONDS_TO_READ)
-    store.set(_LEFT.format(topology.rank), "")
     if topology.is_main:
         everyone = [_LEFT.format(rank) for rank in range(topology.world_size)]
         store.wait(everyone, timedelta(seconds=_SECONDS_TO_READ))
@@ -63,6 +79,7 @@ def _answer(topology: Topology, store: dist.Store) -> None:
     with contextlib.suppress(RuntimeError):  # the store disappears when the job ends
         store.wait([question], timedelta(days=365))
         if store.get(question) == _LEAVING:
+            store.set(_LEFT.format(topology.rank), "")
             return
         store.set(_ANSWER.format(topology.rank), "")
         store.wait([_LOST], timedelta(minutes=1))
@@ -92,7 +109,7 @@ def _end(topology: Topology, lost: list[int]) -> None:
         print(
             f"[rank {topology.rank}] error: rank {names} of {topology.world_size} is gone, so the job ends. See the "
             "last output of that rank for the reason, or the log of its node if it was killed. Continue from the last "
-            "checkpoint with --resume_from_checkpoint true.",
+            "checkpoint with --resume_from_checkpoint auto.",
             file=sys.stderr,
             flush=True,
         )

@@ -21,7 +21,7 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import rank_zeros
 from dhen.tables.placement.costs import CostsError
 from dhen.tables.placement.plan import PlacementError
-from dhen.training.saved.checkpoint import find_checkpoint, read_state
+from dhen.training.saved.checkpoint_folder import read_state
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def choose_ds_config(
 
     def choose() -> tuple[dict[str, Any], str]:
         if training.resume_from_checkpoint:
-            return _saved_ds_config(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)), recipe)
+            return _saved_ds_config(Path(training.resume_from_checkpoint), recipe)
         return _planned(config, training, topology, memory_bytes, ids_per_bag)
 
     raw, why = rank_zeros(topology, choose)

@@ -25,7 +25,6 @@ from dhen.data.schema import SCHEMA_FILE, SHARES, Schema, SplitCounts
 from dhen.data.synthetic import TRUTH_FILE, Recipe, generate_click_log, generated_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
-from dhen.training.saved.checkpoint import find_checkpoint, read_state
 from dhen.training.saved.fine_tuning import StartingPoint, frozen_and_new, ignored_architecture, lost_tables, start_from
 from dhen.training.saved.trained_model import TrainedModel
 
@@ -68,8 +67,6 @@ def open_data(arguments: Arguments, topology: Topology, head: Path | None = None
     """
     data, training = arguments.data, arguments.training
     trained = TrainedModel.open(training.model_name_or_path) if training.model_name_or_path else None
-    if training.resume_from_checkpoint:  # one of another format is refused here, before data is prepared for hours
-        read_state(find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir)))
     like = trained.folder if trained else None
     batch = training.per_device_train_batch_size or MOST_BATCH
     rows = max(HEAD_ROWS, 2 * batch * training.gradient_accumulation_steps * topology.world_size)

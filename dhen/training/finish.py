@@ -32,7 +32,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     """
     model, state, best_ne = trainer.model, trainer.state, data.schema.best_possible_ne
     output_dir, seconds = Path(arguments.training.output_dir), progress.watch.seconds
-    tested_step = trainer.load_best("testing") if arguments.training.load_best_model_at_end else state.step
+    tested_step = trainer.load_best("Testing") if arguments.training.load_best_model_at_end else state.step
     splits = {"eval": "validation"} if arguments.training.skip_test else {"eval": "validation", "test": "test"}
     values = {name: evaluate(model, data.loaders[split]) for name, split in splits.items() if split in data.loaders}
     before, world = values, model.topology.world

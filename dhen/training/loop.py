@@ -13,22 +13,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from dhen.config.training_arguments import TrainingArguments
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.model.modeling_dhen import DhenOutput
+from dhen.runtime.stopping import StopRequest
 from dhen.tables.id_exchange import SentIds
-from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, batch_size_scale
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallel_model import ParallelDhen, ScoringDhen
 from dhen.training.reporting.progress import ProgressReporter
-from dhen.training.saved.checkpoint import (
-    TrainerState,
-    checkpoint_of,
-    checkpoints,
-    delete_old_checkpoints,
-    is_whole,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dhen.training.saved.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dhen.training.saved.checkpoint_folder import checkpoint_of, checkpoints, damage, delete_old_checkpoints
 from dhen.training.self_ensemble import self_ensemble_loss
 from dhen.training.unseen import UnseenValues, unseen_values
 
@@ -81,8 +74,9 @@ class Trainer:
         self._rates = [None if rate is None else rate * scale for rate in rates]
         self._schedule = LearningRateSchedule(arguments, self.total_steps)
         self._best = BestMetric(arguments.metric_for_best_model, of_average=arguments.ema_decay > 0)
-        self._running_loss = RunningLoss(model.topology.device)
+        self.running_loss = RunningLoss(model.topology.device)
         self._broken: KeptMicroStep | None = None
+        self._saved: Path | None = None
         self.state = TrainerState()
 
     def restore(self, state: TrainerState) -> None:
@@ -106,9 +100,31 @@ class Trainer:
             "data": self.train_loader.digest,
         }
 
-    def train(self, progress: ProgressReporter) -> None:
-        """Train until the last step or early stopping. Communicates; all ranks call it."""
-        self._progress = progress
+    def train(self, progress: ProgressReporter, stop: StopRequest) -> bool:
+        """Train until the last step, early stopping, or a request to stop. Communicates; all ranks call it.
+
+        Returns whether it stopped on request, before all was done, and saved.
+        """
+        with stop.deferred(self.model.topology):
+            self._progress = progress
+            self._train(stop)
+            is_stopped = stop.is_agreed(is_last=True)
+            if is_stopped:
+                self._save_for(stop.cause)
+        return is_stopped
+
+    def _save_for(self, cause: str) -> None:
+        """Save, unless this step is saved already, and say so."""
+        if self._saved != checkpoint_of(self.output_dir, self.state.step):
+            self._save()
+        if self.model.topology.is_main:
+            logger.info(
+                "stopped by %s at step %d of %d, which is saved in %s. To go on, use the same command with "
+                "--resume_from_checkpoint auto.",
+                cause, self.state.step, self.total_steps, self._saved,
+            )  # fmt: skip
+
+    def _train(self, stop: StopRequest) -> None:
         if self.model.tables is not None and self.model.tables.is_frozen:
             self.model.tables.fill_unused()
         self.model.start_training_mode()
@@ -117,7 +133,8 @@ class Trainer:
         if starts_trained and self.validation_loader is not None and self._evaluate() and self._keeps_best:
             self._save()  # fine-tuning never ends with a model that is worse on validation than it was
         accumulation = self.arguments.gradient_accumulation_steps
-        while not self.is_done:
+        is_stopped = False
+        while not (self.is_done or is_stopped):
             micro_steps = 0
             batches = self.train_loader.epoch(self.state.epoch, first_step=self.state.step_in_epoch)
             for batch, sent_ids in with_ids_ahead(self.model, batches):
@@ -128,7 +145,8 @@ class Trainer:
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
                     self._finish_step(batch.global_rows, factor)
-                    if self.is_done:
+                    is_stopped = stop.is_agreed()
+                    if self.is_done or is_stopped:
                         break
         self.model.settle()
 
@@ -153,7 +171,7 @@ class Trainer:
             found = where_it_began(self.model, kept, self.train_loader.schema)
             self._refuse(self.state.step + 1, f"{error}. {found}")
         self._broken = kept if kept.is_broken() else None
-        self._running_loss.update(logits_B.detach(), batch.labels_B)
+        self.running_loss.update(logits_B.detach(), batch.labels_B)
 
     def _refuse(self, step: int, what: str) -> NoReturn:
         """Raise FloatingPointError, so that no broken weights are saved or exported."""
@@ -198,7 +216,7 @@ class Trainer:
         return self.state.step % every == 0 if every else otherwise
 
     def _log(self, factor: float) -> None:
-        loss, ne = self._running_loss.take(self.model.topology.world)
+        loss, ne = self.running_loss.take(self.model.topology.world)
         self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._rates[0] * factor)
 
     def _evaluate(self) -> bool:
@@ -217,14 +235,14 @@ class Trainer:
         drops = math.isfinite(metric) and self._schedule.after_evaluation(improved)
         if drops and self.arguments.plateau_restores_best:
             with self._progress.paused():
-                step = self.load_best("training goes on from")
+                step = self.load_best("Training goes on from")
             if step < self.state.step and self.model.topology.is_main:
                 logger.info("the learning rates drop: training goes on from the weights of step %d, the best", step)
         return improved
 
     def load_best(self, otherwise: str) -> int:
         """Load the best checkpoint's weights, tables and optimizer states, and return its step. Steps, data order and
-        random state stay. If it no longer exists, warn; otherwise: what then happens to the last weights.
+        random state stay. If it is damaged or gone, warn; otherwise: what then happens to the last weights.
 
         Communicates; all ranks call it.
         """
@@ -232,10 +250,9 @@ class Trainer:
         if state.best_step in (None, state.step):
             return state.step
         folder = checkpoint_of(self.output_dir, state.best_step)
-        if not rank_zeros(self.model.topology, lambda: is_whole(folder)):  # the run may be resumed from another folder
+        if fault := damage(folder, self.model.topology):  # it may not be there: a run may resume from another folder
             if self.model.topology.is_main:
-                what = f"{otherwise} the last weights instead"
-                logger.warning("the best checkpoint, %s, no longer exists: %s", folder, what)
+                logger.warning("the best checkpoint, %s: %s. %s the last weights instead", folder, fault, otherwise)
             return state.step
         load_checkpoint(self.model, folder, with_random_state=False)
         return state.best_step
@@ -248,7 +265,8 @@ class Trainer:
         state.best_metric = self._best.state_dict()
         with self._progress.paused():
             self.model.average_buffers()
-            save_checkpoint(self.model, self.output_dir, state, self.data_order, asdict(self.arguments))
+            order, arguments = self.data_order, asdict(self.arguments)
+            self._saved = save_checkpoint(self.model, self.output_dir, state, self.running_loss.sums, order, arguments)
             if self.model.topology.is_main:
                 delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
 

@@ -56,6 +56,8 @@ def _sums(logits_B: Tensor, labels_B: Tensor) -> Tensor:
 class RunningLoss:
     """Running sums for the progress lines. They stay on the device and are read only when a line is due.
 
+    sums: of this rank, which a checkpoint keeps.
+
     >>> running = RunningLoss(torch.device("cpu"))
     >>> running.update(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
     >>> loss, ne = running.take()
@@ -64,19 +66,19 @@ class RunningLoss:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
         """Add a batch of logits_B, and labels_B of 0 and 1. Does not communicate or wait for the device."""
-        self._sums += _sums(logits_B, labels_B)
+        self.sums += _sums(logits_B, labels_B)
 
     def take(self, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
         """Return (logloss, ne) since the last call, NaN without examples, and reset the sums.
 
         Communicates over `group`; all its ranks call it. None: this process alone.
         """
-        logloss, _, clicks, examples = _sum_over(self._sums, group).tolist()
-        self._sums.zero_()
+        logloss, _, clicks, examples = _sum_over(self.sums, group).tolist()
+        self.sums.zero_()
         return (logloss / examples if examples else math.nan), normalized_entropy(logloss, clicks, examples)
 
 

@@ -19,7 +19,9 @@ from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.names import quoted
 from dhen.model.parts import frozen_parts
+from dhen.runtime.folder_lock import lock_folder
 from dhen.runtime.machine_at_hand import rank_memory_bytes
+from dhen.runtime.messages import log_to_file
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.auto_ds_config import choose_ds_config
@@ -29,19 +31,24 @@ from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, lay_out, parallelize
 from dhen.training.reporting.progress import ProgressReporter
-from dhen.training.reporting.run_folder import SUMMARY_FILE, announce, clear_run_folder, write_setup
-from dhen.training.saved.checkpoint import (
-    check_same_model,
-    find_checkpoint,
-    load_checkpoint,
-    point_latest_at,
-    read_state,
-)
+from dhen.training.reporting.run_folder import LOG_FILE, SUMMARY_FILE, announce, clear_run_folder, write_setup
+from dhen.training.saved.checkpoint import check_same_model, load_checkpoint
+from dhen.training.saved.checkpoint_folder import choose_checkpoint, point_latest_at, read_state
 from dhen.training.saved.fine_tuning import config_for
 from dhen.training.saved.trained_model import TrainedModel
 
 _OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "interaction_files")
 logger = logging.getLogger(__name__)
+
+
+def settle_resume(arguments: Arguments, topology: Topology) -> None:
+    """Set resume_from_checkpoint to the folder that it means, or None. Communicates; all ranks call it.
+
+    Raises CheckpointError if there is none whose files are as they were saved.
+    """
+    training = arguments.training
+    folder = choose_checkpoint(training.resume_from_checkpoint, Path(training.output_dir), topology)
+    training.resume_from_checkpoint = str(folder) if folder else None
 
 
 def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None:
@@ -65,7 +72,7 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     ds_config = given_ds_config(arguments, topology)
     config = start.config if start else config_for(arguments.architecture, data.schema)
     if training.resume_from_checkpoint:  # check first: the checkpoint's placement fits only the same tables
-        check_same_model(_checkpoint(training), config)
+        check_same_model(Path(training.resume_from_checkpoint), config)
     frozen = _frozen_parts(training, config)
     memory_bytes = rank_memory_bytes(topology)
     if ds_config is None:
@@ -129,7 +136,9 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
     if training.self_ensemble and not any(dropouts) and model.topology.is_main:
         logger.warning("self_ensemble has no effect: dropout is 0 in all layers")
     if training.resume_from_checkpoint:
-        trainer.restore(load_checkpoint(model, _checkpoint(training), trainer.data_order))
+        trainer.restore(
+            load_checkpoint(model, Path(training.resume_from_checkpoint), trainer.running_loss.sums, trainer.data_order)
+        )
     return trainer
 
 
@@ -154,7 +163,7 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
             state.step, trainer.total_steps, state.step,
         )  # fmt: skip
     elif training.resume_from_checkpoint and topology.is_main:
-        folder = _checkpoint(training)
+        folder = Path(training.resume_from_checkpoint)
         logger.info("resuming from %s at step %d of %d", folder, state.step, trainer.total_steps)
         of_recipe = arguments.recipe(topology.world_size).values()
         changes = _changed_arguments(folder, training, state.step)
@@ -165,15 +174,21 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
 
 def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
     """Clear the run folder, unless the run resumes, and write the set-up to it. Start reporting to the terminal,
-    metrics.csv and TensorBoard.
+    metrics.csv and TensorBoard. Communicates; all ranks call it. Raises FolderTakenError.
     """
     output_dir, topology = Path(arguments.training.output_dir), trainer.model.topology
+
+    def lock() -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock_folder(output_dir)
+
+    rank_zeros(topology, lock)
     if topology.is_main:
         if arguments.training.resume_from_checkpoint:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            point_latest_at(_checkpoint(arguments.training), output_dir)
+            point_latest_at(Path(arguments.training.resume_from_checkpoint), output_dir)
         else:
             clear_run_folder(output_dir)
+        log_to_file(output_dir / LOG_FILE)
         write_setup(output_dir, arguments, trainer.model)
     return ProgressReporter(
         output_dir,
@@ -224,10 +239,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _checkpoint(training: TrainingArguments) -> Path:
-    return find_checkpoint(training.resume_from_checkpoint, Path(training.output_dir))
-
-
 def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[str, Any]:
     """The parts of the checkpoint's placement that a resumed run must keep, as arguments of `parallelize`.
 
@@ -236,7 +247,7 @@ def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[s
     """
     if not training.resume_from_checkpoint:
         return {}
-    cuts = read_state(_checkpoint(training))["table_cuts"]
+    cuts = read_state(Path(training.resume_from_checkpoint))["table_cuts"]
     sharded = {name: shards for name, shards in cuts.items() if shards}
     return {
         "replicated": [name for name in cuts if name not in sharded],

@@ -44,12 +44,14 @@ def run_script(
     port: int | None = None,
     kill_when: Callable[[], bool] | None = None,
     killed_rank: int | None = None,
+    send: Callable[[list[int]], None] | None = None,
     patch: Callable | None = None,
 ) -> Finished:
     """Run recipes/<script> to its end, or until `kill_when` says to kill all ranks (SIGKILL), or `killed_rank` alone.
 
-    nodes: that the ranks behave as if they were on. port: of the job, by default a free one. patch: called in each
-    process before the script.
+    nodes: that the ranks behave as if they were on. port: of the job, by default a free one. send: called with the
+    processes' numbers in place of killing; then all ranks shall end by themselves. patch: called in each process before
+    the script.
     """
     port = port or free_port()
     log = Path(os.environ["PYTEST_TMP"]) / f"{port}-{time.monotonic_ns()}.log"
@@ -63,6 +65,10 @@ def run_script(
         process.start()
     deadline = time.monotonic() + 240
     while any(process.is_alive() for process in processes):
+        if send is not None and kill_when():
+            send([process.pid for process in processes])
+            for process in processes:
+                process.join(60)
         if killed_rank is not None and kill_when():
             processes[killed_rank].kill()
             processes[killed_rank].join()

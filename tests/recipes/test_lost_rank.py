@@ -1,10 +1,14 @@
 """A rank that is killed in the middle of training ends the job on all others, which name it; the run goes on after."""
 
+import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 from tests.recipes.launch import TINY, last_step, losses, run_script
+from tests.recipes.test_stopping import at_step
 
 
 def flags(run: Path, click_log: Path) -> list[str]:
@@ -31,3 +35,40 @@ def test_the_others_name_a_killed_rank_and_end(tmp_path, click_log, straight, ki
     resumed = run_script("train.py", *arguments, "--resume_from_checkpoint=true", ranks=4)
     assert resumed.status == 0, resumed.output
     assert losses(broken) == losses(straight)
+
+
+def test_a_rank_that_stands_still_is_named_after_the_timeout(tmp_path, click_log):
+    run = tmp_path / "run"
+
+    def stop_one(pids: list[int]) -> None:
+        os.kill(pids[1], signal.SIGSTOP)
+        threading.Timer(20, os.kill, (pids[1], signal.SIGKILL)).start()  # so that this test can end
+
+    done = run_script(
+        "train.py", *flags(run, click_log), "--timeout_minutes=0.1", ranks=2, kill_when=at_step(run, 15), send=stop_one
+    )
+    assert "[rank 0] error: rank 1 of 2 is gone, so the job ends" in done.output
+
+
+class DiesWhileItOpensTheData:
+    """Rank 1 ends without a word before training begins."""
+
+    def __call__(self) -> None:
+        from dhen.training import dataset
+
+        right = dataset.open_data
+
+        def dies(*arguments):
+            if os.environ["RANK"] == "1":
+                os._exit(9)
+            return right(*arguments)
+
+        dataset.open_data = dies
+
+
+def test_a_rank_that_is_lost_before_training_is_named_too(tmp_path, click_log):
+    done = run_script(
+        "train.py", *flags(tmp_path / "run", click_log), ranks=2, patch=DiesWhileItOpensTheData(),
+        kill_when=lambda: True, send=lambda pids: None,
+    )  # fmt: skip
+    assert "[rank 0] error: rank 1 of 2 is gone, so the job ends" in done.output

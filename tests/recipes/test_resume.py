@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dhen.training.saved import checkpoint
-from dhen.training.saved.checkpoint import CheckpointError, checkpoints, find_checkpoint, is_whole
+from dhen.training.saved import checkpoint, checkpoint_folder
+from dhen.training.saved.checkpoint_folder import CheckpointError, candidates, checkpoints, is_whole
 from tests import ROOT
 from tests.recipes.launch import TINY, Finished, last_step, losses, run_script, summary
 
@@ -59,7 +59,7 @@ def forget_random_state() -> None:
 
 
 def die_in(name: str, call: int):
-    """A patch: the process dies at the call-th call of that function of the checkpoint module."""
+    """A patch: the process dies at the call-th call of that function of the checkpoint modules."""
     return _Die(name, call)
 
 
@@ -68,7 +68,8 @@ class _Die:
         self.name, self.left = name, call
 
     def __call__(self) -> None:
-        right = getattr(checkpoint, self.name)
+        module = checkpoint if hasattr(checkpoint, self.name) else checkpoint_folder
+        right = getattr(module, self.name)
 
         def dies(*args, **kwargs):
             self.left -= 1
@@ -76,7 +77,7 @@ class _Die:
                 os._exit(9)
             return right(*args, **kwargs)
 
-        setattr(checkpoint, self.name, dies)
+        setattr(module, self.name, dies)
 
 
 @pytest.mark.parametrize(
@@ -90,18 +91,19 @@ def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path, click_log, name,
     # Whole but not yet named by `latest` is whole; anything less is never found.
     is_finished = (name, call) == ("_write_atomically", 4)
     assert is_whole(run / "checkpoint-40") == is_finished
-    assert find_checkpoint("true", run).name == "checkpoint-20"
+    assert candidates("true", run)[0].name == "checkpoint-20"
     resumed = run_script("train.py", *flags(run, click_log, 2, "--resume_from_checkpoint=true"))
     assert resumed.status == 0, resumed.output
-    assert find_checkpoint("true", run).name == "checkpoint-40"
+    assert candidates("true", run)[0].name == "checkpoint-40"
 
 
 def test_an_unfinished_folder_is_refused_by_name(tmp_path):
     (tmp_path / "checkpoint-5").mkdir()
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
-        find_checkpoint(str(tmp_path / "checkpoint-5"), tmp_path)
+        candidates(str(tmp_path / "checkpoint-5"), tmp_path)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        find_checkpoint("true", tmp_path)
+        candidates("true", tmp_path)
+    assert candidates("auto", tmp_path) == []
 
 
 @dataclass(frozen=True)
@@ -185,18 +187,18 @@ def test_another_zero_stage_is_refused_with_a_way_out(tmp_path, click_log, saved
 
 
 def test_a_save_after_a_resume_from_an_earlier_checkpoint_is_kept(tmp_path):
-    for number, step in enumerate([20, 40, 60, 30]):  # resumed from 20, saved at 30
+    for number, step in enumerate([20, 40, 60, 30]):  # resumed from 20, saved at 30, with the clock set back
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
-        (folder / checkpoint.STATE_FILE).write_text("{}")
-        os.utime(folder / checkpoint.STATE_FILE, (number, number))
-    checkpoint.delete_old_checkpoints(tmp_path, 2, best_step=20)
+        (folder / checkpoint_folder.STATE_FILE).write_text(json.dumps({"number": number}))
+        os.utime(folder / checkpoint_folder.STATE_FILE, (9 - number, 9 - number))
+    checkpoint_folder.delete_old_checkpoints(tmp_path, 2, best_step=20)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-60", "checkpoint-30"]
 
 
 def test_what_a_cut_off_save_left_goes_with_the_next_save(tmp_path):
     for step in (20, 40):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-40" / checkpoint.STATE_FILE).write_text("{}")
-    checkpoint.delete_old_checkpoints(tmp_path, 2, best_step=None)
+    (tmp_path / "checkpoint-40" / checkpoint_folder.STATE_FILE).write_text("{}")
+    checkpoint_folder.delete_old_checkpoints(tmp_path, 2, best_step=None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-40"]

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.training.saved.checkpoint import CheckpointError, check_same_model
+from dhen.training.saved.checkpoint import check_same_model
+from dhen.training.saved.checkpoint_folder import CheckpointError, sealed
 from tests import ROOT
 from tests.recipes.launch import TINY, Finished, run_script, summary
 
@@ -132,7 +133,7 @@ def test_another_optimizer_is_refused_and_another_setting_is_said(tmp_path, fini
 def test_an_option_that_the_checkpoint_does_not_have_is_a_difference(tmp_path, finished):
     state = json.loads((finished / "checkpoint-8/trainer_state.json").read_text())
     del state["model"]["head_inputs"]
-    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "trainer_state.json").write_text(json.dumps(sealed(state)))
     config = DhenConfig.from_pretrained(finished / "model")
     check_same_model(finished / "checkpoint-8", config)
     with pytest.raises(CheckpointError, match="saved with head_inputs None, now 'last'"):

@@ -48,12 +48,12 @@ def print_options() -> None:
 
     as_before = Trainer.train
 
-    def train(self: Trainer, progress: object) -> None:
+    def train(self: Trainer, *arguments: object) -> bool:
         outer = self.model.engine.optimizer
         (group,) = getattr(outer, "optimizer", outer).param_groups
         options = [group["betas"][0], group["eps"], group["weight_decay"], self._best.value, self.state.best_step]
         print(f"options: {json.dumps(options)}")
-        as_before(self, progress)
+        return as_before(self, *arguments)
 
     Trainer.train = train
 

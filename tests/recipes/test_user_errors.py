@@ -226,7 +226,7 @@ def test_a_mistake_of_another_rank_alone_is_heard(click_log, tmp_path):
     flags = [f"--dataset_name={click_log}", f"--output_dir={tmp_path / 'run'}", *TINY]
     done = run_script("train.py", *flags, ranks=2, patch=die_on_rank_1)
     assert "[rank 1] error: only here" in done.output, done.output
-    assert done.status == 1
+    assert done.status != 0
 
 
 def test_an_output_does_not_overwrite_an_input(tmp_path):

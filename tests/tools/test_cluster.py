@@ -178,6 +178,24 @@ def test_the_slurm_script_starts_every_node_and_resumes(tmp_path, click_log, kil
     assert not list(tmp_path.glob(".hostfile*"))
 
 
+@pytest.mark.parametrize(("status", "requeues"), [(0, False), (1, False), (75, True)])
+def test_the_slurm_script_requeues_a_job_that_was_stopped_on_request(tmp_path, status, requeues):
+    stubs, calls = tmp_path / "bin", tmp_path / "calls"
+    stubs.mkdir()
+    write_stub(stubs / "scontrol", f'echo "$@" >> {calls}\necho node-a')
+    write_stub(stubs / "srun", 'shift\nSLURM_NODEID=0 "$@"')
+    write_stub(stubs / "deepspeed", f'echo "$@" >> {calls}\nkill -USR1 $$\nexit {status}')
+    environment = os.environ | {
+        "PATH": f"{stubs}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node-a", "SLURM_JOB_ID": "7",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }  # fmt: skip
+    done = subprocess.run(["bash", "recipes/launch.slurm", "--max_steps=3"], cwd=ROOT, env=environment, check=False)
+    assert done.returncode == (0 if requeues else status)
+    assert "--resume_from_checkpoint auto --max_steps=3" in calls.read_text()
+    assert ("requeue 7" in calls.read_text()) == requeues
+    assert not list(tmp_path.glob(".hostfile*"))
+
+
 def write_stub(path: Path, text: str) -> None:
     path.write_text(f"#!/usr/bin/env bash\n{text}\n")
     path.chmod(0o755)

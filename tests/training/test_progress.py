@@ -63,6 +63,7 @@ def numbers_of(output_dir: Path) -> list[tuple[str, ...]]:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """stderr of one run into a pipe, and of one on a terminal that ends in an error; stdout of both."""
     call = (
+        "from dhen.runtime.messages import log_to_stderr; log_to_stderr(); "
         "from pathlib import Path; from tests.training.reported_run import report_run; "
         "from dhen.training.reporting.curves import draw_curves; folder = Path({folder!r}); "
         "report_run(folder, 0, 200, ends={ends}); draw_curves(folder / 'metrics.csv')"

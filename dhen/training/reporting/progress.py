@@ -7,6 +7,7 @@ points. TensorBoard's x-axis is the number of samples seen.
 import atexit
 import contextlib
 import csv
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 
+from dhen.runtime.messages import heartbeat
+
 METRICS_FILE = "metrics.csv"
 TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_CURVES = 30.0
@@ -26,6 +29,9 @@ COLUMNS = (
     "step", "samples_seen", "split", "loss", "ne", "auc", "calibration", "learning_rate", "samples_per_second",
     "memory_gib", "seconds",
 )  # fmt: skip
+
+
+logger = logging.getLogger(__name__)
 
 
 class Stopwatch:
@@ -78,19 +84,19 @@ class ProgressReporter:
         self._best_possible_ne = best_possible_ne
         self._bar: Progress | None = None
         if is_main:
-            self._console = Console(stderr=True, highlight=False, soft_wrap=True)
             self._output_dir, self._csv_path = output_dir, output_dir / METRICS_FILE
             samples_seen, seconds = _keep_rows_until(self._csv_path, resumed_at)
             self._writer = _summary_writer(output_dir / TENSORBOARD_FOLDER, purge_step=samples_seen + 1)
             self.watch = Stopwatch(seconds)
             if sys.stderr.isatty():
-                self._bar = _start_bar(self._console, total_steps, resumed_at)
+                self._bar = _start_bar(total_steps, resumed_at)
         self._first_seconds = self._seconds_at_line = self._seconds_at_update = self.watch.seconds
         self._started = self._drawn = time.perf_counter()
 
     def advance(self, step: int, rows: int) -> None:
         """Record that step number `step` is done, on `rows` examples over all ranks."""
         self._samples += rows
+        heartbeat.doing = f"training, at step {step} of {self.total_steps}"
         self._seconds_at_update = self.watch.seconds
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
@@ -116,7 +122,7 @@ class ProgressReporter:
             f"step {step}/{self.total_steps} {step / self.total_steps:.1%} | loss {loss:.4f} | ne {ne:.4f} | "
             f"lr {short(learning_rate)} | {rate:,.0f} samples/s | {used:.1f}/{total:.1f} GiB | eta {eta}"
         )
-        self._say(line)
+        logger.info("%s", line)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], description=f"{rate:,.0f} samples/s | eta {eta}")
         numbers = {
@@ -128,7 +134,7 @@ class ProgressReporter:
         """Report the metrics of a split, and redraw curves.png if it was drawn a while ago."""
         if not self._is_main:
             return
-        self._say(
+        logger.info(
             f"step {step}/{self.total_steps} {split} | loss {values['logloss']:.4f} | ne {values['ne']:.4f} | "
             f"auc {values['auc']:.4f} | calibration {values['calibration']:.3f} | {values['examples']:,} examples"
         )
@@ -160,9 +166,6 @@ class ProgressReporter:
         if self._bar is not None:
             self._bar.stop()
         self._writer.close()
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, markup=False)
 
     def _record(self, split: str, step: int, samples_seen: int, numbers: dict[str, float]) -> None:
         row = {"step": step, "samples_seen": samples_seen, "split": split, "seconds": round(self.watch.seconds, 3)}
@@ -205,9 +208,9 @@ def _finish_queued_work(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _start_bar(console: Console, total_steps: int, step: int) -> Progress:
+def _start_bar(total_steps: int, step: int) -> Progress:
     columns = (MofNCompleteColumn(), TaskProgressColumn(), BarColumn(bar_width=None), TextColumn("{task.description}"))
-    bar = Progress(*columns, console=console, transient=True, expand=True)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
     bar.start()
     atexit.register(bar.stop)  # shows the cursor again, even after a failure
     bar.add_task("starting", total=total_steps, completed=step)

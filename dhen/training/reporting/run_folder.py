@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,39 +18,51 @@ from dhen.config.command_line import ArgumentError
 from dhen.config.training_arguments import TrainingArguments
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.runtime.folder_lock import check_folder_is_free
 from dhen.runtime.run_environment import describe_environment
 from dhen.training.loop import Evaluation
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, weights_of
-from dhen.training.saved.checkpoint import NEWEST, checkpoints
+from dhen.training.saved.checkpoint_folder import NEWEST, checkpoints
 from dhen.training.saved.trained_model import MODEL_FOLDER
 from dhen.training.unseen import UNSEEN_FILE
 from dhen.yaml_files import write_yaml
 
 SUMMARY_FILE = "summary.json"
 DS_CONFIG_FILE = "ds_config.json"
+LOG_FILE = "train.log"
 ENVIRONMENT_FILE = "environment.json"
 OF_A_RUN = (
     SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "latest", DS_CONFIG_FILE, "placement.json",
     "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py", ENVIRONMENT_FILE,
-    UNSEEN_FILE,
+    UNSEEN_FILE, LOG_FILE,
 )  # fmt: skip
 """The files and folders that a run writes."""
 logger = logging.getLogger(__name__)
 
 
 def check_run_folder(training: TrainingArguments) -> None:
-    """Raise ArgumentError if a new run in output_dir would overwrite an earlier one. Changes nothing."""
+    """Raise ValueError if a new run in output_dir would overwrite an earlier one, or another run writes there. Rank 0
+    calls it. Changes nothing.
+    """
     path = Path(training.output_dir)
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=place if place.is_dir() else place.parent).close()
+    except OSError as error:
+        raise ArgumentError(
+            f"output_dir {path}: nothing can be written to {place} ({error.strerror}). Choose another --output_dir."
+        ) from error
     if path.exists() and not path.is_dir():
         raise ArgumentError(f"output_dir {path} is a file. Choose another --output_dir.")
+    check_folder_is_free(path)
     has_run = any((path / name).exists() for name in (SUMMARY_FILE, MODEL_FOLDER)) or bool(checkpoints(path))
     if not has_run or _resumes_its_own(training.resume_from_checkpoint, path):
         return
     if not training.overwrite_output_dir:
         raise ArgumentError(
             f"output_dir {path} already holds a run. Choose another --output_dir, continue the run with "
-            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir."
+            "--resume_from_checkpoint auto, or replace it with --overwrite_output_dir."
         )
     origin = training.model_name_or_path
     if origin and Path(origin).resolve().is_relative_to(path.resolve()):

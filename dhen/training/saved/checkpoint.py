@@ -7,9 +7,6 @@ checkpoint in place.
 """
 
 import json
-import logging
-import os
-import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,34 +15,30 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim import Optimizer
 
-from dhen.data.format_version import VERSION_KEY, check_format_version
+from dhen.data.format_version import VERSION_KEY
 from dhen.dense.trained_parts import ANCHOR
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.parts import part_of
 from dhen.tables.storage import load_tables, save_tables
 from dhen.training.parallel_model import ParallelDhen
+from dhen.training.saved.checkpoint_folder import (
+    FORMAT_VERSION,
+    CheckpointError,
+    checkpoint_of,
+    finish_folder,
+    naming_the_disk,
+    no_code_from,
+    read_state,
+    start_folder,
+)
 from dhen.training.saved.resharding import load_resharded
 
-logger = logging.getLogger(__name__)
-
-LATEST = "latest"
-NEWEST = ("true", LATEST)
-"""The values of --resume_from_checkpoint that mean the newest checkpoint in output_dir."""
-STATE_FILE = "trainer_state.json"
-FORMAT_VERSION = 2
-"""Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
-_PREFIX = "checkpoint-"
 _AVERAGE = "average-of-dense.safetensors"
 _REPLICATED_USES = "uses-of-replicated.safetensors"
-_INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _WAY_OUT = (
     "Resume with the same value (and the same --model_name_or_path, if the run started from a trained model), or start "
     "a new run from the exported model with --model_name_or_path."
 )
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be resumed. The message names the folder and says what to do."""
 
 
 @dataclass
@@ -65,53 +58,58 @@ def save_checkpoint(
     model: ParallelDhen,
     output_dir: Path,
     state: TrainerState,
+    running_loss: torch.Tensor | None = None,
     data_order: dict[str, Any] | None = None,
     arguments: dict[str, Any] | None = None,
 ) -> Path:
     """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it.
 
-    data_order: everything that determines which rows a step trains on. A resumed run must have the same. arguments:
-    what it may have otherwise.
+    running_loss: this rank's sums for the next progress line. data_order: everything that determines which rows a step
+    trains on. A resumed run must have the same. arguments: what it may have otherwise.
     """
-    topology = model.topology
     folder = checkpoint_of(output_dir, state.step)
-    if topology.is_main:
-        _remove(folder)
-        folder.mkdir(parents=True)
-    topology.barrier()
-    model.engine.save_checkpoint(str(output_dir), tag=folder.name, save_latest=False)
+    facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
+    facts |= {"arguments": arguments or {}, "ds_config": model.ds_config.as_dict(), VERSION_KEY: FORMAT_VERSION}
+    facts |= {"model": _model_facts(model.config), "optimizer": _optimizer_facts(model)}
+    facts |= {"trained": _trained_parts(model)}
+    with naming_the_disk(folder):
+        if model.topology.is_main:
+            start_folder(folder)
+        model.topology.barrier()
+        _write_states(model, folder, running_loss)
+        finish_folder(folder, json.loads(json.dumps(facts | vars(state))), model.topology)
+    return folder
+
+
+def _write_states(model: ParallelDhen, folder: Path, running_loss: torch.Tensor | None) -> None:
+    topology = model.topology
+    model.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     if model.tables is not None:
         save_tables(model.tables, folder, topology.rank)
     if model.replicated.tables:
         model.replicated.gather_uses()
         if topology.is_main:
             save_file(model.replicated.uses_by_name(), folder / _REPLICATED_USES)
-    torch.save(_random_state(topology.device), folder / f"random-{topology.rank:05d}.pt")
+    of_rank = _random_state(topology.device) | ({} if running_loss is None else {"running_loss": running_loss})
+    torch.save(of_rank, folder / f"random-{topology.rank:05d}.pt")
     if model.average is not None:
         with model.averaged():
             state_dict = model.dense_state_dict(fills_unused=False)
         if topology.is_main:
             save_file(state_dict, folder / _AVERAGE)
-    topology.barrier()
-    if topology.is_main:
-        facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
-        facts |= {"arguments": arguments or {}, "ds_config": model.ds_config.as_dict(), VERSION_KEY: FORMAT_VERSION}
-        facts |= {"model": _model_facts(model.config), "optimizer": _optimizer_facts(model)}
-        facts |= {"trained": _trained_parts(model)}
-        _write_atomically(folder / STATE_FILE, json.dumps(facts | vars(state), indent=2) + "\n")
-        point_latest_at(folder, output_dir)
-    topology.barrier()
-    return folder
 
 
 def load_checkpoint(
     model: ParallelDhen,
     folder: Path,
+    running_loss: torch.Tensor | None = None,
     data_order: dict[str, Any] | None = None,
     *,
     with_random_state: bool = True,
 ) -> TrainerState:
     """Load model, optimizers and random state from `folder`. Communicates; all ranks call it.
+
+    running_loss: filled with this rank's sums, if as many ranks saved them.
 
     Raises CheckpointError before loading anything if the checkpoint is not complete, or its set-up, model or data
     differ from this run's.
@@ -151,12 +149,14 @@ def load_checkpoint(
                 f"rows or features than the saved one. {_WAY_OUT}"
             )
     options = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in _optimizer(model).param_groups]
-    if is_same_cut or here["zero_stage"] == 0:
-        loaded, _ = model.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint in this folder. Resume from another one.")
-    else:
-        load_resharded(model, folder)
+    with no_code_from(folder):
+        if is_same_cut or here["zero_stage"] == 0:
+            name, root = folder.name, str(folder.parent)
+            loaded, _ = model.engine.load_checkpoint(root, tag=name, load_lr_scheduler_states=False)
+            if loaded is None:
+                raise CheckpointError(f"{folder}: DeepSpeed found no checkpoint here. Resume from another one.")
+        else:
+            load_resharded(model, folder)
     _step_as_configured(model, options)
     if model.tables is not None:
         load_tables(model.tables, folder)
@@ -167,7 +167,11 @@ def load_checkpoint(
     if model.replicated.tables:
         model.replicated.load_uses(load_file(folder / _REPLICATED_USES))
     if with_random_state and saved["world_size"] == here["world_size"]:
-        _set_random_state(torch.load(folder / f"random-{topology.rank:05d}.pt", weights_only=True))
+        with no_code_from(folder):
+            of_rank = torch.load(folder / f"random-{topology.rank:05d}.pt")
+        _set_random_state(of_rank)
+        if running_loss is not None and "running_loss" in of_rank:
+            running_loss.copy_(of_rank["running_loss"])
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})
 
 
@@ -212,64 +216,6 @@ def check_same_model(folder: Path, config: DhenConfig) -> None:
             raise CheckpointError(f"{folder}: saved with {name} {_shown(saved.get(name), now.get(name))}. {_WAY_OUT}")
 
 
-def find_checkpoint(wanted: str, output_dir: Path) -> Path:
-    """The folder that --resume_from_checkpoint names: a path, or 'true' for the newest complete one in output_dir."""
-    if wanted.lower() not in NEWEST:
-        folder = Path(wanted)
-        if not is_whole(folder):
-            raise CheckpointError(f"{folder}: {_INCOMPLETE}{_have(output_dir)}")
-        return folder
-    latest = output_dir / LATEST
-    if latest.is_file():
-        folder = output_dir / latest.read_text(encoding="utf-8").strip()
-        if is_whole(folder):
-            return folder
-    whole = checkpoints(output_dir)
-    if not whole:
-        raise CheckpointError(
-            f"{output_dir}: there is no complete checkpoint to resume from. Remove --resume_from_checkpoint."
-        )
-    return whole[-1]
-
-
-def point_latest_at(folder: Path, output_dir: Path) -> None:
-    """Make `folder` the checkpoint that --resume_from_checkpoint true uses, if it is in output_dir.
-
-    Rank 0 calls it after a save, and after a resume, because later checkpoints are not part of the resumed run.
-    """
-    if folder.resolve().parent == output_dir.resolve():
-        _write_atomically(output_dir / LATEST, folder.name + "\n")
-
-
-def checkpoint_of(output_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint at this step."""
-    return output_dir / f"{_PREFIX}{step}"
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, in the order they were saved. After a resume, this may not be step order."""
-    found = [folder for folder in output_dir.glob(f"{_PREFIX}*") if is_whole(folder)]
-    return sorted(found, key=lambda folder: (folder / STATE_FILE).stat().st_mtime_ns)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether the checkpoint is complete."""
-    return (folder / STATE_FILE).is_file()
-
-
-def delete_old_checkpoints(output_dir: Path, limit: int, best_step: int | None) -> None:
-    """Delete all checkpoints but the `limit` newest and the best one, and the remains of interrupted saves.
-
-    Rank 0 calls it after a save.
-    """
-    for folder in output_dir.glob(f"{_PREFIX}*"):
-        if not is_whole(folder):
-            _remove(folder)
-    for folder in checkpoints(output_dir)[:-limit]:
-        if best_step is None or folder != checkpoint_of(output_dir, best_step):
-            _remove(folder)
-
-
 def _set_up(model: ParallelDhen) -> dict[str, int]:
     """The values that the ranks' files depend on. shard_size: number of ranks that share one dense replica."""
     return {
@@ -305,38 +251,6 @@ def _shown(saved: Any, now: Any) -> str:
 def _can_be_resharded(model: ParallelDhen) -> bool:
     """Stage 0 needs no resharding. DeepSpeed's universal form supports the states of Adam only."""
     return model.ds_config.zero_stage == 0 or "adam" in model.ds_config.deepspeed["optimizer"]["type"].lower()
-
-
-def _have(output_dir: Path) -> str:
-    names = ", ".join(folder.name for folder in checkpoints(output_dir))
-    return f" {output_dir} has {names}." if names else ""
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The contents of trainer_state.json. Raises ValueError if it is not there or in another format.
-
-    arguments, ds_config: of the run that wrote it. table_cuts: number of column shards per table, 0 if replicated.
-    """
-    if not is_whole(folder):
-        raise CheckpointError(f"{folder}: {_INCOMPLETE}")
-    values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    check_format_version(folder / STATE_FILE, values, FORMAT_VERSION, "start a new run, without a resume")
-    return values
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint, starting with the file that marks it as complete."""
-    (folder / STATE_FILE).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

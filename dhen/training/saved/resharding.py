@@ -5,6 +5,7 @@ checkpoint to full weights, and each rank loads its own shard from these.
 """
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import deepspeed
 import torch
 
 from dhen.training.parallel_model import ParallelDhen
+from dhen.training.saved.checkpoint_folder import no_code_from
 
 
 class ReshardingError(ValueError):
@@ -43,9 +45,12 @@ def load_resharded(model: ParallelDhen, checkpoint: Path) -> None:
 
 
 def _convert(checkpoint: Path, folder: Path) -> str | None:
-    """Write the universal checkpoint to `folder`. Runs in its own process, because it forks. Returns any error."""
+    """Write the universal checkpoint to `folder`. Runs in its own process, because it forks. Returns any error.
+
+    That process is `main` of this module, which unpickles no more than this one does.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", __name__, "--inject_missing_state"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(folder), "--num_extract_workers=1"]
     done = subprocess.run([*command, "--num_merge_workers=1"], capture_output=True, text=True, check=False)
     if done.returncode == 0:
@@ -71,3 +76,13 @@ def _load_the_rest(model: ParallelDhen, checkpoint: Path) -> None:
             saved = torch.cat(shards)[: weight.ds_numel].view(weight.ds_shape)
         with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_sharded):
             weight.copy_(saved)
+
+
+def main() -> None:
+    """Run DeepSpeed's converter with the arguments of the command line."""
+    with no_code_from(Path(sys.argv[sys.argv.index("--input_folder") + 1])):
+        runpy.run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Ends a run on request: all ranks agree on a step, save there, and leave together with exit status 75.
+
+A request is a SIGTERM, SIGUSR1 or SIGINT to any rank, or the end of the launcher that started the rank. Outside of
+`deferred`, where there is nothing to save, a request ends the rank at once.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from dhen.runtime.topology import Topology
+
+STATUS = 75
+"""EX_TEMPFAIL of sysexits.h: start the same command again to go on."""
+_INTERRUPTED = 130
+_CAUSES = ("", "SIGINT", "SIGUSR1", "SIGTERM", "the end of its launcher")
+_SECONDS_TO_SAVE = 25.0
+"""After SIGTERM. Launchers send SIGKILL 30 seconds after it."""
+_SECONDS_BETWEEN_INTERRUPTS = 3.0
+"""A launcher passes on the SIGINT that the terminal has already sent to the rank."""
+_SECONDS_BETWEEN_LOOKS = 1.0
+_LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
+_LAUNCHER_MODULES = ("deepspeed.launcher.", "torch.distributed.", "accelerate.commands.")
+
+
+class StopRequest:
+    """Whether this run shall stop, and why. Its first request counts; later ones change nothing.
+
+    SIGTERM leaves the ranks 25 seconds to save: then they leave without it. A second SIGINT, at least 3 seconds after
+    the first, ends this rank at once with status 130.
+    """
+
+    def __init__(self) -> None:
+        self._cause = 0
+        self._is_deferred = False
+        self._interrupted_at: float | None = None
+        self._deadline: threading.Timer | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    @property
+    def cause(self) -> str:
+        """What made the request, such as SIGTERM; empty if there is none."""
+        return _CAUSES[self._cause]
+
+    def listen(self) -> None:
+        """Take requests from now on. The main thread calls it once."""
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal ends no run
+        if launchers := _launchers():
+            threading.Thread(target=self._watch, args=(launchers,), daemon=True).start()
+
+    @contextlib.contextmanager
+    def deferred(self, topology: Topology) -> Iterator[None]:
+        """While training, only note requests: `is_agreed` tells. Communicates; all ranks call it."""
+        if topology.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=topology.timeout)
+        self._is_deferred = True
+        yield
+        self._is_deferred = False
+
+    def is_agreed(self, *, is_last: bool = False) -> bool:
+        """Whether any rank had a request before the last call. All ranks call it, and get the same answer.
+
+        It looks one call back, so that no rank waits for a message. is_last: look at this moment too, and wait.
+        """
+        if self._group is None:
+            return self._cause > 0
+        seen = self._take_pending()
+        cause = torch.tensor(self._cause)
+        self._pending = dist.all_reduce(cause, dist.ReduceOp.MAX, group=self._group, async_op=True), cause
+        if is_last or seen:
+            seen = max(seen, self._take_pending())
+        self._cause = self._cause or seen
+        return seen > 0
+
+    def _take_pending(self) -> int:
+        if self._pending is None:
+            return 0
+        work, cause = self._pending
+        self._pending = None
+        work.wait()
+        return int(cause)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            self._interrupted_at = self._interrupted_at or now
+            if now - self._interrupted_at >= _SECONDS_BETWEEN_INTERRUPTS:
+                _leave("stopped by a second SIGINT: the last whole checkpoint stays", _INTERRUPTED)
+        if number == signal.SIGTERM and self._deadline is None:
+            self._deadline = threading.Timer(_SECONDS_TO_SAVE, self._give_up)
+            self._deadline.daemon = True
+            self._deadline.start()
+        self._request(signal.Signals(number).name)
+
+    def _request(self, cause: str) -> None:
+        if self._cause:
+            return
+        self._cause = _CAUSES.index(cause)
+        if not self._is_deferred:
+            _leave(f"stopped by {cause}, outside of training: there is nothing to save", STATUS)
+
+    def _give_up(self) -> None:
+        if self._is_deferred:
+            what = f"stopped by SIGTERM: not saved within {_SECONDS_TO_SAVE:.0f} s"
+            _leave(f"{what}, so the last whole checkpoint stays", STATUS)
+
+    def _watch(self, launchers: list[psutil.Process]) -> None:
+        while all(_is_alive(launcher) for launcher in launchers):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        self._request(_CAUSES[-1])
+
+
+def _launchers() -> list[psutil.Process]:
+    """The launcher that started this rank, and the one that started that: `deepspeed` runs as two processes.
+
+    A shell, tmux or nohup is none: ranks that it started live on after it.
+    """
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents() if "RANK" in os.environ else ():
+            words = process.cmdline()[:5]  # python, options, a script or -m and a module
+            names = [Path(word).name in _LAUNCHERS or word.startswith(_LAUNCHER_MODULES) for word in words]
+            if not any(names):
+                break
+            found.append(process)
+    return found
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Also of a process whose number was given away since: psutil compares the time at which it began."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _leave(what: str, status: int) -> None:
+    """Print one line on each node, and exit at once, without waiting for collectives or for buffers that are in use."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{what}\n".encode())
+    os._exit(status)

@@ -1,0 +1,128 @@
+"""A run that is asked to stop saves and leaves with status 75; `--resume_from_checkpoint auto` goes on to the bit."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from dhen.runtime import stopping
+from dhen.training.saved import checkpoint
+from dhen.training.saved.checkpoint_folder import checkpoints
+from tests.recipes.launch import TINY, last_step, losses, run_script, summary
+
+AUTO = "--resume_from_checkpoint=auto"
+
+
+def flags(run: Path, click_log: Path, stage: int = 0) -> list[str]:
+    """Steps end on no logging step, no save and no evaluation, so a stop finds work that is half done."""
+    return [
+        f"--ds_config=ds_configs/zero{stage}.json", f"--dataset_name={click_log}", f"--output_dir={run}", *TINY,
+        "--logging_steps=7", "--max_steps=70", "--eval_steps=35", "--per_device_train_batch_size=12", "--dropout=0.1",
+    ]  # fmt: skip
+
+
+def at_step(run: Path, step: int):
+    """Whether metrics.csv has this step."""
+    return lambda: last_step(run) >= step
+
+
+def to(number: int, *ranks: int):
+    """Sends the signal to these ranks, three times, as launchers do that pass on what the terminal already sent."""
+
+    def send(pids: list[int]) -> None:
+        for _ in range(3):
+            for rank in ranks:
+                os.kill(pids[rank], number)
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "number", "signalled"),
+    [(0, 1, signal.SIGTERM, [0]), (2, 2, signal.SIGUSR1, [1]), (3, 2, signal.SIGINT, [0, 1])],
+)
+def test_a_signal_is_a_save_and_auto_goes_on_to_the_bit(tmp_path, click_log, stage, ranks, number, signalled):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    done = run_script("train.py", *flags(straight, click_log, stage), AUTO, ranks=ranks)
+    assert done.status == 0, done.output
+    assert f"{straight} has no checkpoint yet: the run starts at step 0" in done.output
+    arguments = [*flags(broken, click_log, stage), AUTO]
+    stopped = run_script("train.py", *arguments, ranks=ranks, kill_when=at_step(broken, 7), send=to(number, *signalled))
+    assert stopped.status == stopping.STATUS == 75, stopped.output
+    (saved,) = checkpoints(broken)
+    assert stopped.output.count("stopped by") == 1
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert f"stopped by {number.name} at step {step} of 70, which is saved in {saved}" in stopped.output
+    resumed = run_script("train.py", *arguments, ranks=ranks)
+    assert resumed.status == 0, resumed.output
+    assert f"resuming from {saved} at step {step} of 70" in resumed.output
+    assert losses(broken) == losses(straight)
+    assert summary(broken)["test"] == summary(straight)["test"]
+    again = run_script("train.py", *arguments, ranks=ranks)
+    assert (again.status, "There is nothing left to train" in again.output) == (0, True), again.output
+
+
+def interrupt_twice(pids: list[int]) -> None:
+    os.kill(pids[0], signal.SIGINT)
+    time.sleep(stopping._SECONDS_BETWEEN_INTERRUPTS + 0.2)
+    os.kill(pids[0], signal.SIGINT)
+
+
+def save_for_ever() -> None:
+    """The second save never ends, and a stop waits two seconds for it."""
+    stopping._SECONDS_TO_SAVE = 2.0
+    saves = checkpoint.save_tables
+
+    def slow(tables, folder: Path, rank: int) -> None:
+        saves(tables, folder, rank)
+        if folder.name != "checkpoint-7":
+            time.sleep(120)
+
+    checkpoint.save_tables = slow
+
+
+@pytest.mark.parametrize(
+    ("send", "status", "line"),
+    [
+        (to(signal.SIGTERM, 0), 75, "stopped by SIGTERM: not saved within 2 s, so the last whole checkpoint stays"),
+        (interrupt_twice, 130, "stopped by a second SIGINT: the last whole checkpoint stays"),
+    ],
+)
+def test_a_save_that_does_not_end_is_given_up(tmp_path, click_log, send, status, line):
+    run = tmp_path / "run"
+    arguments = [*flags(run, click_log), "--save_steps=7", "--max_steps=14"]
+    done = run_script("train.py", *arguments, kill_when=(run / "checkpoint-14").is_dir, send=send, patch=save_for_ever)
+    assert (done.status, line in done.output) == (status, True), done.output
+    assert [folder.name for folder in checkpoints(run)] == ["checkpoint-7"]
+
+
+def test_outside_of_training_a_signal_ends_the_run_at_once(tmp_path, click_log):
+    run = tmp_path / "run"
+    tested = run_script("train.py", *flags(run, click_log), "--max_steps=7")
+    assert tested.status == 0
+    mark = tmp_path / "mark"
+    done = run_script(
+        "train.py", *flags(run, click_log), "--max_steps=14", AUTO,
+        kill_when=mark.is_file, send=to(signal.SIGTERM, 0), patch=_Slow(mark),
+    )  # fmt: skip
+    assert done.status == 75, done.output
+    assert "stopped by SIGTERM, outside of training: there is nothing to save" in done.output
+    assert [folder.name for folder in checkpoints(run)] == ["checkpoint-7"]
+
+
+class _Slow:
+    """The data takes long to open; the mark says when that began."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __call__(self) -> None:
+        from dhen.training import dataset
+
+        def slow(*_, **__) -> None:
+            self.mark.touch()
+            time.sleep(120)
+
+        dataset.open_data = slow
