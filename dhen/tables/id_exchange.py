@@ -1,8 +1,8 @@
 """Sends a batch's ids to the ranks that own their tables (paper 3.1, figure 4).
 
-The next batch's ids travel while this batch computes. NCCL needs one order of all collectives on all ranks, whatever
-their group, so there is no thread: the ranks tell each other the numbers of ids over gloo, from host to host, and the
-caller says when the ids leave.
+The next batch's ids travel while this batch computes. NCCL needs one order of all collectives on all ranks, across all
+groups, so a thread must not start any. Instead, the hosts tell each other the numbers of ids over gloo, and the caller
+says at which point of a step the ids leave.
 
 Shapes: B examples of this rank, F sparse features, S table shards of this rank, W ranks.
 """
@@ -76,7 +76,7 @@ class IdExchange:
         """Communicates: all ranks must construct it together."""
         self._tables, self._overlap = tuple(tables), overlap
         self._device, self._rank, self._world_size = topology.device, topology.rank, topology.world_size
-        # Ids of the next batch would queue behind this one's collectives in a group that they share.
+        # In the tables' group, the ids of the next batch would queue behind this batch's gradients.
         self._group = self._hosts = dist.new_group(timeout=topology.timeout)
         if topology.device.type == "cuda":
             self._hosts = dist.new_group(timeout=topology.timeout, backend="gloo")
@@ -185,12 +185,9 @@ class IdExchange:
             weights = torch.ones_like(ids, dtype=torch.float32)
         lengths_FB = lengths_of(sparse).to(self.wire_dtype)
         if not self._is_identity_order:
+            # Without the sum of the lengths, FBGEMM would read it from the GPU.
             lengths_FB, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(
-                self._order,
-                lengths_FB,
-                ids,
-                weights,
-                sum(sent.ids_to),  # else a GPU would be asked for the sum
+                self._order, lengths_FB, ids, weights, sum(sent.ids_to)
             )
         lengths = F.pad(lengths_FB, (0, batch - sparse.batch_size)).reshape(-1)
         all_lengths = all_to_all(lengths, [n * batch for n in self._num_shards], [own * batch] * ranks, self._group)

@@ -70,15 +70,14 @@ class PooledLayout:
         return unit, None if order is None else order.to(self.device)
 
     def _by_rank(self, wire: Wire) -> "_Order":
+        """From feature order: of each rank, the values of its blocks, then their scales if the wire has any."""
         starts, index = [0, *accumulate(self.widths)], {block: n for n, block in enumerate(self._blocks)}
         spans: list[range] = []
         for shards in self.shards_by_rank:
             blocks = [index[shard.table, shard.first_column] for shard in shards]
             spans += [range(starts[n], starts[n + 1]) for n in blocks]
-            if wire.scale_size:
-                spans += [
-                    range(starts[-1] + n * wire.scale_size, starts[-1] + (n + 1) * wire.scale_size) for n in blocks
-                ]
+            first_scales = [starts[-1] + n * wire.scale_size for n in blocks]
+            spans += [range(first, first + wire.scale_size) for first in first_scales]
         unit = math.gcd(*map(len, spans))
         order = torch.tensor([place // unit for span in spans for place in span[::unit]])
         return unit, order if (order.diff() != 1).any() else None
