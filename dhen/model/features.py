@@ -22,12 +22,20 @@ class SparseIds:
     num_features: F.
     lengths_FB: int64, number of ids in each bag. None: every bag holds exactly one id, so there are F * B ids.
     weights: float32, one per id. None: every weight is 1.
+    counts_F: number of ids of each feature, on the host: a GPU would make it wait for them. None: counted here.
     """
 
     ids: Tensor
     num_features: int
     lengths_FB: Tensor | None = None
     weights: Tensor | None = None
+    counts_F: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.counts_F is None:
+            is_single = self.lengths_FB is None
+            counts_F = [self.batch_size] * self.num_features if is_single else self.lengths_FB.sum(1).tolist()
+            object.__setattr__(self, "counts_F", counts_F)
 
     @property
     def batch_size(self) -> int:
@@ -40,14 +48,16 @@ class SparseIds:
         """Return the bags of the given features, in the given order."""
         if list(features) == list(range(self.num_features)):
             return self
-        if self.lengths_FB is None:
-            weights = None if self.weights is None else self.weights.view(self.num_features, -1)[features].flatten()
-            return SparseIds(self.ids.view(self.num_features, -1)[features].flatten(), len(features), None, weights)
-        bags = _bags_by_feature(self)
-        chosen = [bags[feature] for feature in features]
-        weights = None if self.weights is None else torch.cat([self.weights[:0], *(of_bag[2] for of_bag in chosen)])
-        ids = torch.cat([self.ids[:0], *(of_bag[0] for of_bag in chosen)])
-        return SparseIds(ids, len(features), self.lengths_FB[features], weights)
+
+        def choose(tensor: Tensor | None, sizes: Sequence[int]) -> Tensor | None:
+            if tensor is None:
+                return None
+            of_features = tensor.split(list(sizes))  # an index would make the host wait for a GPU
+            return torch.cat([tensor[:0], *(of_features[feature] for feature in features)])
+
+        counts_F = [self.counts_F[feature] for feature in features]
+        ids, weights = choose(self.ids, self.counts_F), choose(self.weights, self.counts_F)
+        return SparseIds(ids, len(features), choose(self.lengths_FB, [1] * self.num_features), weights, counts_F)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SparseIds":
         """Return the same bags on `device`."""
@@ -167,10 +177,7 @@ class PlainTables(nn.Module):
 def _bags_by_feature(sparse: SparseIds) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     """Return (ids, lengths_B, weights) of each feature."""
     count = sparse.num_features
-    if sparse.lengths_FB is None:
-        sizes, lengths = [sparse.batch_size] * count, [None] * count
-    else:
-        sizes, lengths = sparse.lengths_FB.sum(dim=1).tolist(), list(sparse.lengths_FB)
+    sizes, lengths = list(sparse.counts_F), [None] * count if sparse.lengths_FB is None else list(sparse.lengths_FB)
     ids = sparse.ids.split(sizes)
     weights = [None] * count if sparse.weights is None else sparse.weights.split(sizes)
     return list(zip(ids, lengths, weights, strict=True))

@@ -1,13 +1,14 @@
 """Sends a batch's ids to the ranks that own their tables (paper 3.1, figure 4).
 
-The exchange has its own thread and process group, so that the next batch's ids travel while this batch computes.
+The next batch's ids travel while this batch computes. NCCL needs one order of all collectives on all ranks, across all
+groups, so a thread must not start any. Instead, the hosts tell each other the numbers of ids over gloo, and the caller
+says at which point of a step the ids leave.
 
 Shapes: B examples of this rank, F sparse features, S table shards of this rank, W ranks.
 """
 
-from collections.abc import Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,6 @@ from torch.profiler import record_function
 
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
-from dhen.runtime.background import in_background
 from dhen.runtime.collectives import all_to_all
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
@@ -30,8 +30,7 @@ IDS = "ids' all-to-all"
 class OwnIds:
     """The ids that this rank's shards look up for the global batch, as FBGEMM's ids, offsets and weights.
 
-    batch_size: of this rank's own examples. padded_batch: size of the largest batch of any rank. on_device: on CUDA,
-    the event that marks their arrival.
+    batch_size: of this rank's own examples. padded_batch: size of the largest batch of any rank.
     """
 
     batch_size: int
@@ -39,42 +38,31 @@ class OwnIds:
     offsets: Tensor
     weights: Tensor | None
     padded_batch: int
-    on_device: torch.cuda.Event | None = None
-
-    def wait(self) -> None:
-        """Make the current stream wait for them."""
-        if self.on_device is None:
-            return
-        stream = torch.cuda.current_stream()
-        stream.wait_event(self.on_device)
-        for tensor in (self.ids, self.offsets, self.weights):
-            if tensor is not None:
-                tensor.record_stream(stream)
 
 
-SentIds = Future[OwnIds]
-"""A batch whose ids are in transit to the tables."""
+@dataclass(eq=False)
+class SentIds:
+    """A batch on its way to the tables.
 
+    ids_to: number of ids for each rank. sizes: waits for what the other ranks have sent, (W * 4,), on the host: size of
+    the batch, whether it has lengths and weights, number of ids for this rank. arrive: waits for the ids, once they
+    have left.
+    """
 
-@dataclass(frozen=True)
-class _BatchFacts:
-    """What every rank knows about the other ranks' batches after a first, small all-gather."""
-
-    batch_sizes: list[int]
-    id_counts: list[list[int]]  # [from rank][to rank]
-    has_lengths: bool
-    has_weights: bool
-
-    @property
-    def padded_batch(self) -> int:
-        return max(self.batch_sizes)
+    sparse: SparseIds
+    ids_to: list[int]
+    sizes: Callable[[], Tensor]
+    arrive: Callable[[], OwnIds] | None = None
 
 
 class IdExchange:
     """Sends every id to the rank that owns its table, one batch after another.
 
+    `send` announces a batch, `depart` lets its ids leave, and `receive` waits for them. All ranks must make these calls
+    in the same order.
+
     tables: all tables of the model. shards_by_rank: each rank's shards in lookup order, the same on all ranks.
-    overlap: send in a background thread; if False, `send` blocks until the ids have arrived.
+    overlap: if False, `send` blocks until the ids have arrived.
     """
 
     def __init__(
@@ -88,22 +76,21 @@ class IdExchange:
         """Communicates: all ranks must construct it together."""
         self._tables, self._overlap = tuple(tables), overlap
         self._device, self._rank, self._world_size = topology.device, topology.rank, topology.world_size
-        # All ranks must call a group's collectives in the same order. The thread runs in no fixed order with the main
-        # thread, so it needs its own group.
-        self._group = dist.new_group(timeout=topology.timeout)
-        self._last_sent: SentIds | None = None
-        self._stream = torch.cuda.Stream(topology.device) if topology.device.type == "cuda" else None
+        # In the tables' group, the ids of the next batch would queue behind this batch's gradients.
+        self._group = self._hosts = dist.new_group(timeout=topology.timeout)
+        if topology.device.type == "cuda":
+            self._hosts = dist.new_group(timeout=topology.timeout, backend="gloo")
+        self._sent: list[SentIds] = []
         # On CUDA, FBGEMM's backward adds the rows of a rank's tables before an id to it, in the id's dtype.
         most = max((sum(shard.num_embeddings for shard in shards) for shards in shards_by_rank), default=0)
         self.wire_dtype = torch.int32 if most <= torch.iinfo(torch.int32).max else torch.int64
         self._num_shards = [len(shards) for shards in shards_by_rank]
-        order = [shard.table for shards in shards_by_rank for shard in shards]
-        owner = [rank for rank, shards in enumerate(shards_by_rank) for _ in shards]
+        self._tables_by_rank = [[shard.table for shard in shards] for shards in shards_by_rank]
+        order = [table for tables_of_rank in self._tables_by_rank for table in tables_of_rank]
         is_mean = [table.pooling == "mean" for table in tables]
         self._has_mean = any(is_mean)
         self._is_identity_order = order == list(range(len(tables)))
         self._order = torch.tensor(order, dtype=torch.int32, device=self._device)
-        self._owner = torch.tensor(owner, dtype=torch.int64, device=self._device)
         self._num_embeddings_F = torch.tensor([table.num_embeddings for table in tables], device=self._device)
         self._is_mean_F = torch.tensor(is_mean, dtype=torch.bool, device=self._device)
         # Bags arrive grouped by rank, then by shard; FBGEMM needs them grouped by shard, then by rank.
@@ -116,50 +103,55 @@ class IdExchange:
         return self._num_shards[self._rank]
 
     def send(self, sparse: SparseIds) -> SentIds:
-        """Start sending every id to its table's owner. Communicates over all ranks.
+        """Check a batch's ids, and start telling each rank how many it will get. Communicates over all ranks.
 
-        The future raises IndexError if an id is outside its table (on CUDA, a device-side assertion).
+        Raises IndexError if an id is outside its table (on CUDA, a device-side assertion).
         """
-        # The thread must wait for the work that produces the ids, which is queued by now, but for nothing queued later.
-        ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
-        if self._overlap:
-            self._last_sent = in_background(self._send, sparse, ready, self._last_sent)
-            return self._last_sent
-        sent: SentIds = Future()
-        sent.set_result(self._send(sparse, ready, None))
-        return sent
-
-    def settle(self) -> None:
-        """Wait until no ids are in transit."""
-        if self._last_sent is not None:
-            wait([self._last_sent])
-
-    def _send(self, sparse: SparseIds, ready: torch.cuda.Event | None, before: SentIds | None) -> OwnIds:
-        if before is not None:
-            wait([before])
         if not self._tables:
             raise ValueError("This model has no sparse features, so there is nothing to look up.")
-        if self._stream is None:
-            with record_function(IDS):
-                return self._send_checked(sparse)
-        torch.cuda.set_device(self._device)  # each thread has its own current device
-        with torch.cuda.stream(self._stream), record_function(IDS):
-            self._stream.wait_event(ready)
-            for tensor in (sparse.ids, sparse.lengths_FB, sparse.weights):
-                if tensor is not None:
-                    tensor.record_stream(self._stream)
-            own = self._send_checked(sparse)
-            return replace(own, on_device=self._stream.record_event())
-
-    def _send_checked(self, sparse: SparseIds) -> OwnIds:
         check_ids(sparse, self._num_embeddings_F, self._tables)
-        weights = self._pooling_weights(sparse)
-        facts = self._compare_batches(sparse, weights is not None)
-        if facts.has_lengths:
-            ids, offsets, weights = self._send_bags(sparse, weights, facts)
-        else:
-            (ids, offsets), weights = self._send_single_ids(sparse), None
-        return OwnIds(sparse.batch_size, ids, offsets, weights, facts.padded_batch)
+        has_weights = sparse.weights is not None or (self._has_mean and sparse.lengths_FB is not None)
+        facts = (sparse.batch_size, sparse.lengths_FB is not None or has_weights, has_weights)
+        ids_to = [sum(sparse.counts_F[table] for table in tables) for tables in self._tables_by_rank]
+        mine = torch.tensor([(*facts, count) for count in ids_to], dtype=torch.int64).flatten()
+        each = [4] * self._world_size
+        sent = SentIds(sparse, ids_to, all_to_all(mine, each, each, self._hosts))
+        self._sent.append(sent)
+        if not self._overlap:
+            own = self.receive(sent)
+            sent.arrive = lambda: own
+        return sent
+
+    def depart(self) -> None:
+        """Let the ids leave of all batches that were sent. Communicates over all ranks."""
+        for sent in self._sent:
+            self._depart(sent)
+
+    def receive(self, sent: SentIds) -> OwnIds:
+        """Wait for the ids of a batch. Communicates over all ranks if they have not left yet."""
+        if sent in self._sent:
+            for each in self._sent[: self._sent.index(sent) + 1]:
+                self._depart(each)
+            self._sent.remove(sent)
+        return sent.arrive()
+
+    def settle(self) -> None:
+        """Wait for the batches in transit, which will not be looked up. Communicates over all ranks."""
+        for sent in self._sent:
+            self._depart(sent)
+            sent.arrive()
+        self._sent.clear()
+
+    def _depart(self, sent: SentIds) -> None:
+        if sent.arrive is not None:
+            return
+        batch_sizes, has_lengths, has_weights, ids_from = sent.sizes().view(self._world_size, 4).t().tolist()
+        with record_function(IDS):
+            # A padded batch is sent with its lengths, because the padding consists of empty bags.
+            if any(has_lengths) or len(set(batch_sizes)) > 1:
+                sent.arrive = self._send_bags(sent, max(batch_sizes), any(has_weights), ids_from)
+            else:
+                sent.arrive = self._send_single_ids(sent.sparse)
 
     def _pooling_weights(self, sparse: SparseIds) -> Tensor | None:
         """Per-id weights that turn the sum over a bag into each feature's pooling."""
@@ -169,60 +161,50 @@ class IdExchange:
         scale = scale_FB.flatten().repeat_interleave(sparse.lengths_FB.flatten(), output_size=sparse.ids.numel())
         return scale if sparse.weights is None else scale * sparse.weights
 
-    def _compare_batches(self, sparse: SparseIds, has_weights: bool) -> _BatchFacts:
-        has_lengths = sparse.lengths_FB is not None or has_weights
-        if sparse.lengths_FB is None:
-            counts = torch.full_like(self._owner, sparse.batch_size)
-        else:
-            counts = sparse.lengths_FB.sum(1)[self._order]
-        to_rank = torch.zeros(self._world_size, dtype=torch.int64, device=self._device).index_add_(
-            0, self._owner, counts
-        )
-        mine = torch.cat([to_rank.new_tensor([sparse.batch_size, has_lengths, has_weights]), to_rank])
-        everyone = mine.new_empty(self._world_size * mine.numel())
-        dist.all_gather_into_tensor(everyone, mine, group=self._group)
-        rows = everyone.view(self._world_size, -1).tolist()
-        batch_sizes = [row[0] for row in rows]
-        return _BatchFacts(
-            batch_sizes=batch_sizes,
-            id_counts=[row[3:] for row in rows],
-            # A padded batch is sent with its lengths, because the padding consists of empty bags.
-            has_lengths=any(row[1] for row in rows) or len(set(batch_sizes)) > 1,
-            has_weights=any(row[2] for row in rows),
-        )
-
-    def _send_single_ids(self, sparse: SparseIds) -> tuple[Tensor, Tensor]:
+    def _send_single_ids(self, sparse: SparseIds) -> Callable[[], OwnIds]:
         """The fast path: every bag holds one id, and all batches have the same size."""
         batch, own, ranks = sparse.batch_size, self._own, self._world_size
         ids_FB = sparse.ids.to(self.wire_dtype).view(len(self._tables), batch)
-        sent = ids_FB if self._is_identity_order else ids_FB[self._order]
-        received = all_to_all(
-            sent.reshape(-1), [n * batch for n in self._num_shards], [own * batch] * ranks, self._group
+        leaving = ids_FB if self._is_identity_order else ids_FB.index_select(0, self._order)
+        arrived = all_to_all(
+            leaving.reshape(-1), [n * batch for n in self._num_shards], [own * batch] * ranks, self._group
         )
-        ids = received.view(ranks, own, batch).transpose(0, 1).reshape(-1)
-        return ids, torch.arange(ids.numel() + 1, dtype=ids.dtype, device=self._device)
 
-    def _send_bags(
-        self, sparse: SparseIds, weights: Tensor | None, facts: _BatchFacts
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        batch, own, ranks = facts.padded_batch, self._own, self._world_size
-        ids = sparse.ids.to(self.wire_dtype)
-        if facts.has_weights and weights is None:
+        def arrive() -> OwnIds:
+            ids = arrived().view(ranks, own, batch).transpose(0, 1).reshape(-1)
+            offsets = torch.arange(ids.numel() + 1, dtype=ids.dtype, device=self._device)
+            return OwnIds(batch, ids, offsets, None, batch)
+
+        return arrive
+
+    def _send_bags(self, sent: SentIds, batch: int, has_weights: bool, ids_from: Sequence[int]) -> Callable[[], OwnIds]:
+        """batch: size of the largest one. ids_from: number of ids from each rank."""
+        sparse, own, ranks = sent.sparse, self._own, self._world_size
+        ids, weights = sparse.ids.to(self.wire_dtype), self._pooling_weights(sparse)
+        if has_weights and weights is None:
             weights = torch.ones_like(ids, dtype=torch.float32)
         lengths_FB = lengths_of(sparse).to(self.wire_dtype)
         if not self._is_identity_order:
-            lengths_FB, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(self._order, lengths_FB, ids, weights)
-        lengths = F.pad(lengths_FB, (0, batch - sparse.batch_size))
+            # Without the sum of the lengths, FBGEMM would read it from the GPU.
+            lengths_FB, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(
+                self._order, lengths_FB, ids, weights, sum(sent.ids_to)
+            )
+        lengths = F.pad(lengths_FB, (0, batch - sparse.batch_size)).reshape(-1)
+        all_lengths = all_to_all(lengths, [n * batch for n in self._num_shards], [own * batch] * ranks, self._group)
+        all_ids = all_to_all(ids, sent.ids_to, ids_from, self._group)
+        all_weights = None if weights is None else all_to_all(weights, sent.ids_to, ids_from, self._group)
 
-        send, receive = facts.id_counts[self._rank], [row[self._rank] for row in facts.id_counts]
-        bags = [n * batch for n in self._num_shards]
-        lengths = all_to_all(lengths.reshape(-1), bags, [own * batch] * ranks, self._group).view(ranks * own, batch)
-        ids = all_to_all(ids, send, receive, self._group)
-        if weights is not None:
-            weights = all_to_all(weights, send, receive, self._group)
-        if own and ranks > 1:
-            lengths, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(self._by_shard, lengths, ids, weights)
-        return ids, torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.reshape(-1)), weights
+        def arrive() -> OwnIds:
+            lengths, ids = all_lengths().view(ranks * own, batch), all_ids()
+            weights = None if all_weights is None else all_weights()
+            if own and ranks > 1:
+                lengths, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(
+                    self._by_shard, lengths, ids, weights, sum(ids_from)
+                )
+            offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.reshape(-1))
+            return OwnIds(sparse.batch_size, ids, offsets, weights, batch)
+
+        return arrive
 
 
 def lengths_of(sparse: SparseIds) -> Tensor:
@@ -244,13 +226,13 @@ def check_ids(sparse: SparseIds, num_embeddings_F: Tensor, tables: Sequence[Spar
     if sparse.lengths_FB is None:
         least_F, most_F = torch.aminmax(sparse.ids.view(len(tables), -1), dim=1)
         all_inside = ((least_F >= 0) & (most_F < num_embeddings_F)).all()
-    elif sparse.ids.device.type == "cuda":  # the host does not have to wait for the counts
+    elif sparse.ids.device.type != "cpu":
         all_inside = _is_inside(sparse, num_embeddings_F).all()
     else:
-        of_tables = zip(sparse.ids.split(sparse.lengths_FB.sum(1).tolist()), tables, strict=True)
+        of_tables = zip(sparse.ids.split(list(sparse.counts_F)), tables, strict=True)
         ends = [(*ids.aminmax(), table.num_embeddings) for ids, table in of_tables if len(ids)]
         all_inside = all(least >= 0 and most < rows for least, most, rows in ends)
-    if sparse.ids.device.type == "cuda":
+    if sparse.ids.device.type != "cpu":  # the host does not wait
         torch._assert_async(all_inside)
     elif not all_inside:
         raise IndexError(_first_outside(sparse, num_embeddings_F, tables))

@@ -1,91 +1,22 @@
 """All-to-all between the owners of the embedding tables and the data-parallel batch (paper 3.1, figure 4)."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from dhen.runtime.collectives import all_to_all
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.wire import Wire
 
 EMBEDDINGS, GRADIENTS = "embeddings' all-to-all", "gradients' all-to-all"
-WAITING = "waiting for an all-to-all"
 """Names in a profiler trace."""
-
-
-@dataclass(frozen=True)
-class PooledLayout:
-    """Which table shards each rank looks up, in the order of its output: a block of columns each.
-
-    Together, the blocks cover each of the `num_features * embedding_dim` columns exactly once.
-    """
-
-    shards_by_rank: Sequence[Sequence[TableShard]]
-    num_features: int
-    embedding_dim: int
-    rank: int
-
-    @cached_property
-    def widths_by_rank(self) -> tuple[tuple[int, ...], ...]:
-        """Width of each block, by rank."""
-        return tuple(tuple(shard.num_columns for shard in shards) for shards in self.shards_by_rank)
-
-    @cached_property
-    def _runs(self) -> tuple["_Run", ...]:
-        """Blocks in feature order. Blocks that are also adjacent on their rank are merged into one run."""
-        runs: list[_Run] = []
-        places = [
-            (shard.table * self.embedding_dim + shard.first_column, rank, sum(widths[:index]), shard.num_columns)
-            for rank, (shards, widths) in enumerate(zip(self.shards_by_rank, self.widths_by_rank, strict=True))
-            for index, shard in enumerate(shards)
-        ]
-        for column, rank, start, width in sorted(places):
-            before = runs[-1] if runs else None
-            if before is not None and (before.rank, before.start + before.width) == (rank, start):
-                runs[-1] = _Run(before.column, rank, before.start, before.width + width)
-            else:
-                runs.append(_Run(column, rank, start, width))
-        return tuple(runs)
-
-    @cached_property
-    def _runs_by_rank(self) -> tuple[tuple["_Run", ...], ...]:
-        """The runs of each rank, in the order of its output."""
-        return tuple(
-            tuple(sorted((run for run in self._runs if run.rank == rank), key=lambda run: run.start))
-            for rank in range(len(self.shards_by_rank))
-        )
-
-    @property
-    def is_one_part_in_order(self) -> bool:
-        """Whether a single rank computes all blocks, in feature order."""
-        return len(self.shards_by_rank) == len(self._runs) == 1
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """parts[r]: (B, width of r) -> embeddings_BFD. Copies once, or not at all if one part is all in order."""
-        pieces = [parts[run.rank].narrow(1, run.start, run.width) for run in self._runs]
-        joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-        return joined.view(-1, self.num_features, self.embedding_dim)
-
-    def split(self, x_BFD: Tensor, out: Sequence[Tensor]) -> None:
-        """The inverse of `join`: copy the columns of x_BFD into out[r]: (B, width of r)."""
-        columns = x_BFD.reshape(-1, self.num_features * self.embedding_dim)
-        for part, runs in zip(out, self._runs_by_rank, strict=True):
-            if runs:
-                torch.cat([columns.narrow(1, run.column, run.width) for run in runs], dim=1, out=part)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Columns [column, column + width) of the concatenated embeddings. They begin at `start` in the part of `rank`."""
-
-    column: int
-    rank: int
-    start: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -94,6 +25,96 @@ class Wires:
 
     forward: Wire = Wire("fp32")
     backward: Wire = Wire("fp32")
+
+
+@dataclass(frozen=True)
+class PooledLayout:
+    """Which table shards each rank looks up, in the order of its output: a block of columns each.
+
+    Together, the blocks cover each of the `num_features * embedding_dim` columns exactly once. Rows are encoded and
+    decoded with all blocks in feature order, and reordered by rank for the wire. So the number of operations does not
+    depend on the number of ranks.
+    """
+
+    shards_by_rank: Sequence[Sequence[TableShard]]
+    num_features: int
+    embedding_dim: int
+    rank: int
+    wires: Wires = Wires()
+    device: torch.device = torch.device("cpu")
+
+    @cached_property
+    def widths_by_rank(self) -> tuple[tuple[int, ...], ...]:
+        """Width of each block, by rank."""
+        return tuple(tuple(shard.num_columns for shard in shards) for shards in self.shards_by_rank)
+
+    @cached_property
+    def _blocks(self) -> dict[tuple[int, int], int]:
+        """Width of each block by (table, first column), in feature order."""
+        blocks = {(shard.table, shard.first_column): shard.num_columns for shard in chain(*self.shards_by_rank)}
+        return dict(sorted(blocks.items()))
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each block, in feature order."""
+        return tuple(self._blocks.values())
+
+    @cached_property
+    def _to_features(self) -> "_Order":
+        unit, order = self._by_rank(self.wires.forward)
+        return unit, None if order is None else order.argsort().to(self.device)
+
+    @cached_property
+    def _to_ranks(self) -> "_Order":
+        unit, order = self._by_rank(self.wires.backward)
+        return unit, None if order is None else order.to(self.device)
+
+    def _by_rank(self, wire: Wire) -> "_Order":
+        """From feature order: of each rank, the values of its blocks, then their scales if the wire has any."""
+        starts, index = [0, *accumulate(self.widths)], {block: n for n, block in enumerate(self._blocks)}
+        spans: list[range] = []
+        for shards in self.shards_by_rank:
+            blocks = [index[shard.table, shard.first_column] for shard in shards]
+            spans += [range(starts[n], starts[n + 1]) for n in blocks]
+            first_scales = [starts[-1] + n * wire.scale_size for n in blocks]
+            spans += [range(first, first + wire.scale_size) for first in first_scales]
+        unit = math.gcd(*map(len, spans))
+        order = torch.tensor([place // unit for span in spans for place in span[::unit]])
+        return unit, order if (order.diff() != 1).any() else None
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """parts[r]: what rank r encoded for these examples, (B, row size of r) -> embeddings_BFD."""
+        rows = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+        decoded = self.wires.forward.decode(_reordered(rows, self._to_features), self.widths)
+        return decoded.view(-1, self.num_features, self.embedding_dim)
+
+    def split(self, grad_BFD: Tensor, padded_batch: int, scale: float) -> Tensor:
+        """The gradient encoded for each rank, one after another: each (padded_batch, row size of the rank), flat."""
+        wire = self.wires.backward
+        encoded = _reordered(wire.encode(grad_BFD.flatten(1).float(), self.widths, scale), self._to_ranks)
+        if len(self.shards_by_rank) == 1:
+            return encoded.reshape(-1)
+        sizes = [size for widths in self.widths_by_rank if (size := wire.row_size(widths))]
+        buffer = encoded.new_zeros if len(encoded) < padded_batch else encoded.new_empty
+        flat = buffer(padded_batch * sum(sizes))
+        parts = _matrices(flat, padded_batch, sizes)
+        torch.split_with_sizes_copy(encoded, sizes, dim=1, out=[part[: len(encoded)] for part in parts])
+        return flat
+
+
+_Order = tuple[int, Tensor | None]
+"""How to reorder the columns of a row: in units of so many, as `index_select` takes them. None: they are in order."""
+
+
+def _reordered(rows: Tensor, order: _Order) -> Tensor:
+    unit, places = order
+    return rows if places is None else rows.unflatten(1, (-1, unit)).index_select(1, places).flatten(1)
+
+
+def _matrices(flat: Tensor, rows: int, widths: Sequence[int]) -> list[Tensor]:
+    """Views of one matrix after another: (rows, width) each."""
+    parts = flat.split([rows * width for width in widths])
+    return [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]
 
 
 class PooledExchange:
@@ -119,15 +140,15 @@ class PooledExchange:
         batch_size: int,
         padded_batch: int,
         group: dist.ProcessGroup,
-        wires: Wires,
         *,
         overlap: bool = True,
     ) -> None:
         self._layout, self._batch_size, self._padded_batch = layout, batch_size, padded_batch
-        self._group, self._wires, self._overlap = group, wires, overlap
+        self._group, self._wires, self._overlap = group, layout.wires, overlap
         global_batch = max(1, padded_batch * len(layout.shards_by_rank))
         self._gradient_scale = 2.0 ** (global_batch.bit_length() - 1)
-        self._under_way: _UnderWay | None = None
+        self._own = layout.widths_by_rank[layout.rank]
+        self._receive: Callable[[], Tensor] | None = None
 
     def start(self, pooled: Tensor) -> Tensor:
         """Start sending. Communicates over the group. Returns a ticket for `finish`; the gradient flows through it."""
@@ -139,87 +160,40 @@ class PooledExchange:
 
     def send_pooled(self, pooled: Tensor) -> None:
         """First half of the forward."""
-        wire, blocks = self._wires.forward, self._layout.widths_by_rank
-        own = blocks[self._layout.rank]
-        sent = wire.encode(pooled, own)
-        send_widths, receive_widths = [wire.row_size(own)] * len(blocks), [wire.row_size(widths) for widths in blocks]
-        self._send(EMBEDDINGS, sent.reshape(-1), send_widths, receive_widths)
+        own, others = self._row_sizes(self._wires.forward)
+        self._send(EMBEDDINGS, self._wires.forward.encode(pooled, self._own).reshape(-1), own, others)
 
     def receive_embeddings(self) -> Tensor:
         """Second half of the forward."""
-        wire, blocks = self._wires.forward, self._layout.widths_by_rank
-        parts = self._receive([wire.row_size(widths) for widths in blocks])
-        return self._layout.join(
-            [wire.decode(part[: self._batch_size], widths) for part, widths in zip(parts, blocks, strict=True)]
-        )
+        parts = _matrices(self._receive(), self._padded_batch, self._row_sizes(self._wires.forward)[1])
+        self._receive = None
+        return self._layout.join([part[: self._batch_size] for part in parts])
 
     def send_gradient(self, grad_BFD: Tensor) -> None:
         """First half of the backward."""
-        wire, blocks = self._wires.backward, self._layout.widths_by_rank
-        flat, parts = self._split(grad_BFD)
-        if wire.dtype != "fp32":
-            encoded = [
-                wire.encode(part, widths, self._gradient_scale) for part, widths in zip(parts, blocks, strict=True)
-            ]
-            flat = torch.cat([part.reshape(-1) for part in encoded])
-        own = wire.row_size(blocks[self._layout.rank])
-        self._send(GRADIENTS, flat, [wire.row_size(widths) for widths in blocks], [own] * len(blocks))
-
-    def _split(self, grad_BFD: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradient split by destination rank and padded: one flat buffer, and a view of it for each rank."""
-        rows, padded = grad_BFD.shape[0], self._padded_batch
-        widths = [sum(of_rank) for of_rank in self._layout.widths_by_rank]
-        if self._layout.is_one_part_in_order:
-            flat = grad_BFD.reshape(-1).float()
-            return flat, [flat.view(rows, *widths)]
-        buffer = grad_BFD.new_zeros if rows < padded else grad_BFD.new_empty
-        flat = buffer(padded * sum(widths), dtype=torch.float32)
-        sizes = [padded * width for width in widths]
-        parts = [part.view(padded, width) for part, width in zip(flat.split(sizes), widths, strict=True)]
-        self._layout.split(grad_BFD, [part[:rows] for part in parts])
-        return flat, parts
+        own, others = self._row_sizes(self._wires.backward)
+        flat = self._layout.split(grad_BFD, self._padded_batch, self._gradient_scale)
+        self._send(GRADIENTS, flat, others, own)
 
     def receive_gradient(self) -> Tensor:
         """Second half of the backward: the gradient of `pooled`, averaged over ranks."""
-        wire, blocks = self._wires.backward, self._layout.widths_by_rank
-        own = blocks[self._layout.rank]
-        (rows,) = self._receive([wire.row_size(own)], count=len(blocks))
-        grad = wire.decode(rows, own, self._gradient_scale)
-        return grad.div_(len(blocks)) if len(blocks) > 1 else grad
+        wire, ranks = self._wires.backward, len(self._layout.shards_by_rank)
+        rows = self._receive().view(ranks * self._padded_batch, wire.row_size(self._own))
+        self._receive = None
+        grad = wire.decode(rows, self._own, self._gradient_scale)
+        return grad.div_(ranks) if ranks > 1 else grad
+
+    def _row_sizes(self, wire: Wire) -> tuple[list[int], list[int]]:
+        """Size of an encoded row of this rank, once for each rank, and of each rank's."""
+        by_rank = [wire.row_size(widths) for widths in self._layout.widths_by_rank]
+        return [wire.row_size(self._own)] * len(by_rank), by_rank
 
     def _send(self, name: str, flat: Tensor, send_widths: Sequence[int], receive_widths: Sequence[int]) -> None:
         send, receive = ([self._padded_batch * width for width in widths] for widths in (send_widths, receive_widths))
-        if len(send) == 1:
-            self._under_way = _UnderWay(None, flat, flat)
-            return
-        received = flat.new_empty(sum(receive))
         with record_function(name):
-            handle = dist.all_to_all_single(received, flat, receive, send, group=self._group, async_op=True)
-        self._under_way = _UnderWay(handle, received, flat)
+            self._receive = all_to_all(flat, send, receive, self._group)
         if not self._overlap:
-            self._wait()
-
-    def _wait(self) -> None:
-        if self._under_way.handle is not None:
-            with record_function(WAITING):
-                self._under_way.handle.wait()
-
-    def _receive(self, widths: Sequence[int], count: int = 1) -> list[Tensor]:
-        """What has arrived: one matrix for each width, with `count` padded batches of rows."""
-        self._wait()
-        under_way, self._under_way = self._under_way, None
-        rows = count * self._padded_batch
-        parts = under_way.received.split([rows * width for width in widths])
-        return [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]
-
-
-@dataclass(frozen=True)
-class _UnderWay:
-    """An all-to-all in progress. handle: None in a job of one rank. sent: kept alive until the all-to-all is done."""
-
-    handle: dist.Work | None
-    received: Tensor
-    sent: Tensor
+            self._receive()
 
 
 class _Start(torch.autograd.Function):

@@ -46,7 +46,7 @@ class ReplicatedFeatures:
             lengths_FB = lengths_of(own)
             weights, self._missing_FB = self._unseen.split(own.ids, lengths_FB, own.weights)
             if self._missing_FB is not None:
-                own = SparseIds(own.ids, own.num_features, lengths_FB, weights)
+                own = SparseIds(own.ids, own.num_features, lengths_FB, weights, own.counts_F)
                 self._missing_FB = self._missing_FB / lengths_FB.clamp(min=1).where(self._is_mean_F[:, None], 1)
         return own
 

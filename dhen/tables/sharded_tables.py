@@ -7,8 +7,9 @@ all-to-all sends the ids to the tables' owners, each owner looks up its tables f
 all-to-all returns the pooled embeddings. In the backward pass the gradients travel to the owners, where FBGEMM applies
 the tables' optimizer as part of the backward.
 
-With `overlap`, all three exchanges run in the background: the ids of the next batch travel while this batch computes,
-embeddings travel during the MLP of the dense features, and gradients travel during the backward of that MLP.
+With `overlap`, all three exchanges run in the background. The ids of the next batch leave when this batch's embeddings
+have arrived, and travel while it computes. Embeddings travel during the MLP of the dense features, and gradients during
+the backward of that MLP.
 
 Shapes: B examples of this rank, F sparse features, D embedding dimension, S table shards of this rank, W ranks.
 """
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from dhen.config.dhen_section import TableDtype, TableRounding
 from dhen.model.configuration_dhen import SparseFeature
@@ -31,7 +31,7 @@ from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
 from dhen.tables.lookup import make_lookup
 from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
 from dhen.tables.placement.plan import Placement, TableShard
-from dhen.tables.pooled_exchange import WAITING, PooledExchange, PooledLayout, Wires
+from dhen.tables.pooled_exchange import PooledExchange, PooledLayout, Wires
 from dhen.tables.row_uses import RowUses, UnseenIds, fill_unused, mean_row
 from dhen.tables.stochastic_rounding import round_stochastically
 from dhen.tables.updated_tables import TableUpdate, UpdatedTables
@@ -86,7 +86,7 @@ class ShardedTables(nn.Module):
         self.optimizer = self.update.optimizer
         self.average: AveragedTables | None = None
         self.is_frozen, self._is_averaged, self._rates = False, False, (0.0, 0.0)
-        self._wires, self._overlap = wires or Wires(), overlap
+        self._overlap = overlap
         self._device, self._world_size = topology.device, topology.world_size
         # NCCL runs one stream per group. In ZeRO-3's group, the world, embeddings would queue behind its weights.
         on_gpu = self._device.type == "cuda"
@@ -95,7 +95,9 @@ class ShardedTables(nn.Module):
         # Shards of equal width are adjacent on a rank.
         by_rank = [tuple(sorted(shards, key=lambda shard: shard.num_columns)) for shards in of_ranks]
         self.shards = by_rank[topology.rank]
-        self._layout = PooledLayout(by_rank, len(self.tables), embedding_dim, topology.rank)
+        self._layout = PooledLayout(
+            by_rank, len(self.tables), embedding_dim, topology.rank, wires or Wires(), self._device
+        )
         self._ids = IdExchange(self.tables, by_rank, topology, overlap=overlap)
         self._lookup, self._updated = None, None
         self.uses = RowUses([shard.num_embeddings for shard in self.shards], self._device)
@@ -142,19 +144,25 @@ class ShardedTables(nn.Module):
     def look_up(self, sparse: SparseIds | SentIds) -> PendingEmbeddings:
         """Like `forward`, but does not wait for the embeddings of the other ranks."""
         with torch.no_grad() if self.is_frozen else contextlib.nullcontext():
-            sent = self.send_ids(sparse) if isinstance(sparse, SparseIds) else sparse
-            with record_function(WAITING):
-                own = sent.result()
-            own.wait()
+            own = self._ids.receive(self.send_ids(sparse) if isinstance(sparse, SparseIds) else sparse)
             if self._lookup is None:
                 rows = self._world_size * own.padded_batch
                 pooled = torch.empty(rows, 0, device=self._device, requires_grad=torch.is_grad_enabled())
             else:
                 pooled = self._look_up_own(own)
             exchange = PooledExchange(
-                self._layout, own.batch_size, own.padded_batch, self._group, self._wires, overlap=self._overlap
+                self._layout, own.batch_size, own.padded_batch, self._group, overlap=self._overlap
             )
-            return functools.cache(functools.partial(exchange.finish, exchange.start(pooled)))
+            ticket = exchange.start(pooled)
+
+        def finish() -> Tensor:
+            embeddings_BFD = exchange.finish(ticket)
+            # A fixed point of the step. Every rank has announced its next batch before it looked up this one, so the
+            # host hardly waits here.
+            self._ids.depart()
+            return embeddings_BFD
+
+        return functools.cache(finish)
 
     def _look_up_own(self, own: OwnIds) -> Tensor:
         """Pool the rows of this rank's shards, and count the uses in training or, in an evaluation, the unseen ids."""
@@ -193,11 +201,14 @@ class ShardedTables(nn.Module):
             fill_unused(tensors["weight"], tensors["uses"], mean)
 
     def send_ids(self, sparse: SparseIds) -> SentIds:
-        """Start sending every id to its table's owner; batches are sent in order. Communicates over all ranks."""
+        """Announce a batch to its tables' owners. Its ids leave when the embeddings of the batch before have arrived.
+
+        Communicates over all ranks. Raises IndexError as `forward` does.
+        """
         return self._ids.send(sparse)
 
     def settle(self) -> None:
-        """Wait until no ids are in transit."""
+        """Wait until no ids are in transit. Communicates over all ranks."""
         self._ids.settle()
 
     def mark_new_rows(self) -> None:
@@ -233,7 +244,7 @@ class ShardedTables(nn.Module):
         fp16 weights are rounded stochastically; rounded to nearest, most would never change.
         """
         for index, weight in enumerate(self._weights()):
-            of_rows = torch.tensor([[share]], device=weight.device).expand(len(weight), 1)
+            of_rows = torch.full((1, 1), share, device=weight.device).expand(len(weight), 1)
             if self._is_new is not None:
                 of_rows = of_rows.where(~self.uses.rows_of(self._is_new, index)[:, None], of_new_rows)
             if weight.dtype == torch.float16:

@@ -12,6 +12,7 @@ NaN.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -36,10 +37,11 @@ class Wire:
     def __init__(self, dtype: WireDtype) -> None:
         self.dtype = dtype
         self.torch_dtype = _FLOATS.get(dtype, torch.int8)
+        self.scale_size = _SCALE_BYTES if dtype == "int8" else 0
 
     def row_size(self, widths: Sequence[int]) -> int:
         """Elements sent for a row whose blocks have these widths."""
-        return sum(widths) + (_SCALE_BYTES * len(widths) if self.dtype == "int8" else 0)
+        return sum(widths) + self.scale_size * len(widths)
 
     def encode(self, rows: Tensor, widths: Sequence[int], scale: float = 1.0) -> Tensor:
         """Encode float32 (rows, sum of widths) as (rows, row_size). scale: a power of two, used by fp16 only."""
@@ -61,16 +63,12 @@ def _to_fp16(rows: Tensor) -> Tensor:
 
 
 def _to_int8(rows: Tensor, widths: Sequence[int]) -> Tensor:
-    width = sum(widths)
-    sent = torch.empty(rows.shape[0], width + _SCALE_BYTES * len(widths), dtype=torch.int8, device=rows.device)
     if not widths or not len(rows):
-        return sent
+        return rows.new_empty(len(rows), sum(widths) + _SCALE_BYTES * len(widths), dtype=torch.int8)
     scales = _largest(rows.abs(), widths).div_(_LARGEST_INT)
     per_column = _spread(torch.where(scales == 0, 1.0, scales), widths)
-    values = torch.round(rows / per_column)
-    sent[:, :width] = torch.nan_to_num(values, nan=0.0).clamp_(-_LARGEST_INT, _LARGEST_INT)
-    sent[:, width:] = scales.contiguous().view(torch.int8)
-    return sent
+    values = torch.round(rows / per_column).nan_to_num_(nan=0.0).clamp_(-_LARGEST_INT, _LARGEST_INT)
+    return torch.cat([values.to(torch.int8), scales.view(torch.int8)], dim=1)
 
 
 def _from_int8(sent: Tensor, widths: Sequence[int]) -> Tensor:
@@ -82,21 +80,34 @@ def _from_int8(sent: Tensor, widths: Sequence[int]) -> Tensor:
 
 
 def _largest(magnitudes: Tensor, widths: Sequence[int]) -> Tensor:
-    """The largest magnitude of each row and block: (rows, blocks)."""
-    if len(set(widths)) == 1:
-        return magnitudes.unflatten(1, (len(widths), -1)).amax(2)
-    return torch.stack([block.amax(1) for block in magnitudes.split(list(widths), dim=1)], dim=1)
+    """The largest magnitude of each row and block: (rows, blocks). The same operations for any number of blocks."""
+    unit = math.gcd(*widths)
+    largest = magnitudes.unflatten(1, (-1, unit)).amax(2)
+    if largest.shape[1] == len(widths):
+        return largest
+    units = _units_of_blocks(tuple(width // unit for width in widths), magnitudes.device)
+    return largest.index_select(1, units).unflatten(1, (len(widths), -1)).amax(2)
 
 
 def _spread(scales: Tensor, widths: Sequence[int]) -> Tensor:
     """Repeat each block's scale for all of its columns: (rows, sum of widths)."""
     if len(set(widths)) == 1:
         return scales.repeat_interleave(widths[0], dim=1)
-    return scales[:, _block_of_column(tuple(widths), scales.device)]
+    return scales.index_select(1, _block_of_column(tuple(widths), scales.device))
+
+
+# The indices are cached, because a copy to a GPU makes the host wait for all work queued there.
 
 
 @functools.cache
 def _block_of_column(widths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Cached, because a copy to a GPU makes the host wait for all work queued there."""
     with torch.inference_mode(False):
         return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)).to(device)
+
+
+@functools.cache
+def _units_of_blocks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The units of each block, all blocks as long as the longest: the last unit of a shorter one is repeated."""
+    with torch.inference_mode(False):
+        sizes_B1 = torch.tensor(sizes)[:, None]
+        return (sizes_B1.cumsum(0) - sizes_B1 + torch.arange(max(sizes)).minimum(sizes_B1 - 1)).flatten().to(device)

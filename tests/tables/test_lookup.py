@@ -55,16 +55,13 @@ def test_the_hosts_memory_is_used_where_the_devices_is_too_small():
     assert tried == [60, 40, 100]
 
 
-def test_neighbouring_blocks_are_joined_and_split_as_one():
+def test_embeddings_are_joined_in_feature_order_and_gradients_split_by_rank():
     first, second, third = (TableShard(table, "", 10, 0, 4, rank=int(table == 0)) for table in range(3))
     layout = PooledLayout(((second, third), (first,)), num_features=3, embedding_dim=4, rank=0)
-    assert len(layout._runs) == 2
     parts = [torch.arange(16.0).view(2, 8), torch.arange(100.0, 108.0).view(2, 4)]
     joined = layout.join(parts)
     assert joined[0].flatten().tolist() == [100, 101, 102, 103, *range(8)]
-    out = [torch.empty(2, 8), torch.empty(2, 4)]
-    layout.split(joined, out)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(out, parts, strict=True))
+    assert torch.equal(layout.split(joined, 2, 1.0), torch.cat([part.flatten() for part in parts]))
 
 
 ROWS = {"small": [50], "large": [2**31 + 10], "large together": [2**30, 2**30 + 10]}
@@ -78,7 +75,7 @@ def send_last_ids(topology: Topology) -> dict[str, tuple]:
         tables = [SparseFeature(name, rows) for name, rows in zip(names, sizes, strict=True)]
         shards = [TableShard(number, table.name, table.num_embeddings, 0, 4, 0) for number, table in enumerate(tables)]
         exchange = IdExchange(tables, [shards], topology)
-        own = exchange.send(SparseIds(torch.tensor([rows - 1 for rows in sizes]), len(sizes))).result()
+        own = exchange.receive(exchange.send(SparseIds(torch.tensor([rows - 1 for rows in sizes]), len(sizes))))
         result[case] = (own.ids.dtype, own.offsets.dtype, own.ids.tolist())
     return result
 

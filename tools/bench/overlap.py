@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ from torch.profiler import record_function
 
 from dhen.config.dhen_section import DhenSection
 from dhen.model.configuration_dhen import SparseFeature
+from dhen.runtime.collectives import WAITING
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import IDS
-from dhen.tables.pooled_exchange import EMBEDDINGS, GRADIENTS, WAITING
+from dhen.tables.pooled_exchange import EMBEDDINGS, GRADIENTS
 from dhen.training.loop import with_ids_ahead
 from tools.bench.clock import covered
 from tools.bench.launch import argument_parser, run, run_ranks
@@ -41,8 +43,8 @@ LANES = {
 }  # fmt: skip
 """The lanes of the picture, from top to bottom, and their colors."""
 EXCHANGES = (IDS, EMBEDDINGS, GRADIENTS)
-IDS_TYPE = ["int"]
-"""The type of the ids in the trace's all-to-alls."""
+IDS_TYPE, SIZES_TYPE = ["int"], ["long int"]
+"""Types of the ids and of their numbers in the trace's all-to-alls."""
 WARM_UP, TRACED = 3, 3
 
 
@@ -61,7 +63,7 @@ def trace_steps(topology: Topology, arguments: argparse.Namespace, path: Path, *
     tables = [SparseFeature(f"C{i}", arguments.rows) for i in range(arguments.tables)]
     architecture = {"embedding_dim": arguments.dim, "num_layers": arguments.layers, "dense_mlp": [512, 256]}
     model = small_dhen(tables, arguments.batch_size, topology, DhenSection(overlap_tables=overlap), **architecture)
-    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # ids travel in another thread
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # gloo's, too
     profiler = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True, experimental_config=config
     )
@@ -90,21 +92,22 @@ def trace_steps(topology: Topology, arguments: argparse.Namespace, path: Path, *
 def spans_of(trace: dict[str, Any]) -> list[Span]:
     """The trace's events in LANES, and its steps.
 
-    An all-to-all of embeddings or gradients lasts from its call until its last byte arrives.
+    An all-to-all lasts from its call until its last byte arrives.
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     origin = min((event["ts"] for event in events), default=0.0)
-    on_the_wire, spans = [], []
+    ids, others, spans = [], [], []
     for event in sorted(events, key=lambda event: event["ts"]):
         first = event["ts"] - origin
         span = Span(event["name"], first, first + event["dur"], event["tid"])
         if span.name in LANES or span.name == STEP:
             spans.append(span)
-        elif span.name == "gloo:all_to_all" and event["args"].get("Input type") != IDS_TYPE:
-            on_the_wire.append(span)
-    # gloo's thread runs one operation at a time, so operations and calls are in the same order.
-    calls = [span for span in spans if span.name in (EMBEDDINGS, GRADIENTS)]
-    arrived = {call: operation.last for call, operation in zip(calls, on_the_wire, strict=False)}
+        elif span.name == "gloo:all_to_all" and event["args"].get("Input type") != SIZES_TYPE:
+            (ids if event["args"].get("Input type") == IDS_TYPE else others).append(span)
+    # A group's operations run in the order of their calls.
+    by_group = ((IDS,), ids), ((EMBEDDINGS, GRADIENTS), others)
+    calls = [zip((span for span in spans if span.name in names), group, strict=False) for names, group in by_group]
+    arrived = {call: operation.last for call, operation in chain(*calls)}
     return [replace(span, last=max(span.last, arrived.get(span, 0.0))) for span in spans]
 
 
@@ -113,7 +116,7 @@ def share_under_compute(spans: Sequence[Span]) -> dict[str, float]:
     steps = [span for span in spans if span.name == STEP]
     main = steps[0].thread
     end = max(span.last for span in spans)
-    waits = ((s.first, s.last) for s in spans if s.thread == main and s.name in (WAITING, IDS))
+    waits = ((s.first, s.last) for s in spans if s.thread == main and s.name == WAITING)
     is_free = covered(((s.first, s.last) for s in steps), end) & ~covered(waits, end)
     whole, under = dict.fromkeys(EXCHANGES, 0.0), dict.fromkeys(EXCHANGES, 0.0)
     for span in spans:
