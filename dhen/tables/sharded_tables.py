@@ -15,6 +15,7 @@ Shapes: B examples of this rank, F sparse features, D embedding dimension, S tab
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -24,7 +25,7 @@ from torch.profiler import record_function
 
 from dhen.config.dhen_section import TableDtype, TableRounding
 from dhen.model.configuration_dhen import SparseFeature
-from dhen.model.features import SparseIds, init_table
+from dhen.model.features import SparseIds, draw_table
 from dhen.runtime.topology import Topology
 from dhen.tables.averaged_tables import AveragedTables
 from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
@@ -72,12 +73,12 @@ class ShardedTables(nn.Module):
         update: TableUpdate | None = None,
         table_dtype: TableDtype = "fp32",
         table_rounding: TableRounding = "stochastic",
-        seed: int = 0,
+        seed: int | None = 0,
         init_std: float | None = None,
         wires: Wires | None = None,
         overlap: bool = True,
     ) -> None:
-        """Communicates: all ranks must construct it together."""
+        """Communicates: all ranks must construct it together. seed None: the values are not drawn; load them."""
         super().__init__()
         self.tables = tuple(tables)
         self.embedding_dim = embedding_dim
@@ -103,9 +104,13 @@ class ShardedTables(nn.Module):
         self._is_new = torch.zeros_like(self.uses.counts, dtype=torch.bool) if self.update.has_new_rows else None
         if self.shards:
             self._make_lookup(rounds=table_dtype == "fp16" and table_rounding == "stochastic")
-        for shard, weight in zip(self.shards, self._weights(), strict=True):
-            columns = range(shard.first_column, shard.last_column)
-            weight.copy_(init_table(shard.name, shard.num_embeddings, embedding_dim, columns, seed, init_std))
+        if seed is not None:
+            # torchrun sets OMP_NUM_THREADS to 1, but beside a GPU the rank's other cores are idle now.
+            cores = len(os.sched_getaffinity(0)) // topology.local_size
+            threads = max(1, cores) if on_gpu else torch.get_num_threads()
+            for shard, weight in zip(self.shards, self._weights(), strict=True):
+                columns = range(shard.first_column, shard.last_column)
+                draw_table(weight, shard.name, columns, seed, init_std, threads=threads)
 
     def _make_lookup(self, *, rounds: bool) -> None:
         cached: frozenset[int] = frozenset()

@@ -105,14 +105,19 @@ def parallelize(
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
     """Build the model for scoring, without DeepSpeed: empty tables over all ranks, and the full dense part on each."""
     placement = place_for_scoring(config, topology)
-    tables = shard_tables(config, topology, placement, DhenSection(), TableUpdate("sgd"), seed=0)
+    tables = shard_tables(config, topology, placement, DhenSection(), TableUpdate("sgd"), seed=None)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
     return ScoringDhen(config, topology, placement, tables, dense.to(topology.device).eval())
 
 
 def shard_tables(
-    config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, update: TableUpdate, seed: int
+    config: DhenConfig,
+    topology: Topology,
+    placement: Placement,
+    section: DhenSection,
+    update: TableUpdate,
+    seed: int | None,
 ) -> ShardedTables | None:
     """Build this rank's shards of the tables; None if no table is sharded. Communicates; all ranks call it."""
     sharded = [table for table in config.tables if table.name not in placement.replicated]
