@@ -30,7 +30,7 @@ from dhen.runtime.topology import Topology
 from dhen.tables.averaged_tables import AveragedTables
 from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
 from dhen.tables.lookup import make_lookup
-from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
+from dhen.tables.placement.beyond_device import beyond_device
 from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.pooled_exchange import WAITING, PooledExchange, PooledLayout, Wires
 from dhen.tables.row_uses import RowUses, UnseenIds, fill_unused, mean_row
@@ -116,8 +116,7 @@ class ShardedTables(nn.Module):
         cached: frozenset[int] = frozenset()
         on_cpu, update = self._device.type == "cpu", self.update
         if not on_cpu:
-            memory = torch.cuda.get_device_properties(self._device).total_memory
-            cached = beyond_device(self.shards, MEMORY_SHARE * memory)
+            cached = beyond_device(self.shards, self.placement.device_bytes)
         if cached and (update.touches_all_rows or update.has_new_rows):
             raise ValueError(
                 "the tables do not fit on the GPUs, but Adam with whole_table_l2 updates all rows in each step, and "

@@ -58,15 +58,28 @@ class Layout:
     shard_size: int
 
 
-def lay_out(config: DhenConfig, topology: Topology, ds_config: DsConfig, **known: Any) -> Layout:
+def lay_out(
+    config: DhenConfig,
+    topology: Topology,
+    ds_config: DsConfig,
+    *,
+    dense_bytes: Callable[[Layout], int] | None = None,
+    **known: Any,
+) -> Layout:
     """Place the model of `config` on all ranks, as `ds_config` says. Communicates; all ranks call it.
 
-    known: more arguments of `place_for_training`.
+    dense_bytes: predicts what a layout without tables needs of a GPU's memory; only rank 0 has to pass it. known: more
+    arguments of `place_for_training`.
     """
     groups = _shard_groups(topology, ds_config)
     size = topology.world_size if groups is None else groups.shard_size
-    placement = place_for_training(config, topology, ds_config, size, **known)
-    return Layout(config, topology, ds_config.sized(weights_of(config, placement.replicated)), placement, groups, size)
+
+    def with_tables(placed: Placement) -> Layout:
+        return Layout(config, topology, ds_config.sized(weights_of(config, placed.replicated)), placed, groups, size)
+
+    if dense_bytes is not None and topology.device.type == "cuda":
+        known["dense_bytes"] = dense_bytes(with_tables(Placement((), topology.world_size)))
+    return with_tables(place_for_training(config, topology, ds_config, size, **known))
 
 
 def parallelize(

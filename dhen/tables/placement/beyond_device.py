@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from dhen.tables.placement.plan import TableShard
 
 MEMORY_SHARE = 0.8
-"""Share of a device's memory that tables may use."""
+"""Share of a rank's memory that tables may use. Their lookups and exchanges need memory, too."""
+ALLOCATOR_SHARE = 0.95
+"""Share of a GPU's memory that fragmentation leaves usable."""
+
+
+def room_for_tables(device_bytes: int, dense_bytes: int) -> int:
+    """Bytes of a GPU that tables may use beside what the dense part is expected to need at its peak."""
+    return max(0, min(int(MEMORY_SHARE * device_bytes), int(ALLOCATOR_SHARE * device_bytes) - dense_bytes))
 
 
 def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozenset[int]:
