@@ -33,8 +33,7 @@ class PlacementSection(BaseModel):
         0, description="Tables with fewer rows are replicated in the dense part, if that is cheaper."
     )
     memory_gib: Annotated[float, Field(strict=True, gt=0)] | None = Field(
-        None,
-        description="Memory per rank for tables and optimizer state, in GiB; null means 0.8 of its memory, or what the dense part leaves.",
+        None, description="Memory per rank for tables and optimizer state, in GiB; null means 0.8 of its memory."
     )
 
 

@@ -89,25 +89,22 @@ def draw_table(
     It may be float16 or on a GPU: the float32 values of a few rows at a time are drawn on the CPU. Each thread draws
     whole columns, so it continues their generators.
     """
-    generators = []
-    for column in columns:
-        digest = blake2b(f"{seed}/{column}/{name}".encode(), digest_size=8).digest()
-        generators.append(torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little")))
     rows, bound = len(table), len(table) ** -0.5
     step = max(_DRAWN_TOGETHER, _NUMBERS_AT_ONCE // max(1, len(columns)) // _DRAWN_TOGETHER * _DRAWN_TOGETHER)
-    starts = [*range(0, max(rows - _DRAWN_TOGETHER + 1, 1), step), rows]
-    size, is_pinned = min(rows, step + _DRAWN_TOGETHER), table.is_cuda
-    values = torch.empty(len(columns), size, dtype=torch.float32, device="cpu", pin_memory=is_pinned)
+    shape = (len(columns), min(rows, step + _DRAWN_TOGETHER))
+    values = torch.empty(*shape, dtype=torch.float32, device="cpu", pin_memory=table.is_cuda)
+    digests = (blake2b(f"{seed}/{column}/{name}".encode(), digest_size=8).digest() for column in columns)
+    generators = [torch.Generator(device="cpu").manual_seed(int.from_bytes(each, "little")) for each in digests]
 
     def draw(thread: int, count: int) -> None:
-        for index in range(thread, len(columns), threads):
+        for column, generator in zip(values[thread::threads, :count], generators[thread::threads], strict=True):
             if std is None:
-                values[index, :count].uniform_(-bound, bound, generator=generators[index])
+                column.uniform_(-bound, bound, generator=generator)
             else:
-                values[index, :count].normal_(0.0, std, generator=generators[index])
+                column.normal_(0.0, std, generator=generator)
 
     with ThreadPoolExecutor(threads) as pool:
-        for first, last in itertools.pairwise(starts):
+        for first, last in itertools.pairwise([*range(0, max(rows - _DRAWN_TOGETHER + 1, 1), step), rows]):
             list(pool.map(draw, range(threads), [last - first] * threads))
             table[first:last].copy_(values[:, : last - first].to(table.device).t())
     return table

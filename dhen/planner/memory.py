@@ -37,9 +37,8 @@ class MemoryUse:
 
     def with_tables(self, on_device: int, on_host: int) -> "MemoryUse":
         """The same with the bytes of a rank's tables."""
-        return replace(
-            self, parts={**({"tables": on_device} if on_device else {}), **self.parts}, host=self.host + on_host
-        )
+        tables = {"tables": on_device} if on_device else {}
+        return replace(self, parts=tables | self.parts, host=self.host + on_host)
 
 
 def predict_memory(

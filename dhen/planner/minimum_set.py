@@ -23,7 +23,7 @@ from dhen.planner.step_time import StepSeconds, step_seconds
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
 from dhen.tables.placement.agreed import RankMemory, place_as_asked, setting_of, table_memory
-from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE, room_for_tables
+from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE
 from dhen.tables.placement.costs import StepSetting, read_costs, replicated_seconds
 from dhen.tables.placement.plan import Placement
 
@@ -135,8 +135,8 @@ class Planner:
         if placement is None:
             return 0, 0
         if self._moves_tables:
-            room = room_for_tables(self.job.machine.memory_bytes, self._dense(technique).peak)
-            placement = replace(placement, device_bytes=room)
+            left = RankMemory(0, self.job.machine.memory_bytes, self._dense(technique).peak)
+            placement = replace(placement, device_bytes=left.room)
         return table_memory(self.job.config, placement)
 
     @functools.cache  # noqa: B019 - lives as long as the planner

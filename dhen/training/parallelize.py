@@ -59,17 +59,12 @@ class Layout:
 
 
 def lay_out(
-    config: DhenConfig,
-    topology: Topology,
-    ds_config: DsConfig,
-    *,
-    dense_bytes: Callable[[Layout], int] | None = None,
-    **known: Any,
+    config: DhenConfig, topology: Topology, ds_config: DsConfig, dense_bytes: Callable | None = None, **known: Any
 ) -> Layout:
     """Place the model of `config` on all ranks, as `ds_config` says. Communicates; all ranks call it.
 
-    dense_bytes: predicts what a layout without tables needs of a GPU's memory; only rank 0 has to pass it. known: more
-    arguments of `place_for_training`.
+    dense_bytes: predicts, on rank 0, what a layout without tables needs of a GPU's memory. known: more arguments of
+    `place_for_training`.
     """
     groups = _shard_groups(topology, ds_config)
     size = topology.world_size if groups is None else groups.shard_size
@@ -77,8 +72,8 @@ def lay_out(
     def with_tables(placed: Placement) -> Layout:
         return Layout(config, topology, ds_config.sized(weights_of(config, placed.replicated)), placed, groups, size)
 
-    if dense_bytes is not None and topology.device.type == "cuda":
-        known["dense_bytes"] = dense_bytes(with_tables(Placement((), topology.world_size)))
+    if dense_bytes is not None:
+        known["dense_bytes"] = lambda: dense_bytes(with_tables(Placement((), topology.world_size)))
     return with_tables(place_for_training(config, topology, ds_config, size, **known))
 
 
@@ -99,7 +94,7 @@ def parallelize(
     """
     config, topology, ds_config, placement = layout.config, layout.topology, layout.ds_config, layout.placement
     _allow_tf32(ds_config.dhen.allow_tf32, topology.device)
-    tables = shard_tables(config, topology, placement, ds_config.dhen, table_update(ds_config), seed)
+    tables = shard_tables(config, topology, placement, ds_config.dhen, update=table_update(ds_config), seed=seed)
     dense = _dense_part(config, ds_config, placement.replicated, seed, layout.groups)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
@@ -118,21 +113,19 @@ def parallelize(
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
     """Build the model for scoring, without DeepSpeed: empty tables over all ranks, and the full dense part on each."""
     placement = place_for_scoring(config, topology)
-    tables = shard_tables(config, topology, placement, DhenSection(), TableUpdate("sgd"), seed=None)
+    tables = shard_tables(config, topology, placement, DhenSection(), update=TableUpdate("sgd"), seed=None)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
     return ScoringDhen(config, topology, placement, tables, dense.to(topology.device).eval())
 
 
 def shard_tables(
-    config: DhenConfig,
-    topology: Topology,
-    placement: Placement,
-    section: DhenSection,
-    update: TableUpdate,
-    seed: int | None,
+    config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, **options: Any
 ) -> ShardedTables | None:
-    """Build this rank's shards of the tables; None if no table is sharded. Communicates; all ranks call it."""
+    """Build this rank's shards of the tables; None if no table is sharded. Communicates; all ranks call it.
+
+    options: more arguments of `ShardedTables`.
+    """
     sharded = [table for table in config.tables if table.name not in placement.replicated]
     if not sharded:
         return None
@@ -141,13 +134,12 @@ def shard_tables(
         config.embedding_dim,
         placement,
         topology,
-        update=update,
         table_dtype=section.table_dtype,
         table_rounding=section.table_rounding,
-        seed=seed,
         init_std=config.embedding_init_std,
         wires=Wires(Wire(section.all_to_all_dtype.forward), Wire(section.all_to_all_dtype.backward)),
         overlap=section.overlap_tables,
+        **options,
     )
 
 

@@ -14,7 +14,7 @@ from dhen.config.ds_config import DsConfig, DsConfigError
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.machine_at_hand import host_bytes
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device, room_for_tables
+from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE, MEMORY_SHARE, beyond_device
 from dhen.tables.placement.costs import CostsError, StepSetting, read_costs, replicated_bytes
 from dhen.tables.placement.plan import Placement, PlacementError, PlacementOptions, place_tables
 
@@ -32,8 +32,9 @@ class RankMemory:
 
     @property
     def room(self) -> float:
-        """Bytes of the GPU that tables may use; infinite without a GPU, where the limit is on all tables."""
-        return room_for_tables(self.device_bytes, self.dense_bytes) if self.device_bytes else math.inf
+        """Bytes of the GPU that tables may use beside the dense part; infinite without a GPU."""
+        left = max(0, int(ALLOCATOR_SHARE * self.device_bytes) - self.dense_bytes)
+        return min(int(MEMORY_SHARE * self.device_bytes), left) if self.device_bytes else math.inf
 
     @property
     def limits(self) -> list[int]:
@@ -42,10 +43,8 @@ class RankMemory:
         return [self.room, self.room + on_host] if self.device_bytes else [on_host]
 
     def __str__(self) -> str:
-        if not self.device_bytes:
-            return ""
-        parts = (f"{size / 2**30:.3f} GiB" for size in (self.room, self.device_bytes, self.dense_bytes))
-        return "Tables may use {} of a GPU's {}, because the dense part needs {}.".format(*parts)
+        room, device, dense = (f"{size / 2**30:.3f} GiB" for size in (self.room, self.device_bytes, self.dense_bytes))
+        return f"Tables may use {room} of a GPU's {device}, because the dense part needs {dense}." if dense else ""
 
 
 def setting_of(section: DhenSection, world_size: int, local_size: int, batch_size: int) -> StepSetting:
@@ -103,13 +102,13 @@ def place_for_training(
     ids_per_bag: Mapping[str, float] | None = None,
     table_cuts: Mapping[str, int] | None = None,
     replicated: Collection[str] | None = None,
-    dense_bytes: int = 0,
+    dense_bytes: Callable[[], int] | None = None,
 ) -> Placement:
     """Place the tables for training as the ds_config asks.
 
     shard_size: of the dense part. ids_per_bag: mean number of ids per sparse feature, for the cost of its table; 1 by
     default. table_cuts, replicated: the number of column shards per table and the replicated tables, if a checkpoint
-    fixes them. dense_bytes: what the dense part needs of a GPU; only rank 0 has to know it.
+    fixes them. dense_bytes: predicts, on rank 0, what the dense part needs of a GPU.
 
     Communicates; all ranks call it. Raises DsConfigError on all of them.
     """
@@ -119,7 +118,7 @@ def place_for_training(
     if recipe := ds_config.recipe:
         all_rows = section.table_optimizer == "adam" and recipe.whole_table_l2 > 0
         setting = replace(setting, all_rows=all_rows, averages=recipe.ema_decay > 0)
-    memory = replace(_memory(topology), dense_bytes=dense_bytes)
+    memory = _memory(topology)
 
     def place() -> Placement:
         return place_as_asked(
@@ -127,7 +126,7 @@ def place_for_training(
             section,
             setting,
             costs=_costs_name(topology),
-            memory=memory,
+            memory=replace(memory, dense_bytes=dense_bytes() if dense_bytes and memory.device_bytes else 0),
             ids_per_bag=ids_per_bag,
             cuts=table_cuts or {},
             replicated=replicated,

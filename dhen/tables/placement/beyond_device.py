@@ -10,11 +10,6 @@ ALLOCATOR_SHARE = 0.95
 """Share of a GPU's memory that fragmentation leaves usable."""
 
 
-def room_for_tables(device_bytes: int, dense_bytes: int) -> int:
-    """Bytes of a GPU that tables may use beside what the dense part is expected to need at its peak."""
-    return max(0, min(int(MEMORY_SHARE * device_bytes), int(ALLOCATOR_SHARE * device_bytes) - dense_bytes))
-
-
 def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozenset[int]:
     """Indices of the shards to move to host memory, so that the rest and the caches fit into `device_bytes`.
 
