@@ -20,9 +20,8 @@ def machine_at_hand(topology: Topology, memory_bytes: int) -> Machine:
         name = gpu_at_hand(topology)
         changes["host_memory_gib"] = HOST_SHARE * host_bytes() / 2**30
         if name is None:
-            device = torch.cuda.get_device_name(topology.device)
-            logger.info("auto: no rates are known for %s, so the plan uses those of %s", device, _FALLBACK)
-            name = _FALLBACK
+            name, device = _FALLBACK, torch.cuda.get_device_name(topology.device)
+            logger.info("auto: no rates are known for %s, so the plan uses those of %s", device, name)
     return read_machine(name, **changes)
 
 

@@ -105,18 +105,15 @@ class ShardedTables(nn.Module):
         if self.shards:
             self._make_lookup(rounds=table_dtype == "fp16" and table_rounding == "stochastic")
         if seed is not None:
-            # torchrun sets OMP_NUM_THREADS to 1, but beside a GPU the rank's other cores are idle now.
-            cores = len(os.sched_getaffinity(0)) // topology.local_size
+            cores = len(os.sched_getaffinity(0)) // topology.local_size  # torchrun sets OMP_NUM_THREADS to 1
             threads = max(1, cores) if on_gpu else torch.get_num_threads()
             for shard, weight in zip(self.shards, self._weights(), strict=True):
                 columns = range(shard.first_column, shard.last_column)
                 draw_table(weight, shard.name, columns, seed, init_std, threads=threads)
 
     def _make_lookup(self, *, rounds: bool) -> None:
-        cached: frozenset[int] = frozenset()
         on_cpu, update = self._device.type == "cpu", self.update
-        if not on_cpu:
-            cached = beyond_device(self.shards, self.placement.device_bytes)
+        cached = beyond_device(self.shards, self.placement.device_bytes)
         if cached and (update.touches_all_rows or update.has_new_rows):
             raise ValueError(
                 "the tables do not fit on the GPUs, but Adam with whole_table_l2 updates all rows in each step, and "

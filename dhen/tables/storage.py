@@ -49,11 +49,6 @@ class InPieces:
         """The pieces of a tensor that exists: views."""
         return cls(tensor.dtype, tensor.shape, tensor.detach().split(rows_at_once(tensor.shape, tensor.itemsize)))
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all pieces."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
 
 def rows_at_once(shape: Sequence[int], itemsize: int = 4) -> int:
     """Number of rows of a piece of a tensor."""
@@ -66,7 +61,8 @@ def write_in_pieces(path: Path, tensors: Mapping[str, InPieces], metadata: Mappi
     names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
-        tensor, first, end = tensors[name], end, end + tensors[name].num_bytes
+        tensor, first = tensors[name], end
+        end += math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -74,11 +74,6 @@ class MemoryPlan:
         use = predict_memory(self.trace, setting, evaluation=self.evaluation, is_gpu=is_gpu)
         return use.with_tables(*table_memory(config, layout.placement))
 
-    def dense_bytes(self, layout: Layout) -> int:
-        """Peak memory use of a layout without tables; 0 if it cannot be predicted."""
-        use = self.use(layout)
-        return use.peak if use else 0
-
     def announce(self, layout: Layout) -> bool:
         """Log the prediction, and warn if it exceeds the memory of a rank. Returns whether it does."""
         use = self.use(layout)

@@ -59,12 +59,12 @@ class Layout:
 
 
 def lay_out(
-    config: DhenConfig, topology: Topology, ds_config: DsConfig, dense_bytes: Callable | None = None, **known: Any
+    config: DhenConfig, topology: Topology, ds_config: DsConfig, predict: Callable | None = None, **known: Any
 ) -> Layout:
     """Place the model of `config` on all ranks, as `ds_config` says. Communicates; all ranks call it.
 
-    dense_bytes: predicts, on rank 0, what a layout without tables needs of a GPU's memory. known: more arguments of
-    `place_for_training`.
+    predict: on rank 0, the memory use of a layout, for what the tables may use of a GPU beside the dense part; it may
+    return None. known: more arguments of `place_for_training`.
     """
     groups = _shard_groups(topology, ds_config)
     size = topology.world_size if groups is None else groups.shard_size
@@ -72,8 +72,8 @@ def lay_out(
     def with_tables(placed: Placement) -> Layout:
         return Layout(config, topology, ds_config.sized(weights_of(config, placed.replicated)), placed, groups, size)
 
-    if dense_bytes is not None:
-        known["dense_bytes"] = lambda: dense_bytes(with_tables(Placement((), topology.world_size)))
+    if predict is not None:
+        known["dense_bytes"] = lambda: getattr(predict(with_tables(Placement((), topology.world_size))), "peak", 0)
     return with_tables(place_for_training(config, topology, ds_config, size, **known))
 
 

@@ -79,8 +79,8 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         eval_batch_size, num_passes = training.per_device_eval_batch_size, training.num_passes
         memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, eval_batch_size, num_passes, frozen)
     saved = _saved_placement(ds_config, training)
-    dense_bytes = memory_plan.dense_bytes if memory_plan else None
-    layout = lay_out(config, topology, ds_config, dense_bytes=dense_bytes, ids_per_bag=data.ids_per_bag, **saved)
+    predict = memory_plan.use if memory_plan else None
+    layout = lay_out(config, topology, ds_config, predict, ids_per_bag=data.ids_per_bag, **saved)
     _check_replicated(training, layout)
 
     def is_too_large() -> bool:

@@ -11,8 +11,10 @@ from dhen.config.dhen_section import DhenSection, PlacementSection
 from dhen.config.ds_config import DsConfig, DsConfigError, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.topology import Topology
+from dhen.tables.placement import agreed
 from dhen.tables.placement.agreed import RankMemory, place_as_asked, setting_of, table_memory
 from dhen.tables.placement.plan import Placement, PlacementError
+from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallelize import lay_out
 from tests import ROOT
 from tests.plain import CONFIG, recipe
@@ -76,3 +78,19 @@ def test_an_error_says_what_the_dense_part_needs():
 
 def test_without_a_gpu_the_dense_part_changes_nothing():
     assert RankMemory(1000, 0, 900).limits == [800]
+
+
+def lay_out_beside_a_gpu(topology: Topology) -> tuple[float, int]:
+    """The tables' room on a GPU of 1 MiB, and what the dense part needs of it, which rank 0 alone predicts."""
+    agreed._memory = lambda topology: RankMemory(GIB, 2**20)
+    config, ds_config = DhenConfig(**CONFIG), read_ds_config(ROOT / "ds_configs/zero3.json", recipe(2, 8))
+    memory_plan = MemoryPlan.of(config, ds_config, 2**20, 8)
+    layout = lay_out(config, topology, ds_config, memory_plan.use if topology.is_main else None)
+    use = memory_plan.use(layout)
+    return layout.placement.device_bytes, use.peak - use.parts["tables"]
+
+
+def test_a_run_leaves_the_dense_part_what_its_memory_plan_says():
+    (room, dense), (theirs, _) = run_ranks(2, lay_out_beside_a_gpu)
+    assert dense > 0.15 * 2**20, "else 0.8 is the limit, and this shows nothing"
+    assert theirs == room == int(0.95 * 2**20) - dense

@@ -1,8 +1,7 @@
 """The placement that all ranks of a job share: rank 0 plans it, within the least memory of any rank (paper 3.1)."""
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -84,14 +83,14 @@ def place_as_asked(
     needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
     rates = read_costs(asked.costs or costs, *needed_for)
     limits = [int(asked.memory_gib * 2**30)] if asked.memory_gib else memory.limits
-
-    def place(options: PlacementOptions) -> Placement:
-        return place_tables(config.tables, config.embedding_dim, setting, rates, ids_per_bag, options)
-
-    try:
-        return replace(place_within(limits, options, place), device_bytes=memory.room)
-    except PlacementError as error:
-        raise PlacementError(f"{error.needs} {memory}".rstrip(), error.solutions) from None
+    for limit in limits:
+        try:
+            within = replace(options, memory_bytes=limit)
+            placement = place_tables(config.tables, config.embedding_dim, setting, rates, ids_per_bag, within)
+            return replace(placement, device_bytes=memory.room)
+        except PlacementError as error:
+            failure = error
+    raise PlacementError(f"{failure.needs} {memory}".rstrip(), failure.solutions)
 
 
 def place_for_training(
@@ -191,17 +190,6 @@ def table_memory(config: DhenConfig, placement: Placement) -> tuple[int, int]:
 
 def _costs_name(topology: Topology) -> str:
     return "gpu" if topology.device.type == "cuda" else "cpu"
-
-
-def place_within(
-    limits: Sequence[int], options: PlacementOptions, place: Callable[[PlacementOptions], Placement]
-) -> Placement:
-    """The placement under the first of `limits`, bytes per rank, that suffices. Raises PlacementError if none does."""
-    *smaller, largest = limits
-    for limit in smaller:
-        with contextlib.suppress(PlacementError):
-            return place(replace(options, memory_bytes=limit))
-    return place(replace(options, memory_bytes=largest))
 
 
 def _memory(topology: Topology) -> RankMemory:

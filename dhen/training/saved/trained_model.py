@@ -8,8 +8,9 @@ few rows at a time, so no rank needs memory for all tables. Transformers can loa
 `AutoModel.from_pretrained(folder)`.
 """
 
-import collections
+import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -179,9 +180,9 @@ def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> di
         }
         if by_table and topology.rank == by_table[0][0].rank:
             write_in_pieces(folder / name, whole, _METADATA)
-            written |= {key: (name, tensor.num_bytes) for key, tensor in whole.items()}
+            written |= {key: (name, 4 * math.prod(tensor.shape)) for key, tensor in whole.items()}
         for tensor in whole.values():
-            collections.deque(tensor.pieces, maxlen=0)  # sends the pieces of a table that another rank writes
+            list(tensor.pieces)  # sends this rank's part of a table that another rank writes
     return written
 
 
@@ -204,11 +205,9 @@ def _is_cut(shard: TableShard, tables: ShardedTables) -> bool:
 
 def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
     """The shards of each column-sharded table, in column order; the same on all ranks."""
-    by_table: dict[int, list[TableShard]] = {}
-    for shard in tables.placement.shards:
-        if _is_cut(shard, tables):
-            by_table.setdefault(shard.table, []).append(shard)
-    return [sorted(by_table[table], key=lambda shard: shard.first_column) for table in sorted(by_table)]
+    cut = (shard for shard in tables.placement.shards if _is_cut(shard, tables))
+    in_order = sorted(cut, key=lambda shard: (shard.table, shard.first_column))
+    return [list(shards) for _, shards in itertools.groupby(in_order, key=lambda shard: shard.table)]
 
 
 def _joined(
