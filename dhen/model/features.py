@@ -3,7 +3,9 @@
 Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding dimension.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -12,6 +14,11 @@ from torch import Tensor, nn
 
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.mlp import MLP
+
+_NUMBERS_AT_ONCE = 1 << 23
+"""Initial values that are in memory beside their table: 32 MiB, enough work for the threads of a large machine."""
+_DRAWN_TOGETHER = 16
+"""torch draws normal numbers in groups of this many. Parts of at least one group are those of the whole column."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +87,36 @@ def init_table(
     if any(column not in range(embedding_dim) for column in columns):
         raise ValueError(f"table {name!r} has columns 0 to {embedding_dim - 1}, but columns is {columns}.")
     table = torch.empty(num_embeddings, len(columns), dtype=torch.float32, device="cpu")
-    values = torch.empty(num_embeddings, dtype=torch.float32, device="cpu")
-    bound = num_embeddings**-0.5
-    for position, column in enumerate(columns):
-        digest = blake2b(f"{seed}/{column}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest, "little"))
-        if std is None:
-            values.uniform_(-bound, bound, generator=generator)
-        else:
-            values.normal_(0.0, std, generator=generator)
-        table[:, position] = values
+    return draw_table(table, name, columns, seed, std)
+
+
+@torch.no_grad()
+def draw_table(
+    table: Tensor, name: str, columns: range, seed: int, std: float | None = None, *, threads: int = 1
+) -> Tensor:
+    """Overwrite `table`, which is some columns of a table, by the values of `init_table`. Returns it.
+
+    It may be float16 or on a GPU: the float32 values of a few rows at a time are drawn on the CPU. Each thread draws
+    whole columns, so it continues their generators.
+    """
+    rows, bound = len(table), len(table) ** -0.5
+    step = max(_DRAWN_TOGETHER, _NUMBERS_AT_ONCE // max(1, len(columns)) // _DRAWN_TOGETHER * _DRAWN_TOGETHER)
+    shape = (len(columns), min(rows, step + _DRAWN_TOGETHER))
+    values = torch.empty(*shape, dtype=torch.float32, device="cpu", pin_memory=table.is_cuda)
+    digests = (blake2b(f"{seed}/{column}/{name}".encode(), digest_size=8).digest() for column in columns)
+    generators = [torch.Generator(device="cpu").manual_seed(int.from_bytes(each, "little")) for each in digests]
+
+    def draw(thread: int, count: int) -> None:
+        for column, generator in zip(values[thread::threads, :count], generators[thread::threads], strict=True):
+            if std is None:
+                column.uniform_(-bound, bound, generator=generator)
+            else:
+                column.normal_(0.0, std, generator=generator)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for first, last in itertools.pairwise([*range(0, max(rows - _DRAWN_TOGETHER + 1, 1), step), rows]):
+            list(pool.map(draw, range(threads), [last - first] * threads))
+            table[first:last].copy_(values[:, : last - first].to(table.device).t())
     return table
 
 

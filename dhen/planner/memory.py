@@ -8,7 +8,7 @@ Not counted: workspaces inside kernels, NCCL's buffers, the CUDA context, and fr
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dhen.dense.gradient_bucket import is_nearly_full
 from dhen.planner.memory_setting import MemorySetting
@@ -35,6 +35,11 @@ class MemoryUse:
         """Bytes on the device."""
         return sum(self.parts.values())
 
+    def with_tables(self, on_device: int, on_host: int) -> "MemoryUse":
+        """The same with the bytes of a rank's tables."""
+        tables = {"tables": on_device} if on_device else {}
+        return replace(self, parts=tables | self.parts, host=self.host + on_host)
+
 
 def predict_memory(
     trace: StepTrace, setting: MemorySetting, table_bytes: int = 0, *, evaluation: int = 0, is_gpu: bool = False
@@ -47,10 +52,10 @@ def predict_memory(
     rank = _Rank(trace, setting, is_gpu=is_gpu)
     moments = (rank.micro_step(), rank.optimizer_step(), rank.evaluation(evaluation))
     parts, moment = max(moments, key=lambda worst: sum(worst[0].values()))
-    parts = {"tables": table_bytes, **parts}
     if not is_gpu:
         parts["offloaded"] = rank.host
-    return MemoryUse({name: size for name, size in parts.items() if size}, rank.host if is_gpu else 0, moment)
+    use = MemoryUse({name: size for name, size in parts.items() if size}, rank.host if is_gpu else 0, moment)
+    return use.with_tables(table_bytes, 0)
 
 
 class _Rank:

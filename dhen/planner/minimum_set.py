@@ -22,14 +22,13 @@ from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.step_time import StepSeconds, step_seconds
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
-from dhen.tables.placement.agreed import place_as_asked, setting_of, table_memory
+from dhen.tables.placement.agreed import RankMemory, place_as_asked, setting_of, table_memory
+from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE
 from dhen.tables.placement.costs import StepSetting, read_costs, replicated_seconds
 from dhen.tables.placement.plan import Placement
 
 PrecisionName = Literal["fp32", "bf16"]
 _OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
-_ALLOCATOR_SHARE = 0.95
-"""Share of a GPU's memory that fragmentation leaves usable."""
 _EQUALLY_FAST = 1e-3
 
 
@@ -123,7 +122,7 @@ class Planner:
 
     def __init__(self, job: Job) -> None:
         """Raises PlacementError if the tables alone do not fit, and CostsError if their costs cannot be read."""
-        self.job = job
+        self.job, self._moves_tables = job, False
         self.placement_of(Technique())
 
     def placement_of(self, technique: Technique) -> Placement | None:
@@ -132,10 +131,13 @@ class Planner:
 
     def table_bytes(self, technique: Technique) -> tuple[int, int]:
         """Bytes of the tables on the fullest rank, on its device and in host memory."""
-        placement, machine = self.placement_of(technique), self.job.machine
+        placement = self.placement_of(technique)
         if placement is None:
             return 0, 0
-        return table_memory(self.job.config, placement, machine.memory_bytes if machine.is_gpu else None)
+        if self._moves_tables:
+            left = RankMemory(0, self.job.machine.memory_bytes, self._dense(technique).peak)
+            placement = replace(placement, device_bytes=left.room)
+        return table_memory(self.job.config, placement)
 
     @functools.cache  # noqa: B019 - lives as long as the planner
     def table_seconds(self, technique: Technique) -> float:
@@ -169,16 +171,14 @@ class Planner:
     @functools.cache  # noqa: B019
     def _placed(self, setting: StepSetting) -> Placement:
         job, machine = self.job, self.job.machine
-        memory = [machine.memory_bytes]
-        if machine.is_gpu:
-            memory.append(machine.memory_bytes + machine.host_bytes)
-        return place_as_asked(job.config, job.section, setting, machine.costs, memory, job.ids_per_bag)
+        has = (machine.host_bytes, machine.memory_bytes) if machine.is_gpu else (machine.memory_bytes,)
+        return place_as_asked(job.config, job.section, setting, machine.costs, RankMemory(*has), job.ids_per_bag)
 
     @property
     def has_bytes(self) -> int:
         """Bytes that a rank may use. On a GPU, fragmentation takes a share of its memory."""
         machine = self.job.machine
-        return int(machine.memory_bytes * (_ALLOCATOR_SHARE if machine.is_gpu else 1.0))
+        return int(machine.memory_bytes * (ALLOCATOR_SHARE if machine.is_gpu else 1.0))
 
     def predict(self, technique: Technique) -> Prediction:
         """Predict memory and speed of a technique."""
@@ -188,13 +188,16 @@ class Planner:
     @functools.cache  # noqa: B019
     def memory(self, technique: Technique) -> MemoryUse:
         """Memory of a rank, on the device and on the host."""
+        return self._dense(technique).with_tables(*self.table_bytes(technique))
+
+    @functools.cache  # noqa: B019
+    def _dense(self, technique: Technique) -> MemoryUse:
+        """Memory of a rank without its tables."""
         setting, is_gpu = self.setting(technique), self.job.machine.is_gpu
         evaluation = 0
         if self.job.eval_batch_size:
             evaluation = evaluation_bytes(self.job.config, self.job.eval_batch_size, self._precision(technique))
-        on_device, on_host = self.table_bytes(technique)
-        use = predict_memory(self._trace(technique), setting, on_device, evaluation=evaluation, is_gpu=is_gpu)
-        return replace(use, host=use.host + on_host)
+        return predict_memory(self._trace(technique), setting, evaluation=evaluation, is_gpu=is_gpu)
 
     def fits(self, technique: Technique) -> bool:
         """Whether a rank has enough memory; on GPUs, its share of the host's must suffice, too."""
@@ -255,9 +258,19 @@ class Planner:
         return replace(plain, **{name: fits_at})
 
     def plan(self) -> Prediction:
-        """Find the minimum set: the fastest that fits. Raises NothingFitsError."""
+        """Find the minimum set: the fastest that fits. Raises NothingFitsError.
+
+        Only if nothing fits on a GPU, tables give way to the dense part and go to host memory, as few as possible.
+        """
         techniques = list(dict.fromkeys(self.candidates()))
         fitting = [self.predict(technique) for technique in techniques if self.fits(technique)]
+        if not fitting and self.job.machine.is_gpu and not self._moves_tables:
+            self._moves_tables = True
+            Planner.memory.cache_clear()
+            return self.plan()
+        if self._moves_tables and fitting:
+            fewest = min(self.table_bytes(each.technique)[1] for each in fitting)
+            fitting = [each for each in fitting if self.table_bytes(each.technique)[1] == fewest]
         if not fitting:
             smallest = min(techniques, key=lambda each: self.memory(each).peak)
             raise NothingFitsError(self._nothing_fits(smallest, self.memory(smallest)))
@@ -279,6 +292,8 @@ class Planner:
             f"{each.technique} also fits, but is {1 - each.samples_per_second / chosen.samples_per_second:.1%} slower"
             for each in slower
         ]
+        if moved := self.table_bytes(chosen.technique)[1]:
+            parts.append(f"{gib(moved)} GiB of tables go to host memory, to make room")
         use = "" if too_large else f" ({gib(chosen.memory.peak)} of {has})"
         return "; ".join([*parts, f"{chosen.technique} is the fastest that fits{use}"])
 

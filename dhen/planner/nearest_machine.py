@@ -17,13 +17,20 @@ def machine_at_hand(topology: Topology, memory_bytes: int) -> Machine:
     """This rank's node, with `memory_bytes` for each rank."""
     name, changes = "cpu", {"ranks_per_node": topology.local_size, "memory_gib": memory_bytes / 2**30}
     if topology.device.type == "cuda":
-        device = torch.cuda.get_device_name(topology.device)
-        name = machine_of_gpu(device, torch.cuda.get_device_properties(topology.device).total_memory)
+        name = gpu_at_hand(topology)
         changes["host_memory_gib"] = HOST_SHARE * host_bytes() / 2**30
         if name is None:
-            logger.info("auto: no rates are known for %s, so the plan uses those of %s", device, _FALLBACK)
-            name = _FALLBACK
+            name, device = _FALLBACK, torch.cuda.get_device_name(topology.device)
+            logger.info("auto: no rates are known for %s, so the plan uses those of %s", device, name)
     return read_machine(name, **changes)
+
+
+def gpu_at_hand(topology: Topology) -> str | None:
+    """The built-in machine for this rank's GPU; None if there is none, and on a CPU."""
+    if topology.device.type != "cuda":
+        return None
+    device = torch.cuda.get_device_properties(topology.device)
+    return machine_of_gpu(device.name, device.total_memory)
 
 
 def machine_of_gpu(device: str, memory_bytes: int) -> str | None:

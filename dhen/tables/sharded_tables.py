@@ -16,6 +16,7 @@ Shapes: B examples of this rank, F sparse features, D embedding dimension, S tab
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -24,12 +25,12 @@ from torch import Tensor, nn
 
 from dhen.config.dhen_section import TableDtype, TableRounding
 from dhen.model.configuration_dhen import SparseFeature
-from dhen.model.features import SparseIds, init_table
+from dhen.model.features import SparseIds, draw_table
 from dhen.runtime.topology import Topology
 from dhen.tables.averaged_tables import AveragedTables
 from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
 from dhen.tables.lookup import make_lookup
-from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
+from dhen.tables.placement.beyond_device import beyond_device
 from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.pooled_exchange import PooledExchange, PooledLayout, Wires
 from dhen.tables.row_uses import RowUses, UnseenIds, fill_unused, mean_row
@@ -72,12 +73,12 @@ class ShardedTables(nn.Module):
         update: TableUpdate | None = None,
         table_dtype: TableDtype = "fp32",
         table_rounding: TableRounding = "stochastic",
-        seed: int = 0,
+        seed: int | None = 0,
         init_std: float | None = None,
         wires: Wires | None = None,
         overlap: bool = True,
     ) -> None:
-        """Communicates: all ranks must construct it together."""
+        """Communicates: all ranks must construct it together. seed None: the values are not drawn; load them."""
         super().__init__()
         self.tables = tuple(tables)
         self.embedding_dim = embedding_dim
@@ -105,16 +106,16 @@ class ShardedTables(nn.Module):
         self._is_new = torch.zeros_like(self.uses.counts, dtype=torch.bool) if self.update.has_new_rows else None
         if self.shards:
             self._make_lookup(rounds=table_dtype == "fp16" and table_rounding == "stochastic")
-        for shard, weight in zip(self.shards, self._weights(), strict=True):
-            columns = range(shard.first_column, shard.last_column)
-            weight.copy_(init_table(shard.name, shard.num_embeddings, embedding_dim, columns, seed, init_std))
+        if seed is not None:
+            cores = len(os.sched_getaffinity(0)) // topology.local_size  # torchrun sets OMP_NUM_THREADS to 1
+            threads = max(1, cores) if on_gpu else torch.get_num_threads()
+            for shard, weight in zip(self.shards, self._weights(), strict=True):
+                columns = range(shard.first_column, shard.last_column)
+                draw_table(weight, shard.name, columns, seed, init_std, threads=threads)
 
     def _make_lookup(self, *, rounds: bool) -> None:
-        cached: frozenset[int] = frozenset()
         on_cpu, update = self._device.type == "cpu", self.update
-        if not on_cpu:
-            memory = torch.cuda.get_device_properties(self._device).total_memory
-            cached = beyond_device(self.shards, MEMORY_SHARE * memory)
+        cached = beyond_device(self.shards, self.placement.device_bytes)
         if cached and (update.touches_all_rows or update.has_new_rows):
             raise ValueError(
                 "the tables do not fit on the GPUs, but Adam with whole_table_l2 updates all rows in each step, and "

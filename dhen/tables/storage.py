@@ -5,26 +5,72 @@ and last are columns, and tensor is "weight", an optimizer's state, or the weigh
 columns that its shards need from all files. Row-wise Adagrad's state has one number per row *and shard*, so it loads
 only if the table is cut as it was when saved. Any shard of a table has "uses", how often training used each row,
 "is_new" if new rows have a learning rate of their own, and Adam's "steps".
+
+A rank's tables may fill its GPU, and the host's memory may have no room for them. So files are written in pieces.
 """
 
+import json
+import math
 import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.sharded_tables import ShardedTables
 
 _KEY = re.compile(r"(?P<table>.+)/(?P<first>\d+):(?P<last>\d+)/(?P<tensor>\w+)")
+_KINDS = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16", torch.bool: "BOOL"}
+"""Names of dtypes in safetensors files, in the order of their tensors there."""
+PIECE_BYTES = 64 * 2**20
+"""Size of the pieces of a table that are in host memory while it is written."""
 
 
 class TableStorageError(ValueError):
     """Saved tables do not fit this model. The message names the folder and the table."""
+
+
+@dataclass(frozen=True)
+class InPieces:
+    """A tensor as `pieces` of its rows, on any device: the next one is made when the one before is written."""
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+    pieces: Iterable[Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "InPieces":
+        """The pieces of a tensor that exists: views."""
+        return cls(tensor.dtype, tensor.shape, tensor.detach().split(rows_at_once(tensor.shape, tensor.itemsize)))
+
+
+def rows_at_once(shape: Sequence[int], itemsize: int = 4) -> int:
+    """Number of rows of a piece of a tensor."""
+    return max(1, PIECE_BYTES // max(1, itemsize * math.prod(shape[1:])))
+
+
+def write_in_pieces(path: Path, tensors: Mapping[str, InPieces], metadata: Mapping[str, str]) -> None:
+    """Write what `safetensors.torch.save_file` would, which needs all tensors in host memory at once."""
+    kinds = list(_KINDS)
+    names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name in names:
+        tensor, first = tensors[name], end
+        end += math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            for piece in tensors[name].pieces:
+                file.write(piece.cpu().contiguous().numpy())
 
 
 @dataclass(frozen=True)
@@ -38,12 +84,11 @@ class _Stored:
 def save_tables(tables: ShardedTables, folder: Path, rank: int) -> None:
     """Write this rank's shards and their optimizer state into `folder`. Does not communicate."""
     tensors = {
-        f"{shard.name}/{shard.first_column}:{shard.last_column}/{kind}": tensor.detach().cpu().contiguous()
+        f"{shard.name}/{shard.first_column}:{shard.last_column}/{kind}": InPieces.of(tensor)
         for shard, of_shard in tables.shard_tensors()
         for kind, tensor in of_shard.items()
     }
-    tensors |= {key: tensor.clone() for key, tensor in tensors.items() if key.endswith("/steps")}  # else one for all
-    save_file(tensors, folder / f"tables-{rank:05d}.safetensors", metadata=_kind(tables))
+    write_in_pieces(folder / f"tables-{rank:05d}.safetensors", tensors, _kind(tables))
 
 
 def load_tables(tables: ShardedTables, folder: Path) -> None:

@@ -4,6 +4,7 @@ The prediction is for information only. If it is not possible, the run continues
 """
 
 import logging
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -70,10 +71,8 @@ class MemoryPlan:
         offloaded = layout.ds_config.dhen.activation_offload
         layers = {"none": 0, "all": len(config.layer_specs)}.get(offloaded, offloaded)
         setting = replace(setting, offload_activations=layers if is_gpu else 0)
-        device_bytes = torch.cuda.get_device_properties(topology.device).total_memory if is_gpu else None
-        on_device, on_host = table_memory(config, layout.placement, device_bytes)
-        use = predict_memory(self.trace, setting, on_device, evaluation=self.evaluation, is_gpu=is_gpu)
-        return replace(use, host=use.host + on_host)
+        use = predict_memory(self.trace, setting, evaluation=self.evaluation, is_gpu=is_gpu)
+        return use.with_tables(*table_memory(config, layout.placement))
 
     def announce(self, layout: Layout) -> bool:
         """Log the prediction, and warn if it exceeds the memory of a rank. Returns whether it does."""
@@ -83,6 +82,8 @@ class MemoryPlan:
             return False
         parts = ", ".join(f"{name} {gib(size)}" for name, size in sorted(use.parts.items(), key=lambda part: -part[1]))
         host = f" of device memory, and {gib(use.host)} GiB of host memory" if use.host else ""
+        if math.isfinite(room := layout.placement.device_bytes):
+            host += f"; its tables may use {gib(room)} GiB of the device beside the dense part"
         logger.info(
             "memory: a rank is expected to need at most %s of %s GiB%s. Peak during %s, in GiB: %s",
             gib(use.peak), gib(self.memory_bytes), host, use.moment, parts,

@@ -58,15 +58,23 @@ class Layout:
     shard_size: int
 
 
-def lay_out(config: DhenConfig, topology: Topology, ds_config: DsConfig, **known: Any) -> Layout:
+def lay_out(
+    config: DhenConfig, topology: Topology, ds_config: DsConfig, predict: Callable | None = None, **known: Any
+) -> Layout:
     """Place the model of `config` on all ranks, as `ds_config` says. Communicates; all ranks call it.
 
-    known: more arguments of `place_for_training`.
+    predict: on rank 0, the memory use of a layout, for what the tables may use of a GPU beside the dense part; it may
+    return None. known: more arguments of `place_for_training`.
     """
     groups = _shard_groups(topology, ds_config)
     size = topology.world_size if groups is None else groups.shard_size
-    placement = place_for_training(config, topology, ds_config, size, **known)
-    return Layout(config, topology, ds_config.sized(weights_of(config, placement.replicated)), placement, groups, size)
+
+    def with_tables(placed: Placement) -> Layout:
+        return Layout(config, topology, ds_config.sized(weights_of(config, placed.replicated)), placed, groups, size)
+
+    if predict is not None:
+        known["dense_bytes"] = lambda: getattr(predict(with_tables(Placement((), topology.world_size))), "peak", 0)
+    return with_tables(place_for_training(config, topology, ds_config, size, **known))
 
 
 def parallelize(
@@ -86,7 +94,7 @@ def parallelize(
     """
     config, topology, ds_config, placement = layout.config, layout.topology, layout.ds_config, layout.placement
     _allow_tf32(ds_config.dhen.allow_tf32, topology.device)
-    tables = shard_tables(config, topology, placement, ds_config.dhen, table_update(ds_config), seed)
+    tables = shard_tables(config, topology, placement, ds_config.dhen, update=table_update(ds_config), seed=seed)
     dense = _dense_part(config, ds_config, placement.replicated, seed, layout.groups)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
@@ -105,16 +113,19 @@ def parallelize(
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
     """Build the model for scoring, without DeepSpeed: empty tables over all ranks, and the full dense part on each."""
     placement = place_for_scoring(config, topology)
-    tables = shard_tables(config, topology, placement, DhenSection(), TableUpdate("sgd"), seed=0)
+    tables = shard_tables(config, topology, placement, DhenSection(), update=TableUpdate("sgd"), seed=None)
     dense = DhenForClickPrediction(config, with_tables=False)
     dense.load_state_dict(dense_weights)
     return ScoringDhen(config, topology, placement, tables, dense.to(topology.device).eval())
 
 
 def shard_tables(
-    config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, update: TableUpdate, seed: int
+    config: DhenConfig, topology: Topology, placement: Placement, section: DhenSection, **options: Any
 ) -> ShardedTables | None:
-    """Build this rank's shards of the tables; None if no table is sharded. Communicates; all ranks call it."""
+    """Build this rank's shards of the tables; None if no table is sharded. Communicates; all ranks call it.
+
+    options: more arguments of `ShardedTables`.
+    """
     sharded = [table for table in config.tables if table.name not in placement.replicated]
     if not sharded:
         return None
@@ -123,13 +134,12 @@ def shard_tables(
         config.embedding_dim,
         placement,
         topology,
-        update=update,
         table_dtype=section.table_dtype,
         table_rounding=section.table_rounding,
-        seed=seed,
         init_std=config.embedding_init_std,
         wires=Wires(Wire(section.all_to_all_dtype.forward), Wire(section.all_to_all_dtype.backward)),
         overlap=section.overlap_tables,
+        **options,
     )
 
 

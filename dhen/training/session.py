@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dhen.config.arguments import Arguments
@@ -19,6 +20,9 @@ from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.names import quoted
 from dhen.model.parts import frozen_parts
+from dhen.planner.machine import read_machine
+from dhen.planner.nearest_machine import gpu_at_hand
+from dhen.planner.step_trace import training_flops_per_sample
 from dhen.runtime.folder_lock import lock_folder
 from dhen.runtime.machine_at_hand import rank_memory_bytes
 from dhen.runtime.messages import log_to_file
@@ -27,7 +31,7 @@ from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.auto_ds_config import choose_ds_config
 from dhen.training.dataset import TrainingData
 from dhen.training.loop import Trainer
-from dhen.training.memory_plan import MemoryPlan
+from dhen.training.memory_plan import MemoryPlan, precision_of
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, lay_out, parallelize
 from dhen.training.reporting.progress import ProgressReporter
@@ -82,7 +86,8 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         eval_batch_size, num_passes = training.per_device_eval_batch_size, training.num_passes
         memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, eval_batch_size, num_passes, frozen)
     saved = _saved_placement(ds_config, training)
-    layout = lay_out(config, topology, ds_config, ids_per_bag=data.ids_per_bag, **saved)
+    predict = memory_plan.use if memory_plan else None
+    layout = lay_out(config, topology, ds_config, predict, ids_per_bag=data.ids_per_bag, **saved)
     _check_replicated(training, layout)
 
     def is_too_large() -> bool:
@@ -190,6 +195,8 @@ def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) 
             clear_run_folder(output_dir)
         log_to_file(output_dir / LOG_FILE)
         write_setup(output_dir, arguments, trainer.model)
+    model, gpu = trainer.model, gpu_at_hand(topology) if topology.is_main else None
+    peak = peak_samples_per_second(model.config, model.ds_config, arguments.training, gpu) if gpu else None
     return ProgressReporter(
         output_dir,
         trainer.total_steps,
@@ -197,7 +204,22 @@ def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) 
         is_main=topology.is_main,
         resumed_at=trainer.state.step,
         best_possible_ne=data.schema.best_possible_ne.get("validation"),
+        peak_samples_per_second=peak and peak * topology.world_size,
     )
+
+
+def peak_samples_per_second(
+    config: DhenConfig, ds_config: DsConfig, training: TrainingArguments, gpu: str
+) -> float | None:
+    """Samples/s at which the dense part would take all of a GPU's rate; None if the model cannot be traced.
+
+    Actual samples/s divided by this are the MFU. gpu: a built-in machine, which has the rates of a data sheet.
+    """
+    precision = precision_of(ds_config)
+    is_bf16 = torch.bfloat16 in (precision.weights, precision.autocast)
+    dtype = "bf16" if is_bf16 else "tf32" if ds_config.dhen.allow_tf32 else "fp32"
+    flops = training_flops_per_sample(config, training.per_device_train_batch_size, precision, training.num_passes)
+    return read_machine(gpu).flops[dtype] / flops if flops else None
 
 
 def _num_layers(arguments: Arguments) -> int:

@@ -1,10 +1,14 @@
 """Tables pool like a plain Python loop, start with the same values under any sharding, and dense features join them."""
 
+from hashlib import blake2b
+
 import pytest
 import torch
 
+from dhen.model import features
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.model.features import FeatureProcessing, PlainTables, SparseIds, init_table
+from dhen.model.features import FeatureProcessing, PlainTables, SparseIds, draw_table, init_table
+from dhen.planner.live_memory import LiveMemory
 
 FEATURES = [
     {"name": "site", "num_embeddings": 11},
@@ -160,3 +164,33 @@ def test_selected_features_pool_as_among_all(chosen, kind):
     assert selected.num_features == len(chosen)
     if chosen:
         torch.testing.assert_close(own(selected), tables(sparse)[:, chosen], rtol=0, atol=0)
+
+
+def columns_drawn_at_once(rows: int, columns: range, std: float | None) -> torch.Tensor:
+    """Each column as one call of its generator, which committed results were made with."""
+    drawn = []
+    for column in columns:
+        digest = blake2b(f"3/{column}/site".encode(), digest_size=8).digest()
+        generator, column = torch.Generator().manual_seed(int.from_bytes(digest, "little")), torch.empty(rows)
+        bound = rows**-0.5
+        if std is None:
+            drawn.append(column.uniform_(-bound, bound, generator=generator))
+        else:
+            drawn.append(column.normal_(0.0, std, generator=generator))
+    return torch.stack(drawn, dim=1)
+
+
+@pytest.mark.parametrize("std", [None, 0.3])
+def test_tables_drawn_in_parts_by_threads_are_those_drawn_at_once(monkeypatch, std):
+    monkeypatch.setattr(features, "_NUMBERS_AT_ONCE", 6 * 64)
+    for rows in (1, 15, 16, 17, 64, 79, 80, 81, 128 + 15, 300):
+        ours, wanted = torch.empty(rows, 6, dtype=torch.float16), columns_drawn_at_once(rows, range(2, 8), std)
+        assert torch.equal(init_table("site", rows, 8, range(2, 8), 3, std), wanted), rows
+        assert torch.equal(draw_table(ours, "site", range(2, 8), 3, std, threads=4), wanted.half()), rows
+
+
+def test_drawing_a_table_needs_no_copy_of_it():
+    table = torch.empty(1 << 20, 16, dtype=torch.float16)
+    with LiveMemory([table]) as memory:
+        draw_table(table, "site", range(16), seed=3)
+    assert memory.peak < 1.05 * 4 * features._NUMBERS_AT_ONCE < table.numel() * 4

@@ -197,6 +197,24 @@ def test_tables_beyond_the_gpus_go_to_the_host_and_are_counted_there():
     assert roomy.table_bytes(DP) == (max(roomy.placement_of(DP).bytes_of_rank(rank) for rank in range(4)), 0)
 
 
+def test_tables_give_way_to_the_dense_part_only_where_nothing_fits_otherwise():
+    """1.6 GiB of tables beside a dense part that no technique gets below 1.1 GiB."""
+    config = DhenConfig(**{**LARGE.to_dict(), "head_mlp": [16384, 8192]})
+    roomy, tight = (Planner(Job(config, BATCH, replace(MACHINE, memory_gib=gib), nodes=2)) for gib in (3.0, 2.4))
+    whole, _ = roomy.table_bytes(DP)
+    chosen = roomy.plan()
+    assert chosen.fits
+    assert roomy.table_bytes(chosen.technique) == (whole, 0)
+    assert not any(tight.fits(technique) for technique in tight.candidates())
+    chosen = tight.plan()
+    assert chosen.fits
+    on_device, on_host = tight.table_bytes(chosen.technique)
+    assert chosen.memory.parts["tables"] == on_device < whole < on_device + on_host
+    fitting = [technique for technique in tight.candidates() if tight.fits(technique)]
+    assert on_host == min(tight.table_bytes(technique)[1] for technique in fitting), "as few as possible"
+    assert f"{gib(on_host)} GiB of tables go to host memory" in tight.reason(chosen)
+
+
 def test_replicated_tables_are_counted_on_every_rank():
     features = [{"name": f"C{i}", "num_embeddings": 4 if i else 100_000} for i in range(4)]
     config = DhenConfig(embedding_dim=64, num_layers=1, num_embeddings_out=8, sparse_features=features)

@@ -1,14 +1,20 @@
-"""Rank 0 plans the placement of the tables for all ranks, whatever the others have; its error is everyone's."""
+"""Rank 0 plans the placement of the tables for all ranks, whatever the others have; its error is everyone's.
+
+On GPUs, the tables get what the dense part leaves.
+"""
 
 from dataclasses import replace
 
 import pytest
 
-from dhen.config.dhen_section import PlacementSection
+from dhen.config.dhen_section import DhenSection, PlacementSection
 from dhen.config.ds_config import DsConfig, DsConfigError, read_ds_config
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.plan import Placement
+from dhen.tables.placement import agreed
+from dhen.tables.placement.agreed import RankMemory, place_as_asked, setting_of, table_memory
+from dhen.tables.placement.plan import Placement, PlacementError
+from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallelize import lay_out
 from tests import ROOT
 from tests.plain import CONFIG, recipe
@@ -40,3 +46,51 @@ def test_an_error_of_rank_zero_is_raised_on_all_ranks():
     ours, theirs = run_ranks(2, plan, ["none.json", "gpu"])
     assert ours == theirs
     assert "zero0.json: none.json: no such cost file" in ours
+
+
+GIB = 2**30
+LARGE = DhenConfig(embedding_dim=16, sparse_features=[{"name": f"C{i}", "num_embeddings": 2**22} for i in range(12)])
+"""3.2 GiB with row-wise Adagrad's state and the uses."""
+
+
+def placed(dense: float, device: float = 4.0, host: float = 16.0) -> Placement:
+    """On one rank with a GPU of `device` GiB, of which the dense part needs `dense` GiB."""
+    memory = RankMemory(int(host * GIB), int(device * GIB), int(dense * GIB))
+    return place_as_asked(LARGE, DhenSection(), setting_of(DhenSection(), 1, 1, 64), "gpu", memory)
+
+
+def test_tables_use_what_the_dense_part_leaves_of_a_gpu():
+    for dense, room in ((0.0, 0.8 * 4), (0.6, 0.8 * 4), (1.8, 0.95 * 4 - 1.8), (2.2, 0.95 * 4 - 2.2)):
+        placement = placed(dense)
+        assert placement.device_bytes == pytest.approx(room * GIB, abs=2)
+        on_device, on_host = table_memory(LARGE, placement)
+        assert on_device <= placement.device_bytes
+        assert (on_host > 0) == (room * GIB < placement.bytes_of_rank(0))
+    assert placed(5.0).device_bytes == 0
+
+
+def test_an_error_says_what_the_dense_part_needs():
+    with pytest.raises(PlacementError) as caught:
+        placed(1.8, host=0.5)
+    words = "Tables may use 2.000 GiB of a GPU's 4.000 GiB, because the dense part needs 1.800 GiB. Possible solutions"
+    assert words in str(caught.value)
+
+
+def test_without_a_gpu_the_dense_part_changes_nothing():
+    assert RankMemory(1000, 0, 900).limits == [800]
+
+
+def lay_out_beside_a_gpu(topology: Topology) -> tuple[float, int]:
+    """The tables' room on a GPU of 1 MiB, and what the dense part needs of it, which rank 0 alone predicts."""
+    agreed._memory = lambda topology: RankMemory(GIB, 2**20)
+    config, ds_config = DhenConfig(**CONFIG), read_ds_config(ROOT / "ds_configs/zero3.json", recipe(2, 8))
+    memory_plan = MemoryPlan.of(config, ds_config, 2**20, 8)
+    layout = lay_out(config, topology, ds_config, memory_plan.use if topology.is_main else None)
+    use = memory_plan.use(layout)
+    return layout.placement.device_bytes, use.peak - use.parts["tables"]
+
+
+def test_a_run_leaves_the_dense_part_what_its_memory_plan_says():
+    (room, dense), (theirs, _) = run_ranks(2, lay_out_beside_a_gpu)
+    assert dense > 0.15 * 2**20, "else 0.8 is the limit, and this shows nothing"
+    assert theirs == room == int(0.95 * 2**20) - dense

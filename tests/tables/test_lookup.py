@@ -8,10 +8,9 @@ from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import IdExchange
-from dhen.tables.placement.agreed import place_within
 from dhen.tables.placement.beyond_device import beyond_device
 from dhen.tables.placement.costs import StepSetting
-from dhen.tables.placement.plan import Placement, PlacementError, PlacementOptions, TableShard
+from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.pooled_exchange import PooledLayout
 from dhen.tables.sharded_tables import ShardedTables
 from tests.ranks import run_ranks
@@ -39,20 +38,6 @@ def test_what_a_cached_table_leaves_on_the_device():
     setting = StepSetting(4, 2, 64, optimizer="rowwise_adagrad", table_dtype="fp16")
     assert setting.cached_bytes(1000, 16) == 1000 * (4 + 4 + 4) + 200 * (16 + 32)
     assert replace(setting, optimizer="adagrad").cached_bytes(1000, 16) == 1000 * (4 + 4) + 200 * (16 + 32)
-
-
-def test_the_hosts_memory_is_used_where_the_devices_is_too_small():
-    tried = []
-
-    def place(options: PlacementOptions) -> Placement:
-        tried.append(options.memory_bytes)
-        if options.memory_bytes < 50:
-            raise PlacementError("no room")
-        return Placement((), 1)
-
-    place_within([60, 100], PlacementOptions(), place)
-    place_within([40, 100], PlacementOptions(), place)
-    assert tried == [60, 40, 100]
 
 
 def test_embeddings_are_joined_in_feature_order_and_gradients_split_by_rank():

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib.image
@@ -21,6 +21,12 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dhen.training.reporting.progress
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import read_ds_config
+from dhen.config.training_arguments import TrainingArguments
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.planner.machine import read_machine
+from dhen.planner.step_trace import training_flops_per_sample
 from dhen.training.loop import Evaluation
 from dhen.training.metrics import MetricValues
 from dhen.training.reporting.curves import CURVES_FILE, draw_curves
@@ -34,7 +40,9 @@ from dhen.training.reporting.progress import (
     short,
 )
 from dhen.training.reporting.run_folder import metrics_of, print_metrics, write_json
+from dhen.training.session import peak_samples_per_second
 from tests import ROOT
+from tests.plain import CONFIG, recipe
 from tests.training.reported_run import EVALUATION, LOGGING, ROWS, TOTAL, report_run
 
 CPU = torch.device("cpu")
@@ -208,6 +216,26 @@ def test_samples_per_second_leave_out_evaluations(tmp_path: Path, capfd: pytest.
         pytest.approx(10_000, rel=0.75),
         pytest.approx(10_000, rel=0.75),
     ]
+
+
+def test_lines_say_the_mfu_where_the_gpus_rate_is_known(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = DhenConfig(**CONFIG)
+    training = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=8)
+    flops, rates = training_flops_per_sample(config), read_machine("h100").flops
+    for name, dtype in (("zero0.json", "fp32"), ("zero0_bf16.json", "bf16"), ("zero2_bf16.json", "bf16")):
+        ds_config = read_ds_config(ROOT / "ds_configs" / name, recipe(4, 8))
+        assert peak_samples_per_second(config, ds_config, training, "h100") == pytest.approx(rates[dtype] / flops)
+    tf32 = replace(ds_config, deepspeed={}, dhen=DhenSection(allow_tf32=True))
+    assert peak_samples_per_second(config, tf32, training, "h100") == pytest.approx(rates["tf32"] / flops)
+
+    progress = ProgressReporter(tmp_path, TOTAL, CPU, is_main=True, peak_samples_per_second=1e6)
+    progress.advance(1, 10_000)
+    time.sleep(0.05)
+    progress.log_step(1, 10_000, 0.5, 0.9, 1e-3)
+    progress.close()
+    line = capfd.readouterr().err
+    rate, mfu = re.search(r" \| ([\d,]+) samples/s \| mfu (\d+\.\d)% \| \d+\.\d/\d+\.\d GiB \| eta ", line).groups()
+    assert float(mfu) == pytest.approx(int(rate.replace(",", "")) / 1e6 * 100, abs=0.06)
 
 
 def test_a_metric_that_is_nan_is_written_and_drawn(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """The placement that all ranks of a job share: rank 0 plans it, within the least memory of any rank (paper 3.1)."""
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +13,37 @@ from dhen.config.ds_config import DsConfig, DsConfigError
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.machine_at_hand import host_bytes
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.beyond_device import MEMORY_SHARE, beyond_device
+from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE, MEMORY_SHARE, beyond_device
 from dhen.tables.placement.costs import CostsError, StepSetting, read_costs, replicated_bytes
 from dhen.tables.placement.plan import Placement, PlacementError, PlacementOptions, place_tables
 
 _SCORING_BATCH = 4096
 _Plan = TypeVar("_Plan")
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of a rank: its share of the host's memory, its GPU's (0 without one), and the dense part's peak there."""
+
+    host_bytes: int
+    device_bytes: int = 0
+    dense_bytes: int = 0
+
+    @property
+    def room(self) -> float:
+        """Bytes of the GPU that tables may use beside the dense part; infinite without a GPU."""
+        left = max(0, int(ALLOCATOR_SHARE * self.device_bytes) - self.dense_bytes)
+        return min(int(MEMORY_SHARE * self.device_bytes), left) if self.device_bytes else math.inf
+
+    @property
+    def limits(self) -> list[int]:
+        """Bytes of a rank's tables, to try in order: on a GPU, first of the device alone, then with the host's."""
+        on_host = int(MEMORY_SHARE * self.host_bytes)
+        return [self.room, self.room + on_host] if self.device_bytes else [on_host]
+
+    def __str__(self) -> str:
+        room, device, dense = (f"{size / 2**30:.3f} GiB" for size in (self.room, self.device_bytes, self.dense_bytes))
+        return f"Tables may use {room} of a GPU's {device}, because the dense part needs {dense}." if dense else ""
 
 
 def setting_of(section: DhenSection, world_size: int, local_size: int, batch_size: int) -> StepSetting:
@@ -41,14 +65,13 @@ def place_as_asked(
     section: DhenSection,
     setting: StepSetting,
     costs: str,
-    memory_bytes: Sequence[int],
+    memory: RankMemory,
     ids_per_bag: Mapping[str, float] | None = None,
     **fixed: Any,
 ) -> Placement:
     """Place the tables as the dhen section asks. Raises PlacementError, CostsError.
 
-    costs, memory_bytes: defaults for what the section leaves out. memory_bytes: the memory of a rank; on GPUs, the
-    device's alone, then the device's plus the host's. fixed: options that a checkpoint determines.
+    costs, memory: defaults for what the section leaves out. fixed: options that a checkpoint determines.
     """
     asked = section.placement
     options = PlacementOptions(
@@ -59,14 +82,15 @@ def place_as_asked(
     )
     needed_for = [setting, setting.of_replicated] if asked.replicate_below_rows else [setting]
     rates = read_costs(asked.costs or costs, *needed_for)
-    limits = [int(MEMORY_SHARE * size) for size in memory_bytes]
-    if asked.memory_gib:
-        limits = [int(asked.memory_gib * 2**30)]
-
-    def place(options: PlacementOptions) -> Placement:
-        return place_tables(config.tables, config.embedding_dim, setting, rates, ids_per_bag, options)
-
-    return place_within(limits, options, place)
+    limits = [int(asked.memory_gib * 2**30)] if asked.memory_gib else memory.limits
+    for limit in limits:
+        try:
+            within = replace(options, memory_bytes=limit)
+            placement = place_tables(config.tables, config.embedding_dim, setting, rates, ids_per_bag, within)
+            return replace(placement, device_bytes=memory.room)
+        except PlacementError as error:
+            failure = error
+    raise PlacementError(f"{failure.needs} {memory}".rstrip(), failure.solutions)
 
 
 def place_for_training(
@@ -77,12 +101,13 @@ def place_for_training(
     ids_per_bag: Mapping[str, float] | None = None,
     table_cuts: Mapping[str, int] | None = None,
     replicated: Collection[str] | None = None,
+    dense_bytes: Callable[[], int] | None = None,
 ) -> Placement:
     """Place the tables for training as the ds_config asks.
 
     shard_size: of the dense part. ids_per_bag: mean number of ids per sparse feature, for the cost of its table; 1 by
     default. table_cuts, replicated: the number of column shards per table and the replicated tables, if a checkpoint
-    fixes them.
+    fixes them. dense_bytes: predicts, on rank 0, what the dense part needs of a GPU.
 
     Communicates; all ranks call it. Raises DsConfigError on all of them.
     """
@@ -92,7 +117,7 @@ def place_for_training(
     if recipe := ds_config.recipe:
         all_rows = section.table_optimizer == "adam" and recipe.whole_table_l2 > 0
         setting = replace(setting, all_rows=all_rows, averages=recipe.ema_decay > 0)
-    memory_bytes = _memory_bytes(topology)
+    memory = _memory(topology)
 
     def place() -> Placement:
         return place_as_asked(
@@ -100,7 +125,7 @@ def place_for_training(
             section,
             setting,
             costs=_costs_name(topology),
-            memory_bytes=memory_bytes,
+            memory=replace(memory, dense_bytes=dense_bytes() if dense_bytes and memory.device_bytes else 0),
             ids_per_bag=ids_per_bag,
             cuts=table_cuts or {},
             replicated=replicated,
@@ -116,11 +141,11 @@ def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
     """Place tables that are only looked up. Communicates; all ranks call it. Raises PlacementError."""
     section = DhenSection(table_optimizer="sgd")
     setting = setting_of(section, topology.world_size, topology.local_size, _SCORING_BATCH)
-    memory_bytes = _memory_bytes(topology)
+    memory = _memory(topology)
 
     def place() -> Placement:
         try:
-            return place_as_asked(config, section, setting, costs=_costs_name(topology), memory_bytes=memory_bytes)
+            return place_as_asked(config, section, setting, costs=_costs_name(topology), memory=memory)
         except PlacementError as error:
             solutions = "more ranks, or ranks with more memory. Scoring always uses fp32 tables."
             raise PlacementError(error.needs, solutions) from None
@@ -147,16 +172,15 @@ def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
     return made
 
 
-def table_memory(config: DhenConfig, placement: Placement, device_bytes: int | None) -> tuple[int, int]:
+def table_memory(config: DhenConfig, placement: Placement) -> tuple[int, int]:
     """Bytes of the tables on the fullest rank: on its device, including replicated tables, and in host memory.
 
-    device_bytes: memory of a GPU. None if ranks compute on the host; then everything counts as on the device.
+    If ranks compute on the host, everything counts as on the device.
     """
-    room = math.inf if device_bytes is None else MEMORY_SHARE * device_bytes
     on_device, on_host = 0, 0
     for rank in range(placement.world_size):
         shards = placement.of_rank(rank)
-        left = beyond_device(shards, room)
+        left = beyond_device(shards, placement.device_bytes)
         sizes = [shard.cached_bytes if index in left else shard.num_bytes for index, shard in enumerate(shards)]
         on_device = max(on_device, sum(sizes))
         on_host = max(on_host, sum(shards[index].num_bytes for index in left))
@@ -168,26 +192,10 @@ def _costs_name(topology: Topology) -> str:
     return "gpu" if topology.device.type == "cuda" else "cpu"
 
 
-def place_within(
-    limits: Sequence[int], options: PlacementOptions, place: Callable[[PlacementOptions], Placement]
-) -> Placement:
-    """The placement under the first of `limits`, bytes per rank, that suffices. Raises PlacementError if none does."""
-    *smaller, largest = limits
-    for limit in smaller:
-        with contextlib.suppress(PlacementError):
-            return place(replace(options, memory_bytes=limit))
-    return place(replace(options, memory_bytes=largest))
-
-
-def _memory_bytes(topology: Topology) -> list[int]:
-    """The least memory of any rank, as limits to try in order. Communicates over all ranks.
-
-    On CPU, a rank's share of the host's memory. On GPUs, first the device's memory, then both together.
-    """
-    limits = [host_bytes() // topology.local_size]
-    if topology.device.type == "cuda":
-        on_device = torch.cuda.get_device_properties(topology.device).total_memory
-        limits = [on_device, on_device + limits[0]]
-    least = torch.tensor(limits, dtype=torch.int64, device=topology.device)
+def _memory(topology: Topology) -> RankMemory:
+    """The least memory of any rank. Communicates over all ranks."""
+    on_gpu, on_host = topology.device.type == "cuda", host_bytes() // topology.local_size
+    on_device = torch.cuda.get_device_properties(topology.device).total_memory if on_gpu else 0
+    least = torch.tensor([on_host, on_device], dtype=torch.int64, device=topology.device)
     dist.all_reduce(least, dist.ReduceOp.MIN, group=topology.world)
-    return least.tolist()
+    return RankMemory(*least.tolist())

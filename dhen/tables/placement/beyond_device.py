@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dhen.tables.placement.plan import TableShard
 
 MEMORY_SHARE = 0.8
-"""Share of a device's memory that tables may use."""
+"""Share of a rank's memory that tables may use. Their lookups and exchanges need memory, too."""
+ALLOCATOR_SHARE = 0.95
+"""Share of a GPU's memory that fragmentation leaves usable."""
 
 
 def beyond_device(shards: Sequence[TableShard], device_bytes: float) -> frozenset[int]:

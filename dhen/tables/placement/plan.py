@@ -28,7 +28,7 @@ class PlacementError(ValueError):
 
     def __init__(self, needs: str, solutions: str = "") -> None:
         super().__init__(f"{needs} Possible solutions: {solutions}" if solutions else needs)
-        self.needs = needs
+        self.needs, self.solutions = needs, solutions
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ class Placement:
     """Every shard of every table, ordered by rank, then by table. The same on all ranks.
 
     replicated: tables that every rank holds in full, in its dense part. unsliceable: seconds of the slowest shard that
-    remains when every table is cut as often as possible.
+    remains when every table is cut as often as possible. device_bytes: memory of a GPU that the shards and their caches
+    may use; other shards go to host memory.
     """
 
     shards: tuple[TableShard, ...]
     world_size: int
     replicated: tuple[str, ...] = ()
     unsliceable: float = 0.0
+    device_bytes: float = math.inf
 
     def of_rank(self, rank: int) -> tuple[TableShard, ...]:
         """The shards that `rank` holds."""

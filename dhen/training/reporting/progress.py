@@ -63,7 +63,8 @@ class ProgressReporter:
 
     resumed_at: the step from which the run continues. Rows of metrics.csv and TensorBoard points of later steps are
     dropped, so each step appears once, and the clock continues from that step. best_possible_ne: of the validation
-    split, if known; it is drawn as a line in curves.png.
+    split, if known; it is drawn as a line in curves.png. peak_samples_per_second: rate at an MFU of 100 %, if known;
+    then the lines say the MFU.
     """
 
     def __init__(
@@ -75,13 +76,14 @@ class ProgressReporter:
         is_main: bool,
         resumed_at: int = 0,
         best_possible_ne: float | None = None,
+        peak_samples_per_second: float | None = None,
     ) -> None:
         self.watch = Stopwatch()
         self.total_steps = total_steps
         self._device, self._is_main = device, is_main
         self._samples = self._samples_at_line = 0
         self._first_step = resumed_at
-        self._best_possible_ne = best_possible_ne
+        self._best_possible_ne, self._peak = best_possible_ne, peak_samples_per_second
         self._bar: Progress | None = None
         if is_main:
             self._output_dir, self._csv_path = output_dir, output_dir / METRICS_FILE
@@ -118,9 +120,10 @@ class ProgressReporter:
         # Wall-clock time, because the remaining steps include evaluations and checkpoints too.
         elapsed = time.perf_counter() - self._started
         eta = duration(elapsed / max(step - self._first_step, 1) * (self.total_steps - step))
+        mfu = f"mfu {rate / self._peak:.1%} | " if self._peak else ""
         line = (
             f"step {step}/{self.total_steps} {step / self.total_steps:.1%} | loss {loss:.4f} | ne {ne:.4f} | "
-            f"lr {short(learning_rate)} | {rate:,.0f} samples/s | {used:.1f}/{total:.1f} GiB | eta {eta}"
+            f"lr {short(learning_rate)} | {rate:,.0f} samples/s | {mfu}{used:.1f}/{total:.1f} GiB | eta {eta}"
         )
         logger.info("%s", line)
         if self._bar is not None:

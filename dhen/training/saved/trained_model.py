@@ -3,18 +3,19 @@
 The folder holds config.json, safetensors files with an index, the data's schema.json and vocabulary/, and a model card.
 row-uses-<rank>.safetensors say how often training used each row of the tables; a row that it never used is the mean of
 the others, weighted by these counts.
-Each rank writes its own tables, and a table that is sharded by columns is assembled a block of rows at a time, so no
-rank needs memory for all tables. Transformers can load the folder: `AutoModel.from_pretrained(folder)`.
+Each rank writes its own tables, and a table that is sharded by columns is assembled on one of its ranks. This is done a
+few rows at a time, so no rank needs memory for all tables. Transformers can load the folder:
+`AutoModel.from_pretrained(folder)`.
 """
 
-import contextlib
+import itertools
 import json
+import math
 import shutil
-import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.row_uses import fill_unused
 from dhen.tables.sharded_tables import ShardedTables
+from dhen.tables.storage import InPieces, rows_at_once, write_in_pieces
 from dhen.training.parallel_model import ParallelDhen
 
 MODEL_FOLDER = "model"
@@ -39,8 +41,7 @@ VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TABLES, _USES = "tables.", "row-uses"
-_ROWS_BYTES = 64 * 2**20
-"""Size of the block of rows that is in memory while a column-sharded table is written."""
+_METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     if topology.is_main:
         for name in ("weight", "bias"):
             dense[f"head.{len(model.engine.module.head) - 1}.{name}"] *= scale
-        save_file(dense, draft / "model-dense.safetensors", metadata={"format": "pt"})
-        written |= {name: ("model-dense.safetensors", _bytes(tensor)) for name, tensor in dense.items()}
+        save_file(dense, draft / "model-dense.safetensors", metadata=_METADATA)
+        written |= {name: ("model-dense.safetensors", tensor.nbytes) for name, tensor in dense.items()}
     everyone: list[dict[str, tuple[str, int]]] = [{} for _ in range(topology.world_size)]
     dist.all_gather_object(everyone, written, group=topology.world)
     if topology.is_main:
@@ -165,30 +166,24 @@ def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> di
 
     Returns the tensors that this rank wrote: name -> (file, bytes).
     """
-    whole_file, rank = f"model-tables-{topology.rank:05d}.safetensors", topology.rank
-    of_shards = {
-        shard: (tensors["weight"], tensors["uses"], mean)
-        for (shard, tensors), mean in zip(tables.shard_tensors(), tables.means(), strict=True)
-    }
-    whole = {
-        f"{_TABLES}{shard.name}.weight": fill_unused(_float_copy(weight.cpu()), uses.cpu(), mean)
-        for shard, (weight, uses, mean) in of_shards.items()
-        if not _is_cut(shard, tables)
-    }
-    if whole:
-        save_file(whole, folder / whole_file, metadata={"format": "pt"})
-    written = {key: (whole_file, _bytes(tensor)) for key, tensor in whole.items()}
-    for shards in _cut_tables(tables):
-        key, cut_file = f"{_TABLES}{shards[0].name}.weight", f"model-table-{shards[0].table:05d}.safetensors"
-        own = {shard: tensors for shard, tensors in of_shards.items() if shard in shards}
-        size = _write_cut_table(own, shards, key, folder / cut_file, topology)
-        if rank == shards[0].rank:
-            written[key] = (cut_file, size)
+    of_shards = zip(tables.shard_tensors(), tables.means(), strict=True)
+    own = {shard: (tensors["weight"], tensors["uses"], mean) for (shard, tensors), mean in of_shards}
+    files = {f"model-tables-{topology.rank:05d}.safetensors": [[shard] for shard in own if not _is_cut(shard, tables)]}
+    files |= {f"model-table-{shards[0].table:05d}.safetensors": [shards] for shards in _cut_tables(tables)}
+    written = {}
+    for name, by_table in files.items():
+        whole = {
+            f"{_TABLES}{shards[0].name}.weight": InPieces(
+                torch.float32, (shards[0].num_embeddings, tables.embedding_dim), _joined(own, shards, topology)
+            )
+            for shards in by_table
+        }
+        if by_table and topology.rank == by_table[0][0].rank:
+            write_in_pieces(folder / name, whole, _METADATA)
+            written |= {key: (name, 4 * math.prod(tensor.shape)) for key, tensor in whole.items()}
+        for tensor in whole.values():
+            list(tensor.pieces)  # sends this rank's part of a table that another rank writes
     return written
-
-
-def _float_copy(weight: Tensor) -> Tensor:
-    return weight.detach().to(torch.float32, copy=True).contiguous()
 
 
 def _write_uses(model: ParallelDhen, folder: Path) -> None:
@@ -196,11 +191,12 @@ def _write_uses(model: ParallelDhen, folder: Path) -> None:
     uses = {}
     if model.tables is not None:
         of_shards = model.tables.shard_tensors()
-        uses = {shard.name: tensors["uses"].cpu() for shard, tensors in of_shards if shard.first_column == 0}
+        uses = {shard.name: tensors["uses"] for shard, tensors in of_shards if shard.first_column == 0}
     if model.topology.is_main:
-        uses |= {name: counts.cpu() for name, counts in model.replicated.uses_by_name().items()}
+        uses |= model.replicated.uses_by_name()
     if uses:
-        save_file(uses, folder / f"{_USES}-{model.topology.rank:05d}.safetensors")
+        path = folder / f"{_USES}-{model.topology.rank:05d}.safetensors"
+        write_in_pieces(path, {name: InPieces.of(counts) for name, counts in uses.items()}, {})
 
 
 def _is_cut(shard: TableShard, tables: ShardedTables) -> bool:
@@ -209,59 +205,36 @@ def _is_cut(shard: TableShard, tables: ShardedTables) -> bool:
 
 def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
     """The shards of each column-sharded table, in column order; the same on all ranks."""
-    by_table: dict[int, list[TableShard]] = {}
-    for shard in tables.placement.shards:
-        if _is_cut(shard, tables):
-            by_table.setdefault(shard.table, []).append(shard)
-    return [sorted(by_table[table], key=lambda shard: shard.first_column) for table in sorted(by_table)]
+    cut = (shard for shard in tables.placement.shards if _is_cut(shard, tables))
+    in_order = sorted(cut, key=lambda shard: (shard.table, shard.first_column))
+    return [list(shards) for _, shards in itertools.groupby(in_order, key=lambda shard: shard.table)]
 
 
-def _write_cut_table(
-    own: dict[TableShard, tuple[Tensor, Tensor, Tensor]],
-    shards: list[TableShard],
-    key: str,
-    path: Path,
-    topology: Topology,
-) -> int:
-    """Assemble the columns of a table, a block of rows at a time, and write them. No rank holds the full table.
+def _joined(
+    own: Mapping[TableShard, tuple[Tensor, Tensor, Tensor]], shards: list[TableShard], topology: Topology
+) -> Iterator[Tensor]:
+    """A table's rows as they are exported, float32, piece by piece, on the rank that holds its first columns.
 
-    own: weight, uses and mean row of this rank's shards. Communicates among the ranks of `shards`; all ranks may call
-    it. Returns the size of the weights in bytes.
+    own: weight, uses and mean row of this rank's shards. shards: of the table. Communicates among their ranks; all
+    ranks may iterate, and those that do not hold the first columns get nothing.
     """
     owner, rows = shards[0].rank, shards[0].num_embeddings
-    embedding_dim = sum(shard.num_columns for shard in shards)
-    num_bytes = rows * embedding_dim * 4
-    with path.open("wb") if topology.rank == owner else contextlib.nullcontext() as file:
-        if file is not None:
-            _write_header(file, key, (rows, embedding_dim), num_bytes)
-        step = max(1, _ROWS_BYTES // (embedding_dim * 4))
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            pieces = []
-            for shard in shards:
-                if shard in own:
-                    weight, uses, mean = own[shard]
-                    piece = fill_unused(_float_copy(weight[first : first + count]), uses[first : first + count], mean)
-                    if topology.rank != owner:
-                        dist.send(piece, owner, group=topology.world)
-                elif topology.rank == owner:
-                    piece = torch.empty(count, shard.num_columns, device=topology.device)
-                    dist.recv(piece, shard.rank, group=topology.world)
-                else:
-                    continue
-                pieces.append(piece)
-            if file is not None:
-                file.write(torch.cat(pieces, dim=1).cpu().numpy().tobytes())
-    return num_bytes
-
-
-def _write_header(file: BinaryIO, key: str, shape: tuple[int, int], num_bytes: int) -> None:
-    """Write the header of a safetensors file for one float32 tensor. The library can only write complete files."""
-    header = {"__metadata__": {"format": "pt"}}
-    header |= {key: {"dtype": "F32", "shape": list(shape), "data_offsets": [0, num_bytes]}}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+    step = rows_at_once((rows, sum(shard.num_columns for shard in shards)))
+    for first in range(0, rows, step):
+        here = slice(first, min(first + step, rows))
+        parts = []
+        for shard in shards:
+            if shard in own:
+                weight, uses, mean = own[shard]
+                part = weight[here].detach().to(torch.float32, copy=True).contiguous()
+                parts.append(fill_unused(part, uses[here], mean))
+                if topology.rank != owner:
+                    dist.send(parts[-1], owner, group=topology.world)
+            elif topology.rank == owner:
+                parts.append(torch.empty(here.stop - first, shard.num_columns, device=topology.device))
+                dist.recv(parts[-1], shard.rank, group=topology.world)
+        if topology.rank == owner:
+            yield torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def _check_version(index: Path) -> None:
@@ -276,7 +249,3 @@ def _write_index(entries: dict[str, tuple[str, int]], folder: Path) -> None:
         "weight_map": {name: file for name, (file, _) in sorted(entries.items())},
     }
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
