@@ -22,12 +22,14 @@ class SparseIds:
     num_features: F.
     lengths_FB: int64, number of ids in each bag. None: every bag holds exactly one id, so there are F * B ids.
     weights: float32, one per id. None: every weight is 1.
+    counts: number of ids of each feature. None: the host reads them from lengths_FB, for which it waits for a GPU.
     """
 
     ids: Tensor
     num_features: int
     lengths_FB: Tensor | None = None
     weights: Tensor | None = None
+    counts: Sequence[int] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -40,14 +42,16 @@ class SparseIds:
         """Return the bags of the given features, in the given order."""
         if list(features) == list(range(self.num_features)):
             return self
-        if self.lengths_FB is None:
-            weights = None if self.weights is None else self.weights.view(self.num_features, -1)[features].flatten()
-            return SparseIds(self.ids.view(self.num_features, -1)[features].flatten(), len(features), None, weights)
         bags = _bags_by_feature(self)
-        chosen = [bags[feature] for feature in features]
-        weights = None if self.weights is None else torch.cat([self.weights[:0], *(of_bag[2] for of_bag in chosen)])
-        ids = torch.cat([self.ids[:0], *(of_bag[0] for of_bag in chosen)])
-        return SparseIds(ids, len(features), self.lengths_FB[features], weights)
+        ids, lengths, weights = ([bags[feature][part] for feature in features] for part in range(3))
+
+        def joined(whole: Tensor | None, parts: Sequence[Tensor]) -> Tensor | None:
+            # Not whole[features]: for an index of the host's numbers the host waits for a GPU.
+            return None if whole is None else torch.cat([whole[:0], *parts])
+
+        lengths_FB = joined(self.lengths_FB, [each[None] for each in lengths if each is not None])
+        counts = [len(each) for each in ids]
+        return SparseIds(joined(self.ids, ids), len(features), lengths_FB, joined(self.weights, weights), counts)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SparseIds":
         """Return the same bags on `device`."""
@@ -170,7 +174,8 @@ def _bags_by_feature(sparse: SparseIds) -> list[tuple[Tensor, Tensor | None, Ten
     if sparse.lengths_FB is None:
         sizes, lengths = [sparse.batch_size] * count, [None] * count
     else:
-        sizes, lengths = sparse.lengths_FB.sum(dim=1).tolist(), list(sparse.lengths_FB)
+        counts, lengths = sparse.counts, list(sparse.lengths_FB)
+        sizes = sparse.lengths_FB.sum(dim=1).tolist() if counts is None else list(counts)
     ids = sparse.ids.split(sizes)
     weights = [None] * count if sparse.weights is None else sparse.weights.split(sizes)
     return list(zip(ids, lengths, weights, strict=True))

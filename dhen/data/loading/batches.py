@@ -175,7 +175,8 @@ def _check_at_least(least: int, name: str, value: int) -> None:
 def _as_sparse_ids(rows: Rows, schema: Schema) -> SparseIds:
     single_SB = np.ascontiguousarray(rows.single_RS.T, dtype=np.int64)
     if not rows.bags:
-        return SparseIds(torch.from_numpy(single_SB.reshape(-1)), len(schema.sparse))
+        counts = [len(rows.rows_R)] * len(schema.sparse)
+        return SparseIds(torch.from_numpy(single_SB.reshape(-1)), len(schema.sparse), counts=counts)
     one_each = np.arange(len(rows.rows_R) + 1)
     singles, bags = iter(single_SB), iter(rows.bags)
     by_feature = [next(bags) if column.is_multi_valued else Bags(one_each, next(singles)) for column in schema.sparse]
@@ -189,4 +190,5 @@ def _as_sparse_ids(rows: Rows, schema: Schema) -> SparseIds:
         len(schema.sparse),
         torch.from_numpy(np.stack([f.lengths for f in by_feature])),
         None if weights is None else torch.from_numpy(weights),
+        [len(f.ids) for f in by_feature],
     )
