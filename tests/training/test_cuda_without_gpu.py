@@ -28,6 +28,8 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.interactions import interaction_kinds
 from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.planner.live_memory import LiveMemory
+from dhen.planner.step_trace import Precision, trace_step
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import IdExchange
 from dhen.tables.placement.plan import Placement, TableShard
@@ -39,6 +41,7 @@ from dhen.training.loop import summed_loss, with_ids_ahead
 from dhen.training.metrics import ClickMetrics, RunningLoss
 from dhen.training.parallel_model import ScoringDhen
 from tests.model.test_interactions import CASES
+from tests.planner.test_step_trace import kept_bytes
 
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is None, reason="needs torch's CUDA build; a GPU or a driver is not needed"
@@ -177,6 +180,26 @@ def test_the_dense_part_and_its_loss_stay_on_the_gpu(more, autocast, gradients):
             metrics.update(logits_B, labels_B)
         assert loss.is_cuda
         assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "more",
+    # Attention's kernel is chosen by the driver. torch 2.11, which has no rule for rms_norm on CUDA, is too old for it.
+    [more for more in MODELS if "attention" not in str(more) and more.get("norm") != "rms_norm"],
+    ids=str,
+)
+def test_the_planner_traces_what_a_forward_keeps_on_a_gpu(more):
+    config = config_of(**{"interactions": ["linear"]} | more | {"dropout": 0.0})  # a CPU's dropout keeps another mask
+    trace = trace_step(config, B, Precision(autocast=torch.bfloat16, is_gpu=True))
+    model = on_gpu(DhenForClickPrediction(config, with_tables=False), gradients=True)
+    inputs = {"inputs_embeds": torch.empty(B, F, D, device=GPU, requires_grad=True)}
+    inputs |= {"dense": torch.empty(B, config.num_dense_features, device=GPU), "labels": torch.empty(B, device=GPU)}
+    external = [*model.parameters(), *model.buffers(), *inputs.values()]
+    with LiveMemory(external) as memory:
+        with running(gradients=True, autocast=True):
+            loss = model(**inputs).loss
+        assert loss.is_cuda
+        assert kept_bytes(trace) == memory.bytes
 
 
 def test_every_kind_of_interaction_is_covered():
