@@ -1,7 +1,4 @@
-"""CUDA's rules of autocast on a CPU's tensors, so that a step for GPUs is traced on any machine.
-
-The trace needs a backward pass, and autograd asks for a device behind each tensor. So it runs on tensors of a CPU.
-"""
+"""CUDA's rules of autocast on a CPU's tensors: without a GPU, autograd has no backward pass for tensors of one."""
 
 import contextlib
 import functools
@@ -12,14 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-# fmt: off
 _IN_FLOAT32 = [
     "acos", "asin", "cosh", "cumprod", "cumsum", "erfinv", "exp", "expm1", "group_norm", "layer_norm", "log", "log10",
     "log1p", "log2", "log_softmax.int", "logsumexp", "norm.Scalar", "norm.ScalarOpt_dim", "pow.Scalar",
     "pow.Tensor_Scalar", "pow.Tensor_Tensor", "reciprocal", "rms_norm", "rsqrt", "sinh", "softmax.int", "softplus",
     "sum", "sum.dim_IntList", "tan",
-]
-# fmt: on
+]  # fmt: skip
 """Computed in float32 under autocast on CUDA, but not on a CPU: torch's documentation of torch.amp."""
 _IN_WIDEST = ["addcdiv", "addcmul"]
 """Computed in the widest dtype of their inputs."""
