@@ -337,7 +337,8 @@ class Planner:
     def _precision(self, technique: Technique) -> Precision:
         if self.job.precision == "fp32":
             return Precision()
-        return Precision(autocast=torch.bfloat16) if technique.scheme == "dp" else Precision(torch.bfloat16)
+        by_autocast = Precision(autocast=torch.bfloat16, is_gpu=self.job.machine.is_gpu)
+        return by_autocast if technique.scheme == "dp" else Precision(torch.bfloat16)
 
     def _section(self, technique: Technique) -> DhenSection:
         is_hybrid = technique.scheme == "hsdp"

@@ -25,6 +25,7 @@ from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.layer import DhenLayer
 from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.planner.cuda_autocast import cuda_autocast
 from dhen.planner.live_memory import LiveMemory
 
 _ALIKE = 3
@@ -119,10 +120,11 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class Precision:
-    """weights: dtype of the dense part. autocast: dtype of torch.autocast; None means off."""
+    """weights: dtype of the dense part. autocast: dtype of torch.autocast, by CUDA's rules if `is_gpu`; None: off."""
 
     weights: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
+    is_gpu: bool = False
 
 
 FP32 = Precision()
@@ -253,7 +255,8 @@ def _on_fake_tensors(
     config: str, batch_size: int, precision: Precision
 ) -> Iterator[tuple[DhenForClickPrediction, dict[str, Tensor]]]:
     """The dense part and a batch on fake tensors."""
-    with FakeTensorMode(), warnings.catch_warnings():
+    rules = cuda_autocast() if precision.autocast and precision.is_gpu else contextlib.nullcontext()
+    with FakeTensorMode(), rules, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _default_dtype(precision.weights):  # .to() cannot change fake weights
             model = DhenForClickPrediction(DhenConfig(**json.loads(config)), with_tables=False)

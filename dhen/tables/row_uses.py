@@ -90,8 +90,8 @@ class UnseenIds:
     """
 
     def __init__(self, uses: RowUses, means: Callable[[], Sequence[Tensor]] | None) -> None:
-        """means: returns `mean_row` of each table; called when the first unused row is met, because it reads all rows.
-        None: the unused rows already hold the mean, as in an exported model.
+        """means: returns `mean_row` of each table; called when the first unused row is met, because it reads all rows;
+        on a GPU in any case. None: the unused rows already hold the mean, as in an exported model.
         """
         self._uses, self._compute_means = uses, means
         self.counts_3S = torch.zeros(3, uses.num_tables, dtype=torch.int64, device=uses.counts.device)
@@ -108,7 +108,8 @@ class UnseenIds:
         table_of_id = tables.repeat_interleave(ids_per_table_S, output_size=ids.numel())
         for row, counted in enumerate((torch.ones_like(is_unused), is_unused, is_unused & (ids == 0))):
             self.counts_3S[row].index_add_(0, table_of_id, counted.long())
-        if self._compute_means is None or not is_unused.any():
+        # A GPU is not asked, because the host would wait for its answer.
+        if self._compute_means is None or (ids.device.type == "cpu" and not is_unused.any()):
             return weights, None
         weights = torch.ones_like(ids, dtype=torch.float32) if weights is None else weights
         bags = torch.arange(lengths_SR.numel(), device=ids.device)
@@ -119,9 +120,11 @@ class UnseenIds:
 
     def mean_parts(self, missing_SR: Tensor) -> Tensor:
         """What the missing rows add to the pooled embeddings, (R, C)."""
-        columns_S = torch.tensor([len(mean) for mean in self._means], device=missing_SR.device)
-        return missing_SR.t().repeat_interleave(columns_S, dim=1) * torch.cat(self._means)
+        table_of_column_C, means_C = self._means
+        return missing_SR[table_of_column_C].t() * means_C
 
     @cached_property
-    def _means(self) -> list[Tensor]:
-        return list(self._compute_means())
+    def _means(self) -> tuple[Tensor, Tensor]:
+        means = list(self._compute_means())
+        tables = [torch.full_like(mean, table, dtype=torch.int64) for table, mean in enumerate(means)]
+        return torch.cat(tables), torch.cat(means)

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from dhen.config.ds_config import DsConfig
 from dhen.model.configuration_dhen import DhenConfig
@@ -100,5 +101,6 @@ def precision_of(ds_config: DsConfig) -> Precision:
     """Precision of the dense part: bf16 weights, fp32 weights under autocast, or plain fp32."""
     if ds_config.deepspeed.get("bf16", {}).get("enabled"):
         return Precision(torch.bfloat16)
-    is_autocast = ds_config.deepspeed.get("torch_autocast", {}).get("enabled")
-    return Precision(autocast=torch.bfloat16 if is_autocast else None)
+    if ds_config.deepspeed.get("torch_autocast", {}).get("enabled"):
+        return Precision(autocast=torch.bfloat16, is_gpu=get_accelerator().device_name() == "cuda")
+    return Precision()

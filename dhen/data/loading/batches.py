@@ -180,4 +180,5 @@ def _as_sparse_ids(rows: Rows, schema: Schema) -> SparseIds:
         len(schema.sparse),
         torch.from_numpy(np.stack([f.lengths for f in by_feature])),
         None if weights is None else torch.from_numpy(weights),
+        [len(f.ids) for f in by_feature],
     )
