@@ -28,7 +28,7 @@ from dataclasses import replace
 
 from dhen.runtime.topology import Topology
 from tools.bench import launch
-from tools.bench.report import print_table, ratios
+from tools.bench.report import draw_over_depth, print_table, ratios
 from tools.bench.sharding_ranks import JOB_FILE, SCHEMES, Measured, measure_all
 from tools.cluster import INTERFACE, Cluster, add_arguments
 
@@ -71,15 +71,10 @@ def plot(results: Sequence[Measured], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, (label, color) in _DRAWN.items():
-        of_scheme = [result for result in results if result.scheme == name]
-        fits = [result for result in of_scheme if result.fits]
-        if not fits:
-            continue
+        points = [(r.depth, r.samples_per_second if r.fits else None) for r in results if r.scheme == name]
         style = {"linewidth": 1, "linestyle": "--"} if SCHEMES[name].stage is None else {"linewidth": 3}
-        speeds = [result.samples_per_second for result in fits]
-        axes.plot([result.depth for result in fits], speeds, marker="o", color=color, label=label, **style)
-        if len(fits) < len(of_scheme):
-            axes.plot(fits[-1].depth, speeds[-1], "x", markersize=16, markeredgewidth=2, color=color)
+        if points:
+            draw_over_depth(axes, points, label, color=color, **style)
     first = results[0]
     axes.set(xlabel="DHEN layers", ylabel="samples/s", xticks=sorted({result.depth for result in results}))
     axes.set_ylim(bottom=0)
