@@ -20,8 +20,8 @@ from tools.bench.small_work import NUM_DENSE, TABLE_LEARNING_RATE, random_batch
 TABLES = [SparseFeature(f"C{index}", 1000) for index in range(8)]
 WARM_UP, TRACED, BATCH = 3, 3, 256
 STEP, BACKWARD = "step", "backward"
-Spans = dict[str, list[tuple[float, float]]]
-"""By name: start and end of each span, in the order of time."""
+Spans = dict[str, list[tuple[float, float, int]]]
+"""By name: start, end and thread of each span, in the order of time."""
 
 
 def spans_of_steps(topology: Topology, overlap: bool) -> Spans:
@@ -49,20 +49,24 @@ def spans_of_steps(topology: Topology, overlap: bool) -> Spans:
     spans: Spans = {name: [] for name in (STEP, BACKWARD, IDS, EMBEDDINGS, GRADIENTS)}
     for event in profiler.events():
         if event.name in spans:
-            spans[event.name].append((event.time_range.start, event.time_range.end))
+            spans[event.name].append((event.time_range.start, event.time_range.end, event.thread))
     return {name: sorted(of_name) for name, of_name in spans.items()}
 
 
-def test_ids_of_the_next_batch_leave_before_this_ones_backward_ends():
+def test_ids_of_the_next_batch_leave_before_this_ones_backward_ends_and_in_their_own_thread():
     with_overlap, without = (run_ranks(2, spans_of_steps, overlap)[0] for overlap in (True, False))
+    main = {thread for *_, thread in with_overlap[STEP]}
     # The ids of the first traced step are sent before the trace starts, but their thread may be late.
     assert len(with_overlap[BACKWARD]) == TRACED
     assert len(with_overlap[IDS]) in (TRACED - 1, TRACED)
-    for (_, backward_ends), (ids_leave, _) in zip(with_overlap[BACKWARD][1:], with_overlap[IDS][-2:], strict=True):
+    for (_, backward_ends, _), (ids_leave, _, thread) in zip(
+        with_overlap[BACKWARD][1:], with_overlap[IDS][-2:], strict=True
+    ):
         assert ids_leave < backward_ends
-    for (_, backward_ends), (ids_leave, _) in zip(without[BACKWARD][:-1], without[IDS], strict=True):
-        assert ids_leave > backward_ends, "without overlap they leave between the steps"
+        assert thread not in main, "the main thread computes meanwhile"
+    assert len(without[IDS]) == TRACED - 1
+    assert {thread for *_, thread in without[IDS]} == {thread for *_, thread in without[STEP]}
     for spans in (with_overlap, without):
         for name in (EMBEDDINGS, GRADIENTS):
-            for (begin, end), (sent, _) in zip(spans[STEP], spans[name], strict=True):
+            for (begin, end, _), (sent, *_) in zip(spans[STEP], spans[name], strict=True):
                 assert begin < sent < end
