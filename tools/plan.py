@@ -11,16 +11,16 @@ You can also give arguments of recipes/train.py, which override the recipe: --pe
 features are those of the recipe's data if it is prepared already, and otherwise as many as Criteo has.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a call by path finds tools.bench
+
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from dhen.config.arguments import Arguments, parse_arguments
 from dhen.config.dhen_section import DhenSection
@@ -37,11 +37,11 @@ from dhen.planner.technique import Scheme, Technique
 from dhen.training.dataset import is_prepared
 from dhen.training.reporting.run_folder import write_json
 from dhen.training.saved.fine_tuning import config_for
+from tools.bench.report import draw_over_depth, print_table
 
 BY_DEPTH_FILE = "by_depth.json"
 FIGURE_SCHEMES: dict[Scheme, str] = {"dp": "DP", "zero3": "FSDP (zero3)", "hsdp": "HSDP"}
 _CRITEO = (13, 26)
-_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -194,23 +194,16 @@ def plan_depth(job: Job, depth: int) -> PlannedDepth:
 def show(planned: Sequence[PlannedDepth], job: Job) -> None:
     """Print the table and the reasons."""
     machine = job.machine
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, soft_wrap=True)
-    console.print(
+    print(
         f"{job.nodes} x {machine.ranks_per_node} ranks on {machine.name}; {machine.memory_gib:g} GiB per rank; "
         f"{job.batch_size:,} examples per rank, products in {job.product_dtype}, D = {job.config.embedding_dim}. "
         "Cells: GiB per rank and samples/s of the job; x: does not fit."
     )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("depth", justify="right")
-    for scheme in job.schemes():
-        table.add_column(scheme, justify="right")
-    for name in ("minimum set", "GiB", "host GiB", "samples/s"):
-        table.add_column(name, justify="left" if name == "minimum set" else "right")
+    columns = ("depth", *job.schemes(), "minimum set", "GiB", "host GiB", "samples/s")
+    rows = [(str(each.depth), *map(_cell, each.plain.values()), *_chosen_cells(each.chosen)) for each in planned]
+    print_table(columns, rows, left=["minimum set"])
     for each in planned:
-        table.add_row(str(each.depth), *map(_cell, each.plain.values()), *_chosen_cells(each.chosen))
-    console.print(table)
-    for each in planned:
-        console.print(f"{each.depth} layers: {each.reason}" if each.chosen else each.reason)
+        print(f"{each.depth} layers: {each.reason}" if each.chosen else each.reason)
 
 
 def _cell(prediction: Prediction) -> str:
@@ -273,16 +266,10 @@ def plot(planned: Sequence[PlannedDepth], job: Job, path: Path) -> None:
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for scheme, label in FIGURE_SCHEMES.items():
-        points = [(each.depth, each.plain[scheme]) for each in planned if scheme in each.plain]
-        fits = [(depth, prediction.samples_per_second) for depth, prediction in points if prediction.fits]
-        if not points:
-            continue
-        if not fits:
-            axes.plot([], [], label=f"{label}: fits at no depth")
-            continue
-        (line,) = axes.plot(*zip(*fits, strict=True), marker="o", label=label)
-        if len(fits) < len(points):
-            axes.plot(*fits[-1], "x", markersize=14, markeredgewidth=2, color=line.get_color())
+        predictions = [(each.depth, each.plain[scheme]) for each in planned if scheme in each.plain]
+        if predictions:
+            points = [(depth, of.samples_per_second if of.fits else None) for depth, of in predictions]
+            draw_over_depth(axes, points, label)
     chosen = [(each.depth, each.chosen.samples_per_second) for each in planned if each.chosen]
     if chosen:
         axes.plot(*zip(*chosen, strict=True), "--", color="black", linewidth=1, label="minimum set")

@@ -1,11 +1,10 @@
-"""Time: on a device, of repeated calls, on the slowest rank, and of the spans in a trace."""
+"""Time: on a device, of repeated calls, of calls in turns, and on the slowest rank."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -28,18 +27,16 @@ def largest(topology: Topology, values: Any) -> Any:
 
 def median_seconds(call: Callable[[], object], topology: Topology, rounds: int) -> float:
     """This rank's median over `rounds` calls, after one that warms up. Communicates: ranks start each call together."""
-    times = []
-    for _ in range(rounds + 1):
-        topology.barrier()
-        start = now(topology.device)
-        call()
-        times.append(now(topology.device) - start)
-    return statistics.median(times[1:])
+    return statistics.median(in_turns({"": call}, topology, 1 + rounds)[""][1:])
 
 
-def covered(spans: Iterable[tuple[float, float]], end: float) -> np.ndarray:
-    """Whether a span covers each microsecond from 0 to `end`: bool. Spans are (first, last) microseconds."""
-    is_covered = np.zeros(round(end), dtype=bool)
-    for first, last in spans:
-        is_covered[round(first) : round(last)] = True
-    return is_covered
+def in_turns(calls: Mapping[Any, Callable[[], object]], topology: Topology, rounds: int) -> dict[Any, list[float]]:
+    """This rank's seconds of each call, in each round; the calls take turns. Communicates: ranks start together."""
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            topology.barrier()
+            start = now(topology.device)
+            call()
+            seconds[name].append(now(topology.device) - start)
+    return seconds

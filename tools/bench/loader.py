@@ -20,7 +20,6 @@ import argparse
 import itertools
 import os
 import statistics
-import time
 from dataclasses import replace
 
 import pyarrow
@@ -29,20 +28,18 @@ import torch
 from dhen.config.arguments import Arguments, parse_arguments
 from dhen.config.ds_config import read_ds_config
 from dhen.config.left_out import MOST_BATCH
-from dhen.data.loading.batches import Batch, BatchLoader
+from dhen.data.loading.batches import BatchLoader
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.runtime.topology import Topology
 from dhen.training.dataset import prepare_dataset
-from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import lay_out, parallelize
 from dhen.training.saved.fine_tuning import config_for
-from tools.bench.clock import now
+from tools.bench.clock import in_turns
 from tools.bench.launch import argument_parser, write_json
 from tools.bench.report import print_table
 from tools.bench.small_work import take_step
 
-WARM_UP_STEPS = 3
 Rates = dict[str, list[float]]
 """Rows per second in each round, of the "loader" and of "training"."""
 
@@ -94,29 +91,18 @@ def measure(arguments: Arguments, options: argparse.Namespace, topology: Topolog
     ds_config = read_ds_config(arguments.ds_config, replace(arguments.recipe(1), gradient_accumulation_steps=1))
     model = parallelize(lay_out(config_for(arguments.architecture, loader.schema), topology, ds_config), seed=seed)
     model.set_learning_rates(training.learning_rate, training.table_learning_rate)
-    batches = list(itertools.islice(loader.epoch(0), options.steps))
-    rate_of_training(model, batches[:WARM_UP_STEPS])
-    rates: Rates = {"loader": [], "training": []}
-    for epoch in range(1, options.rounds + 1):
-        rates["loader"].append(rate_of_loader(loader, epoch))
-        rates["training"].append(rate_of_training(model, batches))
-    return rates
+    batches, epochs = list(itertools.islice(loader.epoch(0), options.steps)), itertools.count(1)
+    rows = {"training": sum(len(batch.labels_B) for batch in batches)}
 
+    def load() -> None:
+        rows["loader"] = sum(len(batch.labels_B) for batch in loader.epoch(next(epochs)))
 
-def rate_of_loader(loader: BatchLoader, epoch: int) -> float:
-    """Rows per second of a whole epoch, including the start of its thread and the first window."""
-    started = time.perf_counter()
-    rows = sum(len(batch.labels_B) for batch in loader.epoch(epoch))
-    return rows / (time.perf_counter() - started)
+    def train() -> None:
+        for batch in batches:
+            take_step(model, batch)
 
-
-def rate_of_training(model: ParallelDhen, batches: list[Batch]) -> float:
-    """Rows per second of lookup, forward, backward and update."""
-    device = model.topology.device
-    started = now(device)
-    for batch in batches:
-        take_step(model, batch)
-    return sum(len(batch.labels_B) for batch in batches) / (now(device) - started)
+    seconds = in_turns({"loader": load, "training": train}, topology, 1 + options.rounds)  # the first warms up
+    return {name: [rows[name] / each for each in of_name[1:]] for name, of_name in seconds.items()}
 
 
 def show(rates: Rates) -> None:

@@ -6,11 +6,11 @@ The benchmark trains the recipe once per variant and seed, on two nodes of this 
 for each variant:
 - what node 0 sends per training step, without evaluation and test;
 - milliseconds of a step, the median;
-- MiB of the tables of all ranks, and MiB of the tensors that rank 0's engine holds between backward and optimizer step;
+- MiB of the tables of all ranks;
 - the test split's NE over the seeds, and how far it is from that of fp32.
 
-results.jsonl has a line per run, with the engine's tensors by dtype. A run that has its line is skipped. The benchmark
-passes arguments that it does not know to recipes/train.py.
+results.jsonl has a line per run. A run that has its line is skipped. The benchmark passes arguments that it does not
+know to recipes/train.py.
 """
 
 import sys
@@ -23,12 +23,9 @@ import json
 import runpy
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any
-
-from torch import Tensor
-from torch.utils._pytree import tree_iter
 
 from dhen.training.loop import Trainer
 from tools.bench.launch import JobError, argument_parser, is_rank, results_of_cluster, run_here, write_json
@@ -60,7 +57,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper_dp": ("paper_dp", {}),
 }
 """The ds_config of each variant, and the changes to it."""
-ROLES = ("weights", "masters", "moments", "gradients", "buffers")
 
 
 def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Cluster, folder: Path) -> Result:
@@ -82,7 +78,6 @@ def train(variant: str, seed: int, arguments: argparse.Namespace, cluster: Clust
         seed=seed,
         bytes_per_step=measured["bytes_per_step"],
         table_bytes=sum(shard["num_bytes"] for shard in placement["shards"]),
-        dense_bytes=measured["dense_bytes"],
         ne=summary["test"]["ne"],
         auc=summary["test"]["auc"],
         seconds_per_step=measured["seconds_per_step"],
@@ -105,12 +100,9 @@ def train_here() -> None:
         trainer.validation_loader = None  # the bytes are those of training steps
         engine, topology = trainer.model.engine, trainer.model.topology
         step = engine.step
-        dense_bytes: dict[str, int] = {}
         ends: list[float] = []
 
         def measure_and_step() -> None:
-            if trainer.state.step == 1 and not dense_bytes:  # before the first step Adam has no moments
-                dense_bytes.update(engine_bytes(engine))
             step()
             ends.append(time.perf_counter())
 
@@ -120,51 +112,12 @@ def train_here() -> None:
         train(trainer, progress)
         topology.barrier()
         if topology.is_main:
-            values = {"bytes_per_step": (bytes_sent() - before) / trainer.state.step, "dense_bytes": dense_bytes}
+            values = {"bytes_per_step": (bytes_sent() - before) / trainer.state.step}
             values["seconds_per_step"] = statistics.median(b - a for a, b in pairwise(ends))
             write_json(trainer.output_dir / MEASURED_FILE, values)
 
     Trainer.train = train_and_measure
     runpy.run_path(str(ROOT / "recipes" / "train.py"), run_name="__main__")
-
-
-def engine_bytes(engine: Any) -> dict[str, int]:
-    """Bytes of the tensors that a DeepSpeed engine holds, by "<role> <dtype>". Each storage counts once."""
-    optimizer = engine.optimizer
-    inner = getattr(optimizer, "optimizer", optimizer)  # ZeRO's optimizer wraps torch's
-    parameters = list(engine.module.parameters())
-    held = vars(optimizer) if optimizer is not inner else {}
-    # ZeRO keeps masters that torch's optimizer does not see.
-    masters = [value for name, value in held.items() if "fp32" in name]
-    by_role: dict[str, Iterable[Tensor]] = {
-        "weights": [getattr(p, "ds_tensor", p.data) for p in parameters],
-        "masters": tensors_in([*(group["params"] for group in inner.param_groups), *masters]),
-        "moments": tensors_in([*inner.state.values()]),
-        "gradients": [
-            *(p.grad for p in parameters if p.grad is not None),
-            *tensors_in([value for name, value in held.items() if "grad" in name]),
-        ],
-        "buffers": tensors_in([value for name, value in held.items() if "param" not in name]),
-    }
-    seen: set[int] = set()
-    total: dict[str, int] = {}
-    for role in ROLES:
-        for tensor in by_role[role]:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen and storage.nbytes():
-                seen.add(storage.data_ptr())
-                key = f"{role} {str(tensor.dtype).removeprefix('torch.')}"
-                total[key] = total.get(key, 0) + storage.nbytes()
-    return total
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers and in ZeRO's own objects, with its gradient."""
-    for leaf in tree_iter(value):
-        if isinstance(leaf, Tensor):
-            yield from (leaf, leaf.grad) if leaf.is_leaf and leaf.grad is not None else (leaf,)
-        elif type(leaf).__module__.startswith("deepspeed.runtime.zero") and hasattr(leaf, "__dict__"):
-            yield from tensors_in(vars(leaf))
 
 
 def show(results: Sequence[Result]) -> None:
@@ -177,16 +130,15 @@ def show(results: Sequence[Result]) -> None:
     rows = []
     for variant, of_variant in by_variant.items():
         first, ne = of_variant[0], [result.ne for result in of_variant]
-        held = [sum(size for key, size in first.dense_bytes.items() if key.split()[0] == role) for role in ROLES[:4]]
         milliseconds = 1e3 * statistics.median(result.seconds_per_step for result in of_variant)
         row = [variant, f"{first.bytes_per_step / 2**10:.1f}", f"{milliseconds:.0f}"]
-        row += [f"{size / 2**20:.3f}" for size in (first.table_bytes, *held)]
+        row.append(f"{first.table_bytes / 2**20:.3f}")
         row += [f"{value:.5f}" for value in (statistics.mean(ne), min(ne), max(ne))]
         row.append(f"{statistics.mean(ne) / base - 1:+.2%}")
         rows.append([*row, f"{statistics.mean(result.auc for result in of_variant):.5f}"])
-    columns = ("variant", "KiB per step", "ms", "tables", *ROLES[:4], "NE", "from", "to", "to the first", "AUC")
+    columns = ("variant", "KiB per step", "ms", "tables", "NE", "from", "to", "to the first", "AUC")
     print_table(columns, rows, left=["variant"])
-    print("MiB of the tables with their states on all ranks, then of rank 0's weights, masters, moments and gradients.")
+    print("tables: MiB on all ranks, with their optimizer's states.")
     print("NE over the seeds: mean, from lowest to highest, and the mean's distance from that of the first variant.")
 
 

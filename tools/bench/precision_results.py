@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from tools.markdown import head, row
 from tools.over_seeds import Statistic, over_seeds, signed
 
@@ -29,15 +31,13 @@ python tools/paper.py common_optimizations
 class Result:
     """One run. bytes_per_step: what node 0 sends. table_bytes: of all ranks, with the optimizer's states.
 
-    dense_bytes: what rank 0's engine holds between backward and step, by "<role> <dtype>". seconds_per_step: of rank 0,
-    the median. flags: that the benchmark gave to recipes/train.py, without the seed.
+    seconds_per_step: of rank 0, the median. flags: that the benchmark gave to recipes/train.py, without the seed.
     """
 
     variant: str
     seed: int
     bytes_per_step: float
     table_bytes: int
-    dense_bytes: dict[str, int]
     ne: float
     auc: float
     seconds_per_step: float = 0.0
@@ -46,9 +46,9 @@ class Result:
 
 
 def read(file: Path) -> list[Result]:
-    """The lines of a file, which need not exist."""
+    """The lines of a file, which need not exist. Keys of other versions are ignored."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [Result(**values | {"flags": tuple(values["flags"])}) for values in map(json.loads, lines)]
+    return [TypeAdapter(Result).validate_json(line) for line in lines]
 
 
 def add(file: Path, result: Result) -> None:

@@ -11,9 +11,7 @@ overlap with it. So ratios depend on the rates and the sleep that you choose; by
 moves twice as many bytes as a ring. That would favor HSDP, so on CPUs a ring replaces it in every scheme.
 
 dp is ZeRO-0, zero2 ZeRO-2 and fsdp ZeRO-3. hsdp overlaps its all-reduce with the backward pass; hsdp_sync waits for it
-at once. torch_fsdp and torch_hsdp are torch's FSDP2 on a flat mesh and on a mesh of nodes and ranks. hpz is ZeRO-3 with
-a second copy of the weights in each node. Its process groups stay in the process and would change the other schemes, so
-hpz runs last, in a job per depth.
+at once. torch_fsdp and torch_hsdp are torch's FSDP2 on a flat mesh and on a mesh of nodes and ranks.
 """
 
 import sys
@@ -27,15 +25,14 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from dhen.runtime.topology import Topology
 from tools.bench import launch
-from tools.bench.report import print_table, ratios
-from tools.bench.sharding_ranks import measure_all
-from tools.bench.sharding_schemes import JOB_FILE, MEASURED_FILE, SCHEMES, Benchmark, Measured
+from tools.bench.report import draw_over_depth, print_table, ratios
+from tools.bench.sharding_ranks import JOB_FILE, SCHEMES, Measured, measure_all
 from tools.cluster import INTERFACE, Cluster, add_arguments
 
+MEASURED_FILE = "measured.json"
 _DRAWN = {
     "dp": ("DP", "C0"),
     "fsdp": ("FSDP", "C1"),
@@ -53,13 +50,12 @@ def show(results: Sequence[Measured]) -> None:
     for result in results:
         base = next((r for r in results if (r.scheme, r.depth) == ("fsdp", result.depth)), None)
         sent, theory = result.bytes_sent, result.bytes_in_theory
-        faster = ratios(base.seconds, result.seconds) if base and base.seconds and result.seconds else ("-", "-")
-        is_apart = SCHEMES[result.scheme].is_apart
+        faster = ratios(base.seconds, result.seconds) if base else ("-", "-")
         rows.append([
             str(result.depth),
-            f"{result.scheme} (own job)" if is_apart else result.scheme,
-            f"{result.samples_per_second:,.1f}" if result.seconds else "no memory",
-            *((faster[0], "-") if is_apart else faster),
+            result.scheme,
+            f"{result.samples_per_second:,.1f}",
+            *faster,
             "-" if sent is None else f"{sent / 2**20:.2f}",
             f"{theory / 2**20:.2f}",
             f"{sent / theory - 1:+.1%}" if sent and theory else "-",
@@ -75,15 +71,10 @@ def plot(results: Sequence[Measured], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, (label, color) in _DRAWN.items():
-        of_scheme = [result for result in results if result.scheme == name]
-        fits = [result for result in of_scheme if result.fits]
-        if not fits:
-            continue
+        points = [(r.depth, r.samples_per_second if r.fits else None) for r in results if r.scheme == name]
         style = {"linewidth": 1, "linestyle": "--"} if SCHEMES[name].stage is None else {"linewidth": 3}
-        speeds = [result.samples_per_second for result in fits]
-        axes.plot([result.depth for result in fits], speeds, marker="o", color=color, label=label, **style)
-        if len(fits) < len(of_scheme):
-            axes.plot(fits[-1].depth, speeds[-1], "x", markersize=16, markeredgewidth=2, color=color)
+        if points:
+            draw_over_depth(axes, points, label, color=color, **style)
     first = results[0]
     axes.set(xlabel="DHEN layers", ylabel="samples/s", xticks=sorted({result.depth for result in results}))
     axes.set_ylim(bottom=0)
@@ -100,83 +91,58 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--depths", type=int, nargs="+", default=[2, 4, 8], help="DHEN layers")
     add("--embeddings", type=int, default=46, help="embeddings in a layer; its weights grow with the square")
     add("--compute_ms", type=float, default=40, help="sleep in a layer's forward; its backward sleeps twice as long")
-    add("--schemes", nargs="+", choices=SCHEMES, help="schemes to compare (default: all that can run)")
+    add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="schemes to compare")
     add("--rounds", type=int, default=5, help="measured steps per scheme")
     add("--memory_cap_mib", type=float, default=0, help="measure peak memory too, with this cap per rank")
-    add("--trace", action="store_true", help="write a Chrome trace of an hsdp step")
     add("--interface", default=INTERFACE, help="network interface whose bytes are counted")
-    add("--output", type=Path, default="runs/bench_sharding", help=f"folder of {MEASURED_FILE}, figure6.png, traces")
+    add("--output", type=Path, default="runs/bench_sharding", help=f"folder of {MEASURED_FILE} and figure6.png")
     add("--on_cluster", action="store_true", help=argparse.SUPPRESS)  # set for the ranks of our own cluster
     add("--memory", action="store_true", help=argparse.SUPPRESS)  # and for the jobs that measure memory
     arguments = parser.parse_args(command_line)
-    is_launched = launch.is_rank() and not arguments.on_cluster
-    if arguments.schemes is None:
-        arguments.schemes = [name for name, scheme in SCHEMES.items() if not (is_launched and scheme.is_apart)]
-    if is_launched and arguments.memory_cap_mib:
+    if launch.is_rank() and not arguments.on_cluster and arguments.memory_cap_mib:
         parser.error("--memory_cap_mib needs a job per scheme and depth, but a launcher starts one job. Remove it.")
-    if is_launched and "hpz" in arguments.schemes and len(arguments.schemes) * len(arguments.depths) > 1:
-        parser.error("hpz changes the other runs of its process. Under a launcher, name only hpz and one depth.")
     return arguments
 
 
-def measure_as_a_rank(topology: Topology, arguments: argparse.Namespace) -> Benchmark:
+def measure_as_a_rank(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
     """One rank's part. Without our own cluster, rank 0 also shows the results. Communicates; all ranks call it."""
-    benchmark = Benchmark(None, None, arguments.compute_ms, measure_all(topology, arguments))
+    results = measure_all(topology, arguments)
     if topology.is_main and not arguments.on_cluster:
-        present(benchmark, arguments.output)
-    return benchmark
+        present(results, arguments.output)
+    return results
 
 
-def present(benchmark: Benchmark, output: Path) -> None:
+def present(results: Sequence[Measured], output: Path) -> None:
     """Print the table, write measured.json, draw the figure."""
-    launch.write_json(output / MEASURED_FILE, benchmark)
-    show(benchmark.results)
-    plot(benchmark.results, output / "figure6.png")
+    launch.write_json(output / MEASURED_FILE, results)
+    show(results)
+    plot(results, output / "figure6.png")
     print(f"{output} has {MEASURED_FILE} and figure6.png")
 
 
 def measure_on_a_cluster(arguments: argparse.Namespace) -> None:
-    """Measure the schemes that take turns, at all depths; then the others, in a job per depth; then memory.
+    """Measure the schemes in a job per depth; then their memory, in a job each. Raises ClusterError and JobError.
 
-    Writes measured.json after each job. Raises ClusterError, and JobError if a job fails.
+    Writes measured.json after each depth.
     """
-    file = arguments.output / MEASURED_FILE
-    in_turns = [name for name in arguments.schemes if not SCHEMES[name].is_apart]
-    jobs = [(in_turns, arguments.depths)] if in_turns else []
-    jobs += [([name], [depth]) for name in arguments.schemes if SCHEMES[name].is_apart for depth in arguments.depths]
-    benchmark = Benchmark(arguments.link_mbit, arguments.local_mbit, arguments.compute_ms, [])
-    file.unlink(missing_ok=True)
+    results: list[Measured] = []
     with Cluster.of(arguments) as cluster:
-        for schemes, depths in jobs:
-            measured = run_job(cluster, arguments, Benchmark, "--schemes", *schemes, "--depths", *map(str, depths))
-            benchmark.results.extend(measured.results)
-            benchmark.results.sort(key=lambda result: arguments.depths.index(result.depth))
-            launch.write_json(file, benchmark)
-    if arguments.memory_cap_mib:
-        benchmark = replace(benchmark, results=with_peaks(benchmark.results, arguments))
-    present(benchmark, arguments.output)
-
-
-def run_job(cluster: Cluster, arguments: argparse.Namespace, kind: Any, *flags: str) -> Any:
-    """Run this benchmark on the cluster with these flags too, and return what rank 0 writes. Raises JobError."""
-    command, file = [*sys.argv, "--on_cluster", *flags], arguments.output / JOB_FILE
-    try:
-        return launch.results_of_cluster(cluster, command, kind, file, may_fail="--memory" in flags)
-    except launch.JobError as error:
-        earlier = arguments.output / MEASURED_FILE
-        kept = f" {earlier} has the results of the earlier jobs." if earlier.is_file() else ""
-        raise launch.JobError(f"{error}{kept}") from error
+        for depth in arguments.depths:
+            command = [*sys.argv, "--on_cluster", "--depths", str(depth)]
+            results += launch.results_of_cluster(cluster, command, list[Measured], arguments.output / JOB_FILE)
+            launch.write_json(arguments.output / MEASURED_FILE, results)
+    present(with_peaks(results, arguments) if arguments.memory_cap_mib else results, arguments.output)
 
 
 def with_peaks(results: Sequence[Measured], arguments: argparse.Namespace) -> list[Measured]:
     """The results with peak MiB of rank 0, in a job each, on unlimited links; infinite if the cap is too low."""
     os.environ |= launch.RETURN_FREED_MEMORY
-    measured = []
+    measured, file = [], arguments.output / JOB_FILE
     with Cluster.of(arguments, is_limited=False) as cluster:
         for result in results:
-            flags = ("--memory", "--schemes", result.scheme, "--depths", str(result.depth))
+            command = [*sys.argv, "--on_cluster", "--memory", "--schemes", result.scheme, "--depths", str(result.depth)]
             with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure
-                peak = run_job(cluster, arguments, float | None, *flags)
+                peak = launch.results_of_cluster(cluster, command, float | None, file, may_fail=True)
             measured.append(replace(result, peak_mib=math.inf if peak is None else peak))
     return measured
 

@@ -1,20 +1,18 @@
-"""A rank of tools/bench/sharding.py: builds each scheme, takes steps, measures seconds, bytes and memory."""
+"""The sharding schemes of tools/bench/sharding.py, and a rank's work: builds each scheme, measures its steps."""
 
 import argparse
 import gc
-import json
-import os
 import statistics
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed
 import torch
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -26,27 +24,92 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import lay_out, parallelize, weights_of
-from tools.bench.clock import covered, largest, now
-from tools.bench.sharding_schemes import BATCH, JOB_FILE, SCHEMES, Measured, Scheme
+from tools.bench.clock import in_turns
+from tools.bench.small_work import OPTIMIZER
 from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap, status_kib
 from tools.cluster import bytes_sent
 
+JOB_FILE = "job.json"
+"""In --output: what rank 0 of one job writes."""
+BATCH = 16  # examples per rank and step
 NUM_DENSE = 8
 BYTES = 4  # of an fp32 weight
 
 
 @dataclass(frozen=True)
-class Built:
-    """A scheme's model: `step` takes one step on this rank's batch, `release` frees its memory."""
+class Scheme:
+    """A way to shard the dense part. stage: of ZeRO; None is torch's FSDP2, on a flat or a two-level mesh.
 
-    model: nn.Module
-    step: Callable[[], None]
-    release: Callable[[], None]
+    passes: how often the whole model passes through the ring of all ranks in a step. A hybrid scheme has none: its only
+    traffic between nodes is the all-reduce of the shards. keeps_last: the last matrix of the forward pass is still
+    gathered when the backward pass starts.
+    """
+
+    stage: int | None
+    passes: int = 0
+    is_hybrid: bool = False
+    is_async: bool = True
+    keeps_last: bool = False
+
+    def bytes_sent(self, model_bytes: int, matrix_bytes: int, nodes: int, ranks: int) -> float:
+        """Bytes that a node sends per step, in theory."""
+        if self.is_hybrid:
+            return 2 * model_bytes * (nodes - 1) / nodes
+        return (self.passes * model_bytes - self.keeps_last * matrix_bytes) * (ranks - 1) / ranks
+
+
+SCHEMES = {
+    "dp": Scheme(0, passes=2),
+    "zero2": Scheme(2, passes=3),
+    "fsdp": Scheme(3, passes=3, keeps_last=True),
+    "hsdp_sync": Scheme(3, is_hybrid=True, is_async=False),
+    "hsdp": Scheme(3, is_hybrid=True),
+    "torch_fsdp": Scheme(None, passes=3),
+    "torch_hsdp": Scheme(None, is_hybrid=True),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One scheme at one depth. seconds: one value per round.
+
+    bytes_sent: what node 0 sent per step; None without the interface that counts it. matrix_bytes: of a layer's largest
+    matrix. peak_mib: what rank 0 allocated beyond what it had before the model; None if it was not measured, infinite
+    if the cap is too low.
+    """
+
+    scheme: str
+    depth: int
+    nodes: int
+    ranks: int
+    model_bytes: int
+    matrix_bytes: int
+    seconds: list[float]
+    bytes_sent: float | None
+    peak_mib: float | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the scheme had enough memory under the cap."""
+        return self.peak_mib != inf
+
+    @property
+    def samples_per_second(self) -> float:
+        """Samples per second of all ranks, by the median step."""
+        return BATCH * self.ranks / statistics.median(self.seconds)
+
+    @property
+    def bytes_in_theory(self) -> float:
+        """What node 0 sends per step, in theory."""
+        return SCHEMES[self.scheme].bytes_sent(self.model_bytes, self.matrix_bytes, self.nodes, self.ranks)
+
+
+Model = tuple[Callable[[], None], Callable[[], None]]
+"""Takes one step on this rank's batch; frees its memory."""
 
 
 def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
     """Measure all depths, or end the rank after measuring memory. Communicates; all ranks call it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler logs its start and stop on every rank
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about writing to the logit, which nobody does
     if topology.device.type == "cpu":
         replace_reduce_scatter()
@@ -58,30 +121,31 @@ def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measu
 def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> list[Measured]:
     """All schemes at one depth, in turns. Communicates; all ranks call it."""
     config = model_config(depth, arguments.embeddings)
-    compute_seconds = arguments.compute_ms / 1e3
-    warm = {name: build_and_warm(SCHEMES[name], config, topology, compute_seconds) for name in arguments.schemes}
-    built = {name: one for name, one in warm.items() if one is not None}
-    seconds: dict[str, list[float]] = {name: [] for name in arguments.schemes}
+    models = {name: build(SCHEMES[name], config, topology, arguments.compute_ms / 1e3) for name in arguments.schemes}
+    for take_step, _ in models.values():
+        take_step()  # warms up
     sent: dict[str, list[int]] = {name: [] for name in arguments.schemes}
-    for _ in range(arguments.rounds):
-        for name, one in built.items():
-            topology.barrier()
-            before, start = bytes_sent(arguments.interface), now(topology.device)
-            one.step()
-            topology.barrier()
-            seconds[name].append(now(topology.device) - start)
-            if before is not None:
-                sent[name].append(bytes_sent(arguments.interface) - before)
-    if arguments.trace and "hsdp" in built:
-        trace(built["hsdp"].step, arguments.output / f"trace-{depth}.json", topology)
-    free(*built.values())
+
+    def step(name: str) -> None:
+        before = bytes_sent(arguments.interface)
+        models[name][0]()
+        topology.barrier()
+        if before is not None:
+            sent[name].append(bytes_sent(arguments.interface) - before)
+
+    seconds = in_turns({name: partial(step, name) for name in models}, topology, arguments.rounds)
+    for _, release in models.values():
+        release()
+    gc.collect()
+    if topology.device.type == "cuda":
+        torch.cuda.empty_cache()
     return [
         Measured(
             scheme=name,
             depth=depth,
             nodes=topology.world_size // topology.local_size,
             ranks=topology.world_size,
-            model_bytes=model_bytes(config),
+            model_bytes=sum(weights_of(config).values()) * BYTES,
             matrix_bytes=(config.num_dense_embeddings * config.embedding_dim) ** 2 * BYTES,
             seconds=seconds[name],
             bytes_sent=statistics.median(sent[name]) if sent[name] else None,
@@ -90,87 +154,23 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> li
     ]
 
 
-def build_and_warm(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float) -> Built | None:
-    """The scheme's model after its first step; None on all ranks if the GPU memory of one is too small.
-
-    Communicates; all ranks call it. Shards are equal, so all ranks run out of memory at the same place. If one does so
-    alone, the others wait until the job's timeout ends them.
-    """
-    torch.manual_seed(0)
-    built, failed = None, False
-    try:
-        built = build(scheme, config, topology, compute_seconds)
-        built.step()
-    except torch.OutOfMemoryError:
-        failed = True
-    if largest(topology, failed):
-        free(*([] if built is None else [built]))
-        return None
-    return built
-
-
-def free(*left: Built) -> None:
-    """Free the memory of these models, and of everything that is not referenced any more."""
-    for built in left:
-        built.release()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def measure_memory(topology: Topology, arguments: argparse.Namespace) -> NoReturn:
     """Measure one scheme at one depth under the cap; rank 0 writes its peak. Communicates; ends the rank."""
     (depth,), (name,) = arguments.depths, arguments.schemes
     config = model_config(depth, arguments.embeddings)
     # Warm up without the cap: what libraries allocate once is not the scheme's, and some hang if they cannot.
-    warm = SCHEMES["fsdp" if SCHEMES[name].is_apart else name]  # a process can have only one model of such a scheme
-    build(warm, model_config(1, 4), topology).step()
+    warm_up, _ = build(SCHEMES[name], model_config(1, 4), topology)
+    warm_up()
 
     def peak_mib() -> float:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         before = status_kib("VmRSS")
-        built = build(SCHEMES[name], config, topology)
+        take_step, _ = build(SCHEMES[name], config, topology)
         for _ in range(3):
-            built.step()
+            take_step()
         return (status_kib("VmHWM") - before) / 1024
 
     run_under_a_cap(arguments.memory_cap_mib, arguments.output / JOB_FILE, topology, peak_mib)
-
-
-def trace(step: Callable[[], None], path: Path, topology: Topology) -> None:
-    """Write rank 0's step as a Chrome trace. Communicates; all ranks call it.
-
-    With pauses it also prints how much of the all-reduces runs during a layer's backward.
-    """
-    with torch.profiler.profile() as profiler:
-        step()
-    topology.barrier()
-    if topology.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(path))
-        under, total = overlap(json.loads(path.read_text()))
-        if total:
-            print(f"{path}: {under:.0f} ms of the all-reduces' {total:.0f} ms run during a layer's backward")
-
-
-def overlap(trace: dict[str, Any]) -> tuple[float, float]:
-    """Milliseconds of all-reduces during a layer's backward (its pause), and of all all-reduces.
-
-    Both are 0 without pauses or without gloo's all-reduces.
-    """
-    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    origin = min(event["ts"] for event in events)
-    reduces, backwards = (
-        [(e["ts"] - origin, e["ts"] - origin + e["dur"]) for e in events if e.get("name") == name]
-        for name in ("gloo:all_reduce", "PauseBackward")
-    )
-    if not backwards:
-        return 0.0, 0.0
-    end = max(last for _, last in (*reduces, *backwards))
-    # A much later one is the job's own barrier or norm.
-    is_reducing = covered((span for span in reduces if span[0] < backwards[-1][1] + 1e5), end)
-    is_under = is_reducing & covered(backwards, end)
-    return float(is_under.sum()) / 1e3, float(is_reducing.sum()) / 1e3
 
 
 def model_config(depth: int, embeddings: int) -> DhenConfig:
@@ -186,17 +186,13 @@ def model_config(depth: int, embeddings: int) -> DhenConfig:
     )  # fmt: skip
 
 
-def model_bytes(config: DhenConfig) -> int:
-    """Bytes of all weights."""
-    return sum(weights_of(config).values()) * BYTES
-
-
-def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float = 0.0) -> Built:
+def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float = 0.0) -> Model:
     """The scheme's model. Communicates; all ranks call it."""
+    torch.manual_seed(0)
     make = build_torch if scheme.stage is None else build_deepspeed
-    model, score, update, release = make(scheme, config, topology)
+    layers, score, update, release = make(scheme, config, topology)
     if compute_seconds:
-        for layer in model.model.layers:
+        for layer in layers:
             layer.forward = paused(layer.forward, compute_seconds, 2 * compute_seconds)
 
     generator = torch.Generator().manual_seed(topology.rank)
@@ -206,32 +202,24 @@ def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_second
     def step() -> None:
         update(binary_cross_entropy_with_logits(score(dense_BN), labels_B))
 
-    return Built(model, step, release)
+    return step, release
 
 
 def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
-    """This project: ZeRO over all ranks, or HSDP."""
-    model = parallelize(lay_out(config, topology, ds_config_of(scheme, topology)))
-    return model.engine.module, partial(model.score, None), model.step, partial(release_engine, model.engine)
-
-
-def ds_config_of(scheme: Scheme, topology: Topology) -> DsConfig:
-    """The ds_config of a ZeRO scheme. Its sizes are "auto"."""
+    """This project: ZeRO over all ranks, or HSDP. The sizes of ZeRO's buckets are "auto"."""
     sizes = SIZE_KEYS if scheme.stage == 3 else SIZE_KEYS[:1]
-    zero: dict[str, Any] = {"stage": scheme.stage} | dict.fromkeys(sizes, "auto")
-    if scheme.name == "hpz":  # refused in a user's ds_config: two hpZ models in one process break each other
-        zero["zero_hpz_partition_size"] = topology.local_size
     settings = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_clipping": 0.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}},
-        "zero_optimization": zero,
+        "optimizer": OPTIMIZER,
+        "zero_optimization": {"stage": scheme.stage} | dict.fromkeys(sizes, "auto"),
     }
     is_one_node = topology.local_size == topology.world_size
-    section = DhenSection(
-        shard_group="node" if scheme.is_hybrid and not is_one_node else "world", async_all_reduce=scheme.is_async
-    )
-    return DsConfig("tools/bench/sharding.py", settings, section)
+    group = "node" if scheme.is_hybrid and not is_one_node else "world"
+    section = DhenSection(shard_group=group, async_all_reduce=scheme.is_async)
+    model = parallelize(lay_out(config, topology, DsConfig("tools/bench/sharding.py", settings, section)))
+    layers = model.engine.module.model.layers
+    return layers, partial(model.score, None), model.step, partial(release_engine, model.engine)
 
 
 def release_engine(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -264,4 +252,4 @@ def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, lambda dense_BN: model(dense=dense_BN).logits, update, lambda: None
+    return model.model.layers, lambda dense_BN: model(dense=dense_BN).logits, update, lambda: None

@@ -1,42 +1,20 @@
-"""Work for benchmarks: a small DHEN under ds_configs/zero2.json, random batches, and a training step."""
+"""Work for benchmarks: random batches, and a training step."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.config.dhen_section import DhenSection
-from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
 from dhen.data.loading.batches import Batch
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
-from dhen.runtime.topology import Topology
 from dhen.training.parallel_model import ParallelDhen
-from dhen.training.parallelize import lay_out, parallelize
 
-ZERO2 = Path(__file__).resolve().parents[2] / "ds_configs/zero2.json"
 NUM_DENSE = 13
 TABLE_LEARNING_RATE = 0.01
-
-
-def small_dhen(
-    tables: Sequence[SparseFeature], batch_size: int, topology: Topology, section: DhenSection, **architecture: Any
-) -> ParallelDhen:
-    """A DHEN on these tables. Communicates; all ranks call it."""
-    zero2 = read_ds_config(ZERO2, Recipe(batch_size, 1, topology.world_size, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8))
-    config = DhenConfig(
-        num_dense_features=NUM_DENSE,
-        interactions=["linear", "advanced_dlrm"],
-        num_embeddings_out=16,
-        sparse_features=[{"name": table.name, "num_embeddings": table.num_embeddings} for table in tables],
-        **architecture,
-    )
-    model = parallelize(lay_out(config, topology, DsConfig(zero2.path, zero2.deepspeed, section)))
-    model.set_learning_rates(1e-3, TABLE_LEARNING_RATE)
-    return model
+OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}}
+"""Of the dense part, in a ds_config."""
 
 
 def random_ids(tables: Sequence[SparseFeature], ids_per_bag: Sequence[int], batch_size: int, seed: int) -> SparseIds:

@@ -2,48 +2,51 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dhen.config.dhen_section import DhenSection
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import lengths_of
 from dhen.tables.placement.costs import StepSetting, read_costs
-from dhen.tables.placement.plan import PlacementOptions, place_tables
+from dhen.tables.placement.packing import longest_first
+from dhen.tables.placement.plan import Placement, PlacementOptions, place_tables
 from dhen.tables.pooled_exchange import Wires
 from dhen.tables.sharded_tables import ShardedTables
 from dhen.tables.wire import Wire
-from tools.bench.small_work import NUM_DENSE, TABLE_LEARNING_RATE, small_dhen
+from tools.bench.small_work import TABLE_LEARNING_RATE
 
 CRITEO = (
     1460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5_683, 8_351_593, 3_194, 27, 14_992, 5_461_306,
     10, 5_652, 2_173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572,
 )  # fmt: skip
 """Rows of the 26 tables of the Criteo Kaggle data."""
-FP16, ROUNDED = "ours fp16", "ours fp16 rounded"
 OURS = {
     "ours": {},
-    FP16: {"table_dtype": "fp16", "table_rounding": "nearest"},
-    ROUNDED: {"table_dtype": "fp16", "table_rounding": "stochastic"},
+    "ours fp16": {"table_dtype": "fp16", "table_rounding": "nearest"},
+    "ours fp16 rounded": {"table_dtype": "fp16", "table_rounding": "stochastic"},
     "ours fp16 wire": {"all_to_all_dtype": "fp16"},
+    "ours cut": {"placed": "cut"},
+    "ours by size": {"placed": "by size"},
+    "ours round-robin": {"placed": "round-robin"},
 }
+"""This project's tables: placed by cost, and none cut, if it is not said otherwise."""
 TORCHREC, EMBEDDING_BAG = "torchrec", "embedding bag"
-OPTIMIZER = {EMBEDDING_BAG: "adagrad"}
-"""The other systems have row-wise Adagrad, which torch does not have."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """The lookups that are timed. batch_size: examples per rank."""
+    """The lookups that are timed. ids_per_bag: of all tables, or several that the tables take in turn. batch_size:
+    examples per rank.
+    """
 
     ranks: int
     dim: int
-    ids_per_bag: int
+    ids_per_bag: int | tuple[int, ...]
     batch_size: int
     max_rows: int
 
@@ -52,42 +55,57 @@ class Case:
         """Criteo's tables, with at most max_rows rows."""
         return tuple(SparseFeature(f"C{i}", min(rows, self.max_rows)) for i, rows in enumerate(CRITEO))
 
+    @property
+    def ids_in_turn(self) -> tuple[int, ...]:
+        """Ids per bag that the tables take in turn."""
+        return (self.ids_per_bag,) if isinstance(self.ids_per_bag, int) else self.ids_per_bag
+
+    @property
+    def bag_sizes(self) -> list[int]:
+        """Ids per bag of each table."""
+        return [size for size, _ in zip(cycle(self.ids_in_turn), CRITEO, strict=False)]
+
 
 Step = tuple[Callable[[SparseIds], Tensor], Callable[[Tensor], None]]
-"""A forward, from ids to embeddings or a loss, and a backward that also updates the tables."""
+"""A forward, from ids to embeddings, and a backward that also updates the tables."""
 
 
-def build(system: str, case: Case, topology: Topology, *, whole_step: bool = False) -> Step:
-    """The step of a system. whole_step: with a dense part on the tables. Communicates; all ranks call it."""
+def build(system: str, case: Case, topology: Topology) -> Step:
+    """The step of a system. Communicates; all ranks call it."""
     if system in OURS:
-        return (build_training if whole_step else build_ours)(case, topology, **OURS[system])
+        return build_ours(case, topology, **OURS[system])
     return {TORCHREC: build_torchrec, EMBEDDING_BAG: build_embedding_bag}[system](case, topology)
 
 
-def build_ours(case: Case, topology: Topology, **options: Any) -> Step:
+def placement(
+    case: Case, local_size: int, costs: str, *, placed: str = "by cost", table_dtype: str = "fp32"
+) -> Placement:
+    """Which rank holds which table. placed: how that is decided, as in OURS. costs: as `read_costs` takes them."""
+    names = [table.name for table in case.tables]
+    ranks = {
+        "by size": longest_first([table.num_embeddings for table in case.tables], case.ranks),
+        "round-robin": [index % case.ranks for index in range(len(names))],
+    }
+    options = PlacementOptions(max_column_shards=1)
+    if placed == "cut":
+        options = PlacementOptions()
+    elif placed in ranks:
+        options = PlacementOptions(by_hand={name: [rank] for name, rank in zip(names, ranks[placed], strict=True)})
+    setting = StepSetting(case.ranks, local_size, case.batch_size, table_dtype=table_dtype)
+    ids = dict(zip(names, map(float, case.bag_sizes), strict=True))
+    return place_tables(case.tables, case.dim, setting, read_costs(costs), ids, options)
+
+
+def build_ours(
+    case: Case, topology: Topology, *, placed: str = "by cost", all_to_all_dtype: str = "fp32", **options: Any
+) -> Step:
     """This project's tables."""
-    dtype, wire = options.get("table_dtype", "fp32"), Wire(options.pop("all_to_all_dtype", "fp32"))
-    setting = StepSetting(topology.world_size, topology.local_size, case.batch_size, table_dtype=dtype)
-    ids = dict.fromkeys((table.name for table in case.tables), float(case.ids_per_bag))
-    costs = read_costs("gpu" if topology.device.type == "cuda" else "cpu")
-    placement = place_tables(case.tables, case.dim, setting, costs, ids, PlacementOptions(max_column_shards=1))
-    tables = ShardedTables(case.tables, case.dim, placement, topology, wires=Wires(wire, wire), **options)
+    costs, wire = "gpu" if topology.device.type == "cuda" else "cpu", Wire(all_to_all_dtype)
+    dtype = options.get("table_dtype", "fp32")
+    plan = placement(case, topology.local_size, costs, placed=placed, table_dtype=dtype)
+    tables = ShardedTables(case.tables, case.dim, plan, topology, wires=Wires(wire, wire), **options)
     tables.set_learning_rate(TABLE_LEARNING_RATE)
     return tables, lambda embeddings: embeddings.backward(torch.ones_like(embeddings))
-
-
-def build_training(case: Case, topology: Topology, **options: Any) -> Step:
-    """This project's tables under a DHEN of two layers: whole training steps, with random labels."""
-    section = DhenSection(**options)
-    model = small_dhen(case.tables, case.batch_size, topology, section, embedding_dim=case.dim, num_layers=2)
-    dense_BN = torch.randn(case.batch_size, NUM_DENSE, device=topology.device)
-    labels_B = torch.rand(case.batch_size, device=topology.device).round()
-
-    def forward(sparse: SparseIds) -> Tensor:
-        logits_B = model.score(model.look_up(sparse), dense_BN, sparse)
-        return binary_cross_entropy_with_logits(logits_B, labels_B)
-
-    return forward, model.step
 
 
 def build_torchrec(case: Case, topology: Topology) -> Step:

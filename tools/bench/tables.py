@@ -2,13 +2,15 @@
 
     pip install -e '.[bench]' && pip install --no-deps torchrec==1.8.0
     python tools/bench/tables.py --ranks 1 2 4 --dims 16 64 128
+    python tools/bench/tables.py --systems "ours cut" ours "ours by size" "ours round-robin" --ids_per_bag 1,3,10,20
 
 The tables are 26 with Criteo's numbers of rows, but at most --max_rows, so that the copies of EmbeddingBag fit on every
 rank. A step looks ids up and sends back a gradient of ones; then the optimizer updates the tables. It is row-wise
 Adagrad, and plain Adagrad for EmbeddingBag, because torch has no row-wise one. The systems take turns in each round.
+There is no dense model, so nothing overlaps with the all-to-all.
 
-There is no dense model, so nothing overlaps with the all-to-all. With --whole_step there is a dense model of two
-layers, and only this project's variants are compared. That shows what stochastic rounding costs in training.
+This project's tables are placed by cost, and none is cut. "ours cut" may cut them, "ours by size" puts the largest
+first, each on the rank with the fewest rows, and "ours round-robin" takes the ranks in turn.
 """
 
 import sys
@@ -22,51 +24,39 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
-import torch.distributed as dist
 
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.costs import StepSetting, lookup_work, update_work
-from tools.bench.clock import largest, median_seconds, now
+from tools.bench.clock import largest, now
 from tools.bench.launch import argument_parser, is_rank, results_of_ranks, run, write_json
 from tools.bench.report import print_table, ratios
 from tools.bench.small_work import random_ids
-from tools.bench.table_systems import EMBEDDING_BAG, FP16, OPTIMIZER, OURS, ROUNDED, TORCHREC, Case, build
+from tools.bench.table_systems import EMBEDDING_BAG, OURS, TORCHREC, Case, build, placement
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One system in one case: the slowest rank's seconds in each round. cpu_seconds: the sum over the ranks.
-
-    bandwidth_share: bytes per second of the tables' memory traffic, over those of a plain copy by all ranks at once.
-    """
+    """One system in one case, in each round: seconds of the slowest rank, and CPU seconds of the busiest."""
 
     system: str
     case: Case
     forward: list[float]
     backward: list[float]
-    cpu_seconds: list[float]
-    bandwidth_share: float
+    cpu: list[float]
 
     @property
     def seconds(self) -> list[float]:
         """Seconds of whole steps."""
         return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
 
-    @property
-    def cpu_microseconds_per_sample(self) -> float:
-        """CPU time of all threads of all ranks."""
-        return 1e6 * statistics.median(self.cpu_seconds) / (self.case.ranks * self.case.batch_size)
 
-
-def measure(
-    case: Case, systems: Sequence[str], rounds: int, topology: Topology, *, whole_step: bool = False
-) -> list[Measured]:
+def measure(case: Case, systems: Sequence[str], rounds: int, topology: Topology) -> list[Measured]:
     """Measure all systems, one step each per round. Communicates; all ranks call it."""
-    steps = {system: build(system, case, topology, whole_step=whole_step) for system in systems}
-    seeds, ids_per_bag = range(topology.rank, 4000, 1000), [case.ids_per_bag] * len(case.tables)
-    batches = [random_ids(case.tables, ids_per_bag, case.batch_size, seed).to(topology.device) for seed in seeds]
+    steps = {system: build(system, case, topology) for system in systems}
+    seeds = range(topology.rank, 4000, 1000)
+    batches = [random_ids(case.tables, case.bag_sizes, case.batch_size, seed).to(topology.device) for seed in seeds]
     times: dict[str, list[list[float]]] = {system: [] for system in steps}
     for round_number in range(-2, rounds):  # the first two rounds warm up
         for system, (forward, backward) in steps.items():
@@ -78,96 +68,73 @@ def measure(
             end = now(topology.device)
             if round_number >= 0:
                 times[system].append([middle - start, end - middle, time.process_time() - cpu])
-    copied = copy_bandwidth(topology)
-    results = []
-    for system, of_system in times.items():
-        forward, backward, _ = map(list, zip(*largest(topology, of_system), strict=True))
-        cpu_seconds = torch.tensor([cpu for *_, cpu in of_system], dtype=torch.float64, device=topology.device)
-        dist.all_reduce(cpu_seconds)
-        seconds = statistics.median(f + b for f, b in zip(forward, backward, strict=True))
-        share = table_bytes(case, system) / seconds / copied
-        results.append(Measured(system, case, forward, backward, cpu_seconds.tolist(), share))
-    return results
-
-
-def table_bytes(case: Case, system: str) -> float:
-    """Bytes that all ranks' lookups and updates of a step read and write, with the system's dtype and optimizer."""
-    setting = StepSetting(
-        case.ranks,
-        case.ranks,
-        case.batch_size,
-        optimizer=OPTIMIZER.get(system, "rowwise_adagrad"),
-        table_dtype=OURS.get(system, {}).get("table_dtype", "fp32"),
-    )
-    bags = setting.global_batch
-    works = [
-        work(bags * case.ids_per_bag, bags, table.num_embeddings, case.dim, setting)
-        for table in case.tables
-        for work in (lookup_work, update_work)
+    return [
+        Measured(system, case, *map(list, zip(*largest(topology, of_system), strict=True)))
+        for system, of_system in times.items()
     ]
-    return sum(work.row_bytes + work.other_bytes for work in works)
-
-
-def copy_bandwidth(topology: Topology) -> float:
-    """Bytes per second that all ranks together read and write in a plain copy. Communicates; all ranks call it."""
-    source = torch.ones(2**24, device=topology.device)
-    target = torch.empty_like(source)
-    seconds = median_seconds(lambda: target.copy_(source), topology, rounds=5)
-    return topology.world_size * 2 * source.numel() * 4 / largest(topology, seconds)
 
 
 def show(results: Sequence[Measured]) -> None:
-    """One row per case and system, with its speed over TorchRec's and over EmbeddingBag's if they ran."""
-    names = {TORCHREC: "TorchRec", EMBEDDING_BAG: "Bag"}
-    bases = {base: name for base, name in names.items() if any(result.system == base for result in results)}
-    columns = ["ranks", "dim", "ids", "system", "ms", "CPU us"]
-    for name in bases.values():
-        columns += [f"x {name}", "from-to", "forward", "backward"]
+    """One row per case and system, with how many times as fast it is as each base.
+
+    Bases: TorchRec and EmbeddingBag, as far as they ran, or else the first system.
+    """
+    bases = [name for name in (TORCHREC, EMBEDDING_BAG) if any(result.system == name for result in results)]
+    bases = bases or [results[0].system]
+    columns = ["ranks", "dim", "ids", "system", "ms", "CPU ms", "predicted"]
+    for base in bases:
+        columns += [f"x {base}", "from-to", "forward", "backward", "CPU"]
     rows = []
     for result in results:
         case = result.case
-        of_case = {other.system: other for other in results if other.case == case}
-        cells = [str(case.ranks), str(case.dim), str(case.ids_per_bag), result.system]
-        cells += [f"{1e3 * statistics.median(result.seconds):.1f}", f"{result.cpu_microseconds_per_sample:.1f}"]
-        for base in bases:
-            cells += times_as_fast(of_case[base], result) if base in of_case else ["", "", "", ""]
-        rows.append([*cells, f"{result.bandwidth_share:.0%}"])
-    print_table([*columns, "bandwidth"], rows, left=["system"])
-    print("ms: the median step. CPU us: CPU microseconds per example. bandwidth: memory traffic over a plain copy's.")
-    if bases:
-        print(f"x {', x '.join(bases.values())}: times as fast, by medians; then the range over the rounds, and the")
-        print("same for the forward and the backward alone.")
-    for case in dict.fromkeys(result.case for result in results):
-        of_case = {result.system: result for result in results if result.case == case}
-        if FP16 in of_case and ROUNDED in of_case:
-            whole, spread, *_ = times_as_fast(of_case[ROUNDED], of_case[FP16])
-            at = f"{case.ranks} ranks, dim {case.dim}, {case.ids_per_bag} ids per bag"
-            cpu = of_case[ROUNDED].cpu_microseconds_per_sample / of_case[FP16].cpu_microseconds_per_sample
-            costs = f"{whole} times ({spread}) the seconds and {cpu:.2f} times the CPU time of rounding to nearest"
-            print(f"stochastic rounding, {at}: {costs}")
+        row = [str(case.ranks), str(case.dim), ",".join(map(str, case.ids_in_turn)), result.system]
+        row += [f"{1e3 * statistics.median(seconds):.1f}" for seconds in (result.seconds, result.cpu)]
+        row.append(f"{1e3 * predicted_seconds(result):.1f}" if result.system in OURS else "-")
+        for name in bases:
+            base = next(other for other in results if (other.case, other.system) == (case, name))
+            row += ratios(base.seconds, result.seconds)
+            parts = (base.forward, result.forward), (base.backward, result.backward), (base.cpu, result.cpu)
+            row += [ratios(*of_part)[0] for of_part in parts]
+        rows.append(row)
+    print_table(columns, rows, left=["system"])
+    print(
+        "ms: the median step of the slowest rank. CPU ms: the median of the busiest rank. predicted: ms by the costs."
+    )
+    print("x: times as fast, by medians; then the range over the rounds, and the same for the forward and the backward")
+    print("alone, and for CPU time.")
 
 
-def times_as_fast(base: Measured, result: Measured) -> list[str]:
-    """How many times as fast as `base`: by medians, the range over the rounds, the forward, the backward."""
-    alone = ratios(base.forward, result.forward)[0], ratios(base.backward, result.backward)[0]
-    return [*ratios(base.seconds, result.seconds), *alone]
+def predicted_seconds(result: Measured) -> float:
+    """Seconds per step of the slowest rank, by the placement's costs."""
+    costs, placed = "gpu" if torch.cuda.is_available() else "cpu", OURS[result.system].get("placed", "by cost")
+    return placement(result.case, result.case.ranks, costs, placed=placed).makespan
+
+
+def bag_sizes(text: str) -> tuple[int, ...]:
+    """Ids per bag: of all tables, or those that the tables take in turn, with commas."""
+    return tuple(map(int, text.split(",")))
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, which the ranks get too."""
     parser = argument_parser(__doc__)
-    systems = [*OURS, TORCHREC, EMBEDDING_BAG]
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
-    parser.add_argument("--dims", type=int, nargs="+", default=[16, 64, 128], help="embedding dimensions")
-    parser.add_argument("--ids_per_bag", type=int, nargs="+", default=[1, 20], help="ids per bag")
-    parser.add_argument("--batch_size", type=int, default=4096, help="examples per rank")
-    parser.add_argument("--max_rows", type=int, default=100_000, help="most rows of a table")
-    parser.add_argument("--rounds", type=int, default=9, help="measured steps per system")
-    parser.add_argument("--systems", nargs="+", default=systems, choices=systems, help="systems to compare")
-    parser.add_argument("--whole_step", action="store_true", help="train with a dense part; this project's tables only")
-    parser.add_argument("--output", type=Path, default="runs/bench_tables.json", help="JSON file to write")
+    systems, default = [*OURS, TORCHREC, EMBEDDING_BAG], ["ours", TORCHREC, EMBEDDING_BAG]
+    add = parser.add_argument
+    add("--ranks", type=int, nargs="+", default=[1, 2, 4], help="numbers of ranks")
+    add("--dims", type=int, nargs="+", default=[16, 64, 128], help="embedding dimensions")
+    add("--ids_per_bag", type=bag_sizes, nargs="+", default=[(1,), (20,)], help="ids; with commas, for tables in turn")
+    add("--batch_size", type=int, default=4096, help="examples per rank")
+    add("--max_rows", type=int, default=100_000, help="most rows of a table")
+    add("--rounds", type=int, default=9, help="measured steps per system")
+    add(
+        "--systems",
+        nargs="+",
+        default=default,
+        choices=systems,
+        help="compared with the first, unless torchrec or embedding bag are named",
+    )
+    add("--output", type=Path, default="runs/bench_tables.json", help="JSON file to write")
     arguments = parser.parse_args()
-    arguments.systems = [system for system in arguments.systems if system in OURS or not arguments.whole_step]
     if TORCHREC in arguments.systems and importlib.util.find_spec("torchrec") is None:
         arguments.systems.remove(TORCHREC)
         if not is_rank():
@@ -180,10 +147,9 @@ def parse_arguments() -> argparse.Namespace:
 def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
     """Compare the systems in all cases on the job's ranks. Communicates; all ranks call it."""
     results = []
-    for dim in arguments.dims:
-        for ids_per_bag in arguments.ids_per_bag:
-            case = Case(topology.world_size, dim, ids_per_bag, arguments.batch_size, arguments.max_rows)
-            results += measure(case, arguments.systems, arguments.rounds, topology, whole_step=arguments.whole_step)
+    for dim, ids_per_bag in product(arguments.dims, arguments.ids_per_bag):
+        case = Case(topology.world_size, dim, ids_per_bag, arguments.batch_size, arguments.max_rows)
+        results += measure(case, arguments.systems, arguments.rounds, topology)
     return results
 
 

@@ -1,18 +1,12 @@
-"""tools/bench/plan.py: real ranks and a real cap at a tiny size, how it compares orders, its search for depths."""
-
-import subprocess
-import sys
+"""tools/bench/plan.py: real ranks at a tiny size, how it compares orders."""
 
 import pytest
 import torch
 
 from dhen.runtime.topology import Topology
-from tests import ROOT
 from tests.ranks import run_ranks
-from tests.tools.test_cluster import needs_namespaces
 from tools.bench import plan as bench_plan
-from tools.bench import plan_ranks
-from tools.bench.plan_ranks import TECHNIQUES, Point, machine_of, techniques
+from tools.bench.plan import TECHNIQUES, Point, machine_of, techniques
 
 
 def test_order_is_compared_by_pairs():
@@ -32,21 +26,14 @@ def test_the_table_says_how_far_off(capsys):
     assert "2.00x" in text
 
 
-@pytest.mark.parametrize("deepest", [0, 1, 7, 20])
-def test_the_deepest_is_found(deepest):
-    asked = []
-    assert bench_plan.deepest(lambda depth: asked.append(depth) or depth <= deepest, 20) == deepest
-    assert len(asked) == len(set(asked)) <= 5, "each depth is a job"
-
-
 def measured(topology: Topology) -> list[Point]:
     arguments = bench_plan.parse_arguments(["--rounds", "1", "--gflops", "1000", "--techniques", "dp", "hsdp"])
     torch.manual_seed(0)
-    machine = plan_ranks.with_measured_links(machine_of(arguments), topology)
+    machine = bench_plan.with_measured_links(machine_of(arguments), topology)
     ring = {"nodes": 2, "ranks": 4}
     nothing, message = (machine.all_reduced(size, **ring) + machine.gathered(size, **ring) for size in (0, 2**18))
     assert 0 < nothing < message < 1
-    return plan_ranks.measure(topology, 2, arguments, machine)
+    return bench_plan.measure(topology, 2, arguments, machine)
 
 
 def test_points_are_measured_beside_predictions():
@@ -55,21 +42,6 @@ def test_points_are_measured_beside_predictions():
     for point in points:
         assert abs(point.error) < 0.05
         assert point.seconds > 0
-
-
-@needs_namespaces
-def test_under_a_cap_the_deepest_model_is_found(tmp_path):
-    """A cap that holds a few layers: the predicted depth is that of the deepest that trains, or one off."""
-    command = [sys.executable, "tools/bench/plan.py", "--cap_mib", "150", "--deepest", "5", "--techniques", "dp"]
-    command += ["--nodes", "1"]
-    command += ["--embedding_dim", "32", "--num_embeddings_out", "12", "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    row = next(line.split() for line in done.stdout.splitlines() if line.startswith("dp"))
-    predicted, trained = int(row[1]), int(row[2])
-    assert 2 <= predicted < 5
-    assert trained >= 1
-    assert abs(predicted - trained) <= 1
 
 
 def test_every_technique_is_another():

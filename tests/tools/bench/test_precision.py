@@ -1,4 +1,4 @@
-"""tools/bench/precision.py on a small log: a variant is trained on a cluster, and the engine's tensors are measured."""
+"""tools/bench/precision.py on a small log: a variant is trained on a cluster; results are compared by seed."""
 
 import json
 import os
@@ -9,17 +9,11 @@ from dataclasses import replace
 import pytest
 
 from dhen.data.schema import Schema
-from dhen.runtime.topology import Topology
-from dhen.training.parallel_model import ParallelDhen
 from tests import ROOT
-from tests.ranks import run_ranks
 from tests.recipes.launch import TINY, prepared_click_log
-from tests.tiny_training import train
 from tests.tools.test_cluster import needs_namespaces
-from tools.bench.precision import engine_bytes, show
+from tools.bench.precision import show
 from tools.bench.precision_results import FILE, Result, add, common_section, read
-
-PADDING = 4 * 64
 
 
 @needs_namespaces
@@ -42,46 +36,22 @@ def test_the_papers_variant_has_its_metrics_and_its_bytes(tmp_path, monkeypatch)
     # Row-wise Adagrad keeps 4 bytes per row beside 16 columns of fp16, and so do the counts of uses.
     rows = sum(column.num_embeddings for column in Schema.load(click_log).sparse)
     assert paper["table_bytes"] == pytest.approx(rows * (16 * 2 + 4 + 4), rel=0.02)
-    held = paper["dense_bytes"]
-    for role in ("weights", "gradients"):  # a norm of the gradients is kept in float64
-        assert {key for key, size in held.items() if key.startswith(role) and size > 8} == {f"{role} bfloat16"}
-    assert not any(key.startswith("masters") for key in held), "in stage 3, masters of their dtype are the weights"
-    assert held["moments bfloat16"] == pytest.approx(2 * held["gradients bfloat16"], abs=PADDING)
-
-
-def bytes_between_backward_and_step(topology: Topology) -> dict[str, int]:
-    held: dict[str, int] = {}
-
-    def measure_second(step: int, model: ParallelDhen) -> None:
-        take = model.engine.step
-        if step == 1:
-            model.engine.step = lambda: (held.update(engine_bytes(model.engine)), take())
-
-    train(topology, "zero2", steps=2, before_step=measure_second)
-    return held
-
-
-def test_the_engines_tensors_are_measured_by_role_and_dtype():
-    """ZeRO-2 over 4 ranks has whole weights; masters, gradients and twice as much for Adam's moments are in shards."""
-    held = run_ranks(4, bytes_between_backward_and_step)[0]
-    assert {key.split()[1] for key in held if key.split()[0] != "buffers"} == {"float32"}
-    assert held["weights float32"] == pytest.approx(4 * held["masters float32"], abs=PADDING)
-    assert held["moments float32"] == pytest.approx(2 * held["masters float32"], abs=PADDING)
-    assert held["gradients float32"] >= held["masters float32"]
 
 
 def test_ne_is_compared_with_the_first_variants(capsys):
-    fp32, paper = (Result(variant, 0, 1024.0, 2**20, {}, ne, 0.8) for variant, ne in (("fp32", 0.5), ("paper", 0.51)))
+    fp32, paper = (Result(variant, 0, 1024.0, 2**20, ne, 0.8) for variant, ne in (("fp32", 0.5), ("paper", 0.51)))
     show([fp32, paper])
     assert [line.split()[-2] for line in capsys.readouterr().out.splitlines()[1:3]] == ["+0.00%", "+2.00%"]
 
 
 def test_the_report_compares_each_optimization_with_data_parallelism_by_seed(tmp_path):
-    dp = [Result("dp", seed, 1000.0, 400, {}, 0.5, 0.8, seconds_per_step=0.4 + seed) for seed in (0, 1)]
+    dp = [Result("dp", seed, 1000.0, 400, 0.5, 0.8, seconds_per_step=0.4 + seed) for seed in (0, 1)]
     half = [replace(each, variant="paper_dp", bytes_per_step=500.0, table_bytes=200, ne=0.51) for each in dp]
     half = [replace(each, seconds_per_step=each.seconds_per_step / 2) for each in half]
     for each in (*dp, *half, replace(half[0], seed=7)):  # seed 7 has no partner
         add(tmp_path / FILE, each)
+    text = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(text.replace("{", '{"dense_bytes": {}, ', 1))  # a key of an older version
     lines = common_section(read(tmp_path / FILE)).splitlines()
     assert "| dp | 2 | 1.00 | 1.00 | 1.00 |  |" in lines
     assert "| paper_dp | 2 | 2.00 | 0.50 | 0.50 | +2.000 ± 0.000 |" in lines
