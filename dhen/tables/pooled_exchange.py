@@ -79,8 +79,8 @@ class PooledLayout:
             first_scales = [starts[-1] + n * wire.scale_size for n in blocks]
             spans += [range(first, first + wire.scale_size) for first in first_scales]
         unit = math.gcd(*map(len, spans))
-        order = torch.tensor([place // unit for span in spans for place in span[::unit]])
-        return unit, order if (order.diff() != 1).any() else None
+        order = [place // unit for span in spans for place in span[::unit]]
+        return unit, None if order == list(range(len(order))) else torch.tensor(order)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """parts[r]: what rank r encoded for these examples, (B, row size of r) -> embeddings_BFD."""

@@ -102,7 +102,7 @@ def _spread(scales: Tensor, widths: Sequence[int]) -> Tensor:
 @functools.cache
 def _block_of_column(widths: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.arange(len(widths)).repeat_interleave(torch.tensor(widths)).to(device)
+        return torch.tensor([block for block, width in enumerate(widths) for _ in range(width)]).to(device)
 
 
 @functools.cache

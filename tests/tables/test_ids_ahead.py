@@ -1,4 +1,4 @@
-"""With overlap, the ids of the next batch leave before the backward pass of this batch begins, by a profiler's trace."""
+"""With overlap, the ids of the next batch leave before the backward pass of this batch begins: in the profiler."""
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits

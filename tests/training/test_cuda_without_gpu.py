@@ -36,7 +36,7 @@ from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.pooled_exchange import PooledExchange, PooledLayout, Wires
 from dhen.tables.row_uses import RowUses, UnseenIds
 from dhen.tables.stochastic_rounding import round_stochastically
-from dhen.tables.wire import Wire
+from dhen.tables.wire import Wire, _block_of_column, _units_of_blocks
 from dhen.training.loop import summed_loss, with_ids_ahead
 from dhen.training.metrics import ClickMetrics, RunningLoss
 from dhen.training.parallel_model import ScoringDhen
@@ -110,6 +110,8 @@ def running(*answers: int, gradients: bool = False, autocast: bool = False, may_
 def fake_tensors() -> Iterator[None]:
     with FakeTensorMode():
         yield
+    for of_another_mode in (_block_of_column, _units_of_blocks):
+        of_another_mode.cache_clear()
 
 
 def on_gpu(module: nn.Module, gradients: bool = False) -> nn.Module:
@@ -133,9 +135,9 @@ def ids(count: int, device: torch.device = GPU) -> Tensor:
 def sparse_of(kind: str, device: torch.device = GPU) -> SparseIds:
     """kind: "single", "bags" or "weighted"."""
     if kind == "single":
-        return SparseIds(ids(F * B, device), F, counts=[B] * F)
+        return SparseIds(ids(F * B, device), F, counts_F=[B] * F)
     weights = torch.empty(50, device=device) if kind == "weighted" else None
-    return SparseIds(ids(50, device), F, ids(F * B, device).view(F, B), weights, counts=[20, 15, 0, 15])
+    return SparseIds(ids(50, device), F, ids(F * B, device).view(F, B), weights, counts_F=[20, 15, 0, 15])
 
 
 def config_of(**more: Any) -> DhenConfig:
@@ -224,29 +226,30 @@ def shards_by_rank(*, cut: bool) -> list[list[TableShard]]:
 
 
 @pytest.mark.parametrize("kind", ["single", "bags", "weighted"])
-def test_ids_are_sent_with_one_read(kind, job, monkeypatch):
-    """The ids' thread sends the size of its batch, reads those of all ranks, and waits for nothing else."""
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)  # without a GPU there are none
-    exchange = IdExchange(config_of().tables, shards_by_rank(cut=True), job, overlap=False)
+def test_ids_are_sent_without_a_read(kind, job, monkeypatch):
+    """From the GPU: the sizes of the batches travel between the hosts, which read them."""
+    monkeypatch.setattr(dist, "new_group", lambda **_: job.world)  # the hosts' own needs a real store
+    exchange = IdExchange(config_of().tables, shards_by_rank(cut=True), job)
     has_bags = kind != "single"
-    facts = [B, has_bags, has_bags, 30, 20]
-    with running(*facts, *facts, may_send=True):
-        own = exchange.send(sparse_of(kind)).result()
+    of_both_ranks = [each for fact in (B, has_bags, has_bags, 30) for each in [fact] * RANKS]
+    with running(*of_both_ranks, may_send=True):
+        sent = exchange.send(sparse_of(kind))
+        own = exchange.receive(sent)
     assert {each.device for each in tensors_in(vars(own))} == {GPU}
 
 
 @pytest.mark.parametrize("batch", [B, B - 2])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "int8"])
 def test_embeddings_and_gradients_are_exchanged_on_the_gpu(dtype, batch, job):
-    by_rank = shards_by_rank(cut=dtype != "int8")  # for other blocks, int8's columns are counted once, on the host
+    by_rank = shards_by_rank(cut=True)
     own = sum(shard.num_columns for shard in by_rank[0])
-    exchange = PooledExchange(
-        PooledLayout(by_rank, F, D, 0), batch, B, job.world, Wires(Wire(dtype), Wire(dtype)), overlap=False
-    )
-    with running():
-        embeddings_BFD = exchange.finish(exchange.start(torch.empty(RANKS * B, own, device=GPU)))
-        exchange.send_gradient(torch.empty_like(embeddings_BFD))
-        gradient = exchange.receive_gradient()
+    layout = PooledLayout(by_rank, F, D, 0, Wires(Wire(dtype), Wire(dtype)), GPU)
+    exchange = PooledExchange(layout, batch, B, job.world, overlap=False)
+    for is_first in (True, False):  # the first step sends the order of the columns to the GPU
+        with running(may_send=is_first):
+            embeddings_BFD = exchange.finish(exchange.start(torch.empty(RANKS * B, own, device=GPU)))
+            exchange.send_gradient(torch.empty_like(embeddings_BFD))
+            gradient = exchange.receive_gradient()
     assert embeddings_BFD.shape == (batch, F, D)
     assert gradient.shape == (RANKS * B, own)
     assert {embeddings_BFD.device, gradient.device} == {GPU}
