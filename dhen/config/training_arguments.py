@@ -158,6 +158,11 @@ class TrainingArguments:
         0, "Steps between evaluations on the validation split. 0: evaluate after each epoch."
     )
     save_steps: ranges.CountFrom0 = option(0, "Steps between checkpoints. 0: save after each evaluation.")
+    async_save: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Copy the states to host memory, and write the checkpoint while training goes on: on, off, or auto for on if "
+        "the copy fits.",
+    )
     save_total_limit: ranges.Count = option(2, "Number of newest checkpoints to keep. The best one is kept as well.")
     metric_for_best_model: MetricName = option(
         "ne", "Validation metric that decides which checkpoint is best: the highest auc, or the lowest ne or logloss."

@@ -27,7 +27,7 @@ class EnvironmentMismatchError(RuntimeError):
 def prepare_environment() -> None:
     """Set the variables DeepSpeed reads at import, and silence useless warnings. Idempotent."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # The last collectives of each rank, written to /tmp/nccl_trace_rank_<rank> when one times out.
+    # NCCL's flight recorder keeps the last collectives of each rank, and writes them to a file if one times out.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     _put_scripts_on_path()

@@ -35,6 +35,8 @@ _LAUNCHER_MODULES = ("deepspeed.launcher.", "torch.distributed.", "accelerate.co
 class StopRequest:
     """Whether this run shall stop, and why. Its first request counts; later ones change nothing.
 
+    done_by_all: the least number of `done` pieces of work that a rank had at the call before the last of `is_agreed`.
+
     SIGTERM leaves the ranks 25 seconds to save: then they leave without it. A second SIGINT, at least 3 seconds after
     the first, ends this rank at once with status 130.
     """
@@ -46,6 +48,7 @@ class StopRequest:
         self._deadline: threading.Timer | None = None
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self.done_by_all = 0
 
     @property
     def cause(self) -> str:
@@ -69,28 +72,33 @@ class StopRequest:
         yield
         self._is_deferred = False
 
-    def is_agreed(self, *, is_last: bool = False) -> bool:
+    def is_agreed(self, done: int = 0, *, is_last: bool = False) -> bool:
         """Whether any rank had a request before the last call. All ranks call it, and get the same answer.
 
-        It looks one call back, so that no rank waits for a message. is_last: look at this moment too, and wait.
+        It looks one call back, so that no rank waits for a message. done: pieces of work that this rank has finished.
+        is_last: look at this moment too, and wait.
         """
         if self._group is None:
+            self.done_by_all = done
             return self._cause > 0
         seen = self._take_pending()
-        cause = torch.tensor(self._cause)
-        self._pending = dist.all_reduce(cause, dist.ReduceOp.MAX, group=self._group, async_op=True), cause
+        news = torch.tensor([self._cause, -done])
+        self._pending = dist.all_reduce(news, dist.ReduceOp.MAX, group=self._group, async_op=True), news
         if is_last or seen:
             seen = max(seen, self._take_pending())
         self._cause = self._cause or seen
         return seen > 0
 
     def _take_pending(self) -> int:
+        """The cause that any rank had at the last call, 0 if none."""
         if self._pending is None:
             return 0
-        work, cause = self._pending
+        work, news = self._pending
         self._pending = None
         work.wait()
-        return int(cause)
+        cause, not_done = news.tolist()
+        self.done_by_all = -not_done
+        return cause
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -129,7 +137,7 @@ def _launchers() -> list[psutil.Process]:
     """
     found = []
     with contextlib.suppress(psutil.Error):
-        for process in psutil.Process().parents() if "RANK" in os.environ else ():
+        for process in psutil.Process().parents():
             words = process.cmdline()[:5]  # python, options, a script or -m and a module
             names = [Path(word).name in _LAUNCHERS or word.startswith(_LAUNCHER_MODULES) for word in words]
             if not any(names):

@@ -49,6 +49,15 @@ class InPieces:
         """The pieces of a tensor that exists: views."""
         return cls(tensor.dtype, tensor.shape, tensor.detach().split(rows_at_once(tensor.shape, tensor.itemsize)))
 
+    def on_host(self) -> "InPieces":
+        """A copy in host memory, which later steps do not change."""
+        whole = torch.empty(self.shape, dtype=self.dtype)
+        first = 0
+        for piece in self.pieces:
+            whole[first : first + len(piece)] = piece
+            first += len(piece)
+        return InPieces.of(whole)
+
 
 def rows_at_once(shape: Sequence[int], itemsize: int = 4) -> int:
     """Number of rows of a piece of a tensor."""
@@ -81,14 +90,14 @@ class _Stored:
     last: int
 
 
-def save_tables(tables: ShardedTables, folder: Path, rank: int) -> None:
-    """Write this rank's shards and their optimizer state into `folder`. Does not communicate."""
+def tables_in_pieces(tables: ShardedTables) -> tuple[dict[str, InPieces], dict[str, str]]:
+    """This rank's shards and their optimizer state, and the metadata of their file. Does not communicate."""
     tensors = {
         f"{shard.name}/{shard.first_column}:{shard.last_column}/{kind}": InPieces.of(tensor)
         for shard, of_shard in tables.shard_tensors()
         for kind, tensor in of_shard.items()
     }
-    write_in_pieces(folder / f"tables-{rank:05d}.safetensors", tensors, _kind(tables))
+    return tensors, _kind(tables)
 
 
 def load_tables(tables: ShardedTables, folder: Path) -> None:

@@ -20,7 +20,7 @@ from dhen.training.learning_rate import BestMetric, LearningRateSchedule, batch_
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallel_model import ParallelDhen, ScoringDhen
 from dhen.training.reporting.progress import ProgressReporter
-from dhen.training.saved.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dhen.training.saved.checkpoint import Save, TrainerState, load_checkpoint, start_save
 from dhen.training.saved.checkpoint_folder import checkpoint_of, checkpoints, damage, delete_old_checkpoints
 from dhen.training.self_ensemble import self_ensemble_loss
 from dhen.training.unseen import UnseenValues, unseen_values
@@ -76,7 +76,9 @@ class Trainer:
         self._best = BestMetric(arguments.metric_for_best_model, of_average=arguments.ema_decay > 0)
         self.running_loss = RunningLoss(model.topology.device)
         self._broken: KeptMicroStep | None = None
+        self._writing: Save | None = None
         self._saved: Path | None = None
+        self._num_saves = 0
         self.state = TrainerState()
 
     def restore(self, state: TrainerState) -> None:
@@ -111,12 +113,14 @@ class Trainer:
             is_stopped = stop.is_agreed(is_last=True)
             if is_stopped:
                 self._save_for(stop.cause)
+            self._finish_save()
         return is_stopped
 
     def _save_for(self, cause: str) -> None:
         """Save, unless this step is saved already, and say so."""
+        self._finish_save()
         if self._saved != checkpoint_of(self.output_dir, self.state.step):
-            self._save()
+            self._save(at_once=True)
         if self.model.topology.is_main:
             logger.info(
                 "stopped by %s at step %d of %d, which is saved in %s. To go on, use the same command with "
@@ -145,7 +149,10 @@ class Trainer:
                 micro_steps = (micro_steps + 1) % accumulation
                 if micro_steps == 0:
                     self._finish_step(batch.global_rows, factor)
-                    is_stopped = stop.is_agreed()
+                    is_written = self._writing is not None and self._writing.is_written
+                    is_stopped = stop.is_agreed(self._num_saves - (self._writing is not None) + is_written)
+                    if self._writing is not None and stop.done_by_all == self._num_saves:
+                        self._finish_save()
                     if self.is_done or is_stopped:
                         break
         self.model.settle()
@@ -249,6 +256,7 @@ class Trainer:
         state = self.state
         if state.best_step in (None, state.step):
             return state.step
+        self._finish_save()
         folder = checkpoint_of(self.output_dir, state.best_step)
         if fault := damage(folder, self.model.topology):  # it may not be there: a run may resume from another folder
             if self.model.topology.is_main:
@@ -257,18 +265,33 @@ class Trainer:
         load_checkpoint(self.model, folder, with_random_state=False)
         return state.best_step
 
-    def _save(self) -> None:
+    def _save(self, *, at_once: bool = False) -> None:
+        """Save this step, in the background unless `at_once` or the arguments say otherwise."""
+        self._finish_save()
         if not self.model.tables_are_finite():  # a gradient that is finite in the dense part need not be here
             self._refuse(self.state.step, f"the values of a table are out of range. {ADVICE}")
         state = self.state
         state.schedule = self._schedule.state_dict()
         state.best_metric = self._best.state_dict()
+        in_background = self.arguments.async_save == "on" and not at_once
         with self._progress.paused():
             self.model.average_buffers()
-            order, arguments = self.data_order, asdict(self.arguments)
-            self._saved = save_checkpoint(self.model, self.output_dir, state, self.running_loss.sums, order, arguments)
-            if self.model.topology.is_main:
-                delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, state.best_step)
+            order, arguments, sums = self.data_order, asdict(self.arguments), self.running_loss.sums
+            self._num_saves += 1
+            self._writing = start_save(
+                self.model, self.output_dir, state, sums, order, arguments, in_background=in_background
+            )
+            if not in_background:
+                self._finish_save()
+
+    def _finish_save(self) -> None:
+        """Complete the checkpoint that is being written, if there is one. Waits for it; all ranks call it."""
+        if self._writing is None:
+            return
+        best_step = self._writing.facts["best_step"]
+        self._saved, self._writing = self._writing.finish(self.model.topology), None
+        if self.model.topology.is_main:
+            delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, best_step)
 
 
 def summed_loss(output: DhenOutput, labels_B: Tensor, num_passes: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from dhen.planner.memory import MemoryUse, predict_memory
 from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.minimum_set import gib
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
+from dhen.runtime.machine_at_hand import HOST_SHARE, host_bytes
 from dhen.tables.placement.agreed import table_memory
 from dhen.training.parallelize import Layout
 
@@ -74,6 +75,24 @@ class MemoryPlan:
         setting = replace(setting, offload_activations=layers if is_gpu else 0)
         use = predict_memory(self.trace, setting, evaluation=self.evaluation, is_gpu=is_gpu)
         return use.with_tables(*table_memory(config, layout.placement))
+
+    def has_room_for_copy(self, layout: Layout) -> bool:
+        """Whether a rank's states fit into the memory of its host a second time, for a save in the background.
+
+        Logs it if they do not.
+        """
+        use, topology = self.use(layout), layout.topology
+        if use is None:
+            return False
+        on_host = use.host if topology.device.type == "cuda" else use.peak
+        room = int(HOST_SHARE * host_bytes() / topology.local_size) - on_host
+        copied = use.host + sum(use.parts.get(name, 0) for name in ("tables", "optimizer", "weights"))
+        if copied > room:
+            logger.info(
+                "memory: training waits for its saves, because a copy of the states, %s GiB, does not fit into the "
+                "%s GiB that are left of a rank's host memory.", gib(copied), gib(max(0, room)),
+            )  # fmt: skip
+        return copied <= room
 
     def announce(self, layout: Layout) -> bool:
         """Log the prediction, and warn if it exceeds the memory of a rank. Returns whether it does."""

@@ -41,7 +41,7 @@ from dhen.training.saved.checkpoint_folder import choose_checkpoint, point_lates
 from dhen.training.saved.fine_tuning import config_for
 from dhen.training.saved.trained_model import TrainedModel
 
-_OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "interaction_files")
+_OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "interaction_files", "async_save")
 logger = logging.getLogger(__name__)
 
 
@@ -90,11 +90,15 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     layout = lay_out(config, topology, ds_config, predict, ids_per_bag=data.ids_per_bag, **saved)
     _check_replicated(training, layout)
 
-    def is_too_large() -> bool:
+    def judge() -> tuple[bool, bool]:
         announce(arguments, layout, data.schema, start.report() if start else None)
-        return memory_plan.announce(layout)
+        is_too_large = memory_plan.announce(layout)
+        return is_too_large, training.async_save == "auto" and memory_plan.has_room_for_copy(layout)
 
-    if rank_zeros(topology, is_too_large) and arguments.check:
+    is_too_large, has_room = rank_zeros(topology, judge)
+    if training.async_save == "auto":
+        training.async_save = "on" if has_room else "off"
+    if is_too_large and arguments.check:
         raise ArgumentError("check did not build the model, because it would need more memory than a rank has.")
     model = parallelize(
         layout,

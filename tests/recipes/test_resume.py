@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dhen.training.saved import checkpoint, checkpoint_folder
+from dhen.training.saved import checkpoint, checkpoint_folder, checkpoint_writing
 from dhen.training.saved.checkpoint_folder import CheckpointError, candidates, checkpoints, is_whole
 from tests import ROOT
 from tests.recipes.launch import TINY, Finished, last_step, losses, run_script, summary
@@ -68,7 +68,8 @@ class _Die:
         self.name, self.left = name, call
 
     def __call__(self) -> None:
-        module = checkpoint if hasattr(checkpoint, self.name) else checkpoint_folder
+        modules = (checkpoint, checkpoint_folder, checkpoint_writing)
+        module = next(module for module in modules if hasattr(module, self.name))
         right = getattr(module, self.name)
 
         def dies(*args, **kwargs):
@@ -81,7 +82,7 @@ class _Die:
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), [("save_tables", 2), ("_random_state", 2), ("_write_atomically", 3), ("_write_atomically", 4)]
+    ("name", "call"), [("write_in_pieces", 2), ("_random_state", 2), ("_write_atomically", 3), ("_write_atomically", 4)]
 )
 def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path, click_log, name, call):
     run = tmp_path / "run"

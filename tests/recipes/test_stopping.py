@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dhen.runtime import stopping
-from dhen.training.saved import checkpoint
+from dhen.training.saved import checkpoint_writing
 from dhen.training.saved.checkpoint_folder import checkpoints
 from tests.recipes.launch import TINY, last_step, losses, run_script, summary
 
@@ -73,14 +73,14 @@ def interrupt_twice(pids: list[int]) -> None:
 def save_for_ever() -> None:
     """The second save never ends, and a stop waits two seconds for it."""
     stopping._SECONDS_TO_SAVE = 2.0
-    saves = checkpoint.save_tables
+    write = checkpoint_writing.write_in_pieces
 
-    def slow(tables, folder: Path, rank: int) -> None:
-        saves(tables, folder, rank)
-        if folder.name != "checkpoint-7":
+    def slow(path: Path, *arguments) -> None:
+        write(path, *arguments)
+        if path.parent.name != "checkpoint-7":
             time.sleep(120)
 
-    checkpoint.save_tables = slow
+    checkpoint_writing.write_in_pieces = slow
 
 
 @pytest.mark.parametrize(

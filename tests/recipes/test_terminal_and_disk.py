@@ -1,5 +1,6 @@
 """A terminal that is gone does not end a run, a full disk ends it in one line, and a long silence says what goes on."""
 
+import importlib
 import os
 import resource
 import time
@@ -8,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dhen.runtime import messages
-from dhen.training.saved import checkpoint
 from dhen.training.saved.checkpoint_folder import checkpoints
 from tests.recipes.launch import TINY, losses, run_script, summary
 
@@ -44,11 +44,12 @@ def test_a_pipe_without_a_reader_does_not_end_the_run(tmp_path, click_log):
 class FullDisk:
     """From the second call of that function on, no file can grow beyond this many bytes."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
 
     def __call__(self) -> None:
-        right, calls = getattr(checkpoint, self.name), []
+        module = importlib.import_module(f"dhen.training.saved.{self.module}")
+        right, calls = getattr(module, self.name), []
 
         def full(*arguments):
             calls.append(arguments)
@@ -56,14 +57,18 @@ class FullDisk:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # more than the terminal's lines
             return right(*arguments)
 
-        setattr(checkpoint, self.name, full)
+        setattr(module, self.name, full)
 
 
-@pytest.mark.parametrize("name", ["_write_states", "save_tables"])
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, click_log, name):
+DENSE_PART, TABLES = FullDisk("checkpoint", "_add_states"), FullDisk("checkpoint_writing", "write_in_pieces")
+
+
+@pytest.mark.parametrize("async_save", ["on", "off"])
+@pytest.mark.parametrize("patch", [DENSE_PART, TABLES], ids=["dense part", "tables"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, click_log, patch, async_save):
     run = tmp_path / "run"
-    arguments = flags(run, click_log, "--save_steps=7", "--logging_steps=2")
-    done = run_script("train.py", *arguments, patch=FullDisk(name))
+    arguments = flags(run, click_log, "--save_steps=7", "--logging_steps=2", f"--async_save={async_save}")
+    done = run_script("train.py", *arguments, patch=patch)
     assert done.status == 1, done.output
     last = done.output.splitlines()[-1]
     assert last.startswith(f"error: {run}/checkpoint-14: this checkpoint cannot be written: "), done.output

@@ -10,9 +10,10 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables
 from dhen.tables.sharded_tables import ShardedTables
-from dhen.tables.storage import load_tables, save_tables
+from dhen.tables.storage import load_tables
 from dhen.tables.updated_tables import TableUpdate
 from tests.ranks import run_ranks
+from tests.tables.saving import save_tables
 from tests.tables.test_sharded_tables import CUT, DIM, SEED, TABLES, WHOLE, batch_of, columns_of, target_of
 
 OLD, NEW, STEPS, NEW_FROM = 0.02, 0.3, 4, 7

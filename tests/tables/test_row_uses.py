@@ -10,8 +10,9 @@ from dhen.model.features import SparseIds, init_table
 from dhen.runtime.topology import Topology
 from dhen.tables import row_uses
 from dhen.tables.row_uses import RowUses, fill_unused, mean_row
-from dhen.tables.storage import load_tables, save_tables
+from dhen.tables.storage import load_tables
 from tests.ranks import run_ranks
+from tests.tables.saving import save_tables
 from tests.tables.test_sharded_tables import (
     CUT,
     DIM,

@@ -15,9 +15,10 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables
 from dhen.tables.sharded_tables import ShardedTables
-from dhen.tables.storage import TableStorageError, load_tables, save_tables
+from dhen.tables.storage import TableStorageError, load_tables
 from dhen.tables.updated_tables import TableUpdate
 from tests.ranks import run_ranks
+from tests.tables.saving import save_tables
 
 DIM, SEED, LEARNING_RATE, STEPS = 8, 5, 0.3, 4
 EPSILON, BETA1, BETA2, L2 = 1e-8, 0.9, 0.999, 0.05

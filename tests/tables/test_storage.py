@@ -13,9 +13,10 @@ from dhen.tables import row_uses, storage
 from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables
 from dhen.tables.sharded_tables import ShardedTables
-from dhen.tables.storage import InPieces, save_tables, write_in_pieces
+from dhen.tables.storage import InPieces, write_in_pieces
 from dhen.training.saved import trained_model
 from tests.ranks import run_ranks
+from tests.tables.saving import save_tables
 
 ROWS, DIM, PIECE = 5000, 16, 1 << 14
 TABLES = tuple(SparseFeature(f"t{number}", ROWS) for number in range(4))

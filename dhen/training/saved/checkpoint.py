@@ -7,23 +7,26 @@ checkpoint in place.
 """
 
 import json
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim import Optimizer
 
 from dhen.data.format_version import VERSION_KEY
 from dhen.dense.trained_parts import ANCHOR
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.parts import part_of
-from dhen.tables.storage import load_tables, save_tables
+from dhen.runtime.topology import Topology
+from dhen.tables.storage import load_tables, tables_in_pieces
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.saved.checkpoint_folder import (
     FORMAT_VERSION,
     CheckpointError,
+    FileFacts,
     checkpoint_of,
     finish_folder,
     naming_the_disk,
@@ -31,6 +34,7 @@ from dhen.training.saved.checkpoint_folder import (
     read_state,
     start_folder,
 )
+from dhen.training.saved.checkpoint_writing import CheckpointFiles, saving_into
 from dhen.training.saved.resharding import load_resharded
 
 _AVERAGE = "average-of-dense.safetensors"
@@ -54,49 +58,82 @@ class TrainerState:
     best_metric: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(
+@dataclass
+class Save:
+    """A checkpoint that is being written."""
+
+    folder: Path
+    facts: dict[str, Any]
+    files: "Future[FileFacts]"
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank's files are on the disk. Raises what stopped the writing."""
+        return self.files.done() and bool(self.files.result())
+
+    def finish(self, topology: Topology) -> Path:
+        """Wait for the files of all ranks, complete the checkpoint and point `latest` at it. All ranks call it."""
+        finish_folder(self.folder, self.facts, self.files.result(), topology)
+        return self.folder
+
+
+def start_save(
     model: ParallelDhen,
     output_dir: Path,
     state: TrainerState,
     running_loss: torch.Tensor | None = None,
     data_order: dict[str, Any] | None = None,
     arguments: dict[str, Any] | None = None,
-) -> Path:
-    """Write output_dir/checkpoint-<step> and point `latest` at it. Communicates; all ranks call it.
+    *,
+    in_background: bool = False,
+) -> Save:
+    """Write output_dir/checkpoint-<step>. Communicates; all ranks call it, and then `finish` of the result.
 
     running_loss: this rank's sums for the next progress line. data_order: everything that determines which rows a step
-    trains on. A resumed run must have the same. arguments: what it may have otherwise.
+    trains on. A resumed run must have the same. arguments: what it may have otherwise. in_background: only copy the
+    states to host memory, and write them while training goes on.
     """
-    folder = checkpoint_of(output_dir, state.step)
+    topology, folder = model.topology, checkpoint_of(output_dir, state.step)
     facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
     facts |= {"arguments": arguments or {}, "ds_config": model.ds_config.as_dict(), VERSION_KEY: FORMAT_VERSION}
     facts |= {"model": _model_facts(model.config), "optimizer": _optimizer_facts(model)}
     facts |= {"trained": _trained_parts(model)}
     with naming_the_disk(folder):
-        if model.topology.is_main:
+        if topology.is_main:
             start_folder(folder)
-        model.topology.barrier()
-        _write_states(model, folder, running_loss)
-        finish_folder(folder, json.loads(json.dumps(facts | vars(state))), model.topology)
-    return folder
+        topology.barrier()
+        files = CheckpointFiles(folder, is_staged=in_background)
+        _add_states(model, files, running_loss)
+    written: Future[FileFacts] = Future()
+    if in_background:
+        written = files.in_background()
+    else:
+        written.set_result(files.write())
+    return Save(folder, json.loads(json.dumps(facts | vars(state))), written)
 
 
-def _write_states(model: ParallelDhen, folder: Path, running_loss: torch.Tensor | None) -> None:
-    topology = model.topology
-    model.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) -> Path:
+    """Write output_dir/checkpoint-<step> at once. Communicates; all ranks call it."""
+    return start_save(model, output_dir, state).finish(model.topology)
+
+
+def _add_states(model: ParallelDhen, files: CheckpointFiles, running_loss: torch.Tensor | None) -> None:
+    topology, folder = model.topology, files.folder
+    with saving_into(files, model.engine):
+        model.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     if model.tables is not None:
-        save_tables(model.tables, folder, topology.rank)
+        files.add_pieces(f"tables-{topology.rank:05d}.safetensors", *tables_in_pieces(model.tables))
     if model.replicated.tables:
         model.replicated.gather_uses()
         if topology.is_main:
-            save_file(model.replicated.uses_by_name(), folder / _REPLICATED_USES)
+            files.add_tensors(_REPLICATED_USES, model.replicated.uses_by_name())
     of_rank = _random_state(topology.device) | ({} if running_loss is None else {"running_loss": running_loss})
-    torch.save(of_rank, folder / f"random-{topology.rank:05d}.pt")
+    files.add_pickle(f"random-{topology.rank:05d}.pt", of_rank)
     if model.average is not None:
         with model.averaged():
             state_dict = model.dense_state_dict(fills_unused=False)
-        if topology.is_main:
-            save_file(state_dict, folder / _AVERAGE)
+            if topology.is_main:
+                files.add_tensors(_AVERAGE, state_dict)
 
 
 def load_checkpoint(

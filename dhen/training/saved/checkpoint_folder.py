@@ -30,6 +30,8 @@ from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import rank_zeros
 
 Value = TypeVar("Value")
+FileFacts = dict[str, tuple[int, str]]
+"""Name -> bytes and digest of a file of a checkpoint."""
 logger = logging.getLogger(__name__)
 
 LATEST, AUTO = "latest", "auto"
@@ -39,7 +41,7 @@ STATE_FILE = "trainer_state.json"
 FORMAT_VERSION = 3
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
 FILES = "files"
-"""The key of the state under which name -> (bytes, digest) of the other files stand."""
+"""The key of the state under which the facts of the other files stand."""
 _OF_STATE, _NUMBER, _PREFIX = "digest", "number", "checkpoint-"
 _THREADS, _PIECE = 4, 2**24
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
@@ -144,25 +146,11 @@ def start_folder(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def finish_folder(folder: Path, state: dict[str, Any], topology: Topology) -> None:
-    """Write the state, with the digests of what the ranks wrote, when all of it is on the disk. All ranks call it."""
-    topology.barrier()
-    seen = _from_all([path.name for path in folder.iterdir()], topology)  # of a shared disk, a rank sees its files
-    holders = {name: [rank for rank, names in enumerate(seen) if name in names] for name in sorted(set().union(*seen))}
-    mine = [name for turn, (name, ranks) in enumerate(holders.items()) if ranks[turn % len(ranks)] == topology.rank]
-    umask = os.umask(0o77)
-    os.umask(umask)
-
-    def keep(name: str) -> tuple[int, str]:
-        (folder / name).chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
-        _sync(folder / name)
-        return _size_and_digest(folder / name)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        files = dict(zip(mine, pool.map(keep, mine), strict=True))
+def finish_folder(folder: Path, state: dict[str, Any], files: FileFacts, topology: Topology) -> None:
+    """Write the state, when all ranks have written their `files`. Communicates; all ranks call it."""
     everyones = _from_all(files, topology)
     if topology.is_main:
-        _sync(folder)
+        sync(folder)
         number = 1 + max(map(_number, checkpoints(folder.parent)), default=0)
         state |= {_NUMBER: number, FILES: {name: of for part in everyones for name, of in part.items()}}
         _write_atomically(folder / STATE_FILE, json.dumps(sealed(state), indent=2) + "\n")
@@ -203,12 +191,13 @@ def _difference(path: Path, size: int, digest: str) -> str | None:
             return "is missing"
         if (found := path.stat().st_size) != size:
             return f"has {found:,} bytes, and {size:,} were saved"
-        return None if _size_and_digest(path)[1] == digest else f"has other bytes than the {size:,} that were saved"
+        return None if size_and_digest(path)[1] == digest else f"has other bytes than the {size:,} that were saved"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
 
-def _size_and_digest(path: Path) -> tuple[int, str]:
+def size_and_digest(path: Path) -> tuple[int, str]:
+    """Bytes of a file, and a digest of its content."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(_PIECE):
@@ -305,12 +294,12 @@ def _remove(folder: Path) -> None:
 def _write_atomically(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(text, encoding="utf-8")
-    _sync(draft)
+    sync(draft)
     draft.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -197,7 +197,7 @@ def test_the_last_step_is_shared_out_evenly_and_pieces_may_be_empty(tmp_path, nu
         assert batch.dense_BN.shape == (count, 2)
         assert batch.sparse.lengths_FB.shape == (4, count)
         assert batch.sparse.batch_size == count
-        assert batch.sparse.counts == batch.sparse.lengths_FB.sum(1).tolist()
+        assert batch.sparse.counts_F == batch.sparse.lengths_FB.sum(1).tolist()
 
 
 def test_drop_last_leaves_out_the_smaller_step(prepared):
