@@ -24,10 +24,10 @@ from dhen.runtime.messages import SECONDS_TO_BE_ENDED
 from dhen.runtime.topology import Topology
 
 _QUESTION, _ANSWER, _LOST = "dhen/are_you_there/{}", "dhen/here/{}", "dhen/lost"
-_LEAVING, _LEFT = b"leaving", "dhen/left/{}"
-_SECONDS_TO_ANSWER, _SECONDS_TO_READ = 3.0, 2.0
+_LEAVING, _STATUS, _LEFT = b"leaving", b"status ", "dhen/left/{}"
+_SECONDS_TO_ANSWER, _SECONDS_TO_READ, _SECONDS_TO_LEAVE = 3.0, 2.0, 10.0
 _OF_A_CONNECTION = re.compile(r"connection|timed out|broken pipe|gloo|nccl|socket|store", re.IGNORECASE)
-_ending, _is_training = threading.Lock(), threading.Event()
+_ending, _is_answering, _is_training = threading.Lock(), threading.Event(), threading.Event()
 
 
 @contextlib.contextmanager
@@ -35,6 +35,7 @@ def naming_lost_ranks(topology: Topology) -> Iterator[None]:
     """Wrap a run: if a collective fails because a rank was lost, name that rank and exit with status 1."""
     answering = threading.Thread(target=_answer, args=(topology, _store().clone()), daemon=True)
     answering.start()
+    _is_answering.set()
     try:
         yield
     except RuntimeError as error:
@@ -52,6 +53,23 @@ def naming_lost_ranks(topology: Topology) -> Iterator[None]:
         raise
     with contextlib.suppress(RuntimeError):
         _leave(topology, answering, [topology.rank])
+
+
+def end_all_ranks(status: int) -> bool:
+    """Let all other ranks exit with this status, without a word. For a rank that is about to do so.
+
+    Returns whether they were there to do it.
+    """
+    if not _is_answering.is_set():
+        return False
+    with contextlib.suppress(RuntimeError, ValueError):
+        store, others = _store().clone(), set(range(dist.get_world_size())) - {dist.get_rank()}
+        for rank in others:
+            store.set(_QUESTION.format(rank), _STATUS + str(status).encode())
+        if others:
+            store.wait([_LEFT.format(rank) for rank in others], timedelta(seconds=_SECONDS_TO_LEAVE))
+        return True
+    return False
 
 
 def training_begins() -> None:
@@ -78,8 +96,11 @@ def _answer(topology: Topology, store: dist.Store) -> None:
     question = _QUESTION.format(topology.rank)
     with contextlib.suppress(RuntimeError):  # the store disappears when the job ends
         store.wait([question], timedelta(days=365))
-        if store.get(question) == _LEAVING:
+        word = store.get(question)
+        if word.startswith((_LEAVING, _STATUS)):
             store.set(_LEFT.format(topology.rank), "")
+            if word.startswith(_STATUS):
+                os._exit(int(word.removeprefix(_STATUS)))
             return
         store.set(_ANSWER.format(topology.rank), "")
         store.wait([_LOST], timedelta(minutes=1))

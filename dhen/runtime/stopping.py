@@ -6,17 +6,18 @@ A request is a SIGTERM, SIGUSR1 or SIGINT to any rank, or the end of the launche
 
 import contextlib
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import psutil
 import torch
 import torch.distributed as dist
 
+from dhen.runtime.lost_ranks import end_all_ranks
 from dhen.runtime.topology import Topology
 
 STATUS = 75
@@ -56,12 +57,14 @@ class StopRequest:
         return _CAUSES[self._cause]
 
     def listen(self) -> None:
-        """Take requests from now on. The main thread calls it once."""
+        """Take requests from now on, in a thread: the main one may wait for others for long. The main one calls it."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda *_: None)  # Python writes the number into the pipe
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal ends no run
-        if launchers := _launchers():
-            threading.Thread(target=self._watch, args=(launchers,), daemon=True).start()
+        threading.Thread(target=self._watch, args=(reader, _launchers()), daemon=True).start()
 
     @contextlib.contextmanager
     def deferred(self, topology: Topology) -> Iterator[None]:
@@ -100,7 +103,15 @@ class StopRequest:
         self.done_by_all = -not_done
         return cause
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _watch(self, reader: int, launchers: list[psutil.Process]) -> None:
+        while True:
+            if select.select([reader], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
+                for number in os.read(reader, 64):
+                    self._on_signal(number)
+            if not all(_is_alive(launcher) for launcher in launchers):
+                self._request(_CAUSES[-1])
+
+    def _on_signal(self, number: int) -> None:
         if number == signal.SIGINT:
             now = time.monotonic()
             self._interrupted_at = self._interrupted_at or now
@@ -123,11 +134,6 @@ class StopRequest:
         if self._is_deferred:
             what = f"stopped by SIGTERM: not saved within {_SECONDS_TO_SAVE:.0f} s"
             _leave(f"{what}, so the last whole checkpoint stays", STATUS)
-
-    def _watch(self, launchers: list[psutil.Process]) -> None:
-        while all(_is_alive(launcher) for launcher in launchers):
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-        self._request(_CAUSES[-1])
 
 
 def _launchers() -> list[psutil.Process]:
@@ -155,8 +161,11 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _leave(what: str, status: int) -> None:
-    """Print one line on each node, and exit at once, without waiting for collectives or for buffers that are in use."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    """Print one line, and exit at once with all ranks, without waiting for collectives or for buffers in use.
+
+    A rank whose node's first rank has ended is silent: that one has said why, and the launcher ends the others.
+    """
+    if end_all_ranks(status) or os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"{what}\n".encode())
     os._exit(status)

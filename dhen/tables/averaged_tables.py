@@ -2,11 +2,13 @@
 
 The average after step t is e_t = d_t e_(t-1) + (1 - d_t) w_t. While a row's weight w does not change, e - w only
 shrinks: by the product of the decays. So a row is brought up to date when it is about to change, and all rows are
-before an evaluation or a save. The average is float32, and takes as much memory as a float32 table.
+before an evaluation. A save keeps how far each row is behind: bringing them up to date would round them once more. The
+average is float32, and takes as much memory as a float32 table.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ class AveragedTables:
 
     lookup: looks up and pools averaged rows, as FBGEMM does with raw ones. Call `settle` before it is used.
     all_rows_change: whether each step may change rows that were not looked up. Then each step costs all rows.
+
+    settled_at: by table, the log_decay at which each row was last brought up to date, float64 (rows,). log_decay: the
+    logarithm of the decays since all were, float64 (1,), on the host.
     """
 
     def __init__(self, weights: Sequence[Tensor], *, all_rows_change: bool) -> None:
@@ -30,8 +35,11 @@ class AveragedTables:
         self._all_rows_change = all_rows_change
         self._raw = [of_width.weight for of_width in by_width(weights)]
         self._averages = [of_width.weight for of_width in by_width(self.weights)]
-        self._log_decay = 0.0
+        self.log_decay = torch.zeros(1, dtype=torch.float64)
         self._settled_at = [torch.zeros(len(raw), dtype=torch.float64, device=raw.device) for raw in self._raw]
+        rows = [list(map(len, weights[slice(*of_width.tables)])) for of_width in by_width(weights)]
+        parts = [whole.split(of_width) for whole, of_width in zip(self._settled_at, rows, strict=True)]
+        self.settled_at = list(chain.from_iterable(parts))
         self.restart()
 
     def restart(self) -> None:
@@ -41,8 +49,8 @@ class AveragedTables:
         self.is_settled_now()
 
     def is_settled_now(self) -> None:
-        """Take the averages as those of the present step, for example after they were loaded."""
-        self._log_decay = 0.0
+        """Take the averages as those of the present step."""
+        self.log_decay.zero_()
         for settled_at in self._settled_at:
             settled_at.zero_()
 
@@ -65,11 +73,11 @@ class AveragedTables:
                 for rows, of_raw in zip(average.split(_ROWS_AT_ONCE), raw.split(_ROWS_AT_ONCE), strict=True):
                     rows.lerp_(of_raw.float(), 1 - decay)  # float copies fp16 rows
         else:
-            self._log_decay += math.log(decay)
+            self.log_decay += math.log(decay)
 
     def settle(self) -> None:
         """Bring all rows up to date."""
-        if self._log_decay:
+        if self.log_decay.item():
             for index, raw in enumerate(self._raw):
                 for row in range(0, len(raw), _ROWS_AT_ONCE):
                     self._settle(index, slice(row, row + _ROWS_AT_ONCE))
@@ -79,6 +87,6 @@ class AveragedTables:
     def _settle(self, index: int, rows: Tensor | slice) -> None:
         average, settled_at = self._averages[index], self._settled_at[index]
         weight = self._raw[index][rows].float()
-        share = torch.exp(self._log_decay - settled_at[rows]).float().unsqueeze(1)
+        share = torch.exp(self.log_decay.item() - settled_at[rows]).float().unsqueeze(1)
         average[rows] = torch.lerp(weight, average[rows], share)
-        settled_at[rows] = self._log_decay
+        settled_at[rows] = self.log_decay.item()

@@ -259,8 +259,8 @@ class ShardedTables(nn.Module):
 
         "weight" is (rows, columns). "uses" is (rows,), int32: how often training used each row. The Adagrad optimizers
         add "sum": (rows, columns), or (rows,) for row-wise Adagrad. Adam adds "exp_avg" and "exp_avg_sq", (rows,
-        columns), and "steps", (1,). "average" is (rows, columns), if there is one. "is_new" is (rows,), bool, if new
-        rows have a learning rate of their own.
+        columns), and "steps", (1,). "average" is (rows, columns), if there is one, with "settled_at" and "log_decay"
+        (see AveragedTables). "is_new" is (rows,), bool, if new rows have a learning rate of their own.
         """
         if self._lookup is None:
             return []
@@ -274,9 +274,10 @@ class ShardedTables(nn.Module):
                 if self.optimizer == "adam":
                     of_shard["steps"] = self._updated.steps if self._updated else self._lookup.iter
         if self.average is not None and not self._is_averaged:
-            self.average.settle()
-            for of_shard, average in zip(tensors, self.average.weights, strict=True):
-                of_shard["average"] = average
+            behind = zip(self.average.weights, self.average.settled_at, strict=True)
+            for of_shard, (average, settled_at) in zip(tensors, behind, strict=True):
+                log_decay = self.average.log_decay
+                of_shard |= {"average": average, "settled_at": settled_at, "log_decay": log_decay}
         return list(zip(self.shards, tensors, strict=True))
 
     def reloaded(self) -> None:

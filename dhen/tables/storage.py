@@ -4,7 +4,7 @@ Each rank writes its own shards to `tables-<rank>.safetensors`, under the keys `
 and last are columns, and tensor is "weight", an optimizer's state, or the weight's "average". To load, a rank reads the
 columns that its shards need from all files. Row-wise Adagrad's state has one number per row *and shard*, so it loads
 only if the table is cut as it was when saved. Any shard of a table has "uses", how often training used each row,
-"is_new" if new rows have a learning rate of their own, and Adam's "steps".
+"is_new" if new rows have a learning rate of their own, Adam's "steps", and how far the average is behind.
 
 A rank's tables may fill its GPU, and the host's memory may have no room for them. So files are written in pieces.
 """
@@ -26,7 +26,10 @@ from dhen.tables.placement.plan import TableShard
 from dhen.tables.sharded_tables import ShardedTables
 
 _KEY = re.compile(r"(?P<table>.+)/(?P<first>\d+):(?P<last>\d+)/(?P<tensor>\w+)")
-_KINDS = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16", torch.bool: "BOOL"}
+_KINDS = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
+    torch.bool: "BOOL",
+}  # fmt: skip
 """Names of dtypes in safetensors files, in the order of their tensors there."""
 PIECE_BYTES = 64 * 2**20
 """Size of the pieces of a table that are in host memory while it is written."""
@@ -109,9 +112,11 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
     for shard, of_shard in tables.shard_tensors():
         for kind, tensor in of_shard.items():
             pieces = stored.get((shard.name, kind), [])
-            if kind in ("uses", "steps", "is_new"):
-                if pieces:  # the run that saved may have had no new rows
+            if kind in ("uses", "steps", "is_new", "settled_at", "log_decay"):
+                if pieces:  # the run that saved may have had no new rows, or no average
                     tensor.copy_(_read(pieces[0], ...))
+                elif kind in ("settled_at", "log_decay"):
+                    tensor.zero_()
                 continue
             if kind == "average" and not pieces:  # the run that saved had none
                 pieces = stored.get((shard.name, "weight"), [])

@@ -275,7 +275,6 @@ class Trainer:
         state.best_metric = self._best.state_dict()
         in_background = self.arguments.async_save == "on" and not at_once
         with self._progress.paused():
-            self.model.average_buffers()
             order, arguments, sums = self.data_order, asdict(self.arguments), self.running_loss.sums
             self._num_saves += 1
             self._writing = start_save(

@@ -241,14 +241,28 @@ class ParallelDhen(ScoringDhen):
     def average_buffers(self) -> None:
         """Average the running statistics of batch norms over the ranks; nothing else synchronizes them. Communicates.
 
-        Call this before an evaluation, so that all ranks score with the same model, and before a save, which stores
-        only rank 0's statistics.
+        Call this before an evaluation, so that all ranks score with the same model.
         """
-        for buffer in [*self.engine.module.buffers(), *(self.average.buffers if self.average else ())]:
-            if buffer.is_floating_point():
-                total = buffer.double()  # exact where all are equal: frozen parts keep their bits
-                dist.all_reduce(total, group=self.topology.world)
-                buffer.copy_(total / self.topology.world_size)
+        for buffer in self.statistics():
+            total = buffer.double()  # exact where all are equal: frozen parts keep their bits
+            dist.all_reduce(total, group=self.topology.world)
+            buffer.copy_(total / self.topology.world_size)
+
+    def statistics(self) -> list[Tensor]:
+        """The running statistics of this rank, also of the moving average."""
+        buffers = [*self.engine.module.buffers(), *(self.average.buffers if self.average else ())]
+        return [buffer for buffer in buffers if buffer.is_floating_point()]
+
+    @contextlib.contextmanager
+    def with_average_buffers(self) -> Iterator[None]:
+        """Average the running statistics inside this context, for a save of what other ranks than these may load."""
+        own = [buffer.clone() for buffer in self.statistics()]
+        self.average_buffers()
+        try:
+            yield
+        finally:
+            for buffer, before in zip(self.statistics(), own, strict=True):
+                buffer.copy_(before)
 
     def dense_state_dict(self, *, fills_unused: bool = True) -> dict[str, Tensor]:
         """The full fp32 weights and the buffers of the dense part, on rank 0's CPU. Empty on the other ranks.

@@ -120,7 +120,7 @@ class RunsCode:
 def test_no_code_from_a_checkpoint_runs(tmp_path, click_log, saved, ranks):
     kinds = ["mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt"]
     if ranks == 2:
-        kinds.append("random-00000.pt")
+        kinds.append("rank-00000.pt")
     for name in kinds:
         run, mark = tmp_path / name / "run", tmp_path / name / "mark"
         folder = Path(shutil.copytree(saved / "checkpoint-20", run / "checkpoint-20"))

@@ -81,11 +81,12 @@ def print_states(run: Path) -> None:
         if self.topology.is_main:
             torch.save(state, next(path for path in after_step(run) if not path.exists()))
 
-    def train(self: Trainer, progress: object) -> None:
-        train_as_before(self, progress)
+    def train(self: Trainer, *arguments: object) -> bool:
+        is_stopped = train_as_before(self, *arguments)
         outer = self.model.engine.optimizer
         states = getattr(outer, "optimizer", outer).state.values()
         print(f"states: {sum(state['exp_avg'].numel() for state in states)}")
+        return is_stopped
 
     Trainer.train, ParallelDhen.step = train, step
 

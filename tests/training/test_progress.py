@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 import os
 import pty
@@ -218,7 +219,8 @@ def test_samples_per_second_leave_out_evaluations(tmp_path: Path, capfd: pytest.
     ]
 
 
-def test_lines_say_the_mfu_where_the_gpus_rate_is_known(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_lines_say_the_mfu_where_the_gpus_rate_is_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="dhen")
     config = DhenConfig(**CONFIG)
     training = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=8)
     flops, rates = training_flops_per_sample(config), read_machine("h100").flops
@@ -233,7 +235,7 @@ def test_lines_say_the_mfu_where_the_gpus_rate_is_known(tmp_path: Path, capfd: p
     time.sleep(0.05)
     progress.log_step(1, 10_000, 0.5, 0.9, 1e-3)
     progress.close()
-    line = capfd.readouterr().err
+    line = caplog.messages[-1]
     rate, mfu = re.search(r" \| ([\d,]+) samples/s \| mfu (\d+\.\d)% \| \d+\.\d/\d+\.\d GiB \| eta ", line).groups()
     assert float(mfu) == pytest.approx(int(rate.replace(",", "")) / 1e6 * 100, abs=0.06)
 

@@ -96,7 +96,7 @@ def train_here() -> None:
     """One rank's part: recipes/train.py with measured steps; rank 0 writes the result. Communicates; all call it."""
     train = Trainer.train
 
-    def train_and_measure(trainer: Trainer, progress: Any) -> None:
+    def train_and_measure(trainer: Trainer, *arguments: Any) -> bool:
         trainer.validation_loader = None  # the bytes are those of training steps
         engine, topology = trainer.model.engine, trainer.model.topology
         step = engine.step
@@ -109,12 +109,13 @@ def train_here() -> None:
         engine.step = measure_and_step
         topology.barrier()
         before = bytes_sent()
-        train(trainer, progress)
+        is_stopped = train(trainer, *arguments)
         topology.barrier()
         if topology.is_main:
             values = {"bytes_per_step": (bytes_sent() - before) / trainer.state.step}
             values["seconds_per_step"] = statistics.median(b - a for a, b in pairwise(ends))
             write_json(trainer.output_dir / MEASURED_FILE, values)
+        return is_stopped
 
     Trainer.train = train_and_measure
     runpy.run_path(str(ROOT / "recipes" / "train.py"), run_name="__main__")

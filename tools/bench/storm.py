@@ -265,7 +265,7 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path, references: di
                 break
             continue
         trial.events.append(event)
-        is_signal = event.startswith("SIG") and "launcher" not in event and set_up.launcher == "ranks"
+        is_signal = event.startswith("SIG") and set_up.launcher == "ranks"
         if is_signal and not job.statuses() <= {0, STATUS}:
             trial.problems.append(f"it ended with {sorted(job.statuses())} after {event}")
         if what := damage(run, chance):

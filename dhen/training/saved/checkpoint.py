@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to continue as if it had not stopped, on the same or a different set of ranks.
 
 `output_dir/checkpoint-<step>/` holds DeepSpeed's files (dense weights and optimizer), `tables-<rank>.safetensors`,
-`random-<rank>.pt` and `trainer_state.json`. The last file is written when all ranks are done: a checkpoint is complete
-if it has this file. Then `output_dir/latest` is set to the new name. An interrupted save leaves the previous
-checkpoint in place.
+`rank-<rank>.pt` (random state, running statistics) and `trainer_state.json`. The last file is written when all ranks
+are done: a checkpoint is complete if it has this file. Then `output_dir/latest` is set to the new name. An interrupted
+save leaves the previous checkpoint in place.
 """
 
 import json
@@ -119,21 +119,21 @@ def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) 
 
 def _add_states(model: ParallelDhen, files: CheckpointFiles, running_loss: torch.Tensor | None) -> None:
     topology, folder = model.topology, files.folder
-    with saving_into(files, model.engine):
+    of_rank = {"random": _random_state(topology.device), "statistics": model.statistics(), "running_loss": running_loss}
+    files.add_pickle(f"rank-{topology.rank:05d}.pt", of_rank)
+    with model.with_average_buffers(), saving_into(files, model.engine):
         model.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        if model.average is not None:
+            with model.average.swapped_in():  # without the tables, which would bring all rows up to date
+                state_dict = model.dense_state_dict(fills_unused=False)
+                if topology.is_main:
+                    files.add_tensors(_AVERAGE, state_dict)
     if model.tables is not None:
         files.add_pieces(f"tables-{topology.rank:05d}.safetensors", *tables_in_pieces(model.tables))
     if model.replicated.tables:
         model.replicated.gather_uses()
         if topology.is_main:
             files.add_tensors(_REPLICATED_USES, model.replicated.uses_by_name())
-    of_rank = _random_state(topology.device) | ({} if running_loss is None else {"running_loss": running_loss})
-    files.add_pickle(f"random-{topology.rank:05d}.pt", of_rank)
-    if model.average is not None:
-        with model.averaged():
-            state_dict = model.dense_state_dict(fills_unused=False)
-            if topology.is_main:
-                files.add_tensors(_AVERAGE, state_dict)
 
 
 def load_checkpoint(
@@ -205,9 +205,11 @@ def load_checkpoint(
         model.replicated.load_uses(load_file(folder / _REPLICATED_USES))
     if with_random_state and saved["world_size"] == here["world_size"]:
         with no_code_from(folder):
-            of_rank = torch.load(folder / f"random-{topology.rank:05d}.pt")
-        _set_random_state(of_rank)
-        if running_loss is not None and "running_loss" in of_rank:
+            of_rank = torch.load(folder / f"rank-{topology.rank:05d}.pt", map_location="cpu")
+        _set_random_state(of_rank["random"])
+        for statistic, of_this_rank in zip(model.statistics(), of_rank["statistics"], strict=True):
+            statistic.copy_(of_this_rank)
+        if running_loss is not None and of_rank["running_loss"] is not None:
             running_loss.copy_(of_rank["running_loss"])
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})
 
