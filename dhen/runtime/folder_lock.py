@@ -21,7 +21,7 @@ class FolderTakenError(ValueError):
 
 def check_folder_is_free(folder: Path) -> None:
     """Raise FolderTakenError if another run has the folder. Changes nothing."""
-    if (folder / LOCK_FILE).is_file() and (file := _lock(folder)):
+    if not _held and (folder / LOCK_FILE).is_file() and (file := _lock(folder)):
         file.close()
 
 

@@ -63,7 +63,7 @@ def end_all_ranks(status: int) -> bool:
     if not _is_answering.is_set():
         return False
     with contextlib.suppress(RuntimeError, ValueError):
-        store, others = _store().clone(), set(range(dist.get_world_size())) - {dist.get_rank()}
+        store, others = _store(), set(range(dist.get_world_size())) - {dist.get_rank()}
         for rank in others:
             store.set(_QUESTION.format(rank), _STATUS + str(status).encode())
         if others:

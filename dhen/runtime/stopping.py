@@ -10,7 +10,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -28,7 +28,8 @@ _SECONDS_TO_SAVE = 25.0
 """After SIGTERM. Launchers send SIGKILL 30 seconds after it."""
 _SECONDS_BETWEEN_INTERRUPTS = 3.0
 """A launcher passes on the SIGINT that the terminal has already sent to the rank."""
-_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_LOOKS, _SECONDS_TO_LEAVE = 1.0, 15.0
+_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 _LAUNCHERS = ("deepspeed", "torchrun", "accelerate")
 _LAUNCHER_MODULES = ("deepspeed.launcher.", "torch.distributed.", "accelerate.commands.")
 
@@ -44,7 +45,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._cause = 0
-        self._is_deferred = False
+        self._is_deferred = self._is_agreed = False
         self._interrupted_at: float | None = None
         self._deadline: threading.Timer | None = None
         self._group: dist.ProcessGroup | None = None
@@ -61,9 +62,10 @@ class StopRequest:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        for number in _SIGNALS:
             signal.signal(number, lambda *_: None)  # Python writes the number into the pipe
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal ends no run
+        os.register_at_fork(after_in_child=_forget)
         threading.Thread(target=self._watch, args=(reader, _launchers()), daemon=True).start()
 
     @contextlib.contextmanager
@@ -74,6 +76,8 @@ class StopRequest:
         self._is_deferred = True
         yield
         self._is_deferred = False
+        if self._cause and not self._is_agreed:  # too late for the last question
+            _leave(f"stopped by {self.cause} at the end of training", STATUS)
 
     def is_agreed(self, done: int = 0, *, is_last: bool = False) -> bool:
         """Whether any rank had a request before the last call. All ranks call it, and get the same answer.
@@ -82,15 +86,15 @@ class StopRequest:
         is_last: look at this moment too, and wait.
         """
         if self._group is None:
-            self.done_by_all = done
-            return self._cause > 0
+            self.done_by_all, self._is_agreed = done, self._cause > 0
+            return self._is_agreed
         seen = self._take_pending()
         news = torch.tensor([self._cause, -done])
         self._pending = dist.all_reduce(news, dist.ReduceOp.MAX, group=self._group, async_op=True), news
         if is_last or seen:
             seen = max(seen, self._take_pending())
-        self._cause = self._cause or seen
-        return seen > 0
+        self._cause, self._is_agreed = self._cause or seen, seen > 0
+        return self._is_agreed
 
     def _take_pending(self) -> int:
         """The cause that any rank had at the last call, 0 if none."""
@@ -107,7 +111,8 @@ class StopRequest:
         while True:
             if select.select([reader], [], [], _SECONDS_BETWEEN_LOOKS)[0]:
                 for number in os.read(reader, 64):
-                    self._on_signal(number)
+                    if number in _SIGNALS:  # the pipe gets those of other libraries' handlers too
+                        self._on_signal(number)
             if not all(_is_alive(launcher) for launcher in launchers):
                 self._request(_CAUSES[-1])
 
@@ -117,29 +122,27 @@ class StopRequest:
             self._interrupted_at = self._interrupted_at or now
             if now - self._interrupted_at >= _SECONDS_BETWEEN_INTERRUPTS:
                 _leave("stopped by a second SIGINT: the last whole checkpoint stays", _INTERRUPTED)
-        if number == signal.SIGTERM and self._deadline is None:
-            self._deadline = threading.Timer(_SECONDS_TO_SAVE, self._give_up)
-            self._deadline.daemon = True
-            self._deadline.start()
         self._request(signal.Signals(number).name)
 
     def _request(self, cause: str) -> None:
+        if cause in ("SIGTERM", _CAUSES[-1]) and self._deadline is None:
+            self._deadline = _timer(_SECONDS_TO_SAVE, self._give_up, cause)
         if self._cause:
             return
         self._cause = _CAUSES.index(cause)
         if not self._is_deferred:
             _leave(f"stopped by {cause}, outside of training: there is nothing to save", STATUS)
 
-    def _give_up(self) -> None:
+    def _give_up(self, cause: str) -> None:
         if self._is_deferred:
-            what = f"stopped by SIGTERM: not saved within {_SECONDS_TO_SAVE:.0f} s"
+            what = f"stopped by {cause}: not saved within {_SECONDS_TO_SAVE:.0f} s"
             _leave(f"{what}, so the last whole checkpoint stays", STATUS)
 
 
 def _launchers() -> list[psutil.Process]:
     """The launcher that started this rank, and the one that started that: `deepspeed` runs as two processes.
 
-    A shell, tmux or nohup is none: ranks that it started live on after it.
+    A shell, tmux or nohup does not count: ranks that it started live on after it.
     """
     found = []
     with contextlib.suppress(psutil.Error):
@@ -165,7 +168,29 @@ def _leave(what: str, status: int) -> None:
 
     A rank whose node's first rank has ended is silent: that one has said why, and the launcher ends the others.
     """
-    if end_all_ranks(status) or os.environ.get("LOCAL_RANK", "0") == "0":
-        with contextlib.suppress(OSError):
-            os.write(2, f"{what}\n".encode())
+    _timer(_SECONDS_TO_LEAVE, os._exit, status)  # if the store that tells the others is gone
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_first:
+        _print(what)
+    if end_all_ranks(status) and not is_first:
+        _print(what)
     os._exit(status)
+
+
+def _print(what: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{what}\n".encode())
+
+
+def _timer(seconds: float, function: Callable[..., object], *arguments: object) -> threading.Timer:
+    timer = threading.Timer(seconds, function, arguments)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _forget() -> None:
+    """In a forked child: signals do to it what they do to any process."""
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -32,7 +32,7 @@ class AveragedTables:
     def __init__(self, weights: Sequence[Tensor], *, all_rows_change: bool) -> None:
         self.lookup = make_lookup([tuple(weight.shape) for weight in weights], weights[0].device, "sgd")
         self.weights = self.lookup.split_embedding_weights()
-        self._all_rows_change = all_rows_change
+        self.all_rows_change = all_rows_change
         self._raw = [of_width.weight for of_width in by_width(weights)]
         self._averages = [of_width.weight for of_width in by_width(self.weights)]
         self.log_decay = torch.zeros(1, dtype=torch.float64)
@@ -56,7 +56,7 @@ class AveragedTables:
 
     def before_update(self, rows: Tensor) -> None:
         """Bring the rows up to date that are about to change. rows: counted over all tables; some may repeat."""
-        if self._all_rows_change:
+        if self.all_rows_change:
             return
         first = 0
         for index, raw in enumerate(self._raw):
@@ -68,7 +68,7 @@ class AveragedTables:
     @torch.no_grad()
     def after_step(self, decay: float) -> None:
         """Average in the weights after a step."""
-        if self._all_rows_change:
+        if self.all_rows_change:
             for average, raw in zip(self._averages, self._raw, strict=True):
                 for rows, of_raw in zip(average.split(_ROWS_AT_ONCE), raw.split(_ROWS_AT_ONCE), strict=True):
                     rows.lerp_(of_raw.float(), 1 - decay)  # float copies fp16 rows

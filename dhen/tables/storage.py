@@ -13,7 +13,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,10 @@ class _Stored:
     last: int
 
 
+_Index = dict[tuple[str, str], list[_Stored]]
+"""By table and kind of tensor."""
+
+
 def tables_in_pieces(tables: ShardedTables) -> tuple[dict[str, InPieces], dict[str, str]]:
     """This rank's shards and their optimizer state, and the metadata of their file. Does not communicate."""
     tensors = {
@@ -112,16 +116,37 @@ def load_tables(tables: ShardedTables, folder: Path) -> None:
     for shard, of_shard in tables.shard_tensors():
         for kind, tensor in of_shard.items():
             pieces = stored.get((shard.name, kind), [])
-            if kind in ("uses", "steps", "is_new", "settled_at", "log_decay"):
-                if pieces:  # the run that saved may have had no new rows, or no average
+            if kind in ("uses", "steps", "is_new"):
+                if pieces:  # the run that saved may have had no new rows
                     tensor.copy_(_read(pieces[0], ...))
-                elif kind in ("settled_at", "log_decay"):
-                    tensor.zero_()
                 continue
-            if kind == "average" and not pieces:  # the run that saved had none
-                pieces = stored.get((shard.name, "weight"), [])
+            if kind in ("average", "settled_at", "log_decay"):
+                continue
             tensor.copy_(_columns(pieces, shard, tuple(tensor.shape), f"{folder}: table {shard.name!r}, {kind}"))
+        if "average" in of_shard:
+            _load_average(tables, shard, of_shard, stored, f"{folder}: table {shard.name!r}, average")
     tables.reloaded()
+
+
+def _load_average(
+    tables: ShardedTables, shard: TableShard, of_shard: dict[str, Tensor], stored: _Index, where: str
+) -> None:
+    """As saved, with how far its rows are behind, if the table is cut as it was. Otherwise, brought up to date.
+
+    A run that saves without an average leaves the weights to begin with.
+    """
+    average, settled_at, log_decay = (of_shard[kind] for kind in ("average", "settled_at", "log_decay"))
+    pieces = stored.get((shard.name, "average")) or stored.get((shard.name, "weight"), [])
+    logs = stored.get((shard.name, "log_decay"), [])
+    log_decay.copy_(_read(logs[0], ...) if logs and not tables.average.all_rows_change else torch.zeros(1))
+    settled_at.fill_(log_decay.item())
+    cut = (shard.first_column, shard.last_column)
+    exact = [piece for piece in stored.get((shard.name, "settled_at"), []) if (piece.first, piece.last) == cut]
+    if exact and not tables.average.all_rows_change:
+        settled_at.copy_(_read(exact[0], ...))
+        average.copy_(_columns(pieces, shard, tuple(average.shape), where))
+    else:
+        average.copy_(_columns(pieces, shard, tuple(average.shape), where, _read_settled))
 
 
 def _kind(tables: ShardedTables) -> dict[str, str]:
@@ -129,13 +154,13 @@ def _kind(tables: ShardedTables) -> dict[str, str]:
     return {"table_optimizer": tables.optimizer, "table_dtype": tables.table_dtype}
 
 
-def _index(folder: Path, kind: dict[str, str]) -> dict[tuple[str, str], list[_Stored]]:
+def _index(folder: Path, kind: dict[str, str]) -> _Index:
     files = sorted(folder.glob("tables-*.safetensors"))
     if not files:
         raise TableStorageError(
             f"{folder} has no tables-*.safetensors files, so it is not a checkpoint of tables. Use another checkpoint."
         )
-    index: dict[tuple[str, str], list[_Stored]] = {}
+    index: _Index = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             saved_with = file.metadata() or {}
@@ -153,7 +178,14 @@ def _index(folder: Path, kind: dict[str, str]) -> dict[tuple[str, str], list[_St
     return index
 
 
-def _columns(pieces: list[_Stored], shard: TableShard, shape: tuple[int, ...], where: str) -> Tensor:
+def _columns(
+    pieces: list[_Stored],
+    shard: TableShard,
+    shape: tuple[int, ...],
+    where: str,
+    read: Callable[[_Stored, Any], Tensor] | None = None,
+) -> Tensor:
+    read = read or _read
     first, last = shard.first_column, shard.last_column
     if len(shape) == 1:
         exact = [piece for piece in pieces if (piece.first, piece.last) == (first, last)]
@@ -170,7 +202,7 @@ def _columns(pieces: list[_Stored], shard: TableShard, shape: tuple[int, ...], w
             (piece for piece in pieces if piece.first < last and piece.last > first), key=lambda p: p.first
         )
         found = [
-            _read(piece, (slice(None), slice(max(first - piece.first, 0), min(last, piece.last) - piece.first)))
+            read(piece, (slice(None), slice(max(first - piece.first, 0), min(last, piece.last) - piece.first)))
             for piece in overlapping
         ]
     tensor = torch.cat(found, dim=-1) if found else torch.empty(0)
@@ -180,6 +212,18 @@ def _columns(pieces: list[_Stored], shard: TableShard, shape: tuple[int, ...], w
             "schema of the checkpoint."
         )
     return tensor
+
+
+def _read_settled(piece: _Stored, part: Any) -> Tensor:
+    """The average of all rows of a piece at the step that was saved."""
+    of_piece = piece.key.rpartition("/")[0]
+    with safe_open(piece.path, framework="pt") as file:
+        average = file.get_slice(piece.key)[part].float()
+        if f"{of_piece}/settled_at" not in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+            return average
+        weight = file.get_slice(f"{of_piece}/weight")[part].float()
+        behind = file.get_tensor(f"{of_piece}/log_decay") - file.get_tensor(f"{of_piece}/settled_at")
+    return torch.lerp(weight, average, behind.exp().float().unsqueeze(1))
 
 
 def _read(piece: _Stored, part: Any) -> Tensor:

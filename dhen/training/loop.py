@@ -81,9 +81,9 @@ class Trainer:
         self._num_saves = 0
         self.state = TrainerState()
 
-    def restore(self, state: TrainerState) -> None:
-        """Continue from `state`, the trainer state of the checkpoint that the model was loaded from."""
-        self.state = state
+    def restore(self, state: TrainerState, folder: Path) -> None:
+        """Continue from `state`, the trainer state of the checkpoint in `folder` that the model was loaded from."""
+        self.state, self._saved = state, folder
         self._schedule.load_state_dict(state.schedule)
         self._best.load_state_dict(state.best_metric)
         if self._best.value is None:
@@ -110,16 +110,16 @@ class Trainer:
         with stop.deferred(self.model.topology):
             self._progress = progress
             self._train(stop)
+            self._finish_save()
             is_stopped = stop.is_agreed(is_last=True)
             if is_stopped:
                 self._save_for(stop.cause)
-            self._finish_save()
         return is_stopped
 
     def _save_for(self, cause: str) -> None:
         """Save, unless this step is saved already, and say so."""
-        self._finish_save()
-        if self._saved != checkpoint_of(self.output_dir, self.state.step):
+        here = checkpoint_of(self.output_dir, self.state.step)
+        if self._saved is None or self._saved.resolve() != here.resolve():
             self._save(at_once=True)
         if self.model.topology.is_main:
             logger.info(

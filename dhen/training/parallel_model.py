@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -243,25 +244,26 @@ class ParallelDhen(ScoringDhen):
 
         Call this before an evaluation, so that all ranks score with the same model.
         """
-        for buffer in self.statistics():
+        for buffer in chain(*self.statistics().values()):
             total = buffer.double()  # exact where all are equal: frozen parts keep their bits
             dist.all_reduce(total, group=self.topology.world)
             buffer.copy_(total / self.topology.world_size)
 
-    def statistics(self) -> list[Tensor]:
-        """The running statistics of this rank, also of the moving average."""
-        buffers = [*self.engine.module.buffers(), *(self.average.buffers if self.average else ())]
-        return [buffer for buffer in buffers if buffer.is_floating_point()]
+    def statistics(self) -> dict[str, list[Tensor]]:
+        """The running statistics of this rank, and those of the moving average if there is one."""
+        buffers = {"statistics": list(self.engine.module.buffers())}
+        buffers |= {"average of statistics": self.average.buffers} if self.average else {}
+        return {name: [each for each in of_name if each.is_floating_point()] for name, of_name in buffers.items()}
 
     @contextlib.contextmanager
     def with_average_buffers(self) -> Iterator[None]:
         """Average the running statistics inside this context, for a save of what other ranks than these may load."""
-        own = [buffer.clone() for buffer in self.statistics()]
+        own = [buffer.clone() for buffer in chain(*self.statistics().values())]
         self.average_buffers()
         try:
             yield
         finally:
-            for buffer, before in zip(self.statistics(), own, strict=True):
+            for buffer, before in zip(chain(*self.statistics().values()), own, strict=True):
                 buffer.copy_(before)
 
     def dense_state_dict(self, *, fills_unused: bool = True) -> dict[str, Tensor]:

@@ -35,7 +35,14 @@ from dhen.training.memory_plan import MemoryPlan, precision_of
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, lay_out, parallelize
 from dhen.training.reporting.progress import ProgressReporter
-from dhen.training.reporting.run_folder import LOG_FILE, SUMMARY_FILE, announce, clear_run_folder, write_setup
+from dhen.training.reporting.run_folder import (
+    LOG_FILE,
+    SUMMARY_FILE,
+    announce,
+    check_run_folder,
+    clear_run_folder,
+    write_setup,
+)
 from dhen.training.saved.checkpoint import check_same_model, load_checkpoint
 from dhen.training.saved.checkpoint_folder import choose_checkpoint, point_latest_at, read_state
 from dhen.training.saved.fine_tuning import config_for
@@ -48,11 +55,34 @@ logger = logging.getLogger(__name__)
 def settle_resume(arguments: Arguments, topology: Topology) -> None:
     """Set resume_from_checkpoint to the folder that it means, or None. Communicates; all ranks call it.
 
-    Raises CheckpointError if there is none whose files are as they were saved.
+    On another number of ranks than saved it, each rank takes another share of the same global batch. Raises
+    CheckpointError if there is none whose files are as they were saved, or ArgumentError if the shares are uneven.
     """
     training = arguments.training
-    folder = choose_checkpoint(training.resume_from_checkpoint, Path(training.output_dir), topology)
+    wanted, output_dir = training.resume_from_checkpoint, Path(training.output_dir)
+    folder = choose_checkpoint(wanted, output_dir, topology, sets_aside=not arguments.check)
     training.resume_from_checkpoint = str(folder) if folder else None
+    if folder:
+        _keep_global_batch(training, rank_zeros(topology, lambda: read_state(folder)), topology)
+
+
+def _keep_global_batch(training: TrainingArguments, state: Mapping[str, Any], topology: Topology) -> None:
+    per_rank, saved = training.per_device_train_batch_size, state["arguments"]["per_device_train_batch_size"]
+    if topology.world_size == state["world_size"] or per_rank not in (None, saved):
+        return
+    whole, shares = state["data_order"]["global batch"], topology.world_size * training.gradient_accumulation_steps
+    if whole % shares:
+        raise ArgumentError(
+            f"the checkpoint's global batch, {whole}, cannot be divided evenly over {topology.world_size} ranks with "
+            f"gradient_accumulation_steps {training.gradient_accumulation_steps}. Use another number of ranks."
+        )
+    training.per_device_train_batch_size = whole // shares
+    if topology.is_main:
+        logger.info(
+            "%d ranks saved the checkpoint, and %d go on: per_device_train_batch_size is now %d, so that the global "
+            "batch stays %d",
+            state["world_size"], topology.world_size, whole // shares, whole,
+        )  # fmt: skip
 
 
 def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None:
@@ -145,9 +175,8 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
     if training.self_ensemble and not any(dropouts) and model.topology.is_main:
         logger.warning("self_ensemble has no effect: dropout is 0 in all layers")
     if training.resume_from_checkpoint:
-        trainer.restore(
-            load_checkpoint(model, Path(training.resume_from_checkpoint), trainer.running_loss.sums, trainer.data_order)
-        )
+        folder = Path(training.resume_from_checkpoint)
+        trainer.restore(load_checkpoint(model, folder, trainer.running_loss.sums, trainer.data_order), folder)
     return trainer
 
 
@@ -190,6 +219,7 @@ def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) 
     def lock() -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock_folder(output_dir)
+        check_run_folder(arguments.training)  # once more: another run may have come and gone since the first time
 
     rank_zeros(topology, lock)
     if topology.is_main:

@@ -126,3 +126,21 @@ class _Slow:
             time.sleep(120)
 
         dataset.open_data = slow
+
+
+def test_other_ranks_go_on_at_the_same_global_batch(tmp_path, click_log):
+    """As after a node was lost: the same command, on fewer ranks."""
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert run_script("train.py", *flags(straight, click_log, 2), "--dropout=0", ranks=2).status == 0
+    arguments = [*flags(broken, click_log, 2), "--dropout=0", AUTO]
+    stop = {"kill_when": at_step(broken, 7), "send": to(signal.SIGTERM, 1)}
+    assert run_script("train.py", *arguments, ranks=2, **stop).status == 75
+    uneven = run_script("train.py", *arguments, ranks=5)
+    assert "error: the checkpoint's global batch, 24, cannot be divided evenly over 5 ranks" in uneven.output
+    resumed = run_script("train.py", *arguments, ranks=1)
+    assert resumed.status == 0, resumed.output
+    assert "2 ranks saved the checkpoint, and 1 go on: per_device_train_batch_size is now 24" in resumed.output
+    expected = {step: float(loss) for step, loss in losses(straight).items()}
+    # The sums for the next line are those of the ranks that saved, so the first one after a resume covers less.
+    last = max(expected)
+    assert float(losses(broken)[last]) == pytest.approx(expected[last], rel=2e-5)

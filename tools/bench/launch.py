@@ -90,11 +90,11 @@ def run_ranks(num_ranks: int, *more: str) -> None:
         sys.exit(status)
 
 
-def results_of_ranks(num_ranks: int, kind: Any) -> Any:
+def results_of_ranks(num_ranks: int, kind: Any, *more: str) -> Any:
     """Run this program as `run_ranks` does, and return what rank 0 writes to its --output, as the type `kind`."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.json"
-        run_ranks(num_ranks, f"--output={output}")
+        run_ranks(num_ranks, *more, f"--output={output}")
         return TypeAdapter(kind).validate_json(output.read_bytes())
 
 

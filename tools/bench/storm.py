@@ -4,10 +4,15 @@
 
 A trial is one run, on a set-up that is drawn: launcher, ranks, ZeRO stage, shard group, async_save. At random moments,
 half of them during a save, it is killed or signalled: a rank, all ranks, or their launcher. Between two starts a file
-of the newest checkpoint may be damaged, or the times of all checkpoints turned around, as a clock that is set back
-does. In the end, metrics.csv and the test metrics must be those of the undisturbed run, to the last digit. --output
+of the newest checkpoint may be damaged, or the modification times of all checkpoints reversed, as by a clock that is
+set back. In the end, metrics.csv and the test metrics must be those of the undisturbed run, to the last digit. --output
 gets a JSON line per trial. The exit status is 1 if a trial failed.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import contextlib
 import csv
@@ -20,13 +25,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import psutil
 
@@ -47,7 +50,7 @@ SETTINGS = (
 )  # fmt: skip
 KILLS = ("kill a rank", "kill all ranks", "kill the launcher")
 SIGNALS = ("SIGTERM to a rank", "SIGUSR1 to all ranks", "SIGINT to a rank", "SIGTERM to the launcher")
-DAMAGES = ("flip bits", "truncate", "empty", "delete", "turn the times around")
+DAMAGES = ("flip bits", "truncate", "empty", "delete", "reverse the times")
 _SECONDS_TO_END, _MOST_STARTS = 60.0, 40
 _CLOCK = {"samples_per_second", "memory_gib", "seconds"}
 """Columns of metrics.csv that no two runs have alike."""
@@ -142,9 +145,9 @@ class Job:
         """Exit statuses: of all ranks, or of the launcher."""
         return {self._launcher.returncode} if self._launcher else {fork.exitcode for fork in self._forks}
 
-    def end(self) -> int:
+    def end(self, seconds: float = _SECONDS_TO_END) -> int:
         """Wait for the end; after that, kill what is left, and return how many processes that were."""
-        deadline = time.monotonic() + _SECONDS_TO_END
+        deadline = time.monotonic() + seconds
         while not self.is_over() and time.monotonic() < deadline:
             time.sleep(0.05)
         left = [*self.ranks(), *(process.pid for process in self._processes())] if not self.is_over() else []
@@ -204,7 +207,7 @@ def damage(run: Path, chance: random.Random) -> str | None:
     if len(found) < 2 or chance.random() < 0.5:
         return None
     what = chance.choice(DAMAGES)
-    if what == "turn the times around":
+    if what == "reverse the times":
         for number, folder in enumerate(reversed(found)):
             for file in folder.iterdir():
                 os.utime(file, (number, number))
@@ -231,16 +234,17 @@ def finished(run: Path) -> tuple[list[dict[str, str]], dict]:
     return rows, {key: summary[key] for key in ("test", "eval", "steps", "tested_step")}
 
 
-def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path, references: dict[SetUp, tuple]) -> Trial:
+def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
     """Disturb one run until it is done. Its folder stays if there was a problem."""
     trial, chance, began = Trial(set_up, seed, code()["commit"]), random.Random(seed), time.monotonic()
     flags = [f"--ds_config={set_up.ds_config(folder)}", f"--dataset_name={data}", *SETTINGS]
     flags += [f"--async_save={set_up.async_save}", "--resume_from_checkpoint=auto", "--timeout_minutes=1"]
     plain = SetUp("ranks", set_up.ranks, set_up.zero_stage, set_up.shard_group, "off")
-    if plain not in references:
-        reference = folder / f"reference-{plain.ranks}-{plain.zero_stage}-{plain.shard_group}"
-        Job(plain, [*flags, f"--output_dir={reference}"], reference.with_suffix(".log")).end()
-        references[plain] = finished(reference)
+    reference = folder / f"reference-{plain.ranks}-{plain.zero_stage}-{plain.shard_group}"
+    if not (reference / "summary.json").is_file():
+        undisturbed = Job(plain, [*flags, f"--output_dir={reference}"], reference.with_suffix(".log"))
+        if undisturbed.end(10 * _SECONDS_TO_END) or undisturbed.statuses() != {0}:
+            raise RuntimeError(f"the undisturbed run failed: see {reference.with_suffix('.log')}")
     run = folder / f"trial-{seed}"
     log = run.with_suffix(".log")
     most_disturbed = chance.randint(1, 8)
@@ -250,7 +254,7 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path, references: di
         before, size = newest, log.stat().st_size if log.is_file() else 0
         job = Job(set_up, [*flags, f"--output_dir={run}"], log)
         event = disturb(job, run, chance) if trial.starts <= most_disturbed else None
-        orphans = job.end()
+        orphans = job.end(_SECONDS_TO_END if event else 10 * _SECONDS_TO_END)
         said = log.read_text("utf-8", errors="replace")[size:]
         if orphans:
             trial.problems.append(f"{orphans} processes were left after {event}")
@@ -270,7 +274,7 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path, references: di
             trial.problems.append(f"it ended with {sorted(job.statuses())} after {event}")
         if what := damage(run, chance):
             trial.events.append(what)
-    if not trial.problems and finished(run) != references[plain]:
+    if not trial.problems and finished(run) != finished(reference):
         trial.problems.append("metrics.csv or the test metrics differ from the undisturbed run's")
     if not trial.problems:
         shutil.rmtree(run)
@@ -309,13 +313,13 @@ def main() -> int:
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="storm-"))
     folder.mkdir(parents=True, exist_ok=True)
-    deadline, totals, references = time.monotonic() + arguments.hours * 3600, Counter(), {}
+    deadline, totals = time.monotonic() + arguments.hours * 3600, Counter()
     set_ups = [each for each in SET_UPS if each.launcher in (arguments.launchers or each.launcher)]
     data = _click_log(folder)
     for seed in range(arguments.seed, arguments.seed + arguments.trials):
         if time.monotonic() > deadline:
             break
-        trial = run_trial(set_ups[seed % len(set_ups)], seed, data, folder, references)
+        trial = run_trial(set_ups[seed % len(set_ups)], seed, data, folder)
         with arguments.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(trial)) + "\n")
         totals.update(_counts(trial))

@@ -33,7 +33,7 @@ DS_CONFIG_FILE = "ds_config.json"
 LOG_FILE = "train.log"
 ENVIRONMENT_FILE = "environment.json"
 OF_A_RUN = (
-    SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "latest", DS_CONFIG_FILE, "placement.json",
+    SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "damaged-*", "latest", DS_CONFIG_FILE, "placement.json",
     "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py", ENVIRONMENT_FILE,
     UNSEEN_FILE, LOG_FILE,
 )  # fmt: skip

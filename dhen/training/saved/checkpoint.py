@@ -98,12 +98,12 @@ def start_save(
     facts |= {"arguments": arguments or {}, "ds_config": model.ds_config.as_dict(), VERSION_KEY: FORMAT_VERSION}
     facts |= {"model": _model_facts(model.config), "optimizer": _optimizer_facts(model)}
     facts |= {"trained": _trained_parts(model)}
-    with naming_the_disk(folder):
-        if topology.is_main:
+    if topology.is_main:
+        with naming_the_disk(folder):
             start_folder(folder)
-        topology.barrier()
-        files = CheckpointFiles(folder, is_staged=in_background)
-        _add_states(model, files, running_loss)
+    topology.barrier()
+    files = CheckpointFiles(folder, is_staged=in_background)
+    _add_states(model, files, running_loss)
     written: Future[FileFacts] = Future()
     if in_background:
         written = files.in_background()
@@ -119,7 +119,7 @@ def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) 
 
 def _add_states(model: ParallelDhen, files: CheckpointFiles, running_loss: torch.Tensor | None) -> None:
     topology, folder = model.topology, files.folder
-    of_rank = {"random": _random_state(topology.device), "statistics": model.statistics(), "running_loss": running_loss}
+    of_rank = {"random": _random_state(topology.device), "running_loss": running_loss} | model.statistics()
     files.add_pickle(f"rank-{topology.rank:05d}.pt", of_rank)
     with model.with_average_buffers(), saving_into(files, model.engine):
         model.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
@@ -207,8 +207,9 @@ def load_checkpoint(
         with no_code_from(folder):
             of_rank = torch.load(folder / f"rank-{topology.rank:05d}.pt", map_location="cpu")
         _set_random_state(of_rank["random"])
-        for statistic, of_this_rank in zip(model.statistics(), of_rank["statistics"], strict=True):
-            statistic.copy_(of_this_rank)
+        for name, statistics in model.statistics().items():  # the run that saved may have had no average
+            for statistic, of_this_rank in zip(statistics, of_rank.get(name, ()), strict=name in of_rank):
+                statistic.copy_(of_this_rank)
         if running_loss is not None and of_rank["running_loss"] is not None:
             running_loss.copy_(of_rank["running_loss"])
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})

@@ -42,7 +42,7 @@ FORMAT_VERSION = 3
 """Version of the checkpoint. Raise it when checkpoints that were written before can no longer be resumed."""
 FILES = "files"
 """The key of the state under which the facts of the other files stand."""
-_OF_STATE, _NUMBER, _PREFIX = "digest", "number", "checkpoint-"
+_OF_STATE, _NUMBER, _PREFIX, _DAMAGED = "digest", "number", "checkpoint-", "damaged-"
 _THREADS, _PIECE = 4, 2**24
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _OF_DEEPSPEED = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
@@ -57,23 +57,29 @@ class DamagedStateError(CheckpointError):
     """trainer_state.json is not there or not as it was saved. The message does not name the folder."""
 
 
-def choose_checkpoint(wanted: str | None, output_dir: Path, topology: Topology) -> Path | None:
+def choose_checkpoint(
+    wanted: str | None, output_dir: Path, topology: Topology, *, sets_aside: bool = False
+) -> Path | None:
     """The folder that --resume_from_checkpoint means, whose files are as they were saved; None to start anew.
 
     A path means this folder. "true", "latest" and "auto" mean the newest sound checkpoint in output_dir, and "auto"
-    none if output_dir has none. Communicates; all ranks call it. Raises CheckpointError, which names what is damaged.
+    none if output_dir has none. sets_aside: rename damaged ones that it passes over, so that they do not count as
+    checkpoints. Communicates; all ranks call it. Raises CheckpointError, which names what is damaged.
     """
     if wanted is None:
         return None
     found = rank_zeros(topology, lambda: candidates(wanted, output_dir))
-    faults = []
+    faults, damaged = [], []
     for folder in found:
         fault = damage(folder, topology)
         if fault is None:
             for known in faults if topology.is_main else ():
                 logger.warning("%s. Resuming from %s, the newest one whose files are as they were saved", known, folder)
+            for each in damaged if topology.is_main and sets_aside else ():
+                each.rename(each.with_name(f"{_DAMAGED}{each.name}"))
             return folder
         faults.append(f"{folder}: {fault}")
+        damaged.append(folder)
     if faults:
         raise CheckpointError(
             f"{'; '.join(faults)}. There is no other checkpoint to resume from. Restore the file from a copy, or start "
@@ -150,11 +156,12 @@ def finish_folder(folder: Path, state: dict[str, Any], files: FileFacts, topolog
     """Write the state, when all ranks have written their `files`. Communicates; all ranks call it."""
     everyones = _from_all(files, topology)
     if topology.is_main:
-        sync(folder)
-        number = 1 + max(map(_number, checkpoints(folder.parent)), default=0)
-        state |= {_NUMBER: number, FILES: {name: of for part in everyones for name, of in part.items()}}
-        _write_atomically(folder / STATE_FILE, json.dumps(sealed(state), indent=2) + "\n")
-        point_latest_at(folder, folder.parent)
+        with naming_the_disk(folder):
+            sync(folder)
+            number = 1 + max(map(_number, checkpoints(folder.parent)), default=0)
+            state |= {_NUMBER: number, FILES: {name: of for part in everyones for name, of in part.items()}}
+            _write_atomically(folder / STATE_FILE, json.dumps(sealed(state), indent=2) + "\n")
+            point_latest_at(folder, folder.parent)
     topology.barrier()
 
 

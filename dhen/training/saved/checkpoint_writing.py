@@ -58,10 +58,9 @@ class CheckpointFiles:
 
         Raises CheckpointError if the disk does not take it.
         """
-        with naming_the_disk(self.folder):
-            while self._staged:  # the copies are freed one after another
-                name, write = self._staged.popitem()
-                self._write(name, write)
+        while self._staged:  # the copies are freed one after another
+            name, write = self._staged.popitem()
+            self._write(name, write)
         return self._written
 
     def in_background(self) -> "Future[FileFacts]":
@@ -76,10 +75,11 @@ class CheckpointFiles:
 
     def _write(self, name: str, write: _Write) -> None:
         path = self.folder / name
-        write(path)
-        path.chmod(self._mode)  # safetensors lets nobody else read its files
-        sync(path)
-        self._written[name] = size_and_digest(path)
+        with naming_the_disk(self.folder):
+            write(path)
+            path.chmod(self._mode)  # safetensors lets nobody else read its files
+            sync(path)
+            self._written[name] = size_and_digest(path)
 
 
 class _IntoFiles(TorchCheckpointEngine):
