@@ -27,6 +27,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -301,8 +302,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def main() -> int:
-    """Run trials until the time is over. Returns the exit status."""
+def parse_arguments() -> Namespace:
+    """The command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--hours", type=float, default=1.0, help="time after which no trial is begun")
     parser.add_argument("--output", type=Path, default=Path("storm.jsonl"), help="file to append a line per trial to")
@@ -310,7 +311,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first trial")
     parser.add_argument("--trials", type=int, default=10**9, help="the most trials")
     parser.add_argument("--launchers", nargs="+", choices=["ranks", "deepspeed", "torchrun"], help="only these")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run trials until the time is over. Returns the exit status."""
+    arguments = parse_arguments()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="storm-"))
     folder.mkdir(parents=True, exist_ok=True)
     deadline, totals = time.monotonic() + arguments.hours * 3600, Counter()
