@@ -181,7 +181,8 @@ class Trainer:
         self.running_loss.update(logits_B.detach(), batch.labels_B)
 
     def _refuse(self, step: int, what: str) -> NoReturn:
-        """Raise FloatingPointError, so that no broken weights are saved or exported."""
+        """Raise FloatingPointError, so that no broken weights are saved or exported. All ranks call it."""
+        self._finish_save()
         saved = checkpoints(self.output_dir)
         newest = f"The newest checkpoint is {saved[-1]}." if saved else f"{self.output_dir} has no checkpoint yet."
         raise FloatingPointError(f"step {step}: {what} {newest}") from None
