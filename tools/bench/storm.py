@@ -227,6 +227,11 @@ def damage(run: Path, chance: random.Random) -> str | None:
     return f"{what} {file.name}"
 
 
+def newest_step(folders: Sequence[Path]) -> int:
+    """Step of the last of these checkpoints, 0 without one."""
+    return int(folders[-1].name.split("-")[1]) if folders else 0
+
+
 def finished(run: Path) -> tuple[list[dict[str, str]], dict]:
     """What must be the same in the end: metrics.csv without the clock, and the metrics of summary.json."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
@@ -248,11 +253,10 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
             raise RuntimeError(f"the undisturbed run failed: see {reference.with_suffix('.log')}")
     run = folder / f"trial-{seed}"
     log = run.with_suffix(".log")
-    most_disturbed = chance.randint(1, 8)
+    most_disturbed, sound = chance.randint(1, 8), 0
     while trial.starts < _MOST_STARTS and not trial.problems:
         trial.starts += 1
-        newest = max((int(each.name.split("-")[1]) for each in checkpoints(run)), default=0)
-        before, size = newest, log.stat().st_size if log.is_file() else 0
+        size = log.stat().st_size if log.is_file() else 0
         job = Job(set_up, [*flags, f"--output_dir={run}"], log)
         event = disturb(job, run, chance) if trial.starts <= most_disturbed else None
         orphans = job.end(_SECONDS_TO_END if event else 10 * _SECONDS_TO_END)
@@ -261,8 +265,8 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
             trial.problems.append(f"{orphans} processes were left after {event}")
         if "Traceback" in said:
             trial.problems.append(f"a traceback after {event}")
-        if max((int(each.name.split("-")[1]) for each in checkpoints(run)), default=0) < before:
-            trial.problems.append(f"the newest checkpoint, {before}, is lost after {event}")
+        if newest_step(checkpoints(run)) < sound:
+            trial.problems.append(f"the newest sound checkpoint, {sound}, is lost after {event}")
         if event is None:
             if job.statuses() != {0}:
                 trial.problems.append(f"undisturbed, it ended with {sorted(job.statuses())}")
@@ -273,8 +277,11 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
         is_signal = event.startswith("SIG") and set_up.launcher == "ranks"
         if is_signal and not job.statuses() <= {0, STATUS}:
             trial.problems.append(f"it ended with {sorted(job.statuses())} after {event}")
+        found = checkpoints(run)
         if what := damage(run, chance):
             trial.events.append(what)
+            found = found if what == "reverse the times" else found[:-1]
+        sound = newest_step(found)
     if not trial.problems and finished(run) != finished(reference):
         trial.problems.append("metrics.csv or the test metrics differ from the undisturbed run's")
     if not trial.problems:
