@@ -17,10 +17,10 @@ from pathlib import Path
 
 from dhen.config.arguments import Arguments, parse_arguments
 from dhen.runtime import topology as job
+from dhen.runtime.collectives import rank_zeros
 from dhen.runtime.lost_ranks import naming_lost_ranks, training_begins
 from dhen.runtime.messages import heartbeat, log_to_stderr, user_errors
 from dhen.runtime.stopping import STATUS, StopRequest
-from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.check import check
 from dhen.training.dataset import open_data
 from dhen.training.finish import finish

@@ -1,9 +1,10 @@
-"""Collectives on tensors whose lengths differ between ranks.
+"""Collectives on tensors whose lengths differ between ranks, and on Python objects.
 
 Every function communicates over the given group. All ranks of the group must call the functions in the same order.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
+from dhen.runtime.topology import Topology
+
+Value = TypeVar("Value")
 WAITING = "waiting for an all-to-all"
 """Name in a profiler trace."""
 
@@ -46,3 +50,28 @@ def all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     dist.all_gather_into_tensor(everyone, F.pad(tensor, (0, longest - len(tensor))), group=group)
     parts = everyone.view(world_size, longest).cpu()
     return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
+
+
+def rank_zeros(topology: Topology, make: Callable[[], Value]) -> Value:
+    """Call `make` on rank 0 and return its result on all ranks, or raise its ValueError there. Communicates.
+
+    On its own, a rank could come to another result: its node may have other files, more ranks or another math library.
+    """
+    answer: list[Value | ValueError | None] = [None]
+    if topology.is_main:
+        try:
+            answer = [make()]
+        except ValueError as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=0, group=topology.world, device=topology.device)
+    (made,) = answer
+    if isinstance(made, ValueError):
+        raise made
+    return made
+
+
+def from_all(value: Value, topology: Topology) -> list[Value]:
+    """The value of each rank. Communicates; all ranks call it."""
+    everyones = [value] * topology.world_size
+    dist.all_gather_object(everyones, value, group=topology.world)
+    return everyones

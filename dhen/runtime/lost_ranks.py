@@ -24,7 +24,7 @@ from dhen.runtime.messages import SECONDS_TO_BE_ENDED
 from dhen.runtime.topology import Topology
 
 _QUESTION, _ANSWER, _LOST = "dhen/are_you_there/{}", "dhen/here/{}", "dhen/lost"
-_LEAVING, _STATUS, _LEFT = b"leaving", b"status ", "dhen/left/{}"
+_ASKED, _LEAVING, _STATUS, _LEFT = "asked", b"leaving", b"status ", "dhen/left/{}"
 _SECONDS_TO_ANSWER, _SECONDS_TO_READ, _SECONDS_TO_LEAVE = 3.0, 2.0, 10.0
 _OF_A_CONNECTION = re.compile(r"connection|timed out|broken pipe|gloo|nccl|socket|store", re.IGNORECASE)
 _ending, _is_answering, _is_training = threading.Lock(), threading.Event(), threading.Event()
@@ -114,7 +114,7 @@ def _find_lost(topology: Topology) -> list[int]:
         store, ranks = _store(), range(topology.world_size)
         if not store.check([_LOST]):
             for rank in ranks:
-                store.set(_QUESTION.format(rank), "")
+                store.compare_set(_QUESTION.format(rank), "", _ASKED)  # not over a word to leave
             time.sleep(_SECONDS_TO_ANSWER)
             lost = [rank for rank in ranks if not store.check([_ANSWER.format(rank)])]
             store.compare_set(_LOST, "", ",".join(map(str, lost)))  # the first to write decides

@@ -17,8 +17,8 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner
 from dhen.planner.nearest_machine import machine_at_hand
 from dhen.planner.step_trace import UntraceableError
+from dhen.runtime.collectives import rank_zeros
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.agreed import rank_zeros
 from dhen.tables.placement.costs import CostsError
 from dhen.tables.placement.plan import PlacementError
 from dhen.training.saved.checkpoint_folder import read_state

@@ -23,11 +23,11 @@ from dhen.model.parts import frozen_parts
 from dhen.planner.machine import read_machine
 from dhen.planner.nearest_machine import gpu_at_hand
 from dhen.planner.step_trace import training_flops_per_sample
+from dhen.runtime.collectives import rank_zeros
 from dhen.runtime.folder_lock import lock_folder
 from dhen.runtime.machine_at_hand import rank_memory_bytes
 from dhen.runtime.messages import log_to_file
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.agreed import rank_zeros
 from dhen.training.auto_ds_config import choose_ds_config
 from dhen.training.dataset import TrainingData
 from dhen.training.loop import Trainer

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig, DsConfigError
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.runtime.collectives import rank_zeros
 from dhen.runtime.machine_at_hand import host_bytes
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE, MEMORY_SHARE, beyond_device
@@ -18,7 +19,6 @@ from dhen.tables.placement.costs import CostsError, StepSetting, read_costs, rep
 from dhen.tables.placement.plan import Placement, PlacementError, PlacementOptions, place_tables
 
 _SCORING_BATCH = 4096
-_Plan = TypeVar("_Plan")
 
 
 @dataclass(frozen=True)
@@ -151,25 +151,6 @@ def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
             raise PlacementError(error.needs, solutions) from None
 
     return rank_zeros(topology, place)
-
-
-def rank_zeros(topology: Topology, plan: Callable[[], _Plan]) -> _Plan:
-    """Make a plan on rank 0 and return it on all ranks, or raise its ValueError there. Communicates over all ranks.
-
-    On its own, a rank could reach a different plan: its node may have more ranks, other cost files or another math
-    library.
-    """
-    answer: list[_Plan | ValueError | None] = [None]
-    if topology.is_main:
-        try:
-            answer = [plan()]
-        except ValueError as error:
-            answer = [error]
-    dist.broadcast_object_list(answer, src=0, group=topology.world, device=topology.device)
-    (made,) = answer
-    if isinstance(made, ValueError):
-        raise made
-    return made
 
 
 def table_memory(config: DhenConfig, placement: Placement) -> tuple[int, int]:

@@ -15,10 +15,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -26,10 +25,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
 
 from dhen.data.format_version import check_format_version
+from dhen.runtime.collectives import from_all, rank_zeros
 from dhen.runtime.topology import Topology
-from dhen.tables.placement.agreed import rank_zeros
 
-Value = TypeVar("Value")
 FileFacts = dict[str, tuple[int, str]]
 """Name -> bytes and digest of a file of a checkpoint."""
 logger = logging.getLogger(__name__)
@@ -154,7 +152,7 @@ def start_folder(folder: Path) -> None:
 
 def finish_folder(folder: Path, state: dict[str, Any], files: FileFacts, topology: Topology) -> None:
     """Write the state, when all ranks have written their `files`. Communicates; all ranks call it."""
-    everyones = _from_all(files, topology)
+    everyones = from_all(files, topology)
     if topology.is_main:
         with naming_the_disk(folder):
             sync(folder)
@@ -178,18 +176,12 @@ def damage(folder: Path, topology: Topology) -> str | None:
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda name: _difference(folder / name, *files[name]), mine)
         mine_are = next((f"{name} {what}" for name, what in zip(mine, found, strict=True) if what), None)
-    fault = next((one for one in _from_all(mine_are, topology) if one), None)
+    fault = next((one for one in from_all(mine_are, topology) if one), None)
     if fault is None and topology.is_main:
         gigabytes, seconds = sum(size for size, _ in files.values()) / 1e9, time.monotonic() - began
         rate = f"{gigabytes:.3g} GB in {seconds:.1f} s"
         logger.info("%s: all %d files are as they were saved (%s)", folder, len(files), rate)
     return fault
-
-
-def _from_all(value: Value, topology: Topology) -> list[Value]:
-    everyones = [value] * topology.world_size
-    dist.all_gather_object(everyones, value, group=topology.world)
-    return everyones
 
 
 def _difference(path: Path, size: int, digest: str) -> str | None:
