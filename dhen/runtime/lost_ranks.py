@@ -98,6 +98,7 @@ def _answer(topology: Topology, store: dist.Store) -> None:
         store.wait([question], timedelta(days=365))
         word = store.get(question)
         if word.startswith((_LEAVING, _STATUS)):
+            _is_answering.clear()  # the store may be gone soon
             store.set(_LEFT.format(topology.rank), "")
             if word.startswith(_STATUS):
                 os._exit(int(word.removeprefix(_STATUS)))

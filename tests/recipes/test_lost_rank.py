@@ -3,8 +3,10 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.recipes.launch import TINY, last_step, losses, run_script
@@ -72,3 +74,20 @@ def test_a_rank_that_is_lost_before_training_is_named_too(tmp_path, click_log):
         kill_when=lambda: True, send=lambda pids: None,
     )  # fmt: skip
     assert "[rank 0] error: rank 1 of 2 is gone, so the job ends" in done.output
+
+
+def test_the_launchers_signal_after_a_users_mistake_says_nothing_more(tmp_path):
+    """Rank 0, which reads the rows and holds the store, ends with its error. Then the launcher ends the others."""
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("no format\n")
+
+    def as_a_launcher(pids: list[int]) -> None:
+        while psutil.pid_exists(pids[0]) and psutil.Process(pids[0]).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        os.kill(pids[1], signal.SIGTERM)
+
+    arguments = flags(tmp_path / "run", rows)
+    done = run_script("train.py", *arguments, ranks=2, kill_when=lambda: True, send=as_a_launcher)
+    assert done.status == 1
+    (line,) = done.output.strip().splitlines()
+    assert line.startswith("[rank 0] error: ")
