@@ -1,4 +1,6 @@
-"""Resolves the relative paths that a user types: in the working directory first, then in the repository."""
+"""Resolves the relative paths that a user types: in the working directory first, then in the repository. Writes files
+that a crash does not leave half written.
+"""
 
 import glob
 import logging
@@ -41,6 +43,24 @@ def looked_in(path: str | Path) -> str:
         return ""
     places = dict.fromkeys(str(place) for place in (Path.cwd(), repository()) if place)
     return f" Looked in {' and '.join(places)}."
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Put a file with this text in the place of an earlier one, when all of it is on the disk."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    sync(draft)
+    draft.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _exists(path: str) -> bool:

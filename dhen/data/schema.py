@@ -27,6 +27,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.format_version import VERSION_KEY, check_format_version
+from dhen.paths import write_atomically
 
 LABEL = "label"
 SCHEMA_FILE = "schema.json"
@@ -110,10 +111,8 @@ class Schema:
 
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
-        draft = folder / f".{SCHEMA_FILE}.draft"
         values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)
-        draft.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        draft.replace(folder / SCHEMA_FILE)
+        write_atomically(folder / SCHEMA_FILE, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Schema":

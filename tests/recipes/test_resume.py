@@ -82,7 +82,7 @@ class _Die:
 
 
 @pytest.mark.parametrize(
-    ("name", "call"), [("write_in_pieces", 2), ("_random_state", 2), ("_write_atomically", 3), ("_write_atomically", 4)]
+    ("name", "call"), [("write_in_pieces", 2), ("_random_state", 2), ("write_atomically", 3), ("write_atomically", 4)]
 )
 def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path, click_log, name, call):
     run = tmp_path / "run"
@@ -90,7 +90,7 @@ def test_a_save_that_is_cut_off_leaves_the_one_before(tmp_path, click_log, name,
     assert cut.status == 9
     assert (run / "checkpoint-40").is_dir(), "it died before the second save, so this shows nothing"
     # Whole but not yet named by `latest` is whole; anything less is never found.
-    is_finished = (name, call) == ("_write_atomically", 4)
+    is_finished = (name, call) == ("write_atomically", 4)
     assert is_whole(run / "checkpoint-40") == is_finished
     assert candidates("true", run)[0].name == "checkpoint-20"
     resumed = run_script("train.py", *flags(run, click_log, 2, "--resume_from_checkpoint=true"))

@@ -18,6 +18,7 @@ from dhen.config.command_line import ArgumentError
 from dhen.config.training_arguments import TrainingArguments
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.paths import write_atomically
 from dhen.runtime.folder_lock import check_folder_is_free
 from dhen.runtime.run_environment import describe_environment
 from dhen.training.loop import Evaluation
@@ -146,9 +147,7 @@ def metrics_of(evaluation: Evaluation, best_possible_ne: float | None = None) ->
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write strict JSON (NaN as null). The file is renamed into place when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_atomically(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
 
 
 def _without_nan(value: Any) -> Any:

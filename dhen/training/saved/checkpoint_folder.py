@@ -25,6 +25,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
 
 from dhen.data.format_version import check_format_version
+from dhen.paths import sync, write_atomically
 from dhen.runtime.collectives import from_all, rank_zeros
 from dhen.runtime.topology import Topology
 
@@ -119,7 +120,7 @@ def point_latest_at(folder: Path, output_dir: Path) -> None:
     Rank 0 calls it after a save, and after a resume, because later checkpoints are not part of the resumed run.
     """
     if folder.resolve().parent == output_dir.resolve():
-        _write_atomically(output_dir / LATEST, folder.name + "\n")
+        write_atomically(output_dir / LATEST, folder.name + "\n")
 
 
 def checkpoint_of(output_dir: Path, step: int) -> Path:
@@ -158,7 +159,7 @@ def finish_folder(folder: Path, state: dict[str, Any], files: FileFacts, topolog
             sync(folder)
             number = 1 + max(map(_number, checkpoints(folder.parent)), default=0)
             state |= {_NUMBER: number, FILES: {name: of for part in everyones for name, of in part.items()}}
-            _write_atomically(folder / STATE_FILE, json.dumps(sealed(state), indent=2) + "\n")
+            write_atomically(folder / STATE_FILE, json.dumps(sealed(state), indent=2) + "\n")
             point_latest_at(folder, folder.parent)
     topology.barrier()
 
@@ -288,20 +289,3 @@ def _remove(folder: Path) -> None:
     """Delete a checkpoint, starting with the file that marks it as complete."""
     (folder / STATE_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    draft.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from dhen.paths import sync
 from dhen.runtime.background import in_background
 from dhen.tables.storage import InPieces, write_in_pieces
-from dhen.training.saved.checkpoint_folder import FileFacts, naming_the_disk, size_and_digest, sync
+from dhen.training.saved.checkpoint_folder import FileFacts, naming_the_disk, size_and_digest
 
 _Write = Callable[[Path], None]
 
