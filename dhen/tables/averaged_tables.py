@@ -33,12 +33,12 @@ class AveragedTables:
         self.lookup = make_lookup([tuple(weight.shape) for weight in weights], weights[0].device, "sgd")
         self.weights = self.lookup.split_embedding_weights()
         self.all_rows_change = all_rows_change
-        self._raw = [of_width.weight for of_width in by_width(weights)]
+        widths = by_width(weights)
+        self._raw = [of_width.weight for of_width in widths]
         self._averages = [of_width.weight for of_width in by_width(self.weights)]
         self.log_decay = torch.zeros(1, dtype=torch.float64)
         self._settled_at = [torch.zeros(len(raw), dtype=torch.float64, device=raw.device) for raw in self._raw]
-        rows = [list(map(len, weights[slice(*of_width.tables)])) for of_width in by_width(weights)]
-        parts = [whole.split(of_width) for whole, of_width in zip(self._settled_at, rows, strict=True)]
+        parts = [whole.split(of_width.rows) for whole, of_width in zip(self._settled_at, widths, strict=True)]
         self.settled_at = list(chain.from_iterable(parts))
         self.restart()
 

@@ -4,6 +4,7 @@ FBGEMM does the lookup. The update is done here, in float32, as part of the back
 """
 
 from dataclasses import dataclass
+from itertools import accumulate, chain, islice, pairwise
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
@@ -66,6 +67,15 @@ class UpdatedTables:
         self._widths = by_width(lookup.split_embedding_weights())
         rows = [len(of_width.weight) for of_width in self._widths]
         self._is_new = [None] * len(rows) if is_new is None else is_new.split(rows)
+        # By table: its first row, the first table of its width, and the number of tables of its width.
+        device, self._num_rows = self._widths[0].weight.device, sum(rows)
+        row_dtype = torch.int32 if self._num_rows <= torch.iinfo(torch.int32).max else torch.int64
+        firsts = list(accumulate(chain.from_iterable(of_width.rows for of_width in self._widths), initial=0))
+        self._first_row = torch.tensor(firsts[:-1], dtype=row_dtype, device=device)
+        of_tables = [(of_width.tables[0], len(of_width.rows)) for of_width in self._widths for _ in of_width.rows]
+        self._first_table, self._num_tables = torch.tensor(of_tables, dtype=torch.int32, device=device).t()
+        # Where the rows of each width begin, and where the last ones end.
+        self._bounds = torch.tensor(list(accumulate(rows, initial=0)), dtype=row_dtype, device=device)
         if update.optimizer == "adam":
             self._states = [
                 [torch.zeros_like(of_width.weight, dtype=torch.float32) for _ in range(2)] for of_width in self._widths
@@ -77,7 +87,7 @@ class UpdatedTables:
     def split_optimizer_states(self) -> list[tuple[Tensor, ...]]:
         """Adam's two states of each table, (rows, columns): views."""
         by_width = zip(self._widths, self._states, strict=True)
-        split = [[state.tensor_split(of_width.first_rows[1:].tolist()) for state in of] for of_width, of in by_width]
+        split = [[state.split(of_width.rows) for state in of] for of_width, of in by_width]
         return [of_table for by_state in split for of_table in zip(*by_state, strict=True)]
 
     def __call__(self, ids: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None) -> Tensor:
@@ -93,38 +103,63 @@ class UpdatedTables:
         """
         num_bags = grad.shape[0]
         self.steps += 1
-        for of_width, states, is_new in zip(self._widths, self._states, self._is_new, strict=True):
-            first, last = of_width.tables
-            ends = offsets[first * num_bags : last * num_bags + 1]
-            here = slice(int(ends[0]), int(ends[-1]))
-            bags = torch.arange(len(ends) - 1, dtype=ids.dtype, device=ids.device)
-            bag_of_id = bags.repeat_interleave(ends.diff(), output_size=here.stop - here.start)
-            table_of_id = bag_of_id // num_bags
-            by_row, order = (ids[here] + of_width.first_rows[table_of_id]).sort(stable=True)
-            if self._update.touches_all_rows:
-                rows, counts = None, by_row.bincount(minlength=len(of_width.weight))
-            else:
-                rows, counts = by_row.unique_consecutive(return_counts=True)
-            # A row of `grads` is one bag's gradient for one table; bags are numbered table by table.
+        bags = torch.arange(len(offsets) - 1, dtype=ids.dtype, device=ids.device)
+        bag_of_id = bags.repeat_interleave(offsets.diff(), output_size=len(ids))
+        table_of_id = bag_of_id // num_bags
+        by_row, order = (ids + self._first_row[table_of_id]).sort(stable=True)
+        # A row of a width's `grads` is one bag's gradient for one table; bags are numbered table by table.
+        example_of_id, table_in_width = bag_of_id - table_of_id * num_bags, table_of_id - self._first_table[table_of_id]
+        grad_of_id = (example_of_id * self._num_tables[table_of_id] + table_in_width)[order]
+        weight_of_id = None if weights is None else weights[order]
+        starts, pieces = self._pieces(by_row)
+        for of_width, states, is_new, of_rows in zip(self._widths, self._states, self._is_new, pieces, strict=True):
             grads = grad[:, slice(*of_width.columns)].reshape(-1, of_width.weight.shape[1])
-            grad_of_id = ((bag_of_id - table_of_id * num_bags) * (last - first) + table_of_id)[order]
-            weight_of_id = None if weights is None else weights[here][order]
-            starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(ids.dtype)
-            at_once = max(1, _AT_ONCE[grad.device.type] // grads.shape[1])
-            for row in range(0, len(counts), at_once):
-                of_rows = starts[row : row + at_once + 1]
-                of_ids = slice(int(of_rows[0]), int(of_rows[-1]))
+            for first, last, first_id, last_id in of_rows:
                 # A row's gradient is the sum of its ids' bag gradients: again a lookup, of bags instead of rows.
                 grad_of_rows = embedding_bag(
-                    grad_of_id[of_ids],
+                    grad_of_id[first_id:last_id],
                     grads,
-                    of_rows[:-1] - of_rows[0],
+                    (starts[first:last] - first_id).to(grad_of_id.dtype),
                     mode="sum",
-                    per_sample_weights=None if weight_of_id is None else weight_of_id[of_ids],
+                    per_sample_weights=None if weight_of_id is None else weight_of_id[first_id:last_id],
                 )
-                where = slice(row, row + at_once) if rows is None else rows[row : row + at_once]
-                rate = rates[0] if is_new is None else torch.where(is_new[where], rates[1], rates[0])[:, None]
-                self._update_rows(of_width, states, where, grad_of_rows, rate)
+                if self._update.touches_all_rows:
+                    rows = slice(first - of_width.first_row, last - of_width.first_row)
+                else:
+                    rows = by_row[starts[first:last]] - of_width.first_row
+                rate = rates[0] if is_new is None else torch.where(is_new[rows], rates[1], rates[0])[:, None]
+                self._update_rows(of_width, states, rows, grad_of_rows, rate)
+
+    def _pieces(self, by_row: Tensor) -> tuple[Tensor, list[list[tuple[int, int, int, int]]]]:
+        """Cut the rows to update into pieces. by_row: the row of each id, counted over all tables, in ascending order.
+
+        Returns where the ids of each updated row begin, and for each width the first and the last updated row of each
+        piece and the first and the last of their ids, ends exclusive. The host waits for the device once.
+        """
+        num_ids, touches_all = len(by_row), self._update.touches_all_rows
+        if touches_all:
+            counts = by_row.new_zeros(self._num_rows + 1)
+            starts, bounds = counts.index_add_(0, by_row + 1, torch.ones_like(by_row)).cumsum(0), self._bounds
+        else:
+            begins = torch.ones_like(by_row, dtype=torch.bool)
+            begins[1:] = by_row[1:] != by_row[:-1]
+            # Padded to a size that the host knows.
+            starts = begins.nonzero_static(size=num_ids + 1, fill_value=num_ids)[:, 0]
+            before = torch.cat([begins.new_zeros(1), begins]).cumsum(0)
+            bounds = before[torch.searchsorted(by_row, self._bounds)]
+        sizes = [max(1, _AT_ONCE[by_row.device.type] // of_width.weight.shape[1]) for of_width in self._widths]
+        cuts = [bounds]
+        for index, (size, of_width) in enumerate(zip(sizes, self._widths, strict=True)):
+            most = len(of_width.weight) if touches_all else min(num_ids, len(of_width.weight))
+            rows = bounds[index] + torch.arange(0, most + size, size, device=by_row.device)
+            cuts.append(starts[rows.minimum(bounds[index + 1])])
+        numbers = iter(torch.cat(cuts).tolist())
+        bounds, *cuts = (list(islice(numbers, len(cut))) for cut in cuts)
+        pieces = []
+        for size, of_ids, (first, last) in zip(sizes, cuts, pairwise(bounds), strict=True):
+            ends = [min(last, row) for row in range(first, last + size, size)]
+            pieces.append([(*rows, *ids) for rows, ids in zip(pairwise(ends), pairwise(of_ids), strict=False)])
+        return starts, pieces
 
     def _update_rows(
         self, of_width: Width, states: list[Tensor], rows: Tensor | slice, grad: Tensor, rate: float | Tensor

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 
@@ -13,12 +12,13 @@ class Width:
     """Adjacent tables of equal width, joined into one. Shares the tables' memory.
 
     tables: range of table numbers, end exclusive. columns: range of columns in the lookup's output, end exclusive.
-    first_rows: number of each table's first row in `weight`.
+    rows: number of rows of each table. first_row: of the first table, counted over all tables.
     """
 
     tables: tuple[int, int]
     columns: tuple[int, int]
-    first_rows: Tensor
+    rows: list[int]
+    first_row: int
     weight: Tensor
 
     def joined(self, states: Sequence[Tensor]) -> Tensor:
@@ -28,14 +28,12 @@ class Width:
 
 def by_width(weights: Sequence[Tensor]) -> list[Width]:
     """Group tables that FBGEMM stores back to back. Tables of equal width must be adjacent."""
-    widths, column, first = [], 0, 0
+    widths, column, first, row = [], 0, 0, 0
     for width, group in groupby(weights, key=lambda weight: weight.shape[1]):
         tables = list(group)
-        last = first + len(tables)
-        rows = torch.tensor([0] + [len(table) for table in tables], device=tables[0].device).cumsum(0)
-        rows = rows.to(torch.int32) if rows[-1] <= torch.iinfo(torch.int32).max else rows
-        widths.append(Width((first, last), (column, column + width * len(tables)), rows[:-1], _joined(tables)))
-        column, first = column + width * len(tables), last
+        last, last_column, rows = first + len(tables), column + width * len(tables), list(map(len, tables))
+        widths.append(Width((first, last), (column, last_column), rows, row, _joined(tables)))
+        first, column, row = last, last_column, row + sum(rows)
     return widths
 
 
