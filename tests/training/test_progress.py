@@ -158,6 +158,21 @@ def test_killed_and_resumed_the_csv_is_that_of_an_uninterrupted_run(tmp_path: Pa
     assert sorted(path.name for path in resumed.iterdir()) == [METRICS_FILE, TENSORBOARD_FOLDER]
 
 
+@pytest.mark.parametrize("damaged", [b"\0" * 40, b"\xff\xfe,1", b"60,15360,train,0.4,0.7,,,x1e-3,1,0.1,7.0", b"6\n0,,"])
+def test_damaged_rows_are_dropped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes) -> None:
+    report_run(tmp_path, 0, 100)
+    lines = (tmp_path / METRICS_FILE).read_bytes().splitlines(keepends=True)
+    lines[4] = damaged + b"\r\n"  # of step 60
+    (tmp_path / METRICS_FILE).write_bytes(b"".join(lines))
+    report_run(tmp_path, 100, TOTAL)
+    dropped = 1 + damaged.count(b"\n")
+    assert caplog.messages[0] == (
+        f"{tmp_path / METRICS_FILE}: {dropped} of {6 + dropped} rows could not be read and are dropped"
+    )
+    steps = [row["step"] for row in rows_of(tmp_path)]
+    assert steps[:6] == ["20", "40", "50", "80", "100", "100"]
+
+
 def test_a_run_that_starts_anew_forgets_the_rows_of_the_last(tmp_path: Path) -> None:
     report_run(tmp_path, 0, 100)
     report_run(tmp_path, 0, 60)

@@ -230,16 +230,35 @@ def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
     if step == 0:
         path.unlink()
         return 0, 0.0
-    with path.open(newline="", encoding="utf-8") as file:
-        # A run that was killed while writing leaves an incomplete last row, possibly with a truncated step.
-        rows = [row for row in csv.DictReader(file) if row.get(COLUMNS[-1]) and int(row["step"]) <= step]
+    lines = path.read_text("utf-8", errors="replace").splitlines()[1:]
+    rows = [row for line in lines if (row := _read_row(line)) is not None]
+    if unread := len(lines) - len(rows):  # a kill leaves one, the last
+        logger.warning("%s: %d of %d rows could not be read and are dropped", path, unread, len(lines))
+    rows = [row for row in rows if int(row["step"]) <= step]
     draft = path.with_name(f".{path.name}.draft")
     with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     draft.replace(path)
     return (int(rows[-1]["samples_seen"]), float(rows[-1]["seconds"])) if rows else (0, 0.0)
+
+
+def _read_row(line: str) -> dict[str, str] | None:
+    """A line of metrics.csv, None if it is incomplete or damaged."""
+    values = line.split(",")
+    if len(values) != len(COLUMNS):
+        return None
+    row = dict(zip(COLUMNS, values, strict=True))
+    try:
+        for name, value in row.items():
+            if name in ("step", "samples_seen"):
+                int(value)
+            elif name == "seconds" or (name != "split" and value):
+                float(value)
+    except ValueError:
+        return None
+    return row
 
 
 def _summary_writer(folder: Path, purge_step: int) -> Any:
