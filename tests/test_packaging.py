@@ -92,7 +92,6 @@ def third_party(path) -> set[str]:
 def test_what_the_code_imports_is_declared():
     base, training = names(ranges(None)), names(ranges("cpu") + ranges("cuda"))
     files = [path for room in ("dhen", "recipes", "tools") for path in (ROOT / room).rglob("*.py")]
-    compared = {"torchrec"}  # tools/bench/README.md says how to install it
     tune = names(ranges("tune"))
     assert len(files) > 90
     used = set()
@@ -103,14 +102,13 @@ def test_what_the_code_imports_is_declared():
         undeclared = (
             imported
             - base
-            - compared
             - (tune if name == "tools/tune.py" else set())
             - (LAZY.get(name, set()) if is_base else training)
         )
         assert not undeclared, f"{name} imports {sorted(undeclared)}"
         used |= imported
     # A launcher, and what DeepSpeed and torch import. One build of FBGEMM is installed.
-    assert base | training | tune == used - compared | {"accelerate", "ninja", "tensorboard", *FBGEMM_PACKAGES}
+    assert base | training | tune == used | {"accelerate", "ninja", "tensorboard", *FBGEMM_PACKAGES}
 
 
 def test_a_wheel_holds_every_file_of_the_package(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile
 
 from dhen.dense.activation_checkpointing import checkpoint_layers
@@ -71,6 +72,11 @@ class Size:
     product: int = 8192
     rows: int = 1_000_000
     table_batch: int = 65536
+
+    @property
+    def middle(self) -> int:
+        """The depth of what is measured at one depth."""
+        return self.depths[len(self.depths) // 2]
 
 
 FULL = Size()
@@ -166,23 +172,33 @@ def measure_machine(size: Size, device: torch.device, rates: dict[str, float], r
     report("rates", **flops, **{COPY_RATE: copy_rate(device) / 1e9}, **starts)
 
 
+Case = tuple[str, DhenConfig, dict[str, Any]]
+"""A dense step: its name, its model, and options of `dense_step`."""
+
+
 def measure_dense(size: Size, device: torch.device, rates: dict[str, float], report: Report) -> None:
     """The dense step by depth, as written and compiled; then with small MLPs, and with bf16 weights."""
-    middle = size.depths[len(size.depths) // 2]
-    cases: list[tuple[str, DhenConfig, dict[str, Any]]] = []
-    for depth in size.depths:
-        config = dense_config(size, depth)
-        cases += [(f"{depth} layers", config, {}), (f"{depth} layers, compiled", config, {"is_compiled": True})]
-    small = dense_config(size, middle, (64,))
-    cases += [
-        (f"{middle} layers, over arch of 64", small, {}),
-        (f"{middle} layers, over arch of 64, compiled", small, {"is_compiled": True}),
-    ]
-    bf16 = {"weights": torch.bfloat16}
-    cases += [
-        (f"{middle} layers, bf16 weights", dense_config(size, middle), bf16),
-        (f"{middle} layers, bf16 weights, compiled", dense_config(size, middle), bf16 | {"is_compiled": True}),
-    ]
+    middle = size.middle
+    cases: list[Case] = [(f"{depth} layers", dense_config(size, depth), {}) for depth in size.depths]
+    cases.append((f"{middle} layers, over arch of 64", dense_config(size, middle, (64,)), {}))
+    cases.append((f"{middle} layers, bf16 weights", dense_config(size, middle), {"weights": torch.bfloat16}))
+    for name, config, options in cases:
+        compiled = (f"{name}, compiled", config, options | {"is_compiled": True})
+        measure_steps([(name, config, options), compiled], size, device, rates, report)
+
+
+def measure_activations(size: Size, device: torch.device, rates: dict[str, float], report: Report) -> None:
+    """Time and memory of the dense step where activations are kept, recomputed, or offloaded to the host."""
+    config = dense_config(size, size.middle)
+    kinds = ("none", "recompute", "offload")
+    cases = [(f"{size.middle} layers, {memory}", config, {"memory": memory}) for memory in kinds]
+    measure_steps(cases, size, device, rates, report)
+
+
+def measure_steps(
+    cases: Sequence[Case], size: Size, device: torch.device, rates: dict[str, float], report: Report
+) -> None:
+    """The dense step in each case."""
     for case, config, options in cases:
         with one_case(case, device, report):
             seconds, first = step_seconds(dense_step(config, size.batch, device, **options), device)
@@ -201,33 +217,46 @@ def speed(config: DhenConfig, batch: int, seconds: float, rates: dict[str, float
 
 def measure_time(size: Size, device: torch.device, rates: dict[str, float], report: Report) -> None:
     """Where the time of the dense step goes: the share of each kind of kernel, and of the gaps between kernels."""
-    depth = size.depths[len(size.depths) // 2]
-    for name, options in {"as written": {}, "compiled": {"is_compiled": True}}.items():
+    for name, is_compiled in (("as written", False), ("compiled", True)):
         torch._dynamo.reset()
-        step = dense_step(dense_config(size, depth), size.batch, device, **options)
+        step = dense_step(dense_config(size, size.middle), size.batch, device, is_compiled=is_compiled)
         step_seconds(step, device)
-        activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
-        with profile(activities=[activity]):  # starting the profiler for the first time takes seconds
-            step()
-        with profile(activities=[activity]) as profiler:
-            start = now(device)
-            for _ in range(_STEPS):
-                step()
-            whole = (now(device) - start) * 1e6
-        on_device = device.type == "cuda"
-        spent = {each.key: each.self_device_time_total if on_device else each.self_cpu_time_total
-                 for each in profiler.key_averages()}  # fmt: skip
-        shares = dict.fromkeys([*KINDS, "other"], 0.0)
-        for kernel, microseconds in spent.items():
-            shares[kind_of(kernel)] += microseconds / whole
-        shares["no kernel"] = max(0.0, 1.0 - sum(shares.values()))
-        slowest = sorted(spent, key=lambda kernel: -spent[kernel])[:12]
+        shares = shares_of_kernels(step, device)
+        of_kinds = dict.fromkeys([*KINDS, "other"], 0.0)
+        for kernel, share in shares.items():
+            of_kinds[kind_of(kernel)] += share
+        of_kinds["no kernel"] = max(0.0, 1.0 - sum(of_kinds.values()))
+        slowest = sorted(shares, key=lambda kernel: -shares[kernel])[:12]
         report(
-            f"{depth} layers, {name}",
-            **{kind: round(share, 4) for kind, share in shares.items() if share},
-            slowest={kernel[:120]: round(spent[kernel] / whole, 4) for kernel in slowest},
+            f"{size.middle} layers, {name}",
+            **{kind: round(share, 4) for kind, share in of_kinds.items() if share},
+            slowest={kernel[:120]: round(shares[kernel], 4) for kernel in slowest},
         )
-        del step
+
+
+def shares_of_kernels(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Each kernel's share of the time of several steps; on a CPU, each operation's."""
+    on_device = device.type == "cuda"
+    seconds: list[float] = []
+
+    def steps() -> None:
+        start = now(device)
+        for _ in range(_STEPS):
+            step()
+        seconds.append(now(device) - start)
+
+    events = profiled(steps, [ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU])
+    spent = {each.key: each.self_device_time_total if on_device else each.self_cpu_time_total for each in events}
+    return {kernel: microseconds / 1e6 / seconds[0] for kernel, microseconds in spent.items()}
+
+
+def profiled(call: Callable[[], object], activities: Sequence[ProfilerActivity]) -> EventList:
+    """The events of a call, by name."""
+    with profile(activities=activities):  # starting the profiler for the first time takes seconds
+        pass
+    with profile(activities=activities) as profiler:
+        call()
+    return profiler.key_averages()
 
 
 def kind_of(kernel: str) -> str:
@@ -238,13 +267,3 @@ def kind_of(kernel: str) -> str:
     """
     name = kernel.lower()
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
-
-
-def measure_activations(size: Size, device: torch.device, rates: dict[str, float], report: Report) -> None:
-    """Time and memory of the dense step where activations are kept, recomputed, or offloaded to the host."""
-    depth = size.depths[len(size.depths) // 2]
-    for memory in ("none", "recompute", "offload"):
-        case = f"{depth} layers, {memory}"
-        with one_case(case, device, report):
-            seconds, _ = step_seconds(dense_step(dense_config(size, depth), size.batch, device, memory=memory), device)
-            report(case, ms=seconds * 1e3, GiB=peak_gib(device))

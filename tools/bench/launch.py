@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -78,24 +77,16 @@ def write_json(file: Path, values: Any) -> None:
     file.write_text(json.dumps(values, indent=2, default=asdict) + "\n", encoding="utf-8")
 
 
-def run_ranks(num_ranks: int, *more: str) -> None:
-    """Run this program on `num_ranks` ranks, with its arguments and `more`.
+def run_ranks(num_ranks: int) -> None:
+    """Run this program on `num_ranks` ranks, with its arguments.
 
     Ends this process with the launcher's exit status if that is not 0.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    status = subprocess.run([*launcher, *sys.argv, *more], env=environment).returncode
+    status = subprocess.run([*launcher, *sys.argv], env=environment).returncode
     if status:
         sys.exit(status)
-
-
-def results_of_ranks(num_ranks: int, kind: Any, *more: str) -> Any:
-    """Run this program as `run_ranks` does, and return what rank 0 writes to its --output, as the type `kind`."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "results.json"
-        run_ranks(num_ranks, *more, f"--output={output}")
-        return TypeAdapter(kind).validate_json(output.read_bytes())
 
 
 def results_of_cluster(

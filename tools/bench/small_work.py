@@ -1,4 +1,4 @@
-"""Work for benchmarks: random batches, and a training step."""
+"""Work for benchmarks: Criteo's tables, random batches, and a training step."""
 
 from collections.abc import Sequence
 
@@ -15,25 +15,32 @@ NUM_DENSE = 13
 TABLE_LEARNING_RATE = 0.01
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True, "fused": True}}
 """Of the dense part, in a ds_config."""
+CRITEO = (
+    1460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5_683, 8_351_593, 3_194, 27, 14_992, 5_461_306,
+    10, 5_652, 2_173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572,
+)  # fmt: skip
+"""Rows of the 26 tables of the Criteo Kaggle data."""
 
 
-def random_ids(tables: Sequence[SparseFeature], ids_per_bag: Sequence[int], batch_size: int, seed: int) -> SparseIds:
-    """Uniform ids of a batch; every bag of a table has the table's number of ids."""
+def criteo_tables(most_rows: int) -> list[SparseFeature]:
+    """Criteo's tables, with at most so many rows each."""
+    return [SparseFeature(f"C{index}", min(rows, most_rows)) for index, rows in enumerate(CRITEO)]
+
+
+def random_batch(
+    tables: Sequence[SparseFeature], batch_size: int, seed: int, ids_per_bag: Sequence[int] | None = None
+) -> Batch:
+    """Random examples with uniform ids; every bag of a table has the table's number of ids, or one."""
     generator = torch.Generator().manual_seed(seed)
+    counts = ids_per_bag or [1] * len(tables)
     ids = [
         torch.randint(0, table.num_embeddings, (count * batch_size,), generator=generator)
-        for table, count in zip(tables, ids_per_bag, strict=True)
+        for table, count in zip(tables, counts, strict=True)
     ]
-    lengths_FB = torch.tensor(ids_per_bag)[:, None].expand(-1, batch_size).contiguous()
-    return SparseIds(torch.cat(ids), len(tables), lengths_FB if max(ids_per_bag) > 1 else None)
-
-
-def random_batch(tables: Sequence[SparseFeature], batch_size: int, seed: int) -> Batch:
-    """Random examples with one id per bag."""
-    generator = torch.Generator().manual_seed(seed)
+    lengths_FB = torch.tensor(counts)[:, None].expand(-1, batch_size).contiguous()
+    sparse = SparseIds(torch.cat(ids), len(tables), lengths_FB if max(counts) > 1 else None)
     dense_BN = torch.randn(batch_size, NUM_DENSE, generator=generator)
     labels_B = torch.rand(batch_size, generator=generator).round()
-    sparse = random_ids(tables, [1] * len(tables), batch_size, seed)
     return Batch(labels_B, dense_BN, sparse, torch.arange(batch_size), batch_size)
 
 
