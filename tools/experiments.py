@@ -23,6 +23,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _Name = Annotated[str, StringConstraints(pattern=r"^\w+$")]
 _Text = Annotated[str, StringConstraints(pattern=r"^[^\n|]+$")]
 """On one line, and no end of a table's cell."""
+MEASURED_FILE = "measured.json"
 ROWS_VERSION = 1
 """Of the rows that tools/later_rows.py writes."""
 _Figure = Annotated[float, Field(strict=True)] | None
@@ -63,7 +64,8 @@ class Bar:
 class Entry:
     """A set-up that is run once per seed.
 
-    seeds, ds_config: None for the experiment's. arguments: of the run. paper: the paper's NE differences in percent, at
+    seeds, ds_config: None for the experiment's. ds_config_changes: to keys of the ds_config, or to keys of its
+    sections. arguments: of the run. paper: the paper's NE differences in percent, at
     the experiment's paper_points. family: of a scaling curve. starts_from: the entry whose model of the same seed is
     fine-tuned. against: entries that this one is compared with.
     """
@@ -72,6 +74,7 @@ class Entry:
     title: _Text
     seeds: Count | None = None
     ds_config: str | None = None
+    ds_config_changes: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
     paper: list[float] = field(default_factory=list)
     family: _Text | None = None
@@ -89,7 +92,8 @@ class Experiment:
     title, data: for the report. config: the recipe's YAML. seeds: runs per entry. arguments: override the recipe in all
     entries. published, peers: rows that are quoted and never run. The first entry is the one that others are compared
     with. paper_points: the points of training that the paper's table reports; the report then has its layout. rows: a
-    data set of tools/later_rows.py, whose folder the arguments name as {rows}.
+    data set of tools/later_rows.py, whose folder the arguments name as {rows}. nodes: how many of tools/cluster.py, of
+    two ranks each; the runs are measured by tools/measured_train.py.
     """
 
     title: _Text
@@ -104,6 +108,7 @@ class Experiment:
     bars: list[Bar] = field(default_factory=list)
     paper_points: list[_Text] = field(default_factory=list)
     rows: str | None = None
+    nodes: Count | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError, which names the key."""
@@ -140,6 +145,16 @@ class Experiment:
         """The entry whose model this one starts from."""
         return next((each for each in self.entries if each.name == entry.starts_from), None)
 
+    def ds_config_of(self, entry: Entry) -> dict[str, Any]:
+        """The content of the entry's ds_config. Raises FileNotFoundError."""
+        path = ROOT / (entry.ds_config or self.ds_config)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file. Use a file of ds_configs as ds_config.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in entry.ds_config_changes.items():
+            content[key] = content.get(key, {}) | value if isinstance(value, dict) else value
+        return content
+
     def digest(self, entry: Entry) -> str:
         """A digest of all that decides the entry's results: arguments, and the contents of ds_config and schema; also
         those of the entry that it starts from.
@@ -147,14 +162,13 @@ class Experiment:
         values = {
             key: value for key, value in (self.recipe | self.changes(entry)).items() if key not in _DECIDE_NOTHING
         }
-        ds_config = ROOT / (entry.ds_config or self.ds_config)
-        if not ds_config.is_file():
-            raise FileNotFoundError(f"{ds_config}: no such file. Use a file of ds_configs as ds_config.")
-        files = [json.loads(ds_config.read_text(encoding="utf-8"))]
+        files: list[Any] = [self.ds_config_of(entry)]
         if "dataset_schema" in values:
             files.append(read_yaml(ROOT / values["dataset_schema"]))
         if self.rows:
             files.append([self.rows, ROWS_VERSION])
+        if self.nodes:
+            files.append(["nodes", self.nodes])
         if base := self.base_of(entry):
             files.append(self.digest(base))
         return hashlib.sha256(json.dumps([values, files], sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -165,8 +179,8 @@ class Result:
     """One line of recipes/results: a run that ended. error: why it failed; it then has no figures.
 
     arguments: that differ from the recipe. is_dirty: the code differed from the commit. cpu_seconds: of all ranks.
-    eval, test: metrics as in summary.json. evaluations: [samples seen, NE, AUC] on the validation split. Keys of other
-    versions are ignored.
+    eval, test: metrics as in summary.json. evaluations: [samples seen, NE, AUC] on the validation split. measured: what
+    tools/measured_train.py measured, for runs on nodes. Keys of other versions are ignored.
     """
 
     entry: str
@@ -188,6 +202,7 @@ class Result:
     eval: dict[str, _Figure] = field(default_factory=dict)
     test: dict[str, _Figure] = field(default_factory=dict)
     evaluations: list[list[_Figure]] = field(default_factory=list)
+    measured: dict[str, float] = field(default_factory=dict)
 
     def metric(self, name: str, split: str = "test") -> _Figure:
         """A metric of a split, None if it does not exist."""

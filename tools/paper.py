@@ -8,8 +8,8 @@
 
 `run` trains each entry once per seed and appends a line per run to recipes/results. A run that has its line already is
 skipped, so an interrupted call goes on where it was. A failed run is tried again. `report` needs these lines only.
-`table1`, `table2`, `table3`, `scaling` and `fine_tuning` run the experiments whose names begin so.
-`common_optimizations` and `figure6` pass their arguments to tools/bench/precision.py and tools/bench/sharding.py.
+`table1`, `table2`, `table3`, `scaling`, `fine_tuning` and `common_optimizations` run the experiments whose names begin
+so. `figure6` passes its arguments to tools/bench/sharding.py.
 """
 
 import sys
@@ -36,8 +36,8 @@ from typing import Any
 from dhen.data.synthetic import RECIPES
 from dhen.model.names import check_names, quoted
 from dhen.yaml_files import write_yaml
-from tools.bench import precision_results
 from tools.experiments import (
+    MEASURED_FILE,
     ROOT,
     Entry,
     Experiment,
@@ -56,23 +56,19 @@ EXPERIMENTS, RESULTS, REPORT = ROOT / "recipes/experiments", ROOT / "recipes/res
 GROUPS = {
     "table1": "the paper's table 1", "table2": "the paper's table 2", "table3": "the paper's table 3",
     "scaling": "the scaling curve", "fine_tuning": "fine-tuning",
+    "common_optimizations": "the paper's common optimizations, on two nodes of this machine",
 }  # fmt: skip
 """Commands that run the experiments whose files begin with their name."""
-BENCHMARKS = {"common_optimizations": "tools/bench/precision.py", "figure6": "tools/bench/sharding.py"}
-COMMON_OPTIMIZATIONS = (
-    "--variants", *precision_results.COMMON, f"--config={ROOT / 'recipes/configs/planted.yaml'}",
-    "--dataset_name=planted-500k", "--num_layers=8", "--per_device_train_batch_size=256", "--max_steps=200",
-    f"--output={ROOT / 'runs/common_optimizations'}",
-)  # fmt: skip
+FIGURE6 = "tools/bench/sharding.py"
+RANKS_PER_NODE = 2
 TINY = {"max_steps": 3, "eval_steps": 1}
 LOG, PACKAGES = "log.txt", ("torch", "deepspeed", "fbgemm")
 
 
 def main() -> int:
     """Exit status: 0; 1 after a failed run or a mistake; 130 if interrupted."""
-    name, *more = sys.argv[1:] or [""]
-    if name in BENCHMARKS:
-        return run_benchmark(name, more)
+    if sys.argv[1:2] == ["figure6"]:
+        return subprocess.run([sys.executable, ROOT / FIGURE6, *sys.argv[2:]]).returncode
     arguments = parse_arguments()
     try:
         return arguments.command(arguments)
@@ -87,7 +83,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *GROUPS, *BENCHMARKS, "report"]))
+    commands = parser.add_subparsers(required=True, metavar="|".join(["run", *GROUPS, "figure6", "report"]))
     run = commands.add_parser("run", help="train what has no result yet")
     run.add_argument("experiment", type=_path, help="a file of recipes/experiments")
     run.set_defaults(command=run_experiment)
@@ -97,22 +93,12 @@ def parse_arguments() -> argparse.Namespace:
         group.add_argument("--data", help="the last word of an experiment's name; default: all")
         group.set_defaults(command=run_group, group=name)
         _add_options_of_runs(group)
-    for name, script in BENCHMARKS.items():
-        commands.add_parser(name, help=f"run {script}")
+    commands.add_parser("figure6", help=f"run {FIGURE6}")
     report = commands.add_parser("report", help="write recipes/RESULTS.md")
     report.add_argument("--output", type=_path, default=REPORT, metavar="FILE", help="default: recipes/RESULTS.md")
     report.add_argument("--results", type=_path, metavar="FOLDER", help="default: recipes/results")
     report.set_defaults(command=write_report)
     return parser.parse_args()
-
-
-def run_benchmark(name: str, more: Sequence[str]) -> int:
-    """Run a benchmark with these arguments. Only results without other arguments than --seeds go into the report."""
-    defaults: Sequence[str] = ()
-    if name == "common_optimizations":
-        is_standard = all(word.startswith("--seeds") or word.isdecimal() for word in more)
-        defaults = [*COMMON_OPTIMIZATIONS, *([f"--results={RESULTS / precision_results.FILE}"] if is_standard else [])]
-    return subprocess.run([sys.executable, ROOT / BENCHMARKS[name], *defaults, *more]).returncode
 
 
 def _add_options_of_runs(parser: argparse.ArgumentParser) -> None:
@@ -162,11 +148,17 @@ class _Run:
     @classmethod
     def of(cls, call: argparse.Namespace, experiment: Experiment, entry: Entry, seed: int, words: list[str]) -> "_Run":
         """The run of an entry with a seed. words: of `_arguments`."""
-        result = Result(entry.name, seed, experiment.digest(entry), experiment.changes(entry), ranks=call.nproc)
+        ranks = _ranks(call, experiment)
+        result = Result(entry.name, seed, experiment.digest(entry), experiment.changes(entry), ranks=ranks)
         folder = _run_folders(call) / f"{entry.name}-{seed}"
         base = _run_folders(call) / f"{entry.starts_from}-{seed}" if entry.starts_from else None
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={call.nproc}"]
-        command = [sys.executable, *(torchrun if call.nproc > 1 else []), "recipes/train.py", *words]
+        start = ["recipes/train.py"]
+        if experiment.nodes:
+            cluster = ["tools/cluster.py", f"--nodes={experiment.nodes}", f"--ranks_per_node={RANKS_PER_NODE}"]
+            start = [*cluster, "--link_mbit=0", "--local_mbit=0", "tools/measured_train.py"]
+        elif ranks > 1:
+            start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *start]
+        command = [sys.executable, *start, *words]
         command += [f"--seed={seed}", "--overwrite_output_dir", f"--output_dir={folder}"]
         return cls(result, command + ([f"--model_name_or_path={base}"] if base else []), folder, base)
 
@@ -176,6 +168,8 @@ def run_experiment(call: argparse.Namespace) -> int:
     os.chdir(ROOT)  # relative paths in a recipe begin here
     name, experiment = call.experiment.stem, read_experiment(call.experiment)
     check_names("entry", call.entries or [], [entry.name for entry in experiment.entries])
+    if experiment.nodes and call.nproc > 1:
+        raise ValueError(f"{call.experiment} runs on {experiment.nodes} nodes of two ranks. Leave out --nproc.")
     results = call.results or RESULTS
     if call.budget == "tiny":
         tiny = TINY | _small_log({**experiment.recipe, **experiment.arguments}.get("dataset_name"))
@@ -197,6 +191,7 @@ def run_experiment(call: argparse.Namespace) -> int:
                 if base := experiment.base_of(entry):
                     _add_base(runs, call, experiment, base, seed)
                 runs.append(_Run.of(call, experiment, entry, seed, words))
+    runs.sort(key=lambda run: run.result.seed)  # the entries take turns
     print(f"{name}: {len(runs)} runs to do; results go to {file}", flush=True)
     num_failed = 0
     for number, result in enumerate(_finished(call, runs), 1):
@@ -213,6 +208,11 @@ def _add_base(runs: list[_Run], call: argparse.Namespace, experiment: Experiment
     """Train the model that another entry starts from, unless this call trains it anyway."""
     if not any((run.result.entry, run.result.seed) == (base.name, seed) for run in runs):
         runs.append(_Run.of(call, experiment, base, seed, _arguments(call, experiment, base)))
+
+
+def _ranks(call: argparse.Namespace, experiment: Experiment) -> int:
+    """Ranks per run."""
+    return experiment.nodes * RANKS_PER_NODE if experiment.nodes else call.nproc
 
 
 def _rows_folder(call: argparse.Namespace) -> Path:
@@ -242,15 +242,19 @@ def _arguments(call: argparse.Namespace, experiment: Experiment, entry: Entry) -
     values = {
         key: value.replace("{rows}", folder) if isinstance(value, str) else value for key, value in values.items()
     }
-    batch = values.get("per_device_train_batch_size")
+    batch, ranks = values.get("per_device_train_batch_size"), _ranks(call, experiment)
     if batch is not None:
-        if batch % call.nproc:
-            raise ValueError(f"--nproc {call.nproc} does not divide {entry.name}'s batch of {batch}. Use a divisor.")
-        values["per_device_train_batch_size"] = batch // call.nproc
+        if batch % ranks:
+            raise ValueError(f"{ranks} ranks do not divide {entry.name}'s batch of {batch}. Use another --nproc.")
+        values["per_device_train_batch_size"] = batch // ranks
     file = _run_folders(call) / f"{entry.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_yaml(values, file)
-    words = [f"--ds_config={entry.ds_config or experiment.ds_config}", f"--config={file}"]
+    ds_config = entry.ds_config or experiment.ds_config
+    if entry.ds_config_changes:
+        ds_config = file.with_suffix(".json")
+        ds_config.write_text(json.dumps(experiment.ds_config_of(entry)), encoding="utf-8")
+    words = [f"--ds_config={ds_config}", f"--config={file}"]
     try:
         parse_training(words)
     except ValueError as error:
@@ -327,7 +331,9 @@ def _found(folder: Path, status: int) -> dict[str, Any]:
     with (folder / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "validation"]
     metrics = {split: summary.get(split, {}) for split in ("eval", "test")}
+    measured = folder / MEASURED_FILE
     return {
+        "measured": json.loads(measured.read_text()) if measured.is_file() else {},
         "versions": {name: version for name, version in environment["versions"].items() if name.startswith(PACKAGES)},
         "cpu": environment["cpu"] or "",
         "dense_weights": int(re.search(r"([\d,]+) dense weights", log)[1].replace(",", "")),
@@ -345,8 +351,7 @@ def write_report(call: argparse.Namespace) -> int:
     """Write the report, and the CSV file and the plot of each of the paper's tables. Exit status: 0."""
     results = call.results or RESULTS
     outcomes = outcomes_of(EXPERIMENTS, results)
-    common = precision_results.common_section(precision_results.read(results / precision_results.FILE))
-    call.output.write_text(f"{report_of(outcomes)}\n{common}\n", encoding="utf-8")
+    call.output.write_text(report_of(outcomes), encoding="utf-8")
     for name, (experiment, outcome) in outcomes.items():
         if is_drawn(experiment) and any(outcome.by_entry.values()):
             (results / f"{name}.csv").write_text(as_csv(experiment, outcome), encoding="utf-8")

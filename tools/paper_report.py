@@ -53,7 +53,9 @@ def is_drawn(experiment: Experiment) -> bool:
 def _section(name: str, experiment: Experiment, outcome: Outcome) -> Iterator[str]:
     yield f"## {experiment.title}\n\n{experiment.data}\n"
     yield f"```bash\npython tools/paper.py run recipes/experiments/{name}.yaml\n```\n"
-    if is_drawn(experiment):
+    if experiment.nodes:
+        yield from paper_tables.on_nodes(experiment, outcome)
+    elif is_drawn(experiment):
         is_curve = paper_tables.families(experiment)
         yield from (paper_tables.scaling if is_curve else paper_tables.table)(experiment, outcome)
         if any(outcome.by_entry.values()):

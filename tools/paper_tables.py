@@ -5,6 +5,7 @@ a scaling curve.
 import csv
 import io
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -71,6 +72,29 @@ def scaling(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
         if found:
             value, error, num_runs = found
             yield row([family, str(num_runs), f"{value:+.3f} ± {error:.3f}"])
+
+
+def on_nodes(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
+    """The lines of an experiment on nodes: each entry against the first, paired by seed."""
+    runs, first = outcome.by_entry, experiment.entries[0]
+    columns = ("speed", "bytes between nodes", "bytes of the tables", "NE difference in percent")
+    yield f"Ratios to {first.title}, paired by seed, on {experiment.nodes} nodes of two ranks:\n"
+    yield from head(["set-up", "seeds", *columns])
+    for entry in experiment.entries:
+        pairs = [(run, runs[first.name][seed]) for seed, run in runs[entry.name].items() if seed in runs[first.name]]
+        if not pairs:
+            yield row([entry.title, "not run", *[""] * len(columns)])
+            continue
+        ratios = [
+            statistics.fmean(
+                base.measured["seconds_per_step"] / run.measured["seconds_per_step"] for run, base in pairs
+            ),
+            statistics.fmean(run.measured["bytes_per_step"] / base.measured["bytes_per_step"] for run, base in pairs),
+            statistics.fmean(run.measured["table_bytes"] / base.measured["table_bytes"] for run, base in pairs),
+        ]
+        ne = over_seeds([100 * (run.metric("ne") / base.metric("ne") - 1) for run, base in pairs])
+        shown = "" if entry is first else signed(ne, 3)
+        yield row([entry.title, str(len(pairs)), *(f"{ratio:.2f}" for ratio in ratios), shown])
 
 
 def _costs(runs: Mapping[int, Result]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from dhen.data.synthetic import RECIPES, generated_log
 from tests import ROOT
 from tests.recipes.launch import prepared_click_log
 from tests.tools import forked_python
+from tests.tools.test_cluster import why_not
 from tools.experiments import Experiment, Result, add_result, code, read_experiment, read_results, sort_results
 from tools.over_seeds import Statistic, difference, over_seeds
 from tools.paper_report import margin, outcomes_of, report_of
@@ -121,6 +122,8 @@ def test_a_run_becomes_one_line_and_is_not_repeated(tmp_path):
 def test_every_experiment_runs(file, tmp_path):
     """All entries are checked. The first one makes three steps; of one experiment, the last, which fine-tunes."""
     experiment = read_experiment(file)
+    if experiment.nodes and (reason := why_not()):
+        pytest.skip(f"no cluster on this machine: {reason}")
     for key in ("train_file", "dataset_name"):
         data = experiment.recipe.get(key, "quickstart")
         if data not in RECIPES and not (ROOT / data).exists():
@@ -311,5 +314,5 @@ def test_a_broken_line_is_named(tmp_path):
 def test_ranks_divide_the_batch(tmp_path):
     done = call("run", str(write_experiment(tmp_path / "log.yaml")), "--nproc=3", "--budget=tiny", f"--runs={tmp_path}")
     assert done.status == 1
-    assert "--nproc 3 does not divide first's batch of 1024" in done.stderr
+    assert "3 ranks do not divide first's batch of 1024" in done.stderr
     assert os.listdir(tmp_path) == ["log.yaml"]
