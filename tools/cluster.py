@@ -154,10 +154,9 @@ def wait(launchers: Sequence[subprocess.Popen]) -> int:
     return status or next((launcher.returncode for launcher in launchers if launcher.returncode), 0)
 
 
-def bytes_sent(interface: str = INTERFACE) -> int | None:
-    """Bytes that this process's node has sent over `interface`; None if the node has no such interface."""
-    counters = psutil.net_io_counters(pernic=True, nowrap=False).get(interface)
-    return None if counters is None else counters.bytes_sent
+def bytes_sent() -> int:
+    """Bytes that this process's node has sent to the others."""
+    return psutil.net_io_counters(pernic=True, nowrap=False)[INTERFACE].bytes_sent
 
 
 def check_machine() -> None:

@@ -24,10 +24,6 @@ RETURN_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536
 _TIMEOUT_MINUTES = 5
 
 
-class JobError(ClusterError):
-    """A job on the cluster failed; the message says which."""
-
-
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help shows `description` as it is written. It accepts the --local_rank that launchers add."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
@@ -44,30 +40,26 @@ def run(
     arguments: argparse.Namespace,
     measure: Callable[..., Any],
     start_and_show: Callable[[argparse.Namespace], None],
-    file: str = "",
+    file: str,
 ) -> int:
-    """Run a benchmark, on a rank or in the process that the user started. Returns the exit status.
+    """Run a benchmark on a cluster, on a rank or in the process that the user started. Returns the exit status.
 
     On a rank: join the job and call `measure(topology, arguments)`. Rank 0 writes the dataclasses that it returns to
-    --output, or to `file` in it. Communicates; all ranks call it. Else: `run_here`.
+    `file` in --output. Communicates; all ranks call it. Else: call `start_and_show(arguments)`. The status is 2, with a
+    message, if the cluster or a job on it fails.
     """
     if not is_rank():
-        return run_here(arguments, start_and_show)
+        try:
+            start_and_show(arguments)
+        except ClusterError as error:
+            print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+            return 2
+        return 0
     topology = job.start(_TIMEOUT_MINUTES)
     results = measure(topology, arguments)
     if topology.is_main:
         write_json(arguments.output / file, results)
     job.stop()
-    return 0
-
-
-def run_here(arguments: argparse.Namespace, start_and_show: Callable[[argparse.Namespace], None]) -> int:
-    """Call `start_and_show(arguments)`. Exit status: 0, or 2 if the cluster or a job on it fails, which it prints."""
-    try:
-        start_and_show(arguments)
-    except ClusterError as error:
-        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        return 2
     return 0
 
 
@@ -94,14 +86,14 @@ def results_of_cluster(
 ) -> Any:
     """Run a script with its arguments on the cluster, and return what rank 0 writes to `file`, as the type `kind`.
 
-    may_fail: running out of memory is a result. Raises JobError if there is no such file in the end, or if the job
+    may_fail: running out of memory is a result. Raises ClusterError if there is no such file in the end, or if the job
     failed and may not.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
     status = wait(cluster.start(command))
     if not file.is_file() or (status and not may_fail):
-        raise JobError(f"`{' '.join(command)}` failed with status {status}; the ranks' messages are above.")
+        raise ClusterError(f"`{' '.join(command)}` failed with status {status}; the ranks' messages are above.")
     results = TypeAdapter(kind).validate_json(file.read_bytes())
     file.unlink()
     return results

@@ -267,7 +267,7 @@ def show(points: Sequence[Point]) -> None:
 
 
 def measure_grid(arguments: argparse.Namespace) -> None:
-    """Measure and print the grid, in a job per depth. Raises ClusterError and JobError."""
+    """Measure and print the grid, in a job per depth. Raises ClusterError."""
     points: list[Point] = []
     file = arguments.output / POINTS_FILE
     with Cluster.of(arguments) as cluster:

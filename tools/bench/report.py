@@ -1,6 +1,5 @@
-"""Tables of results on the terminal, lines of a figure, and ratios of seconds that were measured in turns."""
+"""Tables of results on the terminal, and lines of a figure."""
 
-import statistics
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, TextIO
@@ -32,10 +31,3 @@ def draw_over_depth(axes: Any, points: Sequence[tuple[int, float | None]], label
     (line,) = axes.plot(*zip(*fits, strict=True), marker="o", label=label, **style)
     if len(fits) < len(points):
         axes.plot(*fits[-1], "x", markersize=14, markeredgewidth=2, color=line.get_color())
-
-
-def ratios(seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
-    """seconds / base: the ratio of the medians, and the range over the rounds."""
-    by_round = [own / other for own, other in zip(seconds, base, strict=True)]
-    of_medians = statistics.median(seconds) / statistics.median(base)
-    return f"{of_medians:.2f}", f"{min(by_round):.2f}-{max(by_round):.2f}"

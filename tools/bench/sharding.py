@@ -1,14 +1,13 @@
 """Compares sharding schemes of the dense part by depth: samples/s, bytes between nodes, memory (paper 3.2, figure 6).
 
     python tools/bench/sharding.py --nodes 2 --ranks_per_node 2 --depths 2 4 8
-    deepspeed --hostfile hosts tools/bench/sharding.py --depths 2 4 8 16 --compute_ms 0 --interface ib0
 
-The first command builds a cluster on this machine (tools/cluster.py). The second one uses the launcher's ranks. All
-schemes of a depth run in one process and take turns in each round; ratios are ratios of medians.
+It builds a cluster on this machine (tools/cluster.py). On a real one, compare runs of recipes/train.py. All schemes of
+a depth run in one process and take turns in each round; ratios are ratios of medians.
 
 A fixed sleep stands for the accelerator's compute in every scheme, because gloo's threads need idle CPU cores to
 overlap with it. So ratios depend on the rates and the sleep that you choose; bytes are exact. gloo's reduce-scatter
-moves twice as many bytes as a ring. That would favor HSDP, so on CPUs a ring replaces it in every scheme.
+moves twice as many bytes as a ring. That would favor HSDP, so a ring replaces it in every scheme.
 
 dp is ZeRO-0, zero2 ZeRO-2 and fsdp ZeRO-3. hsdp overlaps its all-reduce with the backward pass; hsdp_sync waits for it
 at once. torch_fsdp and torch_hsdp are torch's FSDP2 on a flat mesh and on a mesh of nodes and ranks.
@@ -23,14 +22,14 @@ import argparse
 import contextlib
 import math
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dhen.runtime.topology import Topology
 from tools.bench import launch
-from tools.bench.report import draw_over_depth, print_table, ratios
+from tools.bench.report import draw_over_depth, print_table
 from tools.bench.sharding_ranks import JOB_FILE, SCHEMES, Measured, measure_all
-from tools.cluster import INTERFACE, Cluster, add_arguments
+from tools.cluster import Cluster, add_arguments
 
 MEASURED_FILE = "measured.json"
 _DRAWN = {
@@ -56,12 +55,19 @@ def show(results: Sequence[Measured]) -> None:
             result.scheme,
             f"{result.samples_per_second:,.1f}",
             *faster,
-            "-" if sent is None else f"{sent / 2**20:.2f}",
+            f"{sent / 2**20:.2f}",
             f"{theory / 2**20:.2f}",
-            f"{sent / theory - 1:+.1%}" if sent and theory else "-",
+            f"{sent / theory - 1:+.1%}" if theory else "-",
             "-" if result.peak_mib is None else f"{result.peak_mib:.0f}" if result.fits else "no memory",
         ])  # fmt: skip
     print_table(columns, rows, left=["scheme"])
+
+
+def ratios(seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
+    """seconds / base: the ratio of the medians, and the range over the rounds."""
+    by_round = [own / other for own, other in zip(seconds, base, strict=True)]
+    of_medians = statistics.median(seconds) / statistics.median(base)
+    return f"{of_medians:.2f}", f"{min(by_round):.2f}-{max(by_round):.2f}"
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
@@ -94,44 +100,29 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="schemes to compare")
     add("--rounds", type=int, default=5, help="measured steps per scheme")
     add("--memory_cap_mib", type=float, default=0, help="measure peak memory too, with this cap per rank")
-    add("--interface", default=INTERFACE, help="network interface whose bytes are counted")
     add("--output", type=Path, default="runs/bench_sharding", help=f"folder of {MEASURED_FILE} and figure6.png")
-    add("--on_cluster", action="store_true", help=argparse.SUPPRESS)  # set for the ranks of our own cluster
-    add("--memory", action="store_true", help=argparse.SUPPRESS)  # and for the jobs that measure memory
-    arguments = parser.parse_args(command_line)
-    if launch.is_rank() and not arguments.on_cluster and arguments.memory_cap_mib:
-        parser.error("--memory_cap_mib needs a job per scheme and depth, but a launcher starts one job. Remove it.")
-    return arguments
-
-
-def measure_as_a_rank(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
-    """One rank's part. Without our own cluster, rank 0 also shows the results. Communicates; all ranks call it."""
-    results = measure_all(topology, arguments)
-    if topology.is_main and not arguments.on_cluster:
-        present(results, arguments.output)
-    return results
-
-
-def present(results: Sequence[Measured], output: Path) -> None:
-    """Print the table, write measured.json, draw the figure."""
-    launch.write_json(output / MEASURED_FILE, results)
-    show(results)
-    plot(results, output / "figure6.png")
-    print(f"{output} has {MEASURED_FILE} and figure6.png")
+    add("--memory", action="store_true", help=argparse.SUPPRESS)  # set for the jobs that measure memory
+    return parser.parse_args(command_line)
 
 
 def measure_on_a_cluster(arguments: argparse.Namespace) -> None:
-    """Measure the schemes in a job per depth; then their memory, in a job each. Raises ClusterError and JobError.
+    """Measure the schemes in a job per depth; then their memory, in a job each. Raises ClusterError.
 
     Writes measured.json after each depth.
     """
     results: list[Measured] = []
+    output = arguments.output
     with Cluster.of(arguments) as cluster:
         for depth in arguments.depths:
-            command = [*sys.argv, "--on_cluster", "--depths", str(depth)]
-            results += launch.results_of_cluster(cluster, command, list[Measured], arguments.output / JOB_FILE)
-            launch.write_json(arguments.output / MEASURED_FILE, results)
-    present(with_peaks(results, arguments) if arguments.memory_cap_mib else results, arguments.output)
+            command = [*sys.argv, "--depths", str(depth)]
+            results += launch.results_of_cluster(cluster, command, list[Measured], output / JOB_FILE)
+            launch.write_json(output / MEASURED_FILE, results)
+    if arguments.memory_cap_mib:
+        results = with_peaks(results, arguments)
+        launch.write_json(output / MEASURED_FILE, results)
+    show(results)
+    plot(results, output / "figure6.png")
+    print(f"{output} has {MEASURED_FILE} and figure6.png")
 
 
 def with_peaks(results: Sequence[Measured], arguments: argparse.Namespace) -> list[Measured]:
@@ -140,7 +131,7 @@ def with_peaks(results: Sequence[Measured], arguments: argparse.Namespace) -> li
     measured, file = [], arguments.output / JOB_FILE
     with Cluster.of(arguments, is_limited=False) as cluster:
         for result in results:
-            command = [*sys.argv, "--on_cluster", "--memory", "--schemes", result.scheme, "--depths", str(result.depth)]
+            command = [*sys.argv, "--memory", "--schemes", result.scheme, "--depths", str(result.depth)]
             with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure
                 peak = launch.results_of_cluster(cluster, command, float | None, file, may_fail=True)
             measured.append(replace(result, peak_mib=math.inf if peak is None else peak))
@@ -148,6 +139,4 @@ def with_peaks(results: Sequence[Measured], arguments: argparse.Namespace) -> li
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    file = JOB_FILE if arguments.on_cluster else MEASURED_FILE
-    sys.exit(launch.run(arguments, measure_as_a_rank, measure_on_a_cluster, file))
+    sys.exit(launch.run(parse_arguments(), measure_all, measure_on_a_cluster, JOB_FILE))

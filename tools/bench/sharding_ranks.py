@@ -1,7 +1,6 @@
 """The sharding schemes of tools/bench/sharding.py, and a rank's work: builds each scheme, measures its steps."""
 
 import argparse
-import gc
 import statistics
 import warnings
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
-import deepspeed
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -73,9 +71,8 @@ SCHEMES = {
 class Measured:
     """One scheme at one depth. seconds: one value per round.
 
-    bytes_sent: what node 0 sent per step; None without the interface that counts it. matrix_bytes: of a layer's largest
-    matrix. peak_mib: what rank 0 allocated beyond what it had before the model; None if it was not measured, infinite
-    if the cap is too low.
+    bytes_sent: what node 0 sent per step. matrix_bytes: of a layer's largest matrix. peak_mib: what rank 0 allocated
+    beyond what it had before the model; None if it was not measured, infinite if the cap is too low.
     """
 
     scheme: str
@@ -85,7 +82,7 @@ class Measured:
     model_bytes: int
     matrix_bytes: int
     seconds: list[float]
-    bytes_sent: float | None
+    bytes_sent: float
     peak_mib: float | None = None
 
     @property
@@ -104,15 +101,10 @@ class Measured:
         return SCHEMES[self.scheme].bytes_sent(self.model_bytes, self.matrix_bytes, self.nodes, self.ranks)
 
 
-Model = tuple[Callable[[], None], Callable[[], None]]
-"""Takes one step on this rank's batch; frees its memory."""
-
-
 def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
     """Measure all depths, or end the rank after measuring memory. Communicates; all ranks call it."""
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about writing to the logit, which nobody does
-    if topology.device.type == "cpu":
-        replace_reduce_scatter()
+    replace_reduce_scatter()
     if arguments.memory:
         measure_memory(topology, arguments)
     return [result for depth in arguments.depths for result in measure(topology, depth, arguments)]
@@ -121,24 +113,18 @@ def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measu
 def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> list[Measured]:
     """All schemes at one depth, in turns. Communicates; all ranks call it."""
     config = model_config(depth, arguments.embeddings)
-    models = {name: build(SCHEMES[name], config, topology, arguments.compute_ms / 1e3) for name in arguments.schemes}
-    for take_step, _ in models.values():
+    steps = {name: build(SCHEMES[name], config, topology, arguments.compute_ms / 1e3) for name in arguments.schemes}
+    for take_step in steps.values():
         take_step()  # warms up
     sent: dict[str, list[int]] = {name: [] for name in arguments.schemes}
 
-    def step(name: str) -> None:
-        before = bytes_sent(arguments.interface)
-        models[name][0]()
+    def count_and_step(name: str) -> None:
+        before = bytes_sent()
+        steps[name]()
         topology.barrier()
-        if before is not None:
-            sent[name].append(bytes_sent(arguments.interface) - before)
+        sent[name].append(bytes_sent() - before)
 
-    seconds = in_turns({name: partial(step, name) for name in models}, topology, arguments.rounds)
-    for _, release in models.values():
-        release()
-    gc.collect()
-    if topology.device.type == "cuda":
-        torch.cuda.empty_cache()
+    seconds = in_turns({name: partial(count_and_step, name) for name in steps}, topology, arguments.rounds)
     return [
         Measured(
             scheme=name,
@@ -148,7 +134,7 @@ def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> li
             model_bytes=sum(weights_of(config).values()) * BYTES,
             matrix_bytes=(config.num_dense_embeddings * config.embedding_dim) ** 2 * BYTES,
             seconds=seconds[name],
-            bytes_sent=statistics.median(sent[name]) if sent[name] else None,
+            bytes_sent=statistics.median(sent[name]),
         )
         for name in arguments.schemes
     ]
@@ -159,13 +145,12 @@ def measure_memory(topology: Topology, arguments: argparse.Namespace) -> NoRetur
     (depth,), (name,) = arguments.depths, arguments.schemes
     config = model_config(depth, arguments.embeddings)
     # Warm up without the cap: what libraries allocate once is not the scheme's, and some hang if they cannot.
-    warm_up, _ = build(SCHEMES[name], model_config(1, 4), topology)
-    warm_up()
+    build(SCHEMES[name], model_config(1, 4), topology)()
 
     def peak_mib() -> float:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
         before = status_kib("VmRSS")
-        take_step, _ = build(SCHEMES[name], config, topology)
+        take_step = build(SCHEMES[name], config, topology)
         for _ in range(3):
             take_step()
         return (status_kib("VmHWM") - before) / 1024
@@ -186,26 +171,26 @@ def model_config(depth: int, embeddings: int) -> DhenConfig:
     )  # fmt: skip
 
 
-def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float = 0.0) -> Model:
-    """The scheme's model. Communicates; all ranks call it."""
+def build(scheme: Scheme, config: DhenConfig, topology: Topology, compute_seconds: float = 0.0) -> Callable[[], None]:
+    """A training step of the scheme on this rank's batch. Communicates; all ranks call it."""
     torch.manual_seed(0)
     make = build_torch if scheme.stage is None else build_deepspeed
-    layers, score, update, release = make(scheme, config, topology)
+    layers, score, update = make(scheme, config, topology)
     if compute_seconds:
         for layer in layers:
             layer.forward = paused(layer.forward, compute_seconds, 2 * compute_seconds)
 
     generator = torch.Generator().manual_seed(topology.rank)
-    dense_BN = torch.randn(BATCH, NUM_DENSE, generator=generator).to(topology.device)
-    labels_B = torch.randint(0, 2, (BATCH,), generator=generator).float().to(topology.device)
+    dense_BN = torch.randn(BATCH, NUM_DENSE, generator=generator)
+    labels_B = torch.randint(0, 2, (BATCH,), generator=generator).float()
 
     def step() -> None:
         update(binary_cross_entropy_with_logits(score(dense_BN), labels_B))
 
-    return step, release
+    return step
 
 
-def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
+def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable]:
     """This project: ZeRO over all ranks, or HSDP. The sizes of ZeRO's buckets are "auto"."""
     sizes = SIZE_KEYS if scheme.stage == 3 else SIZE_KEYS[:1]
     settings = {
@@ -214,34 +199,19 @@ def build_deepspeed(scheme: Scheme, config: DhenConfig, topology: Topology) -> t
         "optimizer": OPTIMIZER,
         "zero_optimization": {"stage": scheme.stage} | dict.fromkeys(sizes, "auto"),
     }
-    is_one_node = topology.local_size == topology.world_size
-    group = "node" if scheme.is_hybrid and not is_one_node else "world"
-    section = DhenSection(shard_group=group, async_all_reduce=scheme.is_async)
+    section = DhenSection(shard_group="node" if scheme.is_hybrid else "world", async_all_reduce=scheme.is_async)
     model = parallelize(lay_out(config, topology, DsConfig("tools/bench/sharding.py", settings, section)))
-    layers = model.engine.module.model.layers
-    return layers, partial(model.score, None), model.step, partial(release_engine, model.engine)
+    return model.engine.module.model.layers, partial(model.score, None), model.step
 
 
-def release_engine(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Free what the engine holds. Hooks still refer to its optimizers, so this empties them."""
-    engine.destroy()
-    for parameter in engine.module.parameters():
-        if hasattr(parameter, "ds_tensor"):
-            parameter.data = parameter.ds_tensor.data = parameter.new_empty(0)
-    for optimizer in (getattr(engine.optimizer, "optimizer", None), engine.optimizer):  # torch's, and ZeRO's
-        if optimizer is not None:
-            vars(optimizer).clear()
-
-
-def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable, Callable]:
+def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple[Any, Callable, Callable]:
     """torch's FSDP2 as torch documents it: each layer, then the whole model."""
     nodes = topology.world_size // topology.local_size
-    kind = topology.device.type
     if scheme.is_hybrid:
-        mesh = init_device_mesh(kind, (nodes, topology.local_size), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh("cpu", (nodes, topology.local_size), mesh_dim_names=("replicate", "shard"))
     else:
-        mesh = init_device_mesh(kind, (topology.world_size,))
-    model = DhenForClickPrediction(config, with_tables=False).to(topology.device)
+        mesh = init_device_mesh("cpu", (topology.world_size,))
+    model = DhenForClickPrediction(config, with_tables=False)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -252,4 +222,4 @@ def build_torch(scheme: Scheme, config: DhenConfig, topology: Topology) -> tuple
         optimizer.step()
         optimizer.zero_grad()
 
-    return model.model.layers, lambda dense_BN: model(dense=dense_BN).logits, update, lambda: None
+    return model.model.layers, lambda dense_BN: model(dense=dense_BN).logits, update
