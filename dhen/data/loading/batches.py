@@ -4,7 +4,10 @@ An epoch has one global order of rows, which depends only on the seed and the ep
 `batch_size * world_size * accumulation_steps` rows and splits them into near-equal pieces for ranks and micro steps.
 The number of ranks therefore does not change which rows a step trains on. Each rank decodes all rows and takes its own.
 
-Shapes: B rows of this rank and micro step, F sparse features, N dense features, S single-valued sparse features.
+Shuffling permutes the row groups, joins consecutive ones into windows, and permutes the rows within each window. Row
+groups are therefore read as a whole, and memory is bounded regardless of the size of the split.
+
+Shapes: B rows of this rank and micro step, F sparse features, N dense features.
 """
 
 import hashlib
@@ -15,13 +18,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from dhen.data.loading.epoch_order import EpochOrder, EpochReader
-from dhen.data.loading.prepared_rows import Bags, Rows, find_row_groups
+from dhen.data.loading.prepared_rows import NUMBER, RowGroup, find_row_groups, flat_values, read_row_group
 from dhen.data.loading.read_ahead import read_ahead
-from dhen.data.schema import Schema
+from dhen.data.schema import LABEL, Schema, weights_column
 from dhen.model.features import SparseIds
 
 WINDOW_ROWS = 1 << 19
@@ -64,7 +68,8 @@ class BatchLoader:
     a * world_size + rank is micro step a of this rank. The last step of an epoch may be smaller, and some of its pieces
     may be empty; drop_last skips it.
 
-    window_rows: number of rows that are shuffled together. Memory holds twice as many (epoch_order.py).
+    window_rows: number of rows that are shuffled together. Memory holds this rank's rows of two windows, and all rows
+    of one while they are chosen.
 
     schema: None for the folder's schema, or the same schema with features in another order.
 
@@ -99,8 +104,8 @@ class BatchLoader:
         self.accumulation_steps = accumulation_steps
         self._pin_memory = pin_memory
         self._window_rows = window_rows
+        self._rank, self._world_size = rank, world_size
         self._pieces = world_size * accumulation_steps
-        self._own_pieces = [micro * world_size + rank for micro in range(accumulation_steps)]
         self._global_batch = batch_size * self._pieces
         self._groups = find_row_groups(Path(folder), split, self.schema)
         self.num_rows = sum(group.num_rows for group in self._groups)
@@ -145,17 +150,58 @@ class BatchLoader:
         return read_ahead(lambda: self._batches(epoch, first_step), READ_AHEAD_BATCHES)
 
     def _batches(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
-        order = EpochOrder(self._groups, epoch, self.seed, self.shuffle, self._window_rows)
-        with closing(EpochReader(order, self.schema, first_step * self._global_batch)) as reader:
+        with closing(read_ahead(lambda: self._own_rows(epoch, first_step), depth=0)) as windows:
+            rows = next(windows, None)
             for step in range(first_step, len(self)):
-                first = step * self._global_batch
-                count = min(self._global_batch, self.num_rows - first)
-                for piece in self._own_pieces:
-                    begin, end = (first + count * edge // self._pieces for edge in (piece, piece + 1))
-                    rows = reader.read(begin, end)
-                    labels_B, dense_BN, rows_B = map(torch.from_numpy, (rows.labels_R, rows.dense_RN, rows.rows_R))
-                    batch = Batch(labels_B, dense_BN, _as_sparse_ids(rows, self.schema), rows_B, count)
+                count = min(self._global_batch, self.num_rows - step * self._global_batch)
+                for piece in range(self._rank, self._pieces, self._world_size):
+                    size = count * (piece + 1) // self._pieces - count * piece // self._pieces
+                    while rows.num_rows < size:
+                        rest, rows = rows.take(np.arange(rows.num_rows)), None  # a copy, without the whole window
+                        rows = pa.concat_tables([rest, next(windows)])
+                    batch = _as_batch(rows.slice(0, size), self.schema, count)
+                    rows = rows.slice(size)
                     yield batch.pin_memory() if self._pin_memory else batch
+
+    def _own_rows(self, epoch: int, first_step: int) -> Generator[pa.Table, None, None]:
+        """Yield the rows of this rank from step `first_step` on, in their order, window by window."""
+        first, end = first_step * self._global_batch, min(len(self) * self._global_batch, self.num_rows)
+        begin = 0
+        windows = self._windows(epoch)
+        for number, window in enumerate(windows):
+            size = sum(group.num_rows for group in window)
+            order = self._generator(epoch, number).permutation(size) if self.shuffle else np.arange(size)
+            places = np.arange(begin, begin + size)
+            own = order[(places >= first) & (places < end) & self._is_own(places)]
+            begin += size
+            if len(own) or window is windows[-1]:  # so that empty pieces have columns too
+                yield pa.concat_tables(read_row_group(group, self.schema) for group in window).take(own)
+
+    def _windows(self, epoch: int) -> list[list[RowGroup]]:
+        """Return the row groups in the order of the epoch, in windows of at least `window_rows` rows."""
+        order = range(len(self._groups))
+        if self.shuffle:
+            order = self._generator(epoch).permutation(len(self._groups))
+        windows: list[list[RowGroup]] = []
+        size = self._window_rows
+        for index in order:
+            if size >= self._window_rows:
+                windows.append([])
+                size = 0
+            windows[-1].append(self._groups[index])
+            size += self._groups[index].num_rows
+        return windows
+
+    def _is_own(self, places: np.ndarray) -> np.ndarray:
+        """Whether the row at each place in the order of the epoch is in a piece of this rank."""
+        step, within = np.divmod(places, self._global_batch)
+        count = np.minimum(self._global_batch, self.num_rows - step * self._global_batch)
+        piece = ((within + 1) * self._pieces - 1) // count  # piece k begins at k * count // pieces
+        return piece % self._world_size == self._rank
+
+    def _generator(self, *purpose: int) -> np.random.Generator:
+        """Return a generator that depends only on the seed and `purpose`."""
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=purpose)))
 
 
 def _check_at_least(least: int, name: str, value: int) -> None:
@@ -163,22 +209,29 @@ def _check_at_least(least: int, name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}. Use {least} or more.")
 
 
-def _as_sparse_ids(rows: Rows, schema: Schema) -> SparseIds:
-    single_SB = np.ascontiguousarray(rows.single_RS.T, dtype=np.int64)
-    if not rows.bags:
-        return SparseIds(torch.from_numpy(single_SB.reshape(-1)), len(schema.sparse))
-    one_each = np.arange(len(rows.rows_R) + 1)
-    singles, bags = iter(single_SB), iter(rows.bags)
-    by_feature = [next(bags) if column.is_multi_valued else Bags(one_each, next(singles)) for column in schema.sparse]
+def _as_batch(rows: pa.Table, schema: Schema, global_rows: int) -> Batch:
+    dense_BN = np.empty((rows.num_rows, len(schema.dense)), np.float32)
+    for at, column in enumerate(schema.dense):
+        dense_BN[:, at] = rows[column.name]
+    labels_B, rows_B = (torch.from_numpy(rows[name].to_numpy().copy()) for name in (LABEL, NUMBER))
+    return Batch(labels_B, torch.from_numpy(dense_BN), _as_sparse_ids(rows, schema), rows_B, global_rows)
+
+
+def _as_sparse_ids(rows: pa.Table, schema: Schema) -> SparseIds:
+    ids = [flat_values(rows[column.name]) for column in schema.sparse]
+    joined = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *ids]))
+    if not any(column.is_multi_valued for column in schema.sparse):
+        return SparseIds(joined, len(schema.sparse))
+    one_each = np.ones(rows.num_rows, np.int64)
+    lengths_FB = [
+        pc.list_value_length(rows[column.name]) if column.is_multi_valued else one_each for column in schema.sparse
+    ]
     weights = None
     if any(column.is_weighted for column in schema.sparse):
-        weights = np.concatenate(
-            [np.ones(len(f.ids), np.float32) if f.weights is None else f.weights for f in by_feature]
-        )
-    return SparseIds(
-        torch.from_numpy(np.concatenate([f.ids for f in by_feature]).astype(np.int64, copy=False)),
-        len(schema.sparse),
-        torch.from_numpy(np.stack([f.lengths for f in by_feature])),
-        None if weights is None else torch.from_numpy(weights),
-        [len(f.ids) for f in by_feature],
-    )
+        each = [
+            flat_values(rows[weights_column(column.name)]) if column.is_weighted else np.ones(len(bags), np.float32)
+            for column, bags in zip(schema.sparse, ids, strict=True)
+        ]
+        weights = torch.from_numpy(np.concatenate(each))
+    lengths_FB = torch.from_numpy(np.stack(lengths_FB).astype(np.int64))
+    return SparseIds(joined, len(schema.sparse), lengths_FB, weights, list(map(len, ids)))

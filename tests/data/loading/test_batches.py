@@ -3,7 +3,6 @@
 import itertools
 import tempfile
 import tracemalloc
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhen.data.loading import epoch_order
 from dhen.data.loading.batches import READ_AHEAD_BATCHES, BatchLoader
 from dhen.data.schema import SparseColumn, SplitCounts
 from tests.data.prepared_folders import MIXED, SINGLE, rows_of, write_prepared
@@ -263,50 +261,52 @@ def test_pinned_batches_reach_the_gpu_unchanged(prepared):
         assert rows_of(moved, loader.schema) == [prepared.rows[row] for row in batch.rows_B.tolist()]
 
 
-def windows_alive(monkeypatch, folder, kept):
-    """The largest number of windows alive at once, including the one being decoded."""
-    alive, most = weakref.WeakSet(), [0]
-
-    def counting(groups, schema):
-        most[0] = max(most[0], len(alive) + 1)
-        window = decode(groups, schema)
-        alive.add(window)
-        kept.append(window)
-        return window
-
-    decode = epoch_order.decode
-    monkeypatch.setattr(epoch_order, "decode", counting)
-    loader = BatchLoader(folder, "train", batch_size=13, window_rows=7)
-    assert numbers(loader.epoch(0)) == list(range(83))
-    return most[0]
+WINDOW, BATCH = 20_000, 100
+ROW_BYTES = 8 + 4 + 2 * 4 + 2 * 4
+POOLS = []
+"""They outlive the memory that they counted."""
 
 
-class Forgetful(list):
-    def append(self, item):
-        """Keep nothing."""
-
-
-def test_two_windows_are_held_and_no_third(monkeypatch, prepared):
-    # It is 1 if the reader finishes a window before the decoder thread runs.
-    assert windows_alive(monkeypatch, prepared.folder, kept=Forgetful()) <= 2
-
-
-def test_the_count_of_windows_would_see_a_third(monkeypatch, prepared):
-    """Negative control."""
-    assert windows_alive(monkeypatch, prepared.folder, kept=[]) == 12
-
-
-def test_memory_is_bounded_by_two_windows_whatever_the_size(tmp_path):
-    window, batch_size = 5000, 100
-    row_bytes = 8 + 4 + 2 * 4 + 2 * 4
-    for windows in (3, 12):
-        folder = tmp_path / str(windows)
-        write_prepared(folder, window * windows, SINGLE, group_rows=1000, groups_per_file=100)
-        loader = BatchLoader(folder, "train", batch_size=batch_size, shuffle=True, window_rows=window)
-        tracemalloc.start()
-        assert sum(len(batch.labels_B) for batch in loader.epoch(0)) == window * windows
-        _, peak = tracemalloc.get_traced_memory()
+def peak_in_windows(folder, **options):
+    """The most memory that Arrow held at once during an epoch, as a multiple of a window, and the peak of NumPy."""
+    loader = BatchLoader(folder, "train", batch_size=BATCH, shuffle=True, window_rows=WINDOW, **options)
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    POOLS.append(pool)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        rows = sum(len(batch.labels_B) for batch in loader.epoch(0))
+        return rows, pool.max_memory() / (WINDOW * ROW_BYTES), tracemalloc.get_traced_memory()[1]
+    finally:
         tracemalloc.stop()
-        orders = 2 * 8 * window
-        batches = (READ_AHEAD_BATCHES + 3) * batch_size * 100
-        assert 2 * window * row_bytes < peak < 2 * window * row_bytes + orders + batches + 150_000, windows
+        pa.set_memory_pool(pa.default_memory_pool())
+
+
+def write_windows(folder, count):
+    write_prepared(folder, WINDOW * count, SINGLE, group_rows=1000, groups_per_file=100)
+    return folder
+
+
+def test_memory_is_bounded_whatever_the_size(tmp_path):
+    for count in (3, 12):
+        folder = write_windows(tmp_path / str(count), count)
+        rows, windows, arrays = peak_in_windows(folder)
+        assert rows == WINDOW * count
+        assert 2 < windows < 3.3, "the rows in use, the next window, and its rows in their order"
+        assert arrays < 10 * 8 * WINDOW + (READ_AHEAD_BATCHES + 3) * BATCH * 100 + 150_000
+        rows, windows, _ = peak_in_windows(folder, world_size=4, rank=1)
+        assert rows == WINDOW * count / 4
+        assert 1 < windows < 1.8, "one window, and a quarter of two"
+
+
+def test_the_count_of_windows_would_see_more(tmp_path, monkeypatch):
+    """Negative control."""
+    kept, own_rows = [], BatchLoader._own_rows
+
+    def keep(*arguments):
+        for window in own_rows(*arguments):
+            kept.append(window)
+            yield window
+
+    monkeypatch.setattr(BatchLoader, "_own_rows", keep)
+    assert peak_in_windows(write_windows(tmp_path, 12))[1] > 12
