@@ -112,7 +112,7 @@ def _text_sample(file: str, label: str, rows: int) -> tuple[dict[str, pa.Array],
     _check_header(headers[delimiter], label, file)
     tables: list[pa.Table] = []
     bad: list[BadRow] = []
-    quoting, text = text_blocks.Quoting(b'"', delimiter.encode()), {"quote": '"', "null_values": ()}
+    quoting, text = text_blocks.Quoting('"', delimiter), {"quote": '"', "null_values": ()}
     for block in text_blocks.text_blocks(file, header_rows=number, quoting=quoting):
         table, _, some = text_blocks.split_columns(block, headers[delimiter], delimiter=delimiter, **text)
         tables.append(table)

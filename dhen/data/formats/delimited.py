@@ -27,7 +27,7 @@ class DelimitedReader:
         """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
         names, header_rows = self._checked_header(file)
         quote, delimiter = self.roles.quote, self.roles.delimiter
-        quoting = None if quote is None else text_blocks.Quoting(quote.encode(), delimiter.encode())
+        quoting = None if quote is None else text_blocks.Quoting(quote, delimiter)
         blocks = text_blocks.text_blocks(file, block_bytes=self.block_bytes, header_rows=header_rows, quoting=quoting)
         for block in blocks:
             strings, rows, bad = text_blocks.split_columns(

@@ -1,21 +1,21 @@
-"""Reads text files, plain or gzip, as blocks of whole lines with line numbers.
+"""Reads text files, plain or gzip, as blocks of whole rows with line numbers.
 
 A block is read by size, cut at its last line break and cleaned. CRLF becomes LF. A byte-order mark and blank lines are
-dropped. Line breaks inside quotes become BREAK, so that a row is one line. Lines that a parser would misread become bad
-rows: invalid UTF-8, a carriage return inside the line, or a misplaced quote. The rest is valid UTF-8 with one row per
-line, so row i of the parser is line `rows[i]` of the file.
+dropped. Rows that a parser would misread become bad rows: invalid UTF-8, a carriage return inside the row, or a
+misplaced quote. The rest is valid UTF-8, and row i of the parser starts at line `rows[i]` of the file.
 """
 
 import contextlib
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 
 from dhen.data.formats.first_bytes import START_BYTES, complaint, first_bytes
@@ -23,8 +23,6 @@ from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, CountCallback, Dat
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20
-BREAK = "\U0010fffd"
-"""Stands for a line break inside quotes, until the columns are split: a character that no text uses."""
 _MOST_LINES = 10_000
 """Lines of a row with line breaks inside quotes. Beyond that, its quote is taken for one that was not closed."""
 _FIRST_BYTES = 1 << 16
@@ -37,8 +35,19 @@ _MARK = b"\xef\xbb\xbf"
 class Quoting:
     """Quoted values may contain the delimiter and line breaks. Both are single ASCII characters."""
 
-    quote: bytes
-    delimiter: bytes
+    quote: str
+    delimiter: str
+
+    @cached_property
+    def row(self) -> re.Pattern[bytes]:
+        """Matches a row, or as the group "open" the rest of a text that ends within quotes.
+
+        Parsers treat other quotes differently. One that reads past a line break would shift all row numbers after it.
+        """
+        quote, delimiter = re.escape(self.quote), re.escape(self.delimiter)
+        opened = f"{quote}[^{quote}]*+(?:{quote}{quote}[^{quote}]*+)*+"
+        value = f"(?:{opened}{quote}|[^{quote}{delimiter}\n]*+)"
+        return re.compile(rf"(?:{value}{delimiter})*+(?:{value}\n|(?P<open>{opened}\Z))".encode())
 
 
 @dataclass(frozen=True)
@@ -60,27 +69,33 @@ def text_blocks(
 
     Raises FileNotFoundError, or DataError for an empty file, a damaged or truncated .gz, or a binary file.
     """
-    line_number = 0
-    open_row = b""
+    line, waiting = 1, b""
     for text, bytes_read in _whole_lines(file, block_bytes):
-        if line_number == 0:
+        is_last = not text or len(waiting) > block_bytes + _FIRST_BYTES
+        if line == 1:
             text = text.removeprefix(_MARK)
-        num_lines = text.count(b"\n")
-        rows = np.arange(line_number + 1 - open_row.count(b"\n"), line_number + num_lines + 1)
-        text = open_row + text
-        skipped = min(max(header_rows - line_number, 0), num_lines)
-        line_number += num_lines
-        for _ in range(skipped):
-            text = text[text.index(b"\n") + 1 :]
-        is_too_long = len(open_row) > block_bytes + _FIRST_BYTES
-        text, rows, open_row = _joined(text, rows[skipped:], quoting, is_last=is_too_long)
-        text, rows, bad = _clean(file, text, rows, quoting)
-        yield TextBlock(file, text, rows, bad, line_number - open_row.count(b"\n"), bytes_read)
-    if open_row:  # a quote that is never closed
-        rows = np.arange(line_number + 1 - open_row.count(b"\n"), line_number + 1)
-        text, rows, _ = _joined(open_row, rows, quoting, is_last=True)
-        text, rows, bad = _clean(file, text, rows, quoting)
-        yield TextBlock(file, text, rows, bad, line_number, bytes_read)
+        text = waiting + text.replace(b"\r\n", b"\n")
+        while text and line <= header_rows:
+            text, line = text[text.index(b"\n") + 1 :], line + 1
+        first = line
+        if _is_plain(text, quoting):
+            line += text.count(b"\n")
+            yield TextBlock(file, text, np.arange(first, line), (), line - 1, bytes_read)
+            continue
+        good: list[bytes] = []
+        rows: list[int] = []
+        bad: list[BadRow] = []
+        end = 0
+        for row, reason in _rows(text, quoting, is_last):
+            if reason is not None:
+                bad.append(BadRow(file, line, reason, row[:-1][:LONGEST_QUOTE].decode("utf-8", "backslashreplace")))
+            elif row != b"\n":
+                good.append(row)
+                rows.append(line)
+            line += row.count(b"\n")
+            end += len(row)
+        waiting = text[end:]
+        yield TextBlock(file, b"".join(good), np.array(rows, np.int64), tuple(bad), line - 1, bytes_read)
 
 
 def first_lines(file: str) -> list[tuple[int, str]]:
@@ -88,21 +103,26 @@ def first_lines(file: str) -> list[tuple[int, str]]:
 
     Bad lines are skipped here; reading the rows reports them. Raises DataError if no line is left.
     """
-    for block in text_blocks(file, block_bytes=_FIRST_BYTES):
-        if block.text:
-            return list(zip(block.rows.tolist(), block.text[:-1].decode("utf-8").split("\n"), strict=True))
-        if block.bad:
-            raise DataError(str(block.bad[0]))
-    raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
+    block = _first_block(file)
+    if not block.text:
+        raise DataError(str(block.bad[0]))
+    return list(zip(block.rows.tolist(), block.text[:-1].decode("utf-8").split("\n"), strict=True))
 
 
 def first_line(file: str) -> tuple[int, str]:
     """Return (number, text) of the first line that is not blank. Raises DataError if that line is bad."""
+    bad = _first_block(file).bad
+    first = first_lines(file)[0]
+    if bad and bad[0].row < first[0]:
+        raise DataError(str(bad[0]))
+    return first
+
+
+def _first_block(file: str) -> TextBlock:
+    """Return the first block that is not blank."""
     for block in text_blocks(file, block_bytes=_FIRST_BYTES):
-        if block.bad and (not block.text or block.bad[0].row < block.rows[0]):
-            raise DataError(str(block.bad[0]))
-        if block.text:
-            return int(block.rows[0]), block.text[: block.text.index(b"\n")].decode("utf-8")
+        if block.text or block.bad:
+            return block
     raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
 
 
@@ -127,9 +147,7 @@ def split_columns(
         reason = (
             f"the row has {row.actual_columns} columns, not {row.expected_columns} (the delimiter is {delimiter!r})"
         )
-        bad.append(
-            BadRow(block.file, int(block.rows[row.number - 1]), reason, row.text.replace(BREAK, "\n")[:LONGEST_QUOTE])
-        )
+        bad.append(BadRow(block.file, int(block.rows[row.number - 1]), reason, row.text[:LONGEST_QUOTE]))
         return "skip"
 
     kind = pa.string()
@@ -140,15 +158,16 @@ def split_columns(
         # Row numbers are only reported with a single thread and a single block.
         pyarrow.csv.ReadOptions(use_threads=False, column_names=names, block_size=len(block.text) + 1),
         pyarrow.csv.ParseOptions(
-            delimiter=delimiter, quote_char=quote or False, ignore_empty_lines=False, invalid_row_handler=refuse
+            delimiter=delimiter,
+            quote_char=quote or False,
+            newlines_in_values=block.text.count(b"\n") > len(block.rows),
+            ignore_empty_lines=False,
+            invalid_row_handler=refuse,
         ),
         pyarrow.csv.ConvertOptions(
             column_types=dict.fromkeys(names, kind), strings_can_be_null=True, null_values=list(null_values)
         ),
     )
-    if BREAK.encode() in block.text:
-        restored = {name: pc.replace_substring(table[name], BREAK, "\n") for name in table.column_names}
-        table = pa.table(restored)
     rows = np.delete(block.rows, ragged) if ragged else block.rows
     assert table.num_rows == len(rows), f"{block.file}: rows and lines up to {block.end_row} do not match"
     return table, rows, (*block.bad, *bad)
@@ -178,38 +197,34 @@ def _open(file: str) -> tuple[BinaryIO, BinaryIO]:
 
 
 def _whole_lines(file: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of whole lines, and the position in the file on disk where each block ends."""
+    """Yield blocks of whole lines, then an empty one, and the position in the file on disk where each block ends."""
     raw, content = _open(file)
     with raw, content:
-        rest: list[bytes] = []
-        held = 0
         is_empty = True
-        while data := _read(file, content, block_bytes):
+        while text := _read_lines(file, content, block_bytes):
             is_empty = False
-            end = data.rfind(b"\n") + 1
-            if end:
-                yield b"".join((*rest, data[:end])), raw.tell()
-                rest, held = [], 0
-            rest.append(data[end:])
-            held += len(data) - end
-            if held > LONGEST_LINE_BYTES:
-                raise DataError(
-                    f"{file}: a line is longer than {LONGEST_LINE_BYTES >> 20} MiB. Check that this is a text file."
-                )
+            yield text, raw.tell()
         if is_empty:
             raise DataError(f"{file}: the file is empty. Use a file with rows, or remove it from the list.")
-        if held:
-            yield b"".join((*rest, b"\n")), raw.tell()
+        yield b"", raw.tell()
 
 
-def _read(file: str, content: BinaryIO, size: int) -> bytes:
+def _read_lines(file: str, content: BinaryIO, block_bytes: int) -> bytes:
+    """Read so many bytes and the rest of the last line, which ends with a line break even if the file does not."""
     try:
-        return content.read(size)
+        text = content.read(block_bytes)
+        rest = b"" if text.endswith(b"\n") else content.readline(LONGEST_LINE_BYTES)
     except _DAMAGED as error:
         raise DataError(
             f"{file}: the .gz is truncated or damaged after row {_readable_rows(file)} ({error}). Download or copy the "
             "file again, and check it with `gzip -t`."
         ) from error
+    if len(rest) == LONGEST_LINE_BYTES:
+        raise DataError(
+            f"{file}: a line is longer than {LONGEST_LINE_BYTES >> 20} MiB. Check that this is a text file."
+        )
+    text += rest
+    return text + b"\n" if text and not text.endswith(b"\n") else text
 
 
 def _readable_rows(file: str) -> int:
@@ -221,80 +236,42 @@ def _readable_rows(file: str) -> int:
     return rows
 
 
-def _joined(
-    text: bytes, rows: np.ndarray, quoting: Quoting | None, *, is_last: bool = False
-) -> tuple[bytes, np.ndarray, bytes]:
-    """Join the lines of each row that has line breaks inside quotes.
+def _is_plain(text: bytes, quoting: Quoting | None) -> bool:
+    """Whether each line is a row, and no row is blank or bad."""
+    return (
+        b"\r" not in text
+        and b"\n\n" not in text
+        and not text.startswith(b"\n")
+        and (quoting is None or quoting.quote.encode() not in text)
+        and _is_utf8(text)
+    )
 
-    Returns (text, number of each row's first line, a last row whose quote is still open, unless `is_last`). A quote
-    that no later line closes stays as it is, for `_clean` to refuse.
+
+def _rows(text: bytes, quoting: Quoting | None, is_last: bool) -> Iterator[tuple[bytes, str | None]]:
+    """Yield each row, and the reason if it is bad. Stops at a last row whose quote is open, unless `is_last`.
+
+    Of a row whose quotes are wrong, only the first line is taken.
     """
-    if quoting is None or quoting.quote not in text or not _has_misplaced_quote(text.replace(b"\r", b""), quoting):
-        return text, rows, b""
-    lines = text[:-1].split(b"\n")
-    joined: list[bytes] = []
-    firsts: list[int] = []
     at = 0
-    while at < len(lines):
-        last = _end_of_row(lines, at, quoting)
-        if last is None and not is_last:
-            break
-        last = at if last is None else last
-        parts = (line.removesuffix(b"\r") for line in lines[at:last])
-        joined.append(BREAK.encode().join((*parts, lines[last])))
-        firsts.append(int(rows[at]))
-        at = last + 1
-    rest = b"".join(line + b"\n" for line in lines[at:])
-    return b"".join(line + b"\n" for line in joined), np.asarray(firsts, np.int64), rest
-
-
-def _end_of_row(lines: list[bytes], first: int, quoting: Quoting) -> int | None:
-    """The last line of the row that starts at `first`; None if the row goes on after these lines."""
-    if lines[first].count(quoting.quote) % 2 == 0:
-        return first
-    most = first + _MOST_LINES
-    for last in range(first + 1, min(len(lines), most)):
-        if lines[last].count(quoting.quote) % 2:
-            row = BREAK.encode().join(lines[first : last + 1]).replace(b"\r", b"")
-            return first if _has_misplaced_quote(row + b"\n", quoting) else last
-    return None if len(lines) < most else first
-
-
-def _clean(
-    file: str, text: bytes, rows: np.ndarray, quoting: Quoting | None
-) -> tuple[bytes, np.ndarray, tuple[BadRow, ...]]:
-    if b"\r" in text:
-        text = text.replace(b"\r\n", b"\n")
-    has_blank_lines = b"\n\n" in text or text.startswith(b"\n")
-    if not (has_blank_lines or b"\r" in text or not _is_utf8(text) or _has_misplaced_quote(text, quoting)):
-        return text, rows, ()
-    bad: list[BadRow] = []
-    kept: list[bytes] = []
-    kept_rows: list[int] = []
-    for row, line in zip(rows.tolist(), text.split(b"\n"), strict=False):
-        reason = _complaint(line, quoting)
-        if reason is not None:
-            shown = line.replace(BREAK.encode(), b"\n")[:LONGEST_QUOTE].decode("utf-8", "backslashreplace")
-            bad.append(BadRow(file, row, reason, shown))
-        elif line:
-            kept.append(line)
-            kept_rows.append(row)
-    kept.append(b"")
-    return b"\n".join(kept), np.asarray(kept_rows, dtype=np.int64), tuple(bad)
-
-
-def _complaint(line: bytes, quoting: Quoting | None) -> str | None:
-    if b"\r" in line:
-        return "there is a carriage return within the line. Lines must end in LF or CRLF"
-    if not _is_utf8(line):
-        return "the line is not valid UTF-8. Convert the file, for example with iconv"
-    if _has_misplaced_quote(line + b"\n", quoting):
-        return (
-            f"a quote ({quoting.quote.decode()}) is misplaced or not closed. A quoted value must start and end at a "
-            f"delimiter, and double its inner quotes. To turn quoting off, set `quote: null` in "
-            f"the schema"
-        )
-    return None
+    while at < len(text):
+        match = quoting.row.match(text, at) if quoting else None
+        if match and match["open"] and not is_last:
+            return
+        row = match[0] if match else b""
+        reason = None
+        if not row or match["open"] or row.count(b"\n") > _MOST_LINES:
+            row = text[at : text.index(b"\n", at) + 1]
+            if quoting:
+                reason = (
+                    f"a quote ({quoting.quote}) is misplaced or not closed. A quoted value must start and end at a "
+                    "delimiter, and double its inner quotes. To turn quoting off, set `quote: null` in the schema"
+                )
+        if b"\r" in row:
+            reason = "there is a carriage return within the line. Lines must end in LF or CRLF"
+        elif not _is_utf8(row):
+            reason = "the line is not valid UTF-8. Convert the file, for example with iconv"
+        yield row, reason
+        at += len(row)
 
 
 def _is_utf8(text: bytes) -> bool:
@@ -305,22 +282,3 @@ def _is_utf8(text: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _has_misplaced_quote(text: bytes, quoting: Quoting | None) -> bool:
-    """Whether a line has an unclosed quote, or a quote that is next to neither a delimiter nor another quote.
-
-    Parsers treat these differently. One that reads past a line break would shift all row numbers after it.
-    """
-    if quoting is None or quoting.quote not in text:
-        return False
-    letters = np.frombuffer(text, dtype=np.uint8)
-    line_end, quote = ord("\n"), quoting.quote[0]
-    places = np.flatnonzero(letters == quote)
-    quotes_by_line = np.diff(np.searchsorted(places, np.flatnonzero(letters == line_end)), prepend=0)
-    if (quotes_by_line % 2).any():
-        return True
-    beside = np.zeros(256, dtype=bool)
-    beside[[line_end, quote, quoting.delimiter[0]]] = True
-    opening, closing = places[::2], places[1::2]
-    return not (beside[letters[opening - 1]] | (opening == 0)).all() or not beside[letters[closing + 1]].all()
