@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, RowChecks, ignore_counts
+from dhen.data.formats.raw_rows import DataError, RawChunk, RowChecks
 from dhen.data.formats.roles import ColumnRoles
 from dhen.data.schema import LABEL, weights_column
 
@@ -38,10 +38,11 @@ class DelimitedReader:
             table = self._typed(raw, checks)
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
-    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
-        """Return the number of lines in `file` after its header."""
+    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
+        """Yield the number of lines after the header, and of bytes so far."""
         _, header_rows = self._checked_header(file)
-        return text_blocks.count_lines(file, on_count) - header_rows
+        for lines, bytes_read in text_blocks.line_counts(file):
+            yield lines - header_rows, bytes_read
 
     def column_names(self, file: str) -> list[str]:
         """Return the names of all columns in `file`. Raises FileNotFoundError or DataError."""

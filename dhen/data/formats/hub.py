@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa
 
 from dhen.data.formats.parquet import BATCH_ROWS, check_types, typed_chunk, used_columns
-from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, ignore_counts
+from dhen.data.formats.raw_rows import DataError, RawChunk
 from dhen.data.formats.roles import ColumnRoles
 
 _VALIDATION = dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -43,13 +43,12 @@ class HubReader:
         """Return the names of all columns in a split, from its first rows."""
         return next(self._tables(file), pa.table({})).column_names
 
-    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
-        """Return the number of rows in a split, by streaming through it once."""
+    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
+        """Yield the number of rows so far, by streaming through a split once. Its size in bytes is not known."""
         rows = 0
         for table in self._tables(file):
             rows += table.num_rows
-            on_count(rows, 0)
-        return rows
+            yield rows, 0
 
     def _tables(self, file: str) -> Iterator[pa.Table]:
         name, split = file.rsplit(":", 1)

@@ -28,7 +28,7 @@ import polars as pl
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import BadRow, CountCallback, DataError, RawChunk, RowChecks, ignore_counts
+from dhen.data.formats.raw_rows import BadRow, DataError, RawChunk, RowChecks
 from dhen.data.formats.roles import ColumnRoles, DenseRole, LabelRole, SparseRole
 from dhen.data.schema import LABEL, weights_column
 
@@ -63,9 +63,9 @@ class LibsvmReader:
         for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
             yield self._typed(block)
 
-    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
-        """Return the number of lines in `file`."""
-        return text_blocks.count_lines(file, on_count)
+    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
+        """Yield the number of lines, and of bytes so far."""
+        return text_blocks.line_counts(file)
 
     def _typed(self, block: text_blocks.TextBlock) -> RawChunk:
         lines = _lines(block)

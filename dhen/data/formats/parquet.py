@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from dhen.data.formats.delimited import typed_table
 from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
-from dhen.data.formats.raw_rows import CountCallback, DataError, RawChunk, RowChecks, ignore_counts
+from dhen.data.formats.raw_rows import DataError, RawChunk, RowChecks
 from dhen.data.formats.roles import ColumnRoles
 
 BATCH_ROWS = 65_536
@@ -61,10 +61,10 @@ class ParquetReader:
         with open_parquet(file) as parquet:
             return parquet.schema_arrow.names
 
-    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
-        """Return the number of rows in `file`, from its metadata."""
+    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
+        """Yield the number of rows in `file`, from its metadata, and of its bytes."""
         with open_parquet(file) as parquet:
-            return parquet.metadata.num_rows
+            yield parquet.metadata.num_rows, Path(file).stat().st_size
 
 
 def typed_chunk(

@@ -12,13 +12,6 @@ from dhen.data.formats.roles import ColumnRoles
 LONGEST_QUOTE = 200
 """Number of characters of a bad row that are shown and kept."""
 
-CountCallback = Callable[[int, int], None]
-"""A callback that receives the number of rows and bytes read from a file so far."""
-
-
-def ignore_counts(rows: int, bytes_read: int) -> None:
-    """The callback that ignores the counts."""
-
 
 class DataError(ValueError):
     """The user's data or its schema is wrong. The message says where, and what to do."""
@@ -71,11 +64,8 @@ class Reader(Protocol):
     def chunks(self, file: str) -> Iterator[RawChunk]:
         """Yield the rows of `file` in order, in chunks of bounded size."""
 
-    def count_rows(self, file: str, on_count: CountCallback = ignore_counts) -> int:
-        """Return the number of rows after the header, good or bad, without parsing them.
-
-        on_count: called from time to time with the counts so far.
-        """
+    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
+        """Yield the number of rows after the header, good or bad, and of bytes so far, without parsing the rows."""
 
 
 class RowChecks:

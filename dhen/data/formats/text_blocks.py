@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from dhen.data.formats.first_bytes import START_BYTES, complaint, first_bytes
-from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, CountCallback, DataError, ignore_counts
+from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, DataError
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20
@@ -126,13 +126,12 @@ def _first_block(file: str) -> TextBlock:
     raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
 
 
-def count_lines(file: str, on_count: CountCallback = ignore_counts) -> int:
-    """Return the number of lines, including blank ones. The last line may lack a line break."""
+def line_counts(file: str) -> Iterator[tuple[int, int]]:
+    """Yield the number of lines, including blank ones, and of bytes on disk so far."""
     lines = 0
     for text, bytes_read in _whole_lines(file, BLOCK_BYTES):
         lines += text.count(b"\n")
-        on_count(lines, bytes_read)
-    return lines
+        yield lines, bytes_read
 
 
 def split_columns(

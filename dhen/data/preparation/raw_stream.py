@@ -62,15 +62,14 @@ class RawStream:
         self._rules = {source: split_rule(source.splits, settings, partial(self._count, source)) for source in sources}
 
     def _count(self, source: Source) -> int:
-        bytes_total = sum(_size(file) for file in source.files)
+        bytes_total = sum(map(_size, source.files))
         rows = bytes_before = 0
-
-        def report(rows_in_file: int, bytes_read: int) -> None:
-            state = PreparationProgress(_COUNTING, rows + rows_in_file, bytes_before + bytes_read, bytes_total)
-            self._progress(state)
-
         for file in source.files:
-            rows += self._reader.count_rows(file, report)
+            in_file = 0
+            for in_file, bytes_read in self._reader.row_counts(file):
+                state = PreparationProgress(_COUNTING, rows + in_file, bytes_before + bytes_read, bytes_total)
+                self._progress(state)
+            rows += in_file
             bytes_before += _size(file)
         self._progress(PreparationProgress(_COUNTING, rows, bytes_total, bytes_total, is_done=True))
         return rows
@@ -81,29 +80,32 @@ class RawStream:
         bytes_total = sum(_size(file) for source in rules for file in source.files)
         rows = bytes_before = 0
         for source, rule in rules.items():
-            position, bytes_of_others = 0, bytes_before
-            for file in source.files:
-                num_rows = 0
-                for chunk in self._reader.chunks(file):
-                    if chunk.bad and self._stops_at_bad_rows:
-                        way_out = "Correct it, or use --bad_rows skip to skip and list bad rows."
-                        raise DataError(f"{chunk.bad[0]} {way_out}")
-                    first = position - 1 - chunk.header_rows
-                    bad = np.array([bad_row.row for bad_row in chunk.bad], dtype=np.int64)
-                    yield SplitChunk(chunk, source.splits, rule.assign(first + chunk.rows), rule.assign(first + bad))
-                    rows += len(chunk.rows)
-                    num_rows = max(chunk.end_row - chunk.header_rows, 0)
-                    self._progress(PreparationProgress(stage, rows, bytes_before + chunk.bytes_read, bytes_total))
-                    if position + num_rows >= self._most_rows:
-                        break
-                if position + num_rows >= self._most_rows:
-                    size = sum(map(_size, source.files)) or math.inf
-                    share = (bytes_before - bytes_of_others + chunk.bytes_read) / size
-                    self.share_read |= dict.fromkeys(source.splits, share or 1.0)
-                    break
-                position += num_rows
-                bytes_before += _size(file)
+            for chunk, first, bytes_read in self._chunks_of(source):
+                if chunk.bad and self._stops_at_bad_rows:
+                    way_out = "Correct it, or use --bad_rows skip to skip and list bad rows."
+                    raise DataError(f"{chunk.bad[0]} {way_out}")
+                bad = np.array([bad_row.row for bad_row in chunk.bad], dtype=np.int64)
+                yield SplitChunk(chunk, source.splits, rule.assign(first + chunk.rows), rule.assign(first + bad))
+                rows += len(chunk.rows)
+                self._progress(PreparationProgress(stage, rows, bytes_before + bytes_read, bytes_total))
+            bytes_before += sum(map(_size, source.files))
         self._progress(PreparationProgress(stage, rows, bytes_total, bytes_total, is_done=True))
+
+    def _chunks_of(self, source: Source) -> Iterator[tuple[RawChunk, int, int]]:
+        """Yield each chunk, the position that row 0 of its file would have, and the bytes read. A head ends early."""
+        position = bytes_before = 0
+        for file in source.files:
+            num_rows = 0
+            for chunk in self._reader.chunks(file):
+                bytes_read = bytes_before + chunk.bytes_read
+                yield chunk, position - 1 - chunk.header_rows, bytes_read
+                num_rows = max(chunk.end_row - chunk.header_rows, 0)
+                if position + num_rows >= self._most_rows:
+                    share = bytes_read / (sum(map(_size, source.files)) or math.inf)
+                    self.share_read |= dict.fromkeys(source.splits, share or 1.0)
+                    return
+            position += num_rows
+            bytes_before += _size(file)
 
 
 class LogProgress:
