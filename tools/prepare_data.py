@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--dataset_format",
         "--format",
-        choices=("auto", *FORMATS),
+        choices=FORMATS,
         help="default: auto, which looks at names and first lines",
     )
     add("--dataset_schema", metavar="YAML", help="roles of the columns; see recipes/DATA.md")

@@ -4,15 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, get_args, get_type_hints
 
 from dhen.data.formats.text_blocks import BLOCK_BYTES
 from dhen.data.schema import SPLITS
-from dhen.model.names import check_type, quoted
+from dhen.model.names import check_type
 from dhen.model.ranges import Count, HashRows
 from dhen.paths import find
 
-Format = Literal["criteo", "libsvm", "csv", "parquet", "hub"]
+Format = Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"]
 FORMATS: tuple[str, ...] = get_args(Format)
 Paths = str | Sequence[str] | None
 
@@ -57,29 +57,24 @@ class PreparationSettings:
     train_file: Paths = None
     validation_file: Paths = None
     test_file: Paths = None
-    dataset_format: Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"] = "auto"
+    dataset_format: Format = "auto"
     dataset_schema: str | Path | None = None
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     split_order: Literal["random", "sequential"] = "random"
     split_seed: int = 0
     id_encoding: Literal["auto", "hash", "vocabulary"] = "auto"
-    hash_size: int | None = None
-    min_count: int | None = None
+    hash_size: HashRows | None = None
+    min_count: Count | None = None
     like: str | Path | None = None
     vocabulary_keys: Literal["union", "new"] = "union"
     bad_rows: Literal["error", "skip"] = "error"
     is_label_required: bool = True
     only_split: str | None = None
     schema_from: str | Path | None = None
-    block_bytes: int = BLOCK_BYTES
+    block_bytes: Count = BLOCK_BYTES
     head: Head | None = None
 
     def __post_init__(self) -> None:
-        self._check_choice("dataset_format", ("auto", *FORMATS))
-        self._check_choice("split_order", ("random", "sequential"))
-        self._check_choice("id_encoding", ("auto", "hash", "vocabulary"))
-        self._check_choice("vocabulary_keys", ("union", "new"))
-        self._check_choice("bad_rows", ("error", "skip"))
         for name in ("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema"):
             object.__setattr__(self, name, _found(getattr(self, name)))
         if self.like is not None and (Path(self.like) / "model").is_dir():  # a run folder
@@ -91,9 +86,8 @@ class PreparationSettings:
                 f"split_fractions is {fractions}. Use three shares for train, validation and test that sum to 1, such "
                 f"as 0.8 0.1 0.1."
             )
-        check_type("hash_size", self.hash_size, HashRows | None)
-        check_type("min_count", self.min_count, Count | None)
-        check_type("block_bytes", self.block_bytes, Count)
+        for name, kind in get_type_hints(PreparationSettings, include_extras=True).items():
+            check_type(name, getattr(self, name), kind)
         if bool(self.dataset_name) == bool(self.files_by_split()):
             raise ValueError(
                 "give either dataset_name, which is split by split_fractions, or files per split (train_file, "
@@ -104,11 +98,6 @@ class PreparationSettings:
         """Return the paths or globs for each split that the user gave files for."""
         given = zip(SPLITS, (self.train_file, self.validation_file, self.test_file), strict=True)
         return {split: as_tuple(paths) for split, paths in given if paths}
-
-    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in allowed:
-            raise ValueError(f"{name} is {quoted(value)}. Use one of: {', '.join(allowed)}.")
 
 
 def _found(paths: Paths | Path) -> Paths:

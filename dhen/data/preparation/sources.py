@@ -169,5 +169,5 @@ def format_of(settings: PreparationSettings) -> str:
         return "libsvm"
     raise DataError(
         f"{file}: cannot detect the format from the name or the first lines. Set --dataset_format to one of "
-        f"{', '.join(FORMATS)}; csv, parquet and hub also need --dataset_schema."
+        f"{', '.join(FORMATS[1:])}; csv, parquet and hub also need --dataset_schema."
     )
