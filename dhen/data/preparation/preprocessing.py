@@ -38,7 +38,7 @@ from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, RawS
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source, open_sources
 from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, load_vocabulary
-from dhen.data.preparation.writing import BadRowList, SplitWriter
+from dhen.data.preparation.writing import SplitWriter, list_bad_rows
 from dhen.data.schema import SHARES, Schema, SplitCounts
 
 _UNFINISHED = ".unfinished-"
@@ -168,13 +168,13 @@ def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_ori
     """Encode and write all rows in the last pass. with_origins: also write the file and row number of each row."""
     first_bad: BadRow | None = None
     writers = {split: SplitWriter(folder / split) for split in stream.splits}
-    bad_row_list, bad_rows = BadRowList(folder), dict.fromkeys(stream.splits, 0)
+    bad_rows = dict.fromkeys(stream.splits, 0)
     unknown_keys = {split: Counter() for split in stream.splits}
     with ExitStack() as stack:
-        for writer in (*writers.values(), bad_row_list):
+        for writer in writers.values():
             stack.enter_context(closing(writer))
         for part in stream.chunks("writing"):
-            bad_row_list.write(part.chunk.bad)
+            list_bad_rows(folder, part.chunk.bad)
             first_bad = first_bad or next(iter(part.chunk.bad), None)
             encoded, unknown = encoder.encode_and_count(part.chunk.table)
             if with_origins:

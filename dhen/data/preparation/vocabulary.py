@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from dhen.data.preparation.hashing import hash_texts, salt_of
 from dhen.data.schema import MISSING_ID
 
 VOCABULARY_FOLDER = "vocabulary"
@@ -64,15 +63,10 @@ class Vocabulary:
     def __init__(self, keys: pa.Array, counts: np.ndarray) -> None:
         self.keys = keys
         self.counts = counts
-        self._version = 0
-        # Find keys by hash, then compare the text. A sorted array serves all chunks; a hash join is built per chunk.
-        while True:
-            hashes = self._hashes(keys)
-            self._order = np.argsort(hashes, kind="stable")
-            self._sorted = hashes[self._order]
-            if not (self._sorted[1:] == self._sorted[:-1]).any():
-                break
-            self._version += 1
+        # The sorted keys serve all chunks. A hash join would be built for each of them.
+        series = pl.Series(pl.from_arrow(keys))
+        order = series.arg_sort()
+        self._sorted, self._ids = series.gather(order), order.to_numpy().astype(np.int64) + 1
 
     @property
     def num_embeddings(self) -> int:
@@ -81,18 +75,14 @@ class Vocabulary:
 
     def ids(self, keys: pa.Array) -> np.ndarray:
         """Return int64 ids, 0 for nulls and for keys that are not in the vocabulary."""
-        ids = np.full(len(keys), MISSING_ID, dtype=np.int64)
-        if len(keys) == 0 or len(self.keys) == 0:
-            return ids
+        if len(self.keys) == 0:
+            return np.full(len(keys), MISSING_ID, dtype=np.int64)
         encoded = keys.dictionary_encode()
-        distinct, codes = encoded.dictionary, encoded.indices
-        at = np.minimum(np.searchsorted(self._sorted, self._hashes(distinct)), len(self._sorted) - 1)
-        rows = self._order[at]
-        is_known = pc.equal(self.keys.take(pa.array(rows)), distinct).to_numpy(zero_copy_only=False)
-        distinct_ids = np.where(is_known, rows + 1, MISSING_ID)
-        is_present = codes.is_valid().to_numpy(zero_copy_only=False)
-        ids[is_present] = distinct_ids[codes.drop_null().to_numpy()]
-        return ids
+        distinct = pl.Series(pl.from_arrow(encoded.dictionary))
+        at = np.minimum(self._sorted.search_sorted(distinct).to_numpy(), len(self._sorted) - 1)
+        is_known = (self._sorted.gather(at) == distinct).to_numpy()
+        ids = pa.array(np.where(is_known, self._ids[at], MISSING_ID))
+        return pc.fill_null(ids.take(encoded.indices), MISSING_ID).to_numpy()
 
     def union(self, new: "Vocabulary") -> "Vocabulary":
         """These keys with their ids, then the other keys of `new`. A key of both counts the sum of both counts."""
@@ -111,9 +101,6 @@ class Vocabulary:
         ids = pa.array(np.arange(1, len(self.keys) + 1, dtype=np.int64))
         table = pa.table({"key": self.keys, "id": ids, "count": pa.array(self.counts, pa.int64())})
         pyarrow.parquet.write_table(table, path, compression="zstd")
-
-    def _hashes(self, keys: pa.Array) -> np.ndarray:
-        return hash_texts(keys, salt_of("vocabulary", self._version))
 
 
 def vocabulary_path(folder: Path, feature: str) -> Path:

@@ -4,6 +4,7 @@ The files depend only on the rows and their order, not on the chunks that the ro
 """
 
 import csv
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -81,23 +82,10 @@ class SplitWriter:
         )  # fmt: skip
 
 
-class BadRowList:
-    """Writes bad_rows.csv (file, row, reason, text). The file is created for the first bad row."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / BAD_ROWS_FILE
-        self._file = None
-
-    def write(self, bad_rows: tuple[BadRow, ...]) -> None:
-        """Append rows."""
-        if not bad_rows:
-            return
-        if self._file is None:
-            self._file = self._path.open("w", encoding="utf-8", newline="")
-            csv.writer(self._file).writerow(["file", "row", "reason", "text"])
-        csv.writer(self._file).writerows([bad.file, bad.row, bad.reason, bad.text] for bad in bad_rows)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+def list_bad_rows(folder: Path, bad_rows: tuple[BadRow, ...]) -> None:
+    """Append rows to bad_rows.csv (file, row, reason, text), which exists from the first bad row on."""
+    path = folder / BAD_ROWS_FILE
+    header = [] if path.exists() else [["file", "row", "reason", "text"]]
+    if bad_rows:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([*header, *map(astuple, bad_rows)])

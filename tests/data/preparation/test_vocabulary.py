@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhen.data.preparation import vocabulary as module
-from dhen.data.preparation.hashing import hash_texts, salt_of
 from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, load_vocabulary
 from tests.data.preparation import reference_preparation as reference
 
@@ -45,28 +44,6 @@ def test_round_trip_through_a_folder(tmp_path):
     assert loaded.counts.tolist() == [2, 1, 1]
     with pytest.raises(FileNotFoundError, match=r"C2\.parquet: no such file"):
         load_vocabulary(tmp_path, "C2")
-
-
-def colliding_keys():
-    """Two 16-character strings with the same hash: their second words cancel the difference of the first."""
-    start = reference.mix((salt_of("vocabulary") + 16 * 0x9E3779B97F4A7C15) & (2**64 - 1))
-    state = reference.mix(start ^ int.from_bytes(b"aaaaaaaa", "little"))
-    for i in range(100_000):
-        first = f"{i:08d}".encode()
-        other = int.from_bytes(b"bbbbbbbb", "little") ^ state ^ reference.mix(start ^ int.from_bytes(first, "little"))
-        second = other.to_bytes(8, "little")
-        if max(second) < 128:
-            return "aaaaaaaabbbbbbbb", (first + second).decode()
-    raise AssertionError("no second text found")
-
-
-def test_keys_with_equal_hashes_keep_their_own_ids():
-    one, other = colliding_keys()
-    hashes = hash_texts(pa.array([one, other]), salt_of("vocabulary"))
-    assert hashes[0] == hashes[1]
-    both = made_from([[one, one, other]])
-    assert both.ids(pa.array([other, one])).tolist() == [2, 1]
-    assert made_from([[one]]).ids(pa.array([other, one])).tolist() == [0, 1]
 
 
 def test_an_empty_vocabulary_knows_nothing():
