@@ -17,10 +17,12 @@ from pydantic import TypeAdapter
 
 from dhen.config.command_line import HelpFormatter
 from dhen.runtime import topology as job
+from dhen.runtime.topology import Topology
 from tools.cluster import Cluster, ClusterError, wait
 
 RETURN_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """Environment of ranks whose memory is measured: one arena and small mmaps return freed memory at once."""
+JOB_FILE, RESULTS_FILE = "job.json", "measured.json"
 _TIMEOUT_MINUTES = 5
 
 
@@ -38,28 +40,35 @@ def is_rank() -> bool:
 
 def run(
     arguments: argparse.Namespace,
-    measure: Callable[..., Any],
-    start_and_show: Callable[[argparse.Namespace], None],
-    file: str,
+    kind: type,
+    measure: Callable[[Topology, argparse.Namespace], Any],
+    present: Callable[[list[Any], argparse.Namespace], None],
 ) -> int:
-    """Run a benchmark on a cluster, on a rank or in the process that the user started. Returns the exit status.
+    """Run a benchmark on a cluster, in a job for each of --depths. Returns the exit status.
 
-    On a rank: join the job and call `measure(topology, arguments)`. Rank 0 writes the dataclasses that it returns to
-    `file` in --output. Communicates; all ranks call it. Else: call `start_and_show(arguments)`. The status is 2, with a
+    On a rank, which has one depth: join the job and call `measure`. Rank 0 writes what it returns to JOB_FILE in
+    --output. Communicates; all ranks call it. In the process that the user started: write the dataclasses of type
+    `kind` that the jobs return to RESULTS_FILE after each job, and call `present` in the end. The status is 2, with a
     message, if the cluster or a job on it fails.
     """
-    if not is_rank():
-        try:
-            start_and_show(arguments)
-        except ClusterError as error:
-            print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-            return 2
+    if is_rank():
+        topology = job.start(_TIMEOUT_MINUTES)
+        results = measure(topology, arguments)
+        if topology.is_main:
+            write_json(arguments.output / JOB_FILE, results)
+        job.stop()
         return 0
-    topology = job.start(_TIMEOUT_MINUTES)
-    results = measure(topology, arguments)
-    if topology.is_main:
-        write_json(arguments.output / file, results)
-    job.stop()
+    results = []
+    try:
+        with Cluster.of(arguments) as cluster:
+            for depth in arguments.depths:
+                command = [*sys.argv, "--depths", str(depth)]
+                results += results_of_cluster(cluster, command, list[kind], arguments.output)
+                write_json(arguments.output / RESULTS_FILE, results)
+        present(results, arguments)
+    except ClusterError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -82,14 +91,15 @@ def run_ranks(num_ranks: int) -> None:
 
 
 def results_of_cluster(
-    cluster: Cluster, command: Sequence[str], kind: Any, file: Path, *, may_fail: bool = False
+    cluster: Cluster, command: Sequence[str], kind: Any, output: Path, *, may_fail: bool = False
 ) -> Any:
-    """Run a script with its arguments on the cluster, and return what rank 0 writes to `file`, as the type `kind`.
+    """Run a benchmark on the cluster, and return what rank 0 writes to JOB_FILE in `output`, as the type `kind`.
 
     may_fail: running out of memory is a result. Raises ClusterError if there is no such file in the end, or if the job
     failed and may not.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / JOB_FILE
     file.unlink(missing_ok=True)
     status = wait(cluster.start(command))
     if not file.is_file() or (status and not may_fail):

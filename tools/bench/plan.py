@@ -47,9 +47,8 @@ from tools.bench.clock import in_turns, largest, median_seconds
 from tools.bench.report import print_table
 from tools.bench.small_work import NUM_DENSE, OPTIMIZER, random_batch, take_step
 from tools.bench.stand_ins import paused, replace_reduce_scatter
-from tools.cluster import Cluster, add_arguments
+from tools.cluster import add_arguments
 
-POINTS_FILE = "points.json"
 BATCH = 64
 TABLES = [SparseFeature(f"C{index}", 1000) for index in range(8)]
 TECHNIQUES = (
@@ -117,8 +116,8 @@ def job_of(depth: int, arguments: argparse.Namespace, machine: Machine) -> Job:
     return Job(config, BATCH, machine, nodes=arguments.nodes)
 
 
-def measure_points(topology: Topology, arguments: argparse.Namespace) -> list[Point]:
-    """Measure all depths. Communicates; all ranks call it."""
+def measure(topology: Topology, arguments: argparse.Namespace) -> list[Point]:
+    """Measure the links, then all techniques at one depth. Communicates; all ranks call it."""
     replace_reduce_scatter()
     machine = machine_of(arguments)
     if arguments.rounds and topology.world_size > 1:
@@ -126,7 +125,8 @@ def measure_points(topology: Topology, arguments: argparse.Namespace) -> list[Po
         if topology.is_main:
             efficiency, hop_ms = machine.link_efficiency, 1e3 * machine.seconds_per_collective
             print(f"collectives get {efficiency:.0%} of the links' rates, and a hop takes {hop_ms:.2f} ms", flush=True)
-    return [point for depth in arguments.depths for point in measure(topology, depth, arguments, machine)]
+    (depth,) = arguments.depths
+    return measure_techniques(topology, depth, arguments, machine)
 
 
 def with_measured_links(machine: Machine, topology: Topology) -> Machine:
@@ -158,7 +158,7 @@ def with_measured_links(machine: Machine, topology: Topology) -> Machine:
     )
 
 
-def measure(topology: Topology, depth: int, arguments: argparse.Namespace, machine: Machine) -> list[Point]:
+def measure_techniques(topology: Topology, depth: int, arguments: argparse.Namespace, machine: Machine) -> list[Point]:
     """All techniques at one depth: memory one after another, then seconds in turns. Communicates; all ranks call it."""
     planner = Planner(job_of(depth, arguments, machine))
     steps: dict[Technique, Callable[[], None]] = {}
@@ -266,17 +266,6 @@ def show(points: Sequence[Point]) -> None:
             print(f"order by speed at {depth} layers: Kendall's tau {tau:.2f}")
 
 
-def measure_grid(arguments: argparse.Namespace) -> None:
-    """Measure and print the grid, in a job per depth. Raises ClusterError."""
-    points: list[Point] = []
-    file = arguments.output / POINTS_FILE
-    with Cluster.of(arguments) as cluster:
-        for depth in arguments.depths:
-            points += launch.results_of_cluster(cluster, [*sys.argv, "--depths", str(depth)], list[Point], file)
-    launch.write_json(file, points)
-    show(points)
-
-
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, which the ranks get too."""
     parser = launch.argument_parser(__doc__)
@@ -288,9 +277,9 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--num_embeddings_out", type=int, default=6, help="embeddings that each of a layer's four interactions returns")
     add("--gflops", type=float, default=1.0, help="Gflop per second of the accelerator that a pause stands for")
     add("--rounds", type=int, default=3, help="timed steps per technique; 0 measures memory only")
-    add("--output", type=Path, default="runs/bench_plan", help=f"folder of {POINTS_FILE}")
+    add("--output", type=Path, default="runs/bench_plan", help=f"folder of {launch.RESULTS_FILE}")
     return parser.parse_args(command_line)
 
 
 if __name__ == "__main__":
-    sys.exit(launch.run(parse_arguments(), measure_points, measure_grid, POINTS_FILE))
+    sys.exit(launch.run(parse_arguments(), Point, measure, lambda points, _: show(points)))

@@ -28,10 +28,9 @@ from dataclasses import replace
 
 from tools.bench import launch
 from tools.bench.report import draw_over_depth, print_table
-from tools.bench.sharding_ranks import JOB_FILE, SCHEMES, Measured, measure_all
+from tools.bench.sharding_ranks import SCHEMES, Measured, measure
 from tools.cluster import Cluster, add_arguments
 
-MEASURED_FILE = "measured.json"
 _DRAWN = {
     "dp": ("DP", "C0"),
     "fsdp": ("FSDP", "C1"),
@@ -100,43 +99,34 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="schemes to compare")
     add("--rounds", type=int, default=5, help="measured steps per scheme")
     add("--memory_cap_mib", type=float, default=0, help="measure peak memory too, with this cap per rank")
-    add("--output", type=Path, default="runs/bench_sharding", help=f"folder of {MEASURED_FILE} and figure6.png")
+    add("--output", type=Path, default="runs/bench_sharding", help=f"folder of {launch.RESULTS_FILE} and figure6.png")
     add("--memory", action="store_true", help=argparse.SUPPRESS)  # set for the jobs that measure memory
     return parser.parse_args(command_line)
 
 
-def measure_on_a_cluster(arguments: argparse.Namespace) -> None:
-    """Measure the schemes in a job per depth; then their memory, in a job each. Raises ClusterError.
-
-    Writes measured.json after each depth.
-    """
-    results: list[Measured] = []
+def present(results: Sequence[Measured], arguments: argparse.Namespace) -> None:
+    """Measure memory if there is a cap; print the table and draw the figure. Raises ClusterError."""
     output = arguments.output
-    with Cluster.of(arguments) as cluster:
-        for depth in arguments.depths:
-            command = [*sys.argv, "--depths", str(depth)]
-            results += launch.results_of_cluster(cluster, command, list[Measured], output / JOB_FILE)
-            launch.write_json(output / MEASURED_FILE, results)
     if arguments.memory_cap_mib:
         results = with_peaks(results, arguments)
-        launch.write_json(output / MEASURED_FILE, results)
+        launch.write_json(output / launch.RESULTS_FILE, results)
     show(results)
     plot(results, output / "figure6.png")
-    print(f"{output} has {MEASURED_FILE} and figure6.png")
+    print(f"{output} has {launch.RESULTS_FILE} and figure6.png")
 
 
 def with_peaks(results: Sequence[Measured], arguments: argparse.Namespace) -> list[Measured]:
     """The results with peak MiB of rank 0, in a job each, on unlimited links; infinite if the cap is too low."""
     os.environ |= launch.RETURN_FREED_MEMORY
-    measured, file = [], arguments.output / JOB_FILE
+    measured = []
     with Cluster.of(arguments, is_limited=False) as cluster:
         for result in results:
             command = [*sys.argv, "--memory", "--schemes", result.scheme, "--depths", str(result.depth)]
             with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure
-                peak = launch.results_of_cluster(cluster, command, float | None, file, may_fail=True)
+                peak = launch.results_of_cluster(cluster, command, float | None, arguments.output, may_fail=True)
             measured.append(replace(result, peak_mib=math.inf if peak is None else peak))
     return measured
 
 
 if __name__ == "__main__":
-    sys.exit(launch.run(parse_arguments(), measure_all, measure_on_a_cluster, JOB_FILE))
+    sys.exit(launch.run(parse_arguments(), Measured, measure, present))

@@ -23,12 +23,11 @@ from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import lay_out, parallelize, weights_of
 from tools.bench.clock import in_turns
+from tools.bench.launch import JOB_FILE
 from tools.bench.small_work import OPTIMIZER
 from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap, status_kib
 from tools.cluster import bytes_sent
 
-JOB_FILE = "job.json"
-"""In --output: what rank 0 of one job writes."""
 BATCH = 16  # examples per rank and step
 NUM_DENSE = 8
 BYTES = 4  # of an fp32 weight
@@ -101,17 +100,15 @@ class Measured:
         return SCHEMES[self.scheme].bytes_sent(self.model_bytes, self.matrix_bytes, self.nodes, self.ranks)
 
 
-def measure_all(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
-    """Measure all depths, or end the rank after measuring memory. Communicates; all ranks call it."""
+def measure(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
+    """Measure all schemes at one depth, in turns. With --memory: measure memory, and end the rank. Communicates; all
+    ranks call it.
+    """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about writing to the logit, which nobody does
     replace_reduce_scatter()
     if arguments.memory:
         measure_memory(topology, arguments)
-    return [result for depth in arguments.depths for result in measure(topology, depth, arguments)]
-
-
-def measure(topology: Topology, depth: int, arguments: argparse.Namespace) -> list[Measured]:
-    """All schemes at one depth, in turns. Communicates; all ranks call it."""
+    (depth,) = arguments.depths
     config = model_config(depth, arguments.embeddings)
     steps = {name: build(SCHEMES[name], config, topology, arguments.compute_ms / 1e3) for name in arguments.schemes}
     for take_step in steps.values():

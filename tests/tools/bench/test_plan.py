@@ -33,7 +33,7 @@ def measured(topology: Topology) -> list[Point]:
     ring = {"nodes": 2, "ranks": 4}
     nothing, message = (machine.all_reduced(size, **ring) + machine.gathered(size, **ring) for size in (0, 2**18))
     assert 0 < nothing < message < 1
-    return bench_plan.measure(topology, 2, arguments, machine)
+    return bench_plan.measure_techniques(topology, 2, arguments, machine)
 
 
 def test_points_are_measured_beside_predictions():
