@@ -1,6 +1,7 @@
-"""Converts raw columns (text, or any type in a Parquet file) to the typed columns of a `RawChunk`, all rows at once.
+"""Converts raw columns to the typed columns of a `RawChunk`, all rows at once.
 
-Each function returns the values and reports the rows that it cannot read to the chunk's `RowChecks`.
+Columns have text, or any type of a Parquet file that `plain` has simplified. Each function returns the values and
+reports the rows that it cannot read to the chunk's `RowChecks`.
 """
 
 import re
@@ -10,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dhen.data.formats.canonical import canonical_keys, string_buffers
+from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.raw_rows import RowChecks
 from dhen.data.formats.roles import LabelRole, SparseRole
 
@@ -21,8 +22,32 @@ _SECONDS = (1e8, 1e10)
 """Seconds since 1970 that are taken for a time: from 1973 to 2286. Milliseconds, or a date like 20240131, are not."""
 _ADJACENT = re.compile(r"%\w%\w")
 A_NUMBER = "a finite number up to 3.4e38"
-_HEX = np.zeros(256, dtype=bool)
-_HEX[np.frombuffer(b"0123456789abcdefABCDEF", dtype=np.uint8)] = True
+_HEX = "0123456789abcdefABCDEF"
+
+
+def plain(values: pa.Array) -> pa.Array:
+    """Return the values as one of few types: without a dictionary, lists as one type of list, and NaN as null.
+
+    Bytes become text; those that are not UTF-8 become U+FFFD.
+    """
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        return plain(values.dictionary_decode())
+    if is_list(kind):
+        return lists_of(list_lengths(values), plain(pc.list_flatten(values)))
+    if pa.types.is_boolean(kind):
+        return values.cast(pa.int8())
+    if pa.types.is_floating(kind):
+        values = values.cast(pa.float64())
+        return pc.if_else(pc.is_nan(values), pa.scalar(None, pa.float64()), values)
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+        try:
+            return values.cast(pa.binary()).cast(pa.string())
+        except pa.ArrowInvalid:
+            texts = (None if value is None else value.decode("utf-8", "replace") for value in values.to_pylist())
+            return pa.array(texts, pa.string())
+    is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return values.cast(pa.string()) if is_text else values
 
 
 def label_column(
@@ -64,7 +89,6 @@ def label_column(
 
 def _equal(values: pa.Array, positive: str) -> tuple[np.ndarray, np.ndarray]:
     """Return (1 where the value is `positive`, else 0, NaN if blank; mask of unreadable values)."""
-    values = plain(values)
     if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
         numbers, unread = parse_numbers(values, pl.Float64)
         wanted, _ = parse_numbers(pa.array([positive]), pl.Float64)
@@ -111,21 +135,13 @@ def fit_float32(numbers: np.ndarray) -> np.ndarray:
 
 def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
     """Return ids of one to eight hex digits in lower case, null if blank."""
-    offsets, data = string_buffers(values)
-    lengths = np.diff(offsets)
-    digits = data[offsets[0] : offsets[-1]]
-    is_hex = _HEX[digits]
-    if not is_hex.all() or lengths.max(initial=0) > 8:
-        wrong_up_to = np.concatenate(([0], np.cumsum(~is_hex)))
-        is_bad = (np.diff(wrong_up_to[offsets - offsets[0]]) > 0) | (lengths > 8)
-        checks.refuse(
-            is_bad,
-            lambda i: (
-                f"column {name!r}: the id {_shown(values, i)} is not hex; use 1 to 8 of 0-9 a-f, or leave it blank"
-            ),
-        )
-    has_capitals = ((digits >= ord("A")) & (digits <= ord("F"))).any()
-    return pc.ascii_lower(values) if has_capitals else values
+    is_hex = pc.equal(pc.ascii_rtrim(values, _HEX), "")
+    is_good = pc.and_(is_hex, pc.less_equal(pc.binary_length(values), 8)).fill_null(True)
+    checks.refuse(
+        ~is_good.to_numpy(zero_copy_only=False),
+        lambda i: f"column {name!r}: the id {_shown(values, i)} is not hex; use 1 to 8 of 0-9 a-f, or leave it blank",
+    )
+    return pc.ascii_lower(values)
 
 
 def sparse_columns(
@@ -138,7 +154,10 @@ def sparse_columns(
     if role.transform is not None:
         return _log_squared(values, role.source, checks), None
     if not role.is_multi_valued:
-        keys = key_strings(values, role.source, checks)
+        keys, is_bad = _keys(values)
+        checks.refuse(
+            is_bad, lambda i: f"column {role.source!r}: the id {_shown(values, i)} is neither text nor an integer"
+        )
         if role.characters is not None:
             keys = pc.utf8_slice_codeunits(keys, *role.characters)
             keys = pc.if_else(pc.equal(keys, ""), pa.scalar(None, pa.string()), keys)
@@ -146,8 +165,7 @@ def sparse_columns(
     lists = _split(values, role.separator)
     lengths = list_lengths(lists)
     if role.weights is None:
-        keys = _keys_of_list(lists, lengths, role.source, checks)
-        return lists_of(lengths, keys, keep=_is_present(keys)), None
+        return lists_of(lengths, _keys_of_list(lists, lengths, role.source, checks)), None
     weight_lists = _split(columns[role.weights], role.separator)
     weight_lengths = list_lengths(weight_lists)
     checks.refuse(
@@ -164,19 +182,11 @@ def sparse_columns(
     keys = _keys_of_list(lists, lengths, role.source, checks)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     numbers, _ = parse_numbers(pc.list_flatten(weight_lists), pl.Float64)
-    keep = _is_present(keys)
-    is_bad = np.bincount(rows, weights=~fit_float32(numbers) & keep, minlength=len(lengths)) > 0
+    is_bad = np.bincount(rows, weights=~fit_float32(numbers) & _is_present(keys), minlength=len(lengths)) > 0
     checks.refuse(is_bad, lambda i: f"column {role.weights!r}: a weight is not {A_NUMBER}")
     with np.errstate(over="ignore"):  # only in bad rows
         weights = pa.array(numbers.astype(np.float32), from_pandas=False)
-    return lists_of(lengths, keys, keep=keep), lists_of(lengths, weights, keep=keep)
-
-
-def key_strings(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Return single ids as text, null if blank."""
-    keys, is_bad = _keys(values)
-    checks.refuse(is_bad, lambda i: f"column {name!r}: the id {_shown(values, i)} is neither text nor an integer")
-    return keys
+    return lists_of(lengths, keys), lists_of(lengths, weights)
 
 
 def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray, np.ndarray]:
@@ -184,10 +194,7 @@ def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray
 
     Spaces around a number do not count.
     """
-    values = plain(values)
-    if pa.types.is_boolean(values.type):
-        values = values.cast(pa.int8())
-    elif pa.types.is_float16(values.type) or pa.types.is_decimal(values.type):
+    if pa.types.is_decimal(values.type):
         values = values.cast(pa.float64())
     series = pl.Series(pl.from_arrow(values))
     numbers = series.cast(kind, strict=False)
@@ -201,36 +208,16 @@ def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray
 
 def _keys(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """Return (text, mask of non-ids). Whole floats are ids, because pandas stores integers with blanks as floats."""
-    values = plain(values)
-    none_bad = np.zeros(len(values), dtype=bool)
     if pa.types.is_floating(values.type):
-        numbers = values.to_numpy(zero_copy_only=False).astype(np.float64)
-        is_blank = np.isnan(numbers)
-        is_whole = ~is_blank & (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
-        whole = pa.array(np.where(is_whole, numbers, 0).astype(np.int64), mask=~is_whole)
-        return whole.cast(pa.string()), ~is_whole & ~is_blank
-    if pa.types.is_boolean(values.type):
-        values = values.cast(pa.int8())
+        numbers = pc.fill_null(values, 0).to_numpy()
+        is_whole = (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
+        whole = pc.if_else(pa.array(is_whole), values, pa.scalar(None, pa.float64()))
+        return whole.cast(pa.int64()).cast(pa.string()), ~is_whole
     text = values if pa.types.is_string(values.type) else values.cast(pa.string())
     is_blank = pc.equal(pc.binary_length(text), 0)
     if pc.any(is_blank).as_py():
         text = pc.if_else(is_blank, pa.scalar(None, pa.string()), text)
-    return text, none_bad
-
-
-def plain(values: pa.Array) -> pa.Array:
-    """Return the values without a dictionary, and bytes as text; bytes that are not UTF-8 as U+FFFD."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    kind = values.type
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
-        try:
-            return values.cast(pa.binary()).cast(pa.string())
-        except pa.ArrowInvalid:
-            texts = (None if value is None else value.decode("utf-8", "replace") for value in values.to_pylist())
-            return pa.array(texts, pa.string())
-    is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return values.cast(pa.string()) if is_text else values
+    return text, np.zeros(len(values), dtype=bool)
 
 
 def _log_squared(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
@@ -246,7 +233,6 @@ def _part_of_dates(values: pa.Array, role: SparseRole, checks: RowChecks) -> pa.
 
     Dates are Arrow's, or text in the role's format, or ISO text, or seconds since 1970.
     """
-    values = plain(values)
     if role.date_format is not None and not pa.types.is_temporal(values.type):
         # Polars does not read hours without minutes.
         minutes = ("", "") if "%M" in role.date_format or "%H" not in role.date_format else (" 00", " %M")
@@ -271,9 +257,7 @@ def _part_of_dates(values: pa.Array, role: SparseRole, checks: RowChecks) -> pa.
     parts = parts.cast(pl.Int32).cast(pl.String).to_arrow().cast(pa.string())
     is_bad = _is_present(values) & ~_is_present(parts)
     if pa.types.is_string(values.type):
-        is_bad &= ~(pl.Series(pl.from_arrow(values)).str.strip_chars() == "").fill_null(True).to_numpy()
-    elif pa.types.is_floating(values.type):
-        is_bad &= ~np.isnan(values.to_numpy(zero_copy_only=False))
+        is_bad &= pl.Series(pl.from_arrow(values)).str.contains(r"\S").fill_null(False).to_numpy()
     wanted = role.date_format or "2024-01-31, 2024-01-31 12:30:00, or seconds since 1970, from 1973 on"
     checks.refuse(is_bad, lambda i: f"column {role.source!r}: {_shown(values, i)} is not a date; use {wanted}")
     return parts
@@ -289,16 +273,16 @@ def _keys_of_list(lists: pa.Array, lengths: np.ndarray, name: str, checks: RowCh
 
 def _split(values: pa.Array, separator: str | None) -> pa.Array:
     """Return lists: those in the file, a text split at the separator, or one-value lists."""
-    if pa.types.is_list(values.type):
+    if is_list(values.type):
         return values
-    if pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
-        return values.cast(pa.list_(values.type.value_type))
-    values = plain(values)
     if separator is not None:
-        text = values if pa.types.is_string(values.type) else values.cast(pa.string())
-        return pc.split_pattern(text, separator)
-    lengths = values.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
-    return lists_of(lengths, values.drop_null())
+        return pc.split_pattern(values.cast(pa.string()), separator)
+    return lists_of(_is_present(values), values.drop_null())
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is one of Arrow's types of lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
 
 def list_lengths(lists: pa.Array) -> np.ndarray:
@@ -310,14 +294,9 @@ def _is_present(keys: pa.Array) -> np.ndarray:
     return keys.is_valid().to_numpy(zero_copy_only=False)
 
 
-def lists_of(lengths: np.ndarray, values: pa.Array, keep: np.ndarray | None = None) -> pa.Array:
-    """Return lists of the given lengths over flat values, without the values that are not in `keep`."""
-    if keep is not None and not keep.all():
-        kept_up_to = np.concatenate(([0], np.cumsum(keep)))
-        offsets = kept_up_to[np.concatenate(([0], np.cumsum(lengths)))]
-        values = values.filter(pa.array(keep))
-    else:
-        offsets = np.concatenate(([0], np.cumsum(lengths)))
+def lists_of(lengths: np.ndarray, values: pa.Array) -> pa.Array:
+    """Return lists of the given lengths over flat values."""
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
 
 

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dhen.data.formats.columns import label_column, parse_numbers, plain, sparse_columns
+from dhen.data.formats.columns import is_list, label_column, parse_numbers, plain, sparse_columns
 from dhen.data.formats.raw_rows import DataError, RowChecks
 from dhen.data.formats.roles import LabelRole, Part, SparseRole
 
@@ -58,7 +58,8 @@ def guess_label(values: pa.Array, given: LabelRole, file: str) -> tuple[LabelRol
     where = f"{file}: column {given.column!r}: the label"
     if pa.types.is_nested(values.type) or pa.types.is_temporal(values.type):
         raise DataError(f"{where} has the type {values.type}. Make a column of 0 and 1.")
-    words = pc.value_counts(plain(values).cast(pa.string()).drop_null()).field("values").to_pylist()
+    values = plain(values)
+    words = pc.value_counts(values.cast(pa.string()).drop_null()).field("values").to_pylist()
     if not words:
         raise DataError(f"{where} is blank in the first {len(values):,} rows. Use another column, or raise --rows.")
     is_told = given.positive is not None or given.greater_than is not None
@@ -91,14 +92,13 @@ def _positive(values: pa.Array, words: list[str], where: str) -> str | None:
 def guess_column(name: str, values: pa.Array) -> Guess:
     """Return the role of a column of text, where a blank is null, or of any type in a Parquet file."""
     kind = values.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    inner = kind.value_type if is_list else kind
+    inner = kind.value_type if is_list(kind) else kind
     if not name.strip():
         return Guess(name, "ignored", "it has no name")
     is_readable = not isinstance(inner, pa.BaseExtensionType) and not any(is_it(inner) for is_it in _UNREADABLE)
-    if not is_readable or (is_list and pa.types.is_floating(inner)):
+    if not is_readable or (is_list(kind) and pa.types.is_floating(inner)):
         return Guess(name, "ignored", f"the type {kind} cannot be read")
-    if is_list:
+    if is_list(kind):
         return Guess(name, "sparse", options={"multi_valued": True})
     present = plain(values.drop_null())
     if pa.types.is_string(present.type):

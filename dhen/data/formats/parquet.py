@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from dhen.data.formats.columns import is_list
 from dhen.data.formats.delimited import typed_table
 from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
 from dhen.data.formats.raw_rows import DataError, RawChunk, RowChecks
@@ -94,13 +95,12 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     dates = {feature.source for feature in roles.sparse if feature.part is not None}
     for name in used_columns(roles, schema.names):
         kind = schema.field(name).type
-        is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        if name in singles and is_list:
+        if name in singles and is_list(kind):
             raise DataError(
                 f"{file}: column {name!r} has lists ({kind}). If it is a sparse feature, write "
                 f"{{name: {name}, multi_valued: true}} in the schema."
             )
-        inner = kind.value_type if is_list else kind
+        inner = kind.value_type if is_list(kind) else kind
         inner = inner.value_type if pa.types.is_dictionary(inner) else inner
         if pa.types.is_nested(inner):
             raise DataError(f"{file}: column {name!r} has the type {kind}. Use numbers, strings, or lists of them.")

@@ -48,19 +48,22 @@ class Encoder:
                 continue
             column = raw[sparse.name].combine_chunks()
             keys = canonical_keys(column.flatten() if sparse.is_multi_valued else column)
-            ids, keep = self._ids(keys, sparse), keys.is_valid().to_numpy(zero_copy_only=False)
-            lengths = list_lengths(column) if sparse.is_multi_valued else np.ones(len(column), np.int64)
+            ids, is_key = self._ids(keys, sparse), keys.is_valid()
+            row = np.arange(len(column))
+            if sparse.is_multi_valued:
+                row = np.repeat(row, list_lengths(column))
             if sparse.encoding == "vocabulary":
-                row = np.repeat(np.arange(len(lengths)), lengths)
-                is_unknown = keep & (ids.to_numpy() == MISSING_ID)
-                unknown[sparse.name] = np.bincount(row[is_unknown], minlength=len(lengths))
+                is_unknown = is_key.to_numpy(zero_copy_only=False) & (ids.to_numpy() == MISSING_ID)
+                unknown[sparse.name] = np.bincount(row[is_unknown], minlength=len(column))
             if not sparse.is_multi_valued:
                 encoded[sparse.name] = ids
                 continue
-            encoded[sparse.name] = lists_of(lengths, ids, keep=keep)  # a blank in a list is no id
+            # A blank in a list is no id.
+            lengths = np.bincount(row[is_key.to_numpy(zero_copy_only=False)], minlength=len(column))
+            encoded[sparse.name] = lists_of(lengths, ids.filter(is_key))
             if sparse.is_weighted:
                 name = weights_column(sparse.name)
-                encoded[name] = lists_of(lengths, raw[name].combine_chunks().flatten(), keep=keep)
+                encoded[name] = lists_of(lengths, raw[name].combine_chunks().flatten().filter(is_key))
         return pa.table(encoded), unknown
 
     def _ids(self, keys: pa.Array, sparse: SparseColumn) -> pa.Array:
