@@ -98,8 +98,6 @@ class _Rank:
         flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._trace.trained)
         activations = _Activations(self._trace, setting.offload_activations)
         gathering = gathering_of(self._trace, setting) if setting.stage == 3 else None
-        owner = {weight: module for module, own in self._trace.modules.items() for weight in own}
-        missing = {module: len(own) for module, own in self._trace.modules.items()}
         worst: tuple[int, dict[str, int], str] = (0, {}, "")
 
         def note(moment: str, activations: int, gathered: int, flow_bytes: tuple[int, int]) -> None:
@@ -110,7 +108,7 @@ class _Rank:
                 parts = {"activations": activations, "gathered": gathered, "gradients": gradients, "buckets": buckets}
                 worst = (total, parts, moment)
 
-        is_backward, left = False, []
+        is_backward = False
         for event in self._trace.events:
             is_backward |= event.kind == "loss"
             peak = activations.pass_by(event, is_backward=is_backward)
@@ -125,17 +123,8 @@ class _Rank:
                 note(f"reduction, {event.name}", activations.now, gathered, flow.take(event.name, elements))
             if gathering:
                 self._most_gathered = max(self._most_gathered, gathering.peak * setting.weight_bytes)
-                module = owner[event.name] if event.kind == "gradient" else event.name
-                missing[module] = missing.get(module, 0) - (event.kind == "gradient")
-                if left:  # the end of a module's backward is only seen after the next gradient
-                    gathering.leave(left.pop())
-                if event.kind == "enter" and module in self._trace.modules:
-                    gathering.enter(module)
-                elif event.kind == "leave":
-                    gathering.leave(module)
-                elif event.kind == "gradient" and not missing[module]:
-                    left.append(module)
-                note(f"gathering, {module}", activations.now, gathering.peak * setting.weight_bytes, flow.held)
+                gathering.follow(event)
+                note(f"gathering, {event.name}", activations.now, gathering.peak * setting.weight_bytes, flow.held)
         gathered = gathering.elements * setting.weight_bytes if gathering else 0
         note("reduction of the last gradients", activations.now, gathered, flow.finish())
         return _sum(self.rest, worst[1]), worst[2]

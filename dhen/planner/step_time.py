@@ -1,19 +1,21 @@
-"""Predicts the time of a step by simulating compute, communication, recomputation and offload layer by layer.
+"""Predicts the time of a step from the work of four resources that overlap.
 
 Four resources work in parallel, and each does one thing at a time: compute, the fabric between the ranks that ZeRO
-shards over, the link between replicas, and the link to the host. An operation takes the time of its floating-point
-operations or of its bytes, whichever is longer. The model is meant to rank techniques, not to predict milliseconds: it
-leaves out congestion, stragglers, and kernels that share the GPU with communication.
+shards over, the link between replicas, and the link to the host. The forward takes as long as the busiest of them, and
+so does the backward. On top comes what nothing hides, such as the first weights and the last gradients. An operation
+takes the time of its floating-point operations or of its bytes, whichever is longer. The model is meant to rank
+techniques, not to predict milliseconds: it leaves out congestion, stragglers, and kernels that share the GPU with
+communication.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from dhen.planner.machine import Machine
 from dhen.planner.memory import ALL_REDUCE_ELEMENTS, gathering_of
 from dhen.planner.memory_setting import MemorySetting
-from dhen.planner.step_trace import StepTrace, Work
+from dhen.planner.step_trace import Event, StepTrace, Work
 from dhen.planner.zero3_gathering import Gathering
 
 _ADAM_PASSES = 2
@@ -38,55 +40,6 @@ class StepSeconds:
         return self.compute + self.waiting + self.optimizer + self.tables
 
 
-@dataclass
-class Segment:
-    """The forward or backward of a layer; layer None is the part of the model before or after the layers.
-
-    work: its operations. asked: elements of each all-gather that stage 3 starts here. needed: numbers of the
-    all-gathers that it waits for, counted over the whole step. entries: how many modules with weights are entered.
-    gradients: elements by weight. kept: bytes of activations that stay live.
-    """
-
-    layer: int | None
-    is_backward: bool
-    work: list[Work] = field(default_factory=list)
-    asked: list[int] = field(default_factory=list)
-    needed: list[int] = field(default_factory=list)
-    entries: int = 0
-    gradients: dict[str, int] = field(default_factory=dict)
-    kept: int = 0
-
-
-def segments(trace: StepTrace, gathering: Gathering | None) -> list[Segment]:
-    """Divide the trace into layers, first the forward, then the backward."""
-    result: list[Segment] = []
-    owner = {weight: module for module, own in trace.modules.items() for weight in own}
-    at: tuple[int | None, bool] | None = None
-    is_backward = False
-    for event in trace.events:
-        if (event.layer, is_backward) != at:
-            at = (event.layer, is_backward)
-            result.append(Segment(*at))
-        segment = result[-1]
-        segment.work += event.work
-        segment.kept += event.kept
-        if event.kind == "gradient":
-            segment.gradients[event.name] = trace.weights[event.name]
-        if gathering is not None and (owner.get(event.name) or event.name) in trace.modules:
-            before = len(gathering.sent), len(gathering.waited)
-            if event.kind == "enter":
-                segment.entries += 1
-                gathering.enter(event.name)
-            elif event.kind == "leave":
-                gathering.leave(event.name)
-            elif event.name == trace.modules[owner[event.name]][-1]:
-                gathering.leave(owner[event.name])
-            segment.asked += gathering.sent[before[0] :]
-            segment.needed += gathering.waited[before[1] :]
-        is_backward |= event.kind == "loss"
-    return result
-
-
 def compute_seconds(work: Iterable[Work], machine: Machine, dtype: str = "fp32") -> float:
     """Seconds of the operations in sequence, with matrix products in `dtype`."""
     flops = machine.flops.get(dtype, machine.flops["fp32"]) * machine.compute_efficiency
@@ -109,142 +62,128 @@ def step_seconds(
 
     accumulation_steps: micro steps per update; each micro step carries an equal share of the update's time.
     """
-    gathering = gathering_of(trace, setting) if setting.stage == 3 else None
     links = _Links(machine, setting, nodes)
-    timeline = _Timeline(machine, setting, links, accumulation_steps)
-    for part in segments(trace, gathering):
-        timeline.run(part, compute_seconds(part.work, machine, dtype))
-    update = _update_traffic_seconds(trace, setting, links, gathering)
+    gathering = gathering_of(trace, setting) if setting.stage == 3 else None
+    forward, backward = trace.events[: trace.loss_at + 1], trace.events[trace.loss_at + 1 :]
+    forward_compute, forward_gathers = _pass_seconds(forward, machine, dtype, links, gathering)
+    backward_compute, backward_gathers = _pass_seconds(backward, machine, dtype, links, gathering)
+    gradients = {event.name: trace.weights[event.name] for event in backward if event.kind == "gradient"}
+    total = _forward_seconds(forward_compute, forward_gathers, machine)
+    total += _backward_seconds(backward_compute, sum(backward_gathers), links, gradients, accumulation_steps)
+    total += _waiting_for_copies(trace, setting, machine, dtype)
+    compute, update = forward_compute + backward_compute, _update_traffic_seconds(trace, links, gathering)
     return StepSeconds(
-        compute=timeline.compute,
-        waiting=timeline.finish() - timeline.compute + update / accumulation_steps,
+        compute=compute,
+        waiting=total - compute + update / accumulation_steps,
         optimizer=_optimizer_seconds(trace, setting, machine) / accumulation_steps,
         tables=table_seconds,
     )
 
 
-class _Timeline:
-    """When each resource becomes free: compute, the fabric that ZeRO shards over, the link between replicas, and the
-    link to the host.
-    """
-
-    def __init__(self, machine: Machine, setting: MemorySetting, links: "_Links", accumulation_steps: int) -> None:
-        self._machine, self._setting, self._links = machine, setting, links
-        self._accumulation_steps = accumulation_steps
-        is_serial = not machine.is_gpu or not machine.can_overlap  # gloo's reduce-scatter blocks
-        self._waits_for_reduction = is_serial or (setting.stage == 2 and not setting.overlap_comm)
-        self._now = self._fabric = self._link = self._host = 0.0
-        self._began = 0.0  # start of the current or previous segment
-        self._bucket = setting.gradient_bucket()
-        self._gathered: list[float] = []  # end of each all-gather
-        self._on_host: dict[int, int] = {}  # bytes of offloaded activations by layer
-        self.compute = 0.0
-
-    def run(self, part: Segment, seconds: float) -> None:
-        """Compute the segment for `seconds`, once its weights and activations have arrived."""
-        self._gather(part)
-        if part.layer in self._on_host:
-            self._move_to_or_from_host(self._on_host.pop(part.layer), self._began)
-            self._now = max(self._now, self._host)
-        self._began = self._now
-        self._now += seconds + part.entries * self._machine.seconds_per_module
-        self.compute += seconds
-        if not part.is_backward:
-            self._offload(part)
-        elif self._setting.stage >= 2:
-            self._take(part.gradients)
-
-    def _gather(self, part: Segment) -> None:
-        """Start the segment's all-gathers, and wait for the weights that it needs."""
-        for elements in part.asked:
-            size = elements * self._setting.weight_bytes
-            self._fabric = max(self._fabric, self._now) + self._links.gather(size)
-            if self._setting.offload_param and self._machine.is_gpu:
-                self._fabric += size / self._setting.shard_size / self._machine.host_bytes_per_second
-            self._gathered.append(self._fabric)
-        there = [self._gathered[number] for number in part.needed]
-        if not self._machine.can_overlap:
-            there.append(self._fabric)
-        self._now = max([self._now, *there])
-
-    def finish(self) -> float:
-        """Reduce the remaining gradients. Returns when all resources are free."""
-        if self._bucket.waiting:
-            self._reduce(self._bucket.elements, self._now)
-        return max(self._now, self._fabric, self._link, self._host)
-
-    def _take(self, gradients: Mapping[str, int]) -> None:
-        """Reduce gradients in buckets.
-
-        A bucket with no room for the segment's first gradient can be reduced from the segment's start.
-        """
-        ready = self._began
-        for name, elements in gradients.items():
-            for due in self._bucket.take(name, elements):
-                self._reduce(sum(due.values()), self._now if name in due else ready)
-            ready = self._now
-
-    def _reduce(self, elements: int, ready: float) -> None:
-        """Reduce gradients over the shard group, then over the replicas, starting at `ready` or later."""
-        setting = self._setting
-        ready = self._now if self._waits_for_reduction else ready
-        self._fabric = max(self._fabric, ready) + self._links.reduce(elements * setting.gradient_bytes)
-        if setting.num_replicas > 1:
-            across = self._links.replicate(elements * setting.wire_bytes)  # in the last micro step
-            self._link = max(self._link, self._fabric) + across / self._accumulation_steps
-            if not (self._machine.can_overlap and setting.async_all_reduce):
-                self._fabric = self._link
-        if self._waits_for_reduction:
-            self._now = self._fabric
-
-    def _offload(self, part: Segment) -> None:
-        if self._machine.is_gpu and part.layer is not None and part.layer < self._setting.offload_activations:
-            self._on_host[part.layer] = part.kept
-            self._move_to_or_from_host(part.kept, self._now)
-
-    def _move_to_or_from_host(self, size: int, earliest: float) -> None:
-        self._host = max(self._host, earliest) + size / self._machine.host_bytes_per_second
+def _pass_seconds(
+    events: Sequence[Event], machine: Machine, dtype: str, links: "_Links", gathering: Gathering | None
+) -> tuple[float, list[float]]:
+    """Seconds of the forward's or the backward's operations, and of each of stage 3's all-gathers in it."""
+    compute = _compute_of(events, machine, dtype)
+    if gathering is None:
+        return compute, []
+    before = len(gathering.sent)
+    for event in events:
+        gathering.follow(event)
+    modules = sum(event.kind == "enter" and event.name in gathering.modules for event in events)
+    gathers = [links.gather(elements) for elements in gathering.sent[before:]]
+    return compute + modules * machine.seconds_per_module, gathers
 
 
-def _update_traffic_seconds(
-    trace: StepTrace, setting: MemorySetting, links: "_Links", gathering: Gathering | None
+def _waiting_for_copies(trace: StepTrace, setting: MemorySetting, machine: Machine, dtype: str) -> float:
+    """Offloaded activations leave until the backward reaches their layers, and come back while these compute."""
+    layers = range(setting.offload_activations if machine.is_gpu else 0)
+    if not layers:
+        return 0.0
+    copies = sum(each.kept for each in trace.events[: trace.loss_at] if each.layer in layers)
+    copies /= machine.host_bytes_per_second
+    theirs = _compute_of([each for each in trace.events[trace.loss_at :] if each.layer in layers], machine, dtype)
+    others = _compute_of(trace.events, machine, dtype) - theirs
+    return max(0.0, copies - others) + max(0.0, copies - theirs)
+
+
+def _compute_of(events: Iterable[Event], machine: Machine, dtype: str) -> float:
+    return compute_seconds((work for event in events for work in event.work), machine, dtype)
+
+
+def _forward_seconds(compute: float, gathers: Sequence[float], machine: Machine) -> float:
+    """The weights of the first layer arrive before it begins, and if nothing overlaps, all others do, too."""
+    exposed = sum(gathers[:1] if machine.can_overlap else gathers)
+    return max(compute + exposed, sum(gathers))
+
+
+def _backward_seconds(
+    compute: float, gathers: float, links: "_Links", gradients: Mapping[str, int], accumulation_steps: int
 ) -> float:
-    """Seconds of the communication that happens once per update, after the backward."""
-    seconds = 0.0
-    if setting.stage < 2:
-        room = setting.reduce_bucket if setting.stage else ALL_REDUCE_ELEMENTS
-        messages = math.ceil(trace.num_weights / room)
-        seconds += links.reduce(trace.num_weights * setting.gradient_bytes, messages)
-        if setting.num_replicas > 1 and setting.stage == 1:
-            seconds += links.replicate(trace.num_weights * setting.wire_bytes)
-    if setting.stage in (1, 2):
-        seconds += links.gather(trace.num_weights * setting.weight_bytes)
-    elif gathering is not None:  # small weights stay gathered, so they are gathered again after each update
-        small = sum(trace.weights[name] for name in gathering.persistent)
-        seconds += links.gather(small * setting.weight_bytes)
-    return seconds
+    """Stages 2 and 3 reduce gradients bucket by bucket, over the shard group and then over the replicas.
+
+    Nothing hides the last bucket, which is full when all is computed, and replicas begin when the first one is full.
+    """
+    machine, setting, overlaps = links.machine, links.setting, links.machine.can_overlap
+    reduce, across = [0.0], [0.0]
+    if setting.stage >= 2:
+        bucket = setting.gradient_bucket()
+        due = [each for name, elements in gradients.items() for each in bucket.take(name, elements)]
+        sizes = [sum(each.values()) for each in (*due, bucket.empty()) if each]
+        reduce = [links.reduce(elements * setting.gradient_bytes) for elements in sizes]
+        # only in the last micro step
+        across = [links.replicate(elements * setting.wire_bytes) / accumulation_steps for elements in sizes]
+    if not (overlaps and setting.async_all_reduce):
+        reduce, across = [sum(each) for each in zip(reduce, across, strict=True)], [0.0]
+    waits = not machine.is_gpu or not overlaps or (setting.stage == 2 and not setting.overlap_comm)  # gloo blocks
+    compute += (sum(reduce) if waits else reduce[-1]) + (0.0 if overlaps else gathers)
+    busiest = max(compute, gathers + sum(reduce))
+    return max(busiest + across[-1], busiest / len(across) + sum(across))
 
 
 class _Links:
-    """Seconds of the dense part's collectives under a setting."""
+    """Seconds of the dense part's collectives under a setting, each of so many messages with `size` bytes in all."""
 
     def __init__(self, machine: Machine, setting: MemorySetting, nodes: int) -> None:
-        self._machine, self._stage = machine, setting.stage
+        self.machine, self.setting = machine, setting
         ranks = nodes * machine.ranks_per_node
         group = ranks if setting.stage == 0 or setting.num_replicas == 1 else setting.shard_size
         self._ring = {"nodes": max(1, group // machine.ranks_per_node) if nodes > 1 else 1, "ranks": group}
         self._replicas = {"nodes": max(1, nodes // self._ring["nodes"])}
 
-    def gather(self, size: float) -> float:
-        return self._machine.gathered(size, **self._ring)
+    def gather(self, elements: int) -> float:
+        """An all-gather of weights. A GPU fetches its own share from the host first, if it is there."""
+        size = elements * self.setting.weight_bytes
+        seconds = self.machine.gathered(size, **self._ring)
+        if self.setting.offload_param and self.machine.is_gpu:
+            seconds += size / self.setting.shard_size / self.machine.host_bytes_per_second
+        return seconds
 
     def reduce(self, size: float, messages: int = 1) -> float:
         """Stage 3 reduce-scatters; the other stages all-reduce, which sends twice as much."""
-        seconds = self._machine.gathered if self._stage == 3 else self._machine.all_reduced
+        seconds = self.machine.gathered if self.setting.stage == 3 else self.machine.all_reduced
         return (messages - 1) * seconds(0, **self._ring) + seconds(size, **self._ring)
 
-    def replicate(self, size: float) -> float:
-        return self._machine.replicated(size, **self._replicas)
+    def replicate(self, size: float, messages: int = 1) -> float:
+        """An all-reduce over the replicas."""
+        seconds = self.machine.replicated
+        return (messages - 1) * seconds(0, **self._replicas) + seconds(size, **self._replicas)
+
+
+def _update_traffic_seconds(trace: StepTrace, links: _Links, gathering: Gathering | None) -> float:
+    """Seconds of the communication that happens once per update, after the backward."""
+    setting, seconds = links.setting, 0.0
+    if setting.stage < 2:
+        room = setting.reduce_bucket if setting.stage else ALL_REDUCE_ELEMENTS
+        messages = math.ceil(trace.num_weights / room)
+        seconds += links.reduce(trace.num_weights * setting.gradient_bytes, messages)
+        if setting.stage == 1:
+            seconds += links.replicate(trace.num_weights * setting.wire_bytes)
+    if setting.stage in (1, 2):
+        seconds += links.gather(trace.num_weights)
+    elif gathering is not None:  # small weights stay gathered, so they are gathered again after each update
+        seconds += links.gather(sum(gathering.persistent.values()))
+    return seconds
 
 
 def _optimizer_seconds(trace: StepTrace, setting: MemorySetting, machine: Machine) -> float:

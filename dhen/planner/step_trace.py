@@ -58,9 +58,10 @@ class Event:
     """A point in the step, with the work and memory since the previous event.
 
     kind: "enter" and "leave" mark a layer, or a module that owns weights, in the forward and in recomputation; "enter"
-    also marks the start of its backward. "gradient": a weight's gradient is ready. "loss": end of the forward. "end":
-    end of the step. name: of the module or weight. kept: bytes allocated minus bytes freed; gradients of weights are
-    freed at once. peak: largest number of live bytes, relative to the previous event.
+    also marks the start of its backward, and "leave" its end, if it owns weights. "gradient": a weight's gradient is
+    ready. "loss": end of the forward. "end": end of the step. name: of the module or weight. kept: bytes allocated
+    minus bytes freed; gradients of weights are freed at once. peak: largest number of live bytes, relative to the
+    previous event.
     """
 
     kind: EventKind
@@ -284,6 +285,8 @@ class _Recorder(LiveMemory):
         self.events: list[Event] = []
         self._work: list[Work] = []
         self._before = 0
+        self._without_gradient: dict[str, int] = {}
+        self._ended: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = super().__torch_dispatch__(func, types, args, kwargs)
@@ -295,7 +298,13 @@ class _Recorder(LiveMemory):
         return result
 
     def record(self, kind: EventKind, name: str) -> None:
-        """Record an event with everything since the last one."""
+        """Record an event with everything since the last one.
+
+        A module's backward, which has ended with its last gradient, is left when the next part of the step is done.
+        """
+        if self._ended is not None:
+            ended, self._ended = self._ended, None
+            self.record("leave", ended)
         work = tuple(self._work)
         self.events.append(Event(kind, name, self.bytes - self._before, self.peak - self._before, work))
         self._work, self._before = [], self.bytes
@@ -304,7 +313,8 @@ class _Recorder(LiveMemory):
     def watch(self, model: nn.Module) -> None:
         """Record an event at each layer, at each module that owns weights, and at each weight's gradient."""
         for name, module in model.named_modules():
-            if isinstance(module, DhenLayer) or next(module.parameters(recurse=False), None) is not None:
+            self._without_gradient[name] = len(list(module.parameters(recurse=False)))
+            if isinstance(module, DhenLayer) or self._without_gradient[name]:
                 module.register_forward_pre_hook(functools.partial(self._enter, name))
                 module.register_forward_hook(functools.partial(self._leave, name))
         for name, weight in model.named_parameters():
@@ -322,6 +332,10 @@ class _Recorder(LiveMemory):
     def _gradient(self, name: str, weight: Tensor) -> None:
         weight.grad = None
         self.record("gradient", name)
+        module = name.rpartition(".")[0]
+        self._without_gradient[module] -= 1
+        if not self._without_gradient[module]:
+            self._ended = module
 
 
 def _bytes_of(values: Any) -> int:

@@ -8,7 +8,7 @@ import pytest
 from dhen.planner.machine import Machine
 from dhen.planner.memory import gathering_of
 from dhen.planner.memory_setting import MemorySetting
-from dhen.planner.step_time import compute_seconds, segments, step_seconds
+from dhen.planner.step_time import compute_seconds, step_seconds
 from dhen.planner.step_trace import StepTrace, Work, trace_step
 from dhen.planner.zero3_gathering import Limits
 from tests.planner.test_memory import planner_of
@@ -34,12 +34,16 @@ def test_an_operation_takes_what_it_needs_most():
     assert compute_seconds(work, replace(MACHINE, compute_efficiency=0.5)) == pytest.approx(4 + 3, abs=1e-6)
 
 
-def test_segments_are_the_layers_forward_and_backward(trace):
-    parts = segments(trace, None)
-    layers = [(part.layer, part.is_backward) for part in parts if part.layer is not None]
-    assert layers == [(n, False) for n in range(DEPTH)] + [(n, True) for n in reversed(range(DEPTH))]
-    assert sum(sum(part.gradients.values()) for part in parts) == trace.num_weights
-    assert sum(len(part.work) for part in parts) == sum(len(event.work) for event in trace.events)
+def test_the_layers_come_forward_and_backward_with_all_gradients(trace):
+    forward, backward = trace.events[: trace.loss_at], trace.events[trace.loss_at :]
+    for events, layers in ((forward, range(DEPTH)), (backward, reversed(range(DEPTH)))):
+        assert list(dict.fromkeys(each.layer for each in events if each.layer is not None)) == list(layers)
+    assert sum(trace.weights[each.name] for each in backward if each.kind == "gradient") == trace.num_weights
+
+
+def layer_weights(trace: StepTrace) -> int:
+    """Elements of a layer's weights."""
+    return sum(elements for name, elements in trace.weights.items() if name.startswith("model.layers.1."))
 
 
 @pytest.mark.parametrize(("stage", "passes"), [(0, 2), (1, 3), (2, 3)])
@@ -54,7 +58,7 @@ def test_hybrid_sharding_hides_what_crosses_nodes_under_the_backward(trace):
     limits = Limits(param_persistence_threshold=0, prefetch_bucket_size=0, max_reuse_distance=0)
     across = 2 * 4 * trace.num_weights * 1 / 2 / 1e7
     inside = 3 * 4 * trace.num_weights * 1 / 2 / 1e9
-    layer = max(sum(part.gradients.values()) for part in segments(trace, None))
+    layer = layer_weights(trace)
     hybrid = MemorySetting(3, 2, num_replicas=2, reduce_bucket=layer, limits=limits)
     instant = replace(MACHINE, flops={"fp32": 1e15, "tf32": 1e15}, memory_bytes_per_second=1e15)
     hidden, shown = (step_seconds(trace, hybrid, machine, nodes=2).waiting for machine in (MACHINE, instant))
@@ -68,7 +72,7 @@ def test_hybrid_sharding_hides_what_crosses_nodes_under_the_backward(trace):
 
 def test_waiting_at_once_shows_what_crosses_nodes(trace):
     """On ranks that wait for their reduce-scatter, as gloo's do."""
-    layer = max(sum(part.gradients.values()) for part in segments(trace, None))
+    layer = layer_weights(trace)
     hybrid = MemorySetting(3, 2, num_replicas=2, reduce_bucket=layer)
     gloo = replace(MACHINE, is_gpu=False)
     hidden, shown = (
@@ -81,7 +85,7 @@ def test_waiting_at_once_shows_what_crosses_nodes(trace):
 
 def test_a_gpus_stage_3_gathers_and_reduces_under_the_backward(trace):
     """Two thirds as much communication as compute: all of it is hidden but what the first layer and the last leave."""
-    layer = max(sum(part.gradients.values()) for part in segments(trace, None))
+    layer = layer_weights(trace)
     limits = Limits(0, prefetch_bucket_size=layer, max_live_parameters=2 * layer, max_reuse_distance=0)
     setting = MemorySetting(3, 4, reduce_bucket=layer, limits=limits)
     compute = step_seconds(trace, setting, MACHINE, nodes=1).compute
@@ -90,8 +94,10 @@ def test_a_gpus_stage_3_gathers_and_reduces_under_the_backward(trace):
     hidden, shown = (
         step_seconds(trace, setting, replace(alike, can_overlap=can), nodes=1).waiting for can in (True, False)
     )
-    gathered = sum(elements for part in segments(trace, gathering_of(trace, setting)) for elements in part.asked)
-    assert shown == pytest.approx(4 * (gathered + trace.num_weights) * 3 / 4 / rate, rel=0.01)
+    weights = gathering_of(trace, setting)
+    for event in trace.events:
+        weights.follow(event)
+    assert shown == pytest.approx(4 * (sum(weights.sent) + trace.num_weights) * 3 / 4 / rate, rel=0.01)
     assert hidden < 0.4 * shown
 
 
@@ -115,7 +121,7 @@ def test_recomputation_costs_a_forward(trace):
         step_seconds(each, setting, MACHINE, nodes=1).compute
         for each in (trace, trace_step(config, BATCH, checkpointing="all"))
     )
-    forward = sum(compute_seconds(part.work, MACHINE) for part in segments(trace, None) if not part.is_backward)
+    forward = sum(compute_seconds(event.work, MACHINE) for event in trace.events[: trace.loss_at])
     assert recomputed == pytest.approx(plain + forward, rel=0.1)
 
 
@@ -135,7 +141,7 @@ def test_offloaded_activations_wait_for_a_slow_host_alone(trace):
     none, fast = waiting(0, 1e6), waiting(DEPTH, 1e12)
     assert fast == pytest.approx(none, abs=1e-6)
     assert none < waiting(1, 1e6) < waiting(DEPTH, 1e6)
-    moved = sum(part.kept for part in segments(trace, None) if part.layer is not None and not part.is_backward)
+    moved = sum(event.kept for event in trace.events[: trace.loss_at] if event.layer is not None)
     assert waiting(DEPTH, 1e3) - none == pytest.approx(2 * moved / 1e3, rel=0.02), "out and back"
 
 

@@ -36,7 +36,7 @@ from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.planner.live_memory import LiveMemory
 from dhen.planner.machine import Machine, read_machine
 from dhen.planner.minimum_set import Job, Planner
-from dhen.planner.step_time import compute_seconds, segments
+from dhen.planner.step_time import compute_seconds
 from dhen.planner.step_trace import trace_step
 from dhen.planner.technique import SCHEMES, Technique
 from dhen.runtime.topology import Topology
@@ -225,9 +225,10 @@ def build(planner: Planner, technique: Technique, topology: Topology) -> Paralle
 def add_pauses(planner: Planner, model: ParallelDhen) -> None:
     """Let every layer take as long as its operations do at the machine's rates, also when it is recomputed."""
     trace = trace_step(planner.job.config, BATCH)
+    loss_at = trace.loss_at
     seconds: dict[tuple[int | None, bool], float] = defaultdict(float)
-    for part in segments(trace, None):
-        seconds[part.layer, part.is_backward] += compute_seconds(part.work, planner.job.machine)
+    for index, event in enumerate(trace.events):
+        seconds[event.layer, index > loss_at] += compute_seconds(event.work, planner.job.machine)
     for index, layer in enumerate(model.engine.module.model.layers):
         forward, backward = seconds[index, False], seconds[index, True]
         inner = layer.forward
