@@ -132,7 +132,7 @@ def time_table(
     look_up = lookup
     if rounds_up_and_down and topology.device.type == "cpu":
         look_up = UpdatedTables(lookup, TableUpdate(optimizer))
-        look_up.learning_rate = 0.01
+        look_up.learning_rates = (0.01, 0.01)
     states = [state for of_table in lookup.split_optimizer_states() for state in of_table] if optimizer != "sgd" else []
     for tensor in [*lookup.split_embedding_weights(), *states]:
         tensor.fill_(0.01)  # the system provides memory only when it is written
