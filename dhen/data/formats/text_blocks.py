@@ -106,16 +106,19 @@ def first_lines(file: str) -> list[tuple[int, str]]:
     block = _first_block(file)
     if not block.text:
         raise DataError(str(block.bad[0]))
-    return list(zip(block.rows.tolist(), block.text[:-1].decode("utf-8").split("\n"), strict=True))
+    return _numbered(block)
 
 
 def first_line(file: str) -> tuple[int, str]:
     """Return (number, text) of the first line that is not blank. Raises DataError if that line is bad."""
-    bad = _first_block(file).bad
-    first = first_lines(file)[0]
-    if bad and bad[0].row < first[0]:
-        raise DataError(str(bad[0]))
-    return first
+    block = _first_block(file)
+    if block.bad and (not block.text or block.bad[0].row < block.rows[0]):
+        raise DataError(str(block.bad[0]))
+    return _numbered(block)[0]
+
+
+def _numbered(block: TextBlock) -> list[tuple[int, str]]:
+    return list(zip(block.rows.tolist(), block.text[:-1].decode("utf-8").split("\n"), strict=True))
 
 
 def _first_block(file: str) -> TextBlock:
