@@ -16,7 +16,7 @@ memory       predicted and measured peak memory, by ds_config
 quickstart   the quickstart, to its normalized entropy
 tests        the tests marked `gpu`
 
-The first four need neither FBGEMM nor the training packages. Nothing needs a network. On a machine without a GPU,
+The first four do not need FBGEMM. Nothing needs a network. On a machine without a GPU,
 --size tiny runs the same code on the CPU; its figures mean nothing.
 """
 
