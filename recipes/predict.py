@@ -36,7 +36,7 @@ def main() -> None:
         arguments = parse_scoring_arguments(None, __doc__)
         path = prediction_file(arguments.output)
         topology = job.start()
-        model, loader = load_for_scoring(arguments, topology)
+        model, loader = load_for_scoring(arguments, topology, in_order=True)
         rows = write_predictions(model, loader, path)
     if topology.is_main:
         print(f"{rows:,} rows scored and written to {path}")

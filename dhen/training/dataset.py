@@ -15,6 +15,7 @@ from dhen.config.command_line import ArgumentError, Paths
 from dhen.config.data_arguments import DataArguments
 from dhen.config.left_out import MOST_BATCH, choose_sizes
 from dhen.data.loading.batches import BatchLoader
+from dhen.data.loading.lanes import GROUPS_PER_LANE
 from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation import preprocessing
 from dhen.data.preparation.caching import prepare_cached
@@ -31,6 +32,8 @@ from dhen.training.saved.trained_model import TrainedModel
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS, HEAD_ROWS = 30.0, 100_000
+MANY_ROWS = 10_000_000
+"""Of fewer rows, each rank may read all."""
 _USE_RAW = "Use the raw files instead: they are prepared with the model's schema."
 
 
@@ -92,7 +95,9 @@ def open_data(arguments: Arguments, topology: Topology, head: Path | None = None
 
 
 def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:
-    """One loader per split. The training split is shuffled and cut into micro steps; the others are read in order."""
+    """One loader per split. The training split is shuffled and cut into micro steps. Of the others, each rank reads one
+    stretch of rows.
+    """
     training = arguments.training
     open_split = partial(
         BatchLoader,
@@ -103,7 +108,7 @@ def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schem
         pin_memory=topology.device.type == "cuda",
     )
     loaders = {
-        split: open_split(split, batch_size=training.per_device_eval_batch_size)
+        split: open_split(split, batch_size=training.per_device_eval_batch_size, lanes=topology.world_size)
         for split in schema.splits
         if split != "train"
     }
@@ -115,7 +120,21 @@ def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schem
         shuffle=True,
         seed=training.seed,
     )
+    if topology.is_main:
+        _say_lanes(loaders["train"], topology.world_size)
     return loaders
+
+
+def _say_lanes(train: BatchLoader, ranks: int) -> None:
+    """Say how many lanes the training rows are read in, and whether ranks read more than their own rows."""
+    if train.lanes > 1:
+        logger.info("the training rows are read in %d lanes, which the ranks share out", train.lanes)
+    if train.read_per_own > 2 and train.num_rows > MANY_ROWS:
+        logger.warning(
+            "each of %d ranks reads %.0f times the rows that it trains on, because there are %d lanes. Their number is "
+            "a power of two that divides the global batch, %d, and there are at least %d row groups per lane.",
+            ranks, train.read_per_own, train.lanes, train.global_batch, GROUPS_PER_LANE,
+        )  # fmt: skip
 
 
 def _check_splits(arguments: Arguments, schema: Schema) -> None:

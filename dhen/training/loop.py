@@ -98,6 +98,7 @@ class Trainer:
             "global batch": arguments.per_device_train_batch_size * self._shares,
             "rows": self.train_loader.num_rows,
             "dataloader_drop_last": arguments.dataloader_drop_last,
+            "lanes": self.train_loader.lanes,
             "dense features": [column.name for column in self.train_loader.schema.dense],
             "data": self.train_loader.digest,
         }

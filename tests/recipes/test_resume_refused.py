@@ -138,3 +138,17 @@ def test_an_option_that_the_checkpoint_does_not_have_is_a_difference(tmp_path, f
     check_same_model(finished / "checkpoint-8", config)
     with pytest.raises(CheckpointError, match="saved with head_inputs None, now 'last'"):
         check_same_model(tmp_path, config)
+
+
+@pytest.mark.parametrize(("lanes", "words"), [(None, "step 5/8"), (2, "saved with lanes 2, now 1.")])
+def test_another_order_of_the_rows_is_refused(tmp_path, data, finished, lanes, words):
+    """A checkpoint that says no lanes is from before there were any: its rows are in one."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    file = run / "checkpoint-4/trainer_state.json"
+    state = json.loads(file.read_text())
+    assert state["data_order"].pop("lanes") == 1
+    state["data_order"] |= {"lanes": lanes} if lanes else {}
+    file.write_text(json.dumps(sealed(state)))
+    done = train(data, run, f"--resume_from_checkpoint={run / 'checkpoint-4'}")
+    assert done.status == (1 if lanes else 0)
+    assert words in done.output, done.output

@@ -12,9 +12,11 @@ from dhen.config.arguments import parse_arguments
 from dhen.config.command_line import ArgumentError
 from dhen.config.data_arguments import DataArguments
 from dhen.data.formats.raw_rows import DataError
+from dhen.data.loading.batches import BatchLoader
 from dhen.data.schema import Schema, SplitCounts
 from dhen.runtime.topology import Topology
 from dhen.training import dataset
+from tests.data.prepared_folders import write_prepared
 from tests.ranks import run_ranks
 
 FOLDER = Path("prepared")
@@ -56,3 +58,21 @@ def test_a_calibration_that_nothing_could_fit_is_refused(splits, words):
     with pytest.raises(ArgumentError, match=words):
         dataset._check_splits(parse_arguments(["--dataset_name=a", "--calibrate"]), schema)
     dataset._check_splits(parse_arguments(["--dataset_name=a"]), schema)
+
+
+def test_ranks_that_read_more_than_their_rows_are_told(tmp_path, monkeypatch, caplog):
+    prepared = write_prepared(tmp_path / "p", 160, group_rows=10)
+    monkeypatch.setattr(dataset, "MANY_ROWS", 100)
+    caplog.set_level("INFO")
+
+    def said(**options) -> str:
+        caplog.clear()
+        train = BatchLoader(prepared.folder, "train", batch_size=5, shuffle=True, **options)
+        dataset._say_lanes(train, options["world_size"])
+        return caplog.text
+
+    assert "read in 2 lanes, which the ranks share out" in said(world_size=2)
+    assert said(world_size=1) == ""
+    assert "each of 8 ranks reads 4 times the rows that it trains on, because there are 2 lanes" in said(world_size=8)
+    assert "each of 9 ranks reads 9 times the rows that it trains on, because there are 1 lanes" in said(world_size=9)
+    assert "the global batch, 45," in said(world_size=9)

@@ -1,18 +1,18 @@
 """Batches from a prepared folder: each rank's share of every step, each row once per epoch, resumable at any step.
 
-An epoch has one global order of rows, which depends only on the seed and the epoch. A step takes the next
-`batch_size * world_size * accumulation_steps` rows and splits them into near-equal pieces for ranks and micro steps.
-The number of ranks therefore does not change which rows a step trains on. Each rank decodes all rows and takes its own.
+An epoch has one global order of rows, which depends only on the seed, the epoch and the number of lanes (lanes.py). A
+step takes `batch_size * world_size * accumulation_steps` rows and splits them into near-equal pieces for ranks and
+their micro steps. The number of ranks therefore does not change which rows a step trains on.
 
-Shuffling permutes the row groups, joins consecutive ones into windows, and permutes the rows within each window. Row
-groups are therefore read as a whole, and memory is bounded regardless of the size of the split.
+Shuffling permutes the row groups, and the rows within each window of a lane. Row groups are therefore read as a whole,
+and memory is bounded regardless of the size of the split.
 
 Shapes: B rows of this rank and micro step, F sparse features, N dense features.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,13 +23,16 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from dhen.data.loading.prepared_rows import NUMBER, RowGroup, find_row_groups, flat_values, read_row_group
+from dhen.data.loading.lanes import Part, choose_lanes, cut_into_lanes, overlap, share, windows_of
+from dhen.data.loading.prepared_rows import NUMBER, find_row_groups, flat_values, read_row_group
 from dhen.data.loading.read_ahead import read_ahead
 from dhen.data.schema import LABEL, Schema, weights_column
 from dhen.model.features import SparseIds
 
 WINDOW_ROWS = 1 << 19
 READ_AHEAD_BATCHES = 4
+_BLOCKS = 16
+"""A rank with several lanes joins their rows block by block, so many per window."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,14 @@ class Batch:
 class BatchLoader:
     """Loads the batches of one split for one rank.
 
-    batch_size: rows per rank and micro step. A step's rows are split into accumulation_steps * world_size pieces. Piece
-    a * world_size + rank is micro step a of this rank. The last step of an epoch may be smaller, and some of its pieces
-    may be empty; drop_last skips it.
+    batch_size: rows per rank and micro step. A step's rows are split into world_size * accumulation_steps pieces. Piece
+    rank * accumulation_steps + a is micro step a of this rank. The last step of an epoch may be smaller, and some of
+    its pieces may be empty; drop_last skips it.
 
-    window_rows: number of rows that are shuffled together. Memory holds this rank's rows of two windows, and all rows
-    of one while they are chosen.
+    window_rows: number of rows that are shuffled together, over all lanes; a lane has at least one row group of them.
+    Memory holds this rank's rows of two windows of its lanes, and all rows of one lane's while they are chosen.
+
+    lanes: by default `choose_lanes` if the data is shuffled, and otherwise 1, which keeps the rows in their order.
 
     schema: None for the folder's schema, or the same schema with features in another order.
 
@@ -91,6 +96,7 @@ class BatchLoader:
         window_rows: int = WINDOW_ROWS,
         pin_memory: bool = False,
         schema: Schema | None = None,
+        lanes: int | None = None,
     ) -> None:
         _check_at_least(1, "batch_size", batch_size)
         _check_at_least(1, "world_size", world_size)
@@ -106,7 +112,7 @@ class BatchLoader:
         self._window_rows = window_rows
         self._rank, self._world_size = rank, world_size
         self._pieces = world_size * accumulation_steps
-        self._global_batch = batch_size * self._pieces
+        self.global_batch = batch_size * self._pieces
         self._groups = find_row_groups(Path(folder), split, self.schema)
         self.num_rows = sum(group.num_rows for group in self._groups)
         if not self.num_rows:
@@ -115,9 +121,12 @@ class BatchLoader:
             )
         if not len(self):
             raise ValueError(
-                f"{folder}/{split}: the split has {self.num_rows:,} rows, but a step needs {self._global_batch:,}, and "
+                f"{folder}/{split}: the split has {self.num_rows:,} rows, but a step needs {self.global_batch:,}, and "
                 "drop_last skips smaller steps. Use a smaller batch."
             )
+        self.lanes = lanes or (choose_lanes(self._groups, self.global_batch) if shuffle else 1)
+        if self.global_batch % self.lanes:
+            raise ValueError(f"lanes is {self.lanes}. Use a divisor of the global batch, {self.global_batch}.")
 
     def __len__(self) -> int:
         """Number of steps (updates) per epoch."""
@@ -125,8 +134,13 @@ class BatchLoader:
 
     def steps_of(self, rows: int) -> int:
         """Number of steps that an epoch of so many rows would have."""
-        full, rest = divmod(rows, self._global_batch)
+        full, rest = divmod(rows, self.global_batch)
         return full + (rest > 0 and not self.drop_last)
+
+    @property
+    def read_per_own(self) -> float:
+        """How many times its own rows each rank reads, about: ranks that share a lane both read it."""
+        return max(1.0, self._world_size / self.lanes)
 
     @property
     def digest(self) -> str:
@@ -150,58 +164,94 @@ class BatchLoader:
         return read_ahead(lambda: self._batches(epoch, first_step), READ_AHEAD_BATCHES)
 
     def _batches(self, epoch: int, first_step: int) -> Generator[Batch, None, None]:
-        with closing(read_ahead(lambda: self._own_rows(epoch, first_step), depth=0)) as windows:
-            rows = next(windows, None)
+        with closing(read_ahead(lambda: self._own_rows(epoch, first_step), depth=0)) as tables:
+            rows = _Rows(tables)
             for step in range(first_step, len(self)):
-                count = min(self._global_batch, self.num_rows - step * self._global_batch)
-                for piece in range(self._rank, self._pieces, self._world_size):
-                    size = count * (piece + 1) // self._pieces - count * piece // self._pieces
-                    while rows.num_rows < size:
-                        rest, rows = rows.take(np.arange(rows.num_rows)), None  # a copy, without the whole window
-                        rows = pa.concat_tables([rest, next(windows)])
-                    batch = _as_batch(rows.slice(0, size), self.schema, count)
-                    rows = rows.slice(size)
+                count = self._rows_of_step(step)
+                for micro_step in range(self.accumulation_steps):
+                    size = len(share(count, self._rank * self.accumulation_steps + micro_step, self._pieces))
+                    batch = _as_batch(rows.take(size), self.schema, count)
                     yield batch.pin_memory() if self._pin_memory else batch
 
     def _own_rows(self, epoch: int, first_step: int) -> Generator[pa.Table, None, None]:
-        """Yield the rows of this rank from step `first_step` on, in their order, window by window."""
-        first, end = first_step * self._global_batch, min(len(self) * self._global_batch, self.num_rows)
-        begin = 0
-        windows = self._windows(epoch)
-        for number, window in enumerate(windows):
-            size = sum(group.num_rows for group in window)
-            order = self._generator(epoch, number).permutation(size) if self.shuffle else np.arange(size)
-            places = np.arange(begin, begin + size)
-            own = order[(places >= first) & (places < end) & self._is_own(places)]
-            begin += size
-            if len(own) or window is windows[-1]:  # so that empty pieces have columns too
-                yield pa.concat_tables(read_row_group(group, self.schema) for group in window).take(own)
-
-    def _windows(self, epoch: int) -> list[list[RowGroup]]:
-        """Return the row groups in the order of the epoch, in windows of at least `window_rows` rows."""
-        order = range(len(self._groups))
+        """Yield the rows of this rank from step `first_step` on, in their order, many at a time."""
+        groups, lanes = self._groups, self._own_lanes()
         if self.shuffle:
-            order = self._generator(epoch).permutation(len(self._groups))
-        windows: list[list[RowGroup]] = []
-        size = self._window_rows
-        for index in order:
-            if size >= self._window_rows:
-                windows.append([])
-                size = 0
-            windows[-1].append(self._groups[index])
-            size += self._groups[index].num_rows
-        return windows
+            groups = [groups[index] for index in self._generator(epoch).permutation(len(groups))]
+        parts = cut_into_lanes(groups, self.lanes)
+        of_lanes = [self._rows_of_lane(parts[lane], epoch, lane, first_step) for lane in lanes]
+        if len(lanes) == 1:
+            yield from of_lanes[0]
+            return
+        streams = [_Rows(of_lane) for of_lane in of_lanes]
+        at_once = -(-self._window_rows * self._world_size // (_BLOCKS * self.global_batch))
+        for first in range(first_step, len(self), at_once):
+            steps = range(first, min(first + at_once, len(self)))
+            sizes = np.array([[len(self._own_in_lane(step, lane)) for step in steps] for lane in lanes])
+            rows = pa.concat_tables(stream.take(size) for stream, size in zip(streams, sizes.sum(1), strict=True))
+            # The rows come lane by lane, and are put step by step.
+            step_of_row = np.repeat(np.broadcast_to(np.arange(len(steps)), sizes.shape), sizes.ravel())
+            yield rows.combine_chunks().take(np.argsort(step_of_row, kind="stable"))
 
-    def _is_own(self, places: np.ndarray) -> np.ndarray:
-        """Whether the row at each place in the order of the epoch is in a piece of this rank."""
-        step, within = np.divmod(places, self._global_batch)
-        count = np.minimum(self._global_batch, self.num_rows - step * self._global_batch)
-        piece = ((within + 1) * self._pieces - 1) // count  # piece k begins at k * count // pieces
-        return piece % self._world_size == self._rank
+    def _own_lanes(self) -> list[int]:
+        """The lanes that have rows for this rank; one at least, so that empty batches have columns."""
+        lanes = [lane for lane in range(self.lanes) if self._own_in_lane(0, lane) or self._own_in_lane(-1, lane)]
+        return lanes or [0]
+
+    def _own_in_lane(self, step: int, lane: int) -> range:
+        """Which of a lane's rows in a step are this rank's, counted from the lane's first row in that step."""
+        count = self._rows_of_step(step % len(self))
+        return overlap(share(count, lane, self.lanes), share(count, self._rank, self._world_size))
+
+    def _rows_of_step(self, step: int) -> int:
+        """Number of rows, over all ranks."""
+        return min(self.global_batch, self.num_rows - step * self.global_batch)
+
+    def _rows_of_lane(
+        self, parts: Sequence[Part], epoch: int, lane: int, first_step: int
+    ) -> Generator[pa.Table, None, None]:
+        """Yield this rank's rows of a lane from step `first_step` on, in their order, window by window."""
+        per_step = self.global_batch // self.lanes
+        usual, last = (self._own_in_lane(step, lane) for step in (0, -1))
+        begin, is_empty = 0, True
+        windows = list(windows_of(parts, max(1, self._window_rows // self.lanes)))
+        for number, window in enumerate(windows):
+            size = sum(part.num_rows for part in window)
+            step, within = np.divmod(np.arange(begin, begin + size), per_step)
+            is_own = np.where(step < len(self) - 1, _is_in(within, usual), _is_in(within, last))
+            is_own &= (step >= first_step) & (step < len(self))
+            begin += size
+            if is_own.any() or (is_empty and window is windows[-1]):  # so that empty batches have columns too
+                order = self._generator(epoch, (lane << 32) + number).permutation(size) if self.shuffle else None
+                own = np.flatnonzero(is_own) if order is None else order[is_own]
+                is_empty = False
+                yield pa.concat_tables(
+                    read_row_group(part.group, self.schema).slice(part.first, part.num_rows) for part in window
+                ).take(own)
 
     def _generator(self, *purpose: int) -> np.random.Generator:
         """Return a generator that depends only on the seed and `purpose`."""
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=purpose)))
+
+
+class _Rows:
+    """The rows of consecutive tables, to be taken some at a time."""
+
+    def __init__(self, tables: Iterator[pa.Table]) -> None:
+        self._tables, self._rest = tables, None
+
+    def take(self, count: int) -> pa.Table:
+        """The next `count` rows."""
+        rows, self._rest = next(self._tables) if self._rest is None else self._rest, None
+        while rows.num_rows < count:
+            rest, rows = rows.take(np.arange(rows.num_rows)), None  # a copy, without the whole window
+            rows = pa.concat_tables([rest, next(self._tables)])
+        self._rest = rows.slice(count)
+        return rows.slice(0, count)
+
+
+def _is_in(values: np.ndarray, wanted: range) -> np.ndarray:
+    return (values >= wanted.start) & (values < wanted.stop)
 
 
 def _check_at_least(least: int, name: str, value: int) -> None:

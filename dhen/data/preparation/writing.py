@@ -15,8 +15,8 @@ import xxhash
 from dhen.data.formats.raw_rows import BadRow
 from dhen.data.schema import LABEL, SplitCounts
 
-ROW_GROUP_ROWS = 65_536
-ROW_GROUPS_PER_PART = 64
+ROW_GROUP_ROWS = 32_768
+ROW_GROUPS_PER_PART = 128
 BAD_ROWS_FILE = "bad_rows.csv"
 
 

@@ -178,7 +178,7 @@ def load_checkpoint(
             "Use the same freeze (except for tables), and layer_learning_rate_decay below 1 if it was, or start from "
             "the exported model with --model_name_or_path."
         )
-    saved_order = values.pop("data_order")
+    saved_order = {"lanes": 1} | values.pop("data_order")  # checkpoints from before there were lanes do not say them
     for name, value in (data_order or {}).items():
         if saved_order[name] != value:
             raise CheckpointError(

@@ -98,8 +98,13 @@ def _check_output(arguments: ScoringArguments) -> None:
         raise ArgumentError(f"--output {arguments.output} is an input, which it would overwrite. Choose another name.")
 
 
-def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[ScoringDhen, BatchLoader]:
-    """Build the model over all ranks, and a loader for this rank's rows. Communicates; all ranks call it."""
+def load_for_scoring(
+    arguments: ScoringArguments, topology: Topology, *, in_order: bool
+) -> tuple[ScoringDhen, BatchLoader]:
+    """Build the model over all ranks, and a loader for this rank's rows. Communicates; all ranks call it.
+
+    in_order: whether a step takes consecutive rows. Otherwise each rank reads a stretch of rows of its own.
+    """
     trained = TrainedModel.open(arguments.model_name_or_path)
     folder, split = _prepared(arguments, trained, topology)
     schema = check_prepared_for(folder, trained.folder)
@@ -116,6 +121,7 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
         rank=topology.rank,
         world_size=topology.world_size,
         schema=schema,
+        lanes=1 if in_order else topology.world_size,
     )
     model = parallelize_for_scoring(trained.config, topology, trained.dense_weights())
     if model.tables is not None:

@@ -1,6 +1,7 @@
 """The batch loader: every row once, the same order on any number of ranks, resumable, and bounded in memory."""
 
 import itertools
+import math
 import tempfile
 import tracemalloc
 from dataclasses import replace
@@ -14,7 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dhen.data.loading import batches as batches_module
 from dhen.data.loading.batches import READ_AHEAD_BATCHES, BatchLoader
+from dhen.data.loading.lanes import choose_lanes
+from dhen.data.loading.prepared_rows import RowGroup, read_row_group
 from dhen.data.schema import SparseColumn, SplitCounts
 from tests.data.prepared_folders import MIXED, SINGLE, rows_of, write_prepared
 
@@ -37,9 +41,8 @@ def pieces_by_step(folder, epoch=0, *, world_size, accumulation_steps, **options
     ]
     by_rank = [list(loader.epoch(epoch)) for loader in loaders]
     assert {len(batches) for batches in by_rank} == {len(loaders[0]) * accumulation_steps}
-    in_turn = [batch for together in zip(*by_rank, strict=True) for batch in together]
-    pieces = world_size * accumulation_steps
-    return [in_turn[first : first + pieces] for first in range(0, len(in_turn), pieces)]
+    firsts = range(0, len(by_rank[0]), accumulation_steps)
+    return [[batch for of_rank in by_rank for batch in of_rank[at : at + accumulation_steps]] for at in firsts]
 
 
 @pytest.fixture
@@ -56,10 +59,13 @@ def prepared(tmp_path):
     world_size=st.integers(1, 4),
     accumulation_steps=st.integers(1, 3),
     sparse=st.sampled_from([MIXED, SINGLE, ()]),
+    lanes=st.integers(1, 6),
     shuffle=st.booleans(),
     seed=st.integers(0, 2**63),
 )
-def test_every_row_comes_once_an_epoch_with_its_own_values(num_rows, group_rows, sparse, **options):
+def test_every_row_comes_once_an_epoch_with_its_own_values(num_rows, group_rows, sparse, lanes, **options):
+    global_batch = options["batch_size"] * options["world_size"] * options["accumulation_steps"]
+    options["lanes"] = math.gcd(lanes, global_batch)
     with tempfile.TemporaryDirectory() as folder:
         prepared = write_prepared(Path(folder) / "prepared", num_rows, sparse, group_rows=group_rows)
         steps = pieces_by_step(prepared.folder, **options)
@@ -74,9 +80,10 @@ def test_every_row_comes_once_an_epoch_with_its_own_values(num_rows, group_rows,
         assert max(sizes) <= options["batch_size"]
 
 
+@pytest.mark.parametrize("lanes", [1, 4, 12])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_steps_hold_the_same_rows_on_any_number_of_ranks_and_accumulation_steps(prepared, shuffle):
-    options = {"shuffle": shuffle, "window_rows": 20, "seed": 3}
+def test_steps_hold_the_same_rows_on_any_number_of_ranks_and_accumulation_steps(prepared, shuffle, lanes):
+    options = {"shuffle": shuffle, "window_rows": 20, "seed": 3, "lanes": lanes}
     whole = [
         numbers(s)
         for s in pieces_by_step(prepared.folder, world_size=1, accumulation_steps=1, batch_size=12, **options)
@@ -93,13 +100,82 @@ def test_steps_hold_the_same_rows_on_any_number_of_ranks_and_accumulation_steps(
         assert [numbers(step) for step in steps] == whole
 
 
-@pytest.mark.parametrize("options", [{}, SHUFFLED, {"drop_last": True}, {"accumulation_steps": 2, **SHUFFLED}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        SHUFFLED,
+        {"drop_last": True},
+        {"accumulation_steps": 2, **SHUFFLED},
+        {"lanes": 3, **SHUFFLED},
+        {"lanes": 5, **SHUFFLED},
+        {"lanes": 15, "drop_last": True, **SHUFFLED},
+    ],
+)
 def test_resuming_at_any_step_gives_the_rest_of_the_epoch(prepared, options):
     loader = BatchLoader(prepared.folder, "train", batch_size=5, rank=1, world_size=3, **options)
     whole = [(batch.rows_B.tolist(), rows_of(batch, loader.schema)) for batch in loader.epoch(4)]
     for step in range(len(loader) + 1):
         rest = [(batch.rows_B.tolist(), rows_of(batch, loader.schema)) for batch in loader.epoch(4, first_step=step)]
         assert rest == whole[step * loader.accumulation_steps :]
+
+
+def read_by_rank(prepared, monkeypatch, **options):
+    """First rows of the row groups that a rank reads in an epoch."""
+    read = []
+
+    def note(group, schema):
+        read.append(group.first_row)
+        return read_row_group(group, schema)
+
+    monkeypatch.setattr(batches_module, "read_row_group", note)
+    list(BatchLoader(prepared.folder, "train", shuffle=True, window_rows=1, **options).epoch(0))
+    return read
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_a_rank_reads_its_own_lanes_alone(tmp_path, monkeypatch, world_size):
+    prepared = write_prepared(tmp_path / "p", 1600, SINGLE, group_rows=10)
+    options = {"batch_size": 80 // world_size, "world_size": world_size, "lanes": 8}
+    of_ranks = [read_by_rank(prepared, monkeypatch, rank=rank, **options) for rank in range(world_size)]
+    assert sorted(group for read in of_ranks for group in read) == [10 * number for number in range(160)]
+
+
+def test_ranks_share_a_lane_if_there_are_fewer_lanes_than_ranks(tmp_path, monkeypatch):
+    prepared = write_prepared(tmp_path / "p", 1600, SINGLE, group_rows=100)
+    options = {"batch_size": 20, "world_size": 4, "lanes": 2}
+    read = [read_by_rank(prepared, monkeypatch, rank=rank, **options) for rank in range(4)]
+    assert [len(groups) for groups in read] == [8] * 4
+    assert read[0] == read[1] != read[2] == read[3]
+
+
+def test_a_step_draws_on_all_lanes(tmp_path):
+    prepared = write_prepared(tmp_path / "p", 1600, SINGLE, group_rows=10)
+    batches = list(BatchLoader(prepared.folder, "train", shuffle=True, window_rows=1, batch_size=80, lanes=16).epoch(0))
+    assert {len(batch.rows_B // 10) for batch in batches} == {80}
+    assert {len(set((batch.rows_B // 10).tolist())) for batch in batches} == {16}
+
+
+@pytest.mark.parametrize(
+    ("groups", "group_rows", "global_batch", "lanes"),
+    [
+        (15, 10, 64, 1),  # less than eight row groups per lane
+        (16, 10, 64, 2),
+        (10_000, 10, 64, 64),
+        (10_000, 10, 96, 32),
+        (10_000, 10, 99, 1),
+        (10_000, 10, 1 << 20, 256),
+        (10_000, 1 << 20, 1 << 20, 8),  # one row group of each lane in memory
+    ],
+)
+def test_the_number_of_lanes(groups, group_rows, global_batch, lanes):
+    found = [RowGroup(Path("p"), index, index * group_rows, group_rows) for index in range(groups)]
+    assert choose_lanes(found, global_batch) == lanes
+
+
+def test_lanes_that_do_not_divide_the_batch_are_refused(prepared):
+    with pytest.raises(ValueError, match=r"lanes is 3\. Use a divisor of the global batch, 10"):
+        BatchLoader(prepared.folder, "train", batch_size=5, world_size=2, lanes=3)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(prepared):
@@ -295,6 +371,9 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
         assert 2 < windows < 3.3, "the rows in use, the next window, and its rows in their order"
         assert arrays < 10 * 8 * WINDOW + (READ_AHEAD_BATCHES + 3) * BATCH * 100 + 150_000
         rows, windows, _ = peak_in_windows(folder, world_size=4, rank=1)
+        assert rows == WINDOW * count / 4
+        assert 0.6 < windows < 1.2, "the same of a window of one lane of four"
+        rows, windows, _ = peak_in_windows(folder, world_size=4, rank=1, lanes=1)
         assert rows == WINDOW * count / 4
         assert 1 < windows < 1.8, "one window, and a quarter of two"
 
