@@ -85,6 +85,7 @@ def test_any_damage_to_any_file_is_found_by_all_ranks(tmp_path, saved):
 
 def test_the_newest_sound_checkpoint_is_taken(tmp_path, click_log, saved):
     run = Path(shutil.copytree(saved, tmp_path / "run"))
+    shutil.copytree(run / "checkpoint-20", run / "damaged-checkpoint-20")  # of an earlier resume
     flip(run / "checkpoint-20/tables-00001.safetensors")
     (run / "latest").write_bytes(b"\xff\x00checkpoint-")
     resumed = run_script("train.py", *flags(run, click_log), "--resume_from_checkpoint=true", ranks=2)
@@ -93,6 +94,7 @@ def test_the_newest_sound_checkpoint_is_taken(tmp_path, click_log, saved):
     assert fault in resumed.output
     assert f"Resuming from {run}/checkpoint-10, the newest one" in resumed.output
     assert losses(run) == losses(saved)
+    assert fault.partition(": ")[2].split()[0] in os.listdir(run / "damaged-checkpoint-20-2")
 
 
 def test_without_a_sound_one_the_run_ends_in_a_line(tmp_path, click_log, saved):

@@ -5,6 +5,7 @@ and the digest of every other file, and a digest of itself.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -75,7 +76,7 @@ def choose_checkpoint(
             for known in faults if topology.is_main else ():
                 logger.warning("%s. Resuming from %s, the newest one whose files are as they were saved", known, folder)
             for each in damaged if topology.is_main and sets_aside else ():
-                each.rename(each.with_name(f"{_DAMAGED}{each.name}"))
+                _set_aside(each)
             return folder
         faults.append(f"{folder}: {fault}")
         damaged.append(folder)
@@ -87,6 +88,12 @@ def choose_checkpoint(
     if topology.is_main:
         logger.info("%s has no checkpoint yet: the run starts at step 0", output_dir)
     return None
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint. Its step may have been damaged before: then the new name has a number too."""
+    names = itertools.chain([f"{_DAMAGED}{folder.name}"], (f"{_DAMAGED}{folder.name}-{n}" for n in itertools.count(2)))
+    folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
 
 
 def candidates(wanted: str, output_dir: Path) -> list[Path]:
