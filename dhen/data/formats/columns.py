@@ -16,7 +16,7 @@ from dhen.data.formats.raw_rows import RowChecks
 from dhen.data.formats.roles import LabelRole, SparseRole
 
 _YES, _NO = ("1", "yes", "y", "on", "t"), ("0", "no", "n", "off", "f")
-"""Words for true and false, beside these two themselves."""
+"""Words for true and false, whose canonical texts are 1 and 0."""
 _OTHER_LABELS = ". For other values, write {{column: {}, positive: …}} or {{…, greater_than: …}} as the schema's label"
 _SECONDS = (1e8, 1e10)
 """Seconds since 1970 that are taken for a time: from 1973 to 2286. Milliseconds, or a date like 20240131, are not."""
@@ -66,17 +66,23 @@ def label_column(
     """
     if values is None:
         return pa.array(np.full(len(checks.rows), np.nan, dtype=np.float32), from_pandas=False)
-    if isinstance(role.positive, bool):
-        labels, unread, must_be = *_said(values, role.positive), f"one of {', '.join((*_YES, *_NO))}"
-    elif role.positive is not None:
-        labels, unread, must_be = *_equal(values, str(role.positive)), "a text or a whole number"
+    if role.positive is not None:
+        keys = pl.Series(pl.from_arrow(canonical_keys(_keys(values)[0])))
+        is_blank = keys.is_null().to_numpy()
+        if isinstance(role.positive, bool):  # YAML reads the words for yes and no as booleans
+            known = dict.fromkeys(_YES, float(role.positive)) | dict.fromkeys(_NO, float(not role.positive))
+            labels = keys.str.to_lowercase().replace_strict(known, default=None, return_dtype=pl.Float64).to_numpy()
+            must_be = f"one of {', '.join(known)}"
+        else:
+            positive = canonical_keys(pa.array([str(role.positive)]))[0].as_py()
+            labels, must_be = (keys == positive).cast(pl.Float64).to_numpy(), "a text or a number"
     else:
         labels, unread = parse_numbers(values, pl.Float64)
+        is_blank = np.isnan(labels) & ~unread
         must_be = "0 or 1"
         if role.greater_than is not None:
             labels = np.where(np.isnan(labels), np.nan, labels > role.greater_than)
             must_be = "a number"
-    is_blank = np.isnan(labels) & ~unread
     allowed = (labels == 0) | (labels == 1) | ((labels == -1) & minus_one)
     is_bad = ~allowed & ~(is_blank & (not is_required))
     way_out = _OTHER_LABELS.format(role.column) if has_schema and must_be == "0 or 1" else ""
@@ -85,28 +91,6 @@ def label_column(
         lambda i: f"column {role.column!r}: the label is {_shown(values, i)}; it must be {must_be}{way_out}",
     )
     return pa.array(np.maximum(labels, 0).astype(np.float32), from_pandas=False)
-
-
-def _equal(values: pa.Array, positive: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (1 where the value is `positive`, else 0, NaN if blank; mask of unreadable values)."""
-    if pa.types.is_floating(values.type) or pa.types.is_decimal(values.type):
-        numbers, unread = parse_numbers(values, pl.Float64)
-        wanted, _ = parse_numbers(pa.array([positive]), pl.Float64)
-        return np.where(np.isnan(numbers), np.nan, numbers == wanted[0]), unread
-    keys, unread = _keys(values)
-    keys, wanted = canonical_keys(keys), canonical_keys(pa.array([positive]))[0]
-    return pc.equal(keys, wanted).cast(pa.float32()).to_numpy(zero_copy_only=False), unread
-
-
-def _said(values: pa.Array, positive: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The same for words of yes and no, which YAML reads as booleans."""
-    keys, unread = _keys(values)
-    words = pc.utf8_lower(canonical_keys(keys))
-    is_yes, is_no = (
-        pc.is_in(words, pa.array(some)).to_numpy(zero_copy_only=False).astype(bool) for some in (_YES, _NO)
-    )
-    labels = np.where(is_yes, float(positive), np.where(is_no, float(not positive), np.nan))
-    return labels, unread | (words.is_valid().to_numpy(zero_copy_only=False) & ~is_yes & ~is_no)
 
 
 def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
@@ -212,7 +196,7 @@ def _keys(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
         numbers = pc.fill_null(values, 0).to_numpy()
         is_whole = (np.abs(numbers) < 2**53) & (np.floor(numbers) == numbers)
         whole = pc.if_else(pa.array(is_whole), values, pa.scalar(None, pa.float64()))
-        return whole.cast(pa.int64()).cast(pa.string()), ~is_whole
+        return pc.coalesce(whole.cast(pa.int64()).cast(pa.string()), values.cast(pa.string())), ~is_whole
     text = values if pa.types.is_string(values.type) else values.cast(pa.string())
     is_blank = pc.equal(pc.binary_length(text), 0)
     if pc.any(is_blank).as_py():
