@@ -47,7 +47,7 @@ def looked_in(path: str | Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Put a file with this text in the place of an earlier one, when all of it is on the disk."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     draft.write_text(text, encoding="utf-8")
     sync(draft)
     draft.replace(path)

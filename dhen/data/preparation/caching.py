@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import open_sources
 from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER
 from dhen.data.schema import FORMAT_VERSION, SCHEMA_FILE
+from dhen.paths import write_atomically
 
 _DIGESTS_FILE = ".digests.json"
 _HEAD_BLOCK = 1 << 20
@@ -40,18 +40,18 @@ def prepare_cached(
         return Path(name)
     head = settings.head
     folder = Path(cache) / _digest(settings, FileDigests(Path(cache), only_known=head is not None))
-    if head is not None and not (folder / SCHEMA_FILE).is_file():
+    if (folder / SCHEMA_FILE).is_file():
+        logger.info("%s: reusing the folder prepared earlier from the same files and settings", folder)
+    elif head is not None:
         # A split in order would put all of these rows into train.
         settings, folder = replace(settings, split_order="random", block_bytes=_HEAD_BLOCK), head.folder / "prepared"
         prepare(settings, folder, progress=lambda _: None)
-    elif not (folder / SCHEMA_FILE).is_file():
+    else:
         try:
             prepare(settings, folder, progress=progress)
         except FileExistsError:
             if not (folder / SCHEMA_FILE).is_file():
                 raise
-    else:
-        logger.info("%s: reusing the folder prepared earlier from the same files and settings", folder)
     return folder
 
 
@@ -124,6 +124,4 @@ class FileDigests:
         """Store the digests for the next run. If two processes save at once, one set is lost and recomputed later."""
         if self._is_new:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.draft")
-            draft.write_text(json.dumps(self._known), encoding="utf-8")
-            draft.replace(self._path)
+            write_atomically(self._path, json.dumps(self._known))

@@ -221,12 +221,20 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
     """Provide a hidden sibling folder for writing. It is renamed to `folder` on success and removed on failure.
 
     If the process is killed, the sibling `.<name>.unfinished-*` remains. The next preparation in the same parent folder
-    removes it. Raises FileExistsError if another process has created `folder` in the meantime.
+    removes it, unless another one runs there. Raises FileExistsError if another process has created `folder` in the
+    meantime.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder.parent)
-    unfinished, lock = _locked_folder(f".{folder.name}{_UNFINISHED}", folder.parent)
+    unfinished = folder.with_name(f".{folder.name}{_UNFINISHED}{uuid4().hex}")
+    lock = os.open(folder.parent, os.O_RDONLY)
     try:
+        with suppress(OSError):  # another preparation runs, or the file system has no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for leftover in folder.parent.glob(f".*{_UNFINISHED}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        unfinished.mkdir()  # with the usual permissions; those of tempfile's folders exclude other users
         yield unfinished
         try:
             os.rename(unfinished, folder)
@@ -237,28 +245,3 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         os.close(lock)
-
-
-def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
-    """Create a folder and return it with an open descriptor, which locks it as long as this process lives."""
-    while True:
-        folder = parent / f"{prefix}{uuid4().hex}"
-        folder.mkdir()  # with the usual permissions; those of tempfile's folders exclude other users
-        descriptor = os.open(folder, os.O_RDONLY)
-        with suppress(OSError):  # if the file system has no locks, nobody else can lock and remove it either
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, descriptor
-        os.close(descriptor)  # another process removed it as a leftover before it was locked
-
-
-def _remove_leftovers(parent: Path) -> None:
-    """Remove unfinished folders that no running process has locked."""
-    for folder in parent.glob(f".*{_UNFINISHED}*"):
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(descriptor)

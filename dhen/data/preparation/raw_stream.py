@@ -85,7 +85,7 @@ class RawStream:
                     way_out = "Correct it, or use --bad_rows skip to skip and list bad rows."
                     raise DataError(f"{chunk.bad[0]} {way_out}")
                 bad = np.array([bad_row.row for bad_row in chunk.bad], dtype=np.int64)
-                yield SplitChunk(chunk, source.splits, rule.assign(first + chunk.rows), rule.assign(first + bad))
+                yield SplitChunk(chunk, source.splits, rule(first + chunk.rows), rule(first + bad))
                 rows += len(chunk.rows)
                 self._progress(PreparationProgress(stage, rows, bytes_before + bytes_read, bytes_total))
             bytes_before += sum(map(_size, source.files))

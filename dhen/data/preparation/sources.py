@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,14 +21,9 @@ from dhen.data.synthetic import RECIPES
 from dhen.paths import looked_in
 
 _SUFFIXES = {
-    ".parquet": "parquet",
-    ".pq": "parquet",
+    **dict.fromkeys((".parquet", ".pq"), "parquet"),
     ".csv": "csv",
-    ".libsvm": "libsvm",
-    ".svm": "libsvm",
-    ".libfm": "libsvm",
-    ".libffm": "libsvm",
-    ".ffm": "libsvm",
+    **dict.fromkeys((".libsvm", ".svm", ".libfm", ".libffm", ".ffm"), "libsvm"),
 }
 _LIBSVM_LINE = re.compile(r"\S+(\s+\d+(:\d+)?:\S+)+\s*$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)?")
@@ -48,23 +44,19 @@ def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Sour
         found = _on_the_hub(settings)
     else:
         found = {split: _files(patterns) for split, patterns in settings.files_by_split().items()}
-        files = [file for some in found.values() for file in some]
-        for file in files:
-            if files.count(file) > 1:
-                raise DataError(f"{file}: the file is used for two splits. Use different files for each split.")
-    if settings.only_split is not None:
-        if settings.only_split not in found:
-            raise DataError(
-                f"{settings.dataset_name}: there is no split {settings.only_split}. Use one of: {', '.join(found)}."
-            )
-        split = settings.only_split
-        return _reader(format_name, settings, found[split][0]), format_name, (Source(found[split], (split,)),)
-    has_own_splits = len(found) > 1 or (len(found) == 1 and format_name != "hub")
-    if has_own_splits:
+    only = settings.only_split
+    if only is not None:
+        if only not in found:
+            raise DataError(f"{settings.dataset_name}: there is no split {only}. Use one of: {', '.join(found)}.")
+        found = {only: found[only]}
+    if only is not None or len(found) > 1 or (found and format_name != "hub"):
         sources = tuple(Source(some, (split,)) for split, some in found.items())
     else:
         files = next(iter(found.values())) if found else _files(as_tuple(settings.dataset_name))
         sources = (Source(files, splits_with_rows(settings.split_fractions)),)
+    file, times = Counter(file for source in sources for file in source.files).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{file}: the file is given twice, so its rows would count twice. Give each file once.")
     return _reader(format_name, settings, sources[0].files[0]), format_name, sources
 
 
@@ -136,9 +128,6 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
                 )
             raise FileNotFoundError(f"{pattern}: no such file. {check}{looked_in(pattern)}")
         found.extend(some)
-    for file in found:
-        if found.count(file) > 1:
-            raise DataError(f"{file}: the file is given twice, so its rows would count twice. Give each file once.")
     return tuple(found)
 
 

@@ -4,7 +4,6 @@ Header lines have no position. Bad rows and blank lines do, so skipping them doe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,23 +11,8 @@ from dhen.data.preparation.hashing import hash_positions
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import SPLITS
 
-
-@dataclass(frozen=True)
-class SplitRule:
-    """Assigns each row to a split.
-
-    starts: where each split but the first begins. seed: then each row is assigned independently, by where a hash of its
-    position and the seed falls in [0, 1), so the shares hold on average. None: the positions themselves count.
-    """
-
-    splits: tuple[str, ...]
-    starts: tuple[float, ...] = ()
-    seed: int | None = None
-
-    def assign(self, positions: np.ndarray) -> np.ndarray:
-        """Return an index into `splits` for each position, int64."""
-        places = positions if self.seed is None else hash_positions(positions, self.seed)
-        return np.searchsorted(self.starts, places, side="right")
+SplitRule = Callable[[np.ndarray], np.ndarray]
+"""Returns the index of the split for each position, int64."""
 
 
 def splits_with_rows(fractions: tuple[float, float, float]) -> tuple[str, ...]:
@@ -37,10 +21,16 @@ def splits_with_rows(fractions: tuple[float, float, float]) -> tuple[str, ...]:
 
 
 def split_rule(splits: tuple[str, ...], settings: PreparationSettings, count_rows: Callable[[], int]) -> SplitRule:
-    """Return the rule for `splits`. A sequential split, which puts the first rows into train, must count the rows."""
+    """Return the rule for `splits`.
+
+    A random split assigns each row independently, by where a hash of its position and the seed falls in [0, 1), so the
+    shares hold on average. A sequential split, which puts the first rows into train, must count the rows.
+    """
     if len(splits) == 1:  # the user gave files for each split
-        return SplitRule(splits)
+        return lambda positions: np.zeros(len(positions), np.int64)
     starts = np.cumsum([share for share in settings.split_fractions if share > 0])[:-1]
     if settings.split_order == "random":
-        return SplitRule(splits, tuple(starts.tolist()), settings.split_seed)
-    return SplitRule(splits, tuple(np.rint(starts * count_rows()).tolist()))
+        seed = settings.split_seed
+        return lambda positions: np.searchsorted(starts, hash_positions(positions, seed), side="right")
+    first_rows = np.rint(starts * count_rows())
+    return lambda positions: np.searchsorted(first_rows, positions, side="right")

@@ -327,7 +327,7 @@ def test_files_that_are_not_there_are_named(tmp_path, name, message):
 def test_a_file_given_twice_is_refused(tmp_path, raw):
     with pytest.raises(DataError, match="given twice"):
         prepare(PreparationSettings([raw, raw]), tmp_path / "out")
-    with pytest.raises(DataError, match="the file is used for two splits"):
+    with pytest.raises(DataError, match="given twice"):
         prepare(PreparationSettings(train_file=raw, test_file=raw), tmp_path / "out")
 
 
