@@ -127,12 +127,6 @@ class SparseRole:
     bins: Bins | None = None
 
     def __post_init__(self) -> None:
-        if not is_valid_table_name(self.name):
-            raise ValueError(
-                f"{quoted(self.name)} is not allowed as the name of a sparse feature. It must not be empty, contain a "
-                f"dot, start with '__', or be the name of a module attribute ('type', 'training', …). To rename it, "
-                f"write {{name: new, column: {shown(self.source)}}}."
-            )
         if self.characters is not None and not 0 <= self.characters[0] < self.characters[1]:
             raise ValueError(
                 f"the characters of {quoted(self.name)} are {list(self.characters)}. Give the first one, counted from "
@@ -366,12 +360,14 @@ def _one_line(place: str | Path) -> Iterator[None]:
 
 
 def _check_names(role: DenseRole | SparseRole) -> None:
+    is_sparse = isinstance(role, SparseRole)
     for name in role.features:
-        if name == LABEL or not _FEATURE_NAME.fullmatch(name):
+        if name == LABEL or not _FEATURE_NAME.fullmatch(name) or (is_sparse and not is_valid_table_name(name)):
             raise ValueError(
-                f"{quoted(name)} is not allowed as a feature name, because files and columns are named after it. Use "
-                f"at most 200 letters, digits, '_', '-', '.' and spaces, but not {LABEL!r}. To rename it, write "
-                f"{{name: new, column: {shown(role.source)}}}."
+                f"{quoted(name)} is not allowed as a feature name, because files, columns and tables are named after "
+                f"it. Use at most 200 letters, digits, '_', '-', '.' and spaces, but not {LABEL!r}; for a sparse "
+                "feature also no dot, no '__' at the start, and no name of a module attribute ('type', 'training', …). "
+                f"To rename it, write {{name: new, column: {shown(role.source)}}}."
             )
 
 

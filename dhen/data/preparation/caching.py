@@ -78,7 +78,6 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
         origin = Path(origin)
         for file in (origin / SCHEMA_FILE, *sorted((origin / VOCABULARY_FOLDER).glob("*.parquet"))):
             digest.update(f"{file.name}:{digests.of(file)}".encode())
-    digests.save()
     return digest.hexdigest()
 
 
@@ -99,12 +98,14 @@ class FileDigests:
     def __init__(self, cache: Path, *, only_known: bool = False) -> None:
         self._path, self._only_known = cache / _DIGESTS_FILE, only_known
         self._known: dict[str, list[int | str]] = {}
-        self._is_new = False
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: read the files again
             self._known = json.loads(self._path.read_text(encoding="utf-8"))
 
     def of(self, file: Path) -> str:
-        """Return the digest of a file's content, independent of its name and times."""
+        """Return the digest of a file's content, independent of its name and times.
+
+        Stores a new one for the next run. If two processes do so at once, one digest is lost and recomputed later.
+        """
         status = file.stat()
         # Include ctime, because whoever edits a file can reset mtime, but not ctime.
         mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
@@ -117,11 +118,6 @@ class FileDigests:
         with file.open("rb") as content:
             digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         self._known[path] = [*mark, digest]
-        self._is_new = True
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._path, json.dumps(self._known))
         return digest
-
-    def save(self) -> None:
-        """Store the digests for the next run. If two processes save at once, one set is lost and recomputed later."""
-        if self._is_new:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, json.dumps(self._known))

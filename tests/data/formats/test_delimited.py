@@ -213,8 +213,8 @@ def test_a_header_alone_is_no_data(tmp_path):
             "sparse: [{name: a, encoding: vocabulary, hash_size: 9}]",
             "'a' has a hash_size, but the encoding vocabulary does not use it",
         ),
-        ("sparse: [u.v]", r"'u\.v' is not allowed as the name of a sparse feature.*{name: new, column: u\.v}"),
-        ("sparse: [type]", "'type' is not allowed as the name of a sparse feature.*{name: new, column: type}"),
+        ("sparse: [u.v]", r"'u\.v' is not allowed as a feature name.*{name: new, column: u\.v}"),
+        ("sparse: [type]", "'type' is not allowed as a feature name.*{name: new, column: type}"),
         ("label: click\nsparse: [a, click]", "'click' uses the column 'click', which is the label"),
         (
             "label: click\nsparse: [a]\ndense: [{name: b, column: click}]",

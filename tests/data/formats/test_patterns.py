@@ -78,7 +78,7 @@ def test_two_patterns_of_one_role_may_match_the_same_column():
         ('dense: ["n*"]\nignored: ["*"]', r"the column 'n1' matches 'n\*' under dense and '\*' under ignored"),
         ('sparse: ["n*", {name: "?1", min_count: 2}]', "the feature 'n1' appears twice"),
         ('sparse: [x]\nignored: ["y*"]', r"the pattern 'y\*' under ignored matches no column"),
-        ('sparse: ["a*"]', r"'a\.b' is not allowed as the name of a sparse feature"),
+        ('sparse: ["a*"]', r"'a\.b' is not allowed as a feature name"),
         ('dense: ["[*]"]', r"'\[\*\]' is not allowed as a feature name, .* \{name: new, column: \[\*\]\}"),
     ],
 )
