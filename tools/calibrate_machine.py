@@ -12,7 +12,6 @@ in --like, and `source` says so. tools/calibrate_costs.py measures links for the
 import argparse
 import dataclasses
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 import yaml
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
@@ -31,20 +31,14 @@ from dhen.planner.step_trace import Precision, trace_step
 from dhen.runtime.host_allocator import keep_freed_memory
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-_ENOUGH_SECONDS, _RISE = 0.02, 1.05
-"""Products between two syncs take at least this long, and sizes double until the rate rises by less than this."""
+_SECONDS, _RISE = 0.2, 1.05
+"""How long a call is repeated, and the rise of the rate below which larger matrices are not tried."""
 
 
-def seconds_of(function: Callable[[], object], device: torch.device, rounds: int = 7) -> float:
-    """Median seconds of a call, after one call that warms up."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+def seconds_of(function: Callable[[], object]) -> float:
+    """Median seconds of a call, of so many calls in a row that starting and waiting for them hardly count."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=_SECONDS).median
 
 
 def measured(like: Machine, device: torch.device, size: int, batch_size: int) -> Machine:
@@ -68,28 +62,22 @@ def copy_rate(device: torch.device) -> float:
     """Bytes per second of a copy in memory, read and written."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)  # larger than any cache
     target = torch.empty_like(source)
-    return 2 * source.numel() * source.element_size() / seconds_of(lambda: target.copy_(source), device)
+    return 2 * source.numel() * source.element_size() / seconds_of(partial(target.copy_, source))
 
 
 def seconds_per_start(device: torch.device) -> float:
     """Seconds to start an operation that does next to nothing."""
     one = torch.ones(1, device=device)
-    return seconds_of(lambda: [one.add(1) for _ in range(1000)], device) / 1000
-
-
-def _products(count: int, a: Tensor, b: Tensor, out: Tensor) -> None:
-    for _ in range(count):
-        torch.mm(a, b, out=out)
+    return seconds_of(partial(one.add, 1))
 
 
 def product_rate(name: str, device: torch.device, size: int) -> float:
-    """Operations per second of products of square matrices, large and many enough to fill the device."""
+    """Operations per second of products of square matrices, large enough to fill the device."""
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     rates = [0.0]
     while len(rates) < 2 or rates[-1] > _RISE * rates[-2]:
         a, b, out = (torch.randn(size, size, device=device).to(_DTYPES[name]) for _ in range(3))
-        count = 1 + int(_ENOUGH_SECONDS / seconds_of(partial(_products, 1, a, b, out), device, rounds=3))
-        rates.append(2 * size**3 * count / seconds_of(partial(_products, count, a, b, out), device, rounds=3))
+        rates.append(2 * size**3 / seconds_of(partial(torch.mm, a, b, out=out)))
         size *= 2
     torch.set_float32_matmul_precision("highest")
     return max(rates)
@@ -115,7 +103,7 @@ def efficiency(machine: Machine, device: torch.device, batch_size: int) -> float
         return loss
 
     work = [each for event in trace_step(config, batch_size, Precision()).events for each in event.work]
-    return compute_seconds(work, machine) / seconds_of(step, device)
+    return compute_seconds(work, machine) / seconds_of(step)
 
 
 def _rounded(value: float) -> float:

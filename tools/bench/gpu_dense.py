@@ -7,7 +7,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,10 +40,8 @@ KINDS = {
 """Kinds of kernels by parts of their names; the first that fits counts."""
 
 
-class Report(Protocol):
-    """Takes a result: what was measured, and its figures by name."""
-
-    def __call__(self, case: str, **figures: Any) -> None: ...
+Report = Callable[..., None]
+"""Takes a result: what was measured, and its figures by name."""
 
 
 @contextlib.contextmanager
