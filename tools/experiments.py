@@ -65,9 +65,9 @@ class Entry:
     """A set-up that is run once per seed.
 
     seeds, ds_config: None for the experiment's. ds_config_changes: to keys of the ds_config, or to keys of its
-    sections. arguments: of the run. paper: the paper's NE differences in percent, at
-    the experiment's paper_points. family: of a scaling curve. starts_from: the entry whose model of the same seed is
-    fine-tuned. against: entries that this one is compared with.
+    sections. arguments: of the run. paper: the paper's NE differences in percent, at the experiment's paper_points.
+    family: of a scaling curve. starts_from: the entry whose model of the same seed is fine-tuned. against: entries that
+    this one is compared with.
     """
 
     name: _Name

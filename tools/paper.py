@@ -36,6 +36,7 @@ from typing import Any
 from dhen.data.synthetic import RECIPES
 from dhen.model.names import check_names, quoted
 from dhen.yaml_files import write_yaml
+from tools.cluster import ClusterError, check_machine
 from tools.experiments import (
     MEASURED_FILE,
     ROOT,
@@ -72,7 +73,7 @@ def main() -> int:
     arguments = parse_arguments()
     try:
         return arguments.command(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ClusterError) as error:
         print(f"paper: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -170,6 +171,8 @@ def run_experiment(call: argparse.Namespace) -> int:
     check_names("entry", call.entries or [], [entry.name for entry in experiment.entries])
     if experiment.nodes and call.nproc > 1:
         raise ValueError(f"{call.experiment} runs on {experiment.nodes} nodes of two ranks. Leave out --nproc.")
+    if experiment.nodes:
+        check_machine()
     results = call.results or RESULTS
     if call.budget == "tiny":
         tiny = TINY | _small_log({**experiment.recipe, **experiment.arguments}.get("dataset_name"))

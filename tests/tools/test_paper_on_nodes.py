@@ -77,6 +77,13 @@ def test_changes_of_the_ds_config_decide_the_result():
     assert experiment.digest(dp) != replace(experiment, nodes=3).digest(dp)
 
 
+def test_without_network_namespaces_nothing_is_run(tmp_path):
+    done = call("common_optimizations", f"--results={tmp_path}", f"--runs={tmp_path / 'runs'}", PATH="")
+    assert done.status == 1
+    assert done.stderr == "paper: ip and tc not found. Install iproute2.\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_per_run_are_those_of_the_nodes():
     done = call("common_optimizations", "--data=planted", "--nproc=2", "--budget=tiny")
     assert done.status == 1
