@@ -68,11 +68,12 @@ class SparseIds:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SparseIds":
         """Return the same bags on `device`."""
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
-
-        return replace(self, ids=move(self.ids), lengths_FB=move(self.lengths_FB), weights=move(self.weights))
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "SparseIds":
+        """Return the same bags with each tensor moved."""
+        tensors = {name: getattr(self, name) for name in ("ids", "lengths_FB", "weights")}
+        return replace(self, **{name: move(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def init_table(

@@ -58,10 +58,8 @@ class Batch:
         return self._moved(Tensor.pin_memory)
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = {name: getattr(self.sparse, name) for name in ("ids", "lengths_FB", "weights")}
-        sparse = {name: move(tensor) for name, tensor in tensors.items() if tensor is not None}
-        moved = {"labels_B": move(self.labels_B), "dense_BN": move(self.dense_BN)}
-        return replace(self, **moved, sparse=replace(self.sparse, **sparse))
+        labels_B, dense_BN = move(self.labels_B), move(self.dense_BN)
+        return replace(self, labels_B=labels_B, dense_BN=dense_BN, sparse=self.sparse.moved(move))
 
 
 class BatchLoader:

@@ -1,6 +1,5 @@
 """Reads the rows of a prepared split, after checking its files against the schema."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dhen.data.schema import LABEL, Schema, weights_column
 NUMBER = ":number"
 """Column with the number of each row within the split, from 0. Feature names cannot start with a colon."""
 _PREPARE_AGAIN = "Prepare the data again."
+_TYPES = {"float32": (pa.float32(),), "int32 or int64": (pa.int32(), pa.int64())}
 
 
 @dataclass(frozen=True)
@@ -128,29 +128,20 @@ def flat_values(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column if pa.types.is_primitive(column.type) else pc.list_flatten(column)
 
 
-def _wanted(schema: Schema) -> dict[str, tuple[str, Callable[[pa.DataType], bool]]]:
-    """Return the columns to read, with the type that each must have: as text and as a check."""
-
-    def is_id(found: pa.DataType) -> bool:
-        return pa.types.is_int32(found) or pa.types.is_int64(found)
-
-    def is_list(kind: Callable[[pa.DataType], bool]) -> Callable[[pa.DataType], bool]:
-        return lambda found: (pa.types.is_list(found) or pa.types.is_large_list(found)) and kind(found.value_type)
-
-    wanted = {LABEL: ("float32", pa.types.is_float32)}
-    wanted |= {column.name: ("float32", pa.types.is_float32) for column in schema.dense}
+def _wanted(schema: Schema) -> dict[str, tuple[str, bool]]:
+    """Return the columns to read, with the type that their values must have, and whether these are in lists."""
+    wanted = dict.fromkeys((LABEL, *(column.name for column in schema.dense)), ("float32", False))
     for column in schema.sparse:
-        if column.is_multi_valued:
-            wanted[column.name] = ("a list of int32 or int64", is_list(is_id))
-        else:
-            wanted[column.name] = ("int32 or int64", is_id)
+        wanted[column.name] = ("int32 or int64", column.is_multi_valued)
         if column.is_weighted:
-            wanted[weights_column(column.name)] = ("a list of float32", is_list(pa.types.is_float32))
+            wanted[weights_column(column.name)] = ("float32", True)
     return wanted
 
 
 def _check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
-    for name, (kind, fits) in _wanted(schema).items():
-        if name not in columns.names or not fits(columns.field(name).type):
-            found = columns.field(name).type if name in columns.names else "missing"
-            raise ValueError(f"{path}: column {name!r} must be {kind}, but is {found}. {_PREPARE_AGAIN}")
+    for name, (kind, is_list) in _wanted(schema).items():
+        found = columns.field(name).type if name in columns.names else "missing"
+        has_lists = isinstance(found, pa.ListType | pa.LargeListType)
+        if has_lists != is_list or (found.value_type if has_lists else found) not in _TYPES[kind]:
+            must_be = f"a list of {kind}" if is_list else kind
+            raise ValueError(f"{path}: column {name!r} must be {must_be}, but is {found}. {_PREPARE_AGAIN}")

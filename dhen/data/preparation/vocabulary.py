@@ -118,8 +118,7 @@ def load_vocabulary(folder: Path, feature: str) -> Vocabulary:
         raise FileNotFoundError(
             f"{path}: no such file, but {feature!r} is encoded by a vocabulary. Prepare the data again."
         )
-    table = pyarrow.parquet.read_table(path, columns=["key", "id", "count"]).combine_chunks()
+    table = pyarrow.parquet.read_table(path, columns=["key", "id", "count"])
     if not np.array_equal(table["id"].to_numpy(), np.arange(1, table.num_rows + 1)):
         raise ValueError(f"{path}: the ids do not run from 1 to {table.num_rows}. Prepare the data again.")
-    keys = pa.concat_arrays([pa.array([], pa.string()), *table["key"].cast(pa.string()).chunks])
-    return Vocabulary(keys, table["count"].to_numpy())
+    return Vocabulary(table["key"].combine_chunks().cast(pa.string()), table["count"].to_numpy())
