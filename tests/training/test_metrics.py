@@ -3,7 +3,7 @@
 import doctest
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,15 @@ from torch import Tensor
 
 import dhen.training.metrics
 from dhen.runtime.topology import Topology
-from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss, exact_auc, normalized_entropy
+from dhen.training.metrics import (
+    ClickMetrics,
+    MetricValues,
+    RunningLoss,
+    auc_of_counts,
+    counts_in_bins,
+    exact_auc,
+    normalized_entropy,
+)
 from tests.ranks import run_ranks
 
 
@@ -63,6 +71,30 @@ def test_auc_counts_ties_as_half_and_is_the_share_of_pairs() -> None:
     assert exact_auc(logits, labels) == pytest.approx(right.item() / (len(clicks) * len(others)), rel=1e-15)
     assert exact_auc(torch.zeros(300), labels) == 0.5
     assert exact_auc(torch.tensor([-0.0, 0.0]), torch.tensor([0, 1])) == 0.5
+
+
+@pytest.mark.parametrize("levels", [None, 7])
+def test_many_examples_are_counted_in_bins(monkeypatch, caplog, levels: int | None) -> None:
+    logits, labels = click_log(200_000, seed=2, levels=levels)
+    exact = metrics_of(logits, labels)
+    monkeypatch.setattr(dhen.training.metrics, "EXACT_EXAMPLES", 199_999)
+    caplog.set_level("INFO")
+    binned = metrics_of(logits, labels)
+    (line,) = caplog.messages
+    bound = float(line.split()[-1])
+    assert line.startswith("the AUC of 200,000 examples counts logits in 1,048,576 bins")
+    assert abs(binned.auc - exact.auc) < (1e-7 if levels is None else 1e-15)
+    assert abs(binned.auc - exact.auc) < bound < (1e-3 if levels is None else 0.2)
+    assert replace(binned, auc=exact.auc) == exact
+
+
+def test_bins_are_in_the_order_of_the_logits() -> None:
+    values = [-math.inf, -3e38, -2.0, -1.0, -1e-30, 0.0, 1e-43, 1e-30, 0.3, 1.0, 3e38, math.inf]
+    bins = [counts_in_bins(torch.tensor([value]), torch.zeros(1))[0].argmax().item() for value in values]
+    assert bins == sorted(bins)
+    assert len(set(bins)) == len(bins) - 1, "0 and the smallest numbers share a bin"
+    assert counts_in_bins(torch.tensor([-0.0, 0.0, 0.3]), torch.tensor([0, 1, 1])).sum(1).tolist() == [1, 2]
+    assert auc_of_counts(*counts_in_bins(torch.tensor([-0.0, 0.0]), torch.tensor([0, 1])).flip(0)) == 0.5
 
 
 def test_confident_logits_keep_their_digits() -> None:
@@ -180,6 +212,7 @@ class CutResult:
     values: MetricValues
     running: tuple[float, float]
     average: list[float]
+    binned_auc: float
 
 
 @dataclass(frozen=True)
@@ -203,7 +236,10 @@ def of_cut(rank: int, cut: list[int], group: dist.ProcessGroup) -> CutResult:
     own = metrics.compute()
     average = torch.tensor([own.auc, own.ne, own.logloss], dtype=torch.float64)
     dist.all_reduce(average, group=group)
-    return CutResult(values, running.take(group), (average / len(cut)).tolist())
+    dhen.training.metrics.EXACT_EXAMPLES, exact = 2999, dhen.training.metrics.EXACT_EXAMPLES
+    binned = metrics.compute(group).auc
+    dhen.training.metrics.EXACT_EXAMPLES = exact
+    return CutResult(values, running.take(group), (average / len(cut)).tolist(), binned)
 
 
 def on_ranks(topology: Topology) -> dict[int, GroupResult]:
@@ -240,6 +276,7 @@ def test_ranks_agree_with_one_process(by_rank: list[GroupResult]) -> None:
             assert values == by_rank[0].cuts[position].values, "the ranks disagree"
             assert (values.auc, values.examples) == (whole.auc, whole.examples), "whole numbers, so exact"
             assert asdict(values) == pytest.approx(asdict(whole), rel=1e-14)
+            assert result.binned_auc == pytest.approx(whole.auc, rel=1e-14), "tied logits share a bin"
             assert result.running == pytest.approx((whole.logloss, whole.ne), rel=1e-14)
 
 
