@@ -24,7 +24,7 @@ def main() -> None:
     with user_errors():
         arguments = parse_scoring_arguments(None, __doc__)
         topology = job.start()
-        model, loader = load_for_scoring(arguments, topology, in_order=False)
+        model, loader = load_for_scoring(arguments, topology)
         values = evaluate(model, loader)
         metrics = metrics_of(values, loader.schema.best_possible_ne.get(loader.split))
         if topology.is_main:

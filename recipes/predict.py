@@ -1,5 +1,7 @@
 """Score rows with a trained model: write their click probabilities to a file: Parquet, CSV (.csv) or JSON (.jsonl).
 
+If --output has no such ending, it is a folder of Parquet files, one from each rank, whose names sort in input order.
+
     deepspeed recipes/predict.py --model_name_or_path runs/frappe --dataset_name rows.csv \\
         --dataset_schema recipes/configs/schemas/frappe.yaml --output scores.parquet
 
@@ -18,13 +20,20 @@ from pathlib import Path
 import pyarrow as pa
 
 from dhen.data.loading.batches import BatchLoader
+from dhen.data.loading.lanes import share
 from dhen.data.preparation.origins import Origins
 from dhen.runtime import topology as job
-from dhen.runtime.collectives import all_gather_uneven
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.loop import with_ids_ahead
 from dhen.training.parallel_model import ScoringDhen
-from dhen.training.saved.predictions import COLUMNS, PredictionWriter, prediction_file
+from dhen.training.saved.predictions import (
+    COLUMNS,
+    PredictionWriter,
+    join_parts,
+    part_of,
+    parts_folder,
+    prediction_file,
+)
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
 from dhen.training.unseen import UNSEEN_FILE, report_unseen, unseen_values, write_unseen
 
@@ -36,7 +45,7 @@ def main() -> None:
         arguments = parse_scoring_arguments(None, __doc__)
         path = prediction_file(arguments.output)
         topology = job.start()
-        model, loader = load_for_scoring(arguments, topology, in_order=True)
+        model, loader = load_for_scoring(arguments, topology)
         rows = write_predictions(model, loader, path)
     if topology.is_main:
         print(f"{rows:,} rows scored and written to {path}")
@@ -44,27 +53,26 @@ def main() -> None:
 
 
 def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> int:
-    """Score all rows. Rank 0 writes them to `path` in order.
+    """Score all rows. Each rank writes a stretch of them: a part of a folder, or of a file, whose parts are joined.
 
     Communicates; all ranks call it. Returns the number of rows.
     """
-    topology = model.topology
-    writer = PredictionWriter(path) if topology.is_main else None
-    origins = Origins(loader.folder, loader.split)
+    topology, parts = model.topology, parts_folder(path)
+    is_joined = topology.world_size > 1 and parts != path
+    own = path if topology.world_size == 1 and parts != path else part_of(parts, topology.rank)
+    writer = PredictionWriter(own)
+    origins = Origins(loader.folder, loader.split, share(loader.num_rows, topology.rank, topology.world_size).start)
     with model.evaluating():
         for batch, ids in with_ids_ahead(model, loader.epoch(0)):
             scores = model.score(model.look_up(ids), batch.dense_BN, batch.sparse).sigmoid()
-            # Each rank has consecutive rows of a step, so gathering in rank order keeps the rows in order.
-            columns = [
-                all_gather_uneven(values.to(topology.device), topology.world).cpu().numpy()
-                for values in (batch.rows_B, scores, batch.labels_B)
-            ]
-            if writer is not None:
-                columns = [pa.array(column, from_pandas=True) for column in columns]
-                writer.write(pa.table([*columns, *origins.take(len(columns[0]))], schema=COLUMNS))
-    unseen = unseen_values(model, loader)
-    if writer is not None:
-        writer.finish()
+            columns = [values.cpu().numpy() for values in (batch.rows_B, scores, batch.labels_B)]
+            columns = [pa.array(column, from_pandas=True) for column in columns]
+            writer.write(pa.table([*columns, *origins.take(len(scores))], schema=COLUMNS))
+    writer.finish()
+    unseen = unseen_values(model, loader)  # by now all ranks are done
+    if topology.is_main:
+        if is_joined:
+            join_parts(parts, topology.world_size, path)
         report_unseen(loader.split, unseen, loader.schema)
         write_unseen(path.with_name(f"{path.stem}.{UNSEEN_FILE}"), {loader.split: unseen})
     return loader.num_rows

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401 (registers the architecture)
+from dhen.config.command_line import ArgumentError
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import Schema
 from dhen.training.dataset import check_prepared_for
+from dhen.training.saved.predictions import PredictionWriter, join_parts, part_of, parts_folder, prediction_file
 from tests.recipes.launch import TINY, assert_same_metrics, run_script, summary
 
 TOLERANCE = 1e-6
@@ -79,18 +82,38 @@ def raw_labels(trained) -> list[float]:
         return [float(line[0]) for line in file]
 
 
-def test_predict_writes_rows_in_order_as_transformers_predicts_them(trained, tmp_path, expected):
-    output = tmp_path / "scores.parquet"
+@pytest.mark.parametrize("name", ["scores.parquet", "scores"])
+def test_predict_writes_rows_in_order_as_transformers_predicts_them(trained, tmp_path, expected, name):
+    output = tmp_path / name
     flags = [f"--model_name_or_path={trained.folder}", f"--output={output}", "--per_device_eval_batch_size=64"]
     done = run_script("predict.py", *flags, ranks=2)
     assert done.status == 0, done.output
-    table = pyarrow.parquet.read_table(output)
+    parts = sorted(output.iterdir()) if output.is_dir() else [output]
+    assert [part.name for part in parts] == ([name] if output.suffix else ["part-00000.parquet", "part-00001.parquet"])
+    assert {path.name for path in tmp_path.iterdir()} == {name, "scores.unseen.csv"}, "no draft and no part is left"
+    table = pa.concat_tables(pyarrow.parquet.read_table(part) for part in parts)
     assert table.column_names == ["row", "prediction", "label", "file", "line"]
     assert table["file"].null_count == table["line"].null_count == 300  # the run's own data says no files
     assert table["row"].to_pylist() == list(range(300))
     assert table["label"].to_pylist() == raw_labels(trained)
     np.testing.assert_allclose(table["prediction"].to_numpy(), expected, rtol=TOLERANCE)
     assert np.abs(np.roll(expected, 1) - expected).max() > 0.01  # one row off would be seen
+
+
+def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path):
+    assert prediction_file(str(tmp_path)) == tmp_path
+    (tmp_path / "part-00007.parquet").touch()
+    with pytest.raises(ArgumentError, match="which exists"):
+        prediction_file(str(tmp_path))
+
+
+def test_a_part_that_is_missing_is_named(tmp_path):
+    path = tmp_path / "scores.csv"
+    folder = parts_folder(path)
+    PredictionWriter(part_of(folder, 0)).finish()
+    with pytest.raises(FileNotFoundError, match=r"part-00001\.parquet: the part of rank 1 is not there"):
+        join_parts(folder, 2, path)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(("suffix", "read"), [(".csv", pl.read_csv), (".jsonl", pl.read_ndjson)])
@@ -115,6 +138,7 @@ def test_predict_needs_no_labels(trained, exported, tmp_path, expected, ranks):
     done = run_script("predict.py", *flags, "--per_device_eval_batch_size=70", ranks=ranks)
     assert done.status == 0, done.output
     table = pyarrow.parquet.read_table(output)
+    assert table["line"].to_pylist() == list(range(1, 301))
     assert table["label"].null_count == table.num_rows == 300
     np.testing.assert_allclose(table["prediction"].to_numpy(), expected, rtol=TOLERANCE)
     assert (exported.parent / "prepared").is_dir()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset
+import pyarrow.parquet
 
 from dhen.data.formats.raw_rows import RawChunk
 
@@ -20,12 +21,18 @@ def add_origins(prepared: pa.Table, chunk: RawChunk) -> pa.Table:
 
 
 class Origins:
-    """Reads the files and row numbers of a prepared split in order; null if the folder does not have them."""
+    """Reads the files and row numbers of a prepared split in order; null if the folder does not have them.
 
-    def __init__(self, folder: Path, split: str) -> None:
-        parts = [str(path) for path in sorted((folder / split).glob("*.parquet"))]
+    first_row: where to begin.
+    """
+
+    def __init__(self, folder: Path, split: str, first_row: int = 0) -> None:
+        parts = sorted((folder / split).glob("*.parquet"))
+        while len(parts) > 1 and (rows := pyarrow.parquet.read_metadata(parts[0]).num_rows) <= first_row:
+            parts, first_row = parts[1:], first_row - rows
         self._batches = pyarrow.dataset.dataset(parts, schema=_COLUMNS, format="parquet").to_batches()
         self._waiting = _COLUMNS.empty_table()
+        self.take(first_row)
 
     def take(self, count: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
         """Return (files, row numbers) of the next `count` rows."""

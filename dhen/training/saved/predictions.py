@@ -1,6 +1,10 @@
-"""Writes predictions, batch by batch, as Parquet, CSV or JSON lines: as the file's name says."""
+"""Writes predictions, batch by batch, as Parquet, CSV or JSON lines: as the file's name says.
+
+Each of several ranks writes a part of its own, a Parquet file. Nothing is gathered in memory.
+"""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -40,11 +44,47 @@ _WRITERS: dict[str, Callable[[BinaryIO, pa.Schema], Any]] = {
 
 
 def prediction_file(output: str | None) -> Path:
-    """The file to write. Raises ArgumentError if its name doesn't end in one of _WRITERS."""
+    """The file to write, or the folder if its name has no ending. Raises ArgumentError if it cannot be written."""
     path = Path(output or "predictions.parquet")
-    if path.suffix.lower() not in _WRITERS:
-        raise ArgumentError(f"--output is {output}. Use a name that ends in {', '.join(_WRITERS)}.")
+    if path.suffix.lower() not in ("", *_WRITERS):
+        raise ArgumentError(
+            f"--output is {output}. Use a name that ends in {', '.join(_WRITERS)}, or a name without an ending for a "
+            "folder."
+        )
+    if not path.suffix and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise ArgumentError(f"--output is {output}, which exists. Remove it, or choose another name.")
     return path
+
+
+def parts_folder(path: Path) -> Path:
+    """Where several ranks write their parts of a file; a folder is its own."""
+    return path.with_name(f".{path.name}.parts") if path.suffix else path
+
+
+def part_of(folder: Path, rank: int) -> Path:
+    """The file of a rank."""
+    return folder / f"part-{rank:05d}.parquet"
+
+
+def join_parts(folder: Path, ranks: int, path: Path) -> None:
+    """Write the rows of all parts to one file, in the order of the ranks, and remove the parts.
+
+    Raises FileNotFoundError if a part is not there.
+    """
+    parts = [part_of(folder, rank) for rank in range(ranks)]
+    for rank, part in enumerate(parts):
+        if not part.is_file():
+            raise FileNotFoundError(
+                f"{part}: the part of rank {rank} is not there. If the ranks do not share this folder, use an --output "
+                "without an ending: each rank's part then stays where it was written."
+            )
+    writer = PredictionWriter(path)
+    for part in parts:
+        with pyarrow.parquet.ParquetFile(part) as file:
+            for batch in file.iter_batches():
+                writer.write(pa.Table.from_batches([batch]))
+    writer.finish()
+    shutil.rmtree(folder)
 
 
 class PredictionWriter:

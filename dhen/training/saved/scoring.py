@@ -66,7 +66,8 @@ class ScoringArguments:
     output: str | None = option(
         None,
         "File to write. evaluate.py writes the metrics as JSON, by default to no file. predict.py writes "
-        "Parquet, CSV or JSON lines, as the name ends (.parquet, .csv, .jsonl), by default predictions.parquet.",
+        "Parquet, CSV or JSON lines, as the name ends (.parquet, .csv, .jsonl), by default predictions.parquet; a name "
+        "without an ending is a folder, in which each rank writes a Parquet file.",
     )
     interaction_files: list[str] = option([], "Python files that register your own interactions, as in training.")
     local_rank: int = option(0, argparse.SUPPRESS)  # DeepSpeed's launcher passes it
@@ -98,13 +99,8 @@ def _check_output(arguments: ScoringArguments) -> None:
         raise ArgumentError(f"--output {arguments.output} is an input, which it would overwrite. Choose another name.")
 
 
-def load_for_scoring(
-    arguments: ScoringArguments, topology: Topology, *, in_order: bool
-) -> tuple[ScoringDhen, BatchLoader]:
-    """Build the model over all ranks, and a loader for this rank's rows. Communicates; all ranks call it.
-
-    in_order: whether a step takes consecutive rows. Otherwise each rank reads a stretch of rows of its own.
-    """
+def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[ScoringDhen, BatchLoader]:
+    """Build the model over all ranks, and a loader for this rank's stretch of rows. Communicates; all ranks call it."""
     trained = TrainedModel.open(arguments.model_name_or_path)
     folder, split = _prepared(arguments, trained, topology)
     schema = check_prepared_for(folder, trained.folder)
@@ -121,7 +117,7 @@ def load_for_scoring(
         rank=topology.rank,
         world_size=topology.world_size,
         schema=schema,
-        lanes=1 if in_order else topology.world_size,
+        lanes=topology.world_size,
     )
     model = parallelize_for_scoring(trained.config, topology, trained.dense_weights())
     if model.tables is not None:
