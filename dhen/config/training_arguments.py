@@ -139,6 +139,11 @@ class TrainingArguments:
         "model's.",
     )
     dataloader_drop_last: bool = option(False, "Skip the last step of each epoch if its batch is incomplete.")
+    shuffle: Literal["window", "none"] = option(
+        "window",
+        "Order of the training rows. window: shuffled row groups, and shuffled rows in windows of them. none: as in "
+        "the files, for logs in time order; each rank then reads all rows.",
+    )
     overwrite_output_dir: bool = option(
         False, "Delete the earlier run in output_dir and start a new one. Other files in the folder stay."
     )

@@ -95,9 +95,7 @@ def open_data(arguments: Arguments, topology: Topology, head: Path | None = None
 
 
 def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schema: Schema) -> dict[str, BatchLoader]:
-    """One loader per split. The training split is shuffled and cut into micro steps. Of the others, each rank reads one
-    stretch of rows.
-    """
+    """One loader per split. The training split is cut into micro steps. Of the others, each rank reads one stretch."""
     training = arguments.training
     open_split = partial(
         BatchLoader,
@@ -117,7 +115,7 @@ def _open_splits(arguments: Arguments, topology: Topology, prepared: Path, schem
         batch_size=training.per_device_train_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
         drop_last=training.dataloader_drop_last,
-        shuffle=True,
+        shuffle=training.shuffle != "none",
         seed=training.seed,
     )
     if topology.is_main:

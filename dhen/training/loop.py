@@ -99,6 +99,7 @@ class Trainer:
             "rows": self.train_loader.num_rows,
             "dataloader_drop_last": arguments.dataloader_drop_last,
             "lanes": self.train_loader.lanes,
+            "shuffle": arguments.shuffle,
             "dense features": [column.name for column in self.train_loader.schema.dense],
             "data": self.train_loader.digest,
         }

@@ -56,6 +56,7 @@ DIFFERENCES = {
     "a feature less": ([DENSE, SPARSE[:1]], ["ignored"], "sparse features ['app', 'city'], now ['app']"),
     "other rows, as many": ([DENSE, SPARSE, 1], [], "saved with data "),
     "another size of tables": ([DENSE, SPARSE], ["--hash_size=21"], "rows of tables 20, now 21 (at 'app')"),
+    "another order": ([DENSE, SPARSE], ["--shuffle=none"], "saved with shuffle 'window', now 'none'"),
     "another activation": ([DENSE, SPARSE], ["--activation=gelu"], "activation 'relu', now 'gelu'"),
     "another depth": ([DENSE, SPARSE], ["--num_layers=2"], "num_layers 1, now 2"),
 }

@@ -76,3 +76,18 @@ def test_ranks_that_read_more_than_their_rows_are_told(tmp_path, monkeypatch, ca
     assert "each of 8 ranks reads 4 times the rows that it trains on, because there are 2 lanes" in said(world_size=8)
     assert "each of 9 ranks reads 9 times the rows that it trains on, because there are 1 lanes" in said(world_size=9)
     assert "the global batch, 45," in said(world_size=9)
+
+
+def rows_in_order(topology: Topology, folder: Path, shuffle: str) -> tuple[int, list[int]]:
+    arguments = parse_arguments([f"--dataset_name={folder}", f"--shuffle={shuffle}"])
+    arguments.training.per_device_train_batch_size = 16
+    train = dataset._open_splits(arguments, topology, folder, Schema.load(folder))["train"]
+    return train.lanes, [row for batch in train.epoch(0) for row in batch.rows_B.tolist()]
+
+
+def test_rows_come_in_the_order_of_the_files_if_they_are_not_shuffled(tmp_path):
+    prepared = write_prepared(tmp_path / "p", 160, group_rows=10)
+    assert run_ranks(1, rows_in_order, prepared.folder, "none") == [(1, list(range(160)))]
+    ((lanes, rows),) = run_ranks(1, rows_in_order, prepared.folder, "window")
+    assert lanes == 2
+    assert rows != sorted(rows) == list(range(160))

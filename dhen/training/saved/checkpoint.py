@@ -37,6 +37,8 @@ from dhen.training.saved.checkpoint_folder import (
 from dhen.training.saved.checkpoint_writing import CheckpointFiles, saving_into
 from dhen.training.saved.resharding import load_resharded
 
+_ORDER_BEFORE = {"lanes": 1, "shuffle": "window"}
+"""What checkpoints do not say that are older than these options."""
 _AVERAGE = "average-of-dense.safetensors"
 _REPLICATED_USES = "uses-of-replicated.safetensors"
 _WAY_OUT = (
@@ -178,7 +180,7 @@ def load_checkpoint(
             "Use the same freeze (except for tables), and layer_learning_rate_decay below 1 if it was, or start from "
             "the exported model with --model_name_or_path."
         )
-    saved_order = {"lanes": 1} | values.pop("data_order")  # checkpoints from before there were lanes do not say them
+    saved_order = _ORDER_BEFORE | values.pop("data_order")
     for name, value in (data_order or {}).items():
         if saved_order[name] != value:
             raise CheckpointError(
