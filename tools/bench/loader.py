@@ -19,6 +19,7 @@ import resource
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 
 import numpy as np
 import pyarrow as pa
@@ -65,13 +66,18 @@ def measure(folder: Path, ranks: int) -> tuple[int, float, float]:
     return loader.lanes, seconds / rows * 1e6, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def main() -> None:
-    """Measure and print a table."""
+def parse_arguments() -> Namespace:
+    """The command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 16, 64, 256], help="numbers of ranks")
     parser.add_argument("--parts", type=int, default=16, help=f"files of {PART_ROWS:,} rows (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default: %(default)s)")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print a table."""
+    arguments = parse_arguments()
     results = {ranks: [] for ranks in arguments.ranks}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
