@@ -128,11 +128,13 @@ def _say_lanes(train: BatchLoader, ranks: int) -> None:
     if train.lanes > 1:
         logger.info("the training rows are read in %d lanes, which the ranks share out", train.lanes)
     if train.read_per_own > 2 and train.num_rows > MANY_ROWS:
-        logger.warning(
-            "each of %d ranks reads %.0f times the rows that it trains on, because there are %d lanes. Their number is "
-            "a power of two that divides the global batch, %d, and there are at least %d row groups per lane.",
-            ranks, train.read_per_own, train.lanes, train.global_batch, GROUPS_PER_LANE,
-        )  # fmt: skip
+        why = (
+            f"the lanes are fewer than the ranks: {train.lanes}. Their number is a power of two that divides the "
+            f"global batch, {train.global_batch}, and each has at least {GROUPS_PER_LANE} row groups"
+            if train.shuffle
+            else "shuffle is none"
+        )
+        logger.warning("each of %d ranks reads %.0f times its own training rows: %s", ranks, train.read_per_own, why)
 
 
 def _check_splits(arguments: Arguments, schema: Schema) -> None:

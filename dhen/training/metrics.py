@@ -148,8 +148,8 @@ class ClickMetrics:
         if group is None or dist.get_rank(group) == 0:
             bound = ((clicks.double() @ others.double()) / (2 * clicks.sum().double() * others.sum())).item()
             logger.info(
-                "the AUC of %s examples counts logits in %s bins: %.8f, off by at most %.1g",
-                f"{examples:,}", f"{AUC_BINS:,}", auc, bound,
+                "the AUC of %s examples counts logits in %s bins: %.8f, off by at most %.2g",
+                f"{examples:,}", f"{AUC_BINS:,}", auc, 1.05 * bound,  # so that rounding does not make it too small
             )  # fmt: skip
         return auc
 

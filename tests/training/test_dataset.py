@@ -65,17 +65,22 @@ def test_ranks_that_read_more_than_their_rows_are_told(tmp_path, monkeypatch, ca
     monkeypatch.setattr(dataset, "MANY_ROWS", 100)
     caplog.set_level("INFO")
 
-    def said(**options) -> str:
+    def said(shuffle: bool = True, **options) -> str:
         caplog.clear()
-        train = BatchLoader(prepared.folder, "train", batch_size=5, shuffle=True, **options)
+        train = BatchLoader(prepared.folder, "train", batch_size=5, shuffle=shuffle, **options)
         dataset._say_lanes(train, options["world_size"])
         return caplog.text
 
     assert "read in 2 lanes, which the ranks share out" in said(world_size=2)
     assert said(world_size=1) == ""
-    assert "each of 8 ranks reads 4 times the rows that it trains on, because there are 2 lanes" in said(world_size=8)
-    assert "each of 9 ranks reads 9 times the rows that it trains on, because there are 1 lanes" in said(world_size=9)
+    assert "each of 8 ranks reads 4 times its own training rows: the lanes are fewer than the ranks: 2." in said(
+        world_size=8
+    )
+    assert "each of 9 ranks reads 9 times its own training rows: the lanes are fewer than the ranks: 1." in said(
+        world_size=9
+    )
     assert "the global batch, 45," in said(world_size=9)
+    assert "each of 8 ranks reads 8 times its own training rows: shuffle is none" in said(shuffle=False, world_size=8)
 
 
 def rows_in_order(topology: Topology, folder: Path, shuffle: str) -> tuple[int, list[int]]:

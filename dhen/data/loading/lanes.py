@@ -44,7 +44,7 @@ def choose_lanes(groups: Sequence[RowGroup], global_batch: int) -> int:
 
 
 def share(count: int, index: int, parts: int) -> range:
-    """Which of `count` things part `index` has, if `parts` parts take turns with equal shares, to within one thing.
+    """Which of `count` things share `index` has, if they are cut into `parts` shares that differ by at most one thing.
 
     >>> [share(7, index, 3) for index in range(3)]
     [range(0, 2), range(2, 4), range(4, 7)]
