@@ -3,6 +3,8 @@
     python tools/prepare_data.py --dataset_name 'logs/day_*.gz' --format criteo --output data/criteo
     python tools/prepare_data.py --train_file train.csv --test_file test.csv --dataset_schema schema.yaml \\
         --id_encoding vocabulary --min_count 2 --output data/mine
+    python tools/prepare_data.py --dataset_name logs --format criteo --output data/criteo --shard 3/16  # on 16 machines
+    python tools/prepare_data.py --dataset_name logs --format criteo --output data/criteo --merge       # then on one
 """
 
 import argparse
@@ -18,7 +20,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from dhen.data.preparation.preprocessing import prepare, settings_without_effect
 from dhen.data.preparation.raw_stream import PreparationProgress
+from dhen.data.preparation.runners import DaskCluster, LocalProcesses, Runner, nobody, num_cores
 from dhen.data.preparation.settings import FORMATS, PreparationSettings
+from dhen.data.preparation.unfinished import Shard
 from dhen.data.preparation.writing import BAD_ROWS_FILE
 from dhen.data.schema import Schema
 
@@ -31,17 +35,22 @@ def main() -> int:
     start = time.monotonic()
     try:
         settings = PreparationSettings(**given, is_label_required=not arguments.without_labels)
+        shard = Shard.parse(arguments.shard) if arguments.shard else None
+        runner = choose_runner(arguments)
         if arguments.overwrite and arguments.output.exists():
             remove_prepared(arguments.output)
         with RichProgress() as progress:
-            schema = prepare(settings, arguments.output, progress=progress)
+            schema = prepare(settings, arguments.output, progress=progress, runner=runner, shard=shard)
     except (ValueError, OSError) as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; nothing was written", file=sys.stderr)
+        print("prepare_data: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 1
     seconds = time.monotonic() - start
+    if schema is None:
+        print(f"shard {arguments.shard} is done; when all are, run the same command with --merge in place of --shard")
+        return 0
     for sentence in [] if settings.schema_from else settings_without_effect(settings, schema):
         print(f"prepare_data: {sentence}", file=sys.stderr)
     print(summary_json(schema, arguments.output, seconds) if arguments.json else summary(schema, arguments.output))
@@ -79,8 +88,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--without_labels", action="store_true", help="labels may be absent or blank: the rows are for prediction")
     add("--schema_from", metavar="FOLDER", help="use the features, ids and transforms of this prepared folder")
     add("--like", metavar="FOLDER", help="take encodings and keys from this exported model, to fine-tune it")
+    add("--vocabulary_keys", choices=("union", "new"), help="with --like: its keys and the new ones, or only the new")
     add("--json", action="store_true", help="print the summary as JSON")
-    return parser.parse_args()
+    who = parser.add_argument_group("who does the work", "the result is the same; see recipes/DATA.md")
+    who = who.add_mutually_exclusive_group()
+    who.add_argument("--workers", type=int, metavar="N", help="processes on this machine; default: one per core")
+    who.add_argument("--dask", metavar="ADDRESS", help="the workers of this Dask scheduler, such as tcp://host:8786")
+    add("--shard", metavar="I/N", help="prepare the share I, from 0, of N machines that share the output's folder")
+    add("--merge", action="store_true", help="only join what all shards have prepared")
+    arguments = parser.parse_args()
+    if arguments.workers is not None and arguments.workers < 1:
+        parser.error(f"--workers is {arguments.workers}. Use 1 or more.")
+    if arguments.shard and (arguments.merge or arguments.overwrite):
+        parser.error("--shard goes with neither --merge nor --overwrite. Merge when all shards are done.")
+    if arguments.merge and (arguments.workers or arguments.dask):
+        parser.error("--merge reads no raw rows, so --workers and --dask have no effect. Leave them out.")
+    return arguments
+
+
+def choose_runner(arguments: argparse.Namespace) -> Runner:
+    """Who prepares the pieces of the data. Raises ValueError."""
+    if arguments.merge:
+        return nobody
+    return DaskCluster(arguments.dask) if arguments.dask else LocalProcesses(arguments.workers or num_cores())
 
 
 def remove_prepared(folder: Path) -> None:

@@ -72,3 +72,8 @@ class DataArguments:
     cache_dir: Text | None = option(
         None, "Folder for prepared data, which later runs reuse. Default: the folder 'prepared' beside output_dir."
     )
+    prepare_here: bool = option(
+        False,
+        "Prepare more than 5 GiB of raw files on the first node of a job although the other nodes wait. Without it, "
+        "such a job stops with the command that prepares them.",
+    )

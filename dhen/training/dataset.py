@@ -214,6 +214,7 @@ def prepare_dataset(
     """
     more = {"schema_from": schema_from, "only_split": only_split, "like": like, "head": head}
     more["is_label_required"] = schema_from is None if is_label_required is None else is_label_required
+    more["may_be_large"] = data.prepare_here or topology.local_size == topology.world_size
     work = in_background(partial(_prepare, data, cache, **more)) if topology.is_main else None
     answer: list[Path | None] = [None]
     while answer[0] is None:
@@ -248,10 +249,10 @@ def _settings(data: DataArguments, **more: Any) -> PreparationSettings:
     return PreparationSettings(**values, **more)
 
 
-def _prepare(data: DataArguments, cache: Path, **more: Any) -> Path:
+def _prepare(data: DataArguments, cache: Path, *, may_be_large: bool = True, **more: Any) -> Path:
     if isinstance(data.dataset_name, str) and (recipe := generated_log(data.dataset_name)):
         return _prepare_generated(recipe, data, cache, **more)
-    return prepare_cached(_settings(data, **more), cache)
+    return prepare_cached(_settings(data, **more), cache, may_be_large=may_be_large)
 
 
 def _prepare_generated(recipe: Recipe, data: DataArguments, cache: Path, head: Head | None, **more: Any) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import DataError, RawChunk, RowChecks
+from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, RowChecks, Stretch
 from dhen.data.formats.roles import ColumnRoles
 from dhen.data.schema import LABEL, weights_column
 
@@ -23,12 +23,17 @@ class DelimitedReader:
     is_label_required: bool = True
     block_bytes: int = text_blocks.BLOCK_BYTES
 
-    def chunks(self, file: str) -> Iterator[RawChunk]:
+    def stretches(self, file: str, num_bytes: float) -> list[Stretch]:
+        """Cut a file without quotes (`Reader.stretches`)."""
+        return text_blocks.stretches(file, num_bytes, self._quoting)
+
+    def chunks(self, file: str, stretch: Stretch = WHOLE) -> Iterator[RawChunk]:
         """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
         names, header_rows = self._checked_header(file)
         quote, delimiter = self.roles.quote, self.roles.delimiter
-        quoting = None if quote is None else text_blocks.Quoting(quote, delimiter)
-        blocks = text_blocks.text_blocks(file, block_bytes=self.block_bytes, header_rows=header_rows, quoting=quoting)
+        blocks = text_blocks.text_blocks(
+            file, block_bytes=self.block_bytes, header_rows=header_rows, quoting=self._quoting, stretch=stretch
+        )
         for block in blocks:
             strings, rows, bad = text_blocks.split_columns(
                 block, names, delimiter=delimiter, quote=quote, null_values=self.roles.null_values
@@ -38,15 +43,17 @@ class DelimitedReader:
             table = self._typed(raw, checks)
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
-    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
-        """Yield the number of lines after the header, and of bytes so far."""
-        _, header_rows = self._checked_header(file)
-        for lines, bytes_read in text_blocks.line_counts(file):
-            yield lines - header_rows, bytes_read
+    def row_counts(self, file: str, stretch: Stretch = WHOLE) -> Iterator[tuple[int, int]]:
+        """Yield the number of lines after the header, and where they end."""
+        return text_blocks.line_counts(file, stretch, self._checked_header(file)[1])
 
     def column_names(self, file: str) -> list[str]:
         """Return the names of all columns in `file`. Raises FileNotFoundError or DataError."""
         return self._header(file)[0]
+
+    @property
+    def _quoting(self) -> text_blocks.Quoting | None:
+        return text_blocks.Quoting(self.roles.quote, self.roles.delimiter) if self.roles.quote is not None else None
 
     def _typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
         return typed_table(raw, self.roles, checks, is_label_required=self.is_label_required)

@@ -12,7 +12,7 @@ import datasets
 import pyarrow as pa
 
 from dhen.data.formats.parquet import BATCH_ROWS, check_types, typed_chunk, used_columns
-from dhen.data.formats.raw_rows import DataError, RawChunk
+from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, Stretch
 from dhen.data.formats.roles import ColumnRoles
 
 _VALIDATION = dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -28,7 +28,11 @@ class HubReader:
     is_label_required: bool = True
     batch_rows: int = BATCH_ROWS
 
-    def chunks(self, file: str) -> Iterator[RawChunk]:
+    def stretches(self, file: str, num_bytes: float) -> list[Stretch]:
+        """A split is not cut."""
+        return [WHOLE]
+
+    def chunks(self, file: str, stretch: Stretch = WHOLE) -> Iterator[RawChunk]:
         """Yield the rows of a split in order. Raises DataError, or ValueError for wrong columns."""
         row = 0
         for table in self._tables(file):
@@ -43,7 +47,7 @@ class HubReader:
         """Return the names of all columns in a split, from its first rows."""
         return next(self._tables(file), pa.table({})).column_names
 
-    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
+    def row_counts(self, file: str, stretch: Stretch = WHOLE) -> Iterator[tuple[int, int]]:
         """Yield the number of rows so far, by streaming through a split once. Its size in bytes is not known."""
         rows = 0
         for table in self._tables(file):

@@ -28,7 +28,7 @@ import polars as pl
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
-from dhen.data.formats.raw_rows import BadRow, DataError, RawChunk, RowChecks
+from dhen.data.formats.raw_rows import WHOLE, BadRow, DataError, RawChunk, RowChecks, Stretch
 from dhen.data.formats.roles import ColumnRoles, DenseRole, LabelRole, SparseRole
 from dhen.data.schema import LABEL, weights_column
 
@@ -58,14 +58,18 @@ class LibsvmReader:
             _check_roles(roles, file, None if is_libffm else fields)
         return cls(roles, None if is_libffm else len(fields), is_label_required, block_bytes)
 
-    def chunks(self, file: str) -> Iterator[RawChunk]:
+    def stretches(self, file: str, num_bytes: float) -> list[Stretch]:
+        """Cut a file (`Reader.stretches`)."""
+        return text_blocks.stretches(file, num_bytes)
+
+    def chunks(self, file: str, stretch: Stretch = WHOLE) -> Iterator[RawChunk]:
         """Yield the rows of `file` in order. Raises FileNotFoundError or DataError."""
-        for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes):
+        for block in text_blocks.text_blocks(file, block_bytes=self.block_bytes, stretch=stretch):
             yield self._typed(block)
 
-    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
-        """Yield the number of lines, and of bytes so far."""
-        return text_blocks.line_counts(file)
+    def row_counts(self, file: str, stretch: Stretch = WHOLE) -> Iterator[tuple[int, int]]:
+        """Yield the number of lines, and where they end."""
+        return text_blocks.line_counts(file, stretch)
 
     def _typed(self, block: text_blocks.TextBlock) -> RawChunk:
         lines = _lines(block)

@@ -5,7 +5,6 @@ Holds one batch of rows in memory, plus what Parquet needs to read it: at most o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,7 @@ import pyarrow.parquet
 from dhen.data.formats.columns import is_list
 from dhen.data.formats.delimited import typed_table
 from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
-from dhen.data.formats.raw_rows import DataError, RawChunk, RowChecks
+from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, RowChecks, Stretch
 from dhen.data.formats.roles import ColumnRoles
 
 BATCH_ROWS = 65_536
@@ -35,22 +34,34 @@ class ParquetReader:
     is_label_required: bool = True
     batch_rows: int = BATCH_ROWS
 
-    def chunks(self, file: str) -> Iterator[RawChunk]:
+    def stretches(self, file: str, num_bytes: float) -> list[Stretch]:
+        """Cut a file at its row groups (`Reader.stretches`), by the size of their decompressed columns."""
+        with open_parquet(file) as parquet:
+            sizes = [parquet.metadata.row_group(i).total_byte_size for i in range(parquet.num_row_groups)]
+        found, start, size, left = [], 0, 0, sum(sizes)
+        for end, more in enumerate(sizes, start=1):
+            size, left = size + more, left - more
+            if end == len(sizes) or min(size, left) >= num_bytes:
+                found.append(Stretch(start, end, size))
+                start, size = end, 0
+        return found or [WHOLE]
+
+    def chunks(self, file: str, stretch: Stretch = WHOLE) -> Iterator[RawChunk]:
         """Yield the rows of `file` in order. Raises FileNotFoundError, DataError, or ValueError for wrong columns."""
-        size = Path(file).stat().st_size if Path(file).is_file() else 0
         with open_parquet(file) as parquet:
             present = parquet.schema_arrow.names
             self.roles.check_columns(present, file, is_label_required=self.is_label_required)
             check_types(parquet.schema_arrow, self.roles, file)
             used = used_columns(self.roles, present)
-            num_rows = max(parquet.metadata.num_rows, 1)
-            row = 0
+            groups = range(parquet.num_row_groups)[stretch.start : stretch.end]
+            num_rows = max(sum(parquet.metadata.row_group(i).num_rows for i in groups), 1)
+            row = first = stretch.rows_before
             try:
-                for batch in parquet.iter_batches(batch_size=self.batch_rows, columns=used, use_threads=False):
+                for batch in parquet.iter_batches(self.batch_rows, list(groups), columns=used, use_threads=False):
                     raw = {name: batch.column(name) for name in used}
-                    yield typed_chunk(
-                        raw, self.roles, file, row, self.is_label_required, size * (row + len(batch)) // num_rows
-                    )
+                    share = (row - first + len(batch)) / num_rows
+                    bytes_read = stretch.start + int(stretch.num_bytes * share)
+                    yield typed_chunk(raw, self.roles, file, row, self.is_label_required, bytes_read)
                     row += len(batch)
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(
@@ -62,10 +73,12 @@ class ParquetReader:
         with open_parquet(file) as parquet:
             return parquet.schema_arrow.names
 
-    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
-        """Yield the number of rows in `file`, from its metadata, and of its bytes."""
+    def row_counts(self, file: str, stretch: Stretch = WHOLE) -> Iterator[tuple[int, int]]:
+        """Yield the number of rows, from the metadata."""
         with open_parquet(file) as parquet:
-            yield parquet.metadata.num_rows, Path(file).stat().st_size
+            groups = range(parquet.num_row_groups)[stretch.start : stretch.end]
+            rows = sum(parquet.metadata.row_group(i).num_rows for i in groups)
+            yield rows, stretch.start + stretch.num_bytes
 
 
 def typed_chunk(

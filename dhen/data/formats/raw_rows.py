@@ -54,6 +54,23 @@ class RawChunk:
     bytes_read: int = 0
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive rows of a file: those that begin within a range of its bytes, or a range of its Parquet row groups.
+
+    end: None for the end of the file. num_bytes: about how many are read. rows_before: number of rows between the
+    header and the first row of the stretch.
+    """
+
+    start: int = 0
+    end: int | None = None
+    num_bytes: int = 0
+    rows_before: int = 0
+
+
+WHOLE = Stretch()
+
+
 class Reader(Protocol):
     """Reads one raw format. All files of one reader must have the same columns."""
 
@@ -61,11 +78,14 @@ class Reader(Protocol):
     def roles(self) -> ColumnRoles:
         """The role of each column."""
 
-    def chunks(self, file: str) -> Iterator[RawChunk]:
-        """Yield the rows of `file` in order, in chunks of bounded size."""
+    def stretches(self, file: str, num_bytes: float) -> list[Stretch]:
+        """Cut a file, if it can be cut, into stretches of at least `num_bytes`. Their rows_before is not known yet."""
 
-    def row_counts(self, file: str) -> Iterator[tuple[int, int]]:
-        """Yield the number of rows after the header, good or bad, and of bytes so far, without parsing the rows."""
+    def chunks(self, file: str, stretch: Stretch = WHOLE) -> Iterator[RawChunk]:
+        """Yield the rows of a file or a stretch in order, in chunks of bounded size."""
+
+    def row_counts(self, file: str, stretch: Stretch = WHOLE) -> Iterator[tuple[int, int]]:
+        """Yield the number of rows so far, good or bad, without the header or parsing, and where in the file."""
 
 
 class RowChecks:

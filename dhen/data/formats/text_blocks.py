@@ -7,11 +7,14 @@ misplaced quote. The rest is valid UTF-8, and row i of the parser starts at line
 
 import contextlib
 import gzip
+import itertools
+import mmap
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -19,7 +22,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from dhen.data.formats.first_bytes import START_BYTES, complaint, first_bytes
-from dhen.data.formats.raw_rows import LONGEST_QUOTE, BadRow, DataError
+from dhen.data.formats.raw_rows import LONGEST_QUOTE, WHOLE, BadRow, DataError, Stretch
 
 BLOCK_BYTES = 8 << 20
 LONGEST_LINE_BYTES = 64 << 20
@@ -62,15 +65,38 @@ class TextBlock:
     bytes_read: int
 
 
+def stretches(file: str, num_bytes: float, quoting: Quoting | None = None) -> list[Stretch]:
+    """Cut a file into ranges of bytes (`Reader.stretches`).
+
+    Neither gzip nor a text with quotes is cut: a byte in the middle does not say whether it is within quotes.
+    """
+    is_gzip, size = first_bytes(file).startswith(_GZIP_MAGIC), Path(file).stat().st_size
+    count = int(size // num_bytes)
+    if count < 2 or is_gzip or (quoting is not None and _has(file, quoting.quote.encode())):
+        return [Stretch(num_bytes=size)]
+    cuts = [size * i // count for i in range(count + 1)]
+    return [Stretch(start, end, end - start) for start, end in itertools.pairwise(cuts)]
+
+
+def _has(file: str, text: bytes) -> bool:
+    with open(file, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(text) >= 0
+
+
 def text_blocks(
-    file: str, *, block_bytes: int = BLOCK_BYTES, header_rows: int = 0, quoting: Quoting | None = None
+    file: str,
+    *,
+    block_bytes: int = BLOCK_BYTES,
+    header_rows: int = 0,
+    quoting: Quoting | None = None,
+    stretch: Stretch = WHOLE,
 ) -> Iterator[TextBlock]:
     """Yield `file` in blocks of about `block_bytes`, without its first `header_rows` lines.
 
     Raises FileNotFoundError, or DataError for an empty file, a damaged or truncated .gz, or a binary file.
     """
-    line, waiting = 1, b""
-    for text, bytes_read in _whole_lines(file, block_bytes):
+    line, waiting = (header_rows + stretch.rows_before + 1 if stretch.start else 1), b""
+    for text, bytes_read in _whole_lines(file, block_bytes, stretch):
         is_last = not text or len(waiting) > block_bytes + _FIRST_BYTES
         if line == 1:
             text = text.removeprefix(_MARK)
@@ -129,10 +155,10 @@ def _first_block(file: str) -> TextBlock:
     raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
 
 
-def line_counts(file: str) -> Iterator[tuple[int, int]]:
-    """Yield the number of lines, including blank ones, and of bytes on disk so far."""
-    lines = 0
-    for text, bytes_read in _whole_lines(file, BLOCK_BYTES):
+def line_counts(file: str, stretch: Stretch = WHOLE, header_rows: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield the number of lines so far after the header, including blank ones, and where in the file they end."""
+    lines = 0 if stretch.start else -header_rows
+    for text, bytes_read in _whole_lines(file, BLOCK_BYTES, stretch):
         lines += text.count(b"\n")
         yield lines, bytes_read
 
@@ -198,12 +224,22 @@ def _open(file: str) -> tuple[BinaryIO, BinaryIO]:
     return raw, gzip.GzipFile(fileobj=raw) if is_gzip else raw
 
 
-def _whole_lines(file: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of whole lines, then an empty one, and the position in the file on disk where each block ends."""
+def _whole_lines(file: str, block_bytes: int, stretch: Stretch) -> Iterator[tuple[bytes, int]]:
+    """Yield blocks of whole lines, then an empty one, and the position in the file on disk where each block ends.
+
+    A line belongs to the stretch that its first byte is in.
+    """
     raw, content = _open(file)
     with raw, content:
-        is_empty = True
-        while text := _read_lines(file, content, block_bytes):
+        is_empty = stretch.start == 0
+        if stretch.start:
+            raw.seek(stretch.start - 1)
+            raw.readline(LONGEST_LINE_BYTES)
+
+        def most_bytes() -> int:
+            return block_bytes if stretch.end is None else max(0, min(block_bytes, stretch.end - raw.tell()))
+
+        while text := _read_lines(file, content, most_bytes()):
             is_empty = False
             yield text, raw.tell()
         if is_empty:
@@ -211,11 +247,11 @@ def _whole_lines(file: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
         yield b"", raw.tell()
 
 
-def _read_lines(file: str, content: BinaryIO, block_bytes: int) -> bytes:
+def _read_lines(file: str, content: BinaryIO, num_bytes: int) -> bytes:
     """Read so many bytes and the rest of the last line, which ends with a line break even if the file does not."""
     try:
-        text = content.read(block_bytes)
-        rest = b"" if text.endswith(b"\n") else content.readline(LONGEST_LINE_BYTES)
+        text = content.read(num_bytes)
+        rest = b"" if not text or text.endswith(b"\n") else content.readline(LONGEST_LINE_BYTES)
     except _DAMAGED as error:
         raise DataError(
             f"{file}: the .gz is truncated or damaged after row {_readable_rows(file)} ({error}). Download or copy the "

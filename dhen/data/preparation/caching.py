@@ -4,9 +4,12 @@ import contextlib
 import hashlib
 import json
 import logging
-from dataclasses import asdict, replace
+import shlex
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.preparation.pieces import PIECE_BYTES
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.raw_stream import ProgressCallback
 from dhen.data.preparation.settings import PreparationSettings
@@ -17,6 +20,8 @@ from dhen.paths import write_atomically
 
 _DIGESTS_FILE = ".digests.json"
 _HEAD_BLOCK = 1 << 20
+LARGE_BYTES = 5 << 30
+"""Raw files of more bytes together are not prepared while other machines wait."""
 _NOT_IN_DIGEST = {
     *("dataset_name", "train_file", "validation_file", "test_file", "dataset_schema", "schema_from", "like"),
     *("block_bytes", "head"),
@@ -27,25 +32,37 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_cached(
-    settings: PreparationSettings, cache: str | Path, *, progress: ProgressCallback | None = None
+    settings: PreparationSettings,
+    cache: str | Path,
+    *,
+    progress: ProgressCallback | None = None,
+    may_be_large: bool = True,
 ) -> Path:
     """Return the prepared folder for these settings, creating it under `cache` if needed.
 
     If dataset_name is already a prepared folder, returns it. Several processes may call this at once: the first to
     finish provides the folder, and the others discard theirs. With a `head`, reads no whole file, not even to find that
-    the cache has its content from elsewhere. Raises what `prepare` raises.
+    the cache has its content from elsewhere. Raises what `prepare` raises, and DataError if the raw files are not yet
+    prepared, have more than LARGE_BYTES, and may not.
     """
     name = settings.dataset_name
     if isinstance(name, str | Path) and settings.schema_from is None and (Path(name) / SCHEMA_FILE).is_file():
         return Path(name)
     head = settings.head
-    folder = Path(cache) / _digest(settings, FileDigests(Path(cache), only_known=head is not None))
+    too_large = not may_be_large and raw_bytes(settings) > LARGE_BYTES
+    folder = Path(cache) / _digest(settings, FileDigests(Path(cache), only_known=too_large or head is not None))
     if (folder / SCHEMA_FILE).is_file():
         logger.info("%s: reusing the folder prepared earlier from the same files and settings", folder)
     elif head is not None:
         # A split in order would put all of these rows into train.
         settings, folder = replace(settings, split_order="random", block_bytes=_HEAD_BLOCK), head.folder / "prepared"
         prepare(settings, folder, progress=lambda _: None)
+    elif too_large:
+        raise DataError(
+            f"the raw files have {raw_bytes(settings) / 2**30:.1f} GiB, and the other nodes of this job would wait "
+            f"while they are prepared. First run `{command_for(settings)}`, then train with "
+            f"--dataset_name data/prepared; or add --prepare_here."
+        )
     else:
         try:
             prepare(settings, folder, progress=progress)
@@ -53,6 +70,23 @@ def prepare_cached(
             if not (folder / SCHEMA_FILE).is_file():
                 raise
     return folder
+
+
+def raw_bytes(settings: PreparationSettings) -> int:
+    """The size of all raw files, without those of the hub."""
+    files = [Path(file) for source in open_sources(settings)[2] for file in source.files]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def command_for(settings: PreparationSettings) -> str:
+    """The command that prepares the same data into the folder data/prepared."""
+    words = ["python", "tools/prepare_data.py"]
+    for item in fields(PreparationSettings):
+        value = getattr(settings, item.name)
+        if value != item.default and item.name not in ("block_bytes", "head"):
+            values = value if isinstance(value, tuple | list) else (value,)
+            words += [f"--{item.name}", *map(str, values)]
+    return shlex.join([*words, "--output", "data/prepared"])
 
 
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
@@ -68,7 +102,7 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     ]
     if not settings.is_label_required:  # these rows include the names of their files
         inputs.append([source.files for source in sources])
-    facts = [FORMAT_VERSION, format_name, relevant, inputs]
+    facts = [FORMAT_VERSION, PIECE_BYTES, format_name, relevant, inputs]
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())

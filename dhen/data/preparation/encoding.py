@@ -15,7 +15,7 @@ from dhen.data.formats.roles import ColumnRoles, SparseRole
 from dhen.data.preparation.hashing import hashed_ids
 from dhen.data.preparation.numbers import bin_ids, dense_values
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.vocabulary import Vocabulary
+from dhen.data.preparation.vocabulary import Vocabulary, load_vocabulary
 from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, Schema, SparseColumn, weights_column
 
 MOST_KEYS = 1_000_000
@@ -30,6 +30,19 @@ class Encoder:
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
     vocabularies: dict[str, Vocabulary]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Encoder":
+        """Read what `save` wrote, or the encoder of a prepared folder or a saved model."""
+        schema = Schema.load(folder)
+        with_vocabulary = [column.name for column in schema.sparse if column.encoding == "vocabulary"]
+        return cls(schema.dense, schema.sparse, {name: load_vocabulary(folder, name) for name in with_vocabulary})
+
+    def save(self, folder: Path) -> None:
+        """Write the columns and vocabularies into a folder, like those of a prepared folder without rows."""
+        for name, vocabulary in self.vocabularies.items():
+            vocabulary.save(folder, name)
+        Schema(self.dense, self.sparse, {}).save(folder)
 
     def encode(self, raw: pa.Table) -> pa.Table:
         """Return the same rows with ids and transformed values."""

@@ -1,9 +1,10 @@
 """Bins and scales of numbers: what is fitted to the values of the training split, and how it is applied.
 
-Fits depend only on the values and their order, not on the chunks that the values came in.
+Fits depend only on the values, their order and the pieces of the data, not on the chunks that the values came in.
 """
 
 import logging
+from pathlib import Path
 
 import numpy as np
 
@@ -24,24 +25,35 @@ class BinFit:
     """Splits numbers at their quantiles k / bins, which NumPy interpolates linearly.
 
     The quantiles are exact up to MOST_VALUES training values. Of more, a random sample of half to all of MOST_VALUES is
-    kept, which is the same in every run: those whose position has a small hash.
+    kept, which is the same in every run: those whose position in their piece has a small hash.
     """
 
-    def __init__(self, bins: int) -> None:
-        self._bins, self._seen, self._share = bins, 0, 1.0
+    def __init__(self, bins: int, piece: int = 0) -> None:
+        self._bins, self._seed, self._seen, self._share = bins, _SAMPLE_SEED - piece, 0, 1.0
         self._values, self._hashes = np.empty(0), np.empty(0)
 
     def add(self, values: np.ndarray) -> None:
         """Take the next training values, without blanks."""
-        hashes = hash_positions(np.arange(self._seen, self._seen + len(values)), _SAMPLE_SEED)
+        hashes = hash_positions(np.arange(self._seen, self._seen + len(values)), self._seed)
         self._seen += len(values)
-        is_kept = hashes < self._share
-        self._values = np.concatenate([self._values, values[is_kept]])
-        self._hashes = np.concatenate([self._hashes, hashes[is_kept]])
-        while len(self._values) > MOST_VALUES:
+        self._append(values, hashes)
+
+    def save(self, path: Path) -> None:
+        """Write what was added."""
+        _save(path, values=self._values, hashes=self._hashes, share=self._share)
+
+    def merge(self, path: Path) -> None:
+        """Take the values that another fit saved."""
+        with np.load(path) as other:
+            self._share = min(self._share, float(other["share"]))
+            self._append(other["values"], other["hashes"])
+
+    def _append(self, values: np.ndarray, hashes: np.ndarray) -> None:
+        self._values = np.concatenate([self._values, values])
+        self._hashes = np.concatenate([self._hashes, hashes])
+        while (is_kept := self._hashes < self._share).sum() > MOST_VALUES:
             self._share /= 2
-            is_kept = self._hashes < self._share
-            self._values, self._hashes = self._values[is_kept], self._hashes[is_kept]
+        self._values, self._hashes = self._values[is_kept], self._hashes[is_kept]
 
     def result(self, name: str) -> tuple[float, ...]:
         """Return the inner edges of the bins, ascending. Equal ones are merged, and the last bin has the largest."""
@@ -64,29 +76,53 @@ class ScaleFit:
         """Take the next training values, without blanks."""
         self._waiting = np.concatenate([self._waiting, _transformed(values, self._transform)])
         while len(self._waiting) >= _BLOCK_VALUES:
-            self._merge(self._waiting[:_BLOCK_VALUES])
-            self._waiting = self._waiting[_BLOCK_VALUES:]
+            self._add_block(_BLOCK_VALUES)
+
+    def save(self, path: Path) -> None:
+        """Write what was added."""
+        self._add_block(len(self._waiting))
+        _save(path, count=self._count, mean=self._mean, squares=self._squares)
+
+    def merge(self, path: Path) -> None:
+        """Take the values that another fit saved."""
+        with np.load(path) as other:
+            self._merge(int(other["count"]), float(other["mean"]), float(other["squares"]))
 
     def result(self, name: str) -> tuple[float, float]:
         """Return the mean and the standard deviation (of the population)."""
-        if len(self._waiting):
-            self._merge(self._waiting)
-            self._waiting = np.empty(0)
+        self._add_block(len(self._waiting))
         std = float(np.sqrt(self._squares / max(self._count, 1)))
         if std == 0:
             logger.info(_ONE_VALUE, name, "scaled value is always 0")
         return float(self._mean), std
 
-    def _merge(self, block: np.ndarray) -> None:
-        mean = block[0] + (block - block[0]).mean()  # of equal values, exactly this value
-        distance, total = mean - self._mean, self._count + len(block)
-        self._squares += ((block - mean) ** 2).sum() + distance**2 * self._count * len(block) / total
-        self._mean += distance * len(block) / total
-        self._count = total
+    def _add_block(self, num_values: int) -> None:
+        block, self._waiting = self._waiting[:num_values], self._waiting[num_values:]
+        if num_values:
+            mean = block[0] + (block - block[0]).mean()  # of equal values, exactly this value
+            self._merge(num_values, mean, ((block - mean) ** 2).sum())
+
+    def _merge(self, count: int, mean: float, squares: float) -> None:
+        if self._count == 0:
+            self._count, self._mean, self._squares = count, mean, squares
+        elif count:
+            distance, total = mean - self._mean, self._count + count
+            self._squares += squares + distance**2 * self._count * count / total
+            self._mean += distance * count / total
+            self._count = total
 
 
-def number_fits(roles: ColumnRoles, trained: Schema | None) -> tuple[dict[str, tuple], dict[str, BinFit | ScaleFit]]:
+def _save(path: Path, **arrays: np.ndarray | float) -> None:
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **arrays)
+
+
+def number_fits(
+    roles: ColumnRoles, trained: Schema | None, piece: int = 0
+) -> tuple[dict[str, tuple], dict[str, BinFit | ScaleFit]]:
     """Return, by feature: the edges, or (mean, standard deviation), of the trained model; and what is to be fitted.
+
+    piece: number of the piece of data that is read.
 
     The trained model's are kept if the feature has the same `bins`, or the same transform and a scale.
     """
@@ -107,7 +143,7 @@ def number_fits(roles: ColumnRoles, trained: Schema | None) -> tuple[dict[str, t
         if isinstance(old, SparseColumn) and old.bins == sparse.bins:
             kept[sparse.name] = old.edges
         else:
-            new[sparse.name] = BinFit(sparse.bins)
+            new[sparse.name] = BinFit(sparse.bins, piece)
     return kept, new
 
 

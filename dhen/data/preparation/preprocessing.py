@@ -1,29 +1,37 @@
-"""Streams raw files into a prepared folder (dhen/data/schema.py).
+"""Prepares raw files for training: a prepared folder (dhen/data/schema.py), in up to three stages over their pieces.
 
-Hashed ids need one pass over the data. A vocabulary, `auto`, bins or a scale add a pass before it, which counts keys
-and fits numbers of the train split. A sequential split adds a first pass that counts lines without parsing them.
+1. Count rows, without parsing them, where the row numbers or the splits of later pieces depend on it.
+2. Count keys and fit numbers of the train split: only for a vocabulary, `auto`, bins or a scale.
+3. Encode all rows and write them.
 
-Rows are read, encoded and written chunk by chunk. Memory therefore holds a few copies of one input block (8 MiB of
+Each stage leaves a folder per piece (pieces.py) in the unfinished folder, in which a preparation that was killed goes
+on with the pieces that are missing, and which several machines can fill together. Whoever prepares a piece, and in
+whatever order: the result is the same to the bit.
+
+Rows are read, encoded and written chunk by chunk. A process therefore holds a few copies of one input block (8 MiB of
 text, or 65,536 Parquet rows) and one row group per split, regardless of the input's size. Only the distinct keys of
 features encoded by a vocabulary grow with the data (`KeyCounts` says how much memory a key takes). Each feature with
 bins takes up to 16 MB.
 """
 
-import fcntl
+import hashlib
+import json
+import math
 import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, fields, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from dhen.data.formats.canonical import canonical_keys
-from dhen.data.formats.raw_rows import BadRow, DataError
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.preparation import pieces as cutting
 from dhen.data.preparation.encoding import (
     MOST_KEYS,
     AskedEncoding,
@@ -32,22 +40,34 @@ from dhen.data.preparation.encoding import (
     check_same_features,
     new_columns,
 )
-from dhen.data.preparation.numbers import BinFit, ScaleFit, number_fits
+from dhen.data.preparation.numbers import number_fits
 from dhen.data.preparation.origins import add_origins
-from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, RawStream
+from dhen.data.preparation.pieces import Piece
+from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, Raw, Report
+from dhen.data.preparation.runners import LocalProcesses, Runner, num_cores
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source, open_sources
-from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, load_vocabulary
-from dhen.data.preparation.writing import SplitWriter, list_bad_rows
-from dhen.data.schema import SHARES, Schema, SplitCounts
+from dhen.data.preparation.unfinished import Shard, Unfinished, unfinished_folder
+from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, copy_vocabulary, load_vocabulary, merged_counts
+from dhen.data.preparation.writing import SplitWriter, first_bad_row, join_bad_rows, join_parts, list_bad_rows, sum_of
+from dhen.data.schema import FORMAT_VERSION, SCHEMA_FILE, SHARES, Schema, SplitCounts
 
-_UNFINISHED = ".unfinished-"
+COUNTING, KEYS, WRITING = "counting rows", "counting keys", "writing"
+_KEYS_FOLDER, _NUMBERS_FOLDER, _ENCODER, _RESULT = "keys", "numbers", "encoder", "result"
 
 
-def prepare(settings: PreparationSettings, folder: str | Path, *, progress: ProgressCallback | None = None) -> Schema:
-    """Write the prepared folder atomically and return its schema.
+def prepare(
+    settings: PreparationSettings,
+    folder: str | Path,
+    *,
+    progress: ProgressCallback | None = None,
+    runner: Runner | None = None,
+    shard: Shard | None = None,
+) -> Schema | None:
+    """Write the prepared folder atomically and return its schema; of a shard, prepare its pieces and return None.
 
-    progress: called after each chunk. Without it, progress is logged every ten seconds.
+    progress: called after each chunk. Without it, progress is logged every ten seconds. runner: runs the work on the
+    pieces; by default, a process per core.
 
     Raises FileExistsError if `folder` exists, FileNotFoundError, ValueError for wrong settings, and DataError (a
     ValueError) for data that cannot be used. The message of a DataError names file and row.
@@ -55,8 +75,21 @@ def prepare(settings: PreparationSettings, folder: str | Path, *, progress: Prog
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder}: the folder already exists. Remove it or choose another one.")
-    with _atomic_folder(folder) as unfinished:
-        return _prepare_in(unfinished, settings, progress or LogProgress())
+    reader, format_name, sources = open_sources(settings)
+    with unfinished_folder(folder, _facts(settings, sources), is_shared=shard is not None) as path:
+        work = Unfinished(path, runner or LocalProcesses(num_cores()), progress or LogProgress(), shard)
+        pieces, encoder = _run_stages(work, Raw(reader, settings), sources)
+        if shard is not None:
+            return None
+        source = _source(settings, format_name, sources)
+        schema = _join(work, pieces, encoder, source, is_head=settings.head is not None)
+        try:
+            os.rename(path / _RESULT, folder)
+        except OSError as error:
+            if not folder.exists():
+                raise
+            raise FileExistsError(f"{folder}: another process has created this folder in the meantime.") from error
+    return schema
 
 
 def settings_without_effect(settings: PreparationSettings, schema: Schema) -> list[str]:
@@ -82,102 +115,145 @@ def settings_without_effect(settings: PreparationSettings, schema: Schema) -> li
     ]
 
 
-def _prepare_in(folder: Path, settings: PreparationSettings, progress: ProgressCallback) -> Schema:
-    reader, format_name, sources = open_sources(settings)
-    stream = RawStream(reader, sources, settings, progress)
-    encoder = _given_encoder(stream, settings) if settings.schema_from is not None else _new_encoder(stream, settings)
-    for name, vocabulary in encoder.vocabularies.items():
-        vocabulary.save(folder, name)
-    splits = _write_splits(folder, stream, encoder, with_origins=not settings.is_label_required)
-    source = _source(settings, format_name, sources)
-    if settings.head is not None:
-        source[SHARES] = stream.share_read
-    schema = Schema(encoder.dense, encoder.sparse, splits, source)
-    schema.save(folder)
-    return schema
+def _facts(settings: PreparationSettings, sources: tuple[Source, ...]) -> str:
+    """A digest of what an unfinished folder depends on. Files count by their size and time."""
+    values = {name: str(value) for name, value in asdict(settings).items() if name != "block_bytes"}
+    used = [file for source in sources for file in source.files]
+    used += [path for path in (settings.dataset_schema, settings.schema_from, settings.like) if path is not None]
+    marks = [(str(file), *_size_and_time(file)) for file in used]
+    facts = [FORMAT_VERSION, cutting.PIECE_BYTES, values, marks]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
-def _given_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
-    origin = Path(settings.schema_from)
-    schema = Schema.load(origin)
-    check_same_features(stream.roles, schema.dense, schema.sparse, str(origin))
-    with_vocabulary = [column.name for column in schema.sparse if column.encoding == "vocabulary"]
-    vocabularies = {name: load_vocabulary(origin, name) for name in with_vocabulary}
-    return Encoder(schema.dense, schema.sparse, vocabularies)
+def _size_and_time(file: str | Path) -> tuple[int, int]:
+    path = Path(file)
+    path = path / SCHEMA_FILE if path.is_dir() else path
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
 
 
-def _new_encoder(stream: RawStream, settings: PreparationSettings) -> Encoder:
-    asked = asked_encodings(stream.roles, settings)
-    trained = Schema.load(Path(settings.like)) if settings.like else None
-    fitted, fits = number_fits(stream.roles, trained)
-    vocabularies = _read_train(stream, settings, asked, fits)
-    fitted |= {name: fit.result(name) for name, fit in fits.items()}
-    if trained and settings.vocabulary_keys == "union":
-        looked_up = {column.name for column in trained.sparse if column.encoding == "vocabulary"}
-        vocabularies |= {
-            name: load_vocabulary(Path(settings.like), name).union(new)
-            for name, new in vocabularies.items()
-            if name in looked_up
-        }
-    return Encoder(*new_columns(stream.roles, asked, vocabularies, fitted), vocabularies)
+def _run_stages(work: Unfinished, raw: Raw, sources: tuple[Source, ...]) -> tuple[list[Piece], Path]:
+    """Run all stages. Returns the pieces, and the folder of the encoder."""
+    settings = raw.settings
+    pieces = cutting.cut(raw.reader, sources, cutting.PIECE_BYTES if settings.head is None else math.inf)
+    if counted := cutting.to_count(pieces, in_order=settings.split_order == "sequential"):
+        work.run(COUNTING, partial(_count_rows, raw), counted)
+    pieces = cutting.place(pieces, {piece.index: work.result(COUNTING, piece)["parts"] for piece in counted})
+    if settings.schema_from is not None:
+        encoder = Path(settings.schema_from)
+        schema = Schema.load(encoder)
+        check_same_features(raw.reader.roles, schema.dense, schema.sparse, str(encoder))
+    else:
+        encoder = _fit_encoder(work, raw, pieces)
+    work.run(WRITING, partial(_write_rows, raw, encoder), pieces)
+    return pieces, encoder
 
 
-def _read_train(
-    stream: RawStream,
-    settings: PreparationSettings,
-    asked: Mapping[str, AskedEncoding],
-    fits: Mapping[str, BinFit | ScaleFit],
-) -> dict[str, Vocabulary]:
-    """Count keys and fit numbers in a separate pass. Returns the vocabularies.
+def _count_rows(raw: Raw, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
+    counts = raw.count(piece, report)
+    return {"rows": sum(counts), "parts": counts}
+
+
+def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
+    """Count keys and fit numbers in a stage of its own, where needed. Returns the folder of the encoder.
 
     Only the train split counts: a key that never occurs there cannot be trained.
-
-    A feature whose encoding is auto gets no vocabulary if it has more than MOST_KEYS keys.
     """
-    counts = {name: KeyCounts() for name, of_feature in asked.items() if of_feature.encoding != "hash"}
-    if not counts and not fits:
-        return {}
-    if "train" not in stream.splits:
-        if all(asked[name].encoding == "auto" for name in counts) and not fits:
-            return {}
-        raise DataError(
-            f"{f'the bins or the scale of {next(iter(fits))!r}' if fits else 'a vocabulary'} is built from the train "
-            f"split, but there is none. Add train rows or set schema_from."
-        )
-    for part in stream.chunks("counting keys", only="train"):
+    roles, settings = raw.reader.roles, raw.settings
+    asked = asked_encodings(roles, settings)
+    trained = Schema.load(Path(settings.like)) if settings.like else None
+    kept, fits = number_fits(roles, trained)
+    counted = {name: of_feature for name, of_feature in asked.items() if of_feature.encoding != "hash"}
+    train = [piece for piece in pieces if "train" in piece.splits]
+    if not train:
+        if fits or any(of_feature.encoding == "vocabulary" for of_feature in counted.values()):
+            raise DataError(
+                f"{f'the bins or the scale of {next(iter(fits))!r}' if fits else 'a vocabulary'} is built from the "
+                f"train split, but there is none. Add train rows or set schema_from."
+            )
+        counted = {}
+    if counted or fits:
+        work.run(KEYS, partial(_count_keys, raw, counted, trained), train)
+
+    def make(folder: Path) -> None:
+        made = [work.folder(KEYS, piece) for piece in train]
+        for name, fit in fits.items():
+            for path in made:
+                fit.merge(path / _NUMBERS_FOLDER / f"{name}.npz")
+        vocabularies: dict[str, Vocabulary] = {}
+        for name, of_feature in counted.items():
+            files = [path / _KEYS_FOLDER / f"{name}.parquet" for path in made]
+            counts = merged_counts(files, MOST_KEYS if of_feature.encoding == "auto" else None)
+            if counts is not None:
+                vocabularies[name] = counts.vocabulary(of_feature.min_count)
+        if trained and settings.vocabulary_keys == "union":
+            looked_up = {column.name for column in trained.sparse if column.encoding == "vocabulary"}
+            for name in looked_up & set(vocabularies):
+                vocabularies[name] = load_vocabulary(Path(settings.like), name).union(vocabularies[name])
+        fitted = kept | {name: fit.result(name) for name, fit in fits.items()}
+        Encoder(*new_columns(roles, asked, vocabularies, fitted), vocabularies).save(folder)
+
+    return work.once(_ENCODER, make)
+
+
+def _count_keys(
+    raw: Raw,
+    counted: Mapping[str, AskedEncoding],
+    trained: Schema | None,
+    piece: Piece,
+    folder: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Count the keys of the train rows in a piece, and fit its numbers.
+
+    A feature whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
+    """
+    counts = {name: KeyCounts() for name in counted}
+    fits = number_fits(raw.reader.roles, trained, piece.index)[1]
+    rows = 0
+    for part in raw.chunks(piece, report):
         table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
+        rows += table.num_rows
         for name, fit in fits.items():
             fit.add(table[name].drop_null().to_numpy())
         for name, count in list(counts.items()):
             keys = table[name].combine_chunks()
             keys = keys.flatten() if pa.types.is_list(keys.type) else keys
             count.add(canonical_keys(keys))
-            if asked[name].encoding == "auto" and count.num_merged > MOST_KEYS:
+            if counted[name].encoding == "auto" and count.num_merged > MOST_KEYS:
                 del counts[name]
         if not counts and not fits:
-            return {}
-    vocabularies = {name: count.vocabulary(asked[name].min_count) for name, count in counts.items()}
-    return {
-        name: vocabulary
-        for name, vocabulary in vocabularies.items()
-        if asked[name].encoding == "vocabulary" or counts[name].num_merged <= MOST_KEYS
-    }
+            break
+    for name, fit in fits.items():
+        fit.save(folder / _NUMBERS_FOLDER / f"{name}.npz")
+    for name, count in counts.items():
+        count.save(folder / _KEYS_FOLDER / f"{name}.parquet")
+    return {"rows": rows}
 
 
-def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_origins: bool) -> dict[str, SplitCounts]:
-    """Encode and write all rows in the last pass. with_origins: also write the file and row number of each row."""
-    first_bad: BadRow | None = None
-    writers = {split: SplitWriter(folder / split) for split in stream.splits}
-    bad_rows = dict.fromkeys(stream.splits, 0)
-    unknown_keys = {split: Counter() for split in stream.splits}
+@lru_cache(maxsize=1)
+def _encoder_of(folder: Path) -> Encoder:
+    return Encoder.load(folder)
+
+
+def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
+    """Encode and write the rows of a piece. Rows to predict get the file and row number that they came from."""
+    encoder, bytes_read = _encoder_of(encoder_folder), 0
+    writers = {split: SplitWriter(folder / split) for split in piece.splits}
+    bad_rows = dict.fromkeys(piece.splits, 0)
+    unknown_keys = {split: Counter() for split in piece.splits}
+
+    def report_and_add(rows: int, num_bytes: int) -> None:
+        nonlocal bytes_read
+        bytes_read += num_bytes
+        report(rows, num_bytes)
+
     with ExitStack() as stack:
         for writer in writers.values():
             stack.enter_context(closing(writer))
-        for part in stream.chunks("writing"):
+        for part in raw.chunks(piece, report_and_add):
             list_bad_rows(folder, part.chunk.bad)
-            first_bad = first_bad or next(iter(part.chunk.bad), None)
             encoded, unknown = encoder.encode_and_count(part.chunk.table)
-            if with_origins:
+            if not raw.settings.is_label_required:
                 encoded = add_origins(encoded, part.chunk)
             for index, split in enumerate(part.splits):
                 is_here = part.split_of_row == index
@@ -188,23 +264,53 @@ def _write_splits(folder: Path, stream: RawStream, encoder: Encoder, *, with_ori
         split: replace(writer.counts(bad_rows[split]), unknown_keys=dict(unknown_keys[split]))
         for split, writer in writers.items()
     }
-    _refuse_mostly_bad(counts, first_bad)
-    for split, count in counts.items():
+    return {
+        "rows": sum(count.rows for count in counts.values()),
+        "splits": {split: asdict(count) for split, count in counts.items()},
+        "parts": {split: writer.num_parts for split, writer in writers.items()},
+        "share_read": min(bytes_read / piece.num_bytes, 1.0) if piece.num_bytes else 1.0,
+    }
+
+
+def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str, Any], *, is_head: bool) -> Schema:
+    """Move the rows of all pieces into one prepared folder, with what belongs beside them."""
+    folder, results = work.path / _RESULT, [work.result(WRITING, piece) for piece in pieces]
+    folder.mkdir(exist_ok=True)
+    in_order = [work.folder(WRITING, piece) for piece in pieces]
+    splits: dict[str, SplitCounts] = {}
+    for split in dict.fromkeys(split for piece in pieces for split in piece.splits):
+        splits[split] = sum_of([SplitCounts(**r["splits"][split]) for r in results if split in r["splits"]])
+    _refuse_mostly_bad(splits, in_order)
+    for split, count in splits.items():
         if count.rows == 0:
             raise DataError(
                 f"the split {split} has no rows ({count.bad_rows} bad rows were skipped); all splits together have "
-                f"{sum(c.rows for c in counts.values())}. Add rows, or change the files or split_fractions."
+                f"{sum(c.rows for c in splits.values())}. Add rows, or change the files or split_fractions."
             )
-    return counts
+        parts = [
+            (path / split, r["parts"][split]) for path, r in zip(in_order, results, strict=True) if split in r["parts"]
+        ]
+        join_parts(parts, folder / split)
+    join_bad_rows(in_order, folder)
+    if is_head:
+        source = source | {SHARES: {split: r["share_read"] for r in results for split in r["splits"]}}
+    columns = Schema.load(encoder)
+    for column in columns.sparse:
+        if column.encoding == "vocabulary":
+            copy_vocabulary(encoder, folder, column.name)
+    schema = Schema(columns.dense, columns.sparse, splits, source)
+    schema.save(folder)
+    return schema
 
 
-def _refuse_mostly_bad(counts: dict[str, SplitCounts], first_bad: BadRow | None) -> None:
+def _refuse_mostly_bad(counts: Mapping[str, SplitCounts], pieces: Sequence[Path]) -> None:
     """Raise DataError if most rows were skipped: the format or schema is then probably wrong, not the rows."""
     good, bad = (sum(getattr(count, name) for count in counts.values()) for name in ("rows", "bad_rows"))
     if bad > good:
+        first = next(filter(None, map(first_bad_row, pieces)))
         raise DataError(
             f"{bad:,} of {good + bad:,} rows are bad. This is more than half, so the format or the schema is probably "
-            f"wrong. The first bad row: {first_bad}"
+            f"wrong. The first bad row: {first}"
         )
 
 
@@ -214,34 +320,3 @@ def _source(settings: PreparationSettings, format_name: str, sources: tuple[Sour
     del values["block_bytes"], values["head"]
     files = {"+".join(source.splits): list(source.files) for source in sources}
     return {"format": format_name, "files": files, "settings": values}
-
-
-@contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
-    """Provide a hidden sibling folder for writing. It is renamed to `folder` on success and removed on failure.
-
-    If the process is killed, the sibling `.<name>.unfinished-*` remains. The next preparation in the same parent folder
-    removes it, unless another one runs there. Raises FileExistsError if another process has created `folder` in the
-    meantime.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}{_UNFINISHED}{uuid4().hex}")
-    lock = os.open(folder.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # another preparation runs, or the file system has no locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for leftover in folder.parent.glob(f".*{_UNFINISHED}*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        unfinished.mkdir()  # with the usual permissions; those of tempfile's folders exclude other users
-        yield unfinished
-        try:
-            os.rename(unfinished, folder)
-        except OSError as error:
-            if not folder.exists():
-                raise
-            raise FileExistsError(f"{folder}: another process has created this folder in the meantime.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.close(lock)

@@ -1,21 +1,18 @@
-"""Streams the rows of all sources with their splits, chunk by chunk, once per pass."""
+"""Streams the rows of a piece with their splits, chunk by chunk."""
 
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from dhen.data.formats.raw_rows import DataError, RawChunk, Reader
+from dhen.data.preparation.pieces import Piece
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.sources import Source
 from dhen.data.preparation.splitting import split_rule
 
-_COUNTING = "counting rows"
 logger = logging.getLogger(__name__)
 
 
@@ -31,6 +28,8 @@ class PreparationProgress:
 
 
 ProgressCallback = Callable[[PreparationProgress], None]
+Report = Callable[[int, int], None]
+"""Called with the numbers of rows and bytes that were read since the last call."""
 
 
 @dataclass(frozen=True)
@@ -43,69 +42,46 @@ class SplitChunk:
     split_of_bad: np.ndarray
 
 
-class RawStream:
-    """All rows to prepare. The constructor counts the rows if they are split sequentially.
+@dataclass(frozen=True)
+class Raw:
+    """How the rows of all pieces are read."""
 
-    share_read: by split, the share of the bytes that the last pass read; below 1 only for a head.
-    """
+    reader: Reader
+    settings: PreparationSettings
 
-    def __init__(
-        self, reader: Reader, sources: tuple[Source, ...], settings: PreparationSettings, progress: ProgressCallback
-    ) -> None:
-        self.roles = reader.roles
-        self.splits = tuple(split for source in sources for split in source.splits)
-        self._reader = reader
-        self._stops_at_bad_rows = settings.bad_rows == "error"
-        self._progress = progress
-        self._most_rows = settings.head.rows if settings.head else math.inf
-        self.share_read = dict.fromkeys(self.splits, 1.0)
-        self._rules = {source: split_rule(source.splits, settings, partial(self._count, source)) for source in sources}
+    def chunks(self, piece: Piece, report: Report) -> Iterator[SplitChunk]:
+        """Make one pass over the rows of a piece. Of a head, about its first rows.
 
-    def _count(self, source: Source) -> int:
-        bytes_total = sum(map(_size, source.files))
-        rows = bytes_before = 0
-        for file in source.files:
-            in_file = 0
-            for in_file, bytes_read in self._reader.row_counts(file):
-                state = PreparationProgress(_COUNTING, rows + in_file, bytes_before + bytes_read, bytes_total)
-                self._progress(state)
-            rows += in_file
-            bytes_before += _size(file)
-        self._progress(PreparationProgress(_COUNTING, rows, bytes_total, bytes_total, is_done=True))
-        return rows
-
-    def chunks(self, stage: str, only: str | None = None) -> Iterator[SplitChunk]:
-        """Make one pass over all rows. `only`: read just the sources that have rows in this split."""
-        rules = {s: rule for s, rule in self._rules.items() if only is None or only in s.splits}
-        bytes_total = sum(_size(file) for source in rules for file in source.files)
-        rows = bytes_before = 0
-        for source, rule in rules.items():
-            for chunk, first, bytes_read in self._chunks_of(source):
-                if chunk.bad and self._stops_at_bad_rows:
+        Raises DataError for a bad row, unless these are skipped.
+        """
+        rule = split_rule(piece.splits, self.settings, piece.source_rows)
+        most_rows = self.settings.head.rows if self.settings.head else math.inf
+        position = piece.position
+        for file, stretch in piece.parts:
+            num_rows, at = stretch.rows_before, stretch.start
+            for chunk in self.reader.chunks(file, stretch):
+                if chunk.bad and self.settings.bad_rows == "error":
                     way_out = "Correct it, or use --bad_rows skip to skip and list bad rows."
                     raise DataError(f"{chunk.bad[0]} {way_out}")
+                first = position - 1 - chunk.header_rows
                 bad = np.array([bad_row.row for bad_row in chunk.bad], dtype=np.int64)
-                yield SplitChunk(chunk, source.splits, rule(first + chunk.rows), rule(first + bad))
-                rows += len(chunk.rows)
-                self._progress(PreparationProgress(stage, rows, bytes_before + bytes_read, bytes_total))
-            bytes_before += sum(map(_size, source.files))
-        self._progress(PreparationProgress(stage, rows, bytes_total, bytes_total, is_done=True))
-
-    def _chunks_of(self, source: Source) -> Iterator[tuple[RawChunk, int, int]]:
-        """Yield each chunk, the position that row 0 of its file would have, and the bytes read. A head ends early."""
-        position = bytes_before = 0
-        for file in source.files:
-            num_rows = 0
-            for chunk in self._reader.chunks(file):
-                bytes_read = bytes_before + chunk.bytes_read
-                yield chunk, position - 1 - chunk.header_rows, bytes_read
-                num_rows = max(chunk.end_row - chunk.header_rows, 0)
-                if position + num_rows >= self._most_rows:
-                    share = bytes_read / (sum(map(_size, source.files)) or math.inf)
-                    self.share_read |= dict.fromkeys(source.splits, share or 1.0)
+                yield SplitChunk(chunk, piece.splits, rule(first + chunk.rows), rule(first + bad))
+                report(len(chunk.rows), chunk.bytes_read - at)
+                at, num_rows = chunk.bytes_read, max(chunk.end_row - chunk.header_rows, 0)
+                if position + num_rows >= most_rows:
                     return
             position += num_rows
-            bytes_before += _size(file)
+
+    def count(self, piece: Piece, report: Report) -> list[int]:
+        """Return the number of rows in each part of a piece, good or bad."""
+        counts = []
+        for file, stretch in piece.parts:
+            rows, at = 0, stretch.start
+            for so_far, bytes_read in self.reader.row_counts(file, stretch):
+                report(so_far - rows, bytes_read - at)
+                rows, at = so_far, bytes_read
+            counts.append(rows)
+        return counts
 
 
 class LogProgress:
@@ -126,8 +102,3 @@ class LogProgress:
         self._last = now
         if state.is_done:
             self._start = now
-
-
-def _size(file: str) -> int:
-    path = Path(file)
-    return path.stat().st_size if path.is_file() else 0

@@ -20,11 +20,11 @@ def splits_with_rows(fractions: tuple[float, float, float]) -> tuple[str, ...]:
     return tuple(split for split, share in zip(SPLITS, fractions, strict=True) if share > 0)
 
 
-def split_rule(splits: tuple[str, ...], settings: PreparationSettings, count_rows: Callable[[], int]) -> SplitRule:
-    """Return the rule for `splits`.
+def split_rule(splits: tuple[str, ...], settings: PreparationSettings, num_rows: int) -> SplitRule:
+    """Return the rule for `splits`. num_rows: of all files together; only a sequential split needs it.
 
     A random split assigns each row independently, by where a hash of its position and the seed falls in [0, 1), so the
-    shares hold on average. A sequential split, which puts the first rows into train, must count the rows.
+    shares hold on average. A sequential split puts the first rows into train.
     """
     if len(splits) == 1:  # the user gave files for each split
         return lambda positions: np.zeros(len(positions), np.int64)
@@ -32,5 +32,5 @@ def split_rule(splits: tuple[str, ...], settings: PreparationSettings, count_row
     if settings.split_order == "random":
         seed = settings.split_seed
         return lambda positions: np.searchsorted(starts, hash_positions(positions, seed), side="right")
-    first_rows = np.rint(starts * count_rows())
+    first_rows = np.rint(starts * num_rows)
     return lambda positions: np.searchsorted(first_rows, positions, side="right")

@@ -5,6 +5,8 @@ at 1 and are assigned by descending count, then by key; after fine-tuning, the t
 ids they had. Id 0 stands for blank, rare and unseen keys.
 """
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,22 +41,45 @@ class KeyCounts:
     def add(self, keys: pa.Array) -> None:
         """Count the keys in a chunk, except nulls."""
         counts = pl.DataFrame({"key": pl.Series(pl.from_arrow(keys))}).drop_nulls()
-        counts = counts.group_by("key").agg(pl.len().cast(pl.Int64).alias("count"))
+        self.add_counts(counts.group_by("key").agg(pl.len().cast(pl.Int64).alias("count")))
+
+    def add_counts(self, counts: pl.DataFrame) -> None:
+        """Add keys (`key`, String) that are counted already (`count`, Int64)."""
         self._waiting.append(counts)
         self._waiting_rows += len(counts)
         # A merge costs as much as all keys so far. Waiting until their number doubles keeps the total cost linear.
         if self._waiting_rows > max(_COMPACT_ROWS, len(self._merged)):
-            self._merge()
+            self.merge()
+
+    def save(self, path: Path) -> None:
+        """Write all keys and counts to a Parquet file."""
+        self.merge()
+        path.parent.mkdir(exist_ok=True)
+        self._merged.write_parquet(path, compression="zstd", compression_level=1, statistics=False)
 
     def vocabulary(self, min_count: int) -> "Vocabulary":
         """Return the keys seen at least `min_count` times, with their ids."""
-        self._merge()
+        self.merge()
         kept = self._merged.filter(pl.col("count") >= min_count).sort(["count", "key"], descending=[True, False])
         return Vocabulary(pa.array(kept["key"].to_arrow(), pa.string()), kept["count"].to_numpy())
 
-    def _merge(self) -> None:
+    def merge(self) -> None:
+        """Merge the keys that wait."""
         self._merged = pl.concat([self._merged, *self._waiting]).group_by("key").agg(pl.col("count").sum())
         self._waiting, self._waiting_rows = [], 0
+
+
+def merged_counts(files: Sequence[Path], most_keys: int | None) -> KeyCounts | None:
+    """The sum of the counts in several files; None if a file is missing or there are more than `most_keys` keys."""
+    counts = KeyCounts()
+    for file in files:
+        if not file.exists():
+            return None
+        counts.add_counts(pl.read_parquet(file))
+        if most_keys is not None and counts.num_merged > most_keys:
+            return None
+    counts.merge()
+    return counts if most_keys is None or counts.num_merged <= most_keys else None
 
 
 class Vocabulary:
@@ -106,6 +131,13 @@ class Vocabulary:
 def vocabulary_path(folder: Path, feature: str) -> Path:
     """Return the path of a feature's vocabulary in a prepared folder."""
     return Path(folder) / VOCABULARY_FOLDER / f"{feature}.parquet"
+
+
+def copy_vocabulary(folder: Path, into: Path, feature: str) -> None:
+    """Copy a feature's vocabulary from one prepared folder or saved model to another."""
+    path = vocabulary_path(into, feature)
+    path.parent.mkdir(exist_ok=True)
+    shutil.copyfile(vocabulary_path(folder, feature), path)
 
 
 def load_vocabulary(folder: Path, feature: str) -> Vocabulary:

@@ -4,6 +4,11 @@ The files depend only on the rows and their order, not on the chunks that the ro
 """
 
 import csv
+import itertools
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -18,6 +23,7 @@ from dhen.data.schema import LABEL, SplitCounts
 ROW_GROUP_ROWS = 32_768
 ROW_GROUPS_PER_PART = 128
 BAD_ROWS_FILE = "bad_rows.csv"
+_HEADER = ("file", "row", "reason", "text")
 
 
 class SplitWriter:
@@ -28,6 +34,7 @@ class SplitWriter:
         self.rows = 0
         self.clicks = 0
         self.unlabelled = 0
+        self.num_parts = 0
         self._row_group_rows = row_group_rows
         self._waiting: list[pa.Table] = []
         self._waiting_rows = 0
@@ -63,7 +70,7 @@ class SplitWriter:
     def _write_row_group(self, num_rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
         group, rest = waiting.slice(0, num_rows), waiting.slice(num_rows)
-        if self._part is None or self._row_groups % ROW_GROUPS_PER_PART == 0:
+        if self._row_groups % ROW_GROUPS_PER_PART == 0:
             self._open_part(group.schema)
         group = group.combine_chunks()
         self._part.write_table(group, row_group_size=num_rows)
@@ -75,17 +82,68 @@ class SplitWriter:
     def _open_part(self, schema: pa.Schema) -> None:
         if self._part is not None:
             self._part.close()
-        name = f"part-{self._row_groups // ROW_GROUPS_PER_PART:05d}.parquet"
         self._part = pyarrow.parquet.ParquetWriter(
-            self.folder / name, schema, compression="zstd", compression_level=1, write_statistics=False,
-            write_page_checksum=True,
+            self.folder / _part_name(self.num_parts), schema, compression="zstd", compression_level=1,
+            write_statistics=False, write_page_checksum=True,
         )  # fmt: skip
+        self.num_parts += 1
 
 
 def list_bad_rows(folder: Path, bad_rows: tuple[BadRow, ...]) -> None:
     """Append rows to bad_rows.csv (file, row, reason, text), which exists from the first bad row on."""
     path = folder / BAD_ROWS_FILE
-    header = [] if path.exists() else [["file", "row", "reason", "text"]]
+    header = [] if path.exists() else [_HEADER]
     if bad_rows:
         with path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([*header, *map(astuple, bad_rows)])
+
+
+def first_bad_row(folder: Path) -> BadRow | None:
+    """The first row in a folder's bad_rows.csv, if there is one."""
+    path = folder / BAD_ROWS_FILE
+    if not path.exists():
+        return None
+    with path.open(encoding="utf-8", newline="") as file:
+        name, row, reason, text = list(itertools.islice(csv.reader(file), 2))[1]
+    return BadRow(name, int(row), reason, text)
+
+
+def join_bad_rows(folders: Iterable[Path], into: Path) -> None:
+    """Join the lists of bad rows of several folders, in this order."""
+    files = [folder / BAD_ROWS_FILE for folder in folders if (folder / BAD_ROWS_FILE).exists()]
+    if files:
+        with (into / BAD_ROWS_FILE).open("w", encoding="utf-8", newline="") as joined:
+            csv.writer(joined).writerow(_HEADER)
+            for path in files:
+                with path.open(encoding="utf-8", newline="") as file:
+                    file.readline()
+                    shutil.copyfileobj(file, joined)
+
+
+def join_parts(folders: Iterable[tuple[Path, int]], into: Path) -> None:
+    """Move the parts of several folders into one, in this order. Goes on where an earlier call was killed.
+
+    folders: each with its number of parts.
+    """
+    into.mkdir(exist_ok=True)
+    parts = (folder / _part_name(index) for folder, count in folders for index in range(count))
+    for number, part in enumerate(parts):
+        target = into / _part_name(number)
+        if part.exists() or not target.exists():
+            os.replace(part, target)
+
+
+def sum_of(counts: Sequence[SplitCounts]) -> SplitCounts:
+    """The counts of the rows of several folders, one after another."""
+    if len(counts) == 1:
+        return counts[0]
+    numbers = {name: sum(getattr(c, name) for c in counts) for name in ("rows", "clicks", "bad_rows", "unlabelled")}
+    unknown_keys = sum((Counter(count.unknown_keys) for count in counts), Counter())
+    digest = xxhash.xxh3_128("".join(count.digest for count in counts).encode()).hexdigest()
+    return SplitCounts(
+        **numbers, unknown_keys={name: unknown_keys[name] for name in counts[0].unknown_keys}, digest=digest
+    )
+
+
+def _part_name(index: int) -> str:
+    return f"part-{index:05d}.parquet"

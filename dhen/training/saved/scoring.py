@@ -148,6 +148,7 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
         dataset_schema=arguments.dataset_schema,
         bad_rows=arguments.bad_rows,
         split_fractions=[0.0, 0.0, 1.0],
+        prepare_here=True,
     )
     settings = PreparationSettings(name, dataset_format=data.dataset_format, dataset_schema=data.dataset_schema)
     is_on_hub = format_of(settings) == "hub"
@@ -178,6 +179,7 @@ def _data_of_run(trained: TrainedModel) -> tuple[DataArguments | None, bool]:
     values = read_yaml(path)
     names = DataArguments.__dataclass_fields__
     data = DataArguments(**{key: value for key, value in values.items() if key in names})
+    data.prepare_here = True
     find_paths(data, "dataset_name")  # the other paths are found when the files are opened
     return data, values.get("model_name_or_path") is not None
 

@@ -1,14 +1,19 @@
 """A raw file is prepared only once for the same content and settings."""
 
 import os
+import shlex
+import shutil
 
 import pytest
 
-from dhen.data.preparation.caching import prepare_cached
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.preparation import caching
+from dhen.data.preparation.caching import command_for, prepare_cached
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import Schema
 from tests.data.preparation.reference_preparation import criteo_lines
+from tools import prepare_data
 
 
 @pytest.fixture
@@ -99,3 +104,29 @@ def test_a_prepared_folder_is_taken_as_it_is(tmp_path, raw):
     assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="this is already a prepared folder"):
         prepare(given, tmp_path / "out")
+
+
+def test_large_files_are_not_prepared_while_other_machines_wait(tmp_path, raw, monkeypatch):
+    monkeypatch.setattr(caching, "LARGE_BYTES", 100)
+    wanted = PreparationSettings(str(raw), hash_size=77)
+    with pytest.raises(DataError, match=r"0\.0 GiB.*--hash_size 77 --output data/prepared.*--prepare_here"):
+        prepare_cached(wanted, tmp_path / "cache", may_be_large=False)
+    folder = prepare_cached(wanted, tmp_path / "cache")
+    assert prepare_cached(wanted, tmp_path / "cache", may_be_large=False) == folder, "it is there already"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dataset_name": ("raw.txt", "with a space.txt"), "split_fractions": (0.5, 0.25, 0.25), "split_seed": 3},
+        {"train_file": "raw.txt", "test_file": "with a space.txt", "id_encoding": "vocabulary", "min_count": 2},
+    ],
+)
+def test_the_command_prepares_the_same(tmp_path, raw, monkeypatch, capsys, settings):
+    shutil.copy(raw, tmp_path / "with a space.txt")
+    monkeypatch.chdir(tmp_path)
+    wanted = PreparationSettings(**settings)
+    monkeypatch.setattr("sys.argv", shlex.split(command_for(wanted))[1:])
+    assert prepare_data.main() == 0, capsys.readouterr().err
+    made, expected = Schema.load(tmp_path / "data/prepared"), prepare(wanted, tmp_path / "direct")
+    assert (made.sparse, made.splits) == (expected.sparse, expected.splits)

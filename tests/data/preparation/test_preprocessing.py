@@ -192,12 +192,12 @@ def test_a_killed_preparation_leaves_nothing_that_looks_complete(tmp_path, raw):
     program = (
         "import os, sys; from dhen.data.preparation.preprocessing import prepare; "
         "from dhen.data.preparation.settings import PreparationSettings as S; "
-        "prepare(S(sys.argv[1]), sys.argv[2], progress=lambda state: os._exit(9) if state.is_done else None)"
+        "prepare(S(sys.argv[1], id_encoding='hash'), sys.argv[2], progress=lambda state: os._exit(9))"
     )
     result = subprocess.run([sys.executable, "-c", program, raw, str(tmp_path / "out")], check=False)
     assert result.returncode == 9
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.rglob("schema.json"))
+    assert not list(tmp_path.glob("*/schema.json"))
     assert list(tmp_path.glob(".out.unfinished-*"))
     prepare(PreparationSettings(raw), tmp_path / "other")
     assert not list(tmp_path.glob(".out.unfinished-*")), "what the killed one left is still there"
