@@ -19,8 +19,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-_TELLING = np.zeros(256, dtype=bool)
-_TELLING[np.frombuffer(b" .:\t\n\v\f\rUuSs\xc2\xe1\xe2\xe3", dtype=np.uint8)] = True
+_TELLING = [bytes([byte]) for byte in b" .:\t\n\v\f\rUuSs\xc2\xe1\xe2\xe3"]
 """Bytes of which every text that is not canonical has at least one: blanks (the last four begin other ones), the point
 of a number, the colon of a time, the u of true and the s of false. Most keys have none, and cost nothing."""
 _CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
@@ -34,7 +33,8 @@ _SPECIAL = "|".join((_NUMBER, _BOOLEAN, _STAMP, _TIME))
 def canonical_keys(keys: pa.Array) -> pa.Array:
     """Return the canonical text of each key. A key of blanks becomes null. The rules are in the module's docstring."""
     offsets, data = string_buffers(keys)
-    if not _TELLING[data[offsets[0] : offsets[-1]]].any():
+    text = data[offsets[0] : offsets[-1]].tobytes()
+    if not any(byte in text for byte in _TELLING):
         return keys
     texts = pl.Series("key", pl.from_arrow(keys)).str.strip_chars()
     texts = texts.set(texts == "", None)

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dhen.data.formats.canonical import canonical_keys
+from dhen.data.formats.canonical import canonical_keys, string_buffers
 from dhen.data.formats.raw_rows import RowChecks
 from dhen.data.formats.roles import LabelRole, SparseRole
 
@@ -119,6 +119,10 @@ def fit_float32(numbers: np.ndarray) -> np.ndarray:
 
 def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
     """Return ids of one to eight hex digits in lower case, null if blank."""
+    offsets, data = string_buffers(values)
+    text = data[offsets[0] : offsets[-1]].tobytes()
+    if np.diff(offsets).max(initial=0) <= 8 and not text.translate(None, _HEX.lower().encode()):
+        return values
     is_hex = pc.equal(pc.ascii_rtrim(values, _HEX), "")
     is_good = pc.and_(is_hex, pc.less_equal(pc.binary_length(values), 8)).fill_null(True)
     checks.refuse(

@@ -151,6 +151,23 @@ def test_stray_quotes_shift_no_row(tmp_path_factory, lines):
     assert len(lost) == texts.count("\\n1,x,y"), "a row is only lost inside the quotes of another one with 3 values"
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_row_longer_than_what_is_parsed_at_a_time(tmp_path, ragged):
+    """Within one block. A bad row far behind the first part is named by its own number."""
+    long, rows = "x" * (3 << 19), [f"0,{i},b{i}" for i in range(200_000)]
+    rows[100] = f"1,{long},b"
+    if ragged:
+        rows[199_000] = "1,2"
+    (tmp_path / "raw.csv").write_text("\n".join(["label,a,b", *rows]))
+    roles = ColumnRoles(sparse=(SparseRole("a"), SparseRole("b")))
+    (chunk, *others) = DelimitedReader(roles, block_bytes=64 << 20).chunks(str(tmp_path / "raw.csv"))
+    assert not any(other.table.num_rows for other in others)
+    assert [bad.row for bad in chunk.bad] == ([199_002] if ragged else [])
+    assert chunk.table.num_rows == 200_000 - ragged
+    assert chunk.table["a"][100].as_py() == long
+    assert chunk.table["b"][-1].as_py() == "b199999"
+
+
 def test_without_header_and_with_its_own_words_for_blank(tmp_path):
     schema = """
 header: false
