@@ -154,7 +154,7 @@ def test_stray_quotes_shift_no_row(tmp_path_factory, lines):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_row_longer_than_what_is_parsed_at_a_time(tmp_path, ragged):
     """Within one block. A bad row far behind the first part is named by its own number."""
-    long, rows = "x" * (3 << 19), [f"0,{i},b{i}" for i in range(200_000)]
+    long, rows = "x" * (3 << 20), [f"0,{i},b{i}" for i in range(200_000)]
     rows[100] = f"1,{long},b"
     if ragged:
         rows[199_000] = "1,2"
