@@ -22,7 +22,11 @@ PINS = {"cpu": "requirements.txt", "cuda": "requirements-cuda.txt"}
 """Extra -> the file that pins it."""
 BASE_ROOMS = ("model", "data")
 """What scoring in Python needs: raw rows to ids, and the model."""
-LAZY = {"dhen/data/formats/hub.py": {"datasets"}, "dhen/data/preparation/runners.py": {"dask"}}
+LAZY = {
+    "dhen/data/formats/hub.py": {"datasets"},
+    "dhen/data/preparation/runners.py": {"dask"},
+    "dhen/data/preparation/vocabulary.py": {"duckdb"},
+}
 """Packages of an extra that a base room imports only when the user asks for what needs them."""
 
 
@@ -92,7 +96,7 @@ def third_party(path) -> set[str]:
 def test_what_the_code_imports_is_declared():
     base, training = names(ranges(None)), names(ranges("cpu") + ranges("cuda"))
     files = [path for room in ("dhen", "recipes", "tools") for path in (ROOT / room).rglob("*.py")]
-    tune, dask = names(ranges("tune")), names(ranges("dask"))
+    tune, large = names(ranges("tune")), names(ranges("dask") + ranges("large"))
     assert len(files) > 90
     used = set()
     for path in files:
@@ -108,7 +112,7 @@ def test_what_the_code_imports_is_declared():
         assert not undeclared, f"{name} imports {sorted(undeclared)}"
         used |= imported
     # A launcher, and what DeepSpeed and torch import. One build of FBGEMM is installed.
-    assert base | training | tune | dask == used | {"accelerate", "ninja", "tensorboard", *FBGEMM_PACKAGES}
+    assert base | training | tune | large == used | {"accelerate", "ninja", "tensorboard", *FBGEMM_PACKAGES}
 
 
 def test_a_wheel_holds_every_file_of_the_package(tmp_path):

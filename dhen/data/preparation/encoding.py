@@ -15,7 +15,7 @@ from dhen.data.formats.roles import ColumnRoles, SparseRole
 from dhen.data.preparation.hashing import hashed_ids
 from dhen.data.preparation.numbers import bin_ids, dense_values
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.vocabulary import Vocabulary, load_vocabulary
+from dhen.data.preparation.vocabulary import KeyIds, Vocabulary
 from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, Schema, SparseColumn, weights_column
 
 MOST_KEYS = 1_000_000
@@ -29,20 +29,7 @@ class Encoder:
 
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
-    vocabularies: dict[str, Vocabulary]
-
-    @classmethod
-    def load(cls, folder: Path) -> "Encoder":
-        """Read what `save` wrote, or the encoder of a prepared folder or a saved model."""
-        schema = Schema.load(folder)
-        with_vocabulary = [column.name for column in schema.sparse if column.encoding == "vocabulary"]
-        return cls(schema.dense, schema.sparse, {name: load_vocabulary(folder, name) for name in with_vocabulary})
-
-    def save(self, folder: Path) -> None:
-        """Write the columns and vocabularies into a folder, like those of a prepared folder without rows."""
-        for name, vocabulary in self.vocabularies.items():
-            vocabulary.save(folder, name)
-        Schema(self.dense, self.sparse, {}).save(folder)
+    vocabularies: Mapping[str, Vocabulary | KeyIds]
 
     def encode(self, raw: pa.Table) -> pa.Table:
         """Return the same rows with ids and transformed values."""
@@ -119,12 +106,12 @@ def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[s
 def new_columns(
     roles: ColumnRoles,
     asked: Mapping[str, AskedEncoding],
-    vocabularies: dict[str, Vocabulary],
+    table_rows: Mapping[str, int],
     fitted: Mapping[str, tuple[float, ...]],
 ) -> tuple[tuple[DenseColumn, ...], tuple[SparseColumn, ...]]:
     """Return the schema's dense and sparse columns.
 
-    vocabularies: one per feature that is encoded by a vocabulary. fitted: the edges of each feature with bins, and
+    table_rows: of each feature that is encoded by a vocabulary. fitted: the edges of each feature with bins, and
     (mean, standard deviation) of each with a scale.
     """
     dense: list[DenseColumn] = []
@@ -136,10 +123,8 @@ def new_columns(
         if role.bins is not None
         else SparseColumn(
             name=role.name,
-            num_embeddings=(
-                vocabularies[role.name].num_embeddings if role.name in vocabularies else asked[role.name].hash_size
-            ),
-            encoding="vocabulary" if role.name in vocabularies else "hash",
+            num_embeddings=table_rows.get(role.name, asked[role.name].hash_size),
+            encoding="vocabulary" if role.name in table_rows else "hash",
             min_count=asked[role.name].min_count,
             is_multi_valued=role.is_multi_valued,
             is_weighted=role.is_weighted,

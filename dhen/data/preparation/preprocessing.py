@@ -9,9 +9,9 @@ on with the pieces that are missing, and which several machines can fill togethe
 whatever order: the result is the same to the bit.
 
 Rows are read, encoded and written chunk by chunk. A process therefore holds a few copies of one input block (8 MiB of
-text, or 65,536 Parquet rows) and one row group per split, regardless of the input's size. Only the distinct keys of
-features encoded by a vocabulary grow with the data (`KeyCounts` says how much memory a key takes). Each feature with
-bins takes up to 16 MB.
+text, or 65,536 Parquet rows) and one row group per split, regardless of the input's size. While keys are counted, each
+feature with a vocabulary takes up to 300 MB, and while its counts are merged, up to 2 GB. Each feature with bins takes
+up to 16 MB.
 """
 
 import hashlib
@@ -48,7 +48,14 @@ from dhen.data.preparation.runners import LocalProcesses, Runner, num_cores
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source, open_sources
 from dhen.data.preparation.unfinished import Shard, Unfinished, unfinished_folder
-from dhen.data.preparation.vocabulary import KeyCounts, Vocabulary, copy_vocabulary, load_vocabulary, merged_counts
+from dhen.data.preparation.vocabulary import (
+    KeyCounts,
+    KeyIds,
+    build_vocabulary,
+    copy_vocabulary,
+    load_vocabulary,
+    save_key_ids,
+)
 from dhen.data.preparation.writing import SplitWriter, first_bad_row, join_bad_rows, join_parts, list_bad_rows, sum_of
 from dhen.data.schema import FORMAT_VERSION, SCHEMA_FILE, SHARES, Schema, SplitCounts
 
@@ -138,12 +145,7 @@ def _run_stages(work: Unfinished, raw: Raw, sources: tuple[Source, ...]) -> tupl
     if counted := cutting.to_count(pieces, in_order=settings.split_order == "sequential"):
         work.run(COUNTING, partial(_count_rows, raw), counted)
     pieces = cutting.place(pieces, {piece.index: work.result(COUNTING, piece)["parts"] for piece in counted})
-    if settings.schema_from is not None:
-        encoder = Path(settings.schema_from)
-        schema = Schema.load(encoder)
-        check_same_features(raw.reader.roles, schema.dense, schema.sparse, str(encoder))
-    else:
-        encoder = _fit_encoder(work, raw, pieces)
+    encoder = _fit_encoder(work, raw, pieces) if settings.schema_from is None else _given_encoder(work, raw)
     work.run(WRITING, partial(_write_rows, raw, encoder), pieces)
     return pieces, encoder
 
@@ -151,6 +153,21 @@ def _run_stages(work: Unfinished, raw: Raw, sources: tuple[Source, ...]) -> tupl
 def _count_rows(raw: Raw, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
     counts = raw.count(piece, report)
     return {"rows": sum(counts), "parts": counts}
+
+
+def _given_encoder(work: Unfinished, raw: Raw) -> Path:
+    """Copy the encoder of a prepared folder or a saved model."""
+    origin = Path(raw.settings.schema_from)
+    schema = Schema.load(origin)
+    check_same_features(raw.reader.roles, schema.dense, schema.sparse, str(origin))
+
+    def make(folder: Path) -> None:
+        for column in schema.sparse:
+            if column.encoding == "vocabulary":
+                copy_vocabulary(origin, folder, column.name)
+        _save_encoder(folder, schema)
+
+    return work.once(_ENCODER, make)
 
 
 def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
@@ -179,20 +196,34 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
         for name, fit in fits.items():
             for path in made:
                 fit.merge(path / _NUMBERS_FOLDER / f"{name}.npz")
-        vocabularies: dict[str, Vocabulary] = {}
+        table_rows: dict[str, int] = {}
         for name, of_feature in counted.items():
-            files = [path / _KEYS_FOLDER / f"{name}.parquet" for path in made]
-            counts = merged_counts(files, MOST_KEYS if of_feature.encoding == "auto" else None)
-            if counts is not None:
-                vocabularies[name] = counts.vocabulary(of_feature.min_count)
+            folders = [path / _KEYS_FOLDER / name for path in made]
+            if not all(path.exists() for path in folders):
+                continue  # auto, and too many keys in one piece alone
+            files = [file for path in folders for file in sorted(path.iterdir())]
+            most_keys = MOST_KEYS if of_feature.encoding == "auto" else None
+            rows = build_vocabulary(files, folder, name, min_count=of_feature.min_count, most_keys=most_keys)
+            if rows is not None:
+                table_rows[name] = rows
         if trained and settings.vocabulary_keys == "union":
             looked_up = {column.name for column in trained.sparse if column.encoding == "vocabulary"}
-            for name in looked_up & set(vocabularies):
-                vocabularies[name] = load_vocabulary(Path(settings.like), name).union(vocabularies[name])
+            for name in looked_up & set(table_rows):
+                union = load_vocabulary(Path(settings.like), name).union(load_vocabulary(folder, name))
+                union.save(folder, name)
+                table_rows[name] = union.num_embeddings
         fitted = kept | {name: fit.result(name) for name, fit in fits.items()}
-        Encoder(*new_columns(roles, asked, vocabularies, fitted), vocabularies).save(folder)
+        _save_encoder(folder, Schema(*new_columns(roles, asked, table_rows, fitted), {}))
 
     return work.once(_ENCODER, make)
+
+
+def _save_encoder(folder: Path, schema: Schema) -> None:
+    """Write what the workers encode with, beside the vocabularies. All of them share the files of a vocabulary."""
+    replace(schema, splits={}, source={}).save(folder)
+    for column in schema.sparse:
+        if column.encoding == "vocabulary":
+            save_key_ids(folder, column.name)
 
 
 def _count_keys(
@@ -207,7 +238,7 @@ def _count_keys(
 
     A feature whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
     """
-    counts = {name: KeyCounts() for name in counted}
+    counts = {name: KeyCounts(folder / _KEYS_FOLDER / name) for name in counted}
     fits = number_fits(raw.reader.roles, trained, piece.index)[1]
     rows = 0
     for part in raw.chunks(piece, report):
@@ -225,14 +256,16 @@ def _count_keys(
             break
     for name, fit in fits.items():
         fit.save(folder / _NUMBERS_FOLDER / f"{name}.npz")
-    for name, count in counts.items():
-        count.save(folder / _KEYS_FOLDER / f"{name}.parquet")
+    for count in counts.values():
+        count.save()
     return {"rows": rows}
 
 
 @lru_cache(maxsize=1)
 def _encoder_of(folder: Path) -> Encoder:
-    return Encoder.load(folder)
+    schema = Schema.load(folder)
+    looked_up = [column.name for column in schema.sparse if column.encoding == "vocabulary"]
+    return Encoder(schema.dense, schema.sparse, {name: KeyIds.load(folder, name) for name in looked_up})
 
 
 def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:

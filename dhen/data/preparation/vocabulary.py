@@ -3,39 +3,52 @@
 vocabulary/<feature>.parquet has the columns `key` (string), `id` (int64) and `count` (int64), sorted by id. Ids start
 at 1 and are assigned by descending count, then by key; after fine-tuning, the trained model's keys come first, with the
 ids they had. Id 0 stands for blank, rare and unseen keys.
+
+While data is prepared, vocabularies of any size take little memory: counts go to disk when they get many, more than
+MOST_IN_MEMORY keys are merged by DuckDB, and ids are found in files that the processes of a machine share.
 """
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet
+import xxhash
 
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.preparation.hashing import hash_texts, salt_of
 from dhen.data.schema import MISSING_ID
 
 VOCABULARY_FOLDER = "vocabulary"
+MOST_IN_MEMORY = 10_000_000
+_RUN_KEYS = 2_000_000
 _COMPACT_ROWS = 1 << 20
+_BATCH_KEYS = 1 << 20
+_DUCKDB = {"memory_limit": "1GB", "threads": 1}
+_SALT = salt_of("vocabulary")
+_SCHEMA = pa.schema([("key", pa.string()), ("id", pa.int64()), ("count", pa.int64())])
 
 
 class KeyCounts:
     """Counts the keys of one feature over many chunks.
 
-    Holds in memory every distinct key of the data, at about 60 bytes per key of up to 12 characters. Up to a million
-    more keys (or as many as the distinct ones) wait to be merged.
+    Holds distinct keys in memory, at about 60 bytes per key of up to 12 characters. Up to a million more keys (or as
+    many as the distinct ones) wait to be merged. folder: where more than two million keys go, as files to be merged;
+    without it, all are held.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder, self._runs = folder, 0
         self._merged = pl.DataFrame(schema={"key": pl.String, "count": pl.Int64})
         self._waiting: list[pl.DataFrame] = []
         self._waiting_rows = 0
 
     @property
     def num_merged(self) -> int:
-        """The number of distinct keys, without those that wait to be merged."""
+        """The number of distinct keys in memory, without those that wait to be merged."""
         return len(self._merged)
 
     def add(self, keys: pa.Array) -> None:
@@ -50,12 +63,21 @@ class KeyCounts:
         # A merge costs as much as all keys so far. Waiting until their number doubles keeps the total cost linear.
         if self._waiting_rows > max(_COMPACT_ROWS, len(self._merged)):
             self.merge()
+        if self._folder is not None and len(self._merged) > _RUN_KEYS:
+            self.save()
 
-    def save(self, path: Path) -> None:
-        """Write all keys and counts to a Parquet file."""
+    def merge(self) -> None:
+        """Merge the keys that wait."""
+        self._merged = pl.concat([self._merged, *self._waiting]).group_by("key").agg(pl.col("count").sum())
+        self._waiting, self._waiting_rows = [], 0
+
+    def save(self) -> None:
+        """Write the keys in memory to a Parquet file in the folder, and forget them."""
         self.merge()
-        path.parent.mkdir(exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{self._runs:05d}.parquet"
         self._merged.write_parquet(path, compression="zstd", compression_level=1, statistics=False)
+        self._merged, self._runs = self._merged.clear(), self._runs + 1
 
     def vocabulary(self, min_count: int) -> "Vocabulary":
         """Return the keys seen at least `min_count` times, with their ids."""
@@ -63,51 +85,159 @@ class KeyCounts:
         kept = self._merged.filter(pl.col("count") >= min_count).sort(["count", "key"], descending=[True, False])
         return Vocabulary(pa.array(kept["key"].to_arrow(), pa.string()), kept["count"].to_numpy())
 
-    def merge(self) -> None:
-        """Merge the keys that wait."""
-        self._merged = pl.concat([self._merged, *self._waiting]).group_by("key").agg(pl.col("count").sum())
-        self._waiting, self._waiting_rows = [], 0
 
+def build_vocabulary(
+    files: Sequence[Path], folder: Path, feature: str, *, min_count: int, most_keys: int | None = None
+) -> int | None:
+    """Sum the counts in `files` and write the vocabulary into `folder`. Returns the number of rows of its table.
 
-def merged_counts(files: Sequence[Path], most_keys: int | None) -> KeyCounts | None:
-    """The sum of the counts in several files; None if a file is missing or there are more than `most_keys` keys."""
-    counts = KeyCounts()
+    most_keys: with more keys than that, before min_count, nothing is written and None is returned. Raises DataError if
+    there are more than MOST_IN_MEMORY counts and DuckDB is not installed.
+    """
+    counts, num_counts = KeyCounts(), sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+    if most_keys is None and num_counts > MOST_IN_MEMORY:
+        return _build_on_disk(files, folder, feature, min_count)
     for file in files:
-        if not file.exists():
-            return None
         counts.add_counts(pl.read_parquet(file))
         if most_keys is not None and counts.num_merged > most_keys:
             return None
     counts.merge()
-    return counts if most_keys is None or counts.num_merged <= most_keys else None
+    if most_keys is not None and counts.num_merged > most_keys:
+        return None
+    vocabulary = counts.vocabulary(min_count)
+    vocabulary.save(folder, feature)
+    return vocabulary.num_embeddings
+
+
+def _build_on_disk(files: Sequence[Path], folder: Path, feature: str, min_count: int) -> int:
+    path, sorted_keys = vocabulary_path(folder, feature), folder / f".{feature}.sorted.parquet"
+    path.parent.mkdir(exist_ok=True)
+    _sort(
+        "SELECT key, sum(count)::BIGINT AS count FROM read_parquet($files) GROUP BY key "
+        f"HAVING sum(count) >= {min_count} ORDER BY count DESC, key",
+        files,
+        sorted_keys,
+    )
+    num_keys = 0
+    with pyarrow.parquet.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
+        for batch in pyarrow.parquet.ParquetFile(sorted_keys).iter_batches(_BATCH_KEYS):
+            ids = pa.array(np.arange(num_keys + 1, num_keys + len(batch) + 1))
+            writer.write_table(pa.table([batch["key"], ids, batch["count"]], schema=_SCHEMA))
+            num_keys += len(batch)
+    sorted_keys.unlink()
+    return num_keys + 1
+
+
+def _sort(query: str, files: Sequence[Path], target: Path) -> None:
+    """Write what a query to DuckDB returns about Parquet files. Intermediate results go to disk beside the target."""
+    try:
+        import duckdb
+    except ImportError as error:
+        raise DataError(
+            f"a vocabulary of more than {MOST_IN_MEMORY:,} keys is merged by DuckDB: pip install 'dhen[large]'. Or use "
+            f"--id_encoding hash."
+        ) from error
+    names = ", ".join(_quoted(file) for file in files)
+    spill = target.with_name(f"{target.name}.spill")
+    with duckdb.connect(config=_DUCKDB | {"temp_directory": str(spill)}) as connection:
+        connection.execute(f"COPY ({query.replace('$files', f'[{names}]')}) TO {_quoted(target)} (FORMAT parquet)")
+    shutil.rmtree(spill, ignore_errors=True)
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+class KeyIds:
+    """The ids of known keys, found by a 64-bit hash of the key.
+
+    hashes: uint64, ascending, all different. ids: int64. Of a billion unseen keys, one is taken for one of 50 million
+    known keys with a probability of 1 in 400.
+    """
+
+    def __init__(self, hashes: np.ndarray, ids: np.ndarray) -> None:
+        self._hashes, self._ids = hashes, ids
+
+    @classmethod
+    def of(cls, keys: pa.ChunkedArray, feature: str) -> "KeyIds":
+        """keys[i] gets the id i + 1. Raises DataError if two keys have the same hash."""
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(hash_texts(chunk, _SALT) for chunk in keys.chunks)])
+        order = np.argsort(hashes)
+        hashes = hashes[order]
+        _check_different(hashes, feature)
+        return cls(hashes, order + 1)
+
+    @classmethod
+    def load(cls, folder: Path, feature: str) -> "KeyIds":
+        """Open what `save_key_ids` wrote. All processes of a machine share the memory."""
+        return cls(*(np.load(path, mmap_mode="r") for path in _key_ids_paths(folder, feature)))
+
+    def ids(self, keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+        """Return int64 ids, 0 for nulls and for unknown keys."""
+        if isinstance(keys, pa.ChunkedArray):
+            return np.concatenate([np.zeros(0, np.int64), *map(self.ids, keys.chunks)])
+        if len(self._hashes) == 0:
+            return np.full(len(keys), MISSING_ID, dtype=np.int64)
+        encoded = keys.dictionary_encode()
+        hashes = hash_texts(encoded.dictionary, _SALT)
+        at = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        ids = np.where(self._hashes[at] == hashes, self._ids[at], MISSING_ID)
+        rows = encoded.indices.fill_null(len(ids)).to_numpy()
+        return np.append(ids, MISSING_ID)[rows]
+
+
+def _check_different(hashes: np.ndarray, feature: str) -> None:
+    if (hashes[1:] == hashes[:-1]).any():
+        raise DataError(f"{feature!r}: two keys have the same 64-bit hash. Use `encoding: hash` for this feature.")
+
+
+def save_key_ids(folder: Path, feature: str) -> None:
+    """Write the `KeyIds` of the vocabulary in a folder beside it, for the processes that look keys up."""
+    paths = _key_ids_paths(folder, feature)
+    num_keys = pyarrow.parquet.read_metadata(vocabulary_path(folder, feature)).num_rows
+    if num_keys <= MOST_IN_MEMORY:
+        found = load_vocabulary(folder, feature).key_ids
+        for path, values in zip(paths, (found._hashes, found._ids), strict=True):
+            np.save(path, values)
+        return
+    by_id, by_hash = (folder / f".{feature}.{order}.parquet" for order in ("by_id", "by_hash"))
+    with pyarrow.parquet.ParquetWriter(by_id, pa.schema([("hash", pa.uint64()), ("id", pa.int64())])) as writer:
+        for batch in pyarrow.parquet.ParquetFile(vocabulary_path(folder, feature)).iter_batches(_BATCH_KEYS):
+            writer.write_table(pa.table({"hash": hash_texts(batch["key"], _SALT), "id": batch["id"]}))
+    _sort("SELECT hash, id FROM read_parquet($files) ORDER BY hash", [by_id], by_hash)
+    hashes, ids = (
+        np.lib.format.open_memmap(path, "w+", kind, (num_keys,)) for path, kind in zip(paths, ("u8", "i8"), strict=True)
+    )
+    first = 0
+    for batch in pyarrow.parquet.ParquetFile(by_hash).iter_batches(_BATCH_KEYS):
+        end = first + len(batch)
+        hashes[first:end], ids[first:end] = batch["hash"].to_numpy(), batch["id"].to_numpy()
+        _check_different(hashes[max(first - 1, 0) : end], feature)
+        first = end
+    by_id.unlink()
+    by_hash.unlink()
+
+
+def _key_ids_paths(folder: Path, feature: str) -> tuple[Path, Path]:
+    return tuple(folder / VOCABULARY_FOLDER / f"{feature}.{what}.npy" for what in ("hashes", "ids"))
 
 
 class Vocabulary:
     """The keys of a feature in the order of their ids: keys[i] has id i + 1."""
 
-    def __init__(self, keys: pa.Array, counts: np.ndarray) -> None:
-        self.keys = keys
+    def __init__(self, keys: pa.Array | pa.ChunkedArray, counts: np.ndarray, feature: str = "") -> None:
+        self.keys = keys if isinstance(keys, pa.ChunkedArray) else pa.chunked_array([keys])
         self.counts = counts
-        # The sorted keys serve all chunks. A hash join would be built for each of them.
-        series = pl.Series(pl.from_arrow(keys))
-        order = series.arg_sort()
-        self._sorted, self._ids = series.gather(order), order.to_numpy().astype(np.int64) + 1
+        self.key_ids = KeyIds.of(self.keys, feature)
 
     @property
     def num_embeddings(self) -> int:
         """Number of rows in the feature's table: one per key, plus row 0."""
         return len(self.keys) + 1
 
-    def ids(self, keys: pa.Array) -> np.ndarray:
+    def ids(self, keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
         """Return int64 ids, 0 for nulls and for keys that are not in the vocabulary."""
-        if len(self.keys) == 0:
-            return np.full(len(keys), MISSING_ID, dtype=np.int64)
-        encoded = keys.dictionary_encode()
-        distinct = pl.Series(pl.from_arrow(encoded.dictionary))
-        at = np.minimum(self._sorted.search_sorted(distinct).to_numpy(), len(self._sorted) - 1)
-        is_known = (self._sorted.gather(at) == distinct).to_numpy()
-        ids = pa.array(np.where(is_known, self._ids[at], MISSING_ID))
-        return pc.fill_null(ids.take(encoded.indices), MISSING_ID).to_numpy()
+        return self.key_ids.ids(keys)
 
     def union(self, new: "Vocabulary") -> "Vocabulary":
         """These keys with their ids, then the other keys of `new`. A key of both counts the sum of both counts."""
@@ -117,7 +247,8 @@ class Vocabulary:
         )
         is_other = self.ids(new.keys) == MISSING_ID
         others = new.keys.filter(pa.array(is_other))
-        return Vocabulary(pa.concat_arrays([self.keys, others]), np.concatenate([counts, new.counts[is_other]]))
+        keys = pa.chunked_array([*self.keys.chunks, *others.chunks], pa.string())
+        return Vocabulary(keys, np.concatenate([counts, new.counts[is_other]]))
 
     def save(self, folder: Path, feature: str) -> None:
         """Write vocabulary/<feature>.parquet into a prepared folder."""
@@ -129,14 +260,19 @@ class Vocabulary:
 
 
 def vocabulary_path(folder: Path, feature: str) -> Path:
-    """Return the path of a feature's vocabulary in a prepared folder."""
+    """Return the path of a feature's vocabulary in a prepared folder or a saved model."""
     return Path(folder) / VOCABULARY_FOLDER / f"{feature}.parquet"
 
 
 def copy_vocabulary(folder: Path, into: Path, feature: str) -> None:
-    """Copy a feature's vocabulary from one prepared folder or saved model to another."""
+    """Copy a feature's vocabulary from one prepared folder or saved model to another.
+
+    Raises FileNotFoundError, or ValueError if its ids are not 1, 2, 3, ….
+    """
     path = vocabulary_path(into, feature)
     path.parent.mkdir(exist_ok=True)
+    for _ in _batches(folder, feature):
+        pass
     shutil.copyfile(vocabulary_path(folder, feature), path)
 
 
@@ -145,12 +281,31 @@ def load_vocabulary(folder: Path, feature: str) -> Vocabulary:
 
     Raises FileNotFoundError, or ValueError if its ids are not 1, 2, 3, ….
     """
-    path = vocabulary_path(folder, feature)
+    table = pa.Table.from_batches(_batches(folder, feature), _SCHEMA)
+    return Vocabulary(table["key"], table["count"].to_numpy(), feature)
+
+
+def digest_of_keys(folder: Path, feature: str) -> str:
+    """A digest of the keys of a feature's vocabulary in the order of their ids, whatever their counts."""
+    digest = xxhash.xxh3_128()
+    for batch in _batches(folder, feature):
+        digest.update(hash_texts(batch["key"], _SALT))
+    return digest.hexdigest()
+
+
+def _batches(folder: Path, feature: str) -> Iterator[pa.RecordBatch]:
+    """Yield a vocabulary in the order of its ids, which are checked."""
+    path, first = vocabulary_path(folder, feature), 1
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file, but {feature!r} is encoded by a vocabulary. Prepare the data again."
         )
-    table = pyarrow.parquet.read_table(path, columns=["key", "id", "count"])
-    if not np.array_equal(table["id"].to_numpy(), np.arange(1, table.num_rows + 1)):
-        raise ValueError(f"{path}: the ids do not run from 1 to {table.num_rows}. Prepare the data again.")
-    return Vocabulary(table["key"].combine_chunks().cast(pa.string()), table["count"].to_numpy())
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(_BATCH_KEYS, columns=_SCHEMA.names):
+            end = first + len(batch)
+            if not np.array_equal(batch["id"].to_numpy(), np.arange(first, end)):
+                raise ValueError(
+                    f"{path}: the ids do not run from 1 to {file.metadata.num_rows}. Prepare the data again."
+                )
+            yield batch.cast(_SCHEMA)
+            first = end

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -343,7 +342,7 @@ def _match_table(
 
 
 def _rows_by_key(old_folder: Path, new_folder: Path, feature: str, rows: int) -> Tensor:
-    keys: pa.Array = load_vocabulary(new_folder, feature).keys
+    keys = load_vocabulary(new_folder, feature).keys
     old_ids = load_vocabulary(old_folder, feature).ids(keys)
     old_rows = np.full(rows, -1, dtype=np.int64)
     old_rows[MISSING_ID] = MISSING_ID
