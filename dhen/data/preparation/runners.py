@@ -84,7 +84,8 @@ class LocalProcesses:
                 raise
             finally:
                 for worker in started:
-                    worker.stdin.close()
+                    with suppress(BrokenPipeError):  # it ended with a task unread
+                        worker.stdin.close()
                     worker.wait()
 
 
@@ -143,7 +144,7 @@ def _start_worker() -> subprocess.Popen:
     """Start a process that runs `main`. Unlike those of multiprocessing it does not import the calling script."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-P", "-m", __name__],  # -P: no file of the current folder hides a module
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | _ONE_THREAD | {"PYTHONPATH": path},

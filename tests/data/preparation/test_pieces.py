@@ -19,7 +19,7 @@ import pytest
 
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.preparation import pieces as cutting
-from dhen.data.preparation import unfinished
+from dhen.data.preparation import runners, unfinished
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.runners import TRIES, DaskCluster, LocalProcesses, nobody
 from dhen.data.preparation.settings import PreparationSettings
@@ -226,6 +226,29 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, monkeypatch, data):
     assert len(list((tmp_path / "mark").iterdir())) == TRIES - 1
     assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
     assert states[-1].rows == 2730, "rows that a killed worker reported count twice"
+
+
+def test_a_worker_that_ends_between_two_pieces_is_replaced(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(cutting, "PIECE_BYTES", 8_000)
+    done_by, killed = runners._is_done_by, []
+
+    def kill_once(worker, task, piece, report):
+        if piece.index == 3 and not killed:
+            killed.append(worker)
+            worker.kill()
+            worker.wait()
+        return done_by(worker, task, piece, report)
+
+    monkeypatch.setattr(runners, "_is_done_by", kill_once)
+    prepare(data, tmp_path / "out", runner=LocalProcesses(2))
+    assert killed
+
+
+def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch, data):
+    (tmp_path / "signal.py").write_text("raise ImportError('a module of the user')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cutting, "PIECE_BYTES", 8_000)
+    prepare(data, tmp_path / "out", runner=LocalProcesses(2))
 
 
 def test_a_piece_that_kills_every_worker_is_an_error(tmp_path, monkeypatch, data):
