@@ -74,7 +74,7 @@ def stretches(file: str, num_bytes: float, quoting: Quoting | None = None) -> li
     is_gzip, size = first_bytes(file).startswith(_GZIP_MAGIC), Path(file).stat().st_size
     count = int(size // num_bytes)
     if count < 2 or is_gzip or (quoting is not None and _has(file, quoting.quote.encode())):
-        return [Stretch(num_bytes=size)]
+        return [Stretch(end=None if is_gzip else size, num_bytes=size)]  # what is appended meanwhile is not read
     cuts = [size * i // count for i in range(count + 1)]
     return [Stretch(start, end, end - start) for start, end in itertools.pairwise(cuts)]
 

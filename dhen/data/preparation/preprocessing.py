@@ -49,6 +49,7 @@ from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.sources import Source, open_sources
 from dhen.data.preparation.unfinished import Shard, Unfinished, unfinished_folder
 from dhen.data.preparation.vocabulary import (
+    VOCABULARY_FOLDER,
     KeyCounts,
     KeyIds,
     build_vocabulary,
@@ -83,9 +84,16 @@ def prepare(
     if folder.exists():
         raise FileExistsError(f"{folder}: the folder already exists. Remove it or choose another one.")
     reader, format_name, sources = open_sources(settings)
-    with unfinished_folder(folder, _facts(settings, sources), is_shared=shard is not None) as path:
+    facts = _facts(settings, sources, format_name)
+    with unfinished_folder(folder, facts, is_shared=shard is not None) as path:
         work = Unfinished(path, runner or LocalProcesses(num_cores()), progress or LogProgress(), shard)
-        pieces, encoder = _run_stages(work, Raw(reader, settings), sources)
+        try:
+            pieces, encoder = _run_stages(work, Raw(reader, settings), sources)
+        except (ValueError, OSError) as error:
+            work.give_up(error)
+            raise
+        if _facts(settings, sources, format_name) != facts:
+            raise DataError("a file has changed while it was prepared. Run the same command again.")
         if shard is not None:
             return None
         source = _source(settings, format_name, sources)
@@ -122,20 +130,21 @@ def settings_without_effect(settings: PreparationSettings, schema: Schema) -> li
     ]
 
 
-def _facts(settings: PreparationSettings, sources: tuple[Source, ...]) -> str:
-    """A digest of what an unfinished folder depends on. Files count by their size and time."""
+def _facts(settings: PreparationSettings, sources: tuple[Source, ...], format_name: str) -> str:
+    """A digest of what an unfinished folder depends on. Raw files and vocabularies count by their size and time."""
     values = {name: str(value) for name, value in asdict(settings).items() if name != "block_bytes"}
-    used = [file for source in sources for file in source.files]
-    used += [path for path in (settings.dataset_schema, settings.schema_from, settings.like) if path is not None]
-    marks = [(str(file), *_size_and_time(file)) for file in used]
-    facts = [FORMAT_VERSION, cutting.PIECE_BYTES, values, marks]
+    files = [Path(file) for source in sources for file in source.files]
+    models = [Path(model) for model in (settings.schema_from, settings.like) if model is not None]
+    texts = [model / SCHEMA_FILE for model in models] + [Path(path) for path in (settings.dataset_schema,) if path]
+    files += [file for model in models for file in sorted((model / VOCABULARY_FOLDER).glob("*.parquet"))]
+    if format_name == "hub":
+        from dhen.data.formats.hub import hub_revision  # here, because importing `datasets` takes a second
+
+        marks = [hub_revision(file) for source in sources for file in source.files]
+    else:
+        marks = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [FORMAT_VERSION, cutting.PIECE_BYTES, values, marks, *(path.read_text(encoding="utf-8") for path in texts)]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
-
-
-def _size_and_time(file: str | Path) -> tuple[int, int]:
-    path = Path(file)
-    path = path / SCHEMA_FILE if path.is_dir() else path
-    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (0, 0)
 
 
 def _run_stages(work: Unfinished, raw: Raw, sources: tuple[Source, ...]) -> tuple[list[Piece], Path]:
@@ -262,7 +271,8 @@ def _count_keys(
 
 
 @lru_cache(maxsize=1)
-def _encoder_of(folder: Path) -> Encoder:
+def _encoder_of(folder: Path, mark: int) -> Encoder:
+    """The encoder in a folder, kept for the next piece. mark: of the folder with this name."""
     schema = Schema.load(folder)
     looked_up = [column.name for column in schema.sparse if column.encoding == "vocabulary"]
     return Encoder(schema.dense, schema.sparse, {name: KeyIds.load(folder, name) for name in looked_up})
@@ -270,7 +280,7 @@ def _encoder_of(folder: Path) -> Encoder:
 
 def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
     """Encode and write the rows of a piece. Rows to predict get the file and row number that they came from."""
-    encoder, bytes_read = _encoder_of(encoder_folder), 0
+    encoder, bytes_read = _encoder_of(encoder_folder, encoder_folder.stat().st_ino), 0
     writers = {split: SplitWriter(folder / split) for split in piece.splits}
     bad_rows = dict.fromkeys(piece.splits, 0)
     unknown_keys = {split: Counter() for split in piece.splits}

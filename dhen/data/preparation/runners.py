@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -55,14 +55,17 @@ class LocalProcesses:
             for piece in pieces:
                 task(piece, report)
             return
-        workers, is_over = threading.local(), threading.Event()
+        workers, is_over, lock = threading.local(), threading.Event(), threading.Lock()
         started: list[subprocess.Popen] = []
 
         def work(piece: Piece) -> None:
             for _ in range(TRIES):
-                if getattr(workers, "mine", None) is None:
-                    workers.mine = _start_worker()
-                    started.append(workers.mine)
+                with lock:
+                    if is_over.is_set():
+                        return
+                    if getattr(workers, "mine", None) is None:
+                        workers.mine = _start_worker()
+                        started.append(workers.mine)
                 if _is_done_by(workers.mine, task, piece, report):
                     return
                 status, workers.mine = workers.mine.wait(), None
@@ -77,7 +80,8 @@ class LocalProcesses:
                 for future in futures:
                     future.result()
             except BaseException:
-                is_over.set()
+                with lock:
+                    is_over.set()
                 threads.shutdown(wait=False, cancel_futures=True)
                 for worker in started:
                     worker.kill()
@@ -93,8 +97,8 @@ def nobody(task: Task, pieces: Sequence[Piece], report: Report) -> None:
     """Raise FileNotFoundError if there is a piece to do: shards should have done all."""
     if pieces:
         raise FileNotFoundError(
-            f"{len(pieces)} pieces are missing, the first of {pieces[0].parts[0][0]}. Run the shards that did not end "
-            f"again, or leave out --merge to prepare the rest here."
+            f"{len(pieces)} pieces are missing, the first of {pieces[0].parts[0][0]}. Wait for the shards that are at "
+            f"work, and run those that did not end again; or leave out --merge to prepare the rest here."
         )
 
 
@@ -117,19 +121,24 @@ class DaskCluster:
     def __call__(self, task: Task, pieces: Sequence[Piece], report: Report) -> None:
         """Run the task on each piece. Dask begins the pieces of a worker that ended again."""
         with self._connect() as client:
-            futures = [client.submit(_counted, task, piece, pure=False) for piece in pieces]
+            futures = [client.submit(_counted, os.getcwd(), task, piece, pure=False) for piece in pieces]
             for future, piece in zip(futures, pieces, strict=True):
                 try:
                     report(*future.result())
                 except self._distributed.KilledWorker as error:
                     raise ChildProcessError(_ENDED.format(piece.parts[0][0], "Give Dask's more memory")) from error
+                except CancelledError as error:
+                    raise ConnectionError(
+                        f"--dask {self._address}: the scheduler has ended. Start it again."
+                    ) from error
 
     def _connect(self) -> Any:
         return self._distributed.Client(self._address, timeout=30)
 
 
-def _counted(task: Task, piece: Piece) -> tuple[int, int]:
-    """Run the task, and return how many rows and bytes it reported."""
+def _counted(folder: str, task: Task, piece: Piece) -> tuple[int, int]:
+    """Run the task in the folder that its relative paths start from. Returns how many rows and bytes it reported."""
+    os.chdir(folder)
     total = [0, 0]
 
     def report(rows: int, num_bytes: int) -> None:
@@ -187,7 +196,15 @@ def main() -> None:
                 task(piece, lambda *numbers: send(numbers))
                 send(None)
             except Exception as error:
-                send(error)
+                send(error if _can_be_sent(error) else ChildProcessError(f"{type(error).__name__}: {error}"))
+
+
+def _can_be_sent(error: Exception) -> bool:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 if __name__ == "__main__":

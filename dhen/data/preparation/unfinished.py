@@ -22,10 +22,11 @@ from uuid import uuid4
 from dhen.data.preparation.pieces import Piece
 from dhen.data.preparation.raw_stream import PreparationProgress, ProgressCallback, Report
 from dhen.data.preparation.runners import Runner
+from dhen.paths import sync
 
 _MARK = ".unfinished-"
-_RESULT = "result.json"
-_KEPT_SECONDS = 7 * 86_400
+_RESULT, _FAILED = "result.json", "failed-"
+_KEPT_SECONDS, _EMPTY_KEPT_SECONDS = 7 * 86_400, 3_600
 _PATIENCE_SECONDS = 7_200.0
 _POLL_SECONDS = 1.0
 
@@ -56,12 +57,20 @@ class Shard:
         return piece.index % self.count == self.index
 
 
+class OtherShardError(ValueError):
+    """Another shard failed."""
+
+
 class Unfinished:
     """Runs the stages of a preparation in a folder. A shard does its own pieces and waits for those of the others."""
 
     def __init__(self, path: Path, runner: Runner, progress: ProgressCallback, shard: Shard | None = None) -> None:
         self.path = path
         self._runner, self._progress, self._shard = runner, progress, shard
+        if shard is not None:
+            start = path / f".began-{shard.index}"
+            start.touch()  # by the clock of the file system, which all shards share
+            self._began = start.stat().st_mtime_ns
 
     def folder(self, stage: str, piece: Piece) -> Path:
         """What a stage made of a piece. The folder exists only if it is complete."""
@@ -74,7 +83,9 @@ class Unfinished:
     def run(self, stage: str, task: PieceTask, pieces: Sequence[Piece]) -> None:
         """Run a stage for the pieces that are missing, and return when all are there."""
         own = [piece for piece in pieces if self._shard is None or self._shard.has(piece)]
-        done = [piece for piece in own if self.folder(stage, piece).exists()]
+        done, missing = [], []
+        for piece in own:
+            (done if self.folder(stage, piece).exists() else missing).append(piece)
         rows, num_bytes = (sum(self.result(stage, piece)["rows"] for piece in done), sum(p.num_bytes for p in done))
         if done:
             logger.info("%s: goes on; %d of %d pieces were done before", stage, len(done), len(own))
@@ -86,7 +97,6 @@ class Unfinished:
                 rows, num_bytes = rows + more_rows, num_bytes + more_bytes
                 self._progress(PreparationProgress(stage, rows, num_bytes, total))
 
-        missing = [piece for piece in own if piece not in done]
         self._runner(partial(_do, self._stage(stage), task), missing, report)
         self._progress(PreparationProgress(stage, rows, total, total, is_done=True))
         self._wait(stage, [self.folder(stage, piece) for piece in pieces])
@@ -99,6 +109,11 @@ class Unfinished:
         self._wait(name, [path])
         return path
 
+    def give_up(self, error: Exception) -> None:
+        """Tell the other shards that this one failed, unless one of them told it so."""
+        if self._shard is not None and not isinstance(error, OtherShardError):
+            (self.path / f"{_FAILED}{self._shard.index}").write_text(str(error), encoding="utf-8")
+
     def _stage(self, stage: str) -> Path:
         return self.path / stage.replace(" ", "_")
 
@@ -106,6 +121,12 @@ class Unfinished:
         """Wait for what other shards make."""
         count, since = len(paths), time.monotonic()
         while missing := [path for path in paths if not path.exists()]:
+            if self._shard is None:
+                raise FileNotFoundError(f"{missing[0]}: a worker made this folder, but it is not seen here.")
+            for failed in self.path.glob(f"{_FAILED}*"):
+                if failed.stat().st_mtime_ns > self._began:
+                    which, why = failed.name.removeprefix(_FAILED), failed.read_text(encoding="utf-8")
+                    raise OtherShardError(f"shard {which} failed: {why} Run it, and this one, again.")
             if len(missing) < count:
                 count, since = len(missing), time.monotonic()
                 logger.info("%s: waiting for other shards, which have %d pieces left", what, count)
@@ -136,6 +157,8 @@ def _make(path: Path, make: Callable[[Path], None]) -> None:
     draft.mkdir(parents=True)
     try:
         make(draft)
+        for file in (*draft.rglob("*"), draft):
+            sync(file)
         draft.rename(path)
     except OSError:
         if not path.exists():
@@ -150,37 +173,50 @@ def unfinished_folder(folder: Path, facts: str, *, is_shared: bool) -> Iterator[
 
     facts: a digest of the settings and files; the sibling belongs to these. is_shared: other shards use it, too. It is
     removed on success, after a ValueError, and if `folder` exists; but it stays where a piece is finished if the
-    process is killed, interrupted or out of disk. The next preparation in the same parent folder removes what is a week
-    old or has no finished piece, unless another one runs there. Raises FileExistsError if a shard finds it in use by no
-    shard.
+    process is killed, interrupted or out of disk. The next preparation in the same parent folder removes what others
+    left a week ago, or an hour ago without a finished piece, unless another one runs there. Raises FileExistsError if a
+    shard finds it in use by no shard.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}{_MARK}{facts}")
     parent = own = os.open(folder.parent, os.O_RDONLY)
+    is_alone = None
     try:
         if _lock(parent, fcntl.LOCK_EX):  # no other preparation runs here
             for leftover in folder.parent.glob(f".*{_MARK}*"):
-                if not _has_pieces(leftover) or time.time() - leftover.stat().st_mtime > _KEPT_SECONDS:
+                kept = _KEPT_SECONDS if _has_pieces(leftover) else _EMPTY_KEPT_SECONDS
+                if leftover != path and time.time() - _last_change(leftover) > kept:
                     shutil.rmtree(leftover, ignore_errors=True)
         _lock(parent, fcntl.LOCK_SH)
         path.mkdir(exist_ok=True)  # with the usual permissions; those of tempfile's folders exclude other users
         own = os.open(path, os.O_RDONLY)
-        if _lock(own, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) is False:
+        is_alone = _lock(own, fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX)
+        if is_alone is False:
             if is_shared:
                 raise FileExistsError(f"{path}: a preparation without --shard uses this folder. Wait for its end.")
-            path = path.with_name(f"{path.name}-{uuid4().hex}")
+            path, is_alone = path.with_name(f"{path.name}-{uuid4().hex}"), True
             path.mkdir()
         yield path
     except BaseException as error:
-        if not is_shared and (isinstance(error, ValueError | FileExistsError) or not _has_pieces(path)):
-            shutil.rmtree(path, ignore_errors=True)
+        if is_alone and not is_shared and (isinstance(error, ValueError | FileExistsError) or not _has_pieces(path)):
+            _remove(path)
         raise
     else:
         if not is_shared:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     finally:
         for descriptor in {parent, own}:
             os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder. If that is interrupted, no preparation goes on with what is left."""
+    path = path.rename(path.with_name(f"{path.name}-{uuid4().hex}"))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _last_change(path: Path) -> float:
+    return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
 
 
 def _has_pieces(path: Path) -> bool:

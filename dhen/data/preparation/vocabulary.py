@@ -9,6 +9,7 @@ MOST_IN_MEMORY keys are merged by DuckDB, and ids are found in files that the pr
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ MOST_IN_MEMORY = 10_000_000
 _RUN_KEYS = 2_000_000
 _COMPACT_ROWS = 1 << 20
 _BATCH_KEYS = 1 << 20
-_DUCKDB = {"memory_limit": "1GB", "threads": 1}
+_DUCKDB = {"memory_limit": "1GB", "threads": 1, "preserve_insertion_order": False}
 _SALT = salt_of("vocabulary")
 _SCHEMA = pa.schema([("key", pa.string()), ("id", pa.int64()), ("count", pa.int64())])
 
@@ -96,7 +97,7 @@ def build_vocabulary(
     """
     counts, num_counts = KeyCounts(), sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
     if most_keys is None and num_counts > MOST_IN_MEMORY:
-        return _build_on_disk(files, folder, feature, min_count)
+        return _build_on_disk(files, folder, feature, min_count, num_parts=num_counts // _RUN_KEYS + 1)
     for file in files:
         counts.add_counts(pl.read_parquet(file))
         if most_keys is not None and counts.num_merged > most_keys:
@@ -109,15 +110,28 @@ def build_vocabulary(
     return vocabulary.num_embeddings
 
 
-def _build_on_disk(files: Sequence[Path], folder: Path, feature: str, min_count: int) -> int:
-    path, sorted_keys = vocabulary_path(folder, feature), folder / f".{feature}.sorted.parquet"
+def _merge_in_parts(files: Sequence[Path], folder: Path, min_count: int, num_parts: int) -> list[Path]:
+    """Sum the counts in `files`, in memory for one part of the keys after another. Returns a file per part."""
+    for index, file in enumerate(files):
+        for (part,), counts in pl.read_parquet(file).group_by(pl.col("key").hash() % num_parts):
+            (folder / f"{part}").mkdir(exist_ok=True)
+            counts.write_parquet(folder / f"{part}/{index}.parquet", statistics=False)
+    merged = []
+    for part in sorted(folder.iterdir()):
+        counts = pl.concat(map(pl.read_parquet, part.iterdir())).group_by("key").agg(pl.col("count").sum())
+        merged.append(folder / f"{part.name}.parquet")
+        counts.filter(pl.col("count") >= min_count).write_parquet(merged[-1], statistics=False)
+        shutil.rmtree(part)
+    return merged
+
+
+def _build_on_disk(files: Sequence[Path], folder: Path, feature: str, min_count: int, num_parts: int) -> int:
+    path = vocabulary_path(folder, feature)
     path.parent.mkdir(exist_ok=True)
-    _sort(
-        "SELECT key, sum(count)::BIGINT AS count FROM read_parquet($files) GROUP BY key "
-        f"HAVING sum(count) >= {min_count} ORDER BY count DESC, key",
-        files,
-        sorted_keys,
-    )
+    sorted_keys = folder / f".{feature}.sorted.parquet"
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        merged = _merge_in_parts(files, Path(name), min_count, num_parts)
+        _query_on_disk("SELECT key, count FROM $files ORDER BY count DESC, key", merged, sorted_keys)
     num_keys = 0
     with pyarrow.parquet.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
         for batch in pyarrow.parquet.ParquetFile(sorted_keys).iter_batches(_BATCH_KEYS):
@@ -128,7 +142,7 @@ def _build_on_disk(files: Sequence[Path], folder: Path, feature: str, min_count:
     return num_keys + 1
 
 
-def _sort(query: str, files: Sequence[Path], target: Path) -> None:
+def _query_on_disk(query: str, files: Sequence[Path], target: Path) -> None:
     """Write what a query to DuckDB returns about Parquet files. Intermediate results go to disk beside the target."""
     try:
         import duckdb
@@ -137,11 +151,15 @@ def _sort(query: str, files: Sequence[Path], target: Path) -> None:
             f"a vocabulary of more than {MOST_IN_MEMORY:,} keys is merged by DuckDB: pip install 'dhen[large]'. Or use "
             f"--id_encoding hash."
         ) from error
-    names = ", ".join(_quoted(file) for file in files)
+    query = query.replace("$files", f"read_parquet([{', '.join(map(_quoted, files))}])")
     spill = target.with_name(f"{target.name}.spill")
-    with duckdb.connect(config=_DUCKDB | {"temp_directory": str(spill)}) as connection:
-        connection.execute(f"COPY ({query.replace('$files', f'[{names}]')}) TO {_quoted(target)} (FORMAT parquet)")
-    shutil.rmtree(spill, ignore_errors=True)
+    try:
+        with duckdb.connect(config=_DUCKDB | {"temp_directory": str(spill)}) as connection:
+            connection.execute(f"COPY ({query}) TO {_quoted(target)} (FORMAT parquet)")
+    except duckdb.Error as error:
+        raise OSError(f"{target.parent}: DuckDB cannot merge a vocabulary: {error}") from error
+    finally:
+        shutil.rmtree(spill, ignore_errors=True)
 
 
 def _quoted(path: Path) -> str:
@@ -204,7 +222,7 @@ def save_key_ids(folder: Path, feature: str) -> None:
     with pyarrow.parquet.ParquetWriter(by_id, pa.schema([("hash", pa.uint64()), ("id", pa.int64())])) as writer:
         for batch in pyarrow.parquet.ParquetFile(vocabulary_path(folder, feature)).iter_batches(_BATCH_KEYS):
             writer.write_table(pa.table({"hash": hash_texts(batch["key"], _SALT), "id": batch["id"]}))
-    _sort("SELECT hash, id FROM read_parquet($files) ORDER BY hash", [by_id], by_hash)
+    _query_on_disk("SELECT hash, id FROM $files ORDER BY hash", [by_id], by_hash)
     hashes, ids = (
         np.lib.format.open_memmap(path, "w+", kind, (num_keys,)) for path, kind in zip(paths, ("u8", "i8"), strict=True)
     )

@@ -4,6 +4,7 @@ import gzip
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,6 +338,84 @@ def test_a_shard_that_does_not_come_is_named(tmp_path, monkeypatch, data):
     monkeypatch.setattr(unfinished, "_PATIENCE_SECONDS", 0.2)
     with pytest.raises(TimeoutError, match=r"nothing came from shard 0, 2\. Start it"):
         prepare(data, tmp_path / "out", shard=Shard(1, 3))
+
+
+def test_a_shard_that_fails_stops_those_that_wait_for_it(tmp_path, monkeypatch, data):
+    rows = rows_of(0, 2000)
+    rows[1500][0] = "7"
+    bad = write_csv(tmp_path / "bad.csv", rows)
+    monkeypatch.setattr(cutting, "PIECE_BYTES", 3_000)
+    monkeypatch.setattr(unfinished, "_POLL_SECONDS", 0.01)
+    wanted, errors = replace(data, dataset_name=bad), {}
+
+    def run(index: int) -> None:
+        try:
+            prepare(wanted, tmp_path / "out", shard=Shard(index, 2), runner=HERE)
+        except ValueError as error:
+            errors[index] = str(error)
+
+    for _ in range(2):  # what a shard wrote when it failed does not stop those that start later
+        shards = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+        for thread in shards:
+            thread.start()
+        for thread in shards:
+            thread.join(60)
+        first, second = sorted(errors.values(), key=len)
+        assert re.match(rf"{re.escape(bad)}: row 1502: .*--bad_rows skip", first)
+        assert re.match(rf"shard [01] failed: {re.escape(first)} Run it, and this one, again", second)
+
+
+def test_a_kill_while_the_unfinished_folder_is_removed_spoils_nothing(tmp_path, monkeypatch, data):
+    monkeypatch.setattr(cutting, "PIECE_BYTES", 3_000)
+
+    def killed(path, remove=shutil.rmtree, **options):
+        if ".unfinished-" in path.name:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr(unfinished.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data, tmp_path / "out", runner=HERE)
+    monkeypatch.undo()
+    first = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    prepare(data, tmp_path / "out", runner=HERE)
+    assert contents(tmp_path / "out") == first
+
+
+def test_a_model_in_the_place_of_another_is_noticed(tmp_path, data):
+    """Within one process, although a rename keeps size and time."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name, keys in (("a", "xy"), ("b", "zx")):
+        rows = [["1", "1.0", "20", "u", key] for key in (*keys[:1] * 3, *keys[1:] * 2) * 20]
+        train = write_csv(tmp_path / f"{name}/train.csv", rows)
+        settings = PreparationSettings(train_file=train, dataset_schema=data.dataset_schema)
+        prepare(settings, tmp_path / name / "model")
+        for file in sorted((tmp_path / name / "model").rglob("*")):
+            os.utime(file, ns=(0, 0))
+    wanted = PreparationSettings(
+        test_file=write_csv(tmp_path / "test.csv", [["1", "1.0", "20", "u", "x"]]),
+        dataset_schema=data.dataset_schema,
+        schema_from=tmp_path / "model",
+    )
+    found = []
+    for name in "ab":
+        (tmp_path / name / "model").rename(tmp_path / "model")
+        prepare(wanted, tmp_path / "out")
+        found += contents(tmp_path / "out")["rows"]["test"]
+        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "model")
+    assert [row["item"] for row in found] == [1, 2]
+
+
+def test_a_file_that_changes_meanwhile_is_an_error(tmp_path, data):
+    def append(state):
+        with open(data.dataset_name[0], "a") as file:
+            file.write("\n1,2,3,u,i\n")
+
+    with pytest.raises(DataError, match="a file has changed while it was prepared"):
+        prepare(data, tmp_path / "out", runner=HERE, progress=append)
 
 
 @pytest.mark.parametrize("text", ["3/3", "-1/3", "1", "a/b", "1/", "/3", "1/2/3", ""])
