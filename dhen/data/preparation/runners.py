@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
@@ -156,6 +157,7 @@ def _start_worker() -> subprocess.Popen:
         [sys.executable, "-P", "-m", __name__],  # -P: no file of the current folder hides a module
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is the starting process's to handle
         env=os.environ | _ONE_THREAD | {"PYTHONPATH": path},
     )
 
@@ -179,9 +181,7 @@ def _is_done_by(worker: subprocess.Popen, task: Task, piece: Piece, report: Repo
 
 def main() -> None:
     """Do tasks from stdin until it ends, and write reports to stdout: an exception if there was one, and None."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the starting process's to handle
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     out, tasks = sys.stdout.buffer, sys.stdin.buffer
     sys.stdout = sys.stderr
 
@@ -197,6 +197,13 @@ def main() -> None:
                 send(None)
             except Exception as error:
                 send(error if _can_be_sent(error) else ChildProcessError(f"{type(error).__name__}: {error}"))
+
+
+def _end_with(starter: int) -> None:
+    """End this process soon after the one that started it, even within a piece."""
+    while os.getppid() == starter:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _can_be_sent(error: Exception) -> bool:

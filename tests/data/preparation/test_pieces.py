@@ -21,6 +21,7 @@ import pytest
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.preparation import pieces as cutting
 from dhen.data.preparation import runners, unfinished
+from dhen.data.preparation.pieces import Piece
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.runners import TRIES, DaskCluster, LocalProcesses, nobody
 from dhen.data.preparation.settings import PreparationSettings
@@ -435,22 +436,29 @@ def test_a_dask_cluster_with_a_worker_that_is_killed(tmp_path, monkeypatch, data
     assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path, data):
-    """A worker gets no more pieces after its starter was killed."""
+def sleeps(mark: Path, piece: Piece, report) -> None:
+    (mark / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """Also in the middle of a piece."""
     program = (
-        "import sys, os; from dhen.data.preparation import pieces, preprocessing, runners, settings;"
-        "pieces.PIECE_BYTES = 3_000;"
-        "start = runners._start_worker;"
-        "runners._start_worker = lambda: (w := start(), print(w.pid, flush=True))[0];"
-        "wanted = settings.PreparationSettings(tuple(sys.argv[3:]), dataset_schema=sys.argv[2]);"
-        "preprocessing.prepare(wanted, sys.argv[1],"
-        " runner=runners.LocalProcesses(2), progress=lambda state: os._exit(9) if state.stage == 'writing' else None)"
+        "import functools, os, pathlib, sys, threading, time\n"
+        "from dhen.data.preparation import pieces, runners\n"
+        "from tests.data.preparation.test_pieces import sleeps\n"
+        "mark = pathlib.Path(sys.argv[1])\n"
+        "def end():\n"
+        "    while len(list(mark.iterdir())) < 2: time.sleep(0.05)\n"
+        "    os._exit(9)\n"
+        "threading.Thread(target=end).start()\n"
+        "some = [pieces.Piece(i, 0, ('train',), ()) for i in range(2)]\n"
+        "runners.LocalProcesses(2)(functools.partial(sleeps, mark), some, print)\n"
     )
-    command = [sys.executable, "-c", program, str(tmp_path / "out"), str(data.dataset_schema), *data.dataset_name]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.returncode == 9, result.stderr
-    workers = [int(pid) for pid in result.stdout.split()]
-    assert len(workers) >= 2
+    workers = [int(mark.name) for mark in tmp_path.iterdir()]
+    assert len(workers) == 2
     wait_until(lambda: not any(map(is_alive, workers)))
 
 
