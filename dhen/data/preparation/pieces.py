@@ -6,6 +6,7 @@ The pieces depend only on the files, so that the prepared folder does not depend
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dhen.data.formats.raw_rows import Reader, Stretch
 from dhen.data.preparation.sources import Source
@@ -13,6 +14,8 @@ from dhen.data.preparation.sources import Source
 PIECE_BYTES = 128 << 20
 """Least size of a piece, except for the last one. The rows of a prepared folder do not depend on it; where its row
 groups begin does."""
+MOST_PIECES = 2048
+"""Of more than 256 GiB, larger pieces are made: each gives the prepared folder a file per split."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Piece:
 
 def cut(reader: Reader, sources: Sequence[Source], num_bytes: float) -> list[Piece]:
     """Cut the sources into pieces of at least so many bytes, and of less than thrice that unless a file has no cuts."""
+    paths = [Path(file) for source in sources for file in source.files]
+    num_bytes = max(num_bytes, sum(path.stat().st_size for path in paths if path.is_file()) / MOST_PIECES)
     pieces: list[Piece] = []
     for index, source in enumerate(sources):
         of_source: list[list[tuple[str, Stretch]]] = [[]]

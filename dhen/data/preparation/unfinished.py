@@ -7,6 +7,7 @@ prepare a share of the pieces.
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -216,7 +217,10 @@ def _remove(path: Path) -> None:
 
 
 def _last_change(path: Path) -> float:
-    return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+    try:
+        return max(each.stat().st_mtime for each in (path, *path.rglob("*")))
+    except OSError:  # another machine is at work there
+        return math.inf
 
 
 def _has_pieces(path: Path) -> bool:
