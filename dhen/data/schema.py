@@ -109,6 +109,11 @@ class Schema:
     source: dict[str, Any] = field(default_factory=dict)
     best_possible_ne: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def looked_up(self) -> tuple[str, ...]:
+        """Names of the features that are encoded by a vocabulary."""
+        return tuple(column.name for column in self.sparse if column.encoding == "vocabulary")
+
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
         values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)

@@ -299,10 +299,10 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
             raise ValueError(
                 f"{folder}: the model in {trained} has no {kind} features {sorted(extra)}. Prepare data without them."
             )
-    for column in wanted.sparse:
-        if column.encoding == "vocabulary" and len({digest_of_keys(f, column.name) for f in (folder, trained)}) > 1:
+    for name in wanted.looked_up:
+        if digest_of_keys(folder, name) != digest_of_keys(trained, name):
             raise ValueError(
-                f"{folder}: the vocabulary of {column.name!r} differs from that of the model in {trained}, so the ids "
+                f"{folder}: the vocabulary of {name!r} differs from that of the model in {trained}, so the ids "
                 f"have other meanings. {_USE_RAW}"
             )
     return replace(schema, dense=wanted.dense, sparse=wanted.sparse)

@@ -171,9 +171,8 @@ def _given_encoder(work: Unfinished, raw: Raw) -> Path:
     check_same_features(raw.reader.roles, schema.dense, schema.sparse, str(origin))
 
     def make(folder: Path) -> None:
-        for column in schema.sparse:
-            if column.encoding == "vocabulary":
-                copy_vocabulary(origin, folder, column.name)
+        for name in schema.looked_up:
+            copy_vocabulary(origin, folder, name)
         _save_encoder(folder, schema)
 
     return work.once(_ENCODER, make)
@@ -216,8 +215,7 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
             if rows is not None:
                 table_rows[name] = rows
         if trained and settings.vocabulary_keys == "union":
-            looked_up = {column.name for column in trained.sparse if column.encoding == "vocabulary"}
-            for name in looked_up & set(table_rows):
+            for name in set(trained.looked_up) & set(table_rows):
                 union = load_vocabulary(Path(settings.like), name).union(load_vocabulary(folder, name))
                 union.save(folder, name)
                 table_rows[name] = union.num_embeddings
@@ -230,9 +228,8 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
 def _save_encoder(folder: Path, schema: Schema) -> None:
     """Write what the workers encode with, beside the vocabularies. All of them share the files of a vocabulary."""
     replace(schema, splits={}, source={}).save(folder)
-    for column in schema.sparse:
-        if column.encoding == "vocabulary":
-            save_key_ids(folder, column.name)
+    for name in schema.looked_up:
+        save_key_ids(folder, name)
 
 
 def _count_keys(
@@ -274,8 +271,7 @@ def _count_keys(
 def _encoder_of(folder: Path, mark: int) -> Encoder:
     """The encoder in a folder, kept for the next piece. mark: of the folder with this name."""
     schema = Schema.load(folder)
-    looked_up = [column.name for column in schema.sparse if column.encoding == "vocabulary"]
-    return Encoder(schema.dense, schema.sparse, {name: KeyIds.load(folder, name) for name in looked_up})
+    return Encoder(schema.dense, schema.sparse, {name: KeyIds.load(folder, name) for name in schema.looked_up})
 
 
 def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
@@ -338,9 +334,8 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     if is_head:
         source = source | {SHARES: {split: r["share_read"] for r in results for split in r["splits"]}}
     columns = Schema.load(encoder)
-    for column in columns.sparse:
-        if column.encoding == "vocabulary":
-            copy_vocabulary(encoder, folder, column.name)
+    for name in columns.looked_up:
+        copy_vocabulary(encoder, folder, name)
     schema = Schema(columns.dense, columns.sparse, splits, source)
     schema.save(folder)
     return schema

@@ -251,6 +251,7 @@ def test_workers_import_nothing_from_the_current_folder(tmp_path, monkeypatch, d
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cutting, "PIECE_BYTES", 8_000)
     prepare(data, tmp_path / "out", runner=LocalProcesses(2))
+    assert sum(count.rows for count in Schema.load(tmp_path / "out").splits.values()) == 2730
 
 
 def test_a_piece_that_kills_every_worker_is_an_error(tmp_path, monkeypatch, data):
