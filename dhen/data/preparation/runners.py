@@ -189,10 +189,10 @@ def main() -> None:
         pickle.dump(message, out)
         out.flush()
 
-    with suppress(EOFError, BrokenPipeError):  # the starting process has ended
-        while True:
-            task, piece = pickle.load(tasks)
+    with suppress(BrokenPipeError):  # the starting process has ended
+        while tasks.peek(1):
             try:
+                task, piece = pickle.load(tasks)
                 task(piece, lambda *numbers: send(numbers))
                 send(None)
             except Exception as error:

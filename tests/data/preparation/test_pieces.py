@@ -452,12 +452,16 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         "def end():\n"
         "    while len(list(mark.iterdir())) < 2: time.sleep(0.05)\n"
         "    os._exit(9)\n"
-        "threading.Thread(target=end).start()\n"
+        "threading.Thread(target=end, daemon=True).start()\n"
         "some = [pieces.Piece(i, 0, ('train',), ()) for i in range(2)]\n"
         "runners.LocalProcesses(2)(functools.partial(sleeps, mark), some, print)\n"
     )
-    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
-    assert result.returncode == 9, result.stderr
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the workers import this file
+    with open(tmp_path.with_suffix(".txt"), "w+") as output:
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        status = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
+        output.seek(0)
+        assert status == 9, output.read()
     workers = [int(mark.name) for mark in tmp_path.iterdir()]
     assert len(workers) == 2
     wait_until(lambda: not any(map(is_alive, workers)))
