@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -93,7 +95,9 @@ def rank_environment(rank: int, world_size: int, port: int, local_size: int | No
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on now, below those that the system gives to outgoing connections."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -1,7 +1,7 @@
 """The planner's description of a machine: memory, rates and links, read from a small YAML file."""
 
 import os
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Machine:
     seconds_per_operation: minimum time of a kernel.
     seconds_per_collective: latency of each hop of a ring.
     seconds_per_module: host time for each module that stage 3 gathers weights for, if nothing hides it.
+    seconds_per_step: host time to start a step, by ZeRO stage. A GPU hides it behind a longer step.
+    seconds_per_value: host time to load a dense value or an id, hidden likewise.
     host_bytes_per_second: between a rank and the host.
     host_memory_bytes_per_second: of the host's memory, for a rank's part of an offloaded optimizer.
     costs: of the tables, as in dhen.placement.costs of a ds_config.
@@ -53,6 +55,8 @@ class Machine:
     seconds_per_operation: NotNegative = 0.0
     seconds_per_collective: NotNegative = 0.0
     seconds_per_module: NotNegative = 0.0
+    seconds_per_step: dict[int, NotNegative] = field(default_factory=dict)
+    seconds_per_value: NotNegative = 0.0
     is_local_shared: bool = False
     is_link_per_rank: bool = False
     can_overlap: bool = True

@@ -95,6 +95,12 @@ class Job:
         return "tf32" if is_tf32 else self.precision
 
     @property
+    def values_per_example(self) -> float:
+        """Mean number of dense values and ids of an example."""
+        ids = self.ids_per_bag or {}
+        return self.config.num_dense_features + sum(ids.get(table.name, 1.0) for table in self.config.tables)
+
+    @property
     def depth(self) -> int:
         """Number of DHEN layers."""
         return len(self.config.layer_specs)
@@ -215,6 +221,7 @@ class Planner:
             dtype=job.product_dtype,
             table_seconds=self.table_seconds(technique),
             accumulation_steps=job.accumulation_steps,
+            num_values=job.batch_size * job.values_per_example,
         )
 
     def candidates(self) -> Iterator[Technique]:

@@ -3,14 +3,15 @@
 Four resources work in parallel, and each does one thing at a time: compute, the fabric between the ranks that ZeRO
 shards over, the link between replicas, and the link to the host. The forward takes as long as the busiest of them, and
 so does the backward. On top comes what nothing hides, such as the first weights and the last gradients. An operation
-takes the time of its floating-point operations or of its bytes, whichever is longer. The model is meant to rank
+takes the time of its floating-point operations or of its bytes, whichever is longer. A GPU waits for its host where
+starting the step or loading its rows takes longer than the step. The model is meant to rank
 techniques, not to predict milliseconds: it leaves out congestion, stragglers, and kernels that share the GPU with
 communication.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dhen.planner.machine import Machine
 from dhen.planner.memory import ALL_REDUCE_ELEMENTS, gathering_of
@@ -27,17 +28,19 @@ class StepSeconds:
     """Seconds of one step. compute: forward, backward and recomputation. waiting: communication that is not hidden.
 
     optimizer: including copies to and from the host. tables: lookups, updates and all-to-all of the slowest rank.
+    host: starting the step and loading its rows, as far as nothing hides them.
     """
 
     compute: float
     waiting: float
     optimizer: float
     tables: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
         """Sum of all parts."""
-        return self.compute + self.waiting + self.optimizer + self.tables
+        return self.compute + self.waiting + self.optimizer + self.tables + self.host
 
 
 def compute_seconds(work: Iterable[Work], machine: Machine, dtype: str = "fp32") -> float:
@@ -57,10 +60,12 @@ def step_seconds(
     dtype: str = "fp32",
     table_seconds: float = 0.0,
     accumulation_steps: int = 1,
+    num_values: float = 0.0,
 ) -> StepSeconds:
     """Seconds of a micro step on `nodes` nodes of the machine, with all their ranks in the job.
 
     accumulation_steps: micro steps per update; each micro step carries an equal share of the update's time.
+    num_values: dense values and ids that a rank loads per micro step.
     """
     links = _Links(machine, setting, nodes)
     gathering = gathering_of(trace, setting) if setting.stage == 3 else None
@@ -72,12 +77,15 @@ def step_seconds(
     total += _backward_seconds(backward_compute, sum(backward_gathers), links, gradients, accumulation_steps)
     total += _waiting_for_copies(trace, setting, machine, dtype)
     compute, update = forward_compute + backward_compute, _update_traffic_seconds(trace, links, gathering)
-    return StepSeconds(
+    seconds = StepSeconds(
         compute=compute,
         waiting=total - compute + update / accumulation_steps,
         optimizer=_optimizer_seconds(trace, setting, machine) / accumulation_steps,
         tables=table_seconds,
     )
+    start, load = machine.seconds_per_step.get(setting.stage, 0.0), num_values * machine.seconds_per_value
+    host = max(0.0, start - seconds.total, load - seconds.total) if machine.is_gpu else start + load
+    return replace(seconds, host=host)
 
 
 def _pass_seconds(

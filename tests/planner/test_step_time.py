@@ -150,3 +150,23 @@ def test_micro_steps_share_the_updates_time(trace):
     assert four.compute == one.compute
     assert four.waiting == pytest.approx(one.waiting / 4)
     assert four.optimizer == pytest.approx(one.optimizer / 4)
+
+
+@pytest.mark.parametrize("is_gpu", [True, False])
+def test_the_host_starts_the_step_and_loads_its_rows(trace, is_gpu):
+    """A GPU hides both behind its step; a CPU rank does all of it itself."""
+    setting = MemorySetting(2, 4)
+    machine = replace(MACHINE, is_gpu=is_gpu, seconds_per_step={2: 0.25}, seconds_per_value=1e-3)
+    alone = step_seconds(trace, setting, replace(MACHINE, is_gpu=is_gpu), nodes=2).total
+    for num_values in (0, 1_000_000):
+        host = num_values * 1e-3
+        total = step_seconds(trace, setting, machine, nodes=2, num_values=num_values).total
+        assert total == pytest.approx(max(alone, 0.25, host) if is_gpu else alone + 0.25 + host)
+
+
+def test_a_job_loads_its_dense_values_and_ids():
+    job = planner_of("fp32", DEPTH).job
+    tables = job.config.tables
+    assert job.values_per_example == job.config.num_dense_features + len(tables)
+    ten = replace(job, ids_per_bag={tables[0].name: 10.0})
+    assert ten.values_per_example == job.values_per_example + 9
