@@ -39,7 +39,7 @@ from dhen.data.synthetic import generate_click_log
 from tools.markdown import head, row
 
 HASH_SIZE = 100_000
-KEYS_AT_ONCE = 250_000
+KEYS_AT_ONCE = 65_536
 
 
 def by_project(log: Path, folder: Path, workers: int) -> None:
@@ -79,7 +79,7 @@ def vocabulary(num_keys: int, folder: Path) -> None:
     counts.save()
     rows = build_vocabulary(sorted((folder / "runs").iterdir()), folder, "key", min_count=1)
     save_key_ids(folder, "key")
-    ids = KeyIds.load(folder, "key").ids(_texts(generator.integers(0, num_keys, 1_000_000)))
+    ids = KeyIds.load(folder, "key").ids(_texts(generator.integers(0, num_keys, KEYS_AT_ONCE)))
     assert rows == num_keys + 1
     assert 0 < ids.min() <= ids.max() <= num_keys
 
@@ -88,20 +88,23 @@ def _texts(numbers: np.ndarray) -> object:
     return (pl.Series(numbers).cast(pl.String) + "-key").to_arrow(compat_level=pl.CompatLevel.oldest()).cast("string")
 
 
-def measure(work: Callable[[Path], None], parent: Path) -> tuple[float, float]:
-    """CPU seconds, and the peak MiB of the largest process, in a new process, with a folder of its own in `parent`."""
+def measure(work: Callable[[Path], None], parent: Path) -> tuple[float, float, float]:
+    """Run the work in a new process, with a folder of its own in `parent`.
+
+    Returns CPU seconds, the peak MiB of the largest process, and how much of that was there before the work.
+    """
     os.environ["POLARS_MAX_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_measured, (work, parent))
 
 
-def _measured(work: Callable[[Path], None], parent: Path) -> tuple[float, float]:
-    start = time.process_time()
+def _measured(work: Callable[[Path], None], parent: Path) -> tuple[float, float, float]:
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         work(Path(folder))
     workers, own = resource.getrusage(resource.RUSAGE_CHILDREN), resource.getrusage(resource.RUSAGE_SELF)
     seconds = time.process_time() - start + workers.ru_utime + workers.ru_stime
-    return seconds, max(own.ru_maxrss, workers.ru_maxrss) / 1024
+    return seconds, max(own.ru_maxrss, workers.ru_maxrss) / 1024, before / 1024
 
 
 def parse_arguments() -> Namespace:
@@ -127,16 +130,16 @@ def measure_rows(arguments: Namespace, parent: Path) -> None:
         )
         works = {"polars": partial(by_polars, log)}
         works |= {f"{count} workers": partial(by_project, log, workers=count) for count in arguments.workers}
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+        found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in works}
         for _ in range(arguments.rounds):
             for name, work in works.items():
                 found[name].append(measure(work, parent))
-        base = statistics.median(seconds for seconds, _ in found["polars"])
+        base = statistics.median(seconds for seconds, *_ in found["polars"])
         for name, each in found.items():
-            times = sorted(seconds for seconds, _ in each)
+            times = sorted(seconds for seconds, *_ in each)
             share = f"{statistics.median(times) / base:.2f} ({times[0] / base:.2f}-{times[-1] / base:.2f})"
             cells = (f"{rows:,}", name, f"{statistics.median(times) / rows * 1e6:.2f}", share)
-            print(row([*cells, f"{max(peak for _, peak in each):,.0f}"]), flush=True)
+            print(row([*cells, f"{max(peak for _, peak, _ in each):,.0f}"]), flush=True)
 
 
 def main() -> None:
@@ -146,8 +149,9 @@ def main() -> None:
         if arguments.keys is None:
             measure_rows(arguments, Path(name))
             return
-        seconds, peak = measure(partial(vocabulary, arguments.keys), Path(name))
-        print(f"{arguments.keys:,} keys: {seconds / arguments.keys * 1e6:.2f} CPU µs per key, peak {peak:,.0f} MiB")
+        seconds, peak, before = measure(partial(vocabulary, arguments.keys), Path(name))
+        per_key = f"{seconds / arguments.keys * 1e6:.2f} CPU µs per key"
+        print(f"{arguments.keys:,} keys: {per_key}, peak {peak:,.0f} MiB ({before:,.0f} of them imports)")
 
 
 if __name__ == "__main__":

@@ -244,7 +244,10 @@ def _count_keys(
 
     A feature whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
     """
-    counts = {name: KeyCounts(folder / _KEYS_FOLDER / name) for name in counted}
+    counts = {
+        name: KeyCounts(folder / _KEYS_FOLDER / name, 2 * MOST_KEYS if of_feature.encoding == "auto" else None)
+        for name, of_feature in counted.items()
+    }
     fits = number_fits(raw.reader.roles, trained, piece.index)[1]
     rows = 0
     for part in raw.chunks(piece, report):

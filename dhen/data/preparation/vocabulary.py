@@ -10,7 +10,8 @@ MOST_IN_MEMORY keys are merged by DuckDB, and ids are found in files that the pr
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +26,24 @@ from dhen.data.schema import MISSING_ID
 
 VOCABULARY_FOLDER = "vocabulary"
 MOST_IN_MEMORY = 10_000_000
-_RUN_KEYS = 2_000_000
-_COMPACT_ROWS = 1 << 20
-_BATCH_KEYS = 1 << 20
+_RUN_KEYS, _MOST_PARTS = 250_000, 128
+_COMPACT_ROWS = 1 << 17
+_BATCH_KEYS = 1 << 18
 _DUCKDB = {"memory_limit": "1GB", "threads": 1, "preserve_insertion_order": False}
 _SALT = salt_of("vocabulary")
 _SCHEMA = pa.schema([("key", pa.string()), ("id", pa.int64()), ("count", pa.int64())])
+_COUNTS = pa.schema([("key", pa.large_string()), ("count", pa.int64())])
 
 
 class KeyCounts:
     """Counts the keys of one feature over many chunks.
 
-    Holds distinct keys in memory, at about 60 bytes per key of up to 12 characters. Up to a million more keys (or as
-    many as the distinct ones) wait to be merged. folder: where more than two million keys go, as files to be merged;
-    without it, all are held.
+    Holds distinct keys in memory, at about 60 bytes per key of up to 12 characters; up to as many more wait to be
+    merged. folder: where they go when there are more than `run_keys`, as files to be merged.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder, self._runs = folder, 0
+    def __init__(self, folder: Path, run_keys: int | None = None) -> None:
+        self._folder, self._runs, self._run_keys = folder, 0, run_keys or _RUN_KEYS
         self._merged = pl.DataFrame(schema={"key": pl.String, "count": pl.Int64})
         self._waiting: list[pl.DataFrame] = []
         self._waiting_rows = 0
@@ -55,36 +56,25 @@ class KeyCounts:
     def add(self, keys: pa.Array) -> None:
         """Count the keys in a chunk, except nulls."""
         counts = pl.DataFrame({"key": pl.Series(pl.from_arrow(keys))}).drop_nulls()
-        self.add_counts(counts.group_by("key").agg(pl.len().cast(pl.Int64).alias("count")))
-
-    def add_counts(self, counts: pl.DataFrame) -> None:
-        """Add keys (`key`, String) that are counted already (`count`, Int64)."""
-        self._waiting.append(counts)
-        self._waiting_rows += len(counts)
+        self._waiting.append(counts.group_by("key").agg(pl.len().cast(pl.Int64).alias("count")))
+        self._waiting_rows += len(self._waiting[-1])
         # A merge costs as much as all keys so far. Waiting until their number doubles keeps the total cost linear.
         if self._waiting_rows > max(_COMPACT_ROWS, len(self._merged)):
-            self.merge()
-        if self._folder is not None and len(self._merged) > _RUN_KEYS:
+            self._merge()
+        if len(self._merged) > self._run_keys:
             self.save()
 
-    def merge(self) -> None:
-        """Merge the keys that wait."""
+    def _merge(self) -> None:
         self._merged = pl.concat([self._merged, *self._waiting]).group_by("key").agg(pl.col("count").sum())
         self._waiting, self._waiting_rows = [], 0
 
     def save(self) -> None:
         """Write the keys in memory to a Parquet file in the folder, and forget them."""
-        self.merge()
+        self._merge()
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self._runs:05d}.parquet"
         self._merged.write_parquet(path, compression="zstd", compression_level=1, statistics=False)
         self._merged, self._runs = self._merged.clear(), self._runs + 1
-
-    def vocabulary(self, min_count: int) -> "Vocabulary":
-        """Return the keys seen at least `min_count` times, with their ids."""
-        self.merge()
-        kept = self._merged.filter(pl.col("count") >= min_count).sort(["count", "key"], descending=[True, False])
-        return Vocabulary(pa.array(kept["key"].to_arrow(), pa.string()), kept["count"].to_numpy())
 
 
 def build_vocabulary(
@@ -93,53 +83,57 @@ def build_vocabulary(
     """Sum the counts in `files` and write the vocabulary into `folder`. Returns the number of rows of its table.
 
     most_keys: with more keys than that, before min_count, nothing is written and None is returned. Raises DataError if
-    there are more than MOST_IN_MEMORY counts and DuckDB is not installed.
+    there are more than MOST_IN_MEMORY keys and DuckDB is not installed.
     """
-    counts, num_counts = KeyCounts(), sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
-    if most_keys is None and num_counts > MOST_IN_MEMORY:
-        return _build_on_disk(files, folder, feature, min_count, num_parts=num_counts // _RUN_KEYS + 1)
-    for file in files:
-        counts.add_counts(pl.read_parquet(file))
-        if most_keys is not None and counts.num_merged > most_keys:
-            return None
-    counts.merge()
-    if most_keys is not None and counts.num_merged > most_keys:
-        return None
-    vocabulary = counts.vocabulary(min_count)
-    vocabulary.save(folder, feature)
-    return vocabulary.num_embeddings
-
-
-def _merge_in_parts(files: Sequence[Path], folder: Path, min_count: int, num_parts: int) -> list[Path]:
-    """Sum the counts in `files`, in memory for one part of the keys after another. Returns a file per part."""
-    for index, file in enumerate(files):
-        for (part,), counts in pl.read_parquet(file).group_by(pl.col("key").hash() % num_parts):
-            (folder / f"{part}").mkdir(exist_ok=True)
-            counts.write_parquet(folder / f"{part}/{index}.parquet", statistics=False)
-    merged = []
-    for part in sorted(folder.iterdir()):
-        counts = pl.concat(map(pl.read_parquet, part.iterdir())).group_by("key").agg(pl.col("count").sum())
-        merged.append(folder / f"{part.name}.parquet")
-        counts.filter(pl.col("count") >= min_count).write_parquet(merged[-1], statistics=False)
-        shutil.rmtree(part)
-    return merged
-
-
-def _build_on_disk(files: Sequence[Path], folder: Path, feature: str, min_count: int, num_parts: int) -> int:
-    path = vocabulary_path(folder, feature)
-    path.parent.mkdir(exist_ok=True)
-    sorted_keys = folder / f".{feature}.sorted.parquet"
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        merged = _merge_in_parts(files, Path(name), min_count, num_parts)
-        _query_on_disk("SELECT key, count FROM $files ORDER BY count DESC, key", merged, sorted_keys)
-    num_keys = 0
-    with pyarrow.parquet.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
-        for batch in pyarrow.parquet.ParquetFile(sorted_keys).iter_batches(_BATCH_KEYS):
-            ids = pa.array(np.arange(num_keys + 1, num_keys + len(batch) + 1))
-            writer.write_table(pa.table([batch["key"], ids, batch["count"]], schema=_SCHEMA))
-            num_keys += len(batch)
-    sorted_keys.unlink()
+        num_keys, merged = _merge_in_parts(files, Path(name), min_count)
+        if most_keys is not None and num_keys > most_keys:
+            return None
+        path, num_keys = vocabulary_path(folder, feature), 0
+        path.parent.mkdir(exist_ok=True)
+        with pyarrow.parquet.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=False) as writer:
+            for batch in _sorted(merged, Path(name) / "sorted"):
+                ids = pa.array(np.arange(num_keys + 1, num_keys + len(batch) + 1))
+                writer.write_table(pa.table([batch["key"].cast(pa.string()), ids, batch["count"]], schema=_SCHEMA))
+                num_keys += len(batch)
     return num_keys + 1
+
+
+def _merge_in_parts(files: Sequence[Path], folder: Path, min_count: int) -> tuple[int, list[Path]]:
+    """Sum the counts in `files`, in memory for one part of the keys after another.
+
+    Returns the number of keys, and a file per part with those that were seen min_count times.
+    """
+    num_counts = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
+    num_parts = min(num_counts // _RUN_KEYS + 1, _MOST_PARTS)
+    parts = [folder / f"{part}.parquet" for part in range(num_parts)]
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(pyarrow.parquet.ParquetWriter(path, _COUNTS, use_dictionary=False)) for path in parts
+        ]
+        for file in files:
+            for (part,), counts in pl.read_parquet(file).group_by(pl.col("key").hash() % num_parts):
+                writers[part].write_table(_to_arrow(counts))
+    num_keys = 0
+    for path in parts:
+        counts = pl.read_parquet(path).group_by("key").agg(pl.col("count").sum())
+        num_keys += len(counts)
+        counts.filter(pl.col("count") >= min_count).write_parquet(path, statistics=False)
+    return num_keys, parts
+
+
+def _sorted(files: Sequence[Path], target: Path) -> Iterator[pa.RecordBatch | pa.Table]:
+    """Yield the counts in `files` by descending count, then by key. Uses `target` if they are many."""
+    if sum(pyarrow.parquet.read_metadata(file).num_rows for file in files) > MOST_IN_MEMORY:
+        _query_on_disk("SELECT key, count FROM $files ORDER BY count DESC, key", files, target)
+        yield from pyarrow.parquet.ParquetFile(target).iter_batches(_BATCH_KEYS)
+        return
+    counts = pl.read_parquet(list(files)).sort(["count", "key"], descending=[True, False])
+    yield from map(_to_arrow, counts.iter_slices(_BATCH_KEYS))
+
+
+def _to_arrow(counts: pl.DataFrame) -> pa.Table:
+    return counts.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_COUNTS)
 
 
 def _query_on_disk(query: str, files: Sequence[Path], target: Path) -> None:
@@ -177,9 +171,9 @@ class KeyIds:
         self._hashes, self._ids = hashes, ids
 
     @classmethod
-    def of(cls, keys: pa.ChunkedArray, feature: str) -> "KeyIds":
-        """keys[i] gets the id i + 1. Raises DataError if two keys have the same hash."""
-        hashes = np.concatenate([np.zeros(0, np.uint64), *(hash_texts(chunk, _SALT) for chunk in keys.chunks)])
+    def of(cls, chunks: Iterable[pa.Array], feature: str) -> "KeyIds":
+        """The keys get the ids 1, 2, 3, …. Raises DataError if two keys have the same hash."""
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(hash_texts(chunk, _SALT) for chunk in chunks)])
         order = np.argsort(hashes)
         hashes = hashes[order]
         _check_different(hashes, feature)
@@ -214,7 +208,7 @@ def save_key_ids(folder: Path, feature: str) -> None:
     paths = _key_ids_paths(folder, feature)
     num_keys = pyarrow.parquet.read_metadata(vocabulary_path(folder, feature)).num_rows
     if num_keys <= MOST_IN_MEMORY:
-        found = load_vocabulary(folder, feature).key_ids
+        found = KeyIds.of((batch["key"] for batch in _batches(folder, feature)), feature)
         for path, values in zip(paths, (found._hashes, found._ids), strict=True):
             np.save(path, values)
         return
@@ -246,7 +240,7 @@ class Vocabulary:
     def __init__(self, keys: pa.Array | pa.ChunkedArray, counts: np.ndarray, feature: str = "") -> None:
         self.keys = keys if isinstance(keys, pa.ChunkedArray) else pa.chunked_array([keys])
         self.counts = counts
-        self.key_ids = KeyIds.of(self.keys, feature)
+        self.key_ids = KeyIds.of(self.keys.chunks, feature)
 
     @property
     def num_embeddings(self) -> int:

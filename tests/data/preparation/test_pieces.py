@@ -371,7 +371,7 @@ def test_a_kill_while_the_unfinished_folder_is_removed_spoils_nothing(tmp_path, 
     monkeypatch.setattr(cutting, "PIECE_BYTES", 3_000)
 
     def killed(path, remove=shutil.rmtree, **options):
-        if ".unfinished-" in path.name:
+        if ".unfinished-" in Path(path).name:
             raise KeyboardInterrupt
         remove(path, **options)
 

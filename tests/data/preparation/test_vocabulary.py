@@ -1,6 +1,9 @@
 """Vocabularies: order, minimum count, exact lookup."""
 
 import sys
+import tempfile
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +23,13 @@ from dhen.data.preparation.vocabulary import (
     save_key_ids,
 )
 from tests.data.preparation import reference_preparation as reference
+from tools.bench.preparation import measure, vocabulary
 
 
 def made_from(chunks, min_count=1):
-    counts = KeyCounts()
-    for chunk in chunks:
-        counts.add(pa.array(chunk, pa.string()))
-    return counts.vocabulary(min_count)
+    with tempfile.TemporaryDirectory() as folder:
+        built(Path(folder), chunks, min_count=min_count)
+        return load_vocabulary(Path(folder), "it's")
 
 
 @settings(deadline=None)
@@ -52,6 +55,7 @@ def test_round_trip_through_a_folder(tmp_path):
     made = made_from([["x", "y", "y", None, "z.z"]])
     made.save(tmp_path, "C1")
     loaded = load_vocabulary(tmp_path, "C1")
+    assert loaded.keys.equals(made.keys)
     assert loaded.keys.to_pylist() == ["y", "x", "z.z"]
     assert loaded.counts.tolist() == [2, 1, 1]
     with pytest.raises(FileNotFoundError, match=r"C2\.parquet: no such file"):
@@ -101,6 +105,12 @@ def test_too_many_keys_make_none(tmp_path):
     chunks = [[f"{i}" for i in range(100)]]
     assert built(tmp_path, chunks, min_count=1, most_keys=99) is None
     assert built(tmp_path, chunks, min_count=1, most_keys=100) == 101
+
+
+def test_a_million_keys_take_less_than_200_mib(tmp_path):
+    """Beside imports. The benchmark counts them, builds their vocabulary and looks keys up."""
+    _, peak, before = measure(partial(vocabulary, 1_000_000), tmp_path)
+    assert peak - before < 200
 
 
 def test_other_keys_have_another_digest(tmp_path):
