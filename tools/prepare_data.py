@@ -18,13 +18,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from dhen.data.preparation.encoding import MAX_HASH_SIZE
 from dhen.data.preparation.preprocessing import prepare, settings_without_effect
 from dhen.data.preparation.raw_stream import PreparationProgress
 from dhen.data.preparation.runners import DaskCluster, LocalProcesses, Runner, nobody, num_cores
 from dhen.data.preparation.settings import FORMATS, PreparationSettings
 from dhen.data.preparation.unfinished import Shard
 from dhen.data.preparation.writing import BAD_ROWS_FILE
-from dhen.data.schema import Schema
+from dhen.data.schema import ESTIMATED_KEYS, Schema
 
 
 def main() -> int:
@@ -78,7 +79,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
     add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")
     add("--id_encoding", choices=("auto", "hash", "vocabulary"), help=f"default: {default.id_encoding}")
-    add("--hash_size", type=int, help="rows per table of a hashed feature; default: 100,000, with auto a million")
+    add(
+        "--hash_size",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="rows per table of a hashed feature, or auto for twice its keys; default: 100,000, or a million",
+    )
+    add("--max_hash_size", type=int, help=f"with --hash_size auto, the most rows; default: {MAX_HASH_SIZE:,}")
     add("--min_count", type=int, help="rarer keys get no row of their own; default: 1")
     add(
         "--bad_rows",
@@ -132,6 +138,9 @@ def summary(schema: Schema, folder: Path) -> str:
         if counts.bad_rows:
             line += f", {counts.bad_rows:,} bad rows skipped ({folder / BAD_ROWS_FILE})"
         lines.append(line)
+    rows = {column.name: column.num_embeddings for column in schema.sparse}
+    for name, keys in schema.source.get(ESTIMATED_KEYS, {}).items():
+        lines.append(f"  {name}: {rows[name]:,} rows for about {keys:,} distinct keys")
     return "\n".join(lines)
 
 
