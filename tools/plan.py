@@ -152,14 +152,21 @@ def config_of(arguments: argparse.Namespace, recipe: Arguments) -> DhenConfig:
         prepared = config_for(recipe.architecture, Schema.load(Path(recipe.data.dataset_name)))
         dense, features = prepared.num_dense_features, [dict(feature) for feature in prepared.sparse_features]
     else:
-        dense, features = _CRITEO[0], _features(_CRITEO[1], recipe.data.hash_size or HASH_SIZE)
+        dense, features = _CRITEO[0], _features(_CRITEO[1], _rows_per_table(arguments, recipe))
     if arguments.num_dense_features is not None:
         dense = arguments.num_dense_features
     if arguments.num_sparse_features is not None:
-        features = _features(arguments.num_sparse_features, recipe.data.hash_size or HASH_SIZE)
+        features = _features(arguments.num_sparse_features, _rows_per_table(arguments, recipe))
     if arguments.rows_per_table is not None:
         features = [feature | {"num_embeddings": arguments.rows_per_table} for feature in features]
     return DhenConfig(**vars(recipe.architecture), num_dense_features=dense, sparse_features=features)
+
+
+def _rows_per_table(arguments: argparse.Namespace, recipe: Arguments) -> int:
+    rows = arguments.rows_per_table or recipe.data.hash_size or HASH_SIZE
+    if rows == "auto":
+        raise ValueError("hash_size auto needs the data. Give --rows_per_table N, or a prepared --dataset_name.")
+    return rows
 
 
 def ids_per_bag_of(arguments: argparse.Namespace, recipe: Arguments) -> dict[str, float] | None:

@@ -5,6 +5,7 @@
         --id_encoding vocabulary --min_count 2 --output data/mine
     python tools/prepare_data.py --dataset_name logs --format criteo --output data/criteo --shard 3/16  # on 16 machines
     python tools/prepare_data.py --dataset_name logs --format criteo --output data/criteo --merge       # then on one
+    python tools/prepare_data.py --seal data/by_spark  # check a folder that another program wrote
 """
 
 import argparse
@@ -18,13 +19,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from dhen.data.loading.sealing import seal
+from dhen.data.preparation.encoding import MAX_HASH_SIZE
 from dhen.data.preparation.preprocessing import prepare, settings_without_effect
 from dhen.data.preparation.raw_stream import PreparationProgress
 from dhen.data.preparation.runners import DaskCluster, LocalProcesses, Runner, nobody, num_cores
 from dhen.data.preparation.settings import FORMATS, PreparationSettings
 from dhen.data.preparation.unfinished import Shard
 from dhen.data.preparation.writing import BAD_ROWS_FILE
-from dhen.data.schema import Schema
+from dhen.data.schema import ESTIMATED_KEYS, Schema
 
 
 def main() -> int:
@@ -34,6 +37,9 @@ def main() -> int:
     given = {name: value for name, value in vars(arguments).items() if name in names and value is not None}
     start = time.monotonic()
     try:
+        if arguments.seal:
+            print(report(seal(arguments.seal), arguments.seal, start, as_json=arguments.json))
+            return 0
         settings = PreparationSettings(**given, is_label_required=not arguments.without_labels)
         shard = Shard.parse(arguments.shard) if arguments.shard else None
         runner = choose_runner(arguments)
@@ -47,13 +53,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print("prepare_data: interrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 1
-    seconds = time.monotonic() - start
     if schema is None:
         print(f"shard {arguments.shard} is done; when all are, run the same command with --merge in place of --shard")
         return 0
     for sentence in [] if settings.schema_from else settings_without_effect(settings, schema):
         print(f"prepare_data: {sentence}", file=sys.stderr)
-    print(summary_json(schema, arguments.output, seconds) if arguments.json else summary(schema, arguments.output))
+    print(report(schema, arguments.output, start, as_json=arguments.json))
     return 0
 
 
@@ -62,7 +67,8 @@ def parse_arguments() -> argparse.Namespace:
     default = PreparationSettings(dataset_name="-")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
+    add("--output", type=Path, metavar="FOLDER", help="folder to write")
+    add("--seal", type=Path, metavar="FOLDER", help="check one that another program wrote; complete its schema.json")
     add("--overwrite", action="store_true", help="first remove a prepared folder of that name")
     add("--dataset_name", nargs="+", metavar="PATH", help="files, globs, a folder, or a Hugging Face data set")
     for split in ("train", "validation", "test"):
@@ -78,7 +84,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
     add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")
     add("--id_encoding", choices=("auto", "hash", "vocabulary"), help=f"default: {default.id_encoding}")
-    add("--hash_size", type=int, help="rows per table of a hashed feature; default: 100,000, with auto a million")
+    add(
+        "--hash_size",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        help="rows per table of a hashed feature, or auto for twice its keys; default: 100,000, or a million",
+    )
+    add("--max_hash_size", type=int, help=f"with --hash_size auto, the most rows; default: {MAX_HASH_SIZE:,}")
     add("--min_count", type=int, help="rarer keys get no row of their own; default: 1")
     add(
         "--bad_rows",
@@ -97,6 +108,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--shard", metavar="I/N", help="prepare the share I, from 0, of N machines that share the output's folder")
     add("--merge", action="store_true", help="only join what all shards have prepared")
     arguments = parser.parse_args()
+    others = [name for name, value in vars(arguments).items() if value and name not in ("seal", "json")]
+    if arguments.seal and others:
+        parser.error(f"--seal reads no raw rows, so --{others[0]} has no effect. Leave it out.")
+    if not (arguments.seal or arguments.output):
+        parser.error("give --output FOLDER.")
     if arguments.workers is not None and arguments.workers < 1:
         parser.error(f"--workers is {arguments.workers}. Use 1 or more.")
     if arguments.shard and (arguments.merge or arguments.overwrite):
@@ -119,6 +135,11 @@ def remove_prepared(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
+def report(schema: Schema, folder: Path, start: float, *, as_json: bool) -> str:
+    """The prepared data, as text or as JSON. start: when the work began."""
+    return summary_json(schema, folder, time.monotonic() - start) if as_json else summary(schema, folder)
+
+
 def summary(schema: Schema, folder: Path) -> str:
     """The prepared data in a few lines of text."""
     lines = [f"{folder}: {len(schema.dense)} dense and {len(schema.sparse)} sparse features"]
@@ -132,6 +153,9 @@ def summary(schema: Schema, folder: Path) -> str:
         if counts.bad_rows:
             line += f", {counts.bad_rows:,} bad rows skipped ({folder / BAD_ROWS_FILE})"
         lines.append(line)
+    rows = {column.name: column.num_embeddings for column in schema.sparse}
+    for name, keys in schema.source.get(ESTIMATED_KEYS, {}).items():
+        lines.append(f"  {name}: {rows[name]:,} rows for about {keys:,} distinct keys")
     return "\n".join(lines)
 
 

@@ -51,10 +51,14 @@ class DataArguments:
         "values, and the hash for others, or for all if hash_size is given; with --model_name_or_path, as in the "
         "trained model.",
     )
-    hash_size: ranges.HashRows | None = option(
+    hash_size: ranges.HashSize | None = option(
         None,
-        "Rows per table of a hashed feature. More rows mean fewer collisions and more memory. Default: 100,000, or a "
-        "million where --id_encoding auto chose the hash. With --model_name_or_path, as in the trained model.",
+        "Rows per table of a hashed feature. More rows mean fewer collisions and more memory. auto: about twice the "
+        "feature's distinct values, which takes one more pass over the data. Default: 100,000, or a million where "
+        "--id_encoding auto chose the hash. With --model_name_or_path, as in the trained model.",
+    )
+    max_hash_size: ranges.HashRows | None = option(
+        None, "With --hash_size auto, the most rows of a table. Default: 40,000,000."
     )
     min_count: ranges.Count | None = option(
         None,

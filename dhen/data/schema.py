@@ -36,6 +36,8 @@ FORMAT_VERSION = 5
 that were written before can no longer be read as they are. A cached folder of another version is not reused."""
 SHARES = "share_read"
 """Entry of `source` of data of which only the head is prepared: by split, the share of the rows that the folder has."""
+ESTIMATED_KEYS = "estimated_keys"
+"""Entry of `source`: by feature with hash_size auto, about how many distinct keys the train split has."""
 SPLITS = ("train", "validation", "test")
 MISSING_ID = 0
 """The id of a blank value and of a key that is not in the vocabulary."""
@@ -105,7 +107,7 @@ class Schema:
 
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
-    splits: dict[str, SplitCounts]
+    splits: dict[str, SplitCounts] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     best_possible_ne: dict[str, float] = field(default_factory=dict)
 

@@ -6,7 +6,7 @@ The upper bounds are far above sensible values. They keep counts and sizes index
 from typing import Annotated
 
 from annotated_types import Interval
-from pydantic import BeforeValidator, FiniteFloat
+from pydantic import BeforeValidator, FiniteFloat, StringConstraints
 
 _NUMBER = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)
 """Refuses true, which pydantic takes for 1."""
@@ -20,6 +20,8 @@ Rows = Annotated[int, Interval(ge=1, le=2**40), _NUMBER]
 """Rows of a table. With more than 2**31 rows, ids are int64."""
 HashRows = Annotated[int, Interval(ge=2, le=2**40), _NUMBER]
 """Row 0 is for blanks."""
+HashSize = HashRows | Annotated[str, StringConstraints(pattern="^auto$")]
+"""auto: by the number of distinct keys."""
 Bins = Annotated[int, Interval(ge=2, le=10_000), _NUMBER]
 Batch = Annotated[int, Interval(ge=1, le=2**24), _NUMBER]
 """Examples in a batch: with 128 features of one id each, these are 2**31 ids."""

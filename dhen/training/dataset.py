@@ -16,7 +16,7 @@ from dhen.config.data_arguments import DataArguments
 from dhen.config.left_out import MOST_BATCH, choose_sizes
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.lanes import GROUPS_PER_LANE
-from dhen.data.loading.prepared_rows import mean_bag_sizes
+from dhen.data.loading.prepared_rows import check_has, mean_bag_sizes
 from dhen.data.preparation import preprocessing
 from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.head import is_partial, whole_schema
@@ -75,6 +75,7 @@ def open_data(arguments: Arguments, topology: Topology, head: Path | None = None
     rows = max(HEAD_ROWS, 2 * batch * training.gradient_accumulation_steps * topology.world_size)
     prepared = prepare_dataset(data, cache_of(arguments), topology, like=like, head=head and Head(head, rows))
     schema, start = whole_schema(prepared), None
+    check_has(prepared, "train", schema)
     if is_partial(schema) and training.resume_from_checkpoint:
         raise ArgumentError(
             f"{cache_of(arguments)} does not have the data, which check compares with the checkpoint's."

@@ -166,7 +166,7 @@ def test_help_shows_each_flag_once_with_its_type_and_its_default(monkeypatch, ca
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "Train." in text
-    wanted = ("--hash_size INT", "(default: 2048)", "--batch_norm [BOOL]", "Turn --load_best_model_at_end off.")
+    wanted = ("--max_hash_size INT", "(default: 2048)", "--batch_norm [BOOL]", "Turn --load_best_model_at_end off.")
     assert [words for words in wanted if words not in text] == []
     noise = ("--hash-size", "default: None", "default: []", "--local_rank")
     assert [words for words in noise if words in text] == []

@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
+from dhen.data.loading.batches import BatchLoader
+from dhen.data.preparation.hashing import hashed_ids
+from dhen.data.schema import FORMAT_VERSION, Schema
 from tests import ROOT
-from tests.recipes.launch import run_script, summary
+from tests.data.prepared_folders import rows_of
+from tests.recipes.launch import TINY, run_script, summary
 from tests.recipes.test_documentation import GUIDE, IN_BLOCKS, blocks, script_and_flags, table
+from tests.tools import forked_python
 
 
 def block_with(word: str) -> str:
@@ -93,6 +99,67 @@ print(json.dumps(click_probabilities(rows).tolist()))
     assert expected.std() > 0.05  # or any order of the rows would do
 
 
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a prepared folder that the page's code wrote, and with one of the same rows by prepare_data.py."""
+    folder = tmp_path_factory.mktemp("by_hand")
+    run_code(block_with("scan_csv"), folder)
+    code = block_with("row_ids")
+    assert "dhen" not in code
+    run_code(code, folder)
+    raw = ("--dataset_name", folder / "example/train.csv", "--dataset_schema", folder / "example/schema.yaml")
+    same = ("--hash_size", 1000, "--split_order", "sequential", "--output", folder / "ours")
+    for arguments in (("--seal", folder / "by_hand"), (*raw, *same)):
+        done = forked_python.call("tools/prepare_data.py", *arguments)
+        assert done.status == 0, done.stderr
+    return folder
+
+
+def test_a_folder_that_is_written_by_hand_gives_the_batches_of_a_prepared_one(by_hand):
+    batches = {}
+    for name in ("by_hand", "ours"):
+        schema = Schema.load(by_hand / name)
+        options = {"schema": schema, "batch_size": 64, "rank": 0, "world_size": 1}
+        train = BatchLoader(by_hand / name, "train", shuffle=True, seed=3, **options)
+        test = BatchLoader(by_hand / name, "test", **options)
+        batches[name] = [rows_of(batch, schema) for loader in (train, test) for batch in loader.epoch(0)]
+    assert batches["by_hand"] == batches["ours"]
+    assert sum(map(len, batches["ours"])) == 4_800 + 600
+
+
+def test_a_folder_that_is_written_by_hand_trains_and_is_evaluated(by_hand):
+    run, data = by_hand / "run", f"--dataset_name={by_hand / 'by_hand'}"
+    done = run_script("train.py", *TINY, data, "--ds_config=ds_configs/zero0.json", f"--output_dir={run}")
+    assert done.status == 0, done.output
+    assert summary(run)["test"]["examples"] == 600
+    done = run_script("evaluate.py", f"--model_name_or_path={run}", data)
+    assert done.status == 0, done.output
+
+
+def test_a_folder_must_be_sealed(by_hand, tmp_path):
+    (tmp_path / "schema.json").write_text(
+        json.dumps({"format_version": FORMAT_VERSION, "dense": [{"name": "price"}], "sparse": []})
+    )
+    done = run_script("train.py", f"--dataset_name={tmp_path}", "--ds_config=ds_configs/zero0.json")
+    assert done.status != 0
+    assert "schema.json has no splits. Run `python tools/prepare_data.py --seal" in done.output
+
+
+def test_the_page_hashes_keys_as_the_preparation_does():
+    names: dict[str, Any] = {}
+    exec(block_with("row_ids").partition("def hashed")[0], names)
+    random = np.random.default_rng(0)
+    letters = "abc 019é漢字🙂\0"
+    keys = ["".join(letters[at] for at in random.integers(0, len(letters), 1 + number % 70)) for number in range(5_000)]
+    keys += [str(number) for number in range(5_000)] + ["x" * length for length in range(1, 40)]
+    for feature, rows in (("user", 2), ("C3", 1000), ("größe 1", 40_000_000), ("tags", 2**40)):
+        for some in ([*keys, None], ["long " * 5_000, "x"]):
+            expected = hashed_ids(pa.array(some), feature, rows)
+            assert np.array_equal(names["row_ids"](some, feature, rows), expected)
+    assert names["row_ids"](["", None], "user", 9).tolist() == [0, 0]
+    assert names["row_ids"]([], "user", 9).tolist() == []
+
+
 def test_the_guide_loads_a_model(example, monkeypatch):
     (example / "runs/frappe").symlink_to(example / "runs/example")
     monkeypatch.chdir(example)
@@ -105,6 +172,7 @@ def test_no_block_of_code_is_left_out():
     known = (
         "scan_csv",
         "click_probabilities",
+        "row_ids",
         "runs/frappe/model",
         "register_interaction",
     )  # test_users_interaction.py

@@ -59,3 +59,13 @@ def test_overwrite_removes_nothing_but_prepared_folders(tmp_path, raw):
     assert result.status == 1
     assert "is not a prepared data folder" in result.stderr
     assert (tmp_path / "out" / "thesis.txt").exists()
+
+
+def test_sealing_is_a_command_of_its_own(tmp_path, raw):
+    refused = call("--seal", tmp_path / "out", "--dataset_name", raw)
+    assert refused.status == 2
+    assert "--seal reads no raw rows, so --dataset_name has no effect" in refused.stderr
+    assert call("--dataset_name", raw).stderr.splitlines()[-1].endswith("give --output FOLDER.")
+    nothing = call("--seal", tmp_path)
+    assert nothing.status == 1
+    assert "schema.json: no such file" in nothing.stderr

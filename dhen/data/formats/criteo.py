@@ -1,9 +1,15 @@
 """Criteo's click logs: tab-separated, no header; label, 13 integers (I1-I13), 26 categories in hex (C1-C26).
 
 A blank is a missing value. If labels are optional, the file may lack the label column, like Criteo's own test set.
+
+A YAML schema may say how features are encoded, and leaves the others as they are:
+
+    dense: [{name: "I*", scale: standard}]                    # also transform and missing_indicator
+    sparse: [{name: C3, hash_size: 40000000}, {name: C6, encoding: vocabulary, min_count: 10}]
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pyarrow as pa
 
@@ -12,6 +18,7 @@ from dhen.data.formats.delimited import DelimitedReader
 from dhen.data.formats.raw_rows import RowChecks
 from dhen.data.formats.roles import ColumnRoles, DenseRole, LabelRole, SparseRole
 from dhen.data.schema import LABEL
+from dhen.model.names import unknown_name
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
@@ -27,11 +34,38 @@ ROLES = ColumnRoles(
 )
 
 
+_MAY_SET = {"dense": ("transform", "scale", "missing_indicator"), "sparse": ("encoding", "hash_size", "min_count")}
+
+
 @dataclass(frozen=True)
 class CriteoReader(DelimitedReader):
     """Reads Criteo's format, plain or .gz."""
 
     roles: ColumnRoles = ROLES
+
+    def with_encodings(self, given: ColumnRoles, file: str | Path) -> "CriteoReader":
+        """This reader, with the encodings of a schema. Raises ValueError that begins with `file`."""
+        if given.has_patterns:
+            given = given.expanded(list(ROLES.columns), str(file))
+        roles = {}
+        for kind, keys in _MAY_SET.items():
+            known = {role.name: role for role in getattr(ROLES, kind)}
+            for role in getattr(given, kind):
+                if role.name not in known:
+                    raise ValueError(
+                        f"{file}: {unknown_name(f'{kind} feature of the format criteo', role.name, known)}"
+                    )
+                told = replace(known[role.name], **{key: getattr(role, key) for key in keys})
+                if replace(role, column=role.source) != replace(told, column=told.name):
+                    raise ValueError(
+                        f"{file}: {kind}: {role.name} has a key that the format criteo does not let you set. Use only "
+                        f"{', '.join(keys)}, or --dataset_format csv."
+                    )
+                known[role.name] = told
+            roles[kind] = tuple(known.values())
+        if replace(given, **roles) != ColumnRoles(**roles):
+            raise ValueError(f"{file}: the format criteo sets all keys but dense and sparse. List only these.")
+        return replace(self, roles=replace(ROLES, **roles))
 
     def _header(self, file: str) -> tuple[list[str], int]:
         names = list(self.roles.columns)

@@ -41,7 +41,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.schema import LABEL
 from dhen.model.names import first_mistake, is_valid_table_name, listed, quoted, shown, unknown_name
-from dhen.model.ranges import Bins, Count, HashRows
+from dhen.model.ranges import Bins, Count, HashSize
 from dhen.paths import find
 from dhen.yaml_files import parse_yaml, read_yaml
 
@@ -122,7 +122,7 @@ class SparseRole:
     weights: str | None = None
     pooling: Literal["sum", "mean"] = "sum"
     encoding: Literal["hash", "vocabulary"] | None = None
-    hash_size: HashRows | None = None
+    hash_size: HashSize | None = None
     min_count: Count | None = None
     bins: Bins | None = None
 

@@ -26,13 +26,34 @@ class RowGroup:
     num_rows: int
 
 
+def check_has(folder: Path, split: str, schema: Schema) -> None:
+    """Raise FileNotFoundError if the schema has no such split."""
+    if not schema.splits:
+        raise FileNotFoundError(
+            f"{folder}: schema.json has no splits. Run `python tools/prepare_data.py --seal {folder}` to count them."
+        )
+    if split not in schema.splits:
+        raise FileNotFoundError(f"{folder}: there is no split {split!r}. The splits are {', '.join(schema.splits)}.")
+
+
 def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
     """Return the row groups of a split in the order of its rows, without empty ones.
 
     Raises FileNotFoundError, or ValueError naming the file and column, if the folder does not match the schema.
     """
-    if split not in schema.splits:
-        raise FileNotFoundError(f"{folder}: there is no split {split!r}. The splits are {', '.join(schema.splits)}.")
+    check_has(folder, split, schema)
+    groups = list_row_groups(folder, split, schema)
+    num_rows = sum(group.num_rows for group in groups)
+    if num_rows != schema.splits[split].rows:
+        raise ValueError(
+            f"{folder / split}: the Parquet files have {num_rows:,} rows, but schema.json says "
+            f"{schema.splits[split].rows:,}. The folder is damaged. {_PREPARE_AGAIN}"
+        )
+    return groups
+
+
+def list_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
+    """Like `find_row_groups`, whatever the number of rows in schema.json."""
     groups, first_row = [], 0
     for path in sorted((folder / split).glob("*.parquet")):
         try:
@@ -46,11 +67,6 @@ def find_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
             if num_rows:
                 groups.append(RowGroup(path, index, first_row, num_rows))
             first_row += num_rows
-    if first_row != schema.splits[split].rows:
-        raise ValueError(
-            f"{folder / split}: the Parquet files have {first_row:,} rows, but schema.json says "
-            f"{schema.splits[split].rows:,}. The folder is damaged. {_PREPARE_AGAIN}"
-        )
     return groups
 
 
@@ -79,16 +95,25 @@ def read_row_group(group: RowGroup, schema: Schema) -> pa.Table:
     """
     try:
         with pyarrow.parquet.ParquetFile(group.path, page_checksum_verification=True) as file:
-            table = file.read_row_group(group.index, columns=list(_wanted(schema)))
+            table = file.read_row_group(group.index, columns=list(wanted_columns(schema)))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{group.path}: row group {group.index} cannot be read: {error}. {_PREPARE_AGAIN}") from error
 
     def values(name: str) -> np.ndarray:
-        column = table[name]
-        nulls = column.null_count or flat_values(column).null_count
-        if nulls:
-            raise ValueError(f"{group.path}: column {name!r} has {nulls} null values. {_PREPARE_AGAIN}")
-        return flat_values(column).to_numpy()
+        column, flat = table[name], flat_values(table[name])
+        if nulls := column.null_count or flat.null_count:
+            at = pc.index(pc.is_null(column if column.null_count else flat), True).as_py()
+            row = group.first_row + at if column.null_count else row_of(name, at)
+            raise ValueError(
+                f"{group.path}: column {name!r} has {nulls} null values, the first in row {row:,} of the split. "
+                f"{_PREPARE_AGAIN}"
+            )
+        return flat.to_numpy()
+
+    def row_of(name: str, at: int) -> int:
+        """The row of the split that has the value `at` of a column's values."""
+        is_list = not pa.types.is_primitive(table[name].type)
+        return group.first_row + (pc.list_parent_indices(table[name])[at].as_py() if is_list else at)
 
     def check(name: str, is_good: np.ndarray, allowed: str) -> None:
         if not is_good.all():
@@ -107,10 +132,10 @@ def read_row_group(group: RowGroup, schema: Schema) -> pa.Table:
         ids, last = values(column.name), column.num_embeddings - 1
         # FBGEMM silently reads row 0 for an id outside its table.
         if len(ids) and (ids.min() < 0 or ids.max() > last):
-            wrong = ids[(ids < 0) | (ids > last)][0]
+            at = int(np.argmax((ids < 0) | (ids > last)))
             raise ValueError(
-                f"{group.path}: column {column.name!r} has the id {wrong}, but its table has rows 0 to {last}. "
-                f"{_PREPARE_AGAIN}"
+                f"{group.path}: column {column.name!r} has the id {ids[at]}, but its table has rows 0 to {last}. It is "
+                f"in row {row_of(column.name, at):,} of the split. {_PREPARE_AGAIN}"
             )
         if column.is_weighted:
             name = weights_column(column.name)
@@ -128,7 +153,7 @@ def flat_values(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column if pa.types.is_primitive(column.type) else pc.list_flatten(column)
 
 
-def _wanted(schema: Schema) -> dict[str, tuple[str, bool]]:
+def wanted_columns(schema: Schema) -> dict[str, tuple[str, bool]]:
     """Return the columns to read, with the type that their values must have, and whether these are in lists."""
     wanted = dict.fromkeys((LABEL, *(column.name for column in schema.dense)), ("float32", False))
     for column in schema.sparse:
@@ -139,7 +164,7 @@ def _wanted(schema: Schema) -> dict[str, tuple[str, bool]]:
 
 
 def _check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
-    for name, (kind, is_list) in _wanted(schema).items():
+    for name, (kind, is_list) in wanted_columns(schema).items():
         found = columns.field(name).type if name in columns.names else "missing"
         has_lists = isinstance(found, pa.ListType | pa.LargeListType)
         if has_lists != is_list or (found.value_type if has_lists else found) not in _TYPES[kind]:

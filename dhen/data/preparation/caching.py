@@ -93,7 +93,8 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     """Return a digest of everything that determines the result: files, settings and the version."""
     relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
     if settings.schema_from is not None:
-        del relevant["id_encoding"], relevant["hash_size"], relevant["min_count"]  # they have no effect
+        for name in ("id_encoding", "hash_size", "max_hash_size", "min_count"):  # they have no effect
+            del relevant[name]
     if settings.like is None:
         del relevant["vocabulary_keys"]
     _, format_name, sources = open_sources(settings)

@@ -1,5 +1,6 @@
 """Converts raw values to model inputs: ids by hash, vocabulary or bins, and transformed dense values."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, Schema, SparseColum
 MOST_KEYS = 1_000_000
 """The largest vocabulary that `auto` makes."""
 HASH_SIZE, _AUTO_HASH_SIZE = 100_000, MOST_KEYS
+MAX_HASH_SIZE = 40_000_000
+"""The largest table that the hash_size `auto` makes. It is that of the MLPerf benchmark for recommendation."""
+_ROWS_PER_KEY, _LEAST_ROWS = 2, 4096
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,25 @@ class Encoder:
 
 @dataclass(frozen=True)
 class AskedEncoding:
-    """How a sparse feature is to be encoded. auto: by a vocabulary of up to MOST_KEYS keys, else by the hash."""
+    """How a sparse feature is to be encoded. auto: by a vocabulary of up to MOST_KEYS keys, else by the hash.
+
+    hash_size: auto for `hash_rows`, which only the encoding `hash` has.
+    """
 
     encoding: Literal["auto", "hash", "vocabulary"]
-    hash_size: int
+    hash_size: int | Literal["auto"]
     min_count: int
+
+
+def hash_rows(num_keys: int, most: int | None) -> int:
+    """Rows of a hashed table for about so many distinct keys, at most `most` (by default MAX_HASH_SIZE).
+
+    They are twice the keys, rounded up to 1, 1.25, 1.5 or 1.75 times a power of two, so that a few more keys seldom
+    change the size. A small table costs nothing, so it has enough rows that even two of ten keys hardly ever meet.
+    """
+    wanted = max(_ROWS_PER_KEY * num_keys, _LEAST_ROWS)
+    step = 1 << (wanted.bit_length() - 3)
+    return min(math.ceil(wanted / step) * step, most or MAX_HASH_SIZE)
 
 
 def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[str, AskedEncoding]:

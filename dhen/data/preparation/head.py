@@ -1,13 +1,14 @@
 """The head of raw data: its first rows, prepared like the whole, and what they say about the size of the whole."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from dhen.data.preparation.encoding import MOST_KEYS
+from dhen.data.preparation.encoding import MOST_KEYS, hash_rows
 from dhen.data.preparation.vocabulary import load_vocabulary
-from dhen.data.schema import SHARES, Schema, SparseColumn
+from dhen.data.schema import ESTIMATED_KEYS, SHARES, Schema, SparseColumn
 
 
 def is_partial(schema: Schema) -> bool:
@@ -28,7 +29,7 @@ def whole_schema(folder: Path) -> Schema:
         rows, clicks = (round(count / shares[split]) for count in (counts.rows, counts.clicks))
         splits[split] = replace(counts, rows=rows, clicks=clicks)
     if not head.source["settings"]["like"]:
-        sparse = tuple(_grown(c, head, folder) if c.encoding == "vocabulary" else c for c in sparse)
+        sparse = tuple(_grown(column, head, folder) for column in sparse)
     return replace(head, splits=splits, sparse=sparse)
 
 
@@ -36,11 +37,19 @@ def _grown(column: SparseColumn, head: Schema, folder: Path) -> SparseColumn:
     """The column with the keys of all rows.
 
     The number of keys that occur m times or more grows like a power of the rows. The exponent is m times the share of
-    these keys that occur just m times. It falls as rows are added, so this is an upper estimate.
+    these keys that occur just m times. It falls as rows are added, so this is an upper estimate. With hash_size auto,
+    the number of keys is all that is known, and keys = rows^exponent (Heaps' law) gives the exponent.
     """
-    counts, settings = load_vocabulary(folder, column.name).counts, head.source["settings"]
+    settings, share = head.source["settings"], head.source[SHARES]["train"]
+    if column.name in (keys_of := head.source.get(ESTIMATED_KEYS, {})):
+        keys, rows = max(keys_of[column.name], 1), max(head.splits["train"].rows, 2)
+        keys = round(keys * (1 / share) ** math.log(keys, rows))
+        return replace(column, num_embeddings=hash_rows(keys, settings["max_hash_size"]))
+    if column.encoding != "vocabulary":
+        return column
+    counts = load_vocabulary(folder, column.name).counts
     exponent = min(1.0, column.min_count * float(np.mean(counts == column.min_count))) if len(counts) else 0.0
-    keys = round(len(counts) / head.source[SHARES]["train"] ** exponent)
-    if keys > MOST_KEYS and settings["id_encoding"] == "auto":
+    keys = round(len(counts) / share**exponent)
+    if keys > MOST_KEYS and settings["id_encoding"] == "auto" and settings["hash_size"] != "auto":
         return replace(column, encoding="hash", num_embeddings=settings["hash_size"] or MOST_KEYS)
     return replace(column, num_embeddings=keys + 1)

@@ -1,7 +1,7 @@
 """Prepares raw files for training: a prepared folder (dhen/data/schema.py), in up to three stages over their pieces.
 
 1. Count rows, without parsing them, where the row numbers or the splits of later pieces depend on it.
-2. Count keys and fit numbers of the train split: only for a vocabulary, `auto`, bins or a scale.
+2. Count keys and fit numbers of the train split: only for a vocabulary, an `auto`, bins or a scale.
 3. Encode all rows and write them.
 
 Each stage leaves a folder per piece (pieces.py) in the unfinished folder, in which a preparation that was killed goes
@@ -16,6 +16,7 @@ up to 16 MB.
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -38,8 +39,10 @@ from dhen.data.preparation.encoding import (
     Encoder,
     asked_encodings,
     check_same_features,
+    hash_rows,
     new_columns,
 )
+from dhen.data.preparation.key_sketch import KeySketch, estimated_keys
 from dhen.data.preparation.numbers import number_fits
 from dhen.data.preparation.origins import add_origins
 from dhen.data.preparation.pieces import Piece
@@ -58,10 +61,11 @@ from dhen.data.preparation.vocabulary import (
     save_key_ids,
 )
 from dhen.data.preparation.writing import SplitWriter, first_bad_row, join_bad_rows, join_parts, list_bad_rows, sum_of
-from dhen.data.schema import FORMAT_VERSION, SCHEMA_FILE, SHARES, Schema, SplitCounts
+from dhen.data.schema import ESTIMATED_KEYS, FORMAT_VERSION, SCHEMA_FILE, SHARES, Schema, SplitCounts
 
 COUNTING, KEYS, WRITING = "counting rows", "counting keys", "writing"
 _KEYS_FOLDER, _NUMBERS_FOLDER, _ENCODER, _RESULT = "keys", "numbers", "encoder", "result"
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -111,8 +115,10 @@ def settings_without_effect(settings: PreparationSettings, schema: Schema) -> li
     """Return a sentence for each setting that differs from its default but did not affect the prepared data."""
     hashed, looked_up = ([c for c in schema.sparse if c.encoding == kind] for kind in ("hash", "vocabulary"))
     has_own_splits = len(schema.source.get("files", {})) > 1 or bool(settings.files_by_split())
+    sizes, estimated = {c.num_embeddings for c in hashed}, schema.source.get(ESTIMATED_KEYS)
     reasons = {
-        "hash_size": "" if any(c.num_embeddings == settings.hash_size for c in hashed) else "no table has this size",
+        "hash_size": "" if settings.hash_size in sizes | {"auto" if estimated else 0} else "no table has this size",
+        "max_hash_size": "" if estimated else "no hash_size is auto",
         "min_count": "" if any(c.min_count == settings.min_count for c in looked_up) else "no vocabulary uses it",
         "id_encoding": "" if any(c.encoding == settings.id_encoding for c in schema.sparse) else "no feature uses it",
         "vocabulary_keys": "" if settings.like and looked_up else "no trained model has a vocabulary here",
@@ -173,7 +179,7 @@ def _given_encoder(work: Unfinished, raw: Raw) -> Path:
     def make(folder: Path) -> None:
         for name in schema.looked_up:
             copy_vocabulary(origin, folder, name)
-        _save_encoder(folder, schema)
+        _save_encoder(folder, replace(schema, splits={}, source={}))
 
     return work.once(_ENCODER, make)
 
@@ -187,13 +193,15 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
     asked = asked_encodings(roles, settings)
     trained = Schema.load(Path(settings.like)) if settings.like else None
     kept, fits = number_fits(roles, trained)
-    counted = {name: of_feature for name, of_feature in asked.items() if of_feature.encoding != "hash"}
+    counted = {name: each for name, each in asked.items() if each.encoding != "hash" or each.hash_size == "auto"}
     train = [piece for piece in pieces if "train" in piece.splits]
     if not train:
-        if fits or any(of_feature.encoding == "vocabulary" for of_feature in counted.values()):
+        needs = {"vocabulary": "a vocabulary", "hash": "the hash_size auto"}
+        wanted = [f"the bins or the scale of {name!r}" for name in fits]
+        wanted += [needs[each.encoding] for each in counted.values() if each.encoding in needs]
+        if wanted:
             raise DataError(
-                f"{f'the bins or the scale of {next(iter(fits))!r}' if fits else 'a vocabulary'} is built from the "
-                f"train split, but there is none. Add train rows or set schema_from."
+                f"{wanted[0]} is built from the train split, but there is none. Add train rows or set schema_from."
             )
         counted = {}
     if counted or fits:
@@ -205,8 +213,15 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
             for path in made:
                 fit.merge(path / _NUMBERS_FOLDER / f"{name}.npz")
         table_rows: dict[str, int] = {}
+        num_keys: dict[str, int] = {}
         for name, of_feature in counted.items():
             folders = [path / _KEYS_FOLDER / name for path in made]
+            if of_feature.encoding == "hash":
+                num_keys[name] = estimated_keys(folders)
+                rows = hash_rows(num_keys[name], settings.max_hash_size)
+                logger.info("%s: %s rows for about %s distinct keys", name, f"{rows:,}", f"{num_keys[name]:,}")
+                asked[name] = replace(of_feature, hash_size=rows)
+                continue
             if not all(path.exists() for path in folders):
                 continue  # auto, and too many keys in one piece alone
             files = [file for path in folders for file in sorted(path.iterdir())]
@@ -220,14 +235,15 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
                 union.save(folder, name)
                 table_rows[name] = union.num_embeddings
         fitted = kept | {name: fit.result(name) for name, fit in fits.items()}
-        _save_encoder(folder, Schema(*new_columns(roles, asked, table_rows, fitted), {}))
+        source = {ESTIMATED_KEYS: num_keys} if num_keys else {}
+        _save_encoder(folder, Schema(*new_columns(roles, asked, table_rows, fitted), {}, source))
 
     return work.once(_ENCODER, make)
 
 
 def _save_encoder(folder: Path, schema: Schema) -> None:
     """Write what the workers encode with, beside the vocabularies. All of them share the files of a vocabulary."""
-    replace(schema, splits={}, source={}).save(folder)
+    schema.save(folder)
     for name in schema.looked_up:
         save_key_ids(folder, name)
 
@@ -240,14 +256,14 @@ def _count_keys(
     folder: Path,
     report: Report,
 ) -> dict[str, Any]:
-    """Count the keys of the train rows in a piece, and fit its numbers.
+    """Count the keys of the train rows in a piece, or estimate their number for a hash_size, and fit its numbers.
 
     A feature whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
     """
-    counts = {
-        name: KeyCounts(folder / _KEYS_FOLDER / name, 2 * MOST_KEYS if of_feature.encoding == "auto" else None)
-        for name, of_feature in counted.items()
-    }
+    counts: dict[str, KeyCounts | KeySketch] = {}
+    for name, of_feature in counted.items():
+        path, most_keys = folder / _KEYS_FOLDER / name, 2 * MOST_KEYS if of_feature.encoding == "auto" else None
+        counts[name] = KeySketch(path) if of_feature.encoding == "hash" else KeyCounts(path, most_keys)
     fits = number_fits(raw.reader.roles, trained, piece.index)[1]
     rows = 0
     for part in raw.chunks(piece, report):
@@ -339,7 +355,7 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     columns = Schema.load(encoder)
     for name in columns.looked_up:
         copy_vocabulary(encoder, folder, name)
-    schema = Schema(columns.dense, columns.sparse, splits, source)
+    schema = Schema(columns.dense, columns.sparse, splits, source | columns.source)
     schema.save(folder)
     return schema
 

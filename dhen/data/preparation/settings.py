@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_type_hints
 from dhen.data.formats.text_blocks import BLOCK_BYTES
 from dhen.data.schema import SPLITS
 from dhen.model.names import check_type
-from dhen.model.ranges import Count, HashRows
+from dhen.model.ranges import Count, HashRows, HashSize
 from dhen.paths import find
 
 Format = Literal["auto", "criteo", "libsvm", "csv", "parquet", "hub"]
@@ -41,7 +41,8 @@ class PreparationSettings:
     id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split. `auto`
         takes a vocabulary for features with up to a million keys, and the hash for others; or for all, if hash_size is
         given.
-    hash_size, min_count: None for 100,000 (a million where `auto` chose the hash) and 1.
+    hash_size, min_count: None for 100,000 (a million where `auto` chose the hash) and 1. The hash_size `auto` follows
+        the number of distinct keys in the train split (`hash_rows`), up to max_hash_size, by default 40 million.
     like: an exported model, whose id_encoding, hash_size and min_count each feature takes unless these settings or the
         dataset_schema say otherwise. vocabulary_keys: its keys and the `new` ones (`union`), or only those of the data.
     bad_rows: `error` stops at the first bad row, `skip` counts and lists them.
@@ -63,7 +64,8 @@ class PreparationSettings:
     split_order: Literal["random", "sequential"] = "random"
     split_seed: int = 0
     id_encoding: Literal["auto", "hash", "vocabulary"] = "auto"
-    hash_size: HashRows | None = None
+    hash_size: HashSize | None = None
+    max_hash_size: HashRows | None = None
     min_count: Count | None = None
     like: str | Path | None = None
     vocabulary_keys: Literal["union", "new"] = "union"

@@ -75,11 +75,8 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
     is_required, block_bytes = settings.is_label_required, settings.block_bytes
     roles = load_roles(settings.dataset_schema) if settings.dataset_schema else None
     if format_name == "criteo":
-        if roles is not None:
-            raise ValueError(
-                "dataset_schema has no effect on the format criteo. Remove it, or use --dataset_format csv."
-            )
-        return CriteoReader(is_label_required=is_required, block_bytes=block_bytes)
+        reader = CriteoReader(is_label_required=is_required, block_bytes=block_bytes)
+        return reader.with_encodings(roles, settings.dataset_schema) if roles else reader
     if format_name == "libsvm":
         return LibsvmReader.for_file(first_file, roles, is_label_required=is_required, block_bytes=block_bytes)
     if roles is None:

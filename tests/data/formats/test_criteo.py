@@ -1,6 +1,7 @@
 """Criteo's format, from raw lines to a prepared folder."""
 
 import gzip
+import re
 
 import polars as pl
 import pytest
@@ -176,3 +177,54 @@ def test_rows_to_predict_may_lack_the_label_column_or_the_label(tmp_path):
     assert labels.null_count() == 0
     with pytest.raises(DataError, match=r"test\.txt: row 1: the row has 39 columns, not 40"):
         prepare(PreparationSettings(without), tmp_path / "never")
+
+
+def with_schema(tmp_path, yaml, **more):
+    raw = write(tmp_path / "raw.txt", reference.criteo_lines(200))
+    (tmp_path / "schema.yaml").write_text(yaml)
+    wanted = {"dataset_format": "criteo", "split_fractions": ALL_TRAIN, "hash_size": 1000} | more
+    return prepare(PreparationSettings(raw, dataset_schema=str(tmp_path / "schema.yaml"), **wanted), tmp_path / "out")
+
+
+def test_a_schema_sets_the_encoding_of_some_features(tmp_path):
+    yaml = """
+dense: [{name: "I[12]", scale: standard}, {name: I3, transform: identity, missing_indicator: true}]
+sparse:
+  - {name: C3, hash_size: 40000000}
+  - {name: C6, encoding: vocabulary, min_count: 2}
+  - {name: "C1?", hash_size: 77}
+"""
+    schema = with_schema(tmp_path, yaml)
+    rows = {column.name: column.num_embeddings for column in schema.sparse}
+    assert list(rows) == list(reference.CATEGORIES)
+    assert (rows["C3"], rows["C1"], rows["C2"], rows["C10"], rows["C19"]) == (40_000_000, 1000, 1000, 77, 77)
+    assert [column.min_count for column in schema.sparse if column.encoding == "vocabulary"] == [2]
+    assert [column.name for column in schema.dense if column.mean is not None] == ["I1", "I2"]
+    assert [column.name for column in schema.dense][2:5] == ["I3", "I3_is_missing", "I4"]
+    plain = PreparationSettings(str(tmp_path / "raw.txt"), split_fractions=ALL_TRAIN, hash_size=1000)
+    assert prepare(plain, tmp_path / "plain").dense[3] == schema.dense[4]
+    for row, without in zip(rows_of(tmp_path / "out"), rows_of(tmp_path / "plain"), strict=True):
+        assert all(row[name] == without[name] for name in ("label", "I4", "C1", "C26"))
+
+
+def test_a_schema_may_make_every_size_that_of_the_benchmark(tmp_path):
+    schema = with_schema(tmp_path, "sparse: [{name: 'C*', hash_size: auto}]", max_hash_size=40_000_000)
+    assert {column.num_embeddings for column in schema.sparse} == {4096}
+    assert set(schema.source["estimated_keys"]) == set(reference.CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("sparse: [{name: C27, hash_size: 9}]", "unknown sparse feature of the format criteo 'C27'. Did you mean"),
+        ("dense: [C1]", "unknown dense feature of the format criteo 'C1'"),
+        ("sparse: [{name: C1, column: C2}]", "sparse: C1 has a key that the format criteo does not let you set"),
+        ("dense: [I1]\nsparse: [{name: C1, bins: 3}]", "Use only encoding, hash_size, min_count"),
+        ("label: clicked\nsparse: [C1]", "sets all keys but dense and sparse"),
+        ("sparse: [{name: C1, hash_size: many}]", "sparse.0.hash_size is 'many'"),
+    ],
+)
+def test_a_schema_sets_nothing_else(tmp_path, yaml, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        with_schema(tmp_path, yaml)
+    assert str(caught.value).startswith(str(tmp_path / "schema.yaml"))

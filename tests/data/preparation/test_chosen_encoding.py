@@ -1,6 +1,7 @@
 """Which encoding a feature gets: told, taken from a trained model, or chosen by its number of keys."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from dhen.data.formats.raw_rows import DataError
+from dhen.data.preparation import pieces as cutting
 from dhen.data.preparation import preprocessing
 from dhen.data.preparation.caching import prepare_cached
-from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.encoding import hash_rows
+from dhen.data.preparation.head import whole_schema
+from dhen.data.preparation.key_sketch import KeySketch, estimated_keys
+from dhen.data.preparation.runners import nobody
+from dhen.data.preparation.settings import Head, PreparationSettings
+from dhen.data.preparation.unfinished import Shard
 from dhen.data.preparation.vocabulary import Vocabulary, load_vocabulary
 from dhen.data.schema import Schema
 
@@ -123,3 +131,89 @@ def test_settings_with_another_result_have_another_folder(settings, tmp_path):
     assert len({*folders}) == len(variants)
     same = PreparationSettings(**settings, id_encoding="hash", vocabulary_keys="new")
     assert prepare_cached(same, tmp_path / "cache") == folders[1]
+
+
+def distinct_keys(num_keys: int, rows: int, seed: int = 0) -> pa.Array:
+    """Keys in any order, many of them several times, and some blanks."""
+    rng = np.random.default_rng(seed)
+    numbers = np.concatenate([np.arange(num_keys), rng.integers(0, num_keys, rows - num_keys)])
+    keys = [f"key {number}" for number in rng.permutation(numbers)]
+    return pa.array([*keys, None, None], pa.string())
+
+
+def sketches_of(keys: pa.Array, pieces: int, folder: Path) -> list[Path]:
+    paths = [folder / f"keys-{pieces}/{piece}" for piece in range(pieces)]
+    for piece, path in enumerate(paths):
+        sketch = KeySketch(path)
+        own = keys.slice(piece * len(keys) // pieces, len(keys) // pieces + 1)
+        for first in range(0, len(own), 7_000):
+            sketch.add(own.slice(first, 7_000))
+        sketch.save()
+    return paths
+
+
+@pytest.mark.parametrize(("num_keys", "error"), [(0, 0), (1, 0), (16_383, 0), (16_384, 0.03), (150_000, 0.03)])
+def test_distinct_keys_are_estimated_alike_in_any_pieces(tmp_path, num_keys, error):
+    keys = distinct_keys(num_keys, num_keys + min(num_keys, 50_000))
+    estimates = {estimated_keys(sketches_of(keys, pieces, tmp_path)) for pieces in (1, 2, 5)}
+    assert len(estimates) == 1
+    assert abs(estimates.pop() - num_keys) <= error * num_keys
+
+
+def test_the_rows_for_some_keys():
+    assert [hash_rows(keys, None) for keys in (0, 2048, 2049, 2560, 10**6)] == [4096, 4096, 5120, 5120, 2**21]
+    assert hash_rows(10**6 + 50_000, None) == 2**21 * 5 // 4
+    assert hash_rows(10**9, None) == 40_000_000
+    assert hash_rows(10**6, 300_000) == 300_000
+    for keys in np.random.default_rng(0).integers(2048, 10**7, 1000).tolist():
+        assert 2 * keys <= hash_rows(keys, None) <= 2 * 1.25 * keys + 8
+
+
+def test_a_hash_size_follows_the_keys_of_the_training_rows(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("dhen.data.preparation.encoding._LEAST_ROWS", 8)
+    yaml = SCHEMA.replace("few, many", "{name: few, hash_size: auto}, {name: many, hash_size: auto}")
+    (tmp_path / "schema.yaml").write_text(yaml)
+    wanted = PreparationSettings(**settings, id_encoding="hash", max_hash_size=500)
+    schema = preprocessing.prepare(wanted, tmp_path / "some")
+    assert encodings(schema) == {
+        "few": ("hash", 8), "many": ("hash", 500), "told": ("hash", 30), "bags": ("hash", 100_000)
+    }  # fmt: skip
+    assert schema.source["estimated_keys"] == {"few": 3, "many": 300}
+    assert Schema.load(tmp_path / "some").source["estimated_keys"] == schema.source["estimated_keys"]
+    assert preprocessing.settings_without_effect(wanted, schema) == []
+    for_all = PreparationSettings(**settings, hash_size="auto")
+    schema = preprocessing.prepare(for_all, tmp_path / "all")
+    assert encodings(schema) == {"few": ("hash", 8), "many": ("hash", 640), "told": ("hash", 30), "bags": ("hash", 10)}
+    assert preprocessing.settings_without_effect(for_all, schema) == []
+    again = PreparationSettings(**settings, schema_from=tmp_path / "all")
+    assert preprocessing.prepare(again, tmp_path / "again").sparse == schema.sparse
+
+
+def test_a_hash_size_does_not_depend_on_pieces_and_shards(settings, tmp_path, monkeypatch):
+    wanted = PreparationSettings(**settings, hash_size="auto")
+    whole = preprocessing.prepare(wanted, tmp_path / "whole")
+    monkeypatch.setattr(cutting, "PIECE_BYTES", 700)
+    shards = [Shard(index, 2) for index in range(2)]
+    with ThreadPoolExecutor() as threads:
+        work = [threads.submit(preprocessing.prepare, wanted, tmp_path / "cut", shard=shard) for shard in shards]
+        assert [each.result() for each in work] == [None, None]
+    cut = preprocessing.prepare(wanted, tmp_path / "cut", runner=nobody)
+    assert (cut.sparse, cut.source["estimated_keys"]) == (whole.sparse, whole.source["estimated_keys"])
+
+
+def test_a_hash_size_by_keys_needs_training_rows(settings, tmp_path):
+    with pytest.raises(DataError, match="the hash_size auto is built from the train split, but there is none"):
+        preprocessing.prepare(
+            PreparationSettings(**{**settings, "train_file": None}, hash_size="auto"), tmp_path / "out"
+        )
+
+
+def test_the_head_of_data_estimates_the_keys_of_all(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("dhen.data.preparation.encoding._LEAST_ROWS", 8)
+    write_log(Path(settings["train_file"]), rows=30_000)
+    wanted = PreparationSettings(**settings, hash_size="auto", head=Head(tmp_path / "head", 1_000))
+    schema = whole_schema(prepare_cached(wanted, tmp_path / "cache"))
+    rows = {column.name: column.num_embeddings for column in schema.sparse}
+    assert schema.splits["train"].rows == pytest.approx(30_000, rel=0.1)
+    assert rows["many"] == hash_rows(30_000, None)
+    assert rows["few"] <= 16

@@ -1,0 +1,105 @@
+"""Sealing a prepared folder that another program wrote: what it checks, and what it writes."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from dhen.data.loading.prepared_rows import find_row_groups
+from dhen.data.loading.sealing import seal
+from dhen.data.preparation.preprocessing import prepare
+from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.preparation.vocabulary import Vocabulary
+from dhen.data.schema import Schema, SparseColumn
+from tests.data.preparation.reference_preparation import criteo_lines
+from tests.data.prepared_folders import random_table, write_prepared, write_split
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """21 rows in three files, whose schema has no splits."""
+    schema = write_prepared(tmp_path, 21, groups_per_file=1).schema
+    replace(schema, splits={}).save(tmp_path)
+    values = json.loads((tmp_path / "schema.json").read_text())
+    for key in ("splits", "source", "best_possible_ne"):
+        del values[key]
+    (tmp_path / "schema.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+def test_it_counts_each_split_and_digests_its_values(folder):
+    schema = Schema.load(folder)
+    write_split(folder / "test", random_table(5, schema.sparse, schema.dense, 1), 7, 1)
+    sealed = seal(folder)
+    assert Schema.load(folder) == sealed
+    assert {split: (counts.rows, counts.clicks) for split, counts in sealed.splits.items()} == {
+        "train": (21, 10), "test": (5, 2)
+    }  # fmt: skip
+    assert len(find_row_groups(folder, "train", sealed)) == 3
+    assert seal(folder) == sealed
+    table = pyarrow.parquet.read_table(folder / "test/part-00000.parquet")
+    changed = table.set_column(1, "I1", pa.array(np.arange(5) + 0.5, pa.float32()))
+    pyarrow.parquet.write_table(changed, folder / "test/part-00000.parquet")
+    again = seal(folder)
+    assert again.splits["train"].digest == sealed.splits["train"].digest
+    assert again.splits["test"].digest != sealed.splits["test"].digest
+
+
+def test_a_folder_of_ours_keeps_its_digests(tmp_path):
+    (tmp_path / "raw.txt").write_text("\n".join(criteo_lines(50)) + "\n")
+    wanted = PreparationSettings(str(tmp_path / "raw.txt"), hash_size=100, id_encoding="hash")
+    schema = prepare(wanted, tmp_path / "out")
+    assert seal(tmp_path / "out").splits == schema.splits
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("label", pa.array([1.0, 0, 1, 2, 0, 0, 0], pa.float32()), "'label' is 2.0 in row 10 of the split. It must"),
+        ("label", pa.array([1.0, np.nan] + [0] * 5, pa.float32(), from_pandas=False), "'label' is nan in row 8"),
+        ("label", pa.array([1] * 7), "'label' must be float32, but is int64"),
+        ("I2", pa.array([0, np.inf] + [0] * 5, pa.float32()), "'I2' is inf in row 8 of the split. It must be finite"),
+        ("I2", pa.array([0, 1, None] + [0] * 4, pa.float32()), "'I2' has 1 null values, the first in row 9 of"),
+        ("site", pa.array([1] * 6 + [50], pa.int32()), "'site' has the id 50, .* rows 0 to 49. It is in row 13 "),
+        ("tags", pa.array([[1, 2], [], [3, -1]] + [[]] * 4, pa.list_(pa.int64())), "'tags' has the id -1.* in row 9 "),
+        ("tags", pa.array([[1, None]] + [[]] * 6, pa.list_(pa.int32())), "'tags' has 1 null values, .* in row 7"),
+        ("tags", pa.array([1] * 7, pa.int32()), "'tags' must be a list of int32 or int64, but is int32"),
+        ("words:weights", pa.array([[1.0] * 9] * 7, pa.list_(pa.float32())), "some rows do not have one finite weight"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_its_file_and_row(folder, column, values, message):
+    before, path = (folder / "schema.json").read_text(), folder / "train/part-00001.parquet"
+    table = pyarrow.parquet.read_table(path)
+    pyarrow.parquet.write_table(table.set_column(table.column_names.index(column), column, values), path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: column .*{message}"):
+        seal(folder)
+    assert (folder / "schema.json").read_text() == before
+
+
+def test_a_missing_column_and_an_empty_folder_are_named(folder):
+    path = folder / "train/part-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(path).drop_columns("zone"), path)
+    with pytest.raises(ValueError, match="column 'zone' must be int32 or int64, but is missing"):
+        seal(folder)
+    for file in (folder / "train").iterdir():
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="no Parquet files in train/, validation/ and test/"):
+        seal(folder)
+
+
+def test_a_vocabulary_has_a_key_for_each_id(folder):
+    schema = replace(Schema.load(folder), sparse=(SparseColumn("zone", 9, "vocabulary"),))
+    schema.save(folder)
+    with pytest.raises(FileNotFoundError, match=r"zone\.parquet: no such file"):
+        seal(folder)
+    Vocabulary(pa.array(["a", "b"]), np.array([2, 1])).save(folder, "zone")
+    with pytest.raises(
+        ValueError, match=r"there are 2 keys, but schema\.json says that 'zone' has num_embeddings 9\. Use 3"
+    ):
+        seal(folder)
+    Vocabulary(pa.array(list("abcdefgh")), np.ones(8, int)).save(folder, "zone")
+    assert seal(folder).splits["train"].rows == 21
