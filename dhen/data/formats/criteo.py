@@ -29,7 +29,7 @@ ROLES = ColumnRoles(
 
 @dataclass(frozen=True)
 class CriteoReader(DelimitedReader):
-    """Reads Criteo's format, plain or .gz."""
+    """Reads Criteo's format, plain or compressed."""
 
     roles: ColumnRoles = ROLES
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from dhen.data.formats import text_blocks
 from dhen.data.formats.criteo import CriteoReader
 from dhen.data.formats.delimited import DelimitedReader
-from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
+from dhen.data.formats.first_bytes import COMPRESSIONS, PARQUET, complaint, first_bytes
 from dhen.data.formats.libsvm import LibsvmReader
 from dhen.data.formats.parquet import ParquetReader
 from dhen.data.formats.raw_rows import DataError, Reader
@@ -25,6 +25,7 @@ _SUFFIXES = {
     ".csv": "csv",
     **dict.fromkeys((".libsvm", ".svm", ".libfm", ".libffm", ".ffm"), "libsvm"),
 }
+_COMPRESSED = tuple(each.suffix for each in COMPRESSIONS)
 _LIBSVM_LINE = re.compile(r"\S+(\s+\d+(:\d+)?:\S+)+\s*$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)?")
 
@@ -140,13 +141,14 @@ def format_of(settings: PreparationSettings) -> str:
     if (
         _HUB_NAME.fullmatch(name)
         and not Path(name).exists()
-        and Path(name).suffix not in {*_SUFFIXES, ".gz", ".txt", ".tsv"}
+        and Path(name).suffix not in {*_SUFFIXES, *_COMPRESSED, ".txt", ".tsv"}
     ):
         return "hub"
     file = _files((name,))[0]
     if complaint(first_bytes(file)) == PARQUET:
         return "parquet"
-    suffix = Path(file.removesuffix(".gz")).suffix.lower()
+    path = Path(file)
+    suffix = (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix.lower()
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
     if settings.dataset_schema is not None:
