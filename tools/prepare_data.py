@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="FOLDER", help="folder to write")
     add("--overwrite", action="store_true", help="first remove a prepared folder of that name")
-    add("--dataset_name", nargs="+", metavar="PATH", help="files, globs, a folder, or a Hugging Face data set")
+    add("--dataset_name", nargs="+", metavar="PATH", help="files, globs, a folder, URLs, or a Hugging Face data set")
     for split in ("train", "validation", "test"):
         add(f"--{split}_file", nargs="+", metavar="PATH", help=f"files or globs for the {split} split")
     add(

@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from dhen.data.formats.raw_files import is_url, open_file
+
 START_BYTES = 4096
 """How much of a file's start is looked at."""
 _UNPACK = "Unpack it first; only plain text, gzip, zstd and bzip2 can be read."
@@ -64,10 +66,10 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 def first_bytes(file: str) -> bytes:
-    """Return the first bytes of a file. Raises FileNotFoundError."""
-    if not Path(file).is_file():
+    """Return the first bytes of a file. Raises FileNotFoundError, or UnreachableError for a URL."""
+    if not is_url(file) and not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file. Check the path.")
-    with open(file, "rb") as content:
+    with open_file(file, START_BYTES) as content:
         return content.read(START_BYTES)
 
 

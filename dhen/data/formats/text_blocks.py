@@ -7,12 +7,10 @@ misplaced quote. The rest is valid UTF-8, and row i of the parser starts at line
 
 import contextlib
 import itertools
-import mmap
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -20,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from dhen.data.formats.first_bytes import DAMAGED, START_BYTES, Compression, complaint, compression_of, first_bytes
+from dhen.data.formats.raw_files import can_seek, open_file, size_of
 from dhen.data.formats.raw_rows import LONGEST_QUOTE, WHOLE, BadRow, DataError, Stretch
 
 BLOCK_BYTES = 8 << 20
@@ -66,19 +65,20 @@ def stretches(file: str, num_bytes: float, quoting: Quoting | None = None) -> li
     """Cut a file into ranges of bytes (`Reader.stretches`).
 
     Neither a compressed file nor a text with quotes is cut: a byte in the middle does not say whether it is within
-    quotes.
+    quotes. Nor is what a server sends only as a whole.
     """
-    is_compressed, size = compression_of(first_bytes(file)) is not None, Path(file).stat().st_size
-    count = int(size // num_bytes)
-    if count < 2 or is_compressed or (quoting is not None and _has(file, quoting.quote.encode())):
-        return [Stretch(end=None if is_compressed else size, num_bytes=size)]  # what is appended meanwhile is not read
+    size, is_plain = size_of(file), compression_of(first_bytes(file)) is None
+    count = int(size // num_bytes) if is_plain and can_seek(file) else 1
+    if count < 2 or (quoting is not None and _has(file, quoting.quote.encode())):
+        # What is appended meanwhile is not read. The size of a file on a server may be unknown.
+        return [Stretch(end=size if is_plain and size else None, num_bytes=size)]
     cuts = [size * i // count for i in range(count + 1)]
     return [Stretch(start, end, end - start) for start, end in itertools.pairwise(cuts)]
 
 
-def _has(file: str, text: bytes) -> bool:
-    with open(file, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return data.find(text) >= 0
+def _has(file: str, character: bytes) -> bool:
+    with open_file(file) as content:
+        return any(character in block for block in iter(lambda: content.read(BLOCK_BYTES), b""))
 
 
 def text_blocks(
@@ -216,7 +216,7 @@ def line_quoter(raw: dict[str, pa.Array], delimiter: str) -> Callable[[int], str
 
 
 def _open(file: str) -> tuple[BinaryIO, BinaryIO, Compression | None]:
-    """Return (file on disk, its decompressed content, how it is compressed).
+    """Return (the file as it is, its decompressed content, how it is compressed).
 
     Raises FileNotFoundError, or DataError for a binary file.
     """
@@ -224,7 +224,7 @@ def _open(file: str) -> tuple[BinaryIO, BinaryIO, Compression | None]:
     packed = compression_of(start)
     if packed is not None:
         start = b""
-        with open(file, "rb") as raw, packed.contents(raw) as content, contextlib.suppress(*DAMAGED):
+        with open_file(file) as raw, packed.contents(raw) as content, contextlib.suppress(*DAMAGED):
             start = content.read(START_BYTES)  # reading the rows reports damage
     wrong = complaint(start)
     if wrong is not None and packed is not None:
@@ -234,12 +234,12 @@ def _open(file: str) -> tuple[BinaryIO, BinaryIO, Compression | None]:
         )
     if wrong is not None:
         raise DataError(f"{file}: {wrong}")
-    raw = open(file, "rb")  # noqa: SIM115 (the caller closes it)
+    raw = open_file(file)
     return raw, packed.contents(raw) if packed else raw, packed
 
 
 def _whole_lines(file: str, block_bytes: int, stretch: Stretch) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of whole lines, then an empty one, and the position in the file on disk where each block ends.
+    """Yield blocks of whole lines, then an empty one, and the position in the file as it is where each block ends.
 
     A line belongs to the stretch that its first byte is in.
     """
@@ -284,7 +284,7 @@ def _read_lines(file: str, content: BinaryIO, num_bytes: int, packed: Compressio
 def _readable_rows(file: str, packed: Compression) -> int:
     """Return the number of whole lines before the damage in a compressed file."""
     rows = 0
-    with open(file, "rb") as raw, packed.contents(raw) as content, contextlib.suppress(*DAMAGED):
+    with open_file(file) as raw, packed.contents(raw) as content, contextlib.suppress(*DAMAGED):
         while data := content.read1(START_BYTES):
             rows += data.count(b"\n")
     return rows

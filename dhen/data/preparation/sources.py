@@ -12,6 +12,7 @@ from dhen.data.formats.delimited import DelimitedReader
 from dhen.data.formats.first_bytes import COMPRESSIONS, PARQUET, complaint, first_bytes
 from dhen.data.formats.libsvm import LibsvmReader
 from dhen.data.formats.parquet import ParquetReader
+from dhen.data.formats.raw_files import files_at, is_url
 from dhen.data.formats.raw_rows import DataError, Reader
 from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
@@ -103,11 +104,17 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
 
 
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the files for paths, globs and folders, in the given order, and sorted by name within each pattern."""
+    """Return the files for paths, URLs, globs and folders, in the given order, sorted by name within each pattern."""
     found: list[str] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_file():
+        if is_url(pattern):
+            some = files_at(pattern)
+            if any(file.endswith(f"/{SCHEMA_FILE}") for file in some):
+                raise DataError(
+                    f"{pattern}: a prepared folder cannot be at a URL. Copy it to a disk, and give its path."
+                )
+        elif path.is_file():
             some = [pattern]
         elif path.is_dir():
             if (path / SCHEMA_FILE).is_file():
