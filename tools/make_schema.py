@@ -56,7 +56,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="CSV or other delimited text with a header, plain or gzip; or Parquet")
+    parser.add_argument("file", help="CSV or other delimited text with a header, plain or compressed; or Parquet")
     parser.add_argument("--label", required=True, metavar="COLUMN", help="column that says which rows are clicks")
     click = parser.add_mutually_exclusive_group()
     click.add_argument("--positive", metavar="VALUE", help="the label's value for a click, if it is not 0 or 1")

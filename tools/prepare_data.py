@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, metavar="FOLDER", help="folder to write")
     add("--seal", type=Path, metavar="FOLDER", help="check one that another program wrote; complete its schema.json")
     add("--overwrite", action="store_true", help="first remove a prepared folder of that name")
-    add("--dataset_name", nargs="+", metavar="PATH", help="files, globs, a folder, or a Hugging Face data set")
+    add("--dataset_name", nargs="+", metavar="PATH", help="files, globs, a folder, URLs, or a Hugging Face data set")
     for split in ("train", "validation", "test"):
         add(f"--{split}_file", nargs="+", metavar="PATH", help=f"files or globs for the {split} split")
     add(

@@ -16,8 +16,8 @@ class DataArguments:
 
     dataset_name: Paths = option(
         None,
-        "Data to train on: raw files, globs, a prepared folder, or a Hugging Face data set (owner/name). 'quickstart', "
-        "'planted' and 'planted-500k' (training rows) generate a click log.",
+        "Data to train on: raw files, globs or URLs of them, a prepared folder, or a Hugging Face data set "
+        "(owner/name). 'quickstart', 'planted' and 'planted-500k' (training rows) generate a click log.",
     )
     dataset_format: DatasetFormat = option(
         "auto",

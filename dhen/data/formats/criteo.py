@@ -39,7 +39,7 @@ _MAY_SET = {"dense": ("transform", "scale", "missing_indicator"), "sparse": ("en
 
 @dataclass(frozen=True)
 class CriteoReader(DelimitedReader):
-    """Reads Criteo's format, plain or .gz."""
+    """Reads Criteo's format, plain or compressed."""
 
     roles: ColumnRoles = ROLES
 

@@ -17,7 +17,7 @@ from dhen.data.schema import LABEL, weights_column
 
 @dataclass(frozen=True)
 class DelimitedReader:
-    """Reads delimited text, plain or .gz."""
+    """Reads delimited text, plain or compressed."""
 
     roles: ColumnRoles
     is_label_required: bool = True

@@ -1,19 +1,27 @@
 """What a file is, by its first bytes. Its name may say something else."""
 
+import bz2
+import gzip
+import io
 import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from dhen.data.formats.raw_files import is_url, open_file
 
 START_BYTES = 4096
 """How much of a file's start is looked at."""
-_UNPACK = "Unpack it first; only plain text and gzip can be read."
+_UNPACK = "Unpack it first; only plain text, gzip, zstd and bzip2 can be read."
 _CONVERT = "Save the table as Parquet or CSV."
 PARQUET = "this is a Parquet file. Use --dataset_format parquet, and no text files beside it."
 _COMPLAINTS = {
     b"PAR1": PARQUET,
-    b"\x1f\x8b": "this is a gzip file. Unpack it first, or use --dataset_format csv if it holds plain text.",
     b"PK\x03\x04": f"this is a zip archive or an Excel file. {_UNPACK} Save a sheet of Excel as CSV.",
-    b"\x28\xb5\x2f\xfd": f"this is a zstd file. {_UNPACK}",
-    b"BZh": f"this is a bzip2 file. {_UNPACK}",
     b"\xfd7zXZ": f"this is an xz file. {_UNPACK}",
     b"7z\xbc\xaf\x27\x1c": f"this is a 7z archive. {_UNPACK}",
     b"\x04\x22\x4d\x18": f"this is an lz4 file. {_UNPACK}",
@@ -27,21 +35,55 @@ _COMPLAINTS = {
     **{bytes((0x80, version)): f"this is a pickle. {_CONVERT}" for version in range(2, 6)},
     **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "this is UTF-16 text. Convert it with `iconv -f UTF-16 -t UTF-8`."),
 }
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How text may be compressed: by which tool, how such files begin, and what reads them.
+
+    contents: returns the contents of all members, streams or frames in a file. Reading these raises one of DAMAGED.
+    """
+
+    tool: str
+    suffix: str
+    start: re.Pattern[bytes]
+    contents: Callable[[BinaryIO], BinaryIO]
+
+
+COMPRESSIONS = (
+    Compression("gzip", ".gz", re.compile(rb"\x1f\x8b"), lambda raw: gzip.GzipFile(fileobj=raw)),
+    Compression("bzip2", ".bz2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
+    Compression(
+        "zstd",
+        ".zst",
+        re.compile(rb"\x28\xb5\x2f\xfd"),
+        lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), START_BYTES),
+    ),
+)
+DAMAGED = (EOFError, OSError, zlib.error)
+"""What reading a truncated or damaged compressed file raises."""
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 def first_bytes(file: str) -> bytes:
-    """Return the first bytes of a file. Raises FileNotFoundError."""
-    if not Path(file).is_file():
+    """Return the first bytes of a file. Raises FileNotFoundError, or UnreachableError for a URL."""
+    if not is_url(file) and not Path(file).is_file():
         raise FileNotFoundError(f"{file}: no such file. Check the path.")
-    with open(file, "rb") as content:
+    with open_file(file, START_BYTES) as content:
         return content.read(START_BYTES)
+
+
+def compression_of(start: bytes) -> Compression | None:
+    """Return how a file is compressed, or None if it is not. `start`: its first bytes."""
+    return next((each for each in COMPRESSIONS if each.start.match(start)), None)
 
 
 def complaint(start: bytes) -> str | None:
     """Return what a file is and what to do with it, or None if it is text or unknown. `start`: its first bytes."""
     if start[257:262] == b"ustar":
         return f"this is a tar archive. {_UNPACK}"
+    if packed := compression_of(start):
+        return f"this is a {packed.tool} file. Unpack it first, or use --dataset_format csv if it holds plain text."
     for magic, sentence in _COMPLAINTS.items():
         # A text may start with the letters PAR1 or ORC, as the name of a column.
         if start.startswith(magic) and (not magic.isalnum() or _CONTROL.search(start)):

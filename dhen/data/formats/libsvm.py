@@ -39,7 +39,7 @@ VALUE = "value"
 
 @dataclass(frozen=True)
 class LibsvmReader:
-    """Reads both forms, plain or .gz. `num_fields` is None for libffm, where each token names its field."""
+    """Reads both forms, plain or compressed. `num_fields` is None for libffm, where each token names its field."""
 
     roles: ColumnRoles
     num_fields: int | None

@@ -13,6 +13,7 @@ import pyarrow.parquet
 from dhen.data.formats.columns import is_list
 from dhen.data.formats.delimited import typed_table
 from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
+from dhen.data.formats.raw_files import can_seek, is_url, open_file
 from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, RowChecks, Stretch
 from dhen.data.formats.roles import ColumnRoles
 
@@ -135,8 +136,10 @@ def open_parquet(file: str) -> pyarrow.parquet.ParquetFile:
     wrong = complaint(first_bytes(file))
     if wrong not in (None, PARQUET):
         raise DataError(f"{file}: {wrong}")
+    if not can_seek(file):
+        raise DataError(f"{file}: the server sends only whole files, but Parquet is read in parts. Download it first.")
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(open_file(file) if is_url(file) else file)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
             f"{file}: not a complete Parquet file ({_line(error)}). Download or copy it again; if it is text, use "

@@ -1,4 +1,4 @@
-"""Reads text files, plain or gzip, as blocks of whole rows with line numbers.
+"""Reads text files, plain or compressed, as blocks of whole rows with line numbers.
 
 A block is read by size, cut at its last line break and cleaned. CRLF becomes LF. A byte-order mark and blank lines are
 dropped. Rows that a parser would misread become bad rows: invalid UTF-8, a carriage return inside the row, or a
@@ -6,22 +6,19 @@ misplaced quote. The rest is valid UTF-8, and row i of the parser starts at line
 """
 
 import contextlib
-import gzip
 import itertools
-import mmap
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from dhen.data.formats.first_bytes import START_BYTES, complaint, first_bytes
+from dhen.data.formats.first_bytes import DAMAGED, START_BYTES, Compression, complaint, compression_of, first_bytes
+from dhen.data.formats.raw_files import can_seek, open_file, size_of
 from dhen.data.formats.raw_rows import LONGEST_QUOTE, WHOLE, BadRow, DataError, Stretch
 
 BLOCK_BYTES = 8 << 20
@@ -30,8 +27,6 @@ _PARSED_BYTES = 1 << 20
 _MOST_LINES = 10_000
 """Lines of a row with line breaks inside quotes. Beyond that, its quote is taken for one that was not closed."""
 _FIRST_BYTES = 1 << 16
-_GZIP_MAGIC = b"\x1f\x8b"
-_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 _MARK = b"\xef\xbb\xbf"
 
 
@@ -69,19 +64,21 @@ class TextBlock:
 def stretches(file: str, num_bytes: float, quoting: Quoting | None = None) -> list[Stretch]:
     """Cut a file into ranges of bytes (`Reader.stretches`).
 
-    Neither gzip nor a text with quotes is cut: a byte in the middle does not say whether it is within quotes.
+    Neither a compressed file nor a text with quotes is cut: a byte in the middle does not say whether it is within
+    quotes. Nor is what a server sends only as a whole.
     """
-    is_gzip, size = first_bytes(file).startswith(_GZIP_MAGIC), Path(file).stat().st_size
-    count = int(size // num_bytes)
-    if count < 2 or is_gzip or (quoting is not None and _has(file, quoting.quote.encode())):
-        return [Stretch(end=None if is_gzip else size, num_bytes=size)]  # what is appended meanwhile is not read
+    size, is_plain = size_of(file), compression_of(first_bytes(file)) is None
+    count = int(size // num_bytes) if is_plain and can_seek(file) else 1
+    if count < 2 or (quoting is not None and _has(file, quoting.quote.encode())):
+        # What is appended meanwhile is not read. The size of a file on a server may be unknown.
+        return [Stretch(end=size if is_plain and size else None, num_bytes=size)]
     cuts = [size * i // count for i in range(count + 1)]
     return [Stretch(start, end, end - start) for start, end in itertools.pairwise(cuts)]
 
 
-def _has(file: str, text: bytes) -> bool:
-    with open(file, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return data.find(text) >= 0
+def _has(file: str, character: bytes) -> bool:
+    with open_file(file) as content:
+        return any(character in block for block in iter(lambda: content.read(BLOCK_BYTES), b""))
 
 
 def text_blocks(
@@ -94,7 +91,7 @@ def text_blocks(
 ) -> Iterator[TextBlock]:
     """Yield `file` in blocks of about `block_bytes`, without its first `header_rows` lines.
 
-    Raises FileNotFoundError, or DataError for an empty file, a damaged or truncated .gz, or a binary file.
+    Raises FileNotFoundError, or DataError for an empty file, a damaged or truncated compressed one, or a binary file.
     """
     line, waiting = (header_rows + stretch.rows_before + 1 if stretch.start else 1), b""
     for text, bytes_read in _whole_lines(file, block_bytes, stretch):
@@ -218,30 +215,35 @@ def line_quoter(raw: dict[str, pa.Array], delimiter: str) -> Callable[[int], str
     return lambda i: delimiter.join(str(column[i].as_py() or "") for column in raw.values())
 
 
-def _open(file: str) -> tuple[BinaryIO, BinaryIO]:
-    """Return (file on disk, decompressed content). Raises FileNotFoundError, or DataError for a binary file."""
+def _open(file: str) -> tuple[BinaryIO, BinaryIO, Compression | None]:
+    """Return (the file as it is, its decompressed content, how it is compressed).
+
+    Raises FileNotFoundError, or DataError for a binary file.
+    """
     start = first_bytes(file)
-    is_gzip = start.startswith(_GZIP_MAGIC)
-    if is_gzip:
+    packed = compression_of(start)
+    if packed is not None:
         start = b""
-        with gzip.open(file) as content, contextlib.suppress(*_DAMAGED):  # reading the rows reports the damage
-            start = content.read(START_BYTES)
+        with open_file(file) as raw, packed.contents(raw) as content, contextlib.suppress(*DAMAGED):
+            start = content.read(START_BYTES)  # reading the rows reports damage
     wrong = complaint(start)
-    if wrong is not None and is_gzip:
+    if wrong is not None and packed is not None:
         what = wrong.partition(". ")[0]
-        raise DataError(f"{file}: within the gzip, {what}. Unpack it, and give it as Parquet or as plain text.")
+        raise DataError(
+            f"{file}: within the {packed.tool}, {what}. Unpack it, and give it as Parquet or as plain text."
+        )
     if wrong is not None:
         raise DataError(f"{file}: {wrong}")
-    raw = open(file, "rb")  # noqa: SIM115 (the caller closes it)
-    return raw, gzip.GzipFile(fileobj=raw) if is_gzip else raw
+    raw = open_file(file)
+    return raw, packed.contents(raw) if packed else raw, packed
 
 
 def _whole_lines(file: str, block_bytes: int, stretch: Stretch) -> Iterator[tuple[bytes, int]]:
-    """Yield blocks of whole lines, then an empty one, and the position in the file on disk where each block ends.
+    """Yield blocks of whole lines, then an empty one, and the position in the file as it is where each block ends.
 
     A line belongs to the stretch that its first byte is in.
     """
-    raw, content = _open(file)
+    raw, content, packed = _open(file)
     with raw, content:
         is_empty = stretch.start == 0
         if stretch.start:
@@ -251,7 +253,7 @@ def _whole_lines(file: str, block_bytes: int, stretch: Stretch) -> Iterator[tupl
         def most_bytes() -> int:
             return block_bytes if stretch.end is None else max(0, min(block_bytes, stretch.end - raw.tell()))
 
-        while text := _read_lines(file, content, most_bytes()):
+        while text := _read_lines(file, content, most_bytes(), packed):
             is_empty = False
             yield text, raw.tell()
         if is_empty:
@@ -259,15 +261,17 @@ def _whole_lines(file: str, block_bytes: int, stretch: Stretch) -> Iterator[tupl
         yield b"", raw.tell()
 
 
-def _read_lines(file: str, content: BinaryIO, num_bytes: int) -> bytes:
+def _read_lines(file: str, content: BinaryIO, num_bytes: int, packed: Compression | None) -> bytes:
     """Read so many bytes and the rest of the last line, which ends with a line break even if the file does not."""
     try:
         text = content.read(num_bytes)
         rest = b"" if not text or text.endswith(b"\n") else content.readline(LONGEST_LINE_BYTES)
-    except _DAMAGED as error:
+    except DAMAGED as error:
+        if packed is None:
+            raise
         raise DataError(
-            f"{file}: the .gz is truncated or damaged after row {_readable_rows(file)} ({error}). Download or copy the "
-            "file again, and check it with `gzip -t`."
+            f"{file}: the {packed.suffix} is truncated or damaged after row {_readable_rows(file, packed)} ({error}). "
+            f"Download or copy the file again, and check it with `{packed.tool} -t`."
         ) from error
     if len(rest) == LONGEST_LINE_BYTES:
         raise DataError(
@@ -277,11 +281,11 @@ def _read_lines(file: str, content: BinaryIO, num_bytes: int) -> bytes:
     return text + b"\n" if text and not text.endswith(b"\n") else text
 
 
-def _readable_rows(file: str) -> int:
-    """Return the number of whole lines before the damage in a .gz."""
+def _readable_rows(file: str, packed: Compression) -> int:
+    """Return the number of whole lines before the damage in a compressed file."""
     rows = 0
-    with gzip.open(file) as content, contextlib.suppress(*_DAMAGED):
-        while data := content.read1(1 << 16):
+    with open_file(file) as raw, packed.contents(raw) as content, contextlib.suppress(*DAMAGED):
+        while data := content.read1(START_BYTES):
             rows += data.count(b"\n")
     return rows
 

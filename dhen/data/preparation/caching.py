@@ -8,6 +8,7 @@ import shlex
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from dhen.data.formats.raw_files import is_url, mark_of, of_each, open_file, size_of
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.preparation.pieces import PIECE_BYTES
 from dhen.data.preparation.preprocessing import prepare
@@ -74,8 +75,7 @@ def prepare_cached(
 
 def raw_bytes(settings: PreparationSettings) -> int:
     """The size of all raw files, without those of the hub."""
-    files = [Path(file) for source in open_sources(settings)[2] for file in source.files]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(of_each(size_of, [file for source in open_sources(settings)[2] for file in source.files]))
 
 
 def command_for(settings: PreparationSettings) -> str:
@@ -112,13 +112,13 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
             continue
         origin = Path(origin)
         for file in (origin / SCHEMA_FILE, *sorted((origin / VOCABULARY_FOLDER).glob("*.parquet"))):
-            digest.update(f"{file.name}:{digests.of(file)}".encode())
+            digest.update(f"{file.name}:{digests.of(str(file))}".encode())
     return digest.hexdigest()
 
 
 def _fingerprint(format_name: str, file: str, digests: "FileDigests") -> str:
     if format_name != "hub":
-        return digests.of(Path(file))
+        return digests.of(file)
     from dhen.data.formats.hub import hub_revision  # here, because importing `datasets` takes a second
 
     return hub_revision(file)
@@ -136,23 +136,30 @@ class FileDigests:
         with contextlib.suppress(OSError, ValueError):  # missing or damaged: read the files again
             self._known = json.loads(self._path.read_text(encoding="utf-8"))
 
-    def of(self, file: Path) -> str:
+    def of(self, file: str) -> str:
         """Return the digest of a file's content, independent of its name and times.
 
+        A URL is not read for it, unless its server tells nothing that changes with the content.
         Stores a new one for the next run. If two processes do so at once, one digest is lost and recomputed later.
         """
-        status = file.stat()
+        mark = mark_of(file)
+        if is_url(file):
+            return f"{file}: {mark}" if len(mark) > 1 or self._only_known else _content_digest(file)
         # Include ctime, because whoever edits a file can reset mtime, but not ctime.
-        mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        path = str(file.resolve())
+        mark.append(Path(file).stat().st_ctime_ns)
+        path = str(Path(file).resolve())
         known = self._known.get(path, [])
         if known[:-1] == mark:
             return known[-1]
         if self._only_known:
             return ""
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest = _content_digest(file)
         self._known[path] = [*mark, digest]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, json.dumps(self._known))
         return digest
+
+
+def _content_digest(file: str) -> str:
+    with open_file(file) as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

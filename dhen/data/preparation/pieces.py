@@ -6,8 +6,8 @@ The pieces depend only on the files, so that the prepared folder does not depend
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
+from dhen.data.formats.raw_files import of_each, size_of
 from dhen.data.formats.raw_rows import Reader, Stretch
 from dhen.data.preparation.sources import Source
 
@@ -41,13 +41,14 @@ class Piece:
 
 def cut(reader: Reader, sources: Sequence[Source], num_bytes: float) -> list[Piece]:
     """Cut the sources into pieces of at least so many bytes, and of less than thrice that unless a file has no cuts."""
-    paths = [Path(file) for source in sources for file in source.files]
-    num_bytes = max(num_bytes, sum(path.stat().st_size for path in paths if path.is_file()) / MOST_PIECES)
+    files = [file for source in sources for file in source.files]
+    num_bytes = max(num_bytes, sum(of_each(size_of, files)) / MOST_PIECES)
     pieces: list[Piece] = []
     for index, source in enumerate(sources):
         of_source: list[list[tuple[str, Stretch]]] = [[]]
         size = 0
-        for part in ((file, stretch) for file in source.files for stretch in reader.stretches(file, num_bytes)):
+        cuts = of_each(lambda file: reader.stretches(file, num_bytes), source.files)
+        for part in ((file, each) for file, some in zip(source.files, cuts, strict=True) for each in some):
             if size >= num_bytes:
                 of_source.append([])
                 size = 0

@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 
 from dhen.data.formats.canonical import canonical_keys
+from dhen.data.formats.raw_files import mark_of, of_each
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.preparation import pieces as cutting
 from dhen.data.preparation.encoding import (
@@ -85,6 +86,8 @@ def prepare(
     ValueError) for data that cannot be used. The message of a DataError names file and row.
     """
     folder = Path(folder)
+    if ":/" in str(folder):
+        raise ValueError(f"{folder}: a prepared folder is written to a disk, not to a URL. Use a path.")
     if folder.exists():
         raise FileExistsError(f"{folder}: the folder already exists. Remove it or choose another one.")
     reader, format_name, sources = open_sources(settings)
@@ -139,16 +142,16 @@ def settings_without_effect(settings: PreparationSettings, schema: Schema) -> li
 def _facts(settings: PreparationSettings, sources: tuple[Source, ...], format_name: str) -> str:
     """A digest of what an unfinished folder depends on. Raw files and vocabularies count by their size and time."""
     values = {name: str(value) for name, value in asdict(settings).items() if name != "block_bytes"}
-    files = [Path(file) for source in sources for file in source.files]
+    files = [file for source in sources for file in source.files]
     models = [Path(model) for model in (settings.schema_from, settings.like) if model is not None]
     texts = [model / SCHEMA_FILE for model in models] + [Path(path) for path in (settings.dataset_schema,) if path]
-    files += [file for model in models for file in sorted((model / VOCABULARY_FOLDER).glob("*.parquet"))]
+    files += [str(file) for model in models for file in sorted((model / VOCABULARY_FOLDER).glob("*.parquet"))]
     if format_name == "hub":
         from dhen.data.formats.hub import hub_revision  # here, because importing `datasets` takes a second
 
         marks = [hub_revision(file) for source in sources for file in source.files]
     else:
-        marks = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        marks = list(zip(files, of_each(mark_of, files), strict=True))
     facts = [FORMAT_VERSION, cutting.PIECE_BYTES, values, marks, *(path.read_text(encoding="utf-8") for path in texts)]
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 

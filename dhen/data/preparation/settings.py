@@ -29,10 +29,10 @@ class Head:
 class PreparationSettings:
     """Which raw files to prepare, and how. Raises ValueError naming a setting that is wrong or contradicts another.
 
-    dataset_name: one or more paths, globs or folders, or the name of a data set on the Hugging Face hub (`owner/name`
-        or `owner/name/configuration`). Its rows are split by `split_fractions`, unless a hub data set already has
-        several of the splits train, validation and test.
-    train_file, validation_file, test_file: paths or globs for each split, instead of dataset_name.
+    dataset_name: one or more paths, globs, folders or URLs of these, or the name of a data set on the Hugging Face hub
+        (`owner/name` or `owner/name/configuration`). Its rows are split by `split_fractions`, unless a hub data set
+        already has several of the splits train, validation and test.
+    train_file, validation_file, test_file: paths, globs or URLs for each split, instead of dataset_name.
     dataset_format: `auto` detects Parquet from the first bytes, and others from the file's name or its first lines.
     dataset_schema: YAML file with the role of each column (dhen/data/formats/roles.py). Required for csv, parquet, hub.
     split_fractions: shares of train, validation and test. They must sum to 1.

@@ -9,9 +9,10 @@ from pathlib import Path
 from dhen.data.formats import text_blocks
 from dhen.data.formats.criteo import CriteoReader
 from dhen.data.formats.delimited import DelimitedReader
-from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
+from dhen.data.formats.first_bytes import COMPRESSIONS, PARQUET, complaint, first_bytes
 from dhen.data.formats.libsvm import LibsvmReader
 from dhen.data.formats.parquet import ParquetReader
+from dhen.data.formats.raw_files import files_at, is_url
 from dhen.data.formats.raw_rows import DataError, Reader
 from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
@@ -25,6 +26,7 @@ _SUFFIXES = {
     ".csv": "csv",
     **dict.fromkeys((".libsvm", ".svm", ".libfm", ".libffm", ".ffm"), "libsvm"),
 }
+_COMPRESSED = tuple(each.suffix for each in COMPRESSIONS)
 _LIBSVM_LINE = re.compile(r"\S+(\s+\d+(:\d+)?:\S+)+\s*$")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(/[\w.-]+)?")
 
@@ -99,11 +101,17 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
 
 
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the files for paths, globs and folders, in the given order, and sorted by name within each pattern."""
+    """Return the files for paths, URLs, globs and folders, in the given order, sorted by name within each pattern."""
     found: list[str] = []
     for pattern in patterns:
         path = Path(pattern)
-        if path.is_file():
+        if is_url(pattern):
+            some = files_at(pattern)
+            if any(file.endswith(f"/{SCHEMA_FILE}") for file in some):
+                raise DataError(
+                    f"{pattern}: a prepared folder cannot be at a URL. Copy it to a disk, and give its path."
+                )
+        elif path.is_file():
             some = [pattern]
         elif path.is_dir():
             if (path / SCHEMA_FILE).is_file():
@@ -137,13 +145,14 @@ def format_of(settings: PreparationSettings) -> str:
     if (
         _HUB_NAME.fullmatch(name)
         and not Path(name).exists()
-        and Path(name).suffix not in {*_SUFFIXES, ".gz", ".txt", ".tsv"}
+        and Path(name).suffix not in {*_SUFFIXES, *_COMPRESSED, ".txt", ".tsv"}
     ):
         return "hub"
     file = _files((name,))[0]
     if complaint(first_bytes(file)) == PARQUET:
         return "parquet"
-    suffix = Path(file.removesuffix(".gz")).suffix.lower()
+    path = Path(file)
+    suffix = (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix.lower()
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
     if settings.dataset_schema is not None:

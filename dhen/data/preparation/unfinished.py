@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any
 from uuid import uuid4
 
+from dhen.data.formats.raw_files import UnreachableError
 from dhen.data.preparation.pieces import Piece
 from dhen.data.preparation.raw_stream import PreparationProgress, ProgressCallback, Report
 from dhen.data.preparation.runners import Runner
@@ -174,9 +175,9 @@ def unfinished_folder(folder: Path, facts: str, *, is_shared: bool) -> Iterator[
 
     facts: a digest of the settings and files; the sibling belongs to these. is_shared: other shards use it, too. It is
     removed on success, after a ValueError, and if `folder` exists; but it stays where a piece is finished if the
-    process is killed, interrupted or out of disk. The next preparation in the same parent folder removes what others
-    left a week ago, or an hour ago without a finished piece, unless another one runs there. Raises FileExistsError if a
-    shard finds it in use by no shard.
+    process is killed, interrupted or out of disk, or a server does not answer. The next preparation in the same parent
+    folder removes what others left a week ago, or an hour ago without a finished piece, unless another one runs there.
+    Raises FileExistsError if a shard finds it in use by no shard.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}{_MARK}{facts}")
@@ -199,7 +200,8 @@ def unfinished_folder(folder: Path, facts: str, *, is_shared: bool) -> Iterator[
             path.mkdir()
         yield path
     except BaseException as error:
-        if is_alone and not is_shared and (isinstance(error, ValueError | FileExistsError) or not _has_pieces(path)):
+        is_final = isinstance(error, ValueError | FileExistsError) and not isinstance(error, UnreachableError)
+        if is_alone and not is_shared and (is_final or not _has_pieces(path)):
             _remove(path)
         raise
     else:

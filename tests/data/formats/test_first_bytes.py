@@ -38,6 +38,10 @@ def parquet() -> bytes:
     return file.getvalue()
 
 
+def zstd(content: bytes) -> bytes:
+    return pa.compress(content, "zstd", asbytes=True)
+
+
 def zipped() -> bytes:
     with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
         archive.writestr("log.csv", TEXT)
@@ -77,7 +81,10 @@ def without_bytes(value: object) -> str | None:
     ("name", "content", "read_as"),
     [
         ("log.csv", gzip.compress(TEXT, mtime=0), "csv"),
+        ("log.csv", zstd(TEXT), "csv"),
+        ("log", bz2.compress(TEXT), "csv"),
         ("log.csv.gz", TEXT, "csv"),
+        ("log.csv.bz2", zstd(TEXT), "csv"),
         ("log", TEXT, "csv"),
         ("log.gz", b"\xef\xbb\xbf" + TEXT, "csv"),
         ("log.csv", gzip.compress(b"\xef\xbb\xbf" + TEXT, mtime=0), "csv"),
@@ -96,9 +103,7 @@ def test_files_with_other_names_are_read(tmp_path, name, content, read_as):
 
 BINARY = {
     "a zip archive or an Excel file": zipped(),
-    "a bzip2 file": bz2.compress(TEXT),
     "an xz file": lzma.compress(TEXT),
-    "a zstd file": pa.compress(TEXT, "zstd", asbytes=True),
     "a tar archive": tarred(),
     "an Arrow or Feather file": in_arrow(pyarrow.feather.write_feather),
     "an ORC file": in_arrow(pyarrow.orc.write_table),
@@ -144,6 +149,8 @@ def test_a_parquet_name_hides_nothing(tmp_path, kind):
             "within the gzip, this is a gzip file",
         ),
         ("log.csv", gzip.compress(parquet(), mtime=0), "auto", "within the gzip, this is a Parquet file"),
+        ("log.csv", zstd(parquet()), "auto", "within the zstd, this is a Parquet file"),
+        ("log.csv", bz2.compress(zstd(TEXT)), "auto", "within the bzip2, this is a zstd file"),
         ("log.csv", parquet(), "csv", "this is a Parquet file. Use --dataset_format parquet"),
         ("log.csv", b"\xfe\xff" + TEXT.decode().encode("utf-16-be"), "auto", "this is UTF-16 text. .* `iconv"),
     ],

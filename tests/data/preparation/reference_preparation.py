@@ -1,12 +1,19 @@
 """A plain-Python reference for data preparation, row by row, written from the documentation alone."""
 
+import bz2
+import gzip
 import hashlib
 import math
 import random
 from collections import Counter
+from functools import partial
+
+import pyarrow as pa
 
 INTEGERS = [f"I{i}" for i in range(1, 14)]
 CATEGORIES = [f"C{i}" for i in range(1, 27)]
+PACK = {".gz": gzip.compress, ".zst": partial(pa.compress, codec="zstd", asbytes=True), ".bz2": bz2.compress}
+"""How files with these suffixes are compressed."""
 _WORD = (1 << 64) - 1
 
 

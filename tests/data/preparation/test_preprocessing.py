@@ -236,11 +236,14 @@ def test_the_count_before_a_sequential_split_shows_how_far_it_is(tmp_path, raw):
     assert states[-1].stage == "writing"
 
 
-def test_the_error_about_a_truncated_gz_says_how_far_it_could_be_read(tmp_path):
-    data = gzip.compress(("\n".join(LINES) + "\n").encode())
-    (tmp_path / "raw.gz").write_bytes(data[: len(data) // 2])
+@pytest.mark.parametrize(("suffix", "rows_per_member"), [(".gz", 300), (".gz", 1), (".zst", 1), (".bz2", 1)])
+def test_the_error_about_a_truncated_file_says_how_far_it_could_be_read(tmp_path, suffix, rows_per_member):
+    lines = [f"{line}\n" for line in LINES]
+    members = ["".join(lines[i : i + rows_per_member]).encode() for i in range(0, len(lines), rows_per_member)]
+    data = b"".join(map(reference.PACK[suffix], members))
+    (tmp_path / f"raw{suffix}").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError) as caught:
-        prepare(PreparationSettings(str(tmp_path / "raw.gz"), dataset_format="criteo"), tmp_path / "out")
+        prepare(PreparationSettings(str(tmp_path / f"raw{suffix}"), dataset_format="criteo"), tmp_path / "out")
     rows = int(re.search(r"after row (\d+)", str(caught.value))[1])
     assert 0.3 * len(LINES) < rows < 0.7 * len(LINES)
 
@@ -288,11 +291,12 @@ def test_memory_is_bounded_whatever_the_size_of_the_input(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.999])
 @pytest.mark.parametrize("bad_rows", ["error", "skip"])
-def test_a_truncated_gz_is_always_an_error(tmp_path, cut, bad_rows):
-    data = gzip.compress(("\n".join(LINES) + "\n").encode())
-    (tmp_path / "raw.txt.gz").write_bytes(data[: int(cut * len(data))])
-    wanted = PreparationSettings(str(tmp_path / "raw.txt.gz"), dataset_format="criteo", bad_rows=bad_rows)
-    with pytest.raises(DataError, match=r"raw\.txt\.gz: the \.gz is truncated or damaged"):
+@pytest.mark.parametrize(("suffix", "tool"), [(".gz", "gzip"), (".zst", "zstd"), (".bz2", "bzip2")])
+def test_a_truncated_file_is_always_an_error(tmp_path, cut, bad_rows, suffix, tool):
+    data = reference.PACK[suffix](("\n".join(LINES) + "\n").encode())
+    (tmp_path / f"raw.txt{suffix}").write_bytes(data[: int(cut * len(data))])
+    wanted = PreparationSettings(str(tmp_path / f"raw.txt{suffix}"), dataset_format="criteo", bad_rows=bad_rows)
+    with pytest.raises(DataError, match=rf"raw\.txt\{suffix}: the \{suffix} is truncated or damaged.*`{tool} -t`"):
         prepare(wanted, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
