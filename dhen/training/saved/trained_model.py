@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,20 +87,18 @@ class TrainedModel:
         """All weights of the dense part, by name."""
         return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
 
-    def table(self, feature: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
-        """Columns [first, last) of a feature's table, by default all. Shape (rows, columns)."""
-        return self._read(f"{_TABLES}{feature}.weight", first_column, last_column)
+    def table(self, feature: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """Some rows and columns of a feature's table, by default all."""
+        return self._read(f"{_TABLES}{feature}.weight", (rows, columns))
 
-    def _read(self, name: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
+    def _read(self, name: str, part: Any = ...) -> Tensor:
         with safe_open(self.folder / self._files[name], framework="pt") as file:
-            if first_column is None:
-                return file.get_tensor(name)
-            return file.get_slice(name)[:, first_column:last_column]
+            return file.get_slice(name)[part]
 
     def load_tables(self, tables: ShardedTables) -> None:
         """Load this rank's shards. Does not communicate."""
         for shard, tensors in tables.shard_tensors():
-            tensors["weight"].copy_(self.table(shard.name, shard.first_column, shard.last_column))
+            tensors["weight"].copy_(self.table(shard.name, columns=slice(shard.first_column, shard.last_column)))
             tensors["uses"].copy_(self.uses(shard.name))
 
     @cached_property
@@ -111,15 +110,15 @@ class TrainedModel:
                 files |= dict.fromkeys(file.keys(), path)
         return files
 
-    def uses(self, feature: str) -> Tensor:
-        """How often training used each row of a feature's table, int32. Raises FileNotFoundError."""
+    def uses(self, feature: str, rows: slice = slice(None)) -> Tensor:
+        """How often training used each of these rows of a feature's table, int32. Raises FileNotFoundError."""
         if feature not in self._uses_files:
             raise FileNotFoundError(
                 f"{self.folder}: no file {_USES}-*.safetensors says which rows of {feature!r} training used. Copy it "
                 "from the model that this one was made of, or train the model again."
             )
         with safe_open(self._uses_files[feature], framework="pt") as file:
-            return file.get_tensor(feature)
+            return file.get_slice(feature)[rows]
 
 
 def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str, scale: float) -> None:
