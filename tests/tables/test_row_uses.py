@@ -79,7 +79,7 @@ def evaluate(topology: Topology, kind: str, cuts: dict[str, int], folder=None) -
         save_tables(tables, folder, topology.rank)
         torch.distributed.barrier()
         tables = make_tables(topology, "sgd", cuts)
-        load_tables(tables, folder)
+        load_tables(tables, folder, topology)
     before = [tensors["weight"].clone() for _, tensors in tables.shard_tensors()]
     batch = batch_of(kind, 3, topology.rank, rank_sizes(3, topology.world_size)[topology.rank])
     with torch.no_grad(), tables.watching_unseen(uses_means=True) as unseen:
