@@ -12,11 +12,13 @@ A rank's tables may fill its GPU, and the host's memory may have no room for the
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,11 @@ class InPieces:
     shape: Sequence[int]
     pieces: Iterable[Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     @classmethod
     def of(cls, tensor: Tensor) -> "InPieces":
         """The pieces of a tensor that exists: views."""
@@ -73,20 +80,32 @@ def rows_at_once(shape: Sequence[int], itemsize: int = 4) -> int:
 
 def write_in_pieces(path: Path, tensors: Mapping[str, InPieces], metadata: Mapping[str, str]) -> None:
     """Write what `safetensors.torch.save_file` would, which needs all tensors in host memory at once."""
+    head, names = head_of_file(tensors, metadata)
+    path.unlink(missing_ok=True)
+    write_part(path, 0, head, chain.from_iterable(tensors[name].pieces for name in names))
+
+
+def write_part(path: Path, first_byte: int, head: bytes, pieces: Iterable[Tensor]) -> None:
+    """Write a part of a file, of which other processes may write other parts: `head`, then the pieces."""
+    with open(path, "wb", opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_CREAT, 0o666)) as file:
+        file.seek(first_byte)
+        file.write(head)
+        for piece in pieces:
+            file.write(piece.cpu().contiguous().numpy())
+
+
+def head_of_file(tensors: Mapping[str, InPieces], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """What a safetensors file with these tensors begins with, and their names in the order in which they follow."""
     kinds = list(_KINDS)
     names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
         tensor, first = tensors[name], end
-        end += math.prod(tensor.shape) * tensor.dtype.itemsize
+        end += tensor.nbytes
         header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            for piece in tensors[name].pieces:
-                file.write(piece.cpu().contiguous().numpy())
+    return struct.pack("<Q", len(text)) + text, names
 
 
 @dataclass(frozen=True)
