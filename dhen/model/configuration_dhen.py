@@ -27,12 +27,13 @@ class SparseFeature:
     """A sparse feature and its table of `num_embeddings` rows.
 
     pooling: `sum` adds w_i e_i over the ids in a bag; `mean` divides the sum by the number of ids. An empty bag gives
-    zeros.
+    zeros. dtype: of the exported table.
     """
 
     name: str
     num_embeddings: int
     pooling: Literal["sum", "mean"] = "sum"
+    dtype: Literal["float32", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the feature. The name is also the table's key in the saved weights."""
@@ -45,6 +46,10 @@ class SparseFeature:
         if self.pooling not in ("sum", "mean"):
             raise ValueError(
                 f"sparse feature {quoted(self.name)}: pooling is {quoted(self.pooling)}. Use 'sum' or 'mean'."
+            )
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(
+                f"sparse feature {quoted(self.name)}: dtype is {quoted(self.dtype)}. Use 'float32' or 'float16'."
             )
 
 

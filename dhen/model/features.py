@@ -135,7 +135,8 @@ class PlainTable(nn.Module):
         self.feature = feature
         self.seed = seed
         self.std = std
-        self.weight = nn.Parameter(torch.empty(feature.num_embeddings, embedding_dim))
+        dtype = torch.float16 if feature.dtype == "float16" else None
+        self.weight = nn.Parameter(torch.empty(feature.num_embeddings, embedding_dim, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,16 +148,19 @@ class PlainTable(nn.Module):
             self.weight.copy_(init_table(self.feature.name, rows, dim, range(dim), self.seed, self.std))
 
     def forward(self, ids: Tensor, lengths_B: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Pool each bag and return (B, D). lengths_B None: one id per bag."""
+        """Pool each bag and return (B, D); rows in float16 are pooled in float32. lengths_B None: one id per bag."""
+        table = self.weight
+        if table.dtype == torch.float16:
+            table, ids = nn.functional.embedding(ids, table).float(), torch.arange(len(ids), device=ids.device)
         if lengths_B is None:
-            pooled_BD = nn.functional.embedding(ids, self.weight)
+            pooled_BD = nn.functional.embedding(ids, table)
             return pooled_BD if weights is None else pooled_BD * weights.to(pooled_BD.dtype).unsqueeze(1)
         pooled_BD = nn.functional.embedding_bag(
             ids,
-            self.weight,
+            table,
             lengths_B.cumsum(0) - lengths_B,
             mode="sum",
-            per_sample_weights=None if weights is None else weights.to(self.weight.dtype),
+            per_sample_weights=None if weights is None else weights.to(table.dtype),
         )
         if self.feature.pooling == "mean":
             pooled_BD = pooled_BD / lengths_B.clamp(min=1).to(pooled_BD.dtype).unsqueeze(1)

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from dhen.runtime.topology import Topology
 
 Value = TypeVar("Value")
+Item = TypeVar("Item")
 WAITING = "waiting for an all-to-all"
 """Name in a profiler trace."""
 
@@ -75,3 +76,19 @@ def from_all(value: Value, topology: Topology) -> list[Value]:
     everyones = [value] * topology.world_size
     dist.all_gather_object(everyones, value, group=topology.world)
     return everyones
+
+
+def shared_out(items: Sequence[Item], work: Callable[[Item], Value], topology: Topology) -> list[Value]:
+    """`work(item)` of each item, which one of the ranks does. Communicates; all ranks call it with equal items.
+
+    Raises the first ValueError or OSError of any rank on all.
+    """
+    try:
+        mine = [work(item) for item in items[topology.rank :: topology.world_size]]
+    except (ValueError, OSError) as error:
+        mine = error
+    by_rank = from_all(mine, topology)
+    for of_rank in by_rank:
+        if isinstance(of_rank, Exception):
+            raise of_rank
+    return [by_rank[index % topology.world_size][index // topology.world_size] for index in range(len(items))]

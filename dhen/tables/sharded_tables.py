@@ -193,8 +193,12 @@ class ShardedTables(nn.Module):
             self._unseen = None
 
     def means(self) -> list[Tensor]:
-        """For each shard of this rank, the mean of its rows, weighted by their uses: float32, (columns,)."""
-        return [mean_row(weight, self.uses.of(index)) for index, weight in enumerate(self._weights())]
+        """For each shard of this rank, the mean of its rows, weighted by their uses: float32, (columns,).
+
+        It is rounded to the dtype of the weights, as in an exported model.
+        """
+        weights = enumerate(self._weights())
+        return [mean_row(weight, self.uses.of(index)).to(weight.dtype).float() for index, weight in weights]
 
     def fill_unused(self) -> None:
         """Let the rows that training never used hold the mean of their table, for tables that are not trained."""

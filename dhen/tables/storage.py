@@ -1,20 +1,24 @@
 """Saves and loads table shards by table and column, so that a checkpoint loads under any placement.
 
 Each rank writes its own shards to `tables-<rank>.safetensors`, under the keys `<table>/<first>:<last>/<tensor>`: first
-and last are columns, and tensor is "weight", an optimizer's state, or the weight's "average". To load, a rank reads the
-columns that its shards need from all files. Row-wise Adagrad's state has one number per row *and shard*, so it loads
-only if the table is cut as it was when saved. Any shard of a table has "uses", how often training used each row,
-"is_new" if new rows have a learning rate of their own, Adam's "steps", and how far the average is behind.
+and last are columns, and tensor is "weight", an optimizer's state, or the weight's "average". To load, the ranks share
+out the files to find what is in them; then each opens those that have columns of its shards. Row-wise Adagrad's state
+has one number per row *and shard*, so it loads only if the table is cut as it was when saved. Any shard of a table has
+"uses", how often training used each row, "is_new" if new rows have a learning rate of their own, Adam's "steps", and
+how far the average is behind.
 
 A rank's tables may fill its GPU, and the host's memory may have no room for them. So files are written in pieces.
 """
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dhen.runtime.collectives import rank_zeros, shared_out
+from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.sharded_tables import ShardedTables
 
@@ -47,6 +53,11 @@ class InPieces:
     shape: Sequence[int]
     pieces: Iterable[Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pieces."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     @classmethod
     def of(cls, tensor: Tensor) -> "InPieces":
         """The pieces of a tensor that exists: views."""
@@ -69,20 +80,32 @@ def rows_at_once(shape: Sequence[int], itemsize: int = 4) -> int:
 
 def write_in_pieces(path: Path, tensors: Mapping[str, InPieces], metadata: Mapping[str, str]) -> None:
     """Write what `safetensors.torch.save_file` would, which needs all tensors in host memory at once."""
+    head, names = head_of_file(tensors, metadata)
+    path.unlink(missing_ok=True)
+    write_part(path, 0, head, chain.from_iterable(tensors[name].pieces for name in names))
+
+
+def write_part(path: Path, first_byte: int, head: bytes, pieces: Iterable[Tensor]) -> None:
+    """Write a part of a file, of which other processes may write other parts: `head`, then the pieces."""
+    with open(path, "wb", opener=lambda name, _: os.open(name, os.O_WRONLY | os.O_CREAT, 0o666)) as file:
+        file.seek(first_byte)
+        file.write(head)
+        for piece in pieces:
+            file.write(piece.cpu().contiguous().numpy())
+
+
+def head_of_file(tensors: Mapping[str, InPieces], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """What a safetensors file with these tensors begins with, and their names in the order in which they follow."""
     kinds = list(_KINDS)
     names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
         tensor, first = tensors[name], end
-        end += math.prod(tensor.shape) * tensor.dtype.itemsize
+        end += tensor.nbytes
         header[name] = {"dtype": _KINDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            for piece in tensors[name].pieces:
-                file.write(piece.cpu().contiguous().numpy())
+    return struct.pack("<Q", len(text)) + text, names
 
 
 @dataclass(frozen=True)
@@ -107,18 +130,18 @@ def tables_in_pieces(tables: ShardedTables) -> tuple[dict[str, InPieces], dict[s
     return tensors, _kind(tables)
 
 
-def load_tables(tables: ShardedTables, folder: Path) -> None:
+def load_tables(tables: ShardedTables, folder: Path, topology: Topology) -> None:
     """Load this rank's shards and their optimizer state from `folder`, whatever placement they were saved under.
 
-    Does not communicate. Raises TableStorageError for a missing table, other sizes or another optimizer.
+    Communicates; all ranks call it. Raises TableStorageError for a missing table, other sizes or another optimizer.
     """
-    stored = _index(folder, _kind(tables))
+    stored = _index(folder, _kind(tables), topology)
     for shard, of_shard in tables.shard_tensors():
         for kind, tensor in of_shard.items():
             pieces = stored.get((shard.name, kind), [])
             if kind in ("uses", "steps", "is_new"):
                 if pieces:  # the run that saved may have had no new rows
-                    tensor.copy_(_read(pieces[0], ...))
+                    tensor.copy_(_read(_overlapping(pieces, shard)[0], ...))
                 continue
             if kind in ("average", "settled_at", "log_decay"):
                 continue
@@ -138,7 +161,8 @@ def _load_average(
     average, settled_at, log_decay = (of_shard[kind] for kind in ("average", "settled_at", "log_decay"))
     pieces = stored.get((shard.name, "average")) or stored.get((shard.name, "weight"), [])
     logs = stored.get((shard.name, "log_decay"), [])
-    log_decay.copy_(_read(logs[0], ...) if logs and not tables.average.all_rows_change else torch.zeros(1))
+    is_behind = bool(logs) and not tables.average.all_rows_change
+    log_decay.copy_(_read(_overlapping(logs, shard)[0], ...) if is_behind else torch.zeros(1))
     settled_at.fill_(log_decay.item())
     cut = (shard.first_column, shard.last_column)
     exact = [piece for piece in stored.get((shard.name, "settled_at"), []) if (piece.first, piece.last) == cut]
@@ -154,28 +178,39 @@ def _kind(tables: ShardedTables) -> dict[str, str]:
     return {"table_optimizer": tables.optimizer, "table_dtype": tables.table_dtype}
 
 
-def _index(folder: Path, kind: dict[str, str]) -> _Index:
-    files = sorted(folder.glob("tables-*.safetensors"))
-    if not files:
+def _index(folder: Path, kind: dict[str, str], topology: Topology) -> _Index:
+    """What the files have. Communicates: rank r looks into file number r."""
+    names = rank_zeros(topology, lambda: sorted(path.name for path in folder.glob("tables-*.safetensors")))
+    if not names:
         raise TableStorageError(
             f"{folder} has no tables-*.safetensors files, so it is not a checkpoint of tables. Use another checkpoint."
         )
     index: _Index = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            saved_with = file.metadata() or {}
-            for name, value in kind.items():
-                if saved_with.get(name) != value:
-                    raise TableStorageError(
-                        f"{path} was saved with {name} {saved_with.get(name)!r}, but this run has {value!r}. Change "
-                        f"dhen.{name} back, or start from the exported model with --model_name_or_path."
-                    )
-            for key in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                match = _KEY.fullmatch(key)
-                assert match, f"{path}: key {key!r}"
-                piece = _Stored(path, key, int(match["first"]), int(match["last"]))
-                index.setdefault((match["table"], match["tensor"]), []).append(piece)
+    for name, keys in zip(names, shared_out(names, partial(_keys_of, folder, kind), topology), strict=True):
+        for key in keys:
+            match = _KEY.fullmatch(key)
+            assert match, f"{folder / name}: key {key!r}"
+            piece = _Stored(folder / name, key, int(match["first"]), int(match["last"]))
+            index.setdefault((match["table"], match["tensor"]), []).append(piece)
     return index
+
+
+def _keys_of(folder: Path, kind: dict[str, str], name: str) -> list[str]:
+    with safe_open(folder / name, framework="pt") as file:
+        saved_with = file.metadata() or {}
+        for option, value in kind.items():
+            if saved_with.get(option) != value:
+                raise TableStorageError(
+                    f"{folder / name} was saved with {option} {saved_with.get(option)!r}, but this run has {value!r}. "
+                    f"Change dhen.{option} back, or start from the exported model with --model_name_or_path."
+                )
+        return list(file.keys())
+
+
+def _overlapping(pieces: list[_Stored], shard: TableShard) -> list[_Stored]:
+    """Those with columns of the shard, in the order of the columns."""
+    found = [piece for piece in pieces if piece.first < shard.last_column and piece.last > shard.first_column]
+    return sorted(found, key=lambda piece: piece.first)
 
 
 def _columns(
@@ -198,12 +233,9 @@ def _columns(
             )
         found = [_read(exact[0], ...)]
     else:
-        overlapping = sorted(
-            (piece for piece in pieces if piece.first < last and piece.last > first), key=lambda p: p.first
-        )
         found = [
             read(piece, (slice(None), slice(max(first - piece.first, 0), min(last, piece.last) - piece.first)))
-            for piece in overlapping
+            for piece in _overlapping(pieces, shard)
         ]
     tensor = torch.cat(found, dim=-1) if found else torch.empty(0)
     if tuple(tensor.shape) != shape:

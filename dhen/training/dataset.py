@@ -81,7 +81,7 @@ def open_data(arguments: Arguments, topology: Topology, head: Path | None = None
             f"{cache_of(arguments)} does not have the data, which check compares with the checkpoint's."
         )
     if trained is not None:
-        start = start_from(trained, prepared, schema, arguments.architecture if training.new_head else None)
+        start = start_from(trained, prepared, schema, arguments.architecture if training.new_head else None, topology)
         schema = start.schema
     _check_splits(arguments, schema)
     chosen = choose_sizes(training, schema.splits["train"].rows, topology.world_size)

@@ -101,6 +101,9 @@ class ScoringDhen:
     def _watch_unseen(self, stack: contextlib.ExitStack) -> None:
         if self.tables is not None:
             self._unseen = stack.enter_context(self.tables.watching_unseen(uses_means=False))
+        if self.replicated.tables:
+            self._unseen_replicated = UnseenIds(self.replicated.uses, None)
+            stack.enter_context(self.replicated.watched_by(self._unseen_replicated))
 
     def unseen_ids(self) -> dict[str, tuple[int, int, int]]:
         """What the last evaluation met, by feature: ids, ids with unused rows, and of the latter those that are 0.

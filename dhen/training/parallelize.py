@@ -33,7 +33,7 @@ from dhen.dense.trained_parts import freeze, groups_of
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime.topology import ShardGroups, Topology
-from dhen.tables.placement.agreed import place_for_scoring, place_for_training
+from dhen.tables.placement.agreed import place_for_scoring, place_for_training, scored_dtype
 from dhen.tables.placement.plan import Placement
 from dhen.tables.pooled_exchange import Wires
 from dhen.tables.sharded_tables import ShardedTables
@@ -111,10 +111,14 @@ def parallelize(
 
 
 def parallelize_for_scoring(config: DhenConfig, topology: Topology, dense_weights: Mapping[str, Tensor]) -> ScoringDhen:
-    """Build the model for scoring, without DeepSpeed: empty tables over all ranks, and the full dense part on each."""
+    """Build the model for scoring, without DeepSpeed: empty tables over all ranks, and the full dense part on each.
+
+    dense_weights: also those of the tables that scoring replicates.
+    """
     placement = place_for_scoring(config, topology)
-    tables = shard_tables(config, topology, placement, DhenSection(), update=TableUpdate("sgd"), seed=None)
-    dense = DhenForClickPrediction(config, with_tables=False)
+    section = DhenSection(table_dtype=scored_dtype(config))
+    tables = shard_tables(config, topology, placement, section, update=TableUpdate("sgd"), seed=None)
+    dense = DhenForClickPrediction(config, with_tables=placement.replicated)
     dense.load_state_dict(dense_weights)
     return ScoringDhen(config, topology, placement, tables, dense.to(topology.device).eval())
 

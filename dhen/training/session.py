@@ -143,7 +143,7 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         model.tables.mark_new_rows()
     if start:
         for name, uses in model.replicated.uses_by_name().items():
-            start.fill_uses(name, uses)
+            start.fill_table(name, uses=uses)
     if training.ema_decay:
         try:
             model.start_average(training.ema_decay)

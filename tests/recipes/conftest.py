@@ -53,7 +53,8 @@ def costs_of_a_slow_machine(tmp_path_factory) -> Path:
     raw = json.loads((ROOT / "dhen/tables/placement/costs/cpu.json").read_text())
     free = dict.fromkeys(raw["lookup"]["fp32"], 0.0)
     raw["update"]["adagrad/fp32"], raw["lookup"]["fp32"] = free, free
-    raw["update"]["rowwise_adagrad/fp32"] = free | {"seconds_per_id": 1e-3}
+    for kind in ("rowwise_adagrad/fp32", "rowwise_adagrad/fp16 rounded"):
+        raw["update"][kind] = free | {"seconds_per_id": 1e-3}
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     path.write_text(json.dumps(raw))
     return path

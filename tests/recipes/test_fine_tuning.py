@@ -18,9 +18,14 @@ from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import MISSING_ID, Schema
 from dhen.data.synthetic import generate_click_log
 from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.runtime.topology import Topology
+from dhen.tables.placement.plan import Placement, TableShard
+from dhen.tables.sharded_tables import ShardedTables
+from dhen.training.saved import fine_tuning
 from dhen.training.saved.fine_tuning import frozen_and_new, start_from
 from dhen.training.saved.trained_model import TrainedModel
 from tests import SHARED_DATA
+from tests.ranks import run_ranks
 from tests.recipes.launch import TINY, run_script, summary
 
 SEED = 5
@@ -116,8 +121,7 @@ def train(data: Sequence[str], run: Path, *more: str, ranks: int = 1, stage: int
 
 
 def table_of(run: Path, feature: str) -> torch.Tensor:
-    trained = TrainedModel.open(run)
-    return trained.table(feature, 0, trained.config.embedding_dim)
+    return TrainedModel.open(run).table(feature)
 
 
 def keys_of(run: Path, feature: str) -> list[str]:
@@ -216,6 +220,42 @@ def test_a_feature_keeps_its_weights_and_hands_them_to_no_other(old_run, new_log
     others = [0, 2, 3, 4, 5]
     assert torch.equal(after[:, others], before[:, others])
     assert not after[:, 1].any()
+
+
+def vocabularies_read(topology: Topology, run: Path, prepared: Path) -> tuple[str, list[str], list[str], dict]:
+    """The report; the features whose vocabularies this rank reads for it, and for its shards; and these shards."""
+    read = []
+
+    def watched(old: Path, new: Path, feature: str) -> object:
+        read.append(feature)
+        return shared_ids(old, new, feature)
+
+    shared_ids, fine_tuning.shared_ids = fine_tuning.shared_ids, watched
+    start = start_from(TrainedModel.open(run), prepared, Schema.load(prepared), topology=topology)
+    of_report, read[:] = list(read), []
+    tables, dim = [table for table in start.config.tables if table.name in ("app", "city")], start.config.embedding_dim
+    shards = (TableShard(rank, of.name, of.num_embeddings, 0, dim, rank) for rank, of in enumerate(tables))
+    sharded = ShardedTables(tables, dim, Placement(tuple(shards), 2), topology, seed=None)
+    for _, tensors in sharded.shard_tensors():
+        tensors["weight"].zero_()
+    start.load_tables(sharded)
+    return start.report(), of_report, read, {shard.name: tensors for shard, tensors in sharded.shard_tensors()}
+
+
+def test_a_rank_reads_the_vocabularies_of_its_own_shards(old_run, new_log, tmp_path):
+    prepared = new_log.prepared(tmp_path)
+    start = start_from(TrainedModel.open(old_run), prepared, Schema.load(prepared))
+    first, second = run_ranks(2, vocabularies_read, old_run, prepared)
+    assert first[0] == second[0] == start.report()
+    assert sorted(first[1] + second[1]) == ["app", "city"], "the ranks share the counting out"
+    assert [sorted(rank[3]) for rank in (first, second)] == [first[2], second[2]] == [["city"], ["app"]]
+    for name, shard in (first[3] | second[3]).items():
+        rows, dim = shard["weight"].shape
+        columns, uses = torch.zeros(rows, dim - 1), torch.zeros(rows, dtype=torch.int32)
+        start.fill_table(name, columns, uses, slice(1, dim))
+        assert torch.equal(shard["weight"][:, 1:], columns)
+        assert torch.equal(shard["uses"], uses)
+        assert 15 < columns.any(1).sum() < rows - 15
 
 
 def test_another_pooling_and_transform_are_said(tmp_path):

@@ -4,13 +4,18 @@ import functools
 import json
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401 (registers the model)
+from dhen.data.loading.batches import BatchLoader
+from dhen.runtime.topology import Topology
+from dhen.training.saved.scoring import ScoringArguments, load_for_scoring
 from dhen.training.saved.trained_model import TrainedModel
 from tests import ROOT
+from tests.ranks import run_ranks
 from tests.recipes.launch import Finished, losses, run_script, summary
 
 STEPS, BATCH = 40, 24
@@ -214,6 +219,39 @@ def test_replicated_tables_start_from_a_trained_model(tmp_path, click_log, repli
         is_used = TrainedModel.open(replicated).uses(name) > 0
         weights = [state[f"tables.{name}.weight"][is_used] for state in (after, before)]
         torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
+
+
+def dtypes_in_scoring(topology: Topology, run: Path) -> set[torch.dtype]:
+    model, _ = load_for_scoring(ScoringArguments(model_name_or_path=str(run)), topology)
+    return {tensors["weight"].dtype for _, tensors in model.tables.shard_tensors()}
+
+
+def test_fp16_tables_are_exported_and_scored_as_fp16(tmp_path, click_log, costs_of_a_slow_machine):
+    """With replicated tables, which are fp32, and tables cut by columns."""
+    placement = {"replicate_below_rows": 60, "costs": str(costs_of_a_slow_machine), "tables": {"C3": [0, 1]}}
+    train(tmp_path, click_log, {"table_dtype": "fp16", "placement": placement})
+    replicated = json.loads((tmp_path / "placement.json").read_text())["replicated"]
+    trained = TrainedModel.open(tmp_path)
+    dtypes = {table.name: trained.table(table.name).dtype for table in trained.config.tables}
+    assert dtypes == {name: torch.float32 if name in replicated else torch.float16 for name in dtypes}
+    assert set(dtypes.values()) == {torch.float32, torch.float16}
+
+    model = AutoModel.from_pretrained(tmp_path / "model").eval()
+    assert {name: model.get_parameter(f"tables.{name}.weight").dtype for name in dtypes} == dtypes
+    assert model.dtype == torch.float32
+    (batch,) = BatchLoader(click_log, "test", batch_size=300).epoch(0)
+    with torch.no_grad():
+        expected = model(batch.sparse, batch.dense_BN).logits.sigmoid()
+    output = [f"--output={tmp_path / 'again.json'}", f"--output={tmp_path / 'scores.parquet'}"]
+    for script, to, ranks in zip(("evaluate.py", "predict.py"), output, (3, 2), strict=True):
+        done = run_script(script, f"--model_name_or_path={tmp_path}", to, ranks=ranks)
+        assert done.status == 0, done.output
+    again, tested = json.loads((tmp_path / "again.json").read_text()), summary(tmp_path)["test"]
+    assert again.pop("unseen") == tested.pop("unseen")
+    assert again == pytest.approx(tested, rel=1e-6)
+    assert run_ranks(1, dtypes_in_scoring, tmp_path) == [{torch.float16}]
+    predicted = pyarrow.parquet.read_table(tmp_path / "scores.parquet")["prediction"].to_numpy()
+    torch.testing.assert_close(torch.from_numpy(predicted.copy()), expected, rtol=1e-6, atol=0)
 
 
 def test_what_is_for_sharded_tables_alone_is_refused(tmp_path, click_log, costs_of_a_slow_machine):

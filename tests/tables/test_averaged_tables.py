@@ -86,7 +86,7 @@ def average_of_cut_tables(
             tables.end_step(0.9)
         save_tables(tables, folder, topology.rank)
     else:
-        load_tables(tables, folder)
+        load_tables(tables, folder, topology)
     with tables.averaged():
         return {(shard.name, shard.first_column): of["weight"].clone() for shard, of in tables.shard_tensors()}
 

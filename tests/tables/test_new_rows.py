@@ -71,7 +71,7 @@ def load_and_train(topology: Topology, folder: Path) -> dict[tuple[str, int], di
     tables = make_tables(topology, "adagrad", 0.0, "fp32", CUT, has_new_rows=True)
     tables.uses.counts.fill_(1)
     tables.mark_new_rows()  # so that only the checkpoint knows the new rows
-    load_tables(tables, folder)
+    load_tables(tables, folder, topology)
     return columns_of(tables)
 
 

@@ -248,7 +248,7 @@ def save_after_training(topology: Topology, folder, optimizer: str, cuts: dict[s
 
 def load_and_read(topology: Topology, folder, optimizer: str, cuts: dict[str, int] = WHOLE) -> dict:
     tables = make_tables(topology, optimizer, cuts)
-    load_tables(tables, folder)
+    load_tables(tables, folder, topology)
     return columns_of(tables)
 
 

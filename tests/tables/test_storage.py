@@ -1,17 +1,22 @@
 """Tables are written in pieces: the files are those of the safetensors library, and the host needs room for a piece."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dhen.model.configuration_dhen import SparseFeature
+from dhen.model.features import init_table
 from dhen.planner.live_memory import LiveMemory
 from dhen.runtime.topology import Topology
 from dhen.tables import row_uses, storage
 from dhen.tables.placement.costs import StepSetting, read_costs
-from dhen.tables.placement.plan import PlacementOptions, place_tables
+from dhen.tables.placement.plan import Placement, PlacementOptions, TableShard, place_tables
 from dhen.tables.sharded_tables import ShardedTables
 from dhen.tables.storage import InPieces, write_in_pieces
 from dhen.training.saved import trained_model
@@ -97,3 +102,68 @@ def test_the_host_needs_memory_for_a_piece_and_not_for_the_tables(tmp_path):
             assert torch.cat(sorted(parts, key=len), dim=1).shape == (ROWS, DIM)
     assert exported[0].keys() == exported[1].keys() == {f"tables.{table.name}.weight" for table in TABLES}
     assert all(torch.equal(weight, exported[1][key]) for key, weight in exported[0].items())
+
+
+CUTS = {"whole": [(0, 16, 1)], "halves": [(0, 8, 1), (8, 16, 0)], "thirds": [(0, 4, 0), (4, 12, 1), (12, 16, 0)]}
+"""First and last column and rank of each shard."""
+
+
+def bytes_of_export(topology: Topology, folder: Path, dtype: str) -> dict[str, tuple[int, int]]:
+    """By table: the bytes that this rank writes and sends."""
+    storage.PIECE_BYTES = PIECE
+    cuts = CUTS | ({"four": [(4 * rank, 4 * rank + 4, rank) for rank in range(4)]} if topology.world_size == 4 else {})
+    sent, written, found = [], [], {}
+    exchange, write_part = dist.batch_isend_irecv, storage.write_part
+
+    def counted_exchange(transfers: list[dist.P2POp]) -> list[dist.Work]:
+        sent.extend(of.tensor.nbytes for of in transfers if of.op is dist.isend)
+        return exchange(transfers)
+
+    def counted_write(path: Path, at: int, head: bytes, pieces: Iterable[torch.Tensor]) -> None:
+        kept = list(pieces)
+        written.extend([len(head), *(piece.nbytes for piece in kept)])
+        write_part(path, at, head, kept)
+
+    dist.batch_isend_irecv, storage.write_part, trained_model.write_part = counted_exchange, *[counted_write] * 2
+    for name, shards in cuts.items():
+        placed = (TableShard(0, name, ROWS + 1, *shard) for shard in sorted(shards, key=lambda shard: shard[2]))
+        placement = Placement(tuple(placed), topology.world_size)
+        feature = SparseFeature(name, ROWS + 1)
+        tables = ShardedTables([feature], DIM, placement, topology, table_dtype=dtype, init_std=1.0)
+        tables.uses.counts.fill_(1)
+        (folder / name).mkdir(exist_ok=True)
+        topology.barrier()
+        trained_model._write_tables(tables, folder / name, topology)
+        found[name] = sum(written), sum(sent)
+        written.clear()
+        sent.clear()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "fp32"), (4, "fp16")])
+def test_the_ranks_of_a_table_write_and_send_equal_parts_of_it(tmp_path, ranks, dtype):
+    by_rank = run_ranks(ranks, bytes_of_export, tmp_path, dtype)
+    of_row = DIM * (4 if dtype == "fp32" else 2)
+    for name in by_rank[0]:
+        (path,) = (tmp_path / name).iterdir()
+        assert path.name == ("model-tables-00001.safetensors" if name == "whole" else "model-table-00000.safetensors")
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+        weight = init_table(name, ROWS + 1, DIM, range(DIM), 0, 1.0).to(torch.float16 if dtype == "fp16" else None)
+        save_file({f"tables.{name}.weight": weight}, tmp_path / "expected", {"format": "pt"})
+        assert path.read_bytes() == (tmp_path / "expected").read_bytes(), "the file is that of one process"
+        written, sent = zip(*(of_rank[name] for of_rank in by_rank), strict=True)
+        assert sum(written) == path.stat().st_size, "no byte is written twice"
+        owners = [rank for rank in range(ranks) if written[rank]]
+        assert owners == {"whole": [1], "four": [0, 1, 2, 3]}.get(name, [0, 1])
+        assert max(written) - min(written[rank] for rank in owners) < of_row + 200, "the rows, and one of them the head"
+        # A rank keeps its own columns of the rows that it writes.
+        columns = {"whole": [0, 16], "halves": [8, 8], "thirds": [8, 8], "four": [4, 4, 4, 4]}[name]
+        for rank, width in enumerate(columns):
+            share = (len(owners) - 1) / len(owners)
+            assert abs(sent[rank] - (ROWS + 1) * of_row * width / DIM * share) <= of_row, (name, rank)
+
+
+def umask() -> int:
+    now = os.umask(0o77)
+    os.umask(now)
+    return now

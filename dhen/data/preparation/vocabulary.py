@@ -297,12 +297,36 @@ def load_vocabulary(folder: Path, feature: str) -> Vocabulary:
     return Vocabulary(table["key"], table["count"].to_numpy(), feature)
 
 
-def digest_of_keys(folder: Path, feature: str) -> str:
-    """A digest of the keys of a feature's vocabulary in the order of their ids, whatever their counts."""
+def digest_of_keys(folder: Path, feature: str, most: int | None = None) -> str:
+    """A digest of the keys of a feature's vocabulary in the order of their ids, whatever their counts.
+
+    most: only of this many, the first ones.
+    """
     digest = xxhash.xxh3_128()
     for batch in _batches(folder, feature):
-        digest.update(hash_texts(batch["key"], _SALT))
+        keys = batch["key"] if most is None else batch["key"][: max(0, most + 1 - batch["id"][0].as_py())]
+        digest.update(hash_texts(keys, _SALT))
     return digest.hexdigest()
+
+
+def shared_ids(old: Path, new: Path, feature: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The keys that two vocabularies share, batch by batch: their ids in the old one, ascending, and in the new one.
+
+    Reads both as streams. Meanwhile a key of the new one takes 24 bytes, or none if it begins with the old one, as a
+    union does.
+    """
+    digest = digest_of_keys(old, feature)
+    num_old = pyarrow.parquet.read_metadata(vocabulary_path(old, feature)).num_rows
+    if digest == digest_of_keys(new, feature, num_old):
+        for first in range(1, num_old + 1, _BATCH_KEYS):
+            ids = np.arange(first, min(first + _BATCH_KEYS, num_old + 1))
+            yield ids, ids
+        return
+    new_ids = KeyIds.of((batch["key"] for batch in _batches(new, feature)), feature)
+    for batch in _batches(old, feature):
+        ids = new_ids.ids(batch["key"])
+        is_shared = ids != MISSING_ID
+        yield batch["id"].to_numpy()[is_shared], ids[is_shared]
 
 
 def _batches(folder: Path, feature: str) -> Iterator[pa.RecordBatch]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dhen.config.dhen_section import DhenSection
+from dhen.config.dhen_section import DhenSection, TableDtype
 from dhen.config.ds_config import DsConfig, DsConfigError
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.collectives import rank_zeros
@@ -139,18 +139,31 @@ def place_for_training(
 
 def place_for_scoring(config: DhenConfig, topology: Topology) -> Placement:
     """Place tables that are only looked up. Communicates; all ranks call it. Raises PlacementError."""
-    section = DhenSection(table_optimizer="sgd")
+    section = DhenSection(table_optimizer="sgd", table_dtype=scored_dtype(config))
     setting = setting_of(section, topology.world_size, topology.local_size, _SCORING_BATCH)
     memory = _memory(topology)
 
     def place() -> Placement:
         try:
-            return place_as_asked(config, section, setting, costs=_costs_name(topology), memory=memory)
+            replicated = replicated_in_scoring(config)
+            costs = _costs_name(topology)
+            return place_as_asked(config, section, setting, costs=costs, memory=memory, replicated=replicated)
         except PlacementError as error:
-            solutions = "more ranks, or ranks with more memory. Scoring always uses fp32 tables."
+            solutions = "more ranks, or ranks with more memory. Scoring keeps the dtype of the exported tables."
             raise PlacementError(error.needs, solutions) from None
 
     return rank_zeros(topology, place)
+
+
+def scored_dtype(config: DhenConfig) -> TableDtype:
+    """The dtype of the sharded tables of an exported model."""
+    return "fp16" if any(table.dtype == "float16" for table in config.tables) else "fp32"
+
+
+def replicated_in_scoring(config: DhenConfig) -> list[str]:
+    """The fp32 tables beside fp16 ones: training replicated them, and all sharded tables have one dtype."""
+    is_fp16 = scored_dtype(config) == "fp16"
+    return [table.name for table in config.tables if is_fp16 and table.dtype == "float32"]
 
 
 def table_memory(config: DhenConfig, placement: Placement) -> tuple[int, int]:

@@ -198,7 +198,7 @@ def load_checkpoint(
             load_resharded(model, folder)
     _step_as_configured(model, options)
     if model.tables is not None:
-        load_tables(model.tables, folder)
+        load_tables(model.tables, folder, topology)
     if model.average is not None and (folder / _AVERAGE).is_file():
         model.average.load(load_file(folder / _AVERAGE))
     elif model.average is not None:  # the run that saved had none, so the tables start theirs here, too

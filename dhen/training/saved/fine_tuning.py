@@ -6,27 +6,31 @@ matched by name, and those that belong to a feature by the name of the feature. 
 start at 0. It still changes what attention, convolution, eq. 7's deep cross and norms over the features compute.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dhen.config.command_line import ArgumentError
-from dhen.data.preparation.vocabulary import load_vocabulary
+from dhen.data.preparation.vocabulary import shared_ids
 from dhen.data.schema import MISSING_ID, DenseColumn, Schema, SparseColumn
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.parts import frozen_parts, part_of
+from dhen.runtime.collectives import shared_out
+from dhen.runtime.topology import Topology
 from dhen.tables.sharded_tables import ShardedTables
 from dhen.training.saved.trained_model import TrainedModel
 
 Column = TypeVar("Column", SparseColumn, DenseColumn)
 FeatureNames = tuple[tuple[str, ...], tuple[str, ...]]
 """Names of the sparse and of the dense features, in order."""
+_ROWS_AT_ONCE = 1 << 16
+"""Rows of a trained table that are in host memory while they are copied."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class TableMatch:
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Everything that a run takes from a trained model."""
+    """Everything that a run takes from a trained model. prepared: the folder of the new data."""
 
     trained: TrainedModel
+    prepared: Path
     schema: Schema
     config: DhenConfig
     dense_weights: dict[str, Tensor]
@@ -57,29 +62,37 @@ class StartingPoint:
     dropped_features: tuple[str, ...]
     new_dense_weights: tuple[str, ...]
     dropped_dense_weights: tuple[str, ...]
-    _rows: dict[str, Tensor] = field(repr=False, default_factory=dict)
 
     def load_tables(self, tables: ShardedTables) -> None:
         """Copy the matching rows into this rank's shards. Does not communicate."""
         for shard, tensors in tables.shard_tensors():
-            self.fill_table(shard.name, tensors["weight"], shard.first_column, shard.last_column)
-            self.fill_uses(shard.name, tensors["uses"])
-
-    def fill_uses(self, name: str, uses: Tensor) -> None:
-        """Count the trained model's uses of the rows that are kept."""
-        self._copy_rows(name, lambda: self.trained.uses(name), uses)
+            columns = slice(shard.first_column, shard.last_column)
+            self.fill_table(shard.name, tensors["weight"], tensors["uses"], columns)
 
     def fill_table(
-        self, name: str, weight: Tensor, first_column: int | None = None, last_column: int | None = None
+        self, name: str, weight: Tensor | None = None, uses: Tensor | None = None, columns: slice = slice(None)
     ) -> None:
-        """Copy the matching rows into these columns of a table, by default all columns."""
-        self._copy_rows(name, lambda: self.trained.table(name, first_column, last_column), weight)
+        """Copy the matching rows into these columns of a table, and how often the trained model used them."""
+        for old, new in self._kept_rows(name):
+            rows = slice(int(old[0]), int(old[-1]) + 1)
+            if weight is not None:
+                weight[new.to(weight.device)] = self.trained.table(name, rows, columns)[old - rows.start].to(weight)
+            if uses is not None:
+                uses[new.to(uses.device)] = self.trained.uses(name, rows)[old - rows.start].to(uses)
 
-    def _copy_rows(self, name: str, read: Callable[[], Tensor], target: Tensor) -> None:
-        old_rows = self._rows.get(name)
-        if old_rows is not None:
-            is_kept = old_rows >= 0
-            target[is_kept.to(target.device)] = read()[old_rows[is_kept]].to(target)
+    def _kept_rows(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of the trained model's table that are kept, ascending, and where they go. In pieces, none empty."""
+        match = next(match for match in self.tables if match.feature == name)
+        encodings = {column.name: column.encoding for column in self.schema.sparse}
+        if match.rows_kept and encodings[name] == "vocabulary":
+            yield torch.tensor([MISSING_ID]), torch.tensor([MISSING_ID])
+            for old, new in shared_ids(self.trained.folder, self.prepared, name):
+                pieces = (torch.from_numpy(rows).split(_ROWS_AT_ONCE) for rows in (old, new))
+                yield from ((of_old, of_new) for of_old, of_new in zip(*pieces, strict=True) if len(of_old))
+        else:
+            for first in range(0, match.rows_kept, _ROWS_AT_ONCE):
+                rows = torch.arange(first, min(first + _ROWS_AT_ONCE, match.rows_kept))
+                yield rows, rows
 
     def report(self) -> str:
         """The counts of kept, new and dropped rows and weights, for the log."""
@@ -135,11 +148,16 @@ def _scale(column: DenseColumn) -> str:
 
 
 def start_from(
-    trained: TrainedModel, prepared: Path, schema: Schema, new_head: DhenArchitecture | None = None
+    trained: TrainedModel,
+    prepared: Path,
+    schema: Schema,
+    new_head: DhenArchitecture | None = None,
+    topology: Topology | None = None,
 ) -> StartingPoint:
-    """Match the trained model with the data in `prepared`. Does not communicate.
+    """Match the trained model with the data in `prepared`.
 
-    new_head: an architecture. The head then starts anew, with its head_mlp and head_inputs.
+    new_head: an architecture. The head then starts anew, with its head_mlp and head_inputs. topology: the ranks share
+    out the vocabularies. They communicate; all of them call it. Without it, this process reads all.
 
     Raises ArgumentError if the model has tables, but no row of them can be kept.
     """
@@ -153,17 +171,13 @@ def start_from(
     kept = match_dense_weights(before, trained.config, _names(old), config, _names(schema))
     if new_head:
         kept = {name: weight for name, weight in kept.items() if not name.startswith("head.")}
-    old_columns = {column.name: column for column in old.sparse}
-    matches, rows = [], {}
-    for column in sparse:
-        match, old_rows = _match_table(trained.folder, old_columns.get(column.name), prepared, column)
-        matches.append(match)
-        if old_rows is not None:
-            rows[column.name] = old_rows
+    match = partial(_match_table, trained, prepared)
+    matches = shared_out(sparse, match, topology) if topology else list(map(match, sparse))
     _check_any_kept(trained, matches)
     before_names, names = (sum(_names(of), ()) for of in (old, schema))
     return StartingPoint(
         trained=trained,
+        prepared=prepared,
         schema=schema,
         config=config,
         dense_weights=kept,
@@ -172,7 +186,6 @@ def start_from(
         dropped_features=tuple(name for name in before_names if name not in names),
         new_dense_weights=tuple(name for name in _dense_part(config).state_dict() if name not in kept),
         dropped_dense_weights=tuple(name for name in before if name not in kept),
-        _rows=rows,
     )
 
 
@@ -312,39 +325,28 @@ def _check_any_kept(trained: TrainedModel, matches: Sequence[TableMatch]) -> Non
     )
 
 
-def _match_table(
-    old_folder: Path, old: SparseColumn | None, new_folder: Path, new: SparseColumn
-) -> tuple[TableMatch, Tensor | None]:
-    """Match one table. Also returns, for each new row, the old row to copy or -1; None if no row matches."""
+def _match_table(trained: TrainedModel, prepared: Path, new: SparseColumn) -> TableMatch:
+    """How the table of a column of the new data matches the trained model's."""
     rows = new.num_embeddings
+    old = next((column for column in trained.schema.sparse if column.name == new.name), None)
     if old is None:
-        return TableMatch(new.name, rows, 0, 0, "new feature"), None
+        return TableMatch(new.name, rows, 0, 0, "new feature")
     if old.encoding != new.encoding:
         how = f"encoding was {old.encoding}, is now {new.encoding}"
-        return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
+        return TableMatch(new.name, rows, 0, old.num_embeddings, how)
     pooling = "" if old.pooling == new.pooling else f"; pooling was {old.pooling}, is now {new.pooling}"
     if old.encoding == "bins":
         if old.edges != new.edges:
             changed = (
                 "the bins have other edges" if old.bins == new.bins else f"bins were {old.bins}, are now {new.bins}"
             )
-            return TableMatch(new.name, rows, 0, old.num_embeddings, changed), None
-        return TableMatch(new.name, rows, rows, 0, f"same bins{pooling}"), torch.arange(rows)
+            return TableMatch(new.name, rows, 0, old.num_embeddings, changed)
+        return TableMatch(new.name, rows, rows, 0, f"same bins{pooling}")
     if old.encoding == "hash":
         if old.num_embeddings != rows:
             how = f"hash size was {old.num_embeddings:,}, is now {rows:,}"
-            return TableMatch(new.name, rows, 0, old.num_embeddings, how), None
-        return TableMatch(new.name, rows, rows, 0, f"same hash{pooling}"), torch.arange(rows)
-    old_rows = _rows_by_key(old_folder, new_folder, new.name, rows)
-    kept = int((old_rows >= 0).sum())
+            return TableMatch(new.name, rows, 0, old.num_embeddings, how)
+        return TableMatch(new.name, rows, rows, 0, f"same hash{pooling}")
+    kept = 1 + sum(len(ids) for ids, _ in shared_ids(trained.folder, prepared, new.name))  # row 0 is everyone's
     how = "by key" if kept > 1 else "the trained model knows none of its keys"
-    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, f"{how}{pooling}"), old_rows
-
-
-def _rows_by_key(old_folder: Path, new_folder: Path, feature: str, rows: int) -> Tensor:
-    keys = load_vocabulary(new_folder, feature).keys
-    old_ids = load_vocabulary(old_folder, feature).ids(keys)
-    old_rows = np.full(rows, -1, dtype=np.int64)
-    old_rows[MISSING_ID] = MISSING_ID
-    old_rows[1 : len(keys) + 1] = np.where(old_ids == MISSING_ID, -1, old_ids)
-    return torch.from_numpy(old_rows)
+    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, f"{how}{pooling}")

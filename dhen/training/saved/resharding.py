@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -63,19 +64,25 @@ def _load_the_rest(model: ParallelDhen, checkpoint: Path) -> None:
     """Load the buffers (running statistics of batch norms) and the frozen weights, which DeepSpeed's loader skips."""
     files, module = checkpoint.glob("*mp_rank_00_model_states.pt"), model.engine.module
     files = sorted(files, key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])  # by rank
-    first, *others = (torch.load(file, map_location="cpu", weights_only=False) for file in files)
+    first = _load(files[0])
     for name, buffer in module.named_buffers():
         if name in first["module"]:  # other buffers are constants
             buffer.copy_(first["module"][name])
-    for name, weight in module.named_parameters():
-        if weight.requires_grad:
-            continue
-        is_sharded, saved = hasattr(weight, "ds_id"), first["module"].get(name)
-        if is_sharded:
-            shards = [of_rank["frozen_param_fragments"][name] for of_rank in (first, *others)]
-            saved = torch.cat(shards)[: weight.ds_numel].view(weight.ds_shape)
+    frozen = {name: weight for name, weight in module.named_parameters() if not weight.requires_grad}
+    is_sharded = any(hasattr(weight, "ds_id") for weight in frozen.values())
+    is_writer = not is_sharded or model.topology.rank % model.shard_size == 0
+    by_rank = [first, *map(_load, files[1:])] if is_sharded and is_writer else [first]
+    for name, weight in frozen.items():
         with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0, enabled=is_sharded):
-            weight.copy_(saved)
+            if is_sharded and is_writer:
+                shards = [of_rank["frozen_param_fragments"][name] for of_rank in by_rank]
+                weight.copy_(torch.cat(shards)[: weight.ds_numel].view(weight.ds_shape))
+            elif is_writer:
+                weight.copy_(first["module"][name])
+
+
+def _load(file: Path) -> dict[str, Any]:
+    return torch.load(file, map_location="cpu", weights_only=False)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from dhen.data.preparation.settings import PreparationSettings, as_tuple
 from dhen.data.preparation.sources import format_of
 from dhen.model.configuration_dhen import option
 from dhen.runtime.topology import Topology
+from dhen.tables.placement.agreed import replicated_in_scoring
 from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
 from dhen.training.parallel_model import ScoringDhen
 from dhen.training.parallelize import parallelize_for_scoring
@@ -119,9 +120,11 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
         schema=schema,
         lanes=topology.world_size,
     )
-    model = parallelize_for_scoring(trained.config, topology, trained.dense_weights())
+    replicated = {f"tables.{name}.weight": trained.table(name) for name in replicated_in_scoring(trained.config)}
+    model = parallelize_for_scoring(trained.config, topology, trained.dense_weights() | replicated)
     if model.tables is not None:
         trained.load_tables(model.tables)
+    model.replicated.load_uses({table.name: trained.uses(table.name) for table in model.replicated.tables})
     return model, loader
 
 

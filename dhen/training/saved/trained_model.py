@@ -3,19 +3,20 @@
 The folder holds config.json, safetensors files with an index, the data's schema.json and vocabulary/, and a model card.
 row-uses-<rank>.safetensors say how often training used each row of the tables; a row that it never used is the mean of
 the others, weighted by these counts.
-Each rank writes its own tables, and a table that is sharded by columns is assembled on one of its ranks. This is done a
-few rows at a time, so no rank needs memory for all tables. Transformers can load the folder:
-`AutoModel.from_pretrained(folder)`.
+Each rank writes its own tables. The ranks of a table that is sharded by columns exchange columns, and each writes a
+stretch of its rows into one file. This is done a few rows at a time, so no rank needs memory for all tables. A table
+keeps its dtype. Transformers can load the folder: `AutoModel.from_pretrained(folder)`.
 """
 
+import copy
 import itertools
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,12 @@ from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.paths import find, looked_in
+from dhen.runtime.collectives import from_all
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.row_uses import fill_unused
 from dhen.tables.sharded_tables import ShardedTables
-from dhen.tables.storage import InPieces, rows_at_once, write_in_pieces
+from dhen.tables.storage import InPieces, head_of_file, rows_at_once, write_in_pieces, write_part
 from dhen.training.parallel_model import ParallelDhen
 
 MODEL_FOLDER = "model"
@@ -42,6 +44,33 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TABLES, _USES = "tables.", "row-uses"
 _METADATA = {"format": "pt"}
+
+
+class _Written(NamedTuple):
+    """A tensor of the exported model."""
+
+    file: str
+    dtype: torch.dtype
+    nbytes: int
+
+
+class _OwnShard(NamedTuple):
+    """A shard of this rank."""
+
+    weight: Tensor
+    uses: Tensor
+    mean: Tensor
+
+    def exported(self, rows: range) -> Tensor:
+        """Rows as they are exported: those that training never used are the mean of the others."""
+        here = slice(rows.start, rows.stop)
+        copy_of_rows = self.weight[here].detach().clone(memory_format=torch.contiguous_format)
+        return fill_unused(copy_of_rows, self.uses[here], self.mean)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All rows, a few at a time."""
+        rows, step = range(len(self.weight)), rows_at_once(self.weight.shape, self.weight.itemsize)
+        return (self.exported(rows[first : first + step]) for first in rows[::step])
 
 
 @dataclass(frozen=True)
@@ -86,20 +115,18 @@ class TrainedModel:
         """All weights of the dense part, by name."""
         return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
 
-    def table(self, feature: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
-        """Columns [first, last) of a feature's table, by default all. Shape (rows, columns)."""
-        return self._read(f"{_TABLES}{feature}.weight", first_column, last_column)
+    def table(self, feature: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
+        """Some rows and columns of a feature's table, by default all."""
+        return self._read(f"{_TABLES}{feature}.weight", (rows, columns))
 
-    def _read(self, name: str, first_column: int | None = None, last_column: int | None = None) -> Tensor:
+    def _read(self, name: str, part: Any = ...) -> Tensor:
         with safe_open(self.folder / self._files[name], framework="pt") as file:
-            if first_column is None:
-                return file.get_tensor(name)
-            return file.get_slice(name)[:, first_column:last_column]
+            return file.get_slice(name)[part]
 
     def load_tables(self, tables: ShardedTables) -> None:
         """Load this rank's shards. Does not communicate."""
         for shard, tensors in tables.shard_tensors():
-            tensors["weight"].copy_(self.table(shard.name, shard.first_column, shard.last_column))
+            tensors["weight"].copy_(self.table(shard.name, columns=slice(shard.first_column, shard.last_column)))
             tensors["uses"].copy_(self.uses(shard.name))
 
     @cached_property
@@ -111,15 +138,15 @@ class TrainedModel:
                 files |= dict.fromkeys(file.keys(), path)
         return files
 
-    def uses(self, feature: str) -> Tensor:
-        """How often training used each row of a feature's table, int32. Raises FileNotFoundError."""
+    def uses(self, feature: str, rows: slice = slice(None)) -> Tensor:
+        """How often training used each of these rows of a feature's table, int32. Raises FileNotFoundError."""
         if feature not in self._uses_files:
             raise FileNotFoundError(
                 f"{self.folder}: no file {_USES}-*.safetensors says which rows of {feature!r} training used. Copy it "
                 "from the model that this one was made of, or train the model again."
             )
         with safe_open(self._uses_files[feature], framework="pt") as file:
-            return file.get_tensor(feature)
+            return file.get_slice(feature)[rows]
 
 
 def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str, scale: float) -> None:
@@ -134,6 +161,11 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     topology.barrier()
+    if strangers := [rank for rank, sees in enumerate(from_all(draft.is_dir(), topology)) if not sees]:
+        raise FileNotFoundError(
+            f"{draft}: rank 0 made this folder, but the ranks {strangers} do not see it. Set output_dir to a folder "
+            "that all nodes share."
+        )
     written = _write_tables(model.tables, draft, topology) if model.tables is not None else {}
     dense = model.dense_state_dict()
     _write_uses(model, draft)
@@ -141,13 +173,12 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
         for name in ("weight", "bias"):
             dense[f"head.{len(model.engine.module.head) - 1}.{name}"] *= scale
         save_file(dense, draft / "model-dense.safetensors", metadata=_METADATA)
-        written |= {name: ("model-dense.safetensors", tensor.nbytes) for name, tensor in dense.items()}
-    everyone: list[dict[str, tuple[str, int]]] = [{} for _ in range(topology.world_size)]
-    dist.all_gather_object(everyone, written, group=topology.world)
+        written |= {name: _Written("model-dense.safetensors", of.dtype, of.nbytes) for name, of in dense.items()}
+    by_rank = from_all(written, topology)
     if topology.is_main:
-        _write_index({name: entry for of_rank in everyone for name, entry in of_rank.items()}, draft)
-        model.config.architectures = ["DhenForClickPrediction"]
-        model.config.save_pretrained(draft)
+        written = {name: tensor for of_rank in by_rank for name, tensor in of_rank.items()}
+        _write_index(written, draft)
+        _exported_config(model.config, written).save_pretrained(draft)
         schema.save(draft)
         if (prepared / VOCABULARY_FOLDER).is_dir():
             shutil.copytree(prepared / VOCABULARY_FOLDER, draft / VOCABULARY_FOLDER)
@@ -161,29 +192,90 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     topology.barrier()
 
 
-def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> dict[str, tuple[str, int]]:
-    """Write each table on the rank that holds its first columns. Communicates if tables are sharded by columns.
+def _exported_config(config: DhenConfig, written: Mapping[str, _Written]) -> DhenConfig:
+    """The config, with the dtypes of the tables that are not float32."""
+    config = copy.copy(config)
+    config.architectures = ["DhenForClickPrediction"]
+    config.sparse_features = [
+        entry | ({"dtype": "float16"} if written[f"{_TABLES}{entry['name']}.weight"].dtype == torch.float16 else {})
+        for entry in config.sparse_features
+    ]
+    return config
 
-    Returns the tensors that this rank wrote: name -> (file, bytes).
+
+def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> dict[str, _Written]:
+    """Write the tables: those that are cut by columns together with other ranks. Communicates; all ranks call it.
+
+    Returns the tensors of the files that this rank began, by name.
     """
     of_shards = zip(tables.shard_tensors(), tables.means(), strict=True)
-    own = {shard: (tensors["weight"], tensors["uses"], mean) for (shard, tensors), mean in of_shards}
-    files = {f"model-tables-{topology.rank:05d}.safetensors": [[shard] for shard in own if not _is_cut(shard, tables)]}
-    files |= {f"model-table-{shards[0].table:05d}.safetensors": [shards] for shards in _cut_tables(tables)}
+    own = {shard: _OwnShard(tensors["weight"], tensors["uses"], mean) for (shard, tensors), mean in of_shards}
     written = {}
-    for name, by_table in files.items():
-        whole = {
-            f"{_TABLES}{shards[0].name}.weight": InPieces(
-                torch.float32, (shards[0].num_embeddings, tables.embedding_dim), _joined(own, shards, topology)
-            )
-            for shards in by_table
-        }
-        if by_table and topology.rank == by_table[0][0].rank:
-            write_in_pieces(folder / name, whole, _METADATA)
-            written |= {key: (name, 4 * math.prod(tensor.shape)) for key, tensor in whole.items()}
-        for tensor in whole.values():
-            list(tensor.pieces)  # sends this rank's part of a table that another rank writes
+    for shards in _cut_tables(tables):
+        if any(shard in own for shard in shards):
+            written |= _write_together(own, shards, folder / f"model-table-{shards[0].table:05d}.safetensors", topology)
+    whole = {}
+    for shard, of_shard in own.items():
+        if not _is_cut(shard, tables):
+            weight = of_shard.weight
+            whole[f"{_TABLES}{shard.name}.weight"] = InPieces(weight.dtype, weight.shape, of_shard.pieces())
+    if whole:
+        name = f"model-tables-{topology.rank:05d}.safetensors"
+        write_in_pieces(folder / name, whole, _METADATA)
+        written |= {key: _Written(name, table.dtype, table.nbytes) for key, table in whole.items()}
     return written
+
+
+def _write_together(
+    own: Mapping[TableShard, _OwnShard], shards: list[TableShard], path: Path, topology: Topology
+) -> dict[str, _Written]:
+    """Write a table that is cut by columns: each of its ranks as many of its rows, which lie side by side in the file.
+
+    A rank's own columns would be a few bytes of each row. Communicates among the table's ranks, which all call it.
+    """
+    ranks, rows = list(dict.fromkeys(shard.rank for shard in shards)), range(shards[0].num_embeddings)
+    bounds = [len(rows) * index // len(ranks) for index in range(len(ranks) + 1)]
+    stretches = {rank: rows[slice(*ends)] for rank, ends in zip(ranks, itertools.pairwise(bounds), strict=True)}
+    dtype = next(own[shard].weight.dtype for shard in shards if shard in own)
+    name = f"{_TABLES}{shards[0].name}.weight"
+    table = InPieces(dtype, (len(rows), shards[-1].last_column), _exchanged_rows(own, shards, stretches, topology))
+    head, _ = head_of_file({name: table}, _METADATA)
+    if topology.rank == ranks[0]:
+        write_part(path, 0, head, table.pieces)
+        return {name: _Written(path.name, dtype, table.nbytes)}
+    bytes_before = table.nbytes // len(rows) * stretches[topology.rank].start
+    write_part(path, len(head) + bytes_before, b"", table.pieces)
+    return {}
+
+
+def _exchanged_rows(
+    own: Mapping[TableShard, _OwnShard],
+    shards: list[TableShard],
+    stretches: Mapping[int, range],
+    topology: Topology,
+) -> Iterator[Tensor]:
+    """This rank's stretch of the rows, as they are exported, piece by piece, while the other ranks make theirs.
+
+    stretches: by rank. Communicates among these ranks, which all iterate.
+    """
+    dtype = next(own[shard].weight.dtype for shard in shards if shard in own)
+    step = rows_at_once((1, shards[-1].last_column), dtype.itemsize)
+    for first in range(0, max(map(len, stretches.values())), step):
+        columns, transfers = [], []
+        for shard, (rank, stretch) in itertools.product(shards, stretches.items()):
+            rows, is_here = stretch[first : first + step], rank == topology.rank
+            if shard in own:
+                part = own[shard].exported(rows)
+                if not is_here:
+                    transfers.append(dist.P2POp(dist.isend, part, rank, topology.world))
+            elif is_here:
+                part = torch.empty(len(rows), shard.num_columns, dtype=dtype, device=topology.device)
+                transfers.append(dist.P2POp(dist.irecv, part, shard.rank, topology.world))
+            if is_here:
+                columns.append(part)
+        for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
+            transfer.wait()
+        yield torch.cat(columns, dim=1)
 
 
 def _write_uses(model: ParallelDhen, folder: Path) -> None:
@@ -210,42 +302,15 @@ def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
     return [list(shards) for _, shards in itertools.groupby(in_order, key=lambda shard: shard.table)]
 
 
-def _joined(
-    own: Mapping[TableShard, tuple[Tensor, Tensor, Tensor]], shards: list[TableShard], topology: Topology
-) -> Iterator[Tensor]:
-    """A table's rows as they are exported, float32, piece by piece, on the rank that holds its first columns.
-
-    own: weight, uses and mean row of this rank's shards. shards: of the table. Communicates among their ranks; all
-    ranks may iterate, and those that do not hold the first columns get nothing.
-    """
-    owner, rows = shards[0].rank, shards[0].num_embeddings
-    step = rows_at_once((rows, sum(shard.num_columns for shard in shards)))
-    for first in range(0, rows, step):
-        here = slice(first, min(first + step, rows))
-        parts = []
-        for shard in shards:
-            if shard in own:
-                weight, uses, mean = own[shard]
-                part = weight[here].detach().to(torch.float32, copy=True).contiguous()
-                parts.append(fill_unused(part, uses[here], mean))
-                if topology.rank != owner:
-                    dist.send(parts[-1], owner, group=topology.world)
-            elif topology.rank == owner:
-                parts.append(torch.empty(here.stop - first, shard.num_columns, device=topology.device))
-                dist.recv(parts[-1], shard.rank, group=topology.world)
-        if topology.rank == owner:
-            yield torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-
 def _check_version(index: Path) -> None:
     """Raise ValueError for another format. A single file, which `save_pretrained` writes, says no version."""
     metadata = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}) if index.is_file() else {}
     check_format_version(index, metadata, FORMAT_VERSION, "train the model again")
 
 
-def _write_index(entries: dict[str, tuple[str, int]], folder: Path) -> None:
+def _write_index(written: Mapping[str, _Written], folder: Path) -> None:
     index = {
-        "metadata": {"total_size": sum(size for _, size in entries.values()), VERSION_KEY: FORMAT_VERSION},
-        "weight_map": {name: file for name, (file, _) in sorted(entries.items())},
+        "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: FORMAT_VERSION},
+        "weight_map": {name: of.file for name, of in sorted(written.items())},
     }
     (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from dhen.data.preparation.vocabulary import (
     digest_of_keys,
     load_vocabulary,
     save_key_ids,
+    shared_ids,
 )
 from tests.data.preparation import reference_preparation as reference
 from tools.bench.preparation import measure, vocabulary
@@ -119,6 +120,23 @@ def test_other_keys_have_another_digest(tmp_path):
         Vocabulary(pa.array(keys, pa.string()), np.ones(len(keys), np.int64)).save(tmp_path, "C1")
         digests.add(digest_of_keys(tmp_path, "C1"))
     assert len(digests) == 5
+
+
+@pytest.mark.parametrize("new", [["c", "a", "x", "e", "y"], ["a", "b", "c", "d", "e", "new"], ["x"], [], ["a", "b"]])
+@pytest.mark.parametrize("old", [["a", "b", "c", "d", "e"], []])
+def test_shared_keys_have_an_id_in_both(tmp_path, monkeypatch, old, new):
+    monkeypatch.setattr(module, "_BATCH_KEYS", 2)
+    folders = {tmp_path / "old": old, tmp_path / "new": new}
+    for folder, keys in folders.items():
+        folder.mkdir()
+        Vocabulary(pa.array(keys, pa.string()), np.ones(len(keys), np.int64)).save(folder, "C1")
+    with monkeypatch.context() as patch:
+        if old == new[: len(old)]:  # a union
+            patch.setattr(KeyIds, "of", None)
+        batches = list(shared_ids(*folders, "C1"))
+    ids = [pair for batch in batches for pair in zip(*(of.tolist() for of in batch), strict=True)]
+    assert ids == [(old.index(key) + 1, new.index(key) + 1) for key in old if key in new]
+    assert all(len(of_old) <= 2 for of_old, _ in batches)
 
 
 def test_two_keys_of_one_hash_are_refused(monkeypatch):
