@@ -222,12 +222,9 @@ def _checked(kind: Any, values: Any, where: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        *above, key = error.errors()[0]["loc"] or [""]
-        if error.errors()[0]["type"] == "unexpected_keyword_argument":
-            kind = _KINDS[above[0]] if above else kind
-            place = ".".join(map(str, above)) + ": " * bool(above)
-            raise ValueError(f"{where}: {place}{unknown_name('key', key, kind.__dataclass_fields__)}") from error
-        raise ValueError(f"{where}: {first_mistake(error)}") from error
+        place = error.errors()[0]["loc"]
+        kind = _KINDS.get(place[0], kind) if place[1:] else kind
+        raise ValueError(f"{where}: {first_mistake(error, known=kind.__dataclass_fields__)}") from error
 
 
 class Outcome(NamedTuple):
