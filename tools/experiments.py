@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from dhen.model.names import check_names, first_mistake, unknown_name
+from dhen.model.names import first_mistake, unknown_name
 from dhen.model.ranges import Count
 from dhen.yaml_files import read_yaml
 
@@ -27,8 +27,6 @@ MEASURED_FILE = "measured.json"
 ROWS_VERSION = 1
 """Of the rows that tools/later_rows.py writes."""
 _Figure = Annotated[float, Field(strict=True)] | None
-Metric = Literal["auc", "ne", "logloss", "calibration", "ne_over_best"]
-"""ne_over_best: NE divided by the best possible NE, which generated data knows."""
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -41,23 +39,6 @@ class Quoted:
     ne: _Figure = None
     logloss: _Figure = None
     calibration: _Figure = None
-
-
-@checked_dataclass(frozen=True, config=_STRICT)
-class Bar:
-    """A bound that an entry's mean over its seeds must keep on the test split, and a goal beyond it."""
-
-    entry: str
-    metric: Metric
-    at_least: _Figure = None
-    at_most: _Figure = None
-    goal: _Figure = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError, which names the keys."""
-        bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
-        if not bounds or (self.goal is not None and len(bounds) > 1):
-            raise ValueError("a bar has at_least, at_most or both, and a goal only beside one of them. Change its keys")
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -82,18 +63,18 @@ class Entry:
     against: list[str] = field(default_factory=list)
 
 
-_KINDS = {"published": Quoted, "peers": Quoted, "bars": Bar, "entries": Entry}
+_KINDS = {"published": Quoted, "peers": Quoted, "entries": Entry}
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Experiment:
     """A file in recipes/experiments.
 
-    title, data: for the report. config: the recipe's YAML. seeds: runs per entry. arguments: override the recipe in all
-    entries. published, peers: rows that are quoted and never run. The first entry is the one that others are compared
-    with. paper_points: the points of training that the paper's table reports; the report then has its layout. rows: a
-    data set of tools/later_rows.py, whose folder the arguments name as {rows}. nodes: how many of tools/cluster.py, of
-    two ranks each; the runs are measured by tools/measured_train.py.
+    title, data, goals: for the report. config: the recipe's YAML. seeds: runs per entry. arguments: override the recipe
+    in all entries. published, peers: rows that are quoted and never run. The first entry is the one that others are
+    compared with. paper_points: the points of training that the paper's table reports; the report then has its layout.
+    rows: a data set of tools/later_rows.py, whose folder the arguments name as {rows}. nodes: how many of
+    tools/cluster.py, of two ranks each; the runs are measured by tools/measured_train.py.
     """
 
     title: _Text
@@ -105,7 +86,7 @@ class Experiment:
     arguments: dict[str, Any] = field(default_factory=dict)
     published: list[Quoted] = field(default_factory=list)
     peers: list[Quoted] = field(default_factory=list)
-    bars: list[Bar] = field(default_factory=list)
+    goals: _Text | None = None
     paper_points: list[_Text] = field(default_factory=list)
     rows: str | None = None
     nodes: Count | None = None
@@ -119,7 +100,6 @@ class Experiment:
             if entry.paper and len(entry.paper) != len(self.paper_points):
                 counts = f"{len(entry.paper)} figures for {len(self.paper_points)} paper_points"
                 raise ValueError(f"entry {entry.name}: paper has {counts}. Use one for each.")
-        check_names("entry of a bar", [bar.entry for bar in self.bars], names)
         for number, entry in enumerate(self.entries):
             trained = [each.name for each in self.entries[:number] if each.starts_from is None]
             others = [("entry in against", name, names) for name in entry.against]
@@ -205,7 +185,7 @@ class Result:
     measured: dict[str, float] = field(default_factory=dict)
 
     def metric(self, name: str, split: str = "test") -> _Figure:
-        """A metric of a split, None if it does not exist."""
+        """A metric of a split, None if it does not exist. ne_over_best: NE divided by the best possible NE."""
         values = getattr(self, split)
         if name == "ne_over_best":
             ne, best = values.get("ne"), values.get("best_possible_ne")
@@ -242,12 +222,9 @@ def _checked(kind: Any, values: Any, where: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        *above, key = error.errors()[0]["loc"] or [""]
-        if error.errors()[0]["type"] == "unexpected_keyword_argument":
-            kind = _KINDS[above[0]] if above else kind
-            place = ".".join(map(str, above)) + ": " * bool(above)
-            raise ValueError(f"{where}: {place}{unknown_name('key', key, kind.__dataclass_fields__)}") from error
-        raise ValueError(f"{where}: {first_mistake(error)}") from error
+        place = error.errors()[0]["loc"]
+        kind = _KINDS.get(place[0], kind) if place[1:] else kind
+        raise ValueError(f"{where}: {first_mistake(error, known=kind.__dataclass_fields__)}") from error
 
 
 class Outcome(NamedTuple):

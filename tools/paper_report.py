@@ -1,6 +1,5 @@
 """The report of the experiments' results, recipes/RESULTS.md, and the statistics over seeds in it."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,7 +63,8 @@ def _section(name: str, experiment: Experiment, outcome: Outcome) -> Iterator[st
     else:
         yield from _table(experiment, outcome)
         yield from _differences(experiment, outcome)
-    yield from _bars(experiment, outcome)
+    if experiment.goals:
+        yield f"\nGoals: {experiment.goals}."
     yield from _remarks(experiment, outcome)
 
 
@@ -112,37 +112,6 @@ def _differences(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
         if count:
             found = [difference(runs[one.name], runs[other.name], key) for key in ("auc", "ne", "logloss")]
             yield row([one.title, other.title, str(count), *(signed(each, 5) for each in found)])
-
-
-def margin(value: float, at_least: float | None, at_most: float | None) -> float:
-    """How far a value is on the right side of the nearest bound; negative on the wrong side."""
-    low = math.inf if at_least is None else value - at_least
-    return min(low, math.inf if at_most is None else at_most - value)
-
-
-def _bars(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
-    """A line for each bar: met or not, and by how much."""
-    entries = {entry.name: entry for entry in experiment.entries}
-    if experiment.bars:
-        yield "\nBars, on the mean over the seeds:\n"
-    for bar in experiment.bars:
-        bounds = {"at least": bar.at_least, "at most": bar.at_most}
-        wanted = " and ".join(f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None)
-        goal = "" if bar.goal is None else f" (goal {bar.goal:g})"
-        found = over_seeds([run.metric(bar.metric) for run in outcome.by_entry[bar.entry].values()])
-        progress = _progress(experiment, entries[bar.entry], outcome)
-        verdict = "no such figure" if outcome.by_entry[bar.entry] else progress
-        if found:
-            verdict = _verdict("", margin(found.mean, bar.at_least, bar.at_most))
-            if goal:
-                beyond = margin(found.mean, bar.at_least and bar.goal, bar.at_most and bar.goal)
-                verdict += _verdict(", the goal ", beyond)
-            verdict = f"{found.mean:.5f}, {verdict if progress.isdecimal() else f'{progress} seeds, so far {verdict}'}"
-        yield f"- {entries[bar.entry].title}, {_COLUMNS[bar.metric]} {wanted}{goal}: {verdict}"
-
-
-def _verdict(what: str, by: float) -> str:
-    return f"{what}{'met' if by >= 0 else 'not met'} by {abs(by):.5f}"
 
 
 def _remarks(experiment: Experiment, outcome: Outcome) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
     python tools/plan.py --config recipes/configs/criteo.yaml --nodes 32 --gpus_per_node 8 --gpu a100-40gb
     python tools/plan.py --config recipes/configs/criteo.yaml --gpu my_machine.yaml --depths 4 8 --write plans \\
-        --plot figure6.png --embedding_dim 128 --num_embeddings_out 100
+        --embedding_dim 128 --num_embeddings_out 100
 
 For each depth and set of techniques, the tool predicts a rank's peak memory and the job's samples/s. The plan is the
 fastest set that fits. The tool builds and runs nothing.
@@ -37,10 +37,9 @@ from dhen.planner.technique import Scheme, Technique
 from dhen.training.dataset import is_prepared
 from dhen.training.reporting.run_folder import write_json
 from dhen.training.saved.fine_tuning import config_for
-from tools.bench.report import draw_over_depth, print_table
+from tools.bench.report import print_table
 
 BY_DEPTH_FILE = "by_depth.json"
-FIGURE_SCHEMES: dict[Scheme, str] = {"dp": "DP", "zero3": "FSDP (zero3)", "hsdp": "HSDP"}
 _CRITEO = (13, 26)
 
 
@@ -72,8 +71,6 @@ def main(command_line: Sequence[str] | None = None) -> int:
             write_json(arguments.json, as_json(planned, job))
         if arguments.write:
             write_ds_configs(planned, arguments.write)
-        if arguments.plot:
-            plot(planned, job, arguments.plot)
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 1
@@ -104,7 +101,6 @@ def parse_command_line(command_line: Sequence[str] | None = None) -> tuple[argpa
     add("--num_sparse_features", type=_count, metavar="N", help="default: the prepared data's, or 26")
     add("--rows_per_table", type=_positive, metavar="N", help="default: the prepared data's, or hash_size")
     add("--write", type=Path, metavar="FOLDER", help=f"write a ds_config per depth, and {BY_DEPTH_FILE} for all")
-    add("--plot", type=Path, metavar="FILE", help="draw samples/s over depth, as the paper's figure 6")
     add("--json", type=Path, metavar="FILE", help="write all predictions as JSON")
     return parser.parse_known_args(command_line)
 
@@ -263,34 +259,6 @@ def write_ds_configs(planned: Sequence[PlannedDepth], folder: Path) -> None:
         write_json(folder / file, ds_configs[depth])
     write_json(folder / BY_DEPTH_FILE, by_depth(ds_configs))
     print(f"{folder} has {BY_DEPTH_FILE} for all depths, {', '.join(files.values())}")
-
-
-def plot(planned: Sequence[PlannedDepth], job: Job, path: Path) -> None:
-    """Draw predicted samples/s over depth, as the paper's figure 6."""
-    from matplotlib.figure import Figure
-
-    planned = sorted(planned, key=lambda each: each.depth)
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.add_subplot()
-    for scheme, label in FIGURE_SCHEMES.items():
-        predictions = [(each.depth, each.plain[scheme]) for each in planned if scheme in each.plain]
-        if predictions:
-            points = [(depth, of.samples_per_second if of.fits else None) for depth, of in predictions]
-            draw_over_depth(axes, points, label)
-    chosen = [(each.depth, each.chosen.samples_per_second) for each in planned if each.chosen]
-    if chosen:
-        axes.plot(*zip(*chosen, strict=True), "--", color="black", linewidth=1, label="minimum set")
-    axes.set(xlabel="DHEN layers", ylabel="samples/s, predicted", yscale="log")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([each.depth for each in planned], labels=[str(each.depth) for each in planned])
-    axes.set_title(
-        f"{job.nodes} x {job.machine.ranks_per_node}: {job.machine.name}\nx: the next depth is out of memory",
-        fontsize=10,
-    )
-    axes.legend()
-    axes.grid(alpha=0.25)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

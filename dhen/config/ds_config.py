@@ -5,6 +5,7 @@ DeepSpeed ignores unknown top-level keys and does not resolve "auto", so this fi
 model (sizes of buckets and of prefetching) may be "auto", too, and stays so until the model is known.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from dhen.config.dhen_section import DhenSection, PlacementSection, TableOptimiz
 from dhen.config.known_faults import known_faults
 from dhen.config.optimizer_section import check_optimizer
 from dhen.config.zero_sizes import SIZE_KEYS, with_sizes
-from dhen.model.names import quoted, unknown_name
+from dhen.model.names import first_mistake, quoted, unique_keys
 from dhen.paths import find, looked_in
 
 SECTION = "dhen"
@@ -191,14 +192,14 @@ def _take_rungs(path: str, raw: dict[str, Any]) -> list[tuple[int | None, dict[s
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A deep copy of `base`, updated with `changes` recursively. null removes a key."""
-    result = json.loads(json.dumps(base))
+    result = copy.deepcopy(base)
     for key, value in changes.items():
         if value is None:
             result.pop(key, None)
         elif isinstance(value, dict) and isinstance(result.get(key), dict):
             result[key] = merged(result[key], value)
         else:
-            result[key] = json.loads(json.dumps(value))
+            result[key] = copy.deepcopy(value)
     return result
 
 
@@ -210,22 +211,13 @@ def read_json(path: Path) -> dict[str, Any]:
         have = f" Use one of {', '.join(near)}." if near else ""
         raise DsConfigError(f"{path}: no such ds_config.{have}{looked_in(path)}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+        raw = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
         _check_numbers(raw)
     except (ValueError, RecursionError) as error:
         raise DsConfigError(f"{path}: not strict JSON: {error}") from error
     if not isinstance(raw, dict):
         raise DsConfigError(f"{path}: a ds_config must be a JSON object, but this is a {type(raw).__name__}.")
     return raw
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen = dict(pairs)
-    if len(seen) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {quoted(twice)} appears twice")
-    return seen
 
 
 def _check_numbers(raw: Any) -> None:
@@ -252,8 +244,7 @@ def _check_section(path: str, section: Any, table_optimizer: TableOptimizer | No
         if first["type"] == "extra_forbidden":
             sections = {"placement": PlacementSection, "all_to_all_dtype": WireSection}
             known = sections.get(str(first["loc"][-2]) if len(first["loc"]) > 1 else "", DhenSection)
-            unknown = unknown_name("key", str(first["loc"][-1]), known.model_fields)
-            raise DsConfigError(f"{path}: {'.'.join([SECTION, *map(str, first['loc'][:-1])])}: {unknown}") from error
+            raise DsConfigError(f"{path}: {first_mistake(error, SECTION, known=known.model_fields)}") from error
         place = _without_alternatives(first["loc"])
         value = section
         for key in place:
@@ -310,6 +301,4 @@ def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:
 
     "auto" sizes get values of no model, because the parser wants numbers.
     """
-    return json.loads(
-        json.dumps({key: value for key, value in with_sizes(raw, {"": 1}).items() if key != "train_batch_size"})
-    )
+    return copy.deepcopy({key: value for key, value in with_sizes(raw, {"": 1}).items() if key != "train_batch_size"})

@@ -126,16 +126,19 @@ def _adapter(expected: Any) -> TypeAdapter:
     return TypeAdapter(expected, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
 
 
-def first_mistake(error: ValidationError, *where: str) -> str:
+def first_mistake(error: ValidationError, *where: str, known: Iterable[str] = ()) -> str:
     """The first mistake that pydantic found, on one line: the key, its value, and what is allowed.
 
-    where: keys above those of pydantic.
+    where: keys above those of pydantic. known: the keys beside one that is unknown.
     """
     first = error.errors()[0]
     keys = [str(key) for key in first["loc"] if not _ALTERNATIVE.fullmatch(str(key))]
     place, given = ".".join([*where, *(key[:_MOST] for key in keys)]), first["input"]
     if first["type"] == "value_error":
         return f"{place}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden") and known:
+        above = ".".join([*where, *keys[:-1]])
+        return f"{above}{': ' * bool(above)}{unknown_name('key', keys[-1], known)}"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden", "missing"):
         return f"{place}: {first['msg']}."
     advice = re.sub(r", (unable|got|exceeded) .*", "", first["msg"]).replace("Input should be", "Use")

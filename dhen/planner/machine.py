@@ -143,20 +143,12 @@ def read_machine(name: str, **changes: Any) -> Machine:
             f"{unknown_name('machine', name, shipped_machines())} Or pass a YAML file like those in {_FOLDER}."
         )
     try:
-        values = read_yaml(path)
-    except ValueError as error:
-        raise MachineError(str(error)) from error
-    try:
-        machine = TypeAdapter(Machine).validate_python(values)
+        machine = TypeAdapter(Machine).validate_python(read_yaml(path))
         if machine.is_link_per_rank and "ranks_per_node" in changes:
             link = machine.node_bytes_per_second / machine.ranks_per_node * changes["ranks_per_node"]
             changes = {"node_bytes_per_second": link} | changes
         return replace(machine, **changes)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "unexpected_keyword_argument":
-            raise MachineError(f"{path}: {unknown_name('key', key, Machine.__dataclass_fields__)}") from error
-        raise MachineError(f"{path}: {first_mistake(error)}") from error
-    except ValueError as error:
-        raise MachineError(f"{path}: {error}") from error
+        raise MachineError(f"{path}: {first_mistake(error, known=Machine.__dataclass_fields__)}") from error
+    except ValueError as error:  # of the YAML, which names the file
+        raise MachineError(str(error)) from error

@@ -22,7 +22,7 @@ from tests.tools import forked_python
 from tests.tools.test_cluster import why_not
 from tools.experiments import Experiment, Result, add_result, code, read_experiment, read_results, sort_results
 from tools.over_seeds import Statistic, difference, over_seeds
-from tools.paper_report import margin, outcomes_of, report_of
+from tools.paper_report import outcomes_of, report_of
 
 call = functools.partial(forked_python.call, "tools/paper.py")
 EXPERIMENTS = sorted((ROOT / "recipes/experiments").glob("*.yaml"))
@@ -175,7 +175,9 @@ def test_statistics_are_those_of_the_formulas(experiment):
 def test_the_report_has_means_differences_and_progress(tmp_path, experiment):
     aucs = {"first": [0.90, 0.92, 0.94], "second": [0.91, 0.935, 0.947]}
     quoted = {"name": "Peer", "auc": 0.91, "source": "a paper"}
-    text = report(tmp_path, lines(experiment, aucs, cpu="Some CPU", commit="a" * 40, is_dirty=True), published=[quoted])
+    results = lines(experiment, aucs, cpu="Some CPU", commit="a" * 40, is_dirty=True)
+    text = report(tmp_path, results, published=[quoted], goals="much")
+    assert "\nGoals: much.\n" in text
     assert f"| First | 3 | 0.92000 ± {statistics.stdev(aucs['first']):.5f} | 0.08000 ± 0.02000 |" in text
     assert "| Second | 3 of 4 | 0.93067 ± " in text
     assert "| Peer |  | 0.91 |" in text
@@ -192,29 +194,6 @@ def test_the_report_has_means_differences_and_progress(tmp_path, experiment):
     other_way = report(tmp_path, lines(experiment, aucs), entries=entries)
     assert "| First | Second | 3 | -0.01067 ± 0.00404 |" in other_way
     assert "| Second | First |" not in other_way, "only against those that are named"
-
-
-def test_bars_are_met_or_not_by_how_much(tmp_path, experiment):
-    bars = [
-        {"entry": "first", "metric": "auc", "at_least": 0.91, "goal": 0.93},
-        {"entry": "first", "metric": "ne", "at_most": 0.07, "goal": 0.06},
-        {"entry": "first", "metric": "ne_over_best", "at_most": 1.015},
-        {"entry": "second", "metric": "auc", "at_least": 0.89, "at_most": 0.93},
-        {"entry": "first", "metric": "calibration", "at_least": 0.97, "at_most": 1.03},
-    ]
-    results = lines(experiment, {"first": [0.90, 0.92, 0.94], "second": [0.9]})
-    found = [line for line in report(tmp_path, results, bars=bars).splitlines() if line.startswith("- First,")]
-    assert found == [
-        "- First, AUC at least 0.91 (goal 0.93): 0.92000, met by 0.01000, the goal not met by 0.01000",
-        "- First, NE at most 0.07 (goal 0.06): 0.08000, not met by 0.01000, the goal not met by 0.02000",
-        "- First, NE / best possible at most 1.015: 0.80000, met by 0.21500",
-        "- First, calibration at least 0.97 and at most 1.03: no such figure",
-    ]
-    text = report(tmp_path, results, bars=bars)
-    assert "- Second, AUC at least 0.89 and at most 0.93: 0.90000, 1 of 4 seeds, so far met by 0.01000" in text
-    assert "- First, AUC at least 0.91 (goal 0.93): not run" in report(tmp_path, [], bars=bars)
-    assert margin(0.95, 0.97, 1.03) == pytest.approx(-0.02)
-    assert margin(1.04, 0.97, 1.03) == pytest.approx(-0.01)
 
 
 def test_lines_with_other_arguments_are_stale_and_failures_are_listed(tmp_path, experiment):
@@ -277,12 +256,9 @@ def test_changes_of_the_code_are_marked(tmp_path, monkeypatch):
         ({"entries": []}, "entries is []"),
         ({"entries": [ENTRIES[0], ENTRIES[0]]}, "entries: two of first, first have the same name"),
         ({"arguments": {"seed": 1}}, "arguments: seed is set by the tool. Remove it"),
-        ({"bars": [{"entry": "first", "metric": "auc"}]}, "a bar has at_least, at_most or both"),
         ({"entries": [ENTRIES[0] | {"starts_from": "first"}]}, "entry first: unknown entry in starts_from 'first'"),
         ({"entries": [ENTRIES[0] | {"against": ["third"]}]}, "entry first: unknown entry in against 'third'"),
         ({"rows": "flight"}, "unknown data set in rows 'flight'. Did you mean 'flights'?"),
-        ({"bars": [{"entry": "third", "metric": "auc", "at_most": 1}]}, "unknown entry of a bar 'third'"),
-        ({"bars": [{"entry": "first", "metric": "auk", "at_most": 1}]}, "bars.0.metric is 'auk'"),
         ({"published": [{"name": "x", "source": "y", "auc": "high"}]}, "published.0.auc is 'high'"),
         ({"arguments": {"num_layer": 1}}, "entry first: .*unknown argument 'num_layer'. Did you mean 'num_layers'?"),
         ({"config": "recipes/configs/none.yaml"}, "recipes/configs/none.yaml: no such file"),

@@ -1,11 +1,10 @@
-"""tools/plan.py: the table and the reasons, ds_configs that are accepted and pick their rung, the figure, mistakes."""
+"""tools/plan.py: the table and the reasons, ds_configs that are accepted and pick their rung, mistakes."""
 
 import json
 from pathlib import Path
 
 import pytest
 import yaml
-from matplotlib.image import imread
 
 from dhen.config.ds_config import Recipe, read_ds_config
 from dhen.planner.machine import shipped_machines
@@ -31,7 +30,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one call writes, and its output."""
     path = tmp_path_factory.mktemp("plans")
-    files = ["--write", str(path / "ds"), "--plot", str(path / "figure.png"), "--json", str(path / "plan.json")]
+    files = ["--write", str(path / "ds"), "--json", str(path / "plan.json")]
     done = call("tools/plan.py", *CAPPED, *files, "--ds_config", "ds_configs/paper.json")
     assert done.status == 0, done.stderr
     (path / "output.txt").write_text(done.stdout)
@@ -74,12 +73,6 @@ def test_each_planned_depth_has_a_file_and_they_differ(folder):
     files = sorted(path.name for path in (folder / "ds").iterdir())
     assert files == sorted(["by_depth.json", *(f"depth_{depth}.json" for depth in DEPTHS)])
     assert (folder / "ds/depth_1.json").read_text() != (folder / "ds/depth_6.json").read_text()
-
-
-def test_the_figure_is_drawn(folder):
-    image = imread(folder / "figure.png")
-    assert image.shape[0] > 300
-    assert image.std() > 0.05, "an empty picture"
 
 
 def test_where_nothing_fits_at_a_depth_it_says_so_and_goes_on(capsys, tmp_path):
@@ -134,7 +127,6 @@ def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--gpu", "cpu", "--num_layer", "3"], "Did you mean '--num_layers'"),
         (["--gpu", "cpu", "--ds_config", "ds_configs/none.json"], "ds_configs/none.json: no such ds_config"),
         (["--gpu", "cpu", "--rows_per_table", "1000000000"], "does not fit"),
-        (["--gpu", "cpu", "--depths", "1", "--plot", "figure.txt"], "txt"),
         (["--gpu", "cpu", "--depths", "1", "--layers", '[{"interactions": ["linear"]}, {}]'], "one by one"),
     ],
 )
