@@ -23,7 +23,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, dataclass
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,9 @@ from dhen.runtime.topology import Topology
 from dhen.tables.lookup import make_lookup
 from dhen.tables.placement.costs import Costs, StepSetting, Work, WorkRate, lookup_work, read_costs, update_work
 from dhen.tables.updated_tables import TableUpdate, UpdatedTables
-from tools.bench.clock import largest, lookup_seconds, median_seconds
+from tools.bench.clock import largest, median_seconds, now
 from tools.bench.launch import argument_parser, is_rank, run_ranks
+from tools.bench.report import print_table
 
 BATCH = 4096
 TABLES = 4
@@ -49,8 +50,14 @@ PRECISIONS = (("fp32", "nearest"), ("fp16", "nearest"), ("fp16", "stochastic"))
 EXCHANGE_BYTES = 8 * 2**20
 
 
-Sample = tuple[Work, float]
-"""The work of a timed table, and its seconds, which are linear in it."""
+@dataclass(frozen=True)
+class Sample:
+    """One timed table, and the work in which its seconds are linear."""
+
+    rows: int
+    columns: int
+    work: Work
+    seconds: float
 
 
 def main() -> int:
@@ -65,9 +72,9 @@ def main() -> int:
         for optimizer in OPTIMIZERS:
             setting = StepSetting(1, 1, BATCH, optimizer, dtype, table_rounding=rounding)
             lookups, updates = time_tables(topology, setting, arguments.rounds)
-            update[setting.update_key] = fit_and_say(f"update, {setting.update_key}", updates, topology)
+            update[setting.update_key] = fit_and_show(f"update, {setting.update_key}", updates, topology)
         if rounding == "nearest":
-            lookup[dtype] = fit_and_say(f"lookup, {dtype}", lookups, topology)
+            lookup[dtype] = fit_and_show(f"lookup, {dtype}", lookups, topology)
     default = read_costs("gpu" if topology.device.type == "cuda" else "cpu")
     links, not_measured = with_defaults(time_links(topology, arguments.rounds), default)
     nodes = topology.world_size // topology.local_size
@@ -109,8 +116,8 @@ def time_tables(topology: Topology, setting: StepSetting, rounds: int) -> tuple[
     for rows, columns, ids_per_bag in GRID:
         ids = BATCH * ids_per_bag
         forward, backward = time_table(topology, rows, columns, ids_per_bag, setting, rounds)
-        lookups.append((lookup_work(ids, BATCH, rows, columns, setting), forward))
-        updates.append((update_work(ids, BATCH, rows, columns, setting), backward))
+        lookups.append(Sample(rows, columns, lookup_work(ids, BATCH, rows, columns, setting), forward))
+        updates.append(Sample(rows, columns, update_work(ids, BATCH, rows, columns, setting), backward))
     return lookups, updates
 
 
@@ -130,21 +137,26 @@ def time_table(
     for tensor in [*lookup.split_embedding_weights(), *states]:
         tensor.fill_(0.01)  # the system provides memory only when it is written
     offsets = torch.arange(0, TABLES * BATCH * ids_per_bag + 1, ids_per_bag, device=topology.device)
-    seconds = []
+    forward, backward = [], []
     begin = time.perf_counter()
     for _ in range(rounds + 1):  # the first round warms up
         ids = torch.randint(0, rows, (TABLES * BATCH * ids_per_bag,), device=topology.device)
-        if largest(topology, time.perf_counter() - begin) > SECONDS_PER_TABLE and seconds[1:]:
+        if largest(topology, time.perf_counter() - begin) > SECONDS_PER_TABLE and forward[1:]:
             break
-        seconds.append(lookup_seconds(look_up, ids, offsets, device=topology.device))
-    looking_up, updating = largest(topology, [statistics.median(each) for each in zip(*seconds[1:], strict=True)])
+        start = now(topology.device)
+        pooled = look_up(ids, offsets)
+        middle = now(topology.device)
+        pooled.backward(pooled.detach())
+        backward.append(now(topology.device) - middle)
+        forward.append(middle - start)
+    looking_up, updating = largest(topology, [statistics.median(forward[1:]), statistics.median(backward[1:])])
     return looking_up / TABLES, updating / TABLES
 
 
 def fit(samples: Sequence[Sample]) -> WorkRate:
     """The rates, none negative, with the smallest relative errors: least squares over each choice of positive rates."""
-    works = torch.tensor([(1.0, *astuple(work)) for work, _ in samples], dtype=torch.float64)
-    works /= torch.tensor([seconds for _, seconds in samples], dtype=torch.float64)[:, None]
+    works = torch.tensor([(1.0, *astuple(sample.work)) for sample in samples], dtype=torch.float64)
+    works /= torch.tensor([sample.seconds for sample in samples], dtype=torch.float64)[:, None]
     scale = works.amax(0)
     best, least = torch.zeros(len(scale), dtype=torch.float64), float("inf")
     for count in range(1, len(scale) + 1):
@@ -158,12 +170,17 @@ def fit(samples: Sequence[Sample]) -> WorkRate:
     return WorkRate(*best.tolist())
 
 
-def fit_and_say(title: str, samples: Sequence[Sample], topology: Topology) -> WorkRate:
+def fit_and_show(title: str, samples: Sequence[Sample], topology: Topology) -> WorkRate:
     """The rates that fit the samples; rank 0 prints how well they do."""
     rate = fit(samples)
     if topology.is_main:
-        off = [rate.seconds(work) / seconds - 1 for work, seconds in samples]
-        print(f"{title}: the rates are off by {min(off):+.0%} to {max(off):+.0%}", file=sys.stderr)
+        rows = []
+        for sample in samples:
+            expected = rate.seconds(sample.work)
+            size = (f"{sample.rows:,}", str(sample.columns), f"{sample.work.ids:,}", f"{1e3 * sample.seconds:.3f}")
+            rows.append([*size, f"{1e3 * expected:.3f}", f"{expected / sample.seconds - 1:+.0%}"])
+        print(title, file=sys.stderr)
+        print_table(("rows", "columns", "ids", "ms", "by the rates", "off by"), rows, file=sys.stderr)
     return rate
 
 

@@ -1,4 +1,4 @@
-"""Checks this project on one GPU in about five minutes, and prints one table of what it measured.
+"""Checks this project on one GPU in about ten minutes, and prints one table of what it measured.
 
     python tools/gpu_check.py
     python tools/gpu_check.py --only machine dense
@@ -6,13 +6,17 @@
 Parts, in this order. Each is a process of its own, with a time limit, and its results are written as they come, to
 `<part>.jsonl` in --output. A part that fails is reported, and the others still run.
 
-machine  rates of matrix products and copies; the other parts are compared with them
-dense    the dense step in bf16: 200 embeddings of dimension 128, 1 to 16 layers, as written and compiled
-tables   the tables' lookups and updates, as a share of the copy's bandwidth
-dcn      training steps of a DCN-V2 on Criteo's 26 tables
-memory   predicted and measured peak memory and the time of a step, by ds_config
+machine      rates of matrix products and copies; the other parts are compared with them
+dense        the dense step in bf16: 200 embeddings of dimension 128, 1 to 16 layers, as written and compiled
+time         where the time of that step goes, by kind of kernel
+activations  its time and memory if activations are kept, recomputed, or offloaded
+tables       the tables' lookups and updates, as a share of the copy's bandwidth
+dcn          training steps of a DCN-V2 on Criteo's 26 tables
+memory       predicted and measured peak memory, by ds_config
+quickstart   the quickstart, to its normalized entropy
+tests        the tests marked `gpu`
 
-The first two do not need FBGEMM. Nothing needs a network. On a machine without a GPU,
+The first four do not need FBGEMM. Nothing needs a network. On a machine without a GPU,
 --size tiny runs the same code on the CPU; its figures mean nothing.
 """
 
@@ -24,23 +28,67 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a call by path fin
 import argparse
 import json
 import math
+import os
 import platform
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from tools.bench.gpu_dense import FULL, TINY, measure_dense, measure_machine
+from tools.bench.gpu_dense import (
+    FULL,
+    TINY,
+    measure_activations,
+    measure_dense,
+    measure_machine,
+    measure_time,
+)
 from tools.markdown import head, row
 
+ROOT = Path(__file__).resolve().parents[1]
+
 SIZES = {"full": FULL, "tiny": TINY}
-SECONDS = {"machine": 60, "dense": 200, "tables": 90, "dcn": 120, "memory": 120}
+SECONDS = {
+    "machine": 60, "dense": 200, "time": 60, "activations": 60, "tables": 90, "dcn": 120, "memory": 120,
+    "quickstart": 120, "tests": 240,
+}  # fmt: skip
 """The parts, and the seconds after which each is ended."""
-WITHOUT_FBGEMM = {"machine": measure_machine, "dense": measure_dense}
+WITHOUT_FBGEMM = {
+    "machine": measure_machine, "dense": measure_dense, "time": measure_time, "activations": measure_activations,
+}  # fmt: skip
 _NOT_SHOWN = ("part", "case", "size", "slowest", "parts")
 _PACKAGES = ("torch", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "triton")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a figure of a part should reach. case: the case that is meant; "" for the best of all."""
+
+    what: str
+    part: str
+    case: str
+    figure: str
+    least: float
+
+    def reached(self, results: Sequence[dict[str, Any]]) -> float | None:
+        """The figure; None if it was not measured."""
+        values = [
+            result[self.figure]
+            for result in results
+            if result["part"] == self.part and result.get(self.figure) is not None and self.case in result["case"]
+        ]
+        return max(values, default=None)
+
+
+GOALS = (
+    Goal("dense step in bf16, share of the matrix products' rate", "dense", "", "share of peak", 0.4),
+    Goal("tables, share of the copy's bandwidth", "tables", "FBGEMM", "share of copy", 0.6),
+    Goal("DCN-V2 on Criteo's tables, samples/s", "dcn", "one id", "samples/s", 0.5e6),
+)
 
 
 def run_part(part: str, arguments: argparse.Namespace) -> None:
@@ -55,6 +103,10 @@ def run_part(part: str, arguments: argparse.Namespace) -> None:
     rates = next((each for each in read_results(arguments.output, arguments.size) if each["part"] == "machine"), {})
     if part in WITHOUT_FBGEMM:
         WITHOUT_FBGEMM[part](size, device, rates, report)
+    elif part == "quickstart":
+        run_quickstart(arguments.output, report, is_tiny=arguments.size == "tiny")
+    elif part == "tests":
+        run_tests(report)
     else:
         from dhen.runtime import topology as job
         from tools.bench import gpu_tables
@@ -62,6 +114,38 @@ def run_part(part: str, arguments: argparse.Namespace) -> None:
         measure = getattr(gpu_tables, f"measure_{part}")
         measure(size, job.start(), rates, report)
         job.stop()
+
+
+def run_quickstart(output: Path, report: Any, *, is_tiny: bool) -> None:
+    """Train the quickstart on this device, with the global batch of its two ranks, and report its metrics."""
+    folder = output / "quickstart"
+    command = [sys.executable, str(ROOT / "recipes/train.py"), f"--ds_config={ROOT / 'ds_configs/zero2.json'}"]
+    command += [f"--output_dir={folder}", "--overwrite_output_dir", "--per_device_train_batch_size=2048"]
+    start = time.perf_counter()
+    subprocess.run([*command, *(["--max_steps=3"] if is_tiny else [])], check=True)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    test = summary["test"]
+    above = {"above the best possible": test["ne"] / test["best_possible_ne"] - 1}
+    report("2,048 examples per step", ne=test["ne"], auc=test["auc"], **above, s=time.perf_counter() - start)
+
+
+def run_tests(report: Any) -> None:
+    """Run the tests marked `gpu`, file by file, and report how each ends. Raises RuntimeError if one fails."""
+    failed = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if "mark.gpu" not in path.read_text(encoding="utf-8"):
+            continue
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--tb=short", str(path)]
+        start = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        name = str(path.relative_to(ROOT))
+        print(done.stdout, file=sys.stderr)
+        last = [line for line in done.stdout.splitlines() if line.strip()][-1:]
+        report(name, ends=last[0] if last else done.stderr[-200:], s=time.perf_counter() - start)
+        if done.returncode:
+            failed.append(name)
+    if failed:
+        raise RuntimeError(f"tests failed in {', '.join(failed)}")
 
 
 def run_parts(arguments: argparse.Namespace) -> list[str]:
@@ -72,11 +156,15 @@ def run_parts(arguments: argparse.Namespace) -> list[str]:
         options = [f"--part={part}", f"--size={arguments.size}", f"--output={arguments.output}"]
         print(f"{part} …", file=sys.stderr, flush=True)
         log = arguments.output / f"{part}.log"
-        command = [sys.executable, __file__, *options]
+        with log.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, __file__, *options], stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
         try:
-            with log.open("w", encoding="utf-8") as file:
-                status = subprocess.run(command, stdout=file, stderr=file, timeout=SECONDS[part]).returncode
+            status = process.wait(SECONDS[part])
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes too
+            process.wait()
             failures.append(f"{part}: ended after {SECONDS[part]} s")
             continue
         if status:
@@ -150,10 +238,13 @@ def main() -> int:
     results = read_results(arguments.output, arguments.size)
     failed = [result for result in results if "error" in result and result["part"] in arguments.only]
     failures += [f"{result['part']}, {result['case']}: {result['error']}" for result in failed]
-    whole = {"machine": machine(), "results": results, "failures": failures}
+    reached = {goal.what: goal.reached(results) for goal in GOALS}
+    whole = {"machine": machine(), "results": results, "goals": reached, "failures": failures}
     (arguments.output / "results.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(f"{whole['machine']}\n")
     print("\n".join([*head(["part", "case", "figures"]), *map(row, lines_of(results))]))
+    for goal in GOALS:
+        print(f"{goal.what}: {shown(reached[goal.what])}; goal {shown(goal.least)}")
     for failure in failures:
         print(f"FAILED {failure}")
     if others := sorted({result["part"] for result in results} - set(arguments.only)):

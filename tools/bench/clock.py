@@ -1,4 +1,4 @@
-"""Time: on a device, of lookups, of repeated calls, of calls in turns, and on the slowest rank."""
+"""Time: on a device, of repeated calls, of calls in turns, and on the slowest rank."""
 
 import statistics
 import time
@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from dhen.runtime.topology import Topology
 
@@ -17,15 +16,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def lookup_seconds(look_up: Callable[..., Tensor], *inputs: object, device: torch.device) -> tuple[float, float]:
-    """Seconds of a lookup in tables, and of its backward, which updates them."""
-    start = now(device)
-    pooled = look_up(*inputs)
-    middle = now(device)
-    pooled.backward(pooled.detach())
-    return middle - start, now(device) - middle
 
 
 def largest(topology: Topology, values: Any) -> Any:

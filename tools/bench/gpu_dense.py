@@ -1,4 +1,4 @@
-"""Parts of tools/gpu_check.py that need no FBGEMM: the machine's rates, and the dense step.
+"""Parts of tools/gpu_check.py that need no FBGEMM: the machine's rates, the dense step, where its time goes, memory.
 
 A part calls `report(case, **figures)` for each result as it comes.
 """
@@ -7,13 +7,15 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
 
+from dhen.dense.activation_checkpointing import checkpoint_layers
+from dhen.dense.activation_offload import offload_layers
 from dhen.dense.compiled_layers import compile_layers
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
@@ -24,7 +26,19 @@ from tools.calibrate_machine import copy_rate, product_rate, seconds_per_start
 NUM_DENSE = 13
 PRODUCT_RATE, COPY_RATE = "bf16 product TFLOP/s", "copy GB/s"
 """Figures of `measure_machine` that other parts compare themselves with."""
-_STEPS = 12
+_STEPS, _ROUNDS, _WARM = 4, 3, 3
+KINDS = {
+    "compiled": ("triton",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "bmm", "addmm", "aten::mm"),
+    "Adam": ("adam",),
+    "gather and scatter": ("index", "gather", "scatter"),
+    "copies and casts": ("memcpy", "copy", "catarray", "aten::cat"),
+    "norms": ("norm",),
+    "sums": ("reduce",),
+    "elementwise": ("elementwise", "vectorized", "memset", "fill"),
+}
+"""Kinds of kernels by parts of their names; the first that fits counts."""
+
 
 Report = Callable[..., None]
 """Takes a result: what was measured, and its figures by name."""
@@ -80,6 +94,9 @@ def dense_config(size: Size, depth: int, over_arch: Sequence[int] | None = None)
     )
 
 
+Memory = Literal["none", "recompute", "offload"]
+
+
 def dense_step(
     config: DhenConfig,
     batch: int,
@@ -87,14 +104,20 @@ def dense_step(
     *,
     is_compiled: bool = False,
     weights: torch.dtype = torch.float32,
+    memory: Memory = "none",
 ) -> Callable[[], Tensor]:
-    """A training step with AdamW: bf16 by autocast, or with weights in bf16. Gradients reach the embeddings too."""
+    """A training step with AdamW: bf16 by autocast, or with weights in bf16. Gradients reach the embeddings too.
+
+    memory: what is done to the activations of all layers.
+    """
     torch.manual_seed(0)
     with device:
         model = DhenForClickPrediction(config, with_tables=False).to(weights)
         embeddings_BFD = torch.randn(batch, len(config.tables), config.embedding_dim, dtype=weights, requires_grad=True)
         dense_BN, labels_B = torch.randn(batch, NUM_DENSE, dtype=weights), torch.rand(batch).round()
     compile_layers(model, "layers" if is_compiled else "none", device)
+    checkpoint_layers(model, "all" if memory == "recompute" else "none")
+    offload_layers(model, "all" if memory == "offload" else "none", device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> Tensor:
@@ -110,12 +133,19 @@ def dense_step(
 
 
 def step_seconds(step: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds per step once warm, of several steps without a wait between them, and those of the first step."""
-    start = now(device)
+    """Seconds per step once warm: median over rounds of several steps without a wait between them, and the first's."""
+    first = now(device)
     step()
-    first = now(device) - start
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    return timer.timeit(_STEPS).mean, first
+    first = now(device) - first
+    for _ in range(_WARM):
+        step()
+    rounds = []
+    for _ in range(_ROUNDS):
+        start = now(device)
+        for _ in range(_STEPS):
+            step()
+        rounds.append((now(device) - start) / _STEPS)
+    return sorted(rounds)[_ROUNDS // 2], first
 
 
 def peak_gib(device: torch.device) -> float | None:
@@ -140,19 +170,38 @@ def measure_machine(size: Size, device: torch.device, rates: dict[str, float], r
     report("rates", **flops, **{COPY_RATE: copy_rate(device) / 1e9}, **starts)
 
 
+Case = tuple[str, DhenConfig, dict[str, Any]]
+"""A dense step: its name, its model, and options of `dense_step`."""
+
+
 def measure_dense(size: Size, device: torch.device, rates: dict[str, float], report: Report) -> None:
     """The dense step by depth, as written and compiled; then with small MLPs, and with bf16 weights."""
     middle = size.middle
-    models = {f"{depth} layers": (dense_config(size, depth), torch.float32) for depth in size.depths}
-    models[f"{middle} layers, over arch of 64"] = dense_config(size, middle, (64,)), torch.float32
-    models[f"{middle} layers, bf16 weights"] = dense_config(size, middle), torch.bfloat16
-    for name, (config, weights) in models.items():
-        for case, is_compiled in ((name, False), (f"{name}, compiled", True)):
-            with one_case(case, device, report):
-                step = dense_step(config, size.batch, device, is_compiled=is_compiled, weights=weights)
-                seconds, first = step_seconds(step, device)
-                figures = speed(config, size.batch, seconds, rates)
-                report(case, **figures, **{"first step s": first, "GiB": peak_gib(device)})
+    cases: list[Case] = [(f"{depth} layers", dense_config(size, depth), {}) for depth in size.depths]
+    cases.append((f"{middle} layers, over arch of 64", dense_config(size, middle, (64,)), {}))
+    cases.append((f"{middle} layers, bf16 weights", dense_config(size, middle), {"weights": torch.bfloat16}))
+    for name, config, options in cases:
+        compiled = (f"{name}, compiled", config, options | {"is_compiled": True})
+        measure_steps([(name, config, options), compiled], size, device, rates, report)
+
+
+def measure_activations(size: Size, device: torch.device, rates: dict[str, float], report: Report) -> None:
+    """Time and memory of the dense step where activations are kept, recomputed, or offloaded to the host."""
+    config = dense_config(size, size.middle)
+    kinds = ("none", "recompute", "offload")
+    cases = [(f"{size.middle} layers, {memory}", config, {"memory": memory}) for memory in kinds]
+    measure_steps(cases, size, device, rates, report)
+
+
+def measure_steps(
+    cases: Sequence[Case], size: Size, device: torch.device, rates: dict[str, float], report: Report
+) -> None:
+    """The dense step in each case."""
+    for case, config, options in cases:
+        with one_case(case, device, report):
+            seconds, first = step_seconds(dense_step(config, size.batch, device, **options), device)
+            figures = speed(config, size.batch, seconds, rates)
+            report(case, **figures, **{"first step s": first, "GiB": peak_gib(device)})
 
 
 def speed(config: DhenConfig, batch: int, seconds: float, rates: dict[str, float]) -> dict[str, float | None]:
@@ -164,9 +213,54 @@ def speed(config: DhenConfig, batch: int, seconds: float, rates: dict[str, float
     return {"ms": seconds * 1e3, "samples/s": batch / seconds, "TFLOP/s": tflops, "share of peak": share}
 
 
+def measure_time(size: Size, device: torch.device, rates: dict[str, float], report: Report) -> None:
+    """Where the time of the dense step goes: the share of each kind of kernel, and of the gaps between kernels."""
+    for name, is_compiled in (("as written", False), ("compiled", True)):
+        torch._dynamo.reset()
+        step = dense_step(dense_config(size, size.middle), size.batch, device, is_compiled=is_compiled)
+        step_seconds(step, device)
+        shares = shares_of_kernels(step, device)
+        of_kinds = dict.fromkeys([*KINDS, "other"], 0.0)
+        for kernel, share in shares.items():
+            of_kinds[kind_of(kernel)] += share
+        of_kinds["no kernel"] = max(0.0, 1.0 - sum(of_kinds.values()))
+        slowest = sorted(shares, key=lambda kernel: -shares[kernel])[:12]
+        report(
+            f"{size.middle} layers, {name}",
+            **{kind: round(share, 4) for kind, share in of_kinds.items() if share},
+            slowest={kernel[:120]: round(shares[kernel], 4) for kernel in slowest},
+        )
+
+
+def shares_of_kernels(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Each kernel's share of the time of several steps; on a CPU, each operation's."""
+    on_device = device.type == "cuda"
+    seconds: list[float] = []
+
+    def steps() -> None:
+        start = now(device)
+        for _ in range(_STEPS):
+            step()
+        seconds.append(now(device) - start)
+
+    events = profiled(steps, [ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU])
+    spent = {each.key: each.self_device_time_total if on_device else each.self_cpu_time_total for each in events}
+    return {kernel: microseconds / 1e6 / seconds[-1] for kernel, microseconds in spent.items()}
+
+
 def profiled(call: Callable[[], object], activities: Sequence[ProfilerActivity]) -> EventList:
     """The events of a call, by name. It is called twice: starting the profiler for the first time takes seconds."""
     for _ in range(2):
         with profile(activities=activities) as profiler:
             call()
     return profiler.key_averages()
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of a kernel, by its name.
+
+    >>> kind_of("nvjet_tst_128x256_64x4"), kind_of("triton_poi_fused_add_0"), kind_of("unheard_of")
+    ('matrix products', 'compiled', 'other')
+    """
+    name = kernel.lower()
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")

@@ -30,7 +30,7 @@ from dhen.training.loop import with_ids_ahead
 from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, lay_out, parallelize
-from tools.bench.clock import lookup_seconds, now
+from tools.bench.clock import now
 from tools.bench.gpu_dense import (
     COPY_RATE,
     NUM_DENSE,
@@ -66,14 +66,10 @@ def measure_tables(size: Size, topology: Topology, rates: dict[str, float], repo
             start = now(device)
             look_up = build(tables, size, dtype, topology)
             built = now(device) - start
-            times = [lookup_seconds(look_up, batches[i % 2], device=device) for i in range(_WARM + _ROUNDS)]
-            forward, backward = (statistics.median(each) for each in zip(*times[_WARM:], strict=True))
+            seconds = _both_seconds(look_up, batches, device)
             moved = least_bytes(batches[0], size.dim, int(dtype[2:]) // 8)
             report(
-                f"{name}, {dtype}",
-                **_bandwidth((forward, backward), moved, rates),
-                GiB=peak_gib(device),
-                **{"built in s": built},
+                f"{name}, {dtype}", **_bandwidth(seconds, moved, rates), GiB=peak_gib(device), **{"built in s": built}
             )
             del look_up
 
@@ -107,6 +103,21 @@ def least_bytes(sparse: SparseIds, dim: int, weight_bytes: int) -> tuple[int, in
     used = sum(len(torch.unique(ids)) for ids in sparse.ids.view(sparse.num_features, -1))
     pooled_and_ids = len(sparse.ids) * (4 * dim + 8)
     return pooled_and_ids + used * dim * weight_bytes, pooled_and_ids + 2 * used * (dim * weight_bytes + 4)
+
+
+def _both_seconds(look_up: LookUp, batches: Sequence[SparseIds], device: torch.device) -> tuple[float, float]:
+    """Median seconds of a forward and of a backward."""
+    gradient = torch.randn_like(look_up(batches[0]))
+    forward, backward = [], []
+    for number in range(_WARM + _ROUNDS):
+        start = now(device)
+        out = look_up(batches[number % len(batches)])
+        middle = now(device)
+        out.backward(gradient)
+        end = now(device)
+        forward.append(middle - start)
+        backward.append(end - middle)
+    return statistics.median(forward[_WARM:]), statistics.median(backward[_WARM:])
 
 
 def _bandwidth(
