@@ -229,7 +229,7 @@ def test_bytes_between_nodes_are_those_of_the_theory(tmp_path):
 
 
 @needs_namespaces
-def test_memory_is_measured(tmp_path):
+def test_memory_is_measured_under_a_cap(tmp_path):
     (result,) = measured(tmp_path, "--schemes", "hsdp", "--depths", "2", "--memory_cap_mib", "900")
     assert 1 < result.peak_mib < 900
 

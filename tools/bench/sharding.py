@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools.bench
 
 import argparse
+import contextlib
 import math
 import os
 import statistics
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tools.bench import launch
-from tools.bench.report import print_table
+from tools.bench.report import draw_over_depth, print_table
 from tools.bench.sharding_ranks import SCHEMES, Measured, measure
 from tools.cluster import Cluster, add_arguments
 
@@ -38,8 +39,6 @@ _DRAWN = {
     "torch_hsdp": ("torch's FSDP2, hybrid", "C2"),
 }
 """What the figure shows: label, with ours in the paper's words, and color."""
-_RETURN_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-"""Environment of ranks whose memory is measured: one arena and small mmaps return freed memory at once."""
 
 
 def show(results: Sequence[Measured]) -> None:
@@ -58,7 +57,7 @@ def show(results: Sequence[Measured]) -> None:
             f"{sent / 2**20:.2f}",
             f"{theory / 2**20:.2f}",
             f"{sent / theory - 1:+.1%}" if theory else "-",
-            "-" if result.peak_mib is None else f"{result.peak_mib:.0f}",
+            "-" if result.peak_mib is None else f"{result.peak_mib:.0f}" if result.fits else "no memory",
         ])  # fmt: skip
     print_table(columns, rows, left=["scheme"])
 
@@ -70,21 +69,17 @@ def ratios(seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
     return f"{of_medians:.2f}", f"{min(by_round):.2f}-{max(by_round):.2f}"
 
 
-def plot(results: Sequence[Measured], path: Path, cap_mib: float) -> None:
-    """Draw throughput over depth, each scheme as deep as it fits under the cap: the paper's figure 6."""
+def plot(results: Sequence[Measured], path: Path) -> None:
+    """Draw throughput over depth, each scheme to the depth at which it stops: the paper's figure 6."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, (label, color) in _DRAWN.items():
-        of_scheme = [result for result in results if result.scheme == name]
-        fits = [result for result in of_scheme if (result.peak_mib or 0) <= (cap_mib or math.inf)]
+        points = [(r.depth, r.samples_per_second if r.fits else None) for r in results if r.scheme == name]
         style = {"linewidth": 1, "linestyle": "--"} if SCHEMES[name].stage is None else {"linewidth": 3}
-        if of_scheme:
-            depths, speeds = [each.depth for each in fits], [each.samples_per_second for each in fits]
-            axes.plot(depths, speeds, marker="o", label=label, color=color, **style)
-        if len(fits) < len(of_scheme):
-            axes.plot(depths[-1:], speeds[-1:], "x", markersize=14, markeredgewidth=2, color=color)
+        if points:
+            draw_over_depth(axes, points, label, color=color, **style)
     first = results[0]
     axes.set(xlabel="DHEN layers", ylabel="samples/s", xticks=sorted({result.depth for result in results}))
     axes.set_ylim(bottom=0)
@@ -103,7 +98,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--compute_ms", type=float, default=40, help="sleep in a layer's forward; its backward sleeps twice as long")
     add("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES), help="schemes to compare")
     add("--rounds", type=int, default=5, help="measured steps per scheme")
-    add("--memory_cap_mib", type=float, default=0, help="measure peak memory too; more per rank does not fit")
+    add("--memory_cap_mib", type=float, default=0, help="measure peak memory too, with this cap per rank")
     add("--output", type=Path, default="runs/bench_sharding", help=f"folder of {launch.RESULTS_FILE} and figure6.png")
     add("--memory", action="store_true", help=argparse.SUPPRESS)  # set for the jobs that measure memory
     return parser.parse_args(command_line)
@@ -116,19 +111,20 @@ def present(results: Sequence[Measured], arguments: argparse.Namespace) -> None:
         results = with_peaks(results, arguments)
         launch.write_json(output / launch.RESULTS_FILE, results)
     show(results)
-    plot(results, output / "figure6.png", arguments.memory_cap_mib)
+    plot(results, output / "figure6.png")
     print(f"{output} has {launch.RESULTS_FILE} and figure6.png")
 
 
 def with_peaks(results: Sequence[Measured], arguments: argparse.Namespace) -> list[Measured]:
-    """The results with peak MiB of rank 0, in a job each, on unlimited links."""
-    os.environ |= _RETURN_FREED_MEMORY
+    """The results with peak MiB of rank 0, in a job each, on unlimited links; infinite if the cap is too low."""
+    os.environ |= launch.RETURN_FREED_MEMORY
     measured = []
     with Cluster.of(arguments, is_limited=False) as cluster:
         for result in results:
             command = [*sys.argv, "--memory", "--schemes", result.scheme, "--depths", str(result.depth)]
-            peak = launch.results_of_cluster(cluster, command, float, arguments.output)
-            measured.append(replace(result, peak_mib=peak))
+            with contextlib.redirect_stderr(None):  # a job that reaches the cap is not a failure
+                peak = launch.results_of_cluster(cluster, command, float | None, arguments.output, may_fail=True)
+            measured.append(replace(result, peak_mib=math.inf if peak is None else peak))
     return measured
 
 

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,8 +23,9 @@ from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime.topology import Topology
 from dhen.training.parallelize import lay_out, parallelize, weights_of
 from tools.bench.clock import in_turns
+from tools.bench.launch import JOB_FILE
 from tools.bench.small_work import OPTIMIZER
-from tools.bench.stand_ins import paused, replace_reduce_scatter
+from tools.bench.stand_ins import paused, replace_reduce_scatter, run_under_a_cap, status_kib
 from tools.cluster import bytes_sent
 
 BATCH = 16  # examples per rank and step
@@ -69,7 +71,7 @@ class Measured:
     """One scheme at one depth. seconds: one value per round.
 
     bytes_sent: what node 0 sent per step. matrix_bytes: of a layer's largest matrix. peak_mib: what rank 0 allocated
-    beyond what it had before the model; None if it was not measured.
+    beyond what it had before the model; None if it was not measured, infinite if the cap is too low.
     """
 
     scheme: str
@@ -83,6 +85,11 @@ class Measured:
     peak_mib: float | None = None
 
     @property
+    def fits(self) -> bool:
+        """Whether the scheme had enough memory under the cap."""
+        return self.peak_mib != inf
+
+    @property
     def samples_per_second(self) -> float:
         """Samples per second of all ranks, by the median step."""
         return BATCH * self.ranks / statistics.median(self.seconds)
@@ -93,12 +100,14 @@ class Measured:
         return SCHEMES[self.scheme].bytes_sent(self.model_bytes, self.matrix_bytes, self.nodes, self.ranks)
 
 
-def measure(topology: Topology, arguments: argparse.Namespace) -> list[Measured] | float:
-    """All schemes at one depth, in turns; with --memory, the memory of one. Communicates; all ranks call it."""
+def measure(topology: Topology, arguments: argparse.Namespace) -> list[Measured]:
+    """Measure all schemes at one depth, in turns. With --memory: measure memory, and end the rank. Communicates; all
+    ranks call it.
+    """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # about writing to the logit, which nobody does
     replace_reduce_scatter()
     if arguments.memory:
-        return measure_memory(topology, arguments)
+        measure_memory(topology, arguments)
     (depth,) = arguments.depths
     config = model_config(depth, arguments.embeddings)
     steps = {name: build(SCHEMES[name], config, topology, arguments.compute_ms / 1e3) for name in arguments.schemes}
@@ -128,21 +137,22 @@ def measure(topology: Topology, arguments: argparse.Namespace) -> list[Measured]
     ]
 
 
-def measure_memory(topology: Topology, arguments: argparse.Namespace) -> float:
-    """Peak MiB of this rank with one scheme at one depth, above what it has before. Communicates; all ranks call it."""
+def measure_memory(topology: Topology, arguments: argparse.Namespace) -> NoReturn:
+    """Measure one scheme at one depth under the cap; rank 0 writes its peak. Communicates; ends the rank."""
     (depth,), (name,) = arguments.depths, arguments.schemes
-    build(SCHEMES[name], model_config(1, 4), topology)()  # what libraries allocate once is not the scheme's
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
-    before = _status_kib("VmRSS")
-    take_step = build(SCHEMES[name], model_config(depth, arguments.embeddings), topology)
-    for _ in range(3):
-        take_step()
-    return (_status_kib("VmHWM") - before) / 1024
+    config = model_config(depth, arguments.embeddings)
+    # Warm up without the cap: what libraries allocate once is not the scheme's, and some hang if they cannot.
+    build(SCHEMES[name], model_config(1, 4), topology)()
 
+    def peak_mib() -> float:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+        before = status_kib("VmRSS")
+        take_step = build(SCHEMES[name], config, topology)
+        for _ in range(3):
+            take_step()
+        return (status_kib("VmHWM") - before) / 1024
 
-def _status_kib(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    run_under_a_cap(arguments.memory_cap_mib, arguments.output / JOB_FILE, topology, peak_mib)
 
 
 def model_config(depth: int, embeddings: int) -> DhenConfig:
