@@ -41,21 +41,17 @@ class MemoryUse:
         return replace(self, parts=tables | self.parts, host=self.host + on_host)
 
 
-def predict_memory(
-    trace: StepTrace, setting: MemorySetting, table_bytes: int = 0, *, evaluation: int = 0, is_gpu: bool = False
-) -> MemoryUse:
-    """Predict a rank's peak memory in training. Without a GPU, offloaded bytes count like all others.
+def predict_memory(trace: StepTrace, setting: MemorySetting, *, evaluation: int = 0, is_gpu: bool = False) -> MemoryUse:
+    """Predict a rank's peak memory in training, without tables. Without a GPU, offloaded bytes count like all others.
 
-    table_bytes: of the rank's table shards and their optimizer states. evaluation: bytes of activations while a batch
-    is evaluated.
+    evaluation: bytes of activations while a batch is evaluated.
     """
     rank = _Rank(trace, setting, is_gpu=is_gpu)
     moments = (rank.micro_step(), rank.optimizer_step(), rank.evaluation(evaluation))
     parts, moment = max(moments, key=lambda worst: sum(worst[0].values()))
     if not is_gpu:
         parts["offloaded"] = rank.host
-    use = MemoryUse({name: size for name, size in parts.items() if size}, rank.host if is_gpu else 0, moment)
-    return use.with_tables(table_bytes, 0)
+    return MemoryUse({name: size for name, size in parts.items() if size}, rank.host if is_gpu else 0, moment)
 
 
 class _Rank:

@@ -150,7 +150,7 @@ def _backward_seconds(
 
 
 class _Links:
-    """Seconds of the dense part's collectives under a setting, each of so many messages with `size` bytes in all."""
+    """Seconds of the dense part's collectives under a setting, each of `size` bytes in all."""
 
     def __init__(self, machine: Machine, setting: MemorySetting, nodes: int) -> None:
         self.machine, self.setting = machine, setting
@@ -168,14 +168,13 @@ class _Links:
         return seconds
 
     def reduce(self, size: float, messages: int = 1) -> float:
-        """Stage 3 reduce-scatters; the other stages all-reduce, which sends twice as much."""
+        """Stage 3 reduce-scatters; the other stages all-reduce, which sends twice as much. messages: that share it."""
         seconds = self.machine.gathered if self.setting.stage == 3 else self.machine.all_reduced
         return (messages - 1) * seconds(0, **self._ring) + seconds(size, **self._ring)
 
-    def replicate(self, size: float, messages: int = 1) -> float:
+    def replicate(self, size: float) -> float:
         """An all-reduce over the replicas."""
-        seconds = self.machine.replicated
-        return (messages - 1) * seconds(0, **self._replicas) + seconds(size, **self._replicas)
+        return self.machine.replicated(size, **self._replicas)
 
 
 def _update_traffic_seconds(trace: StepTrace, links: _Links, gathering: Gathering | None) -> float:
