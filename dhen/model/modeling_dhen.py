@@ -55,6 +55,11 @@ class DhenPreTrainedModel(PreTrainedModel):
     config_class = DhenConfig
     base_model_prefix = "model"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layers. Tables may have another one."""
+        return next(weight.dtype for name, weight in self.named_parameters() if "tables." not in name)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self | tuple[Self, dict[str, Any]]:
         """Load with transformers' from_pretrained, then align the weights in memory like those of a new model."""

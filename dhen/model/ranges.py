@@ -3,13 +3,23 @@
 The upper bounds are far above sensible values. They keep counts and sizes indexable, and squares within float32.
 """
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
-from pydantic import BeforeValidator, FiniteFloat, StringConstraints
+from pydantic import BeforeValidator, FiniteFloat, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticCustomError
 
 _NUMBER = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)
 """Refuses true, which pydantic takes for 1."""
+
+
+def _rows_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError as error:
+        raise PydanticCustomError("rows_or_auto", "Input should be a whole number from 2 to 2^40, or auto") from error
+
+
 Size = Annotated[int, Interval(ge=1, le=2**20), _NUMBER]
 """Size of a layer or of a group: embeddings, units, channels, ranks."""
 SizeFrom0 = Annotated[int, Interval(ge=0, le=2**20), _NUMBER]
@@ -20,7 +30,7 @@ Rows = Annotated[int, Interval(ge=1, le=2**40), _NUMBER]
 """Rows of a table. With more than 2**31 rows, ids are int64."""
 HashRows = Annotated[int, Interval(ge=2, le=2**40), _NUMBER]
 """Row 0 is for blanks."""
-HashSize = HashRows | Annotated[str, StringConstraints(pattern="^auto$")]
+HashSize = Annotated[HashRows | Literal["auto"], WrapValidator(_rows_or_auto)]
 """auto: by the number of distinct keys."""
 Bins = Annotated[int, Interval(ge=2, le=10_000), _NUMBER]
 Batch = Annotated[int, Interval(ge=1, le=2**24), _NUMBER]

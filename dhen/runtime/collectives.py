@@ -81,12 +81,14 @@ def from_all(value: Value, topology: Topology) -> list[Value]:
 def shared_out(items: Sequence[Item], work: Callable[[Item], Value], topology: Topology) -> list[Value]:
     """`work(item)` of each item, which one of the ranks does. Communicates; all ranks call it with equal items.
 
-    Raises the first ValueError or OSError of any rank on all.
+    Raises the first exception of any rank on all: as it was if it is a ValueError or OSError, else a RuntimeError.
     """
     try:
         mine = [work(item) for item in items[topology.rank :: topology.world_size]]
     except (ValueError, OSError) as error:
         mine = error
+    except Exception as error:  # otherwise the other ranks would wait for this one
+        mine = RuntimeError(f"{type(error).__name__}: {error}")
     by_rank = from_all(mine, topology)
     for of_rank in by_rank:
         if isinstance(of_rank, Exception):

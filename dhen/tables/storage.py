@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dhen.runtime.collectives import rank_zeros, shared_out
@@ -196,15 +196,18 @@ def _index(folder: Path, kind: dict[str, str], topology: Topology) -> _Index:
 
 
 def _keys_of(folder: Path, kind: dict[str, str], name: str) -> list[str]:
-    with safe_open(folder / name, framework="pt") as file:
-        saved_with = file.metadata() or {}
-        for option, value in kind.items():
-            if saved_with.get(option) != value:
-                raise TableStorageError(
-                    f"{folder / name} was saved with {option} {saved_with.get(option)!r}, but this run has {value!r}. "
-                    f"Change dhen.{option} back, or start from the exported model with --model_name_or_path."
-                )
-        return list(file.keys())
+    try:
+        with safe_open(folder / name, framework="pt") as file:
+            saved_with, keys = file.metadata() or {}, list(file.keys())
+    except SafetensorError as error:
+        raise TableStorageError(f"{folder / name} is damaged ({error}). Use another checkpoint.") from error
+    for option, value in kind.items():
+        if saved_with.get(option) != value:
+            raise TableStorageError(
+                f"{folder / name} was saved with {option} {saved_with.get(option)!r}, but this run has {value!r}. "
+                f"Change dhen.{option} back, or start from the exported model with --model_name_or_path."
+            )
+    return keys
 
 
 def _overlapping(pieces: list[_Stored], shard: TableShard) -> list[_Stored]:

@@ -239,6 +239,11 @@ def test_fp16_tables_are_exported_and_scored_as_fp16(tmp_path, click_log, costs_
     model = AutoModel.from_pretrained(tmp_path / "model").eval()
     assert {name: model.get_parameter(f"tables.{name}.weight").dtype for name in dtypes} == dtypes
     assert model.dtype == torch.float32
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModel.from_pretrained(tmp_path / "saved")
+    for name, weight in model.named_parameters():
+        assert torch.equal(saved.get_parameter(name).to(weight.dtype), weight)
+        assert saved.get_parameter(name).dtype == weight.dtype or "tables." in name
     (batch,) = BatchLoader(click_log, "test", batch_size=300).epoch(0)
     with torch.no_grad():
         expected = model(batch.sparse, batch.dense_BN).logits.sigmoid()

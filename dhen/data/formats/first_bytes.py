@@ -1,12 +1,12 @@
 """What a file is, by its first bytes. Its name may say something else."""
 
-import bz2
 import gzip
 import io
 import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,15 +50,15 @@ class Compression:
     contents: Callable[[BinaryIO], BinaryIO]
 
 
+def _by_arrow(compression: str, raw: BinaryIO) -> BinaryIO:
+    """Python's bz2 takes a damaged second stream for rubbish behind the first, and ends in silence."""
+    return io.BufferedReader(pa.CompressedInputStream(raw, compression), START_BYTES)
+
+
 COMPRESSIONS = (
     Compression("gzip", ".gz", re.compile(rb"\x1f\x8b"), lambda raw: gzip.GzipFile(fileobj=raw)),
-    Compression("bzip2", ".bz2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), bz2.BZ2File),
-    Compression(
-        "zstd",
-        ".zst",
-        re.compile(rb"\x28\xb5\x2f\xfd"),
-        lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), START_BYTES),
-    ),
+    Compression("bzip2", ".bz2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), partial(_by_arrow, "bz2")),
+    Compression("zstd", ".zst", re.compile(rb"(\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)"), partial(_by_arrow, "zstd")),
 )
 DAMAGED = (EOFError, OSError, zlib.error)
 """What reading a truncated or damaged compressed file raises."""

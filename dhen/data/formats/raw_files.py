@@ -20,7 +20,7 @@ from dhen.data.formats.raw_rows import DataError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 _HTTP = ("http://", "https://")
-_CREDENTIAL = re.compile(r"://[^@]*:.*@|https?://([^/]*@|.*\?)")
+_CREDENTIAL = re.compile(r"(?<!http)(?<!https)://[^@]*:.*@|https?://([^/]*@|.*\?)")
 """A password anywhere, and a user or a query (as of a signed URL) of a web page."""
 _AHEAD_BYTES = 2 << 20
 """How much is read from a URL beyond what is asked for."""
@@ -93,7 +93,9 @@ def files_at(url: str) -> list[str]:
             found = {info["name"]: info for info in system.ls(path, detail=True)}
         else:
             return [url]
-    names = sorted(name for name, info in found.items() if info["type"] == "file" and _last(name)[:1] not in (".", "?"))
+    names = sorted(
+        name for name, info in found.items() if info["type"] == "file" and _last(name)[:1] not in (".", "_", "?")
+    )
     if not names:
         raise FileNotFoundError(f"{url}: no file is there. Check the URL.")
     path = path.rstrip("/")
@@ -149,7 +151,16 @@ def _system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
             f"{_URL.match(url)[0]}…: a URL may have no user, password or query, because messages and schema.json name "
             "it. Give credentials to fsspec by the environment or by its configuration."
         )
-    return fsspec.url_to_fs(url)
+    return fsspec.url_to_fs(url, **_patience(url))
+
+
+def _patience(url: str) -> dict[str, Any]:
+    """A web server that cannot seek sends for as long as the file is prepared; aiohttp ends that after five minutes."""
+    if not url.startswith(_HTTP) or "client_kwargs" in fsspec.config.conf.get("http", {}):
+        return {}
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)}}
 
 
 def _info(url: str, *, is_fresh: bool = False) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[s
         old = like.get(role.name)
         size = role.hash_size or settings.hash_size
         encoding = told or (old.encoding if old else "hash" if size else "auto")
-        if size is None and old is not None and old.encoding == "hash":
+        if size in (None, "auto") and old is not None and old.encoding == "hash":
             size = old.num_embeddings
         default = _AUTO_HASH_SIZE if encoding == "auto" else HASH_SIZE
         count = role.min_count or settings.min_count or (old.min_count if old else 1)

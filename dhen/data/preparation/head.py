@@ -40,13 +40,14 @@ def _grown(column: SparseColumn, head: Schema, folder: Path) -> SparseColumn:
     these keys that occur just m times. It falls as rows are added, so this is an upper estimate. With hash_size auto,
     the number of keys is all that is known, and keys = rows^exponent (Heaps' law) gives the exponent.
     """
-    settings, share = head.source["settings"], head.source[SHARES]["train"]
-    if column.name in (keys_of := head.source.get(ESTIMATED_KEYS, {})):
-        keys, rows = max(keys_of[column.name], 1), max(head.splits["train"].rows, 2)
-        keys = round(keys * (1 / share) ** math.log(keys, rows))
-        return replace(column, num_embeddings=hash_rows(keys, settings["max_hash_size"]))
-    if column.encoding != "vocabulary":
+    settings, keys_of = head.source["settings"], head.source.get(ESTIMATED_KEYS, {})
+    if column.name not in keys_of and column.encoding != "vocabulary":
         return column
+    share = head.source[SHARES]["train"]
+    if column.name in keys_of:
+        keys, rows = max(keys_of[column.name], 1), max(head.splits["train"].rows, 2)
+        keys = round(keys / share ** min(1.0, math.log(keys, rows)))
+        return replace(column, num_embeddings=hash_rows(keys, settings["max_hash_size"]))
     counts = load_vocabulary(folder, column.name).counts
     exponent = min(1.0, column.min_count * float(np.mean(counts == column.min_count))) if len(counts) else 0.0
     keys = round(len(counts) / share**exponent)

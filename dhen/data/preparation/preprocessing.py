@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -86,7 +87,7 @@ def prepare(
     ValueError) for data that cannot be used. The message of a DataError names file and row.
     """
     folder = Path(folder)
-    if ":/" in str(folder):
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):
         raise ValueError(f"{folder}: a prepared folder is written to a disk, not to a URL. Use a path.")
     if folder.exists():
         raise FileExistsError(f"{folder}: the folder already exists. Remove it or choose another one.")
@@ -204,7 +205,7 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
         wanted += [needs[each.encoding] for each in counted.values() if each.encoding in needs]
         if wanted:
             raise DataError(
-                f"{wanted[0]} is built from the train split, but there is none. Add train rows or set schema_from."
+                f"{wanted[0]} comes from the train split, but there is none. Add train rows or set schema_from."
             )
         counted = {}
     if counted or fits:

@@ -116,7 +116,7 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
         elif path.is_dir():
             if (path / SCHEMA_FILE).is_file():
                 raise DataError(f"{pattern}: this is already a prepared folder. Use the raw files.")
-            some = [str(file) for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+            some = [str(file) for file in sorted(path.iterdir()) if file.is_file() and file.name[0] not in "._"]
             if not some:
                 raise FileNotFoundError(f"{pattern}: the folder has no files. Check the path.")
         elif path.exists():

@@ -20,7 +20,7 @@ from dhen.data.preparation.runners import nobody
 from dhen.data.preparation.settings import Head, PreparationSettings
 from dhen.data.preparation.unfinished import Shard
 from dhen.data.preparation.vocabulary import Vocabulary, load_vocabulary
-from dhen.data.schema import Schema
+from dhen.data.schema import ESTIMATED_KEYS, SHARES, Schema, SparseColumn, SplitCounts
 
 SCHEMA = """
 label: label
@@ -202,7 +202,7 @@ def test_a_hash_size_does_not_depend_on_pieces_and_shards(settings, tmp_path, mo
 
 
 def test_a_hash_size_by_keys_needs_training_rows(settings, tmp_path):
-    with pytest.raises(DataError, match="the hash_size auto is built from the train split, but there is none"):
+    with pytest.raises(DataError, match="the hash_size auto comes from the train split, but there is none"):
         preprocessing.prepare(
             PreparationSettings(**{**settings, "train_file": None}, hash_size="auto"), tmp_path / "out"
         )
@@ -217,3 +217,26 @@ def test_the_head_of_data_estimates_the_keys_of_all(settings, tmp_path, monkeypa
     assert schema.splits["train"].rows == pytest.approx(30_000, rel=0.1)
     assert rows["many"] == hash_rows(30_000, None)
     assert rows["few"] <= 16
+
+
+def test_more_keys_than_rows_grow_no_faster_than_the_rows(tmp_path):
+    """Bags may have ten new keys per row."""
+    counts = SplitCounts(rows=100, clicks=10)
+    source = {"settings": {"like": None, "max_hash_size": None}, SHARES: {"train": 0.1}, ESTIMATED_KEYS: {"u": 5_000}}
+    columns = (SparseColumn("u", 16_384, is_multi_valued=True), SparseColumn("v", 100))
+    Schema((), columns, {"train": counts}, source).save(tmp_path)
+    assert [column.num_embeddings for column in whole_schema(tmp_path).sparse] == [hash_rows(50_000, None), 100]
+    source[SHARES] = {"test": 0.1}
+    Schema((), columns[1:], {"test": counts}, source | {ESTIMATED_KEYS: {}}).save(tmp_path)
+    assert whole_schema(tmp_path).sparse == columns[1:], "without train rows, nothing grows"
+
+
+def test_fine_tuning_keeps_the_sizes_that_auto_chose(settings, tmp_path):
+    first = preprocessing.prepare(PreparationSettings(**settings, hash_size="auto"), tmp_path / "first")
+    write_log(Path(settings["train_file"]), rows=9_000)
+    again = PreparationSettings(**settings, hash_size="auto", like=tmp_path / "first")
+    sizes = {column.name: column.num_embeddings for column in first.sparse if column.encoding == "hash"}
+    schema = preprocessing.prepare(again, tmp_path / "again")
+    assert {column.name: column.num_embeddings for column in schema.sparse if column.encoding == "hash"} == sizes
+    other = preprocessing.prepare(PreparationSettings(**settings, hash_size="auto"), tmp_path / "other")
+    assert {column.name: column.num_embeddings for column in other.sparse if column.encoding == "hash"} != sizes

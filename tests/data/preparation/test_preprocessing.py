@@ -301,6 +301,21 @@ def test_a_truncated_file_is_always_an_error(tmp_path, cut, bad_rows, suffix, to
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2"])
+def test_members_are_all_read_or_named_as_damaged(tmp_path, suffix):
+    """Python's bz2 ends in silence where a second stream is damaged."""
+    first, second = (
+        reference.PACK[suffix](("\n".join(LINES[half]) + "\n").encode()) for half in (slice(100), slice(100, 200))
+    )
+    (tmp_path / f"raw{suffix}").write_bytes(first + second)
+    wanted = PreparationSettings(str(tmp_path / f"raw{suffix}"), dataset_format="criteo")
+    schema = prepare(wanted, tmp_path / "out")
+    assert sum(counts.rows for counts in schema.splits.values()) == 200
+    (tmp_path / f"raw{suffix}").write_bytes(first + second[:1] + b"?" + second[2:])
+    with pytest.raises(DataError, match=rf"raw\{suffix}: the \{suffix} is truncated or damaged"):
+        prepare(wanted, tmp_path / "damaged")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
