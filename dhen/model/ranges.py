@@ -3,10 +3,17 @@
 The upper bounds are far above sensible values. They keep counts and sizes indexable, and squares within float32.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from annotated_types import Interval
-from pydantic import BeforeValidator, FiniteFloat, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    BeforeValidator,
+    FiniteFloat,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 from pydantic_core import PydanticCustomError
 
 _NUMBER = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)
@@ -30,7 +37,7 @@ Rows = Annotated[int, Interval(ge=1, le=2**40), _NUMBER]
 """Rows of a table. With more than 2**31 rows, ids are int64."""
 HashRows = Annotated[int, Interval(ge=2, le=2**40), _NUMBER]
 """Row 0 is for blanks."""
-HashSize = Annotated[HashRows | Literal["auto"], WrapValidator(_rows_or_auto)]
+HashSize = Annotated[HashRows, WrapValidator(_rows_or_auto)] | Annotated[str, StringConstraints(pattern="^auto$")]
 """auto: by the number of distinct keys."""
 Bins = Annotated[int, Interval(ge=2, le=10_000), _NUMBER]
 Batch = Annotated[int, Interval(ge=1, le=2**24), _NUMBER]
