@@ -8,7 +8,7 @@ import pyarrow.parquet
 import xxhash
 
 from dhen.data.loading.prepared_rows import list_row_groups, read_row_group, wanted_columns
-from dhen.data.preparation.vocabulary import digest_of_keys, vocabulary_path
+from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER, digest_of_keys, vocabulary_path
 from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, Schema, SplitCounts
 
 
@@ -21,6 +21,7 @@ def seal(folder: Path) -> Schema:
     splits = [split for split in SPLITS if any((folder / split).glob("*.parquet"))]
     if not splits:
         raise FileNotFoundError(f"{folder}: there are no Parquet files in train/, validation/ and test/. Write them.")
+    _check_all_are_read(folder)
     for name in unsealed.looked_up:
         _check_vocabulary(folder, name, unsealed)
     schema = replace(unsealed, splits={split: _counts(folder, split, unsealed) for split in splits})
@@ -41,6 +42,19 @@ def _counts(folder: Path, split: str, unsealed: Schema) -> SplitCounts:
     if rows == 0:
         raise ValueError(f"{folder / split}: the Parquet files have no rows. Remove the folder, or write rows.")
     return SplitCounts(rows, clicks, digest=digest.hexdigest())
+
+
+def _check_all_are_read(folder: Path) -> None:
+    """Raise ValueError if there are Parquet files that belong to no split, such as Spark's of partitionBy."""
+    read = [folder / split for split in SPLITS]
+    others = [path for path in sorted(folder.rglob("*.parquet")) if path.parent not in read]
+    others = [path for path in others if path.relative_to(folder).parts[0] != VOCABULARY_FOLDER]
+    if others:
+        more = f" and {len(others) - 1:,} more Parquet files are" if len(others) > 1 else " is"
+        raise ValueError(
+            f"{others[0]}{more} not directly in train/, validation/ or test/, so training would not read the rows. "
+            f"Move the file into one of them (with partitionBy, Spark writes folders: leave it out), or remove it."
+        )
 
 
 def _check_vocabulary(folder: Path, name: str, schema: Schema) -> None:

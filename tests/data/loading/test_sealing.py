@@ -91,6 +91,16 @@ def test_a_missing_column_and_an_empty_folder_are_named(folder):
         seal(folder)
 
 
+@pytest.mark.parametrize("place", ["train/day=1", "valid", "."])
+def test_rows_that_training_would_not_read_are_refused(folder, place):
+    other = folder / place / "a.parquet"
+    other.parent.mkdir(exist_ok=True)
+    for copy in (other, other.with_name("b.parquet")):
+        copy.write_bytes((folder / "train/part-00000.parquet").read_bytes())
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(other))} and 1 more .* not directly in train/, .* Move"):
+        seal(folder)
+
+
 def test_a_vocabulary_has_a_key_for_each_id(folder):
     schema = replace(Schema.load(folder), sparse=(SparseColumn("zone", 9, "vocabulary"),))
     schema.save(folder)
