@@ -8,7 +8,7 @@ import pyarrow.parquet
 import xxhash
 
 from dhen.data.loading.prepared_rows import list_row_groups, read_row_group, wanted_columns
-from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER, digest_of_keys, vocabulary_path
+from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER, check_vocabulary, vocabulary_path
 from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, Schema, SplitCounts
 
 
@@ -18,10 +18,10 @@ def seal(folder: Path) -> Schema:
     Raises FileNotFoundError, or ValueError that names the file and, where there is one, the column, row and value.
     """
     unsealed = Schema.load(folder)
+    _check_all_are_read(folder)
     splits = [split for split in SPLITS if any((folder / split).glob("*.parquet"))]
     if not splits:
         raise FileNotFoundError(f"{folder}: there are no Parquet files in train/, validation/ and test/. Write them.")
-    _check_all_are_read(folder)
     for name in unsealed.looked_up:
         _check_vocabulary(folder, name, unsealed)
     schema = replace(unsealed, splits={split: _counts(folder, split, unsealed) for split in splits})
@@ -58,7 +58,7 @@ def _check_all_are_read(folder: Path) -> None:
 
 
 def _check_vocabulary(folder: Path, name: str, schema: Schema) -> None:
-    digest_of_keys(folder, name)  # reads all ids and checks them
+    check_vocabulary(folder, name)
     path = vocabulary_path(folder, name)
     num_keys = pyarrow.parquet.read_metadata(path).num_rows
     (rows,) = (column.num_embeddings for column in schema.sparse if column.name == name)

@@ -11,6 +11,7 @@ import pytest
 
 from dhen.data.loading.prepared_rows import find_row_groups
 from dhen.data.loading.sealing import seal
+from dhen.data.preparation import vocabulary
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.vocabulary import Vocabulary
@@ -113,3 +114,53 @@ def test_a_vocabulary_has_a_key_for_each_id(folder):
         seal(folder)
     Vocabulary(pa.array(list("abcdefgh")), np.ones(8, int)).save(folder, "zone")
     assert seal(folder).splits["train"].rows == 21
+
+
+@pytest.fixture
+def zones(folder):
+    """The path of the vocabulary of the only sparse feature, which has eight keys."""
+    replace(Schema.load(folder), sparse=(SparseColumn("zone", 9, "vocabulary"),)).save(folder)
+    Vocabulary(pa.array(list("abcdefgh")), np.ones(8, int)).save(folder, "zone")
+    return folder / "vocabulary/zone.parquet"
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("key", [*"abcdefga"], "the key 'a' appears twice, with the ids 1 and 8. Write each key once"),
+        ("key", [*"abcdefg", None], "column 'key' is null in row 7"),
+        ("key", [*"abcdefg", ""], "the key of id 8 is empty. A blank has id 0"),
+        ("key", list(range(8)), "column 'key' must be string, but is int64"),
+        ("id", [1, 2, 3, None, 5, 6, 7, 8], "column 'id' is null in row 3"),
+        ("id", [1.0] * 8, "column 'id' must be int64, but is double"),
+        ("id", [1] * 8, "the ids do not run from 1 to 8"),
+        ("id", None, "column 'id' must be int64, but is missing"),
+        ("count", [None, *range(7)], "column 'count' is null in row 0"),
+        ("count", None, "column 'count' must be int64, but is missing"),
+    ],
+)
+def test_a_wrong_vocabulary_is_named_with_its_file(folder, zones, column, values, message):
+    table = pyarrow.parquet.read_table(zones).drop_columns(column)
+    pyarrow.parquet.write_table(table if values is None else table.append_column(column, pa.array(values)), zones)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(zones))}: {message}"):
+        seal(folder)
+
+
+def test_a_vocabulary_that_is_no_parquet_file_is_named(folder, zones):
+    zones.write_text("a,1,2")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(zones))}: cannot be read: "):
+        seal(folder)
+
+
+@pytest.mark.parametrize("key", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_the_columns_of_a_vocabulary_may_come_in_any_order_and_have_other_widths(folder, zones, key):
+    table = pyarrow.parquet.read_table(zones).select(["count", "key", "id"])
+    types = zip(table.column_names, (pa.uint32(), key, pa.int32()), strict=True)
+    pyarrow.parquet.write_table(table.cast(pa.schema(types)), zones)
+    assert seal(folder).splits["train"].rows == 21
+
+
+def test_keys_of_one_hash_are_told_from_equal_keys(folder, zones, monkeypatch):
+    monkeypatch.setattr(vocabulary, "hash_texts", lambda texts, salt: np.zeros(len(texts), np.uint64))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(zones))}: 'zone': two keys have the same 64-bit hash"):
+        seal(folder)
