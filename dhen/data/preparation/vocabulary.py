@@ -327,13 +327,9 @@ def check_vocabulary(folder: Path, feature: str) -> None:
         KeyIds.of((batch["key"] for batch in _batches(folder, feature)), feature)
     except DataError as error:
         keys = pl.Series(pa.chunked_array(batch["key"] for batch in _batches(folder, feature)))
-        if not keys.is_duplicated().any():
-            raise ValueError(f"{path}: {error}") from error
-        key = keys.filter(keys.is_duplicated())[0]
-        ids = (keys == key).arg_true()[:2] + 1
-        raise ValueError(
-            f"{path}: the key {key!r} appears twice, with the ids {ids[0]} and {ids[1]}. Write each key once."
-        ) from error
+        twice = keys.filter(keys.is_duplicated())
+        cause = f"the key {twice[0]!r} appears twice. Write each key once." if len(twice) else error
+        raise ValueError(f"{path}: {cause}") from error
 
 
 def shared_ids(old: Path, new: Path, feature: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -116,6 +116,42 @@ def test_a_vocabulary_has_a_key_for_each_id(folder):
     assert seal(folder).splits["train"].rows == 21
 
 
+BINS = {"encoding": "bins", "num_embeddings": 4, "bins": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "feature", "message"),
+    [
+        ("sparse", {"name": "site", "num_embeddings": 50}, "'site' has the name of another column"),
+        ("dense", {"name": "site"}, "'site' has the name of another column"),
+        (
+            "dense",
+            {"name": "label"},
+            "'label' has the name of another column. Rename one: names must differ, also from 'label'",
+        ),
+        ("dense", {"name": "words:weights"}, "'words:weights' has the name of another column"),
+        ("dense", {"name": "new", "mean": 3}, "'new' has mean 3.0 and std None. Give both, or neither"),
+        ("dense", {"name": "new", "missing_of": "site"}, "'new' has missing_of 'site'. Use a dense feature: I1, I2"),
+        ("sparse", {"name": "new", **BINS}, "'new' has encoding 'bins'. Give bins and edges with 'bins'"),
+        ("sparse", {"name": "new", "num_embeddings": 4, "bins": 3}, "'new' has encoding 'hash'. Give bins and edges"),
+        ("sparse", {"name": "new", **BINS, "edges": [2, 1]}, r"'new' has edges \[2.0, 1.0\]. They must ascend"),
+        (
+            "sparse",
+            {"name": "new", "num_embeddings": 4, "is_weighted": True},
+            "'new' is weighted, but not multi",
+        ),
+    ],
+)
+def test_a_wrong_feature_is_named_before_the_rows_are_read(folder, kind, feature, message):
+    path = folder / "schema.json"
+    values = json.loads(path.read_text())
+    values[kind].append(feature)
+    path.write_text(json.dumps(values))
+    (folder / "train/part-00000.parquet").write_text("not read")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: feature {message}"):
+        seal(folder)
+
+
 @pytest.fixture
 def zones(folder):
     """The path of the vocabulary of the only sparse feature, which has eight keys."""
@@ -127,7 +163,7 @@ def zones(folder):
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("key", [*"abcdefga"], "the key 'a' appears twice, with the ids 1 and 8. Write each key once"),
+        ("key", [*"abcdefga"], "the key 'a' appears twice. Write each key once"),
         ("key", [*"abcdefg", None], "column 'key' is null in row 7"),
         ("key", [*"abcdefg", ""], "the key of id 8 is empty. A blank has id 0"),
         ("key", list(range(8)), "column 'key' must be string, but is int64"),
