@@ -117,10 +117,10 @@ def read_row_group(group: RowGroup, schema: Schema) -> pa.Table:
 
     def check(name: str, is_good: np.ndarray, allowed: str) -> None:
         if not is_good.all():
-            row = int(np.argmin(is_good))
+            at = int(np.argmin(is_good))
             raise ValueError(
-                f"{group.path}: column {name!r} is {table[name][row]} in row {group.first_row + row:,} of the split. "
-                f"It must be {allowed}. {_PREPARE_AGAIN}"
+                f"{group.path}: column {name!r} is {flat_values(table[name])[at]} in row {row_of(name, at):,} of the "
+                f"split. It must be {allowed}. {_PREPARE_AGAIN}"
             )
 
     labels = values(LABEL)
@@ -139,11 +139,13 @@ def read_row_group(group: RowGroup, schema: Schema) -> pa.Table:
             )
         if column.is_weighted:
             name = weights_column(column.name)
-            is_finite = np.isfinite(values(name)).all()
-            if not is_finite or not pc.list_value_length(table[name]).equals(pc.list_value_length(table[column.name])):
+            check(name, np.isfinite(values(name)), "finite")
+            num_weights, num_ids = (pc.list_value_length(table[lists]).to_numpy() for lists in (name, column.name))
+            if (differ := num_weights != num_ids).any():
+                row = int(np.argmax(differ))
                 raise ValueError(
-                    f"{group.path}: column {column.name!r}: some rows do not have one finite weight per id. "
-                    f"{_PREPARE_AGAIN}"
+                    f"{group.path}: column {name!r} has {num_weights[row]} weights for {num_ids[row]} ids in row "
+                    f"{group.first_row + row:,} of the split. There must be one weight per id. {_PREPARE_AGAIN}"
                 )
     return table.append_column(NUMBER, pa.array(np.arange(group.first_row, group.first_row + group.num_rows)))
 

@@ -1,6 +1,7 @@
 """Accepts a prepared folder that another program wrote (recipes/DATA.md): checks, counts and digests its values."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import pyarrow.parquet
 import xxhash
 
 from dhen.data.loading.prepared_rows import list_row_groups, read_row_group, wanted_columns
-from dhen.data.preparation.vocabulary import digest_of_keys, vocabulary_path
-from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, Schema, SplitCounts
+from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER, check_vocabulary, vocabulary_path
+from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, Schema, SplitCounts, weights_column
 
 
 def seal(folder: Path) -> Schema:
@@ -18,6 +19,8 @@ def seal(folder: Path) -> Schema:
     Raises FileNotFoundError, or ValueError that names the file and, where there is one, the column, row and value.
     """
     unsealed = Schema.load(folder)
+    _check_schema(folder / SCHEMA_FILE, unsealed)
+    _check_all_are_read(folder)
     splits = [split for split in SPLITS if any((folder / split).glob("*.parquet"))]
     if not splits:
         raise FileNotFoundError(f"{folder}: there are no Parquet files in train/, validation/ and test/. Write them.")
@@ -26,6 +29,32 @@ def seal(folder: Path) -> Schema:
     schema = replace(unsealed, splits={split: _counts(folder, split, unsealed) for split in splits})
     schema.save(folder)
     return schema
+
+
+def _check_schema(path: Path, schema: Schema) -> None:
+    """Raise ValueError if the features' names are not different, or if what it says of one does not go together."""
+
+    def refuse(feature: str, what: str) -> None:
+        raise ValueError(f"{path}: feature {feature!r} {what}")
+
+    weights = [weights_column(column.name) for column in schema.sparse if column.is_weighted]
+    names = [LABEL, *weights, *(column.name for column in (*schema.dense, *schema.sparse))]
+    for name in (name for name in names if names.count(name) > 1):
+        refuse(name, f"has the name of another column. Rename one: names must differ, also from {LABEL!r}.")
+    numbers = [column.name for column in schema.dense if column.missing_of is None]
+    for column in schema.dense:
+        if (column.mean is None) != (column.std is None):
+            refuse(column.name, f"has mean {column.mean} and std {column.std}. Give both, or neither.")
+        if column.missing_of not in (None, *numbers):
+            refuse(column.name, f"has missing_of {column.missing_of!r}. Use a dense feature: {', '.join(numbers)}.")
+    for column in schema.sparse:
+        if column.is_weighted and not column.is_multi_valued:
+            refuse(column.name, "is weighted, but not multi-valued. Set is_multi_valued to true, and write lists.")
+        edges, has_bins = column.edges, column.encoding == "bins"
+        if {has_bins, column.bins is not None, edges is not None} != {has_bins}:
+            refuse(column.name, f"has encoding {column.encoding!r}. Give bins and edges with 'bins', and only then.")
+        if edges is not None and any(low >= high for low, high in pairwise(edges)):
+            refuse(column.name, f"has edges {list(edges)}. They must ascend. Sort them, and remove duplicates.")
 
 
 def _counts(folder: Path, split: str, unsealed: Schema) -> SplitCounts:
@@ -43,8 +72,20 @@ def _counts(folder: Path, split: str, unsealed: Schema) -> SplitCounts:
     return SplitCounts(rows, clicks, digest=digest.hexdigest())
 
 
+def _check_all_are_read(folder: Path) -> None:
+    """Raise ValueError if there are Parquet files that belong to no split, such as Spark's of partitionBy."""
+    read = [folder / name for name in (*SPLITS, VOCABULARY_FOLDER)]
+    others = [path for path in sorted(folder.rglob("*.parquet")) if path.parent not in read]
+    if others:
+        more = f" and {len(others) - 1:,} more Parquet files are" if len(others) > 1 else " is"
+        raise ValueError(
+            f"{others[0]}{more} not directly in train/, validation/ or test/, so training would not read the rows. "
+            f"Move the file into one of them (with partitionBy, Spark writes folders: leave it out), or remove it."
+        )
+
+
 def _check_vocabulary(folder: Path, name: str, schema: Schema) -> None:
-    digest_of_keys(folder, name)  # reads all ids and checks them
+    check_vocabulary(folder, name)
     path = vocabulary_path(folder, name)
     num_keys = pyarrow.parquet.read_metadata(path).num_rows
     (rows,) = (column.num_embeddings for column in schema.sparse if column.name == name)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 import xxhash
 
@@ -32,6 +33,8 @@ _BATCH_KEYS = 1 << 18
 _DUCKDB = {"memory_limit": "1GB", "threads": 1, "preserve_insertion_order": False}
 _SALT = salt_of("vocabulary")
 _SCHEMA = pa.schema([("key", pa.string()), ("id", pa.int64()), ("count", pa.int64())])
+_TEXTS = (pa.string(), pa.large_string(), pa.string_view())
+_INTEGERS = (pa.int64(), pa.int32(), pa.uint64(), pa.uint32())
 _COUNTS = pa.schema([("key", pa.large_string()), ("count", pa.int64())])
 
 
@@ -309,6 +312,26 @@ def digest_of_keys(folder: Path, feature: str, most: int | None = None) -> str:
     return digest.hexdigest()
 
 
+def check_vocabulary(folder: Path, feature: str) -> None:
+    """Check a vocabulary that another program wrote. Of more than MOST_IN_MEMORY keys, not whether all are different.
+
+    Raises FileNotFoundError, or ValueError naming the file.
+    """
+    path = vocabulary_path(folder, feature)
+    for batch in _batches(folder, feature):
+        if (at := pc.index(batch["key"], "").as_py()) >= 0:
+            raise ValueError(f"{path}: the key of id {batch['id'][at]} is empty. A blank has id 0: leave the key out.")
+    if pyarrow.parquet.read_metadata(path).num_rows > MOST_IN_MEMORY:
+        return
+    try:
+        KeyIds.of((batch["key"] for batch in _batches(folder, feature)), feature)
+    except DataError as error:
+        keys = pl.Series(pa.chunked_array(batch["key"] for batch in _batches(folder, feature)))
+        twice = keys.filter(keys.is_duplicated())
+        cause = f"the key {twice[0]!r} appears twice. Write each key once." if len(twice) else error
+        raise ValueError(f"{path}: {cause}") from error
+
+
 def shared_ids(old: Path, new: Path, feature: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The keys that two vocabularies share, batch by batch: their ids in the old one, ascending, and in the new one.
 
@@ -330,18 +353,37 @@ def shared_ids(old: Path, new: Path, feature: str) -> Iterator[tuple[np.ndarray,
 
 
 def _batches(folder: Path, feature: str) -> Iterator[pa.RecordBatch]:
-    """Yield a vocabulary in the order of its ids, which are checked."""
+    """Yield a vocabulary in the order of its ids, after checking its columns, their types and that none has nulls.
+
+    Raises FileNotFoundError, or ValueError naming the file, also if the ids are not 1, 2, 3, ….
+    """
     path, first = vocabulary_path(folder, feature), 1
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file, but {feature!r} is encoded by a vocabulary. Prepare the data again."
         )
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(_BATCH_KEYS, columns=_SCHEMA.names):
-            end = first + len(batch)
-            if not np.array_equal(batch["id"].to_numpy(), np.arange(first, end)):
-                raise ValueError(
-                    f"{path}: the ids do not run from 1 to {file.metadata.num_rows}. Prepare the data again."
-                )
-            yield batch.cast(_SCHEMA)
-            first = end
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow)
+            for batch in file.iter_batches(_BATCH_KEYS, columns=_SCHEMA.names):
+                batch = batch.select(_SCHEMA.names).cast(_SCHEMA)
+                for name in _SCHEMA.names:
+                    if batch[name].null_count:
+                        row = first - 1 + pc.index(batch[name].is_null(), True).as_py()
+                        raise ValueError(f"{path}: column {name!r} is null in row {row:,}. Write no nulls.")
+                if not np.array_equal(batch["id"].to_numpy(), np.arange(first, first + len(batch))):
+                    raise ValueError(
+                        f"{path}: the ids do not run from 1 to {file.metadata.num_rows}. Prepare the data again."
+                    )
+                yield batch
+                first += len(batch)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read: {error}. Prepare the data again.") from error
+
+
+def _check_columns(path: Path, columns: pa.Schema) -> None:
+    for name, wanted in zip(_SCHEMA.names, _SCHEMA.types, strict=True):
+        found = columns.field(name).type if name in columns.names else "missing"
+        values = found.value_type if isinstance(found, pa.DictionaryType) else found
+        if values not in (_TEXTS if name == "key" else _INTEGERS):
+            raise ValueError(f"{path}: column {name!r} must be {wanted}, but is {found}. Prepare the data again.")

@@ -120,22 +120,31 @@ def test_a_column_that_is_missing_or_of_another_type(prepared, column, values, m
         ("I1", pa.array([1] * 20 + [None], pa.float32()), "has 1 null values"),
         ("tags", pa.array([[1]] * 20 + [None]), "has 1 null values"),
         ("tags", pa.array([[1]] * 20 + [[3, None]]), "has 1 null values"),
-        ("words", pa.array([[1, 2, 3, 4]] * 21), "some rows do not have one finite weight per id"),
+        ("words", pa.array([[1, 2, 3, 4]] * 21), "'words:weights' has 3 weights for 4 ids in row 21 of the split"),
     ],
 )
 def test_values_that_no_prepared_column_has_reach_the_consumer_as_an_error(prepared, column, values, message):
     replace_column(second_part(prepared), column, values)
     with pytest.raises(ValueError, match=r"part-00001\.parquet") as error:
         read_all(prepared)
-    assert_says(error, repr(column), message, "Prepare the data again")
+    assert_says(error, column, message, "Prepare the data again")
 
 
 def test_a_weight_that_is_not_finite_reaches_the_consumer_as_an_error(prepared):
     weights = pq.read_table(second_part(prepared))["words:weights"].to_pylist()
-    broken = [[math.nan] * len(of_row) for of_row in weights]
+    broken = [of_row if row < 9 else [math.nan] * len(of_row) for row, of_row in enumerate(weights)]
+    first = next(row for row in range(9, len(weights)) if weights[row])
     replace_column(second_part(prepared), "words:weights", pa.array(broken, pa.list_(pa.float32())))
-    with pytest.raises(ValueError, match="column 'words': some rows do not have one finite weight per id"):
+    with pytest.raises(ValueError, match=rf"00001\.parquet: column 'words:weights' is nan in row {21 + first} of"):
         read_all(prepared)
+
+
+def test_ids_and_weights_may_be_lists_of_two_sizes(prepared):
+    before = [batch.sparse.weights.tolist() for batch in read_all(prepared)]
+    for path in (prepared.folder / "train").iterdir():
+        weights = pq.read_table(path)["words:weights"]
+        replace_column(path, "words:weights", weights.cast(pa.large_list(pa.float32())))
+    assert [batch.sparse.weights.tolist() for batch in read_all(prepared)] == before
 
 
 def test_damaged_pages_reach_the_consumer_as_an_error(prepared):

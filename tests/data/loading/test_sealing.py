@@ -11,6 +11,7 @@ import pytest
 
 from dhen.data.loading.prepared_rows import find_row_groups
 from dhen.data.loading.sealing import seal
+from dhen.data.preparation import vocabulary
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.vocabulary import Vocabulary
@@ -68,7 +69,7 @@ def test_a_folder_of_ours_keeps_its_digests(tmp_path):
         ("tags", pa.array([[1, 2], [], [3, -1]] + [[]] * 4, pa.list_(pa.int64())), "'tags' has the id -1.* in row 9 "),
         ("tags", pa.array([[1, None]] + [[]] * 6, pa.list_(pa.int32())), "'tags' has 1 null values, .* in row 7"),
         ("tags", pa.array([1] * 7, pa.int32()), "'tags' must be a list of int32 or int64, but is int32"),
-        ("words:weights", pa.array([[1.0] * 9] * 7, pa.list_(pa.float32())), "some rows do not have one finite weight"),
+        ("words:weights", pa.array([[1.0] * 9] * 7, pa.list_(pa.float32())), "has 9 weights for . ids in row 7 of"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_its_file_and_row(folder, column, values, message):
@@ -91,6 +92,16 @@ def test_a_missing_column_and_an_empty_folder_are_named(folder):
         seal(folder)
 
 
+@pytest.mark.parametrize("place", ["train/day=1", "valid", "."])
+def test_rows_that_training_would_not_read_are_refused(folder, place):
+    other = folder / place / "a.parquet"
+    other.parent.mkdir(exist_ok=True)
+    for copy in (other, other.with_name("b.parquet")):
+        copy.write_bytes((folder / "train/part-00000.parquet").read_bytes())
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(other))} and 1 more .* not directly in train/, .* Move"):
+        seal(folder)
+
+
 def test_a_vocabulary_has_a_key_for_each_id(folder):
     schema = replace(Schema.load(folder), sparse=(SparseColumn("zone", 9, "vocabulary"),))
     schema.save(folder)
@@ -103,3 +114,89 @@ def test_a_vocabulary_has_a_key_for_each_id(folder):
         seal(folder)
     Vocabulary(pa.array(list("abcdefgh")), np.ones(8, int)).save(folder, "zone")
     assert seal(folder).splits["train"].rows == 21
+
+
+BINS = {"encoding": "bins", "num_embeddings": 4, "bins": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "feature", "message"),
+    [
+        ("sparse", {"name": "site", "num_embeddings": 50}, "'site' has the name of another column"),
+        ("dense", {"name": "site"}, "'site' has the name of another column"),
+        (
+            "dense",
+            {"name": "label"},
+            "'label' has the name of another column. Rename one: names must differ, also from 'label'",
+        ),
+        ("dense", {"name": "words:weights"}, "'words:weights' has the name of another column"),
+        ("dense", {"name": "new", "mean": 3}, "'new' has mean 3.0 and std None. Give both, or neither"),
+        ("dense", {"name": "new", "missing_of": "site"}, "'new' has missing_of 'site'. Use a dense feature: I1, I2"),
+        ("sparse", {"name": "new", **BINS}, "'new' has encoding 'bins'. Give bins and edges with 'bins'"),
+        ("sparse", {"name": "new", "num_embeddings": 4, "bins": 3}, "'new' has encoding 'hash'. Give bins and edges"),
+        ("sparse", {"name": "new", **BINS, "edges": [2, 1]}, r"'new' has edges \[2.0, 1.0\]. They must ascend"),
+        (
+            "sparse",
+            {"name": "new", "num_embeddings": 4, "is_weighted": True},
+            "'new' is weighted, but not multi",
+        ),
+    ],
+)
+def test_a_wrong_feature_is_named_before_the_rows_are_read(folder, kind, feature, message):
+    path = folder / "schema.json"
+    values = json.loads(path.read_text())
+    values[kind].append(feature)
+    path.write_text(json.dumps(values))
+    (folder / "train/part-00000.parquet").write_text("not read")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: feature {message}"):
+        seal(folder)
+
+
+@pytest.fixture
+def zones(folder):
+    """The path of the vocabulary of the only sparse feature, which has eight keys."""
+    replace(Schema.load(folder), sparse=(SparseColumn("zone", 9, "vocabulary"),)).save(folder)
+    Vocabulary(pa.array(list("abcdefgh")), np.ones(8, int)).save(folder, "zone")
+    return folder / "vocabulary/zone.parquet"
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("key", [*"abcdefga"], "the key 'a' appears twice. Write each key once"),
+        ("key", [*"abcdefg", None], "column 'key' is null in row 7"),
+        ("key", [*"abcdefg", ""], "the key of id 8 is empty. A blank has id 0"),
+        ("key", list(range(8)), "column 'key' must be string, but is int64"),
+        ("id", [1, 2, 3, None, 5, 6, 7, 8], "column 'id' is null in row 3"),
+        ("id", [1.0] * 8, "column 'id' must be int64, but is double"),
+        ("id", [1] * 8, "the ids do not run from 1 to 8"),
+        ("id", None, "column 'id' must be int64, but is missing"),
+        ("count", [None, *range(7)], "column 'count' is null in row 0"),
+        ("count", None, "column 'count' must be int64, but is missing"),
+    ],
+)
+def test_a_wrong_vocabulary_is_named_with_its_file(folder, zones, column, values, message):
+    table = pyarrow.parquet.read_table(zones).drop_columns(column)
+    pyarrow.parquet.write_table(table if values is None else table.append_column(column, pa.array(values)), zones)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(zones))}: {message}"):
+        seal(folder)
+
+
+def test_a_vocabulary_that_is_no_parquet_file_is_named(folder, zones):
+    zones.write_text("a,1,2")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(zones))}: cannot be read: "):
+        seal(folder)
+
+
+@pytest.mark.parametrize("key", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_the_columns_of_a_vocabulary_may_come_in_any_order_and_have_other_widths(folder, zones, key):
+    table = pyarrow.parquet.read_table(zones).select(["count", "key", "id"])
+    types = zip(table.column_names, (pa.uint32(), key, pa.int32()), strict=True)
+    pyarrow.parquet.write_table(table.cast(pa.schema(types)), zones)
+    assert seal(folder).splits["train"].rows == 21
+
+
+def test_keys_of_one_hash_are_told_from_equal_keys(folder, zones, monkeypatch):
+    monkeypatch.setattr(vocabulary, "hash_texts", lambda texts, salt: np.zeros(len(texts), np.uint64))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(zones))}: 'zone': two keys have the same 64-bit hash"):
+        seal(folder)
