@@ -288,7 +288,7 @@ def _resolve_auto(raw: dict[str, Any], values: dict[str, Any], prefix: str = "")
                 continue  # resolved when the model is known
             if full not in values:
                 allowed = ", ".join([*values, *SIZE_KEYS])
-                raise ValueError(f'{full} is "auto", but only {allowed} can be. Set a value.')
+                raise ValueError(f'{full} is "auto". Set a value: only {allowed} can be "auto".')
             raw[key] = values[full]
         elif full in values and value != values[full]:
             raise ValueError(

@@ -48,5 +48,5 @@ def test_numbers_stay_and_stages_without_a_key_get_none():
 
 def test_auto_elsewhere_is_refused_with_the_keys_that_may_be(tmp_path):
     path = written(tmp_path, {"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
-    with pytest.raises(DsConfigError, match=r'sub_group_size is "auto", but only .*persistence_threshold can be'):
+    with pytest.raises(DsConfigError, match=r'sub_group_size is "auto"\. Set a value: only .*reduce_bucket_size'):
         read_ds_config(path, RECIPE)

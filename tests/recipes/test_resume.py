@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +26,17 @@ def flags(run: Path, click_log: Path, stage: int, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def in_mid_run(run: Path) -> Callable[[], bool]:
+    """Whether a checkpoint, which is written while training goes on, is complete, and training has gone on."""
+    return lambda: last_step(run) >= 25 and bool(checkpoints(run))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path, click_log, stage):
     # 640 rows, 24 a step: the kill falls into the second epoch, and the checkpoint into the first.
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert run_script("train.py", *flags(straight, click_log, stage, *AVERAGE), ranks=2).status == 0
-    killed = run_script(
-        "train.py", *flags(broken, click_log, stage, *AVERAGE), ranks=2, kill_when=lambda: last_step(broken) >= 25
-    )
+    killed = run_script("train.py", *flags(broken, click_log, stage, *AVERAGE), ranks=2, kill_when=in_mid_run(broken))
     assert killed.status != 0
     assert [folder.name for folder in checkpoints(broken)] == ["checkpoint-20"]
     resumed = run_script(
@@ -49,7 +53,7 @@ def test_a_forgotten_random_state_is_caught(tmp_path, click_log):
     """Negative control: without the random state dropout differs, and the losses with it."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     run_script("train.py", *flags(straight, click_log, 0))
-    run_script("train.py", *flags(broken, click_log, 0), kill_when=lambda: last_step(broken) >= 25)
+    run_script("train.py", *flags(broken, click_log, 0), kill_when=in_mid_run(broken))
     run_script("train.py", *flags(broken, click_log, 0, "--resume_from_checkpoint=true"), patch=forget_random_state)
     assert losses(broken) != losses(straight)
 
