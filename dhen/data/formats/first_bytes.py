@@ -1,12 +1,12 @@
 """What a file is, by its first bytes. Its name may say something else."""
 
+import bz2
 import gzip
 import io
 import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,15 +50,47 @@ class Compression:
     contents: Callable[[BinaryIO], BinaryIO]
 
 
-def _by_arrow(compression: str, raw: BinaryIO) -> BinaryIO:
-    """Python's bz2 takes a damaged second stream for rubbish behind the first, and ends in silence."""
-    return io.BufferedReader(pa.CompressedInputStream(raw, compression), START_BYTES)
+class _Bzip2Streams(io.RawIOBase):
+    """All streams in a bzip2 file. Python's BZ2File takes what is damaged behind the first for rubbish, in silence."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw, self._stream = raw, bz2.BZ2Decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = b""
+        while not data:
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data or self._raw.read(io.DEFAULT_BUFFER_SIZE)
+                if not packed:
+                    return 0
+                self._stream = bz2.BZ2Decompressor()
+            elif self._stream.needs_input:
+                packed = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+                if not packed:
+                    raise EOFError("the file ends within a stream")
+            data = self._stream.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 COMPRESSIONS = (
     Compression("gzip", ".gz", re.compile(rb"\x1f\x8b"), lambda raw: gzip.GzipFile(fileobj=raw)),
-    Compression("bzip2", ".bz2", re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), partial(_by_arrow, "bz2")),
-    Compression("zstd", ".zst", re.compile(rb"(\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18)"), partial(_by_arrow, "zstd")),
+    Compression(
+        "bzip2",
+        ".bz2",
+        re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
+        lambda raw: io.BufferedReader(_Bzip2Streams(raw), START_BYTES),
+    ),
+    Compression(
+        "zstd",
+        ".zst",
+        re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+        lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), START_BYTES),
+    ),
 )
 DAMAGED = (EOFError, OSError, zlib.error)
 """What reading a truncated or damaged compressed file raises."""

@@ -205,7 +205,7 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
         wanted += [needs[each.encoding] for each in counted.values() if each.encoding in needs]
         if wanted:
             raise DataError(
-                f"{wanted[0]} comes from the train split, but there is none. Add train rows or set schema_from."
+                f"{wanted[0]} is built from the train split, but there is none. Add train rows or set schema_from."
             )
         counted = {}
     if counted or fits:

@@ -1,5 +1,6 @@
 """Preparing raw files: splits, determinism, atomicity, memory, reused schemas, and unreadable files."""
 
+import gc
 import gzip
 import os
 import re
@@ -280,6 +281,7 @@ def test_memory_is_bounded_whatever_the_size_of_the_input(tmp_path, monkeypatch)
         text = write(tmp_path / f"{copies}.txt", LINES * copies)
         held = []
         wanted = PreparationSettings(text, block_bytes=100_000)
+        gc.collect()  # what earlier tests left
         before = pa.total_allocated_bytes()
         prepare(
             wanted, tmp_path / f"out{copies}", progress=lambda _, held=held: held.append(pa.total_allocated_bytes())
