@@ -14,7 +14,6 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
-from pydantic_core import PydanticCustomError
 
 _NUMBER = BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value)
 """Refuses true, which pydantic takes for 1."""
@@ -24,7 +23,7 @@ def _rows_or_auto(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     try:
         return check(value)
     except ValidationError as error:
-        raise PydanticCustomError("rows_or_auto", "Input should be a whole number from 2 to 2^40, or auto") from error
+        raise ValueError(f"{value!r:.80} is not allowed. Use a whole number from 2 to 2^40, or auto.") from error
 
 
 Size = Annotated[int, Interval(ge=1, le=2**20), _NUMBER]

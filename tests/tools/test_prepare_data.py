@@ -40,8 +40,8 @@ def test_it_prepares_and_reports_as_json(tmp_path, raw):
     ("arguments", "message"),
     [
         ((), "raw.txt: row 8: column 'label': the label is '2'; it must be 0 or 1"),
-        (("--hash_size", "1"), "hash_size is 1. Use a whole number from 2 to 2^40, or auto."),
-        (("--hash_size", "Auto"), "hash_size is 'Auto'. Use a whole number from 2 to 2^40, or auto."),
+        (("--hash_size", "1"), "hash_size: 1 is not allowed. Use a whole number from 2 to 2^40, or auto."),
+        (("--hash_size", "Auto"), "hash_size: 'Auto' is not allowed. Use a whole number from 2 to 2^40, or auto."),
         (("--format", "csv"), "the format csv needs dataset_schema"),
     ],
 )

@@ -158,9 +158,9 @@ def _patience(url: str) -> dict[str, Any]:
     """A web server that cannot seek sends for as long as the file is prepared; aiohttp ends that after five minutes."""
     if not url.startswith(_HTTP) or "client_kwargs" in fsspec.config.conf.get("http", {}):
         return {}
-    import aiohttp
+    from fsspec.implementations import http  # needs aiohttp
 
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)}}
+    return {"client_kwargs": {"timeout": http.aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)}}
 
 
 def _info(url: str, *, is_fresh: bool = False) -> dict[str, Any]:

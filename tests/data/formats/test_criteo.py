@@ -221,7 +221,7 @@ def test_a_schema_may_make_every_size_that_of_the_benchmark(tmp_path):
         ("sparse: [{name: C1, column: C2}]", "sparse: C1 has a key that the format criteo does not let you set"),
         ("dense: [I1]\nsparse: [{name: C1, bins: 3}]", "Use only encoding, hash_size, min_count"),
         ("label: clicked\nsparse: [C1]", "sets all keys but dense and sparse"),
-        ("sparse: [{name: C1, hash_size: many}]", "sparse.0.hash_size is 'many'"),
+        ("sparse: [{name: C1, hash_size: many}]", "sparse.0.hash_size: 'many' is not allowed"),
     ],
 )
 def test_a_schema_sets_nothing_else(tmp_path, yaml, message):

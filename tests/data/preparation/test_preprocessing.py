@@ -360,7 +360,7 @@ def test_a_file_given_twice_is_refused(tmp_path, raw):
     ("wrong", "message"),
     [
         ({"split_fractions": (0.5, 0.2, 0.2)}, "three shares for train, validation and test that sum to 1"),
-        ({"hash_size": 1}, "hash_size is 1"),
+        ({"hash_size": 1}, "hash_size: 1 is not allowed"),
         ({"min_count": 0}, "min_count is 0"),
         ({"bad_rows": "drop"}, "unknown bad_rows 'drop'. .*Allowed: error, skip"),
         ({"dataset_format": "tsv"}, "unknown dataset_format 'tsv'. .*Allowed: auto, criteo"),
