@@ -183,6 +183,8 @@ def disturb(job: Job, run: Path, chance: random.Random) -> str | None:
     ended before.
     """
     during_save, seconds = chance.random() < 0.5, chance.uniform(0.0, 4.0)
+    while not job.ranks() and not job.is_over():
+        time.sleep(0.1)
     begun = {folder.name for folder in run.glob("checkpoint-*")}
     deadline = time.monotonic() + (60 if during_save else seconds)
     while time.monotonic() < deadline and not job.is_over():
@@ -274,6 +276,8 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
             elif (run / "summary.json").is_file():
                 break
             continue
+        if job.statuses() == {0} and not (run / "summary.json").is_file():
+            trial.problems.append(f"it ended with 0 before its work was done, after {event}")
         trial.events.append(event)
         if event.startswith("SIG") and set_up.launcher == "ranks":
             unexpected = job.statuses() - {0, STATUS, -signal.Signals[event.split()[0]]}  # the last while Python starts
