@@ -72,6 +72,17 @@ class DhenSection(BaseModel):
         description="Round the inputs of fp32 matrix products and convolutions to TF32 (GPUs only).",
     )
     overlap_tables: _Flag = Field(True, description="Overlap the tables' all-to-all with computation.")
+    table_group: Literal["world", "node", "auto"] | _Positive = Field(
+        "world",
+        description="Ranks that tables are sharded over: all, the ranks of a node, or a number of ranks; the groups "
+        "hold replicas. auto takes what the placement's costs say is faster, all or a node.",
+    )
+    table_sync_steps: _Positive = Field(
+        1, description="Table groups: 1 adds up gradients of rows in each step; k adds up moves of rows after k steps."
+    )
+    table_sync_dtype: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="Table groups: dtype of the moves of weights; those of optimizer states are fp32."
+    )
     placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
     compile: Literal["none", "layers"] = Field(
         "none", description='torch.compile: "layers" compiles the forward and backward of each layer.'

@@ -37,6 +37,7 @@ def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type, *, 
             "stage 3, without torch_adam and fused in optimizer.params."
         )
     yield from _of_hybrid_sharding(raw, stage, section)
+    yield from _of_table_groups(section)
 
 
 def _of_precision(raw: dict[str, Any], stage: int) -> Iterator[str]:
@@ -62,6 +63,28 @@ def _of_precision(raw: dict[str, Any], stage: int) -> Iterator[str]:
             f"communication_data_type is {asked!r}, but DeepSpeed 0.19 ignores it with torch_autocast at ZeRO stages 1 "
             "to 3. Gradients of lower_precision_safe_modules are sent in the autocast dtype, and all others in fp32. "
             "Remove communication_data_type."
+        )
+
+
+def _of_table_groups(section: DhenSection) -> Iterator[str]:
+    """What replicas of the tables cannot be combined with. Only the job knows whether its ranks can be divided."""
+    if section.table_group == "world":
+        for key, default in (("table_sync_steps", 1), ("table_sync_dtype", "fp32")):
+            if getattr(section, key) != default:
+                yield (
+                    f'dhen.{key} has no effect with dhen.table_group "world", because there are no replicas. Remove '
+                    'it, or set dhen.table_group to "node".'
+                )
+    elif section.table_sync_steps > 1 and section.table_optimizer == "adam":
+        yield (
+            f"dhen.table_sync_steps is {section.table_sync_steps}, but the moves of Adam's replicas do not add up, "
+            'because its averages shrink in each of them. Use 1, or dhen.table_optimizer "rowwise_adagrad", "adagrad" '
+            'or "sgd".'
+        )
+    elif section.table_sync_steps == 1 and section.table_sync_dtype != "fp32":
+        yield (
+            f"dhen.table_sync_dtype is {section.table_sync_dtype!r}, which has no effect with dhen.table_sync_steps 1, "
+            'where replicas add up exact gradients. Use more steps, or "fp32".'
         )
 
 

@@ -22,7 +22,7 @@ from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.step_time import StepSeconds, step_seconds
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
-from dhen.tables.placement.agreed import RankMemory, place_as_asked, setting_of, table_memory
+from dhen.tables.placement.agreed import RankMemory, place_as_asked, place_fastest, setting_of, table_memory
 from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE
 from dhen.tables.placement.costs import StepSetting, read_costs, replicated_seconds
 from dhen.tables.placement.plan import Placement
@@ -167,12 +167,13 @@ class Planner:
         return replicated + placement.makespan_at(costs, setting, ids)
 
     def _table_setting(self, technique: Technique) -> StepSetting:
-        job = self.job
-        setting = setting_of(job.section, job.world_size, job.machine.ranks_per_node, job.batch_size)
-        setting = replace(setting, averages=job.averages)
-        if not job.section.placement.replicate_below_rows:  # then all techniques share one placement
-            return setting
-        return replace(setting, zero_stage=SCHEMES[technique.scheme], shard_size=self._shard_size(technique))
+        job, options = self.job, {"averages": self.job.averages}
+        if job.section.placement.replicate_below_rows:  # otherwise all techniques share one placement
+            options |= {"zero_stage": SCHEMES[technique.scheme], "shard_size": self._shard_size(technique)}
+        group, world, node = job.section.table_group, job.world_size, job.machine.ranks_per_node
+        sizes = {"world": [world], "node": [node], "auto": sorted({world, node}, reverse=True)}.get(group, [group])
+        settings = [setting_of(job.section, world, node, job.batch_size, size) for size in sizes]
+        return place_fastest(self._placed, [replace(setting, **options) for setting in settings])
 
     @functools.cache  # noqa: B019
     def _placed(self, setting: StepSetting) -> Placement:

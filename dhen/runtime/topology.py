@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -40,7 +40,7 @@ class Topology:
     """This process's place in the job. world: the group of all ranks. device: where this rank computes.
 
     Ranks are numbered node by node, as every launcher does: rank = node * local_size + local_rank. timeout: for the
-    collectives of all groups.
+    collectives of all groups. alike: if this is a place in a group of the job's ranks, the ranks of all such groups.
     """
 
     rank: int
@@ -50,6 +50,7 @@ class Topology:
     device: torch.device
     world: dist.ProcessGroup
     timeout: timedelta
+    alike: tuple[range, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -77,6 +78,18 @@ class Topology:
         replica = [dist.new_group(ranks, timeout=self.timeout) for ranks in replicas][self.rank % size]
         return ShardGroups(shard, replica, size, len(shards), self.rank // size)
 
+    def within(self, groups: ShardGroups) -> "Topology":
+        """This process's place in its shard group, as if the group were the whole job."""
+        size = groups.shard_size
+        alike = tuple(range(first, first + size) for first in range(0, self.world_size, size))
+        return replace(self, rank=self.rank % size, world_size=size, world=groups.shard, alike=alike)
+
+    def another_group(self, backend: str | None = None) -> dist.ProcessGroup:
+        """One more group of the ranks of `world`. Communicates over the whole job: all of its ranks call it."""
+        ranks = [list(of_group) for of_group in self.alike] or [None]
+        made = [dist.new_group(ranks=each, timeout=self.timeout, backend=backend) for each in ranks]
+        return made[dist.get_rank() // self.world_size]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -102,7 +115,7 @@ def shard_size(shard_group: Literal["node"] | int, places: Sequence[Sequence[int
         allowed = ", ".join(map(str, fits))
         raise ValueError(
             f"{shard_group!r} ({size} ranks per group), but this job has {world_size} ranks, {local_size} on each "
-            f'node. Use one of {allowed}, or "world". A group of one rank shards nothing; use ZeRO stage 0 for that.'
+            f'node. Use one of {allowed}, or "world". A group of one rank shards nothing.'
         )
     return size
 

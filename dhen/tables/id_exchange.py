@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
@@ -77,9 +76,9 @@ class IdExchange:
         self._tables, self._overlap = tuple(tables), overlap
         self._device, self._rank, self._world_size = topology.device, topology.rank, topology.world_size
         # In the tables' group, the ids of the next batch would queue behind this batch's gradients.
-        self._group = self._hosts = dist.new_group(timeout=topology.timeout)
+        self._group = self._hosts = topology.another_group()
         if topology.device.type == "cuda":
-            self._hosts = dist.new_group(timeout=topology.timeout, backend="gloo")
+            self._hosts = topology.another_group("gloo")
         self._sent: list[SentIds] = []
         # On CUDA, FBGEMM's backward adds the rows of a rank's tables before an id to it, in the id's dtype.
         most = max((sum(shard.num_embeddings for shard in shards) for shards in shards_by_rank), default=0)

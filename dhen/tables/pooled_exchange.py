@@ -128,7 +128,8 @@ class PooledExchange:
     With overlap False, both directions wait at once.
 
     The loss is a mean over each rank's batch, and DeepSpeed averages the dense gradients over ranks. Table gradients
-    arrive as a sum over ranks, so they are divided by the world size here, and nowhere else.
+    arrive as a sum over the ranks of the group, so they are divided by `averaged_over`, the number of all ranks, here
+    and nowhere else.
 
     Gradients are of the order of 1 / global batch. For an fp16 wire they are multiplied by the largest power of two
     that is at most the global batch, and divided by it on arrival.
@@ -141,8 +142,10 @@ class PooledExchange:
         padded_batch: int,
         group: dist.ProcessGroup,
         *,
+        averaged_over: int | None = None,
         overlap: bool = True,
     ) -> None:
+        self._averaged_over = averaged_over or len(layout.shards_by_rank)
         self._layout, self._batch_size, self._padded_batch = layout, batch_size, padded_batch
         self._group, self._wires, self._overlap = group, layout.wires, overlap
         global_batch = max(1, padded_batch * len(layout.shards_by_rank))
@@ -176,12 +179,12 @@ class PooledExchange:
         self._send(GRADIENTS, flat, others, own)
 
     def receive_gradient(self) -> Tensor:
-        """Second half of the backward: the gradient of `pooled`, averaged over ranks."""
+        """Second half of the backward: the gradient of `pooled`, averaged over all ranks."""
         wire, ranks = self._wires.backward, len(self._layout.shards_by_rank)
         rows = self._receive().view(ranks * self._padded_batch, wire.row_size(self._own))
         self._receive = None
         grad = wire.decode(rows, self._own, self._gradient_scale)
-        return grad.div_(ranks) if ranks > 1 else grad
+        return grad.div_(self._averaged_over) if self._averaged_over > 1 else grad
 
     def _row_sizes(self, wire: Wire) -> tuple[list[int], list[int]]:
         """Size of an encoded row of this rank, once for each rank, and of each rank's."""

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-_MOST = 1 << 29
+MOST_USES = 1 << 29
 _BLOCK_ROWS = 1 << 16
 
 
@@ -21,6 +21,8 @@ class RowUses:
 
     If a count grows beyond half a billion, all are halved and rounded up. So they fit, a used row stays a used one, and
     the ratios of the counts, which are the weights of the mean, stay the same.
+
+    added: number of uses counted since. halves_itself: whether adding halves counts that may be too large.
 
     >>> uses = RowUses([3, 2], torch.device("cpu"))
     >>> uses.add(torch.tensor([0, 2, 2, 1]), torch.tensor([3, 1]))
@@ -33,7 +35,7 @@ class RowUses:
         self._rows, self.num_tables = list(rows), len(rows)
         self._starts_S = torch.tensor([0, *self._rows], device=device).cumsum(0)[:-1]
         self.counts = torch.zeros(sum(self._rows), dtype=torch.int32, device=device)
-        self._added = 0
+        self.added, self.halves_itself = 0, True
 
     def of(self, table: int) -> Tensor:
         """The counts of table number `table`, (rows,): a view."""
@@ -44,27 +46,30 @@ class RowUses:
         first = sum(self._rows[:table])
         return values[first : first + self._rows[table]]
 
-    def add(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
-        """Count one use of each id. ids: ordered by table. Returns their rows, counted over all tables."""
-        places = self._places(ids, ids_per_table_S)
-        self.counts.index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
-        self._added += ids.numel()
-        if self._added >= _MOST:
+    def add(self, ids: Tensor, ids_per_table_S: Tensor) -> None:
+        """Count one use of each id. ids: ordered by table."""
+        self.add_rows(self.rows_at(ids, ids_per_table_S))
+
+    def rows_at(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
+        """The rows of ids that are ordered by table, counted over all tables."""
+        return ids + self._starts_S.repeat_interleave(ids_per_table_S, output_size=ids.numel())
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Count one use of each of `rows_at`."""
+        self.counts.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
+        self.added += rows.numel()
+        if self.halves_itself and self.added >= MOST_USES:
             self.halve()
-        return places
 
     def halve(self) -> None:
         """Halve the counts while one is too large. Call it after the counts were loaded."""
-        self._added = 0
-        while self.counts.numel() and self.counts.max() > _MOST:
+        self.added = 0
+        while self.counts.numel() and self.counts.max() > MOST_USES:
             self.counts.add_(1).div_(2, rounding_mode="floor")
 
     def is_unused(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
         """For each id, whether its row was never used. ids: ordered by table."""
-        return self.counts[self._places(ids, ids_per_table_S)] == 0
-
-    def _places(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
-        return ids + self._starts_S.repeat_interleave(ids_per_table_S, output_size=ids.numel())
+        return self.counts[self.rows_at(ids, ids_per_table_S)] == 0
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Model-parallel embedding tables on FBGEMM, and the bridge to the data-parallel batch (paper 3.1, figure 4).
 
-The paper shards the tables across a pod; here they are sharded over all ranks.
+The paper shards the tables across a pod of GPUs. Here they are sharded over all ranks, or over those of each table
+group, where the groups hold replicas (see replicas.py).
 
 Each rank has the ids of all features for its own examples, but holds only a few tables, or some columns of them. An
 all-to-all sends the ids to the tables' owners, each owner looks up its tables for the global batch, and a second
@@ -26,16 +27,18 @@ from torch import Tensor, nn
 from dhen.config.dhen_section import TableDtype, TableRounding
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, draw_table
-from dhen.runtime.topology import Topology
+from dhen.runtime.topology import ShardGroups, Topology
 from dhen.tables.averaged_tables import AveragedTables
 from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
 from dhen.tables.lookup import make_lookup
 from dhen.tables.placement.beyond_device import beyond_device
 from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.pooled_exchange import PooledExchange, PooledLayout, Wires
+from dhen.tables.replicas import Moves, ReplicaGroup, SummedGradients
 from dhen.tables.row_uses import RowUses, UnseenIds, fill_unused, mean_row
 from dhen.tables.stochastic_rounding import round_stochastically
 from dhen.tables.updated_tables import TableUpdate, UpdatedTables
+from dhen.tables.wire import Wire
 
 _STATES = {"sgd": (), "rowwise_adagrad": ("sum",), "adagrad": ("sum",), "adam": ("exp_avg", "exp_avg_sq")}
 _DECAYED_ROWS = 1 << 16
@@ -57,6 +60,8 @@ class ShardedTables(nn.Module):
 
     table_rounding: how updates of fp16 tables are rounded. wires: dtypes of the all-to-all. overlap: whether
     communication overlaps with computation; results are the same either way.
+    groups: the table groups; None: one group of all ranks. sync_steps: 1 adds up the gradients of rows over replicas;
+    with more, they add up how far they moved their rows after so many steps, with weights in the format `sync_wire`.
     update: the optimizer. Adagrad's update is learning rate * g / (sqrt(sum of g^2) + epsilon): a larger epsilon makes
     the first updates of a row smaller, so rows that are rarely seen stay close to their initial values.
 
@@ -70,6 +75,9 @@ class ShardedTables(nn.Module):
         placement: Placement,
         topology: Topology,
         *,
+        groups: ShardGroups | None = None,
+        sync_steps: int = 1,
+        sync_wire: Wire | None = None,
         update: TableUpdate | None = None,
         table_dtype: TableDtype = "fp32",
         table_rounding: TableRounding = "stochastic",
@@ -80,6 +88,10 @@ class ShardedTables(nn.Module):
     ) -> None:
         """Communicates: all ranks must construct it together. seed None: the values are not drawn; load them."""
         super().__init__()
+        self._all_ranks = topology.world_size
+        self.replica_index = 0
+        if groups is not None:
+            topology, self.replica_index = topology.within(groups), groups.replica_index
         self.tables = tuple(tables)
         self.embedding_dim = embedding_dim
         self.placement = placement
@@ -91,7 +103,7 @@ class ShardedTables(nn.Module):
         self._device, self._world_size = topology.device, topology.world_size
         # NCCL runs one stream per group. In ZeRO-3's group, the world, embeddings would queue behind its weights.
         on_gpu = self._device.type == "cuda"
-        self._group = dist.new_group(timeout=topology.timeout) if on_gpu else topology.world
+        self._group = topology.another_group() if on_gpu else topology.world
         of_ranks = map(placement.of_rank, range(topology.world_size))
         # Shards of equal width are adjacent on a rank.
         by_rank = [tuple(sorted(shards, key=lambda shard: shard.num_columns)) for shards in of_ranks]
@@ -101,11 +113,18 @@ class ShardedTables(nn.Module):
         )
         self._ids = IdExchange(self.tables, by_rank, topology, overlap=overlap)
         self._lookup, self._updated = None, None
+        self._replicas: ReplicaGroup | None = None
+        self._moves: Moves | None = None
         self.uses = RowUses([shard.num_embeddings for shard in self.shards], self._device)
         self._unseen: UnseenIds | None = None
         self._is_new = torch.zeros_like(self.uses.counts, dtype=torch.bool) if self.update.has_new_rows else None
+        self._sync_steps, self._step, self._synchronized_at = sync_steps, 0, 0
         if self.shards:
-            self._make_lookup(rounds=table_dtype == "fp16" and table_rounding == "stochastic")
+            rounds = table_dtype == "fp16" and table_rounding == "stochastic"
+            self._make_lookup(None if groups is None else groups.replica, rounds=rounds)
+        if self._replicas is not None and sync_steps > 1:
+            states = zip(*self._lookup.split_optimizer_states(), strict=True) if _STATES[self.optimizer] else ()
+            self._moves = Moves(self._replicas, list(states), sync_wire or Wire("fp32"))
         if seed is not None:
             cores = len(os.sched_getaffinity(0)) // topology.local_size  # torchrun sets OMP_NUM_THREADS to 1
             threads = max(1, cores) if on_gpu else torch.get_num_threads()
@@ -113,15 +132,24 @@ class ShardedTables(nn.Module):
                 columns = range(shard.first_column, shard.last_column)
                 draw_table(weight, shard.name, columns, seed, init_std, threads=threads)
 
-    def _make_lookup(self, *, rounds: bool) -> None:
+    def _make_lookup(self, replicas: dist.ProcessGroup | None, *, rounds: bool) -> None:
+        """replicas: the ranks with the same shards; None without table groups."""
         on_cpu, update = self._device.type == "cpu", self.update
         cached = beyond_device(self.shards, self.placement.device_bytes)
+        if replicas is not None and (cached or update.l2):
+            why = "the tables do not fit on the GPUs of a table group" if cached else "whole_table_l2 changes all rows"
+            raise ValueError(
+                f"{why}, but replicas exchange only rows that were used, on the GPU. Set dhen.table_group to "
+                f'"world"{", or use more ranks per group" if cached else ", or whole_table_l2 to 0"}.'
+            )
+        sums_gradients = replicas is not None and self._sync_steps == 1
         if cached and (update.touches_all_rows or update.has_new_rows):
             raise ValueError(
                 "the tables do not fit on the GPUs, but Adam with whole_table_l2 updates all rows in each step, and "
                 "new_row_learning_rate updates rows where they lie. Use more ranks, or leave these options out."
             )
-        is_adam_here = update.optimizer == "adam" and (on_cpu or update.touches_all_rows or update.has_new_rows)
+        is_updated_here = on_cpu or update.touches_all_rows or update.has_new_rows or sums_gradients
+        is_adam_here = update.optimizer == "adam" and is_updated_here
         self._lookup = make_lookup(
             [(shard.num_embeddings, shard.num_columns) for shard in self.shards],
             self._device,
@@ -132,8 +160,11 @@ class ShardedTables(nn.Module):
             rounds_stochastically=rounds,
             cached=cached,
         )
-        if is_adam_here or (rounds and on_cpu) or update.has_new_rows:
-            self._updated = UpdatedTables(self._lookup, update, rounds=rounds, is_new=self._is_new)
+        if replicas is not None:
+            self._replicas = ReplicaGroup(self._weights(), self.uses, replicas)
+        if is_adam_here or (rounds and on_cpu) or update.has_new_rows or sums_gradients:
+            summed = SummedGradients(self._replicas) if sums_gradients else None
+            self._updated = UpdatedTables(self._lookup, update, rounds=rounds, is_new=self._is_new, replicas=summed)
 
     def forward(self, sparse: SparseIds | SentIds) -> Tensor:
         """Look up and pool: SparseIds of this rank's B examples -> embeddings_BFD.
@@ -152,7 +183,12 @@ class ShardedTables(nn.Module):
             else:
                 pooled = self._look_up_own(own)
             exchange = PooledExchange(
-                self._layout, own.batch_size, own.padded_batch, self._group, overlap=self._overlap
+                self._layout,
+                own.batch_size,
+                own.padded_batch,
+                self._group,
+                averaged_over=self._all_ranks,
+                overlap=self._overlap,
             )
             ticket = exchange.start(pooled)
 
@@ -170,8 +206,12 @@ class ShardedTables(nn.Module):
         look_up, weights, missing_SR = self._updated or self._lookup, own.weights, None
         lengths_SR = own.offsets.diff().view(len(self.shards), self._world_size * own.padded_batch)
         if torch.is_grad_enabled():
-            rows = self.uses.add(own.ids, lengths_SR.sum(1))
-            if self.average is not None:
+            rows = self.uses.rows_at(own.ids, lengths_SR.sum(1))
+            if self._moves is not None:
+                self._moves.before_update(rows)
+            if self._replicas is None or self._moves is not None:  # otherwise counted with those of the replicas
+                self.uses.add_rows(rows)
+            if self.average is not None and self._replicas is None:  # replicas do it when they exchange rows
                 self.average.before_update(rows)
         elif self._unseen is not None:
             weights, missing_SR = self._unseen.split(own.ids, lengths_SR, weights)
@@ -232,15 +272,25 @@ class ShardedTables(nn.Module):
         if self._updated is not None:
             self._updated.learning_rates = self._rates
 
-    def end_step(self, average_decay: float) -> None:
-        """Do what comes after the updates of a step: L2 decay of whole tables, and the moving average.
+    def end_step(self, step: int, average_decay: float) -> None:
+        """Do what comes after the updates of step number `step`: exchange between replicas if it is due, L2 decay of
+        whole tables, and the moving average. Communicates over the replicas.
 
         average_decay: share of the average that stays.
         """
+        self._step = step
+        if step % self._sync_steps == 0:
+            self.synchronize()
         if self.update.l2 and self.update.optimizer != "adam":
             self._decay_whole_tables(*(1.0 - rate * self.update.l2 for rate in self._rates))
         if self.average is not None:
             self.average.after_step(average_decay)
+
+    def synchronize(self) -> None:
+        """Let all replicas of the tables be equal. Communicates over the replicas, if a step has set them apart."""
+        if self._moves is not None and self._step != self._synchronized_at and not self.is_frozen:
+            self._moves.exchange()
+        self._synchronized_at = self._step
 
     @torch.no_grad()
     def _decay_whole_tables(self, share: float, of_new_rows: float) -> None:
@@ -299,6 +349,8 @@ class ShardedTables(nn.Module):
                     "the tables do not fit on the GPUs, so an average of them does not either. Set it to 0."
                 )
             self.average = AveragedTables(weights, all_rows_change=self.update.l2 > 0)
+            if self._replicas is not None:
+                self._replicas.average = self.average
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 FBGEMM does the lookup. The update is done here, in float32, as part of the backward like FBGEMM's own.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice, pairwise
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from dhen.config.dhen_section import TableOptimizer
+from dhen.tables.replicas import SummedGradients
 from dhen.tables.stochastic_rounding import round_stochastically
 from dhen.tables.widths import Width, by_width
 
@@ -42,14 +44,18 @@ class TableUpdate:
         return self.optimizer == "adam" and self.l2 > 0
 
 
+_RowGradients = tuple[int, Tensor | slice, Tensor, Tensor]
+"""Number of a width, rows counted within it, their gradients, and how many ids used each."""
+
+
 class UpdatedTables:
     """Looks up with FBGEMM's `lookup`, and updates its weights and optimizer states in place.
 
     Adjacent tables of equal width are updated together, so tables should be ordered by width. rounds: whether fp16
     weights are rounded stochastically. is_new: whether a row, counted over all tables, takes the second of the two
     `learning_rates`. Every optimizer's step is its learning rate times a term that does not depend on the rate, so each
-    row moves exactly as if the whole table had its rate. steps: number of updates, for Adam's bias correction; it may
-    be overwritten in place.
+    row moves exactly as if the whole table had its rate. replicas: adds up the rows' gradients over them. steps: number
+    of updates, for Adam's bias correction; it may be overwritten in place.
     """
 
     def __init__(
@@ -59,9 +65,10 @@ class UpdatedTables:
         *,
         rounds: bool = True,
         is_new: Tensor | None = None,
+        replicas: SummedGradients | None = None,
     ) -> None:
         self.learning_rates = (0.0, 0.0)
-        self.lookup, self._update, self._rounds = lookup, update, rounds
+        self.lookup, self._update, self._rounds, self._replicas = lookup, update, rounds, replicas
         self._leaf = torch.empty(0, requires_grad=True)  # so that backward runs: autograd does not track the weights
         self.steps = torch.zeros(1, dtype=torch.int64)
         self._widths = by_width(lookup.split_embedding_weights())
@@ -101,8 +108,20 @@ class UpdatedTables:
 
         rates: the learning rates of old and of new rows.
         """
-        num_bags = grad.shape[0]
         self.steps += 1
+        found = self._gradients(grad, ids, offsets, weights)
+        if self._replicas is not None:
+            found = self._summed(found)
+        for index, rows, grad_of_rows, _ in found:
+            is_new = self._is_new[index]
+            rate = rates[0] if is_new is None else torch.where(is_new[rows], rates[1], rates[0])[:, None]
+            self._update_rows(self._widths[index], self._states[index], rows, grad_of_rows, rate)
+
+    def _gradients(
+        self, grad: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None
+    ) -> Iterator["_RowGradients"]:
+        """The gradients of the rows to update, piece by piece."""
+        num_bags = grad.shape[0]
         bags = torch.arange(len(offsets) - 1, dtype=ids.dtype, device=ids.device)
         bag_of_id = bags.repeat_interleave(offsets.diff(), output_size=len(ids))
         table_of_id = bag_of_id // num_bags
@@ -112,7 +131,7 @@ class UpdatedTables:
         grad_of_id = (example_of_id * self._num_tables[table_of_id] + table_in_width)[order]
         weight_of_id = None if weights is None else weights[order]
         starts, pieces = self._pieces(by_row)
-        for of_width, states, is_new, of_rows in zip(self._widths, self._states, self._is_new, pieces, strict=True):
+        for index, (of_width, of_rows) in enumerate(zip(self._widths, pieces, strict=True)):
             grads = grad[:, slice(*of_width.columns)].reshape(-1, of_width.weight.shape[1])
             for first, last, first_id, last_id in of_rows:
                 # A row's gradient is the sum of its ids' bag gradients: again a lookup, of bags instead of rows.
@@ -127,8 +146,22 @@ class UpdatedTables:
                     rows = slice(first - of_width.first_row, last - of_width.first_row)
                 else:
                     rows = by_row[starts[first:last]] - of_width.first_row
-                rate = rates[0] if is_new is None else torch.where(is_new[rows], rates[1], rates[0])[:, None]
-                self._update_rows(of_width, states, rows, grad_of_rows, rate)
+                yield index, rows, grad_of_rows, starts[first + 1 : last + 1] - starts[first:last]
+
+    def _summed(self, found: Iterable["_RowGradients"]) -> Iterator["_RowGradients"]:
+        """The same, of all replicas."""
+        own = [[] for _ in self._widths]
+        for index, *parts in found:
+            own[index].append(parts)
+        no_rows = torch.empty(0, dtype=torch.int64, device=self._bounds.device)
+        joined = [
+            [torch.cat(part) for part in zip(*of, strict=True)]
+            or [no_rows, of_width.weight.new_empty(0, of_width.weight.shape[1], dtype=torch.float32), no_rows]
+            for of, of_width in zip(own, self._widths, strict=True)
+        ]
+        for index, summed in enumerate(self._replicas.add_up(joined)):
+            size = self._rows_at_once(index)
+            yield from ((index, *parts) for parts in zip(*(part.split(size) for part in summed), strict=True))
 
     def _pieces(self, by_row: Tensor) -> tuple[Tensor, list[list[tuple[int, int, int, int]]]]:
         """Cut the rows to update into pieces. by_row: the row of each id, counted over all tables, in ascending order.
@@ -147,7 +180,7 @@ class UpdatedTables:
             starts = begins.nonzero_static(size=num_ids + 1, fill_value=num_ids)[:, 0]
             before = torch.cat([begins.new_zeros(1), begins]).cumsum(0)
             bounds = before[torch.searchsorted(by_row, self._bounds)]
-        sizes = [max(1, _AT_ONCE[by_row.device.type] // of_width.weight.shape[1]) for of_width in self._widths]
+        sizes = list(map(self._rows_at_once, range(len(self._widths))))
         cuts = [bounds]
         for index, (size, of_width) in enumerate(zip(sizes, self._widths, strict=True)):
             most = len(of_width.weight) if touches_all else min(num_ids, len(of_width.weight))
@@ -161,8 +194,17 @@ class UpdatedTables:
             pieces.append([(*rows, *ids) for rows, ids in zip(pairwise(ends), pairwise(of_ids), strict=False)])
         return starts, pieces
 
+    def _rows_at_once(self, index: int) -> int:
+        weight = self._widths[index].weight
+        return max(1, _AT_ONCE[weight.device.type] // weight.shape[1])
+
     def _update_rows(
-        self, of_width: Width, states: list[Tensor], rows: Tensor | slice, grad: Tensor, rate: float | Tensor
+        self,
+        of_width: Width,
+        states: list[Tensor],
+        rows: Tensor | slice,
+        grad: Tensor,
+        rate: float | Tensor,
     ) -> None:
         after = of_width.weight[rows].float()
         if self._update.touches_all_rows:
@@ -171,7 +213,7 @@ class UpdatedTables:
         step = self._step(grad, of_rows)
         after = after.sub_(step, alpha=rate) if isinstance(rate, float) else after.sub_(step * rate)
         if of_width.weight.dtype == torch.float16 and self._rounds:
-            after = round_stochastically(after)
+            after = round_stochastically(after, None if self._replicas is None else self._replicas.generator)
         of_width.weight[rows] = after.to(of_width.weight.dtype)
         for state, new in zip(states, of_rows, strict=True):
             state[rows] = new

@@ -195,13 +195,18 @@ class ParallelDhen(ScoringDhen):
         # The early weights leave the average soon: 1 - decay falls as 9 / (10 + step).
         decay = min(self.average_decay, (1 + step) / (10 + step))
         if self.tables is not None:
-            self.tables.end_step(decay)
+            self.tables.end_step(step, decay)
         if self.average is not None:
             self.average.after_step(decay)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside this context the weights are their moving averages, if there are any. Communicates under ZeRO."""
+        """Inside this context the weights are their moving averages, if there are any, and all replicas are equal.
+
+        Communicates; all ranks enter together.
+        """
+        if self.tables is not None:
+            self.tables.synchronize()
         with contextlib.ExitStack() as stack:
             if self.average is not None:
                 stack.enter_context(self.average.swapped_in())

@@ -14,7 +14,7 @@ step needs the one before:
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -48,7 +48,10 @@ WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Layout:
-    """A model that is not built yet. ds_config: with sizes that follow from the model. groups: of hybrid sharding."""
+    """A model that is not built yet. ds_config: with sizes that follow from the model. groups: of hybrid sharding.
+
+    table_groups: those that each hold all tables; None if there is one group.
+    """
 
     config: DhenConfig
     topology: Topology
@@ -56,6 +59,7 @@ class Layout:
     placement: Placement
     groups: ShardGroups | None
     shard_size: int
+    table_groups: ShardGroups | None = None
 
 
 def lay_out(
@@ -68,13 +72,25 @@ def lay_out(
     """
     groups = _shard_groups(topology, ds_config)
     size = topology.world_size if groups is None else groups.shard_size
+    known["group_sizes"] = _table_group_sizes(topology, ds_config)
 
     def with_tables(placed: Placement) -> Layout:
         return Layout(config, topology, ds_config.sized(weights_of(config, placed.replicated)), placed, groups, size)
 
     if predict is not None:
         known["dense_bytes"] = lambda: getattr(predict(with_tables(Placement((), topology.world_size))), "peak", 0)
-    return with_tables(place_for_training(config, topology, ds_config, size, **known))
+    layout = with_tables(place_for_training(config, topology, ds_config, size, **known))
+    if (of_tables := layout.placement.world_size) == topology.world_size:
+        return layout
+    late = ds_config.dhen.table_sync_steps - 1
+    misses = f"miss what the others did in up to {late} steps" if late else "are those of one group, to rounding"
+    logger.info(
+        "%d groups of %d ranks hold all tables; the rows that one reads %s",
+        topology.world_size // of_tables,
+        of_tables,
+        misses,
+    )
+    return replace(layout, table_groups=groups if of_tables == size and groups else topology.shard_groups(of_tables))
 
 
 def parallelize(
@@ -94,7 +110,15 @@ def parallelize(
     """
     config, topology, ds_config, placement = layout.config, layout.topology, layout.ds_config, layout.placement
     _allow_tf32(ds_config.dhen.allow_tf32, topology.device)
-    tables = shard_tables(config, topology, placement, ds_config.dhen, update=table_update(ds_config), seed=seed)
+    tables = shard_tables(
+        config,
+        topology,
+        placement,
+        ds_config.dhen,
+        groups=layout.table_groups,
+        update=table_update(ds_config),
+        seed=seed,
+    )
     dense = _dense_part(config, ds_config, placement.replicated, seed, layout.groups)
     if dense_weights:
         _load_dense_weights(dense, dense_weights)
@@ -143,6 +167,8 @@ def shard_tables(
         init_std=config.embedding_init_std,
         wires=Wires(Wire(section.all_to_all_dtype.forward), Wire(section.all_to_all_dtype.backward)),
         overlap=section.overlap_tables,
+        sync_steps=section.table_sync_steps,
+        sync_wire=Wire(section.table_sync_dtype),
         **options,
     )
 
@@ -185,6 +211,18 @@ def _shard_groups(topology: Topology, ds_config: DsConfig) -> ShardGroups | None
             size,
         )
     return None
+
+
+def _table_group_sizes(topology: Topology, ds_config: DsConfig) -> list[int]:
+    """The numbers of ranks that a table group may have. Communicates; all ranks call it."""
+    group = ds_config.dhen.table_group
+    try:
+        sizes = [topology.shard_size("node" if group == "auto" else group)]
+    except ValueError as error:
+        if group != "auto":
+            raise DsConfigError(f"{ds_config.path}: dhen.table_group is {error}") from error
+        sizes = []
+    return sorted({*sizes, topology.world_size}, reverse=True) if group == "auto" else sizes
 
 
 def weights_of(config: DhenConfig, replicated: Collection[str] = ()) -> dict[str, int]:

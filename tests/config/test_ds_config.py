@@ -153,6 +153,14 @@ def test_a_moving_average_without_fp32_weights_is_refused_before_anything_is_bui
         ({"dhen": {"all_reduce_dtype": "bf16"}}, 'no effect with dhen.shard_group "world"'),
         ({"dhen": {"async_all_reduce": False}}, 'no effect with dhen.shard_group "world"'),
         ({"dhen": {"shard_group": "node"}, "zero_optimization": {"stage": 0}}, "shards nothing"),
+        ({"dhen": {"table_group": 0}}, "table_group"),
+        (
+            {"dhen": {"table_group": 2, "table_sync_steps": 4, "table_optimizer": "adam"}},
+            "the moves of Adam's replicas do not add up",
+        ),
+        ({"dhen": {"table_group": 2, "table_sync_dtype": "int8"}}, "no effect with dhen.table_sync_steps 1"),
+        ({"dhen": {"table_sync_steps": 2}}, 'table_sync_steps has no effect with dhen.table_group "world"'),
+        ({"dhen": {"table_sync_dtype": "bf16"}}, 'table_sync_dtype has no effect with dhen.table_group "world"'),
         (
             {
                 "dhen": {"shard_group": 2},

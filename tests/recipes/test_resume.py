@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -113,18 +113,20 @@ def test_an_unfinished_folder_is_refused_by_name(tmp_path):
 
 @dataclass(frozen=True)
 class SetUp:
-    """A way to run: ZeRO stage, ranks, and ranks of a shard group."""
+    """A way to run: ZeRO stage, ranks, ranks of a shard group, and ranks of a table group."""
 
     stage: int
     ranks: int
     shard_group: int | str = "world"
+    table_group: int | str = "world"
 
     def __str__(self) -> str:
-        return f"zero{self.stage} {self.ranks} ranks {self.shard_group}"
+        return f"zero{self.stage} {self.ranks} ranks {self.shard_group} {self.table_group}"
 
     def run(self, run: Path, click_log: Path, *more: str) -> Finished:
         raw = json.loads((ROOT / f"ds_configs/zero{self.stage}.json").read_text())
         raw["dhen"] = {"shard_group": self.shard_group, "table_optimizer": "adagrad"}
+        raw["dhen"] |= {"table_group": self.table_group}
         run.mkdir(parents=True, exist_ok=True)
         (run / "set_up.json").write_text(json.dumps(raw))
         own = (f"--ds_config={run / 'set_up.json'}", f"--per_device_train_batch_size={24 // self.ranks}")
@@ -133,6 +135,8 @@ class SetUp:
 
 
 HSDP = SetUp(3, 4, 2)
+ONE_GROUP = SetUp(0, 4)
+TWO_GROUPS = replace(ONE_GROUP, table_group=2)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,10 @@ def saved(click_log, tmp_path_factory):
         (SetUp(2, 2), SetUp(2, 4)),
         (SetUp(1, 2), SetUp(1, 3)),
         (SetUp(0, 2), SetUp(0, 3)),
+        (ONE_GROUP, TWO_GROUPS),
+        (TWO_GROUPS, ONE_GROUP),
+        (TWO_GROUPS, replace(TWO_GROUPS, ranks=6, table_group=3)),
+        (replace(TWO_GROUPS, stage=2, shard_group=2), replace(TWO_GROUPS, stage=2, ranks=2, table_group="world")),
     ],
     ids=lambda set_up: str(set_up),
 )

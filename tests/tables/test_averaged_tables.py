@@ -83,7 +83,7 @@ def average_of_cut_tables(
         for step in range(5):
             ids = torch.randint(0, 20, (16,), generator=torch.Generator().manual_seed(step))
             tables(SparseIds(ids, len(TABLES))).sum().backward()
-            tables.end_step(0.9)
+            tables.end_step(1, 0.9)
         save_tables(tables, folder, topology.rank)
     else:
         load_tables(tables, folder, topology)

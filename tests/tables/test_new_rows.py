@@ -46,7 +46,7 @@ def trained(tables: ShardedTables, topology: Topology, rate: float, of_new_rows:
         tables.set_learning_rate(rate, of_new_rows)
         embeddings = tables(batch_of("weighted", step, topology.rank, 6))
         (embeddings * target_of(step, topology.rank, 6)).sum().backward()
-        tables.end_step(average_decay=0.0)
+        tables.end_step(1, average_decay=0.0)
 
 
 def train_all(topology: Topology, folder: Path) -> dict[tuple, list[dict]]:

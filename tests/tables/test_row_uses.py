@@ -44,7 +44,7 @@ def test_uses_are_counted_by_table_and_row():
 
 
 def test_counts_never_overflow_and_used_rows_stay_used(monkeypatch):
-    monkeypatch.setattr(row_uses, "_MOST", 64)
+    monkeypatch.setattr(row_uses, "MOST_USES", 64)
     uses = RowUses([3], CPU)
     uses.add(torch.tensor([1]), torch.tensor([1]))
     for _ in range(100):

@@ -159,7 +159,7 @@ def whole_decay(topology: Topology) -> Tensor:
     tensors["weight"].fill_(1.0)
     for _ in range(200):
         tables.set_learning_rate(1e-2)
-        tables.end_step(average_decay=0.0)
+        tables.end_step(1, average_decay=0.0)
     return tensors["weight"].clone()
 
 

@@ -1,8 +1,9 @@
 """The placement that all ranks of a job share: rank 0 plans it, within the least memory of any rank (paper 3.1)."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,12 +47,21 @@ class RankMemory:
         return f"Tables may use {room} of a GPU's {device}, because the dense part needs {dense}." if dense else ""
 
 
-def setting_of(section: DhenSection, world_size: int, local_size: int, batch_size: int) -> StepSetting:
-    """The settings that the tables' costs depend on, from the dhen section. batch_size: examples per rank."""
+def setting_of(
+    section: DhenSection, world_size: int, local_size: int, batch_size: int, group_size: int | None = None
+) -> StepSetting:
+    """The settings that the tables' costs depend on, from the dhen section.
+
+    batch_size: examples per rank. group_size: ranks of a table group; None: all.
+    """
+    size = group_size or world_size
     return StepSetting(
-        world_size,
-        local_size,
+        size,
+        min(local_size, size),
         batch_size,
+        num_replicas=world_size // size,
+        sync_steps=section.table_sync_steps,
+        sync_dtype=section.table_sync_dtype,
         optimizer=section.table_optimizer,
         table_dtype=section.table_dtype,
         wire_forward=section.all_to_all_dtype.forward,
@@ -93,6 +103,21 @@ def place_as_asked(
     raise PlacementError(f"{failure.needs} {memory}".rstrip(), failure.solutions)
 
 
+def place_fastest(place: Callable[[StepSetting], Placement], settings: Sequence[StepSetting]) -> StepSetting:
+    """The setting whose slowest rank takes the least time. Raises PlacementError if the tables fit in none."""
+    if len(settings) == 1:
+        return settings[0]
+    seconds, failure = {}, None
+    for setting in settings:
+        try:
+            seconds[setting] = place(setting).makespan
+        except PlacementError as error:
+            failure = error
+    if failure and not seconds:
+        raise failure
+    return min(seconds, key=seconds.get)
+
+
 def place_for_training(
     config: DhenConfig,
     topology: Topology,
@@ -102,30 +127,38 @@ def place_for_training(
     table_cuts: Mapping[str, int] | None = None,
     replicated: Collection[str] | None = None,
     dense_bytes: Callable[[], int] | None = None,
+    group_sizes: Sequence[int] = (),
 ) -> Placement:
     """Place the tables for training as the ds_config asks.
 
     shard_size: of the dense part. ids_per_bag: mean number of ids per sparse feature, for the cost of its table; 1 by
     default. table_cuts, replicated: the number of column shards per table and the replicated tables, if a checkpoint
-    fixes them. dense_bytes: predicts, on rank 0, what the dense part needs of a GPU.
+    fixes them. dense_bytes: predicts, on rank 0, what the dense part needs of a GPU. group_sizes: ranks of a table
+    group, of which the fastest is taken; by default all ranks.
 
     Communicates; all ranks call it. Raises DsConfigError on all of them.
     """
     section, batch_size = ds_config.dhen, ds_config.deepspeed["train_micro_batch_size_per_gpu"]
-    setting = setting_of(section, topology.world_size, topology.local_size, batch_size)
-    setting = replace(setting, zero_stage=ds_config.zero_stage, shard_size=shard_size)
+    options: dict[str, Any] = {"zero_stage": ds_config.zero_stage, "shard_size": shard_size}
     if recipe := ds_config.recipe:
         all_rows = section.table_optimizer == "adam" and recipe.whole_table_l2 > 0
-        setting = replace(setting, all_rows=all_rows, averages=recipe.ema_decay > 0)
+        options |= {"all_rows": all_rows, "averages": recipe.ema_decay > 0}
+    job = section, topology.world_size, topology.local_size, batch_size
+    settings = [replace(setting_of(*job, size), **options) for size in group_sizes or [topology.world_size]]
     memory = _memory(topology)
 
     def place() -> Placement:
+        beside = replace(memory, dense_bytes=dense_bytes() if dense_bytes and memory.device_bytes else 0)
+        place_in = partial(_place_in, beside)
+        return place_in(place_fastest(place_in, settings))
+
+    def _place_in(memory: RankMemory, setting: StepSetting) -> Placement:
         return place_as_asked(
             config,
             section,
             setting,
             costs=_costs_name(topology),
-            memory=replace(memory, dense_bytes=dense_bytes() if dense_bytes and memory.device_bytes else 0),
+            memory=memory,
             ids_per_bag=ids_per_bag,
             cuts=table_cuts or {},
             replicated=replicated,

@@ -128,6 +128,9 @@ class StepSetting:
     table_rounding: rounding of updates to fp16 tables. zero_stage, shard_size: ZeRO stage and number of ranks that ZeRO
     shards over (None: all), for the dense part, which includes the replicated tables. all_rows: an update changes all
     rows. averages: there is a moving average of the tables.
+
+    With table groups, world_size is the number of ranks in a group, local_size that of its ranks on a node, and
+    num_replicas the number of groups, which exchange the rows they moved every sync_steps steps, in sync_dtype.
     """
 
     world_size: int
@@ -142,10 +145,13 @@ class StepSetting:
     shard_size: int | None = None
     all_rows: bool = False
     averages: bool = False
+    num_replicas: int = 1
+    sync_steps: int = 1
+    sync_dtype: str = "fp32"
 
     @property
     def global_batch(self) -> int:
-        """Examples on all ranks."""
+        """Examples on all ranks of the table group."""
         return self.batch_size * self.world_size
 
     @property
@@ -161,7 +167,8 @@ class StepSetting:
     @property
     def of_replicated(self) -> "StepSetting":
         """The setting of one rank's own lookups in replicated tables. Their states belong to the dense optimizer."""
-        return replace(self, world_size=1, local_size=1, table_dtype="fp32", optimizer="adagrad")
+        one = {"world_size": 1, "local_size": 1, "num_replicas": 1}
+        return replace(self, **one, table_dtype="fp32", optimizer="adagrad")
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row's weights and optimizer state."""
@@ -169,9 +176,18 @@ class StepSetting:
         return columns * WEIGHT_BYTES[self.table_dtype] + states[self.optimizer]
 
     def shard_bytes(self, rows: int, columns: int) -> int:
-        """Bytes of a shard: weights, optimizer state, average and counts of uses."""
+        """Bytes of a shard: weights, optimizer state, average, counts of uses, and the exchange between replicas."""
         average = columns * WEIGHT_BYTES["fp32"] + _AVERAGE_BYTES if self.averages else 0
-        return rows * (self.row_bytes(columns) + average + _USES_BYTES)
+        exchanged = 0
+        if self.num_replicas > 1:  # old rows and own moves, and the moves of all replicas
+            moved = rows_touched(self.sync_steps * self.global_batch, rows)
+            exchanged = rows + int(moved * (2 + self.num_replicas) * self.moved_row_bytes(columns))
+        return rows * (self.row_bytes(columns) + average + _USES_BYTES) + exchanged
+
+    def moved_row_bytes(self, columns: int) -> float:
+        """Bytes that a replica sends about a row that it moved: its number, its uses, its weights and its state."""
+        state_bytes = self.row_bytes(columns) - columns * WEIGHT_BYTES[self.table_dtype]
+        return 4 + _USES_BYTES + columns * WIRE_BYTES[self.sync_dtype] + state_bytes
 
     def cached_bytes(self, rows: int, columns: int) -> int:
         """Bytes that stay on the GPU when the shard is in host memory: cache, row-wise optimizer state, and uses."""
@@ -221,10 +237,12 @@ def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, i
     seconds_per_byte = (local - 1) / world / costs.intra_node_bytes_per_second
     seconds_per_byte += (world - local) / world / costs.inter_node_bytes_per_second
     wire = WIRE_BYTES[setting.wire_forward] + WIRE_BYTES[setting.wire_backward]
+    moved = rows_touched(ids * setting.sync_steps, rows) / setting.sync_steps * (setting.num_replicas - 1)
+    between_replicas = moved * setting.moved_row_bytes(columns) / costs.inter_node_bytes_per_second
     return ShardSeconds(
         lookup=costs.lookup[setting.table_dtype].seconds(lookup_work(ids, bags, rows, columns, setting)),
         update=costs.update[setting.update_key].seconds(update_work(ids, bags, rows, columns, setting)),
-        exchange=seconds_per_byte * (bags * columns * wire + ids * _ID_BYTES),
+        exchange=seconds_per_byte * (bags * columns * wire + ids * _ID_BYTES) + between_replicas,
     )
 
 
@@ -243,7 +261,8 @@ def _dense_traffic_seconds(costs: Costs, setting: StepSetting, weight_bytes: int
     """Seconds to reduce and gather a dense weight in rings over the ranks that ZeRO shards over, and with hybrid
     sharding to all-reduce its shard over the replicas. An all-reduce takes two passes. Stages 1 and 2 add an all-gather
     of the weights; stage 3 takes one pass to reduce-scatter and two to gather."""
-    world, shard = setting.world_size, setting.shard_size or setting.world_size
+    world = setting.world_size * setting.num_replicas
+    shard = setting.shard_size or world
 
     def rate(ranks: int) -> float:
         within = ranks <= setting.local_size

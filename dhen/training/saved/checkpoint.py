@@ -121,6 +121,8 @@ def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) 
 
 def _add_states(model: ParallelDhen, files: CheckpointFiles, running_loss: torch.Tensor | None) -> None:
     topology, folder = model.topology, files.folder
+    if model.tables is not None:
+        model.tables.synchronize()
     of_rank = {"random": _random_state(topology.device), "running_loss": running_loss} | model.statistics()
     files.add_pickle(f"rank-{topology.rank:05d}.pt", of_rank)
     with model.with_average_buffers(), saving_into(files, model.engine):
@@ -130,7 +132,7 @@ def _add_states(model: ParallelDhen, files: CheckpointFiles, running_loss: torch
                 state_dict = model.dense_state_dict(fills_unused=False)
                 if topology.is_main:
                     files.add_tensors(_AVERAGE, state_dict)
-    if model.tables is not None:
+    if model.tables is not None and model.tables.replica_index == 0:
         files.add_pieces(f"tables-{topology.rank:05d}.safetensors", *tables_in_pieces(model.tables))
     if model.replicated.tables:
         model.replicated.gather_uses()

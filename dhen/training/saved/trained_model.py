@@ -204,10 +204,13 @@ def _exported_config(config: DhenConfig, written: Mapping[str, _Written]) -> Dhe
 
 
 def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> dict[str, _Written]:
-    """Write the tables: those that are cut by columns together with other ranks. Communicates; all ranks call it.
+    """Write the tables: those that are cut by columns together with other ranks. Of replicas, the first one is written.
+    Communicates; all ranks call it.
 
     Returns the tensors of the files that this rank began, by name.
     """
+    if tables.replica_index:
+        return {}
     of_shards = zip(tables.shard_tensors(), tables.means(), strict=True)
     own = {shard: _OwnShard(tensors["weight"], tensors["uses"], mean) for (shard, tensors), mean in of_shards}
     written = {}
@@ -281,7 +284,7 @@ def _exchanged_rows(
 def _write_uses(model: ParallelDhen, folder: Path) -> None:
     """Write how often training used each row: each rank for its tables, rank 0 for the replicated ones."""
     uses = {}
-    if model.tables is not None:
+    if model.tables is not None and model.tables.replica_index == 0:
         of_shards = model.tables.shard_tensors()
         uses = {shard.name: tensors["uses"] for shard, tensors in of_shards if shard.first_column == 0}
     if model.topology.is_main:
