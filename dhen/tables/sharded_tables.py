@@ -292,6 +292,11 @@ class ShardedTables(nn.Module):
             self._moves.exchange()
         self._synchronized_at = self._step
 
+    @property
+    def bytes_to_replicas(self) -> int:
+        """Bytes of rows that this rank has sent to each of its replicas."""
+        return self._replicas.bytes_sent if self._replicas is not None else 0
+
     @torch.no_grad()
     def _decay_whole_tables(self, share: float, of_new_rows: float) -> None:
         """Multiply every weight by `share`. For small tables: it touches every row.

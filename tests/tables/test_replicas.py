@@ -89,7 +89,7 @@ def train(
             (shard.name, shard.first_column): {kind: tensor.clone() for kind, tensor in of.items()}
             for shard, of in tables.shard_tensors()
         }
-    return tables.replica_index, tensors, tables._replicas.bytes_sent if tables._replicas else 0
+    return tables.replica_index, tensors, tables.bytes_to_replicas
 
 
 def replicas_of(results: list[tuple[int, dict, int]]) -> list[dict]:

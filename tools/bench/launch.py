@@ -43,10 +43,11 @@ def run(
     kind: type,
     measure: Callable[[Topology, argparse.Namespace], Any],
     present: Callable[[list[Any], argparse.Namespace], None],
+    over: str = "depths",
 ) -> int:
-    """Run a benchmark on a cluster, in a job for each of --depths. Returns the exit status.
+    """Run a benchmark on a cluster, in a job for each value of an argument. Returns the exit status.
 
-    On a rank, which has one depth: join the job and call `measure`. Rank 0 writes what it returns to JOB_FILE in
+    On a rank, which has one value: join the job and call `measure`. Rank 0 writes what it returns to JOB_FILE in
     --output. Communicates; all ranks call it. In the process that the user started: write the dataclasses of type
     `kind` that the jobs return to RESULTS_FILE after each job, and call `present` in the end. The status is 2, with a
     message, if the cluster or a job on it fails.
@@ -61,8 +62,8 @@ def run(
     results = []
     try:
         with Cluster.of(arguments) as cluster:
-            for depth in arguments.depths:
-                command = [*sys.argv, "--depths", str(depth)]
+            for value in getattr(arguments, over):
+                command = [*sys.argv, f"--{over}", str(value)]
                 results += results_of_cluster(cluster, command, list[kind], arguments.output)
                 write_json(arguments.output / RESULTS_FILE, results)
         present(results, arguments)
