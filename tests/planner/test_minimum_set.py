@@ -171,6 +171,15 @@ def test_the_tables_exchange_takes_as_long_as_the_machines_links_let_it():
     assert slower.table_seconds(DP) - slow.table_seconds(DP) == pytest.approx(crossing / (1e6 / 2 * 0.5) / 2, rel=1e-6)
 
 
+def test_the_plan_takes_the_faster_table_group():
+    sections = {group: DhenSection(table_group=group) for group in ("world", "node", "auto")}
+    made = {group: Planner(Job(CONFIG, BATCH, MACHINE, 2, section=section)) for group, section in sections.items()}
+    placed = {group: each.placement_of(DP) for group, each in made.items()}
+    assert placed["world"].world_size == 2 * placed["node"].world_size == 2 * MACHINE.ranks_per_node
+    assert placed["auto"] == min(placed["world"], placed["node"], key=lambda placement: placement.makespan)
+    assert made["auto"].whole_ds_config(DP)["dhen"]["table_group"] == "auto"
+
+
 def test_tables_that_fit_on_no_rank_are_said_so():
     with pytest.raises(PlacementError, match="does not fit"):
         planner(1e-6, machine=replace(MACHINE, host_memory_gib=0.0))

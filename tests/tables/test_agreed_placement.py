@@ -13,6 +13,7 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.runtime.topology import Topology
 from dhen.tables.placement import agreed
 from dhen.tables.placement.agreed import RankMemory, place_as_asked, setting_of, table_memory
+from dhen.tables.placement.costs import read_costs
 from dhen.tables.placement.plan import Placement, PlacementError
 from dhen.training.memory_plan import MemoryPlan
 from dhen.training.parallelize import lay_out
@@ -46,6 +47,35 @@ def test_an_error_of_rank_zero_is_raised_on_all_ranks():
     ours, theirs = run_ranks(2, plan, ["none.json", "gpu"])
     assert ours == theirs
     assert "zero0.json: none.json: no such cost file" in ours
+
+
+def group_size(topology: Topology, costs: str) -> int:
+    config = read_ds_config(ROOT / "ds_configs/zero0.json", recipe(topology.world_size, 8))
+    section = DhenSection(table_group="auto", table_sync_steps=16, placement=PlacementSection(costs=costs))
+    layout = lay_out(DhenConfig(**CONFIG), topology, DsConfig(config.path, config.deepspeed, section))
+    assert (layout.table_groups is None) == (layout.placement.world_size == topology.world_size)
+    return layout.placement.world_size
+
+
+@pytest.mark.parametrize(("within", "between", "size"), [(1e10, 1e5, 2), (1e5, 1e10, 4)])
+def test_auto_takes_the_faster_table_group(tmp_path, within, between, size):
+    costs = replace(read_costs("cpu"), intra_node_bytes_per_second=within, inter_node_bytes_per_second=between)
+    costs.save(tmp_path / "costs.json")
+    assert run_ranks(4, group_size, str(tmp_path / "costs.json"), local_size=2) == [size] * 4
+
+
+def no_group(topology: Topology) -> str:
+    config = read_ds_config(ROOT / "ds_configs/zero0.json", recipe(topology.world_size, 8))
+    section = DhenSection(table_group=3)
+    with pytest.raises(DsConfigError) as caught:
+        lay_out(DhenConfig(**CONFIG), topology, DsConfig(config.path, config.deepspeed, section))
+    return str(caught.value)
+
+
+def test_a_group_that_does_not_divide_the_ranks_is_refused():
+    message, *_ = run_ranks(4, no_group, local_size=2)
+    assert "dhen.table_group is 3 (3 ranks per group), but this job has 4 ranks" in message
+    assert "Use one of 2, 4" in message
 
 
 GIB = 2**30

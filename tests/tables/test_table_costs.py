@@ -34,6 +34,20 @@ def test_a_shard_costs_what_its_rates_say():
     assert far.exchange == pytest.approx(10 * cost.exchange), "between nodes, a tenth of the rate"
 
 
+def test_replicas_pay_for_the_rows_that_they_exchange():
+    one = StepSetting(2, 2, 100, optimizer="rowwise_adagrad")
+    shape = {"rows": 1000, "columns": 8, "ids_per_bag": 1.0}
+    alone = shard_seconds(COSTS, one, **shape)
+    for steps, row_bytes in ((1, 4 + 4 + 8 * 4), (4, 4 + 4 + 8 * 1 + 4)):
+        setting = replace(one, num_replicas=3, sync_steps=steps, sync_dtype="fp32" if steps == 1 else "int8")
+        used = 1000 * (1 - (1 - 1 / 1000) ** (200 * steps)) / steps
+        seconds = 2 * used * row_bytes / COSTS.inter_node_bytes_per_second
+        cost = shard_seconds(COSTS, setting, **shape)
+        assert (cost.lookup, cost.update) == (alone.lookup, alone.update)
+        assert cost.exchange - alone.exchange == pytest.approx(seconds)
+        assert setting.shard_bytes(1000, 8) > one.shard_bytes(1000, 8) + used * row_bytes
+
+
 def test_a_file_of_costs_is_checked(tmp_path):
     path = tmp_path / "costs.json"
     COSTS.save(path)

@@ -20,6 +20,7 @@ CACHED_SHARE = 0.2
 """Share of rows that a GPU caches of a table in host memory; FBGEMM's default."""
 _CACHED_ROW_BYTES, _CACHE_SLOT_BYTES = 4, 16
 """Bookkeeping of FBGEMM's cache on the GPU: bytes per row of the table, and bytes per cached row."""
+_ROW_NUMBER_BYTES = 4
 _USES_BYTES = 4
 """Bytes per row of the count of its uses (dhen/tables/row_uses.py)."""
 _AVERAGE_BYTES = 8
@@ -130,7 +131,8 @@ class StepSetting:
     rows. averages: there is a moving average of the tables.
 
     With table groups, world_size is the number of ranks in a group, local_size that of its ranks on a node, and
-    num_replicas the number of groups, which exchange the rows they moved every sync_steps steps, in sync_dtype.
+    num_replicas the number of groups. They exchange gradients of rows, or if sync_steps is above 1, moves of rows after
+    so many steps, in sync_dtype.
     """
 
     world_size: int
@@ -185,9 +187,10 @@ class StepSetting:
         return rows * (self.row_bytes(columns) + average + _USES_BYTES) + exchanged
 
     def moved_row_bytes(self, columns: int) -> float:
-        """Bytes that a replica sends about a row that it moved: its number, its uses, its weights and its state."""
-        state_bytes = self.row_bytes(columns) - columns * WEIGHT_BYTES[self.table_dtype]
-        return 4 + _USES_BYTES + columns * WIRE_BYTES[self.sync_dtype] + state_bytes
+        """Bytes that a replica sends about a row: number, uses and gradient, or instead of this moves of weights and
+        state."""
+        states = self.row_bytes(columns) - columns * WEIGHT_BYTES[self.table_dtype] if self.sync_steps > 1 else 0
+        return _ROW_NUMBER_BYTES + _USES_BYTES + columns * WIRE_BYTES[self.sync_dtype] + states
 
     def cached_bytes(self, rows: int, columns: int) -> int:
         """Bytes that stay on the GPU when the shard is in host memory: cache, row-wise optimizer state, and uses."""
