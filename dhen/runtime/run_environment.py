@@ -36,13 +36,14 @@ def describe_environment(topology: Topology) -> dict[str, Any]:
         "command": lambda: shlex.join(sys.argv),
         "git": _git,
         "python": platform.python_version,
-        "versions": _versions,
+        # torch's own text says its build: 2.13.0+cpu
+        "versions": lambda: {"dhen": dhen.__version__} | installed_versions(PACKAGES) | {"torch": torch.__version__},
         "cuda": lambda: torch.version.cuda,
         "platform": platform.platform,
         "host": platform.node,
         "cpu": _cpu_name,
         "cpu_count": os.cpu_count,
-        "gpus": _gpu_names,
+        "gpus": lambda: [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "device": lambda: topology.device.type,
         "world_size": lambda: topology.world_size,
         "ranks_per_node": lambda: topology.local_size,
@@ -59,20 +60,11 @@ def _or_none(name: str, find: Callable[[], Any]) -> Any:
         return None
 
 
-def _versions() -> dict[str, str]:
-    """Package -> version, of those that are installed. torch's own text says its build: 2.13.0+cpu."""
-    return {"dhen": dhen.__version__} | installed_versions(PACKAGES) | {"torch": torch.__version__}
-
-
 def _cpu_name() -> str:
     """The model as Linux knows it, such as "AMD EPYC 7763"; elsewhere the architecture."""
     lines = _CPU_INFO.read_text(encoding="utf-8").splitlines() if _CPU_INFO.is_file() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
-
-
-def _gpu_names() -> list[str]:
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _git(folder: Path | None = None) -> dict[str, Any] | None:

@@ -212,7 +212,7 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
 
 def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
     """Clear the run folder, unless the run resumes, and write the set-up to it. Start reporting to the terminal,
-    metrics.csv and TensorBoard. Communicates; all ranks call it. Raises FolderTakenError.
+    metrics.csv and TensorBoard. Communicates; all ranks call it. Raises ValueError if another run has the folder.
     """
     output_dir, topology = Path(arguments.training.output_dir), trainer.model.topology
 
