@@ -158,8 +158,10 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
             raise ValueError(fault)
     except ValueError as error:
         raise DsConfigError(f"{path}: {error}") from error
+    # The parser changes its input, wants numbers for "auto" sizes, and would take the global batch for one rank's.
+    parsed = {key: value for key, value in with_sizes(raw, {"": 1}).items() if key != "train_batch_size"}
     try:
-        deepspeed.DeepSpeedConfig(_copy_without_total(raw))
+        deepspeed.DeepSpeedConfig(copy.deepcopy(parsed))
     except Exception as error:  # plain parsing of a dict, by code of many hands
         raise DsConfigError(f"{path}: DeepSpeed rejects this ds_config: {error}") from error
     return DsConfig(path, raw, section, recipe=recipe)
@@ -240,18 +242,9 @@ def _check_section(path: str, section: Any, table_optimizer: TableOptimizer | No
     try:
         checked = DhenSection.model_validate(section)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "extra_forbidden":
-            sections = {"placement": PlacementSection, "all_to_all_dtype": WireSection}
-            known = sections.get(str(first["loc"][-2]) if len(first["loc"]) > 1 else "", DhenSection)
-            raise DsConfigError(f"{path}: {first_mistake(error, SECTION, known=known.model_fields)}") from error
-        place = _without_alternatives(first["loc"])
-        value = section
-        for key in place:
-            value = value[key] if isinstance(value, dict) else value
-        wrong = {each["msg"]: None for each in error.errors() if _without_alternatives(each["loc"]) == place}
-        key = ".".join([SECTION, *map(str, place)])
-        raise DsConfigError(f"{path}: {key} is {quoted(value)}. {', or: '.join(wrong)}.") from error
+        inner = {("placement",): PlacementSection, ("all_to_all_dtype",): WireSection}
+        known = inner.get(error.errors()[0]["loc"][:-1], DhenSection).model_fields
+        raise DsConfigError(f"{path}: {first_mistake(error, SECTION, known=known)}") from error
     asked, default = section.get("table_optimizer", AUTO), DhenSection().table_optimizer
     if asked not in (AUTO, table_optimizer or asked):
         raise DsConfigError(
@@ -259,12 +252,6 @@ def _check_section(path: str, section: Any, table_optimizer: TableOptimizer | No
             "make them equal."
         )
     return checked.model_copy(update={"table_optimizer": table_optimizer or default}) if asked == AUTO else checked
-
-
-def _without_alternatives(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """The part of pydantic's error location that the user wrote, without the alternative types that pydantic tried."""
-    inside = {"placement": 2, "all_to_all_dtype": 2}.get(str(place[0]) if place else "", 1)
-    return place[: inside + 1 if place[:2] == ("placement", "tables") else inside]
 
 
 def _add_what_is_missing(raw: dict[str, Any], values: dict[str, Any]) -> None:
@@ -294,11 +281,3 @@ def _resolve_auto(raw: dict[str, Any], values: dict[str, Any], prefix: str = "")
             raise ValueError(
                 f'{full} is {quoted(value)}, but the recipe sets {values[full]}. Use "auto", or make them equal.'
             )
-
-
-def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy for the parser, which changes its input. Without the global batch, which it would take for one rank's.
-
-    "auto" sizes get values of no model, because the parser wants numbers.
-    """
-    return copy.deepcopy({key: value for key, value in with_sizes(raw, {"": 1}).items() if key != "train_batch_size"})

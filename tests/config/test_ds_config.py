@@ -55,10 +55,10 @@ def test_the_wire_is_said_once_or_for_each_way(tmp_path):
         ({"placement": {"max_shards": 2}}, "dhen.placement: unknown key 'max_shards'"),
         ({"placement": {"memory_gib": -1}}, "dhen.placement.memory_gib is -1"),
         ({"table_dtype": "bf16"}, "dhen.table_dtype is 'bf16'"),
-        ({"placement": {"tables": {"C1": True}}}, "dhen.placement.tables.C1 is True. Input should be a valid integer"),
-        ({"activation_checkpointing": True}, "dhen.activation_checkpointing is True. Input should be 'none' or 'all'"),
+        ({"placement": {"tables": {"C1": True}}}, "dhen.placement.tables.C1 is True. Use a valid integer"),
+        ({"activation_checkpointing": True}, "dhen.activation_checkpointing is True. Use 'none' or 'all', or "),
         ({"activation_checkpointing": "4"}, "dhen.activation_checkpointing is '4'. "),
-        ({"shard_group": 0}, "dhen.shard_group is 0. Input should be 'world' or 'node', or: Input should be greater"),
+        ({"shard_group": 0}, "dhen.shard_group is 0. Use 'world' or 'node', or a number above 0."),
     ],
 )
 def test_mistakes_about_tables_name_the_key(tmp_path, section, words):
