@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dhen.config.arguments import ARGUMENTS_FILE, import_interaction_files
-from dhen.config.command_line import (
-    ArgumentError,
-    Parser,
-    Paths,
-    check_types,
-    copy_for_parser,
-    find_paths,
-    unknown_argument,
-)
+from dhen.config.command_line import ArgumentError, Parser, Paths, find_paths
 from dhen.config.data_arguments import DataArguments, DatasetFormat
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.preparation.settings import PreparationSettings, as_tuple
@@ -77,13 +69,7 @@ class ScoringArguments:
 def parse_scoring_arguments(command_line: Sequence[str] | None, description: str) -> ScoringArguments:
     """Read the arguments from the command line. description: the text above --help. Raises ArgumentError."""
     usage = "%(prog)s --model_name_or_path FOLDER [--argument VALUE ...]"
-    parser = Parser([copy_for_parser(ScoringArguments)], usage=usage, description=description)
-    given, unknown = parser.parse_args_into_dataclasses(
-        command_line, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise unknown_argument(unknown[0], [ScoringArguments])
-    arguments = check_types(ScoringArguments, vars(given), "command line")
+    (arguments,) = Parser({"scoring": ScoringArguments}, usage=usage, description=description).parse(command_line)
     if arguments.model_name_or_path is None:
         raise ArgumentError("--model_name_or_path is missing. Set it to a run folder or an exported model.")
     find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
