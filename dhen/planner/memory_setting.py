@@ -53,7 +53,7 @@ class MemorySetting:
         small_states = bool(bf16.get("bf16_optimizer_states"))
         offload = zero.get("offload_optimizer") or {}
         type_, params = raw["optimizer"]["type"].lower(), raw["optimizer"].get("params", {})
-        moments = {"sgd": int(bool(params.get("momentum"))), "lion": 1, "adagrad": 1}.get(type_, 2)
+        moments = {"sgd": int(bool(params.get("momentum"))), "adagrad": 1}.get(type_, 2)
         averages = ds_config.recipe is not None and ds_config.recipe.ema_decay > 0
         has_temporaries = (params.get("torch_adam") or type_ == "sgd") and not params.get("fused")
         return cls(

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from dhen.data.format_version import VERSION_KEY
 from dhen.dense.trained_parts import ANCHOR
-from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.parts import part_of
+from dhen.runtime import background
 from dhen.runtime.topology import Topology
 from dhen.tables.storage import load_tables, tables_in_pieces
 from dhen.training.parallel_model import ParallelDhen
@@ -106,17 +107,7 @@ def start_save(
     topology.barrier()
     files = CheckpointFiles(folder, is_staged=in_background)
     _add_states(model, files, running_loss)
-    written: Future[FileFacts] = Future()
-    if in_background:
-        written = files.in_background()
-    else:
-        written.set_result(files.write())
-    return Save(folder, json.loads(json.dumps(facts | vars(state))), written)
-
-
-def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) -> Path:
-    """Write output_dir/checkpoint-<step> at once. Communicates; all ranks call it."""
-    return start_save(model, output_dir, state).finish(model.topology)
+    return Save(folder, json.loads(json.dumps(facts | vars(state))), background.in_background(files.write))
 
 
 def _add_states(model: ParallelDhen, files: CheckpointFiles, running_loss: torch.Tensor | None) -> None:
@@ -275,8 +266,7 @@ def _model_facts(config: DhenConfig) -> dict[str, Any]:
         "pooling": {table.name: table.pooling for table in config.tables},
         "num_dense_features": config.num_dense_features,
     }
-    facts |= {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
-    return json.loads(json.dumps(facts))
+    return json.loads(json.dumps(facts | vars(config.architecture)))
 
 
 def _shown(saved: Any, now: Any) -> str:

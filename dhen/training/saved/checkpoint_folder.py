@@ -232,11 +232,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         digest = values.pop(_OF_STATE, None) if isinstance(values, dict) else None
     except (OSError, ValueError) as error:
         raise DamagedStateError(f"{STATE_FILE} cannot be read: {error!s:.100}") from error
+    if isinstance(values, dict):  # first: the digest of another format may be another one
+        check_format_version(folder / STATE_FILE, values, FORMAT_VERSION, "start a new run, without a resume")
     if digest != _digest_of(values):
-        if isinstance(values, dict):
-            check_format_version(folder / STATE_FILE, values, FORMAT_VERSION, "start a new run, without a resume")
         raise DamagedStateError(f"{STATE_FILE} has other values than were saved")
-    check_format_version(folder / STATE_FILE, values, FORMAT_VERSION, "start a new run, without a resume")
     return values
 
 
