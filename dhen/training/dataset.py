@@ -151,13 +151,16 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
             "learn. Check the label in dataset_schema, or use more rows."
         )
     if "validation" not in schema.splits:
-        needs = "needs a validation split, but the data has none. Add one with validation_file or split_fractions."
-        if training.early_stopping_patience:
-            raise ArgumentError(f"early_stopping_patience {needs}")
-        if training.lr_scheduler_type == "reduce_lr_on_plateau":
-            raise ArgumentError(f"lr_scheduler_type reduce_lr_on_plateau {needs}")
-        if training.calibrate:
-            raise ArgumentError(f"calibrate {needs}")
+        asked = {
+            "early_stopping_patience": training.early_stopping_patience,
+            "lr_scheduler_type reduce_lr_on_plateau": training.lr_scheduler_type == "reduce_lr_on_plateau",
+            "calibrate": training.calibrate,
+        }
+        for name in filter(asked.get, asked):
+            raise ArgumentError(
+                f"{name} needs a validation split, but the data has none. Add one with validation_file or "
+                "split_fractions."
+            )
     elif training.calibrate and not is_partial(schema) and _has_one_class(schema.splits["validation"]):
         raise ArgumentError("calibrate needs both labels in the validation split. Use more rows, or leave it out.")
 

@@ -174,9 +174,7 @@ def _data_of_run(trained: TrainedModel) -> tuple[DataArguments | None, bool]:
 
 
 def _cache_folder(arguments: ScoringArguments, trained: TrainedModel, of_run: DataArguments | None) -> Path:
-    if arguments.cache_dir:
-        return Path(arguments.cache_dir)
-    if of_run is not None and of_run.cache_dir:
-        return Path(of_run.cache_dir)
+    if given := arguments.cache_dir or (of_run and of_run.cache_dir):
+        return Path(given)
     beside = trained.folder if of_run is None else trained.folder.parent
     return beside.resolve().parent / "prepared"

@@ -177,7 +177,11 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     by_rank = from_all(written, topology)
     if topology.is_main:
         written = {name: tensor for of_rank in by_rank for name, tensor in of_rank.items()}
-        _write_index(written, draft)
+        index = {
+            "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: FORMAT_VERSION},
+            "weight_map": {name: of.file for name, of in sorted(written.items())},
+        }
+        (draft / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _exported_config(model.config, written).save_pretrained(draft)
         schema.save(draft)
         if (prepared / VOCABULARY_FOLDER).is_dir():
@@ -306,11 +310,3 @@ def _check_version(index: Path) -> None:
     """Raise ValueError for another format. A single file, which `save_pretrained` writes, says no version."""
     metadata = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}) if index.is_file() else {}
     check_format_version(index, metadata, FORMAT_VERSION, "train the model again")
-
-
-def _write_index(written: Mapping[str, _Written], folder: Path) -> None:
-    index = {
-        "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: FORMAT_VERSION},
-        "weight_map": {name: of.file for name, of in sorted(written.items())},
-    }
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
