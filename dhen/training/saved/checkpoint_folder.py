@@ -85,8 +85,7 @@ def choose_checkpoint(
             f"{'; '.join(faults)}. There is no other checkpoint to resume from. Restore the file from a copy, or start "
             "a new run with --overwrite_output_dir."
         )
-    if topology.is_main:
-        logger.info("%s has no checkpoint yet: the run starts at step 0", output_dir)
+    logger.info("%s has no checkpoint yet: the run starts at step 0", output_dir)
     return None
 
 
@@ -185,7 +184,7 @@ def damage(folder: Path, topology: Topology) -> str | None:
         found = pool.map(lambda name: _difference(folder / name, *files[name]), mine)
         mine_are = next((f"{name} {what}" for name, what in zip(mine, found, strict=True) if what), None)
     fault = next((one for one in from_all(mine_are, topology) if one), None)
-    if fault is None and topology.is_main:
+    if fault is None:
         gigabytes, seconds = sum(size for size, _ in files.values()) / 1e9, time.monotonic() - began
         rate = f"{gigabytes:.3g} GB in {seconds:.1f} s"
         logger.info("%s: all %d files are as they were saved (%s)", folder, len(files), rate)
