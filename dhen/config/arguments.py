@@ -47,7 +47,6 @@ class Arguments:
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def recipe(self, world_size: int) -> Recipe:
-        """The values that a ds_config may leave "auto"."""
         training = self.training
         names = [f.name for f in dataclasses.fields(Recipe) if f.name != "world_size"]
         return Recipe(world_size=world_size, **{name: getattr(training, name) for name in names})

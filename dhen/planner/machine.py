@@ -80,7 +80,6 @@ class Machine:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of a rank."""
         return int(self.memory_gib * 2**30)
 
     @property

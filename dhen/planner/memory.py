@@ -127,7 +127,6 @@ class _Rank:
         return self.rest + Counter(worst[1]), worst[2]
 
     def optimizer_step(self) -> tuple[Counter[str], str]:
-        """The peak in the optimizer's step."""
         setting = self._setting
         at_once = min(self._shard, setting.sub_group) if setting.stage == 3 else self._shard
         if setting.stage == 0:

@@ -73,7 +73,6 @@ class Event:
 
     @property
     def layer(self) -> int | None:
-        """The layer that the module or weight belongs to."""
         return _layer_of(self.name)
 
 
@@ -90,12 +89,10 @@ class StepTrace:
 
     @property
     def trained(self) -> dict[str, int]:
-        """The weights that are trained."""
         return {name: elements for name, elements in self.weights.items() if name not in self.frozen} or {"": 1}
 
     @property
     def num_weights(self) -> int:
-        """Number of elements of all weights."""
         return sum(self.weights.values())
 
     @property
@@ -375,7 +372,6 @@ def _names(name: str, places: Sequence[range]) -> list[str]:
 
 
 def layer_name(layer: int | None) -> str:
-    """The module name of a layer."""
     return f"{_LAYERS}{layer}"
 
 

@@ -57,7 +57,6 @@ class TrainingData:
 
 
 def cache_of(arguments: Arguments) -> Path:
-    """The folder for prepared data."""
     return Path(arguments.data.cache_dir or Path(arguments.training.output_dir).parent / "prepared")
 
 
@@ -243,7 +242,6 @@ def settings_without_effect(data: DataArguments, schema: Schema, like: Path | No
 
 
 def is_prepared(name: Paths) -> bool:
-    """Whether the name is that of a prepared folder."""
     return isinstance(name, str) and (Path(name) / SCHEMA_FILE).is_file()
 
 

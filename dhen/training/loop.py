@@ -160,7 +160,6 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is no step left to make."""
         return self.state.step >= self.total_steps or self._best.has_stalled(self.arguments.early_stopping_patience)
 
     def micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:

@@ -151,7 +151,6 @@ def shard_tables(
 
 
 def table_update(ds_config: DsConfig) -> TableUpdate:
-    """How the recipe and the ds_config update the tables."""
     recipe, optimizer = ds_config.recipe, ds_config.dhen.table_optimizer
     if recipe is None:
         return TableUpdate(optimizer)

@@ -44,7 +44,6 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds counted so far."""
         return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     @contextlib.contextmanager

@@ -150,7 +150,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def print_metrics(by_split: dict[str, dict[str, Any]], console: Console | None = None) -> None:
-    """Print a table with the metrics of each split."""
     has_best = any("best_possible_ne" in values for values in by_split.values())
     columns = ["auc", "ne", *(["best_possible_ne"] if has_best else []), "logloss", "calibration", "examples"]
     table = Table(box=None, pad_edge=False)

@@ -130,7 +130,6 @@ def point_latest_at(folder: Path, output_dir: Path) -> None:
 
 
 def checkpoint_of(output_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint at this step."""
     return output_dir / f"{_PREFIX}{step}"
 
 
@@ -147,7 +146,6 @@ def _number(folder: Path) -> int:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the checkpoint is complete."""
     return (folder / STATE_FILE).is_file()
 
 

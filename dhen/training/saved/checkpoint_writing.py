@@ -37,7 +37,6 @@ class CheckpointFiles:
         self._mode = 0o666 & ~umask
 
     def add_pickle(self, name: str, value: Any) -> None:
-        """A file of torch.save."""
         value = on_host(value) if self.is_staged else value
         self._add(name, lambda path: torch.save(value, path))
 

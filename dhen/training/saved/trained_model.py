@@ -47,16 +47,12 @@ _METADATA = {"format": "pt"}
 
 
 class _Written(NamedTuple):
-    """A tensor of the exported model."""
-
     file: str
     dtype: torch.dtype
     nbytes: int
 
 
 class _OwnShard(NamedTuple):
-    """A shard of this rank."""
-
     weight: Tensor
     uses: Tensor
     mean: Tensor
@@ -94,7 +90,6 @@ class TrainedModel:
 
     @cached_property
     def config(self) -> DhenConfig:
-        """The model's config."""
         return DhenConfig.from_pretrained(self.folder)
 
     @cached_property
