@@ -47,9 +47,7 @@ class Arguments:
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def recipe(self, world_size: int) -> Recipe:
-        training = self.training
-        names = [f.name for f in dataclasses.fields(Recipe) if f.name != "world_size"]
-        return Recipe(world_size=world_size, **{name: getattr(training, name) for name in names})
+        return Recipe(self.training, world_size)
 
 
 _PARTS = {"data": DataArguments, "model": DhenArchitecture, "training": TrainingArguments}

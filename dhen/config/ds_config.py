@@ -20,6 +20,7 @@ from dhen.config.deepspeed_sections import AUTO, ZERO, accepted, without_effect
 from dhen.config.dhen_section import DhenSection, PlacementSection, TableOptimizer, WireSection
 from dhen.config.known_faults import known_faults
 from dhen.config.optimizer_section import check_optimizer
+from dhen.config.training_arguments import TrainingArguments
 from dhen.config.zero_sizes import SIZE_KEYS, with_sizes
 from dhen.model.names import first_mistake, quoted, unique_keys
 from dhen.paths import find, looked_in
@@ -41,53 +42,43 @@ class DsConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The values that a ds_config may leave "auto", as the recipe sets them, and how it updates the tables.
+    """What decides the values that a ds_config may leave "auto".
 
-    per_device_train_batch_size: None if it depends on data that is not known yet. The ds_config must not set it then.
-    table_optimizer: None if the ds_config decides. table_epsilon: None for the optimizer's default.
-    new_row_learning_rate: None for that of the other rows.
+    training: the batch size is None if it depends on data that is not known yet. The ds_config must not set it then.
     """
 
-    per_device_train_batch_size: int | None
-    gradient_accumulation_steps: int
+    training: TrainingArguments
     world_size: int
-    max_grad_norm: float
-    learning_rate: float
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
-    table_optimizer: TableOptimizer | None = None
-    table_epsilon: float | None = 1e-8
-    whole_table_l2: float = 0.0
-    ema_decay: float = 0.0
-    new_row_learning_rate: float | None = None
 
     def values(self) -> dict[str, Any]:
         """The value of each key that may be "auto"."""
-        per_rank = self.per_device_train_batch_size
+        training = self.training
+        per_rank, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         return {
             "train_micro_batch_size_per_gpu": per_rank,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "train_batch_size": per_rank * self.gradient_accumulation_steps * self.world_size,
-            "gradient_clipping": self.max_grad_norm,
-            "optimizer.params.lr": self.learning_rate,
-            "optimizer.params.weight_decay": self.weight_decay,
-            "optimizer.params.betas": [self.adam_beta1, self.adam_beta2],
-            "optimizer.params.eps": self.adam_epsilon,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": per_rank * accumulation * self.world_size,
+            "gradient_clipping": training.max_grad_norm,
+            "optimizer.params.lr": training.learning_rate,
+            "optimizer.params.weight_decay": training.weight_decay,
+            "optimizer.params.betas": [training.adam_beta1, training.adam_beta2],
+            "optimizer.params.eps": training.adam_epsilon,
         }
 
 
 @dataclass(frozen=True)
 class DsConfig:
-    """A checked ds_config. deepspeed: the config for deepspeed.initialize. dhen: our section. path: its file."""
+    """A checked ds_config. deepspeed: the config for deepspeed.initialize. dhen: our section. path: its file.
+
+    recipe: the arguments that it was checked with.
+    """
 
     path: str
     deepspeed: dict[str, Any]
     dhen: DhenSection
     rung: str = ""
     """The entry of by_depth that applies, or the planner's choice, with the reason, as text."""
-    recipe: Recipe | None = None
+    recipe: TrainingArguments | None = None
 
     @property
     def zero_stage(self) -> int:
@@ -138,9 +129,10 @@ def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layer
 
 
 def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
-    section = _check_section(path, raw.pop(SECTION, {}), recipe.table_optimizer)
-    if recipe.per_device_train_batch_size is None:
-        recipe = replace(recipe, per_device_train_batch_size=1)
+    training = recipe.training
+    section = _check_section(path, raw.pop(SECTION, {}), training.table_optimizer)
+    if training.per_device_train_batch_size is None:
+        recipe = replace(recipe, training=replace(training, per_device_train_batch_size=1))
         for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
             if raw.pop(key, None) not in (AUTO, None):
                 raise DsConfigError(
@@ -153,7 +145,7 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
             raise ValueError('optimizer is missing. Use {"type": "AdamW", "params": {"lr": "auto"}}.')
         _resolve_auto(raw, recipe.values())
         _add_what_is_missing(raw, recipe.values())
-        averages = recipe.ema_decay > 0
+        averages = training.ema_decay > 0
         for fault in (*without_effect(raw), *known_faults(raw, section, check_optimizer(raw), averages=averages)):
             raise ValueError(fault)
     except ValueError as error:
@@ -164,7 +156,7 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
         deepspeed.DeepSpeedConfig(copy.deepcopy(parsed))
     except Exception as error:  # plain parsing of a dict, by code of many hands
         raise DsConfigError(f"{path}: DeepSpeed rejects this ds_config: {error}") from error
-    return DsConfig(path, raw, section, recipe=recipe)
+    return DsConfig(path, raw, section, recipe=training)
 
 
 def _rung_name(index: int) -> str:
