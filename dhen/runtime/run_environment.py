@@ -1,6 +1,6 @@
 """Where a run took place: versions, machine, command and commit, for environment.json in the run folder."""
 
-import logging
+import contextlib
 import os
 import platform
 import shlex
@@ -16,8 +16,6 @@ import dhen
 from dhen.paths import repository
 from dhen.runtime.environment import FBGEMM_PACKAGES, installed_versions
 from dhen.runtime.topology import Topology
-
-logger = logging.getLogger(__name__)
 
 PACKAGES = (
     "torch", "deepspeed", *FBGEMM_PACKAGES, "transformers", "huggingface-hub", "accelerate", "datasets", "numpy",
@@ -48,16 +46,11 @@ def describe_environment(topology: Topology) -> dict[str, Any]:
         "world_size": lambda: topology.world_size,
         "ranks_per_node": lambda: topology.local_size,
     }
-    return {name: _or_none(name, find) for name, find in facts.items()}
-
-
-def _or_none(name: str, find: Callable[[], Any]) -> Any:
-    """The fact, or None where finding it fails. No fact communicates, so a failure leaves no other rank waiting."""
-    try:
-        return find()
-    except Exception as error:
-        logger.debug("environment.json: no %s: %s", name, error)
-        return None
+    found = dict.fromkeys(facts)
+    for name, find in facts.items():
+        with contextlib.suppress(Exception):  # no fact communicates, so a failure leaves no other rank waiting
+            found[name] = find()
+    return found
 
 
 def _cpu_name() -> str:

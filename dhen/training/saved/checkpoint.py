@@ -149,8 +149,10 @@ def load_checkpoint(
     topology = model.topology
     here = _set_up(model)
     saved = {name: values.pop(name) for name in here}
-    is_same_cut = saved["shard_size"] == here["shard_size"]
-    if saved["zero_stage"] != here["zero_stage"] or not (is_same_cut or _can_be_resharded(model)):
+    is_same_cut = here["zero_stage"] == 0 or saved["shard_size"] == here["shard_size"]
+    # DeepSpeed's universal form, by which other ranks load, supports the states of Adam only.
+    can_load = is_same_cut or "adam" in model.ds_config.deepspeed["optimizer"]["type"].lower()
+    if saved["zero_stage"] != here["zero_stage"] or not can_load:
         raise CheckpointError(
             f"{folder}: saved by {saved['world_size']} ranks, {saved['shard_size']} per replica, under ZeRO stage "
             f"{saved['zero_stage']}. This job has {here['world_size']} ranks, {here['shard_size']} per replica, and "
@@ -180,7 +182,7 @@ def load_checkpoint(
             )
     options = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in _optimizer(model).param_groups]
     with no_code_from(folder):
-        if is_same_cut or here["zero_stage"] == 0:
+        if is_same_cut:
             name, root = folder.name, str(folder.parent)
             loaded, _ = model.engine.load_checkpoint(root, tag=name, load_lr_scheduler_states=False)
             if loaded is None:
@@ -278,11 +280,6 @@ def _shown(saved: Any, now: Any) -> str:
         key = next(key for key in (*saved, *now) if saved.get(key) != now.get(key))
         where, saved, now = f" (at {key!r})", saved.get(key), now.get(key)
     return f"{saved!r:.300}, now {now!r:.300}{where}"
-
-
-def _can_be_resharded(model: ParallelDhen) -> bool:
-    """Stage 0 needs no resharding. DeepSpeed's universal form supports the states of Adam only."""
-    return model.ds_config.zero_stage == 0 or "adam" in model.ds_config.deepspeed["optimizer"]["type"].lower()
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
