@@ -3,7 +3,7 @@
 import json
 import logging
 from concurrent.futures import wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -231,13 +231,11 @@ def prepare_dataset(
 def settings_without_effect(data: DataArguments, schema: Schema, like: Path | None = None) -> list[str]:
     """A sentence for each setting that the user changed but that had no effect on the data of `schema`."""
     if not is_prepared(data.dataset_name):
-        return preprocessing.settings_without_effect(_settings(data, like=like), schema)
-    default, elsewhere = DataArguments(), ("dataset_name", "cache_dir")
-    names = [item.name for item in fields(DataArguments) if item.name not in elsewhere]
+        return preprocessing.settings_without_effect(settings_of(data, like=like), schema)
     return [
         f"{name} has no effect: {data.dataset_name} is already prepared"
-        for name in names
-        if getattr(data, name) != getattr(default, name)
+        for name, default in vars(DataArguments()).items()
+        if name not in ("dataset_name", "cache_dir") and getattr(data, name) != default
     ]
 
 
@@ -245,16 +243,16 @@ def is_prepared(name: Paths) -> bool:
     return isinstance(name, str) and (Path(name) / SCHEMA_FILE).is_file()
 
 
-def _settings(data: DataArguments, **more: Any) -> PreparationSettings:
-    own = {item.name for item in fields(PreparationSettings)}
-    values = {item.name: getattr(data, item.name) for item in fields(DataArguments) if item.name in own}
-    return PreparationSettings(**values, **more)
+def settings_of(data: DataArguments, **more: Any) -> PreparationSettings:
+    """What these arguments say about the preparation. more: what they cannot say."""
+    own = PreparationSettings.__dataclass_fields__
+    return PreparationSettings(**{name: value for name, value in vars(data).items() if name in own}, **more)
 
 
 def _prepare(data: DataArguments, cache: Path, *, may_be_large: bool = True, **more: Any) -> Path:
     if isinstance(data.dataset_name, str) and (recipe := generated_log(data.dataset_name)):
         return _prepare_generated(recipe, data, cache, **more)
-    return prepare_cached(_settings(data, **more), cache, may_be_large=may_be_large)
+    return prepare_cached(settings_of(data, **more), cache, may_be_large=may_be_large)
 
 
 def _prepare_generated(recipe: Recipe, data: DataArguments, cache: Path, head: Head | None, **more: Any) -> Path:

@@ -7,7 +7,7 @@ start at 0. It still changes what attention, convolution, eq. 7's deep cross and
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -251,12 +251,12 @@ def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
 
 def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[str]:
     """A sentence for each architecture option that the user changed but that fine-tuning ignores."""
-    wanted, default = (config_for(architecture, start.schema) for architecture in (asked, DhenArchitecture()))
+    wanted, default = (vars(config_for(each, start.schema).architecture) for each in (asked, DhenArchitecture()))
+    kept = vars(start.config.architecture)
     return [
-        f"{item.name} {getattr(wanted, item.name)!r} has no effect: fine-tuning keeps "
-        f"{getattr(start.config, item.name)!r} from the trained model"
-        for item in fields(DhenArchitecture)
-        if getattr(wanted, item.name) not in (getattr(default, item.name), getattr(start.config, item.name))
+        f"{name} {value!r} has no effect: fine-tuning keeps {kept[name]!r} from the trained model"
+        for name, value in wanted.items()
+        if value not in (default[name], kept[name])
     ]
 
 

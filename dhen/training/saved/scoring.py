@@ -12,12 +12,12 @@ from dhen.config.arguments import ARGUMENTS_FILE, import_interaction_files
 from dhen.config.command_line import ArgumentError, Parser, Paths, find_paths
 from dhen.config.data_arguments import DataArguments, DatasetFormat
 from dhen.data.loading.batches import BatchLoader
-from dhen.data.preparation.settings import PreparationSettings, as_tuple
+from dhen.data.preparation.settings import as_tuple
 from dhen.data.preparation.sources import format_of
 from dhen.model.configuration_dhen import option
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import replicated_in_scoring
-from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
+from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset, settings_of
 from dhen.training.parallel_model import ScoringDhen
 from dhen.training.parallelize import parallelize_for_scoring
 from dhen.training.saved.trained_model import TrainedModel
@@ -139,8 +139,7 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
         split_fractions=[0.0, 0.0, 1.0],
         prepare_here=True,
     )
-    settings = PreparationSettings(name, dataset_format=data.dataset_format, dataset_schema=data.dataset_schema)
-    is_on_hub = format_of(settings) == "hub"
+    is_on_hub = format_of(settings_of(data)) == "hub"
     _refuse_ignored(arguments, is_raw=True, is_on_hub=is_on_hub)
     only_split = split if is_on_hub else None
     return prepare_dataset(data, cache, topology, trained.folder, only_split), only_split or "test"
