@@ -41,7 +41,6 @@ FORMAT_VERSION = 2
 """Version of the exported model. Raise it when models that were exported before can no longer be read as they are."""
 VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _TABLES, _USES = "tables.", "row-uses"
 _METADATA = {"format": "pt"}
 
@@ -80,12 +79,14 @@ class TrainedModel:
         """Open the exported model at `path`, which is its folder or a run folder. Raises FileNotFoundError."""
         place = Path(find(str(path)))
         for folder in (place, place / MODEL_FOLDER):
-            if (folder / "config.json").is_file() and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
-                _check_version(folder / _INDEX)
-                return cls(folder)
+            if (folder / "config.json").is_file() and (folder / _INDEX).is_file():
+                model = cls(folder)
+                metadata = model._index.get("metadata", {})
+                check_format_version(folder / _INDEX, metadata, FORMAT_VERSION, "train the model again")
+                return model
         raise FileNotFoundError(
             f"{path}: no trained model here. Use the folder of a finished run (it contains {MODEL_FOLDER}/) or of an "
-            f"exported model (it contains config.json and safetensors).{looked_in(path)}"
+            f"exported model (it contains config.json and {_INDEX}).{looked_in(path)}"
         )
 
     @cached_property
@@ -98,24 +99,19 @@ class TrainedModel:
         return Schema.load(self.folder)
 
     @cached_property
-    def _files(self) -> dict[str, str]:
-        """Weight name -> file name."""
-        index = self.folder / _INDEX
-        if index.is_file():
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        with safe_open(self.folder / _SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
+    def _index(self) -> dict[str, Any]:
+        return json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
 
     def dense_weights(self) -> dict[str, Tensor]:
         """All weights of the dense part, by name."""
-        return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
+        return {name: self._read(name) for name in self._index["weight_map"] if not name.startswith(_TABLES)}
 
     def table(self, feature: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """Some rows and columns of a feature's table, by default all."""
         return self._read(f"{_TABLES}{feature}.weight", (rows, columns))
 
     def _read(self, name: str, part: Any = ...) -> Tensor:
-        with safe_open(self.folder / self._files[name], framework="pt") as file:
+        with safe_open(self.folder / self._index["weight_map"][name], framework="pt") as file:
             return file.get_slice(name)[part]
 
     def load_tables(self, tables: ShardedTables) -> None:
@@ -299,9 +295,3 @@ def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
     cut = (shard for shard in tables.placement.shards if _is_cut(shard, tables))
     in_order = sorted(cut, key=lambda shard: (shard.table, shard.first_column))
     return [list(shards) for _, shards in itertools.groupby(in_order, key=lambda shard: shard.table)]
-
-
-def _check_version(index: Path) -> None:
-    """Raise ValueError for another format. A single file, which `save_pretrained` writes, says no version."""
-    metadata = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}) if index.is_file() else {}
-    check_format_version(index, metadata, FORMAT_VERSION, "train the model again")
