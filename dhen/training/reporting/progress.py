@@ -147,10 +147,10 @@ class ProgressReporter:
         numbers = {"loss": values["logloss"]} | {key: values[key] for key in ("ne", "auc", "calibration")}
         self._record(split, step, samples_seen, numbers)
         if time.perf_counter() - self._drawn > SECONDS_BETWEEN_CURVES:
-            # Imported here because matplotlib takes a second to import and only rank 0 needs it.
-            from dhen.training.reporting.curves import draw_curves
-
             with self.watch.paused():
+                # Imported here because matplotlib takes a second to import and only rank 0 needs it.
+                from dhen.training.reporting.curves import draw_curves
+
                 draw_curves(self._csv_path, self._best_possible_ne)
             self._drawn = time.perf_counter()
 
