@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.config.ds_config import Recipe
+from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
@@ -55,7 +56,14 @@ def global_batches(steps: int, size: int) -> list[GlobalBatch]:
 
 def recipe(world_size: int, per_rank: int, accumulation: int = 1, max_grad_norm: float = 0.0) -> Recipe:
     """A recipe with the learning rates above."""
-    return Recipe(per_rank, accumulation, world_size, max_grad_norm, LEARNING_RATE, 0.0, 0.9, 0.999, 1e-8)
+    training = TrainingArguments(
+        per_device_train_batch_size=per_rank,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=max_grad_norm,
+        learning_rate=LEARNING_RATE,
+        table_epsilon=1e-8,
+    )
+    return Recipe(training, world_size)
 
 
 def plain_losses(

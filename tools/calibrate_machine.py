@@ -25,7 +25,7 @@ from torch.utils.benchmark import Timer
 
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.planner.machine import Machine, MachineError, read_machine
+from dhen.planner.machine import Machine, read_machine
 from dhen.planner.step_time import compute_seconds
 from dhen.planner.step_trace import Precision, trace_step
 from dhen.runtime.host_allocator import keep_freed_memory
@@ -133,14 +133,14 @@ def main() -> int:
         like = read_machine(arguments.like)
         if like.is_gpu != (device.type == "cuda"):
             wanted = "a GPU machine" if device.type == "cuda" else "a CPU machine"
-            raise MachineError(f"--like {arguments.like} is {like.name}, but this is {wanted}. Name {wanted}.")
-        if device.type == "cpu":  # as one of the node's ranks
-            keep_freed_memory()
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // like.ranks_per_node))
-        machine = measured(like, device, arguments.size, arguments.batch_size)
-    except MachineError as error:
+            raise ValueError(f"--like {arguments.like} is {like.name}, but this is {wanted}. Name {wanted}.")
+    except ValueError as error:
         print(f"calibrate_machine: {error}", file=sys.stderr)
         return 2
+    if device.type == "cpu":  # as one of the node's ranks
+        keep_freed_memory()
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // like.ranks_per_node))
+    machine = measured(like, device, arguments.size, arguments.batch_size)
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(yaml.safe_dump(dataclasses.asdict(machine), sort_keys=False), encoding="utf-8")

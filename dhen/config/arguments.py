@@ -14,11 +14,9 @@ from dhen.config.command_line import (
     ArgumentError,
     Parser,
     check_types,
-    copy_for_parser,
     find_paths,
     flags_of,
     say_what_repeats,
-    unknown_argument,
 )
 from dhen.config.data_arguments import DataArguments
 from dhen.config.ds_config import AUTO, Recipe
@@ -49,14 +47,10 @@ class Arguments:
         return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
 
     def recipe(self, world_size: int) -> Recipe:
-        """The values that a ds_config may leave "auto"."""
-        training = self.training
-        names = [f.name for f in dataclasses.fields(Recipe) if f.name != "world_size"]
-        return Recipe(world_size=world_size, **{name: getattr(training, name) for name in names})
+        return Recipe(self.training, world_size)
 
 
-_GROUPS = {DataArguments: "data", DhenArchitecture: "model", TrainingArguments: "training"}
-_PARTS = tuple(_GROUPS)
+_PARTS = {"data": DataArguments, "model": DhenArchitecture, "training": TrainingArguments}
 
 
 def parse_arguments(
@@ -72,22 +66,17 @@ def parse_arguments(
     if launch.config is None and quickstart is not None and not _names_data_or_help(rest):
         launch.config = str(quickstart)
     parser = Parser(
-        [copy_for_parser(part, group) for part, group in _GROUPS.items()],
+        _PARTS,
         parents=[_launch_parser()],
         usage="%(prog)s [--ds_config FILE] [--config FILE] [--argument VALUE ...]",
         description=description,
     )
     if launch.config:
         parser.set_defaults(**_read_recipe(find(launch.config)))
-    *parts, _, unknown = parser.parse_args_into_dataclasses(
-        command_line, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise unknown_argument(unknown[0], _PARTS)
+    parts = parser.parse(command_line)
     say_what_repeats(command_line)
-    checked = [check_types(part, vars(given), "command line") for part, given in zip(_PARTS, parts, strict=True)]
     ds_config = launch.ds_config if launch.ds_config == AUTO else find(launch.ds_config)
-    arguments = Arguments(ds_config, *checked, launch.check)
+    arguments = Arguments(ds_config, *parts, launch.check)
     _resolve_paths(arguments)
     _choose_learning_rates(arguments.training)
     _check_combinations(arguments.training, arguments.data)
@@ -96,7 +85,7 @@ def parse_arguments(
 
 
 def _launch_parser() -> argparse.ArgumentParser:
-    parser = Parser([], add_help=False)
+    parser = Parser({}, add_help=False)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -161,13 +150,13 @@ def _read_recipe(path: str) -> dict[str, Any]:
         values = read_yaml(path, "--config takes a YAML file of arguments.")
     except (OSError, ValueError) as error:
         raise ArgumentError(str(error)) from error
-    allowed = {f.name for part in _PARTS for f in dataclasses.fields(part)}
+    allowed = {f.name for part in _PARTS.values() for f in dataclasses.fields(part)}
     for key in values:
         if key not in allowed:
             raise ArgumentError(f"{path}: {unknown_name('argument', str(key), allowed)}")
     if values.get("resume_from_checkpoint") is True:  # the argument is a string, but YAML reads true as a bool
         values["resume_from_checkpoint"] = "true"
-    for part in _PARTS:
+    for part in _PARTS.values():
         own = {f.name for f in dataclasses.fields(part)} & values.keys()
         checked = check_types(part, {name: values[name] for name in own}, path)
         values |= {name: getattr(checked, name) for name in own}

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from functools import cache
 from typing import Annotated, Any, NoReturn, get_type_hints
@@ -57,10 +57,25 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 class Parser(HfArgumentParser):
-    """HfArgumentParser with a compact --help and one-line errors."""
+    """HfArgumentParser with a compact --help, checks of all values, and one-line errors.
 
-    def __init__(self, parts: Sequence[type], **kwargs: Any) -> None:
-        super().__init__(parts, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+    parts: dataclasses, by the heading above their flags in --help.
+    """
+
+    def __init__(self, parts: Mapping[str, type], **kwargs: Any) -> None:
+        copies = [copy_for_parser(part, group) for group, part in parts.items()]
+        super().__init__(copies, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        self._parts = list(parts.values())
+
+    def parse(self, words: Sequence[str] | None) -> list[Any]:
+        """The dataclasses. Raises ArgumentError for a flag that is unknown or has a wrong value."""
+        *given, unknown = self.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            raise _unknown_argument(unknown[0], self._parts)
+        found = zip(self._parts, given, strict=False)  # other flags than those of the parts come last
+        return [check_types(part, vars(values), "command line") for part, values in found]
 
     def error(self, message: str) -> NoReturn:
         """Raise ArgumentError. argparse quotes a value in full."""
@@ -68,7 +83,7 @@ class Parser(HfArgumentParser):
         raise ArgumentError(f"command line: {' '.join(message.split())[:300]}. Use --help to list all arguments.")
 
 
-def unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
+def _unknown_argument(flag: str, parts: Sequence[type]) -> ArgumentError:
     """The error for a word on the command line that is not a flag of `parts`, with the nearest flag as a hint."""
     if not flag.startswith("--"):
         return ArgumentError(
@@ -95,21 +110,17 @@ def say_what_repeats(words: Sequence[str]) -> None:
 
 
 @cache
-def copy_for_parser(part: type, group: str | None = None) -> type:
-    """A copy of a dataclass for HfArgumentParser, which overwrites the types of the fields.
-
-    group: the heading above its flags in --help.
-    """
+def copy_for_parser(part: type, group: str) -> type:
+    """A copy of a dataclass for HfArgumentParser, which overwrites the types of the fields."""
     hints = {name: list[str] | None if hint == _PLAIN_PATHS else hint for name, hint in get_type_hints(part).items()}
     return dataclasses.make_dataclass(
         part.__name__,
-        [(f.name, hints[f.name], _fresh(f)) for f in dataclasses.fields(part)],
-        namespace={"_argument_group_name": group} if group else {},
+        [
+            (f.name, hints[f.name], field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
+            for f in dataclasses.fields(part)
+        ],
+        namespace={"_argument_group_name": group},
     )
-
-
-def _fresh(given: dataclasses.Field) -> Any:
-    return field(default=given.default, default_factory=given.default_factory, metadata=given.metadata)
 
 
 def check_types(part: type, values: dict[str, Any], where: str) -> Any:

@@ -38,8 +38,6 @@ class PlacementSection(BaseModel):
 
 
 class WireSection(BaseModel):
-    """Dtypes of the tables' all-to-all."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     forward: WireDtype = Field("fp32", description="Dtype of pooled embeddings.")

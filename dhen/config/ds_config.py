@@ -20,6 +20,7 @@ from dhen.config.deepspeed_sections import AUTO, ZERO, accepted, without_effect
 from dhen.config.dhen_section import DhenSection, PlacementSection, TableOptimizer, WireSection
 from dhen.config.known_faults import known_faults
 from dhen.config.optimizer_section import check_optimizer
+from dhen.config.training_arguments import TrainingArguments
 from dhen.config.zero_sizes import SIZE_KEYS, with_sizes
 from dhen.model.names import first_mistake, quoted, unique_keys
 from dhen.paths import find, looked_in
@@ -41,53 +42,43 @@ class DsConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The values that a ds_config may leave "auto", as the recipe sets them, and how it updates the tables.
+    """What decides the values that a ds_config may leave "auto".
 
-    per_device_train_batch_size: None if it depends on data that is not known yet. The ds_config must not set it then.
-    table_optimizer: None if the ds_config decides. table_epsilon: None for the optimizer's default.
-    new_row_learning_rate: None for that of the other rows.
+    training: the batch size is None if it depends on data that is not known yet. The ds_config must not set it then.
     """
 
-    per_device_train_batch_size: int | None
-    gradient_accumulation_steps: int
+    training: TrainingArguments
     world_size: int
-    max_grad_norm: float
-    learning_rate: float
-    weight_decay: float
-    adam_beta1: float
-    adam_beta2: float
-    adam_epsilon: float
-    table_optimizer: TableOptimizer | None = None
-    table_epsilon: float | None = 1e-8
-    whole_table_l2: float = 0.0
-    ema_decay: float = 0.0
-    new_row_learning_rate: float | None = None
 
     def values(self) -> dict[str, Any]:
         """The value of each key that may be "auto"."""
-        per_rank = self.per_device_train_batch_size
+        training = self.training
+        per_rank, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
         return {
             "train_micro_batch_size_per_gpu": per_rank,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "train_batch_size": per_rank * self.gradient_accumulation_steps * self.world_size,
-            "gradient_clipping": self.max_grad_norm,
-            "optimizer.params.lr": self.learning_rate,
-            "optimizer.params.weight_decay": self.weight_decay,
-            "optimizer.params.betas": [self.adam_beta1, self.adam_beta2],
-            "optimizer.params.eps": self.adam_epsilon,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": per_rank * accumulation * self.world_size,
+            "gradient_clipping": training.max_grad_norm,
+            "optimizer.params.lr": training.learning_rate,
+            "optimizer.params.weight_decay": training.weight_decay,
+            "optimizer.params.betas": [training.adam_beta1, training.adam_beta2],
+            "optimizer.params.eps": training.adam_epsilon,
         }
 
 
 @dataclass(frozen=True)
 class DsConfig:
-    """A checked ds_config. deepspeed: the config for deepspeed.initialize. dhen: our section. path: its file."""
+    """A checked ds_config. deepspeed: the config for deepspeed.initialize. dhen: our section. path: its file.
+
+    recipe: the arguments that it was checked with.
+    """
 
     path: str
     deepspeed: dict[str, Any]
     dhen: DhenSection
     rung: str = ""
     """The entry of by_depth that applies, or the planner's choice, with the reason, as text."""
-    recipe: Recipe | None = None
+    recipe: TrainingArguments | None = None
 
     @property
     def zero_stage(self) -> int:
@@ -138,9 +129,10 @@ def check_ds_config(path: str, raw: Mapping[str, Any], recipe: Recipe, num_layer
 
 
 def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
-    section = _check_section(path, raw.pop(SECTION, {}), recipe.table_optimizer)
-    if recipe.per_device_train_batch_size is None:
-        recipe = replace(recipe, per_device_train_batch_size=1)
+    training = recipe.training
+    section = _check_section(path, raw.pop(SECTION, {}), training.table_optimizer)
+    if training.per_device_train_batch_size is None:
+        recipe = replace(recipe, training=replace(training, per_device_train_batch_size=1))
         for key in ("train_micro_batch_size_per_gpu", "train_batch_size"):
             if raw.pop(key, None) not in (AUTO, None):
                 raise DsConfigError(
@@ -153,16 +145,18 @@ def _checked(path: str, raw: dict[str, Any], recipe: Recipe) -> DsConfig:
             raise ValueError('optimizer is missing. Use {"type": "AdamW", "params": {"lr": "auto"}}.')
         _resolve_auto(raw, recipe.values())
         _add_what_is_missing(raw, recipe.values())
-        averages = recipe.ema_decay > 0
+        averages = training.ema_decay > 0
         for fault in (*without_effect(raw), *known_faults(raw, section, check_optimizer(raw), averages=averages)):
             raise ValueError(fault)
     except ValueError as error:
         raise DsConfigError(f"{path}: {error}") from error
+    # The parser changes its input, wants numbers for "auto" sizes, and would take the global batch for one rank's.
+    parsed = {key: value for key, value in with_sizes(raw, {"": 1}).items() if key != "train_batch_size"}
     try:
-        deepspeed.DeepSpeedConfig(_copy_without_total(raw))
+        deepspeed.DeepSpeedConfig(copy.deepcopy(parsed))
     except Exception as error:  # plain parsing of a dict, by code of many hands
         raise DsConfigError(f"{path}: DeepSpeed rejects this ds_config: {error}") from error
-    return DsConfig(path, raw, section, recipe=recipe)
+    return DsConfig(path, raw, section, recipe=training)
 
 
 def _rung_name(index: int) -> str:
@@ -240,18 +234,9 @@ def _check_section(path: str, section: Any, table_optimizer: TableOptimizer | No
     try:
         checked = DhenSection.model_validate(section)
     except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "extra_forbidden":
-            sections = {"placement": PlacementSection, "all_to_all_dtype": WireSection}
-            known = sections.get(str(first["loc"][-2]) if len(first["loc"]) > 1 else "", DhenSection)
-            raise DsConfigError(f"{path}: {first_mistake(error, SECTION, known=known.model_fields)}") from error
-        place = _without_alternatives(first["loc"])
-        value = section
-        for key in place:
-            value = value[key] if isinstance(value, dict) else value
-        wrong = {each["msg"]: None for each in error.errors() if _without_alternatives(each["loc"]) == place}
-        key = ".".join([SECTION, *map(str, place)])
-        raise DsConfigError(f"{path}: {key} is {quoted(value)}. {', or: '.join(wrong)}.") from error
+        inner = {("placement",): PlacementSection, ("all_to_all_dtype",): WireSection}
+        known = inner.get(error.errors()[0]["loc"][:-1], DhenSection).model_fields
+        raise DsConfigError(f"{path}: {first_mistake(error, SECTION, known=known)}") from error
     asked, default = section.get("table_optimizer", AUTO), DhenSection().table_optimizer
     if asked not in (AUTO, table_optimizer or asked):
         raise DsConfigError(
@@ -259,12 +244,6 @@ def _check_section(path: str, section: Any, table_optimizer: TableOptimizer | No
             "make them equal."
         )
     return checked.model_copy(update={"table_optimizer": table_optimizer or default}) if asked == AUTO else checked
-
-
-def _without_alternatives(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """The part of pydantic's error location that the user wrote, without the alternative types that pydantic tried."""
-    inside = {"placement": 2, "all_to_all_dtype": 2}.get(str(place[0]) if place else "", 1)
-    return place[: inside + 1 if place[:2] == ("placement", "tables") else inside]
 
 
 def _add_what_is_missing(raw: dict[str, Any], values: dict[str, Any]) -> None:
@@ -294,11 +273,3 @@ def _resolve_auto(raw: dict[str, Any], values: dict[str, Any], prefix: str = "")
             raise ValueError(
                 f'{full} is {quoted(value)}, but the recipe sets {values[full]}. Use "auto", or make them equal.'
             )
-
-
-def _copy_without_total(raw: dict[str, Any]) -> dict[str, Any]:
-    """A copy for the parser, which changes its input. Without the global batch, which it would take for one rank's.
-
-    "auto" sizes get values of no model, because the parser wants numbers.
-    """
-    return copy.deepcopy({key: value for key, value in with_sizes(raw, {"": 1}).items() if key != "train_batch_size"})

@@ -105,8 +105,7 @@ def _of_hybrid_sharding(raw: dict[str, Any], stage: int, section: DhenSection) -
             "Use stage 1, 2 or 3."
         )
     sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    is_on_device = (zero.get("offload_optimizer") or {}).get("device") != "cpu"
-    if stage == 1 and raw.get("bf16", {}).get("enabled") and sums_in_fp32 and is_on_device:
+    if stage == 1 and raw.get("bf16", {}).get("enabled") and sums_in_fp32 and "offload_optimizer" not in zero:
         yield (
             "data_types.grad_accum_dtype is fp32, which dhen.shard_group does not support with bf16 and ZeRO stage 1: "
             "DeepSpeed 0.19 then uses another optimizer, which reduces over all ranks. Use stage 2, or remove "

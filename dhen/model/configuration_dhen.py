@@ -168,6 +168,11 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         self._check_values()
 
     @property
+    def architecture(self) -> DhenArchitecture:
+        """The architecture without the features of the data."""
+        return DhenArchitecture(**{item.name: getattr(self, item.name) for item in fields(DhenArchitecture)})
+
+    @property
     def tables(self) -> tuple[SparseFeature, ...]:
         """The sparse features, in the order of the data."""
         return tuple(_sparse_feature(entry) for entry in self.sparse_features)

@@ -1,7 +1,7 @@
 """Checks on the names and values that users write. Errors suggest the nearest valid name or the expected type."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
@@ -131,8 +131,8 @@ def first_mistake(error: ValidationError, *where: str, known: Iterable[str] = ()
 
     where: keys above those of pydantic. known: the keys beside one that is unknown.
     """
-    first = error.errors()[0]
-    keys = [str(key) for key in first["loc"] if not _ALTERNATIVE.fullmatch(str(key))]
+    first, *others = error.errors()
+    keys = _keys_of(first)
     place, given = ".".join([*where, *(key[:_MOST] for key in keys)]), first["input"]
     if first["type"] == "value_error":
         return f"{place}: {first['ctx']['error']}" if place else str(first["ctx"]["error"])
@@ -141,8 +141,16 @@ def first_mistake(error: ValidationError, *where: str, known: Iterable[str] = ()
         return f"{above}{': ' * bool(above)}{unknown_name('key', keys[-1], known)}"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden", "missing"):
         return f"{place}: {first['msg']}."
-    advice = re.sub(r", (unable|got|exceeded) .*", "", first["msg"]).replace("Input should be", "Use")
-    if first["type"] in _BOUNDS:
-        (bound,) = first["ctx"].values()
-        advice = f"Use {_BOUNDS[first['type']].format(bound if isinstance(bound, str) else f'{bound:,.15g}')}"
-    return f"{place} is {quoted(given)}. {advice}."
+    ways_out = dict.fromkeys([_advice(first), *(_advice(other) for other in others if _keys_of(other) == keys)])
+    return f"{place} is {quoted(given)}. {', or '.join(ways_out).replace(', or Use', ', or')}."
+
+
+def _keys_of(mistake: Mapping[str, Any]) -> list[str]:
+    return [str(key) for key in mistake["loc"] if not _ALTERNATIVE.fullmatch(str(key))]
+
+
+def _advice(mistake: Mapping[str, Any]) -> str:
+    if mistake["type"] in _BOUNDS:
+        (bound,) = mistake["ctx"].values()
+        return f"Use {_BOUNDS[mistake['type']].format(bound if isinstance(bound, str) else f'{bound:,.15g}')}"
+    return re.sub(r", (unable|got|exceeded) .*", "", mistake["msg"]).replace("Input should be", "Use")

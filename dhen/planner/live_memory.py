@@ -30,11 +30,9 @@ class LiveMemory(TorchDispatchMode):
         self._known: dict[int, weakref.finalize | None] = {tensor.untyped_storage()._cdata: None for tensor in external}
 
     def reset_peak(self) -> None:
-        """Restart the peak from the current bytes."""
         self.peak = self.bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count its results."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):

@@ -16,10 +16,6 @@ _STRICT = ConfigDict(extra="forbid")
 _FOLDER = Path(__file__).parent / "machines"
 
 
-class MachineError(ValueError):
-    """A machine file cannot be used. The message names the file and the key."""
-
-
 @checked_dataclass(frozen=True, config=_STRICT)
 class Machine:
     """One kind of node. Rates come from data sheets or measurements; a step gets the share given by the efficiencies.
@@ -84,7 +80,6 @@ class Machine:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of a rank."""
         return int(self.memory_gib * 2**30)
 
     @property
@@ -135,11 +130,11 @@ def shipped_machines() -> dict[str, Path]:
 def read_machine(name: str, **changes: Any) -> Machine:
     """Read the built-in machine called `name`, or the file of that name. `changes` replace its values.
 
-    If each rank has its own NIC, the node's link follows a changed ranks_per_node. Raises MachineError.
+    If each rank has its own NIC, the node's link follows a changed ranks_per_node. Raises ValueError.
     """
     path = shipped_machines().get(name, Path(name))
     if not os.path.isfile(path):
-        raise MachineError(
+        raise ValueError(
             f"{unknown_name('machine', name, shipped_machines())} Or pass a YAML file like those in {_FOLDER}."
         )
     try:
@@ -149,6 +144,4 @@ def read_machine(name: str, **changes: Any) -> Machine:
             changes = {"node_bytes_per_second": link} | changes
         return replace(machine, **changes)
     except ValidationError as error:
-        raise MachineError(f"{path}: {first_mistake(error, known=Machine.__dataclass_fields__)}") from error
-    except ValueError as error:  # of the YAML, which names the file
-        raise MachineError(str(error)) from error
+        raise ValueError(f"{path}: {first_mistake(error, known=Machine.__dataclass_fields__)}") from error

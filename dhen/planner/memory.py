@@ -7,6 +7,7 @@ step or an evaluation. Its parts show what to shrink.
 Not counted: workspaces inside kernels, NCCL's buffers, the CUDA context, and fragmentation of the allocator.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -48,7 +49,7 @@ def predict_memory(trace: StepTrace, setting: MemorySetting, *, evaluation: int 
     """
     rank = _Rank(trace, setting, is_gpu=is_gpu)
     moments = (rank.micro_step(), rank.optimizer_step(), rank.evaluation(evaluation))
-    parts, moment = max(moments, key=lambda worst: sum(worst[0].values()))
+    parts, moment = max(moments, key=lambda worst: worst[0].total())
     if not is_gpu:
         parts["offloaded"] = rank.host
     return MemoryUse({name: size for name, size in parts.items() if size}, rank.host if is_gpu else 0, moment)
@@ -70,7 +71,7 @@ class _Rank:
         self.host = on_host + _Activations(trace, setting.offload_activations).on_host
         if is_gpu:
             self.host += self._host_temporaries
-        self.rest = {"optimizer": optimizer - on_host}
+        self.rest = Counter(optimizer=optimizer - on_host)
         if setting.stage < 3:
             self.rest["weights"] = trace.num_weights * setting.weight_bytes
             if on_host:
@@ -88,7 +89,7 @@ class _Rank:
         else:
             self.rest["weights"] = weights
 
-    def micro_step(self) -> tuple[dict[str, int], str]:
+    def micro_step(self) -> tuple[Counter[str], str]:
         """The peak in the forward and backward: what is held then, and when."""
         setting = self._setting
         flow = {2: _Stage2, 3: _Stage3}.get(setting.stage, _Accumulated)(setting, self._trace.trained)
@@ -123,10 +124,9 @@ class _Rank:
                 note(f"gathering, {event.name}", activations.now, gathering.peak * setting.weight_bytes, flow.held)
         gathered = gathering.elements * setting.weight_bytes if gathering else 0
         note("reduction of the last gradients", activations.now, gathered, flow.finish())
-        return _sum(self.rest, worst[1]), worst[2]
+        return self.rest + Counter(worst[1]), worst[2]
 
-    def optimizer_step(self) -> tuple[dict[str, int], str]:
-        """The peak in the optimizer's step."""
+    def optimizer_step(self) -> tuple[Counter[str], str]:
         setting = self._setting
         at_once = min(self._shard, setting.sub_group) if setting.stage == 3 else self._shard
         if setting.stage == 0:
@@ -148,20 +148,15 @@ class _Rank:
             else:  # without a conversion, the optimizer reads the buffer of the gradients
                 gradients = self._shard * setting.gradient_bytes + is_converted * gradients
             temporary = max(temporary, joined)
-        return _sum(self.rest, {"gradients": gradients, "optimizer": temporary}), "optimizer step"
+        return self.rest + Counter(gradients=gradients, optimizer=temporary), "optimizer step"
 
-    def evaluation(self, activations: int) -> tuple[dict[str, int], str]:
+    def evaluation(self, activations: int) -> tuple[Counter[str], str]:
         """The peak in an evaluation, with the training state in memory. Call it after `micro_step`."""
-        return _sum(self.rest, {"activations": activations, "gathered": self._most_gathered}), "evaluation"
+        return self.rest + Counter(activations=activations, gathered=self._most_gathered), "evaluation"
 
     def _temporaries(self, largest: int, together: int) -> int:
         """Number of extra elements that the optimizer's step holds."""
         return {"one": 2 * largest, "all": together, "none": 0}[self._setting.temporaries]
-
-
-def _sum(*parts: dict[str, int]) -> dict[str, int]:
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part.get(name, 0) for part in parts) for name in names}
 
 
 def _shares(weights: Mapping[str, int], shard_size: int) -> dict[str, int]:

@@ -49,11 +49,9 @@ class MemorySetting:
         stage = ds_config.zero_stage
         bf16 = raw.get("bf16", {})
         weight_bytes = 2 if bf16.get("enabled") else 4
-        small_master = bool(bf16.get("bf16_master_weights_and_grads"))
-        small_states = bool(bf16.get("bf16_optimizer_states"))
-        offload = zero.get("offload_optimizer") or {}
+        offload = zero.get("offload_optimizer")  # to the CPU: a checked ds_config has no section that is switched off
         type_, params = raw["optimizer"]["type"].lower(), raw["optimizer"].get("params", {})
-        moments = {"sgd": int(bool(params.get("momentum"))), "lion": 1, "adagrad": 1}.get(type_, 2)
+        moments = {"sgd": int(bool(params.get("momentum"))), "adagrad": 1}.get(type_, 2)
         averages = ds_config.recipe is not None and ds_config.recipe.ema_decay > 0
         has_temporaries = (params.get("torch_adam") or type_ == "sgd") and not params.get("fused")
         return cls(
@@ -62,17 +60,17 @@ class MemorySetting:
             num_replicas=world_size // shard_size,
             weight_bytes=weight_bytes,
             gradient_bytes=weight_bytes,
-            master_bytes=2 if small_master else 4,
-            state_bytes=moments * (2 if small_states else 4) + (4 if averages else 0),
+            master_bytes=2 if bf16.get("bf16_master_weights_and_grads") else 4,
+            state_bytes=moments * (2 if bf16.get("bf16_optimizer_states") else 4) + (4 if averages else 0),
             wire_bytes=_DTYPE_BYTES.get(ds_config.dhen.all_reduce_dtype or "", weight_bytes),
-            wire_copy=bool(ds_config.dhen.all_reduce_dtype or offload.get("device", "none") != "none"),
+            wire_copy=bool(ds_config.dhen.all_reduce_dtype or offload),
             async_all_reduce=ds_config.dhen.async_all_reduce,
             reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
             sub_group=int(zero.get("sub_group_size", 1_000_000_000)),
             limits=Limits.of(zero),
-            overlap_comm=stage == 3 if zero.get("overlap_comm") is None else bool(zero["overlap_comm"]),
-            offload_optimizer=float(offload.get("ratio", 1.0)) if offload.get("device", "none") != "none" else 0.0,
-            offload_param=(zero.get("offload_param") or {}).get("device", "none") != "none",
+            overlap_comm=zero.get("overlap_comm", stage == 3),
+            offload_optimizer=float(offload.get("ratio", 1.0)) if offload else 0.0,
+            offload_param="offload_param" in zero,
             temporaries="none" if not has_temporaries else "all" if is_gpu else "one",
             accumulates=raw.get("gradient_accumulation_steps", 1) not in (1, "auto"),
         )

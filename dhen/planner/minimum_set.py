@@ -85,7 +85,6 @@ class Job:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks on all nodes."""
         return self.nodes * self.machine.ranks_per_node
 
     @property
@@ -102,7 +101,6 @@ class Job:
 
     @property
     def depth(self) -> int:
-        """Number of DHEN layers."""
         return len(self.config.layer_specs)
 
     def at_depth(self, layers: int) -> "Job":
@@ -188,7 +186,6 @@ class Planner:
         return int(machine.memory_bytes * (ALLOCATOR_SHARE if machine.is_gpu else 1.0))
 
     def predict(self, technique: Technique) -> Prediction:
-        """Predict memory and speed of a technique."""
         seconds, batch = self._seconds(technique), self.job.batch_size * self.job.world_size
         return Prediction(technique, self.memory(technique), seconds, batch, self.fits(technique))
 
@@ -321,7 +318,6 @@ class Planner:
         )
 
     def setting(self, technique: Technique) -> MemorySetting:
-        """The memory setting of the technique's ds_config."""
         machine = self.job.machine
         shard = self._shard_size(technique)
         config = DsConfig("plan", self.ds_config(technique), self._section(technique))

@@ -39,7 +39,6 @@ class StepSeconds:
 
     @property
     def total(self) -> float:
-        """Sum of all parts."""
         return self.compute + self.waiting + self.optimizer + self.tables + self.host
 
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop, sdpa_flop
+from transformers.modeling_utils import local_torch_dtype
 
 from dhen.dense.activation_checkpointing import checkpoint_layers
-from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.layer import DhenLayer
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.planner.cuda_autocast import cuda_autocast
@@ -72,7 +73,6 @@ class Event:
 
     @property
     def layer(self) -> int | None:
-        """The layer that the module or weight belongs to."""
         return _layer_of(self.name)
 
 
@@ -89,12 +89,10 @@ class StepTrace:
 
     @property
     def trained(self) -> dict[str, int]:
-        """The weights that are trained."""
         return {name: elements for name, elements in self.weights.items() if name not in self.frozen} or {"": 1}
 
     @property
     def num_weights(self) -> int:
-        """Number of elements of all weights."""
         return sum(self.weights.values())
 
     @property
@@ -192,9 +190,8 @@ def _saying_why() -> Iterator[None]:
 
 
 def _as_text(config: DhenConfig, entries: list[dict[str, Any]]) -> str:
-    values = {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
-    values |= {"num_dense_features": config.num_dense_features, "sparse_features": config.sparse_features}
-    return json.dumps(values | {"layers": entries})
+    of_data = {"num_dense_features": config.num_dense_features, "sparse_features": config.sparse_features}
+    return json.dumps(vars(config.architecture) | of_data | {"layers": entries})
 
 
 def _shortened(config: DhenConfig, recomputed: int) -> tuple[list[dict[str, Any]], list[range]]:
@@ -259,22 +256,12 @@ def _on_fake_tensors(
     rules = cuda_autocast() if precision.autocast and precision.is_gpu else contextlib.nullcontext()
     with FakeTensorMode(), rules, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _default_dtype(precision.weights):  # .to() cannot change fake weights
+        with local_torch_dtype(precision.weights):  # .to() cannot change fake weights
             model = DhenForClickPrediction(DhenConfig(**json.loads(config)), with_tables=False)
         num_sparse, dim = len(model.config.sparse_features), model.config.embedding_dim
         embeddings_BFD = torch.empty(batch_size, num_sparse, dim, requires_grad=num_sparse > 0)
         dense_BN, labels_B = torch.empty(batch_size, model.config.num_dense_features), torch.empty(batch_size)
         yield model, {"inputs_embeds": embeddings_BFD, "dense": dense_BN, "labels": labels_B}
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 class _Recorder(LiveMemory):
@@ -385,7 +372,6 @@ def _names(name: str, places: Sequence[range]) -> list[str]:
 
 
 def layer_name(layer: int | None) -> str:
-    """The module name of a layer."""
     return f"{_LAYERS}{layer}"
 
 

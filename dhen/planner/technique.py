@@ -23,7 +23,6 @@ class Technique:
 
     @property
     def count(self) -> int:
-        """Number of techniques that are on."""
         on = (self.scheme != "dp", self.checkpointing, self.offload != "none", self.offload == "parameters")
         return sum(map(bool, (*on, self.offload_activations)))
 

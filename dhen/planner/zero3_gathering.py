@@ -23,7 +23,6 @@ class Limits:
 
     @classmethod
     def of(cls, zero: Mapping[str, Any]) -> "Limits":
-        """The limits in the zero_optimization section of a ds_config."""
         names = cls.__dataclass_fields__
         return cls(**{name: int(zero[f"stage3_{name}"]) for name in names if f"stage3_{name}" in zero})
 
@@ -49,7 +48,6 @@ class Gathering:
     _last_fetched_for: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Small weights are always gathered."""
         self.persistent = {
             name: size for name, size in self.weights.items() if size <= self.limits.param_persistence_threshold
         }
@@ -64,7 +62,6 @@ class Gathering:
             self.leave(event.name)
 
     def enter(self, module: str) -> None:
-        """Gather the module's weights, and prefetch."""
         self.peak = self.elements
         own = self.modules.get(module, ())
         self._gather([name for name in own if name not in self._available])

@@ -15,18 +15,14 @@ _held: list[TextIO] = []
 logger = logging.getLogger(__name__)
 
 
-class FolderTakenError(ValueError):
-    """Another run writes into the folder. The message says which."""
-
-
 def check_folder_is_free(folder: Path) -> None:
-    """Raise FolderTakenError if another run has the folder. Changes nothing."""
+    """Raise ValueError, which says which, if another run has the folder. Changes nothing."""
     if not _held and (folder / LOCK_FILE).is_file() and (file := _lock(folder)):
         file.close()
 
 
 def lock_folder(folder: Path) -> None:
-    """Lock an existing folder until this process ends, and write into the lock who has it. Raises FolderTakenError."""
+    """Lock an existing folder until this process ends, and write into the lock who has it. Raises ValueError."""
     if file := _lock(folder):
         _held.append(file)  # to close it would drop the lock
         file.truncate(0)
@@ -46,7 +42,7 @@ def _lock(folder: Path) -> TextIO | None:
                 logger.warning("%s: this disk has no locks (%s). Start no other run in it", folder, error.strerror)
                 return None
             file.seek(0)
-            raise FolderTakenError(
+            raise ValueError(
                 f"output_dir {folder} is in use by another run ({file.read().strip()}). Choose another --output_dir, "
                 "or wait until that run has ended."
             ) from error

@@ -1,6 +1,6 @@
 """Where a run took place: versions, machine, command and commit, for environment.json in the run folder."""
 
-import logging
+import contextlib
 import os
 import platform
 import shlex
@@ -16,8 +16,6 @@ import dhen
 from dhen.paths import repository
 from dhen.runtime.environment import FBGEMM_PACKAGES, installed_versions
 from dhen.runtime.topology import Topology
-
-logger = logging.getLogger(__name__)
 
 PACKAGES = (
     "torch", "deepspeed", *FBGEMM_PACKAGES, "transformers", "huggingface-hub", "accelerate", "datasets", "numpy",
@@ -36,32 +34,23 @@ def describe_environment(topology: Topology) -> dict[str, Any]:
         "command": lambda: shlex.join(sys.argv),
         "git": _git,
         "python": platform.python_version,
-        "versions": _versions,
+        # torch's own text says its build: 2.13.0+cpu
+        "versions": lambda: {"dhen": dhen.__version__} | installed_versions(PACKAGES) | {"torch": torch.__version__},
         "cuda": lambda: torch.version.cuda,
         "platform": platform.platform,
         "host": platform.node,
         "cpu": _cpu_name,
         "cpu_count": os.cpu_count,
-        "gpus": _gpu_names,
+        "gpus": lambda: [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "device": lambda: topology.device.type,
         "world_size": lambda: topology.world_size,
         "ranks_per_node": lambda: topology.local_size,
     }
-    return {name: _or_none(name, find) for name, find in facts.items()}
-
-
-def _or_none(name: str, find: Callable[[], Any]) -> Any:
-    """The fact, or None where finding it fails. No fact communicates, so a failure leaves no other rank waiting."""
-    try:
-        return find()
-    except Exception as error:
-        logger.debug("environment.json: no %s: %s", name, error)
-        return None
-
-
-def _versions() -> dict[str, str]:
-    """Package -> version, of those that are installed. torch's own text says its build: 2.13.0+cpu."""
-    return {"dhen": dhen.__version__} | installed_versions(PACKAGES) | {"torch": torch.__version__}
+    found = dict.fromkeys(facts)
+    for name, find in facts.items():
+        with contextlib.suppress(Exception):  # no fact communicates, so a failure leaves no other rank waiting
+            found[name] = find()
+    return found
 
 
 def _cpu_name() -> str:
@@ -69,10 +58,6 @@ def _cpu_name() -> str:
     lines = _CPU_INFO.read_text(encoding="utf-8").splitlines() if _CPU_INFO.is_file() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
-
-
-def _gpu_names() -> list[str]:
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def _git(folder: Path | None = None) -> dict[str, Any] | None:

@@ -14,11 +14,6 @@ from deepspeed.accelerator import get_accelerator
 
 from dhen.runtime.host_allocator import keep_freed_memory
 
-ShardGroup = Literal["world", "node"] | int
-"""The ranks that jointly hold one replica of the dense part: all, those of a node, or that many consecutive ranks."""
-
-_SET_BY_LAUNCHERS = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 @dataclass(frozen=True)
 class ShardGroups:
@@ -57,10 +52,10 @@ class Topology:
         """Whether this is rank 0, which reports for the whole job."""
         return self.rank == 0
 
-    def shard_size(self, shard_group: ShardGroup) -> int:
-        """Number of ranks in a shard group. Communicates over all ranks unless `shard_group` is "world".
+    def shard_size(self, shard_group: Literal["world", "node"] | int) -> int:
+        """Number of ranks that jointly hold one replica of the dense part: all, those of a node, or that many.
 
-        Raises ValueError if the job's ranks cannot be divided into such groups.
+        Communicates over all ranks unless `shard_group` is "world". Raises ValueError if they cannot be divided so.
         """
         if shard_group == "world":
             return self.world_size
@@ -91,7 +86,6 @@ class Topology:
         return made[dist.get_rank() // self.world_size]
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         devices = [self.device.index] if self.device.type == "cuda" else None
         dist.barrier(group=self.world, device_ids=devices)
 
@@ -127,9 +121,11 @@ def start(timeout_minutes: float = 30.0) -> Topology:
     evenly unless OMP_NUM_THREADS is set, and freed memory stays with the process. Raises ConnectionError, in one line,
     if this rank cannot join.
     """
-    if "RANK" not in os.environ:
-        _become_the_only_rank()
-    if missing := [name for name in _SET_BY_LAUNCHERS if name not in os.environ]:
+    if "RANK" not in os.environ:  # port 0 lets the system choose a free one
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    set_by_launchers = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in set_by_launchers if name not in os.environ]:
         raise ConnectionError(
             f"RANK is set, but not {', '.join(missing)}. Start the script with deepspeed, torchrun or accelerate "
             "launch. For a single rank, unset RANK and start it with python."
@@ -184,10 +180,3 @@ def stop() -> None:
     """Leave the job: destroy the process groups, so that the process exits without warnings."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _become_the_only_rank() -> None:
-    """Set the variables that a launcher sets, for a job of one rank. Port 0 lets the system choose a free port."""
-    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
-    os.environ.update({name: str(value) for name, value in alone.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"

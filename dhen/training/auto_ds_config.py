@@ -12,7 +12,6 @@ from typing import Any
 from dhen.config.arguments import Arguments
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config
-from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner
 from dhen.planner.nearest_machine import machine_at_hand
@@ -42,37 +41,32 @@ def choose_ds_config(
     def choose() -> tuple[dict[str, Any], str]:
         if training.resume_from_checkpoint:
             return _saved_ds_config(Path(training.resume_from_checkpoint), recipe)
-        return _planned(config, training, topology, memory_bytes, ids_per_bag)
+        nodes, rest = divmod(topology.world_size, topology.local_size)
+        if rest:
+            raise DsConfigError(
+                f"ds_config auto needs the same number of ranks on every node, but this job has {topology.world_size} "
+                f"ranks, {topology.local_size} of them on this node. Name a ds_config."
+            )
+        job = Job(
+            config,
+            training.per_device_train_batch_size,
+            machine_at_hand(topology, memory_bytes),
+            nodes,
+            ids_per_bag=ids_per_bag,
+            eval_batch_size=training.per_device_eval_batch_size,
+            accumulation_steps=training.gradient_accumulation_steps,
+            num_passes=training.num_passes,
+            averages=training.ema_decay > 0,
+            section=DhenSection(table_optimizer=training.table_optimizer or DhenSection().table_optimizer),
+        )
+        return _planned(job)
 
     raw, why = rank_zeros(topology, choose)
     return replace(check_ds_config(AUTO, raw, recipe), rung=f"{AUTO}: {why}")
 
 
-def _planned(
-    config: DhenConfig,
-    training: TrainingArguments,
-    topology: Topology,
-    memory_bytes: int,
-    ids_per_bag: Mapping[str, float],
-) -> tuple[dict[str, Any], str]:
-    nodes, rest = divmod(topology.world_size, topology.local_size)
-    if rest:
-        raise DsConfigError(
-            f"ds_config auto needs the same number of ranks on every node, but this job has {topology.world_size} "
-            f"ranks, {topology.local_size} of them on this node. Name a ds_config."
-        )
-    job = Job(
-        config,
-        training.per_device_train_batch_size,
-        machine_at_hand(topology, memory_bytes),
-        nodes,
-        ids_per_bag=ids_per_bag,
-        eval_batch_size=training.per_device_eval_batch_size,
-        accumulation_steps=training.gradient_accumulation_steps,
-        num_passes=training.num_passes,
-        averages=training.ema_decay > 0,
-        section=DhenSection(table_optimizer=training.table_optimizer or DhenSection().table_optimizer),
-    )
+def _planned(job: Job) -> tuple[dict[str, Any], str]:
+    """The ds_config of the fastest set of techniques that fits, and why it is that one."""
     try:
         planner = Planner(job)
         chosen = planner.plan()

@@ -40,8 +40,7 @@ def check(arguments: Arguments, topology: Topology) -> None:
         began = time.monotonic()
         data = open_data(arguments, topology, Path(head))
         preparation = (time.monotonic() - began) / data.schema.source.get(SHARES, {"train": math.inf})["train"]
-        if topology.is_main:
-            logger.info("check: %s. Columns:\n%s", _what_was_read(data), "\n".join(_columns(data.schema)))
+        logger.info("check: %s. Columns:\n%s", _what_was_read(data), "\n".join(_columns(data.schema)))
         trainer = make_trainer(arguments, data, build_model(arguments, topology, data))
         if not has_nothing_to_do(arguments, trainer):
             logger.info("check: %s", _expected(data, trainer, *_samples_per_second(trainer), preparation))

@@ -3,7 +3,7 @@
 import json
 import logging
 from concurrent.futures import wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,6 @@ class TrainingData:
 
 
 def cache_of(arguments: Arguments) -> Path:
-    """The folder for prepared data."""
     return Path(arguments.data.cache_dir or Path(arguments.training.output_dir).parent / "prepared")
 
 
@@ -151,13 +150,16 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
             "learn. Check the label in dataset_schema, or use more rows."
         )
     if "validation" not in schema.splits:
-        needs = "needs a validation split, but the data has none. Add one with validation_file or split_fractions."
-        if training.early_stopping_patience:
-            raise ArgumentError(f"early_stopping_patience {needs}")
-        if training.lr_scheduler_type == "reduce_lr_on_plateau":
-            raise ArgumentError(f"lr_scheduler_type reduce_lr_on_plateau {needs}")
-        if training.calibrate:
-            raise ArgumentError(f"calibrate {needs}")
+        asked = {
+            "early_stopping_patience": training.early_stopping_patience,
+            "lr_scheduler_type reduce_lr_on_plateau": training.lr_scheduler_type == "reduce_lr_on_plateau",
+            "calibrate": training.calibrate,
+        }
+        for name in filter(asked.get, asked):
+            raise ArgumentError(
+                f"{name} needs a validation split, but the data has none. Add one with validation_file or "
+                "split_fractions."
+            )
     elif training.calibrate and not is_partial(schema) and _has_one_class(schema.splits["validation"]):
         raise ArgumentError("calibrate needs both labels in the validation split. Use more rows, or leave it out.")
 
@@ -229,31 +231,28 @@ def prepare_dataset(
 def settings_without_effect(data: DataArguments, schema: Schema, like: Path | None = None) -> list[str]:
     """A sentence for each setting that the user changed but that had no effect on the data of `schema`."""
     if not is_prepared(data.dataset_name):
-        return preprocessing.settings_without_effect(_settings(data, like=like), schema)
-    default, elsewhere = DataArguments(), ("dataset_name", "cache_dir")
-    names = [item.name for item in fields(DataArguments) if item.name not in elsewhere]
+        return preprocessing.settings_without_effect(settings_of(data, like=like), schema)
     return [
         f"{name} has no effect: {data.dataset_name} is already prepared"
-        for name in names
-        if getattr(data, name) != getattr(default, name)
+        for name, default in vars(DataArguments()).items()
+        if name not in ("dataset_name", "cache_dir") and getattr(data, name) != default
     ]
 
 
 def is_prepared(name: Paths) -> bool:
-    """Whether the name is that of a prepared folder."""
     return isinstance(name, str) and (Path(name) / SCHEMA_FILE).is_file()
 
 
-def _settings(data: DataArguments, **more: Any) -> PreparationSettings:
-    own = {item.name for item in fields(PreparationSettings)}
-    values = {item.name: getattr(data, item.name) for item in fields(DataArguments) if item.name in own}
-    return PreparationSettings(**values, **more)
+def settings_of(data: DataArguments, **more: Any) -> PreparationSettings:
+    """What these arguments say about the preparation. more: what they cannot say."""
+    own = PreparationSettings.__dataclass_fields__
+    return PreparationSettings(**{name: value for name, value in vars(data).items() if name in own}, **more)
 
 
 def _prepare(data: DataArguments, cache: Path, *, may_be_large: bool = True, **more: Any) -> Path:
     if isinstance(data.dataset_name, str) and (recipe := generated_log(data.dataset_name)):
         return _prepare_generated(recipe, data, cache, **more)
-    return prepare_cached(_settings(data, **more), cache, may_be_large=may_be_large)
+    return prepare_cached(settings_of(data, **more), cache, may_be_large=may_be_large)
 
 
 def _prepare_generated(recipe: Recipe, data: DataArguments, cache: Path, head: Head | None, **more: Any) -> Path:

@@ -7,12 +7,12 @@ tables: FBGEMM updates them inside the backward. So the search uses the embeddin
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dhen.data.loading.batches import Batch
 from dhen.data.schema import Schema
 from dhen.model.names import quoted
+from dhen.runtime.collectives import from_all
 from dhen.training.parallel_model import ParallelDhen
 
 ADVICE = "Lower learning_rate or table_learning_rate, add warmup_steps, or set max_grad_norm."
@@ -45,9 +45,7 @@ def where_it_began(model: ParallelDhen, kept: KeptMicroStep, schema: Schema) -> 
     kept: the step's first micro step whose loss is not finite on this rank; if there is none, any other. Communicates;
     all ranks call it, which is possible because they agree on a refused step.
     """
-    found = [_NOTHING] * model.topology.world_size
-    dist.all_gather_object(found, _search(model, kept, schema), group=model.topology.world)
-    _, where, advice = min(found)
+    _, where, advice = min(from_all(_search(model, kept, schema), model.topology))
     return f"It began in {where}. {advice}"
 
 

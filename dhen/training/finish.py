@@ -13,7 +13,6 @@ from dhen.planner.step_trace import training_flops_per_sample
 from dhen.training.dataset import TrainingData
 from dhen.training.loop import Evaluation, Trainer, evaluate
 from dhen.training.memory_plan import precision_of
-from dhen.training.parallel_model import ParallelDhen
 from dhen.training.reporting.curves import draw_curves
 from dhen.training.reporting.progress import METRICS_FILE, ProgressReporter
 from dhen.training.reporting.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
@@ -23,6 +22,8 @@ from dhen.training.unseen import UNSEEN_FILE, report_unseen, write_unseen
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS, _FAR_OFF = 100, 0.05
+_NAMES = {"validation": "eval", "test": "test"}
+"""The splits in summary.json."""
 
 
 def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress: ProgressReporter) -> None:
@@ -30,25 +31,28 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
 
     Communicates; all ranks call it.
     """
-    model, state, best_ne = trainer.model, trainer.state, data.schema.best_possible_ne
-    output_dir, seconds = Path(arguments.training.output_dir), progress.watch.seconds
-    tested_step = trainer.load_best("Testing") if arguments.training.load_best_model_at_end else state.step
-    splits = {"eval": "validation"} if arguments.training.skip_test else {"eval": "validation", "test": "test"}
-    values = {name: evaluate(model, data.loaders[split]) for name, split in splits.items() if split in data.loaders}
-    before, world = values, model.topology.world
-    scale = values["eval"].scores.best_scale(world) if arguments.training.calibrate else 1.0
-    if scale == 1 and arguments.training.calibrate:
+    training, model, state, best_ne = arguments.training, trainer.model, trainer.state, data.schema.best_possible_ne
+    output_dir, seconds, world = Path(training.output_dir), progress.watch.seconds, model.topology.world
+    tested_step = trainer.load_best("Testing") if training.load_best_model_at_end else state.step
+    splits = ["validation"] if training.skip_test else ["validation", "test"]
+    values = {split: evaluate(model, data.loaders[split]) for split in splits if split in data.loaders}
+    before = {split: of_split.metrics for split, of_split in values.items()}
+    scale = values["validation"].scores.best_scale(world) if training.calibrate else 1.0
+    if scale == 1 and training.calibrate:
         logger.warning("calibrate: no number makes the validation loss least, so the logits stay as they are")
     if scale != 1:
-        values = {name: replace(it, metrics=it.scores.scaled(scale).compute(world)) for name, it in values.items()}
-    results = {name: metrics_of(of_split, best_ne.get(splits[name])) for name, of_split in values.items()}
-    for name, of_split in before.items() if scale != 1 else ():
-        metrics = of_split.metrics
-        results[name] |= {"ne_before_scale": metrics.ne, "calibration_before_scale": metrics.calibration}
+        values = {split: replace(it, metrics=it.scores.scaled(scale).compute(world)) for split, it in values.items()}
+    results = {_NAMES[split]: metrics_of(of_split, best_ne.get(split)) for split, of_split in values.items()}
+    for split, metrics in before.items() if scale != 1 else ():
+        results[_NAMES[split]] |= {"ne_before_scale": metrics.ne, "calibration_before_scale": metrics.calibration}
+    flops = None
+    if model.topology.is_main:
+        batch_size, precision = training.per_device_train_batch_size, precision_of(model.ds_config)
+        flops = training_flops_per_sample(model.config, batch_size, precision, training.num_passes)
     summary = results | {
-        "calibrate": arguments.training.calibrate,
-        "skip_test": arguments.training.skip_test,
-        "ema_decay": arguments.training.ema_decay,
+        "calibrate": training.calibrate,
+        "skip_test": training.skip_test,
+        "ema_decay": training.ema_decay,
         "logit_scale": scale,
         "samples_per_second": progress.samples_per_second or _earlier_rate(output_dir),
         "seconds": seconds,
@@ -58,7 +62,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         "samples_seen": state.samples_seen,
         "ds_config": arguments.ds_config,
         "zero_stage": model.ds_config.zero_stage,
-        "training_flops_per_sample": _training_flops(model, arguments) if model.topology.is_main else None,
+        "training_flops_per_sample": flops,
     }
     card = model_card(model.config, data.schema, summary)
     with model.averaged():
@@ -67,18 +71,17 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         write_json(output_dir / SUMMARY_FILE, summary)
         draw_curves(output_dir / METRICS_FILE, best_ne.get("validation"))
         print_metrics(results)
-        unseen = {splits[name]: of_split.unseen for name, of_split in values.items()}
+        unseen = {split: of_split.unseen for split, of_split in values.items()}
         write_unseen(output_dir / UNSEEN_FILE, unseen)
         for split, of_split in unseen.items():
             report_unseen(split, of_split, data.schema)
-        by_split = {splits[name]: of_split for name, of_split in values.items()}
-        for sentence in doubts(arguments, state.step, tested_step, by_split, data.schema):
+        for sentence in doubts(arguments, state.step, tested_step, values, data.schema):
             logger.warning("%s", sentence)
         rate = summary["samples_per_second"]
         logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
-        metric, is_last = arguments.training.metric_for_best_model, tested_step == state.step
-        best = "" if is_last else f", whose validation {metric} was the best"
-        tested = "" if arguments.training.skip_test else "tested and "
+        is_last = tested_step == state.step
+        best = "" if is_last else f", whose validation {training.metric_for_best_model} was the best"
+        tested = "" if training.skip_test else "tested and "
         logger.info(f"{tested}exported: the weights of step %s%s", f"{tested_step:,}", best)
         logger.info(
             "results are in %s: curves.png, metrics.csv, summary.json, unseen.csv, and the model in %s/",
@@ -113,11 +116,6 @@ def doubts(
                 f"{name}: the predictions are too {way} on average: calibration is {calibration:.3f}. {why}"
             )
     return sentences
-
-
-def _training_flops(model: ParallelDhen, arguments: Arguments) -> int | None:
-    batch_size, precision = arguments.training.per_device_train_batch_size, precision_of(model.ds_config)
-    return training_flops_per_sample(model.config, batch_size, precision, arguments.training.num_passes)
 
 
 def _earlier_rate(output_dir: Path) -> float:

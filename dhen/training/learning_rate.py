@@ -74,7 +74,6 @@ class LearningRateSchedule:
         return {"dropped": self._dropped, "without_improvement": self._without_improvement}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the result of `state_dict`."""
         self._dropped, self._without_improvement = state["dropped"], state["without_improvement"]
 
 
@@ -106,7 +105,6 @@ class BestMetric:
         return patience > 0 and self.evaluations_since >= patience
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint."""
         of = {"name": self.name, "of_average": self._of_average}
         return of | {"value": self.value, "evaluations_since": self.evaluations_since}
 

@@ -123,12 +123,11 @@ class Trainer:
         here = checkpoint_of(self.output_dir, self.state.step)
         if self._saved is None or self._saved.resolve() != here.resolve():
             self._save(at_once=True)
-        if self.model.topology.is_main:
-            logger.info(
-                "stopped by %s at step %d of %d, which is saved in %s. To go on, use the same command with "
-                "--resume_from_checkpoint auto.",
-                cause, self.state.step, self.total_steps, self._saved,
-            )  # fmt: skip
+        logger.info(
+            "stopped by %s at step %d of %d, which is saved in %s. To go on, use the same command with "
+            "--resume_from_checkpoint auto.",
+            cause, self.state.step, self.total_steps, self._saved,
+        )  # fmt: skip
 
     def _train(self, stop: StopRequest) -> None:
         if self.model.tables is not None and self.model.tables.is_frozen:
@@ -161,7 +160,6 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether there is no step left to make."""
         return self.state.step >= self.total_steps or self._best.has_stalled(self.arguments.early_stopping_patience)
 
     def micro_step(self, batch: Batch, sent_ids: SentIds | None) -> None:
@@ -196,7 +194,8 @@ class Trainer:
         self.model.end_step(state.step)
         is_last = state.step == self.total_steps
         if is_last or self._is_due(arguments.logging_steps):
-            self._log(factor)
+            loss, ne = self.running_loss.take(self.model.topology.world)
+            self._progress.log_step(state.step, state.samples_seen, loss, ne, self._rates[0] * factor)
         improved = False
         evaluates = is_last or self._is_due(arguments.eval_steps, otherwise=is_epoch_end)
         if evaluates and self.validation_loader is not None:
@@ -225,10 +224,6 @@ class Trainer:
         """Whether this step is a multiple of `every`; `otherwise` if `every` is 0."""
         return self.state.step % every == 0 if every else otherwise
 
-    def _log(self, factor: float) -> None:
-        loss, ne = self.running_loss.take(self.model.topology.world)
-        self._progress.log_step(self.state.step, self.state.samples_seen, loss, ne, self._rates[0] * factor)
-
     def _evaluate(self) -> bool:
         """Evaluate on the validation split. Returns whether the result is the best so far."""
         with self._progress.paused():
@@ -246,7 +241,7 @@ class Trainer:
         if drops and self.arguments.plateau_restores_best:
             with self._progress.paused():
                 step = self.load_best("Training goes on from")
-            if step < self.state.step and self.model.topology.is_main:
+            if step < self.state.step:
                 logger.info("the learning rates drop: training goes on from the weights of step %d, the best", step)
         return improved
 

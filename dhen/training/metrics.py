@@ -145,12 +145,11 @@ class ClickMetrics:
             return exact_auc(logits, labels)
         others, clicks = _sum_over(counts_in_bins(logits, labels), group)
         auc = auc_of_counts(clicks, others)
-        if group is None or dist.get_rank(group) == 0:
-            bound = ((clicks.double() @ others.double()) / (2 * clicks.sum().double() * others.sum())).item()
-            logger.info(
-                "the AUC of %s examples counts logits in %s bins: %.8f, off by at most %.2g",
-                f"{examples:,}", f"{AUC_BINS:,}", auc, 1.05 * bound,  # so that rounding does not make it too small
-            )  # fmt: skip
+        bound = ((clicks.double() @ others.double()) / (2 * clicks.sum().double() * others.sum())).item()
+        logger.info(
+            "the AUC of %s examples counts logits in %s bins: %.8f, off by at most %.2g",
+            f"{examples:,}", f"{AUC_BINS:,}", auc, 1.05 * bound,  # so that rounding does not make it too small
+        )  # fmt: skip
         return auc
 
     def best_scale(self, group: dist.ProcessGroup | None = None) -> float:

@@ -77,7 +77,6 @@ class ScoringDhen:
         return self.dense(sparse=own, inputs_embeds=embeddings_BFD, dense=dense_BN, num_passes=num_passes)
 
     def score(self, *inputs: Any, **more: Any) -> Tensor:
-        """The logits of `forward`."""
         return self.forward(*inputs, **more).logits
 
     @contextlib.contextmanager
@@ -140,7 +139,6 @@ class ParallelDhen(ScoringDhen):
 
     @property
     def engine(self) -> deepspeed.DeepSpeedEngine:
-        """DeepSpeed's engine."""
         return self.dense
 
     def start_training_mode(self) -> None:

@@ -43,7 +43,7 @@ from dhen.training.parallel_model import ParallelDhen, ScoringDhen
 
 logger = logging.getLogger(__name__)
 _ADAGRAD_EPSILON, _ADAM_EPSILON = 1e-3, 1e-8
-WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_WIRE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,13 @@ def parallelize(
         seed=seed,
     )
     dense = _dense_part(config, ds_config, placement.replicated, seed, layout.groups)
-    if dense_weights:
-        _load_dense_weights(dense, dense_weights)
-    if fill_table:
-        _fill_tables(dense, placement.replicated, fill_table)
+    own = dict(dense.named_parameters()) | dict(dense.named_buffers())
+    for name, trained in (dense_weights or {}).items():
+        with _changing(own[name]) as weight:
+            weight.copy_(trained)
+    for name in placement.replicated if fill_table else ():
+        with _changing(own[f"tables.{name}.weight"]) as weight:
+            fill_table(name, weight)
     freeze(dense, frozen)
     _transform_layers(dense, ds_config, topology.device)
     engine = _engine(dense, groups_of(dense, rate_decay), ds_config, layout.groups)
@@ -174,7 +177,6 @@ def shard_tables(
 
 
 def table_update(ds_config: DsConfig) -> TableUpdate:
-    """How the recipe and the ds_config update the tables."""
     recipe, optimizer = ds_config.recipe, ds_config.dhen.table_optimizer
     if recipe is None:
         return TableUpdate(optimizer)
@@ -263,29 +265,16 @@ def _engine(
     dense: nn.Module, parameters: list[Any], ds_config: DsConfig, groups: ShardGroups | None
 ) -> deepspeed.DeepSpeedEngine:
     if groups is not None:
-        wire_dtype = WIRE_DTYPES.get(ds_config.dhen.all_reduce_dtype)
+        wire_dtype = _WIRE_DTYPES.get(ds_config.dhen.all_reduce_dtype)
         reduction = hsdp.ReplicaReduction(groups, wire_dtype, is_async=ds_config.dhen.async_all_reduce)
         return hsdp.initialize(dense, parameters, ds_config.deepspeed, groups, reduction)
     engine, *_ = deepspeed.initialize(
         model=dense, model_parameters=parameters, config=ds_config.deepspeed, dist_init_required=False
     )
-    # A reduction by all-reduce, which Muon needs, works in DeepSpeed's bucket.
+    # A reduction by all-reduce works in DeepSpeed's bucket.
     if type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3 and engine.optimizer.reduce_scatter:
         LeanStage3.take_over(engine.optimizer)
     return engine
-
-
-def _load_dense_weights(dense: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    targets = dict(dense.named_parameters()) | dict(dense.named_buffers())
-    for name, weight in weights.items():
-        with _changing(targets[name]) as target:
-            target.copy_(weight)
-
-
-def _fill_tables(dense: DhenForClickPrediction, names: Collection[str], fill_table: Callable) -> None:
-    for name in names:
-        with _changing(dense.get_parameter(f"tables.{name}.weight")) as weight:
-            fill_table(name, weight)
 
 
 @contextlib.contextmanager

@@ -77,12 +77,11 @@ def _keep_global_batch(training: TrainingArguments, state: Mapping[str, Any], to
             f"gradient_accumulation_steps {training.gradient_accumulation_steps}. Use another number of ranks."
         )
     training.per_device_train_batch_size = whole // shares
-    if topology.is_main:
-        logger.info(
-            "%d ranks saved the checkpoint, and %d go on: per_device_train_batch_size is now %d, so that the global "
-            "batch stays %d",
-            state["world_size"], topology.world_size, whole // shares, whole,
-        )  # fmt: skip
+    logger.info(
+        "%d ranks saved the checkpoint, and %d go on: per_device_train_batch_size is now %d, so that the global batch "
+        "stays %d",
+        state["world_size"], topology.world_size, whole // shares, whole,
+    )  # fmt: skip
 
 
 def given_ds_config(arguments: Arguments, topology: Topology) -> DsConfig | None:
@@ -194,7 +193,7 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
     wanted |= {"calibrate": training.calibrate, "ema_decay": training.ema_decay}
     is_tested = wanted.items() <= done.items() and (training.skip_test or not done["skip_test"])
     is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
-    if is_over and topology.is_main:
+    if is_over:
         logger.info(
             "the run already did step %d of %d. There is nothing left to train, and its folder stays as it is. Raise "
             "max_steps or num_train_epochs to train on, or set max_steps to %d to test and export these weights.",
@@ -212,7 +211,7 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
 
 def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
     """Clear the run folder, unless the run resumes, and write the set-up to it. Start reporting to the terminal,
-    metrics.csv and TensorBoard. Communicates; all ranks call it. Raises FolderTakenError.
+    metrics.csv and TensorBoard. Communicates; all ranks call it. Raises ValueError if another run has the folder.
     """
     output_dir, topology = Path(arguments.training.output_dir), trainer.model.topology
 

@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 
 from dhen.config.ds_config import DsConfigError, Recipe, read_ds_config
+from dhen.config.training_arguments import TrainingArguments
 from tests import ROOT
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 AUTOCAST = {"enabled": True, "dtype": "bfloat16"}
-RECIPE = Recipe(64, 2, 4, 1.5, 1e-3, 0.01, 0.9, 0.98, 1e-7)
+TRAINING = TrainingArguments(
+    per_device_train_batch_size=64, gradient_accumulation_steps=2, max_grad_norm=1.5, learning_rate=1e-3,
+    weight_decay=0.01, adam_beta2=0.98, adam_epsilon=1e-7,
+)  # fmt: skip
+RECIPE = Recipe(TRAINING, world_size=4)
 
 
 def adam(**params: object) -> dict:
@@ -55,10 +60,10 @@ def test_the_wire_is_said_once_or_for_each_way(tmp_path):
         ({"placement": {"max_shards": 2}}, "dhen.placement: unknown key 'max_shards'"),
         ({"placement": {"memory_gib": -1}}, "dhen.placement.memory_gib is -1"),
         ({"table_dtype": "bf16"}, "dhen.table_dtype is 'bf16'"),
-        ({"placement": {"tables": {"C1": True}}}, "dhen.placement.tables.C1 is True. Input should be a valid integer"),
-        ({"activation_checkpointing": True}, "dhen.activation_checkpointing is True. Input should be 'none' or 'all'"),
+        ({"placement": {"tables": {"C1": True}}}, "dhen.placement.tables.C1 is True. Use a valid integer"),
+        ({"activation_checkpointing": True}, "dhen.activation_checkpointing is True. Use 'none' or 'all', or "),
         ({"activation_checkpointing": "4"}, "dhen.activation_checkpointing is '4'. "),
-        ({"shard_group": 0}, "dhen.shard_group is 0. Input should be 'world' or 'node', or: Input should be greater"),
+        ({"shard_group": 0}, "dhen.shard_group is 0. Use 'world' or 'node', or a number above 0."),
     ],
 )
 def test_mistakes_about_tables_name_the_key(tmp_path, section, words):
@@ -74,7 +79,7 @@ def test_reading_leaves_nothing_of_deepspeeds_for_us_to_set():
 
 
 def test_the_recipe_chooses_the_tables_optimizer_unless_the_ds_config_does(tmp_path):
-    adam = replace(RECIPE, table_optimizer="adam")
+    adam = Recipe(replace(TRAINING, table_optimizer="adam"), 4)
     for section in ({}, {"table_optimizer": "auto"}, {"table_optimizer": "adam"}):
         assert read_ds_config(written(tmp_path, {"dhen": section}), adam).dhen.table_optimizer == "adam"
     path = written(tmp_path, {"dhen": {"table_optimizer": "sgd"}})
@@ -85,7 +90,7 @@ def test_the_recipe_chooses_the_tables_optimizer_unless_the_ds_config_does(tmp_p
 
 def test_a_moving_average_without_fp32_weights_is_refused_before_anything_is_built():
     with pytest.raises(DsConfigError, match=r"paper.json: bf16.bf16_master_weights_and_grads leaves ema_decay no fp32"):
-        read_ds_config(ROOT / "ds_configs/paper.json", replace(RECIPE, ema_decay=0.9))
+        read_ds_config(ROOT / "ds_configs/paper.json", Recipe(replace(TRAINING, ema_decay=0.9), 4))
 
 
 @pytest.mark.parametrize(

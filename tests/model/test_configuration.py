@@ -126,7 +126,7 @@ def test_transformers_own_arguments_pass():
 
 
 def test_the_architecture_makes_a_command_line():
-    parser = HfArgumentParser(copy_for_parser(DhenArchitecture))  # the parser overwrites the class's types
+    parser = HfArgumentParser(copy_for_parser(DhenArchitecture, "model"))  # the parser overwrites the class's types
     (plain,) = parser.parse_args_into_dataclasses([])
     assert DhenArchitecture(**vars(plain)) == DhenArchitecture()
     words = [

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dhen.planner.machine import MachineError, read_machine, shipped_machines
+from dhen.planner.machine import read_machine, shipped_machines
 
 GPU, CPU = (yaml.safe_load(shipped_machines()[name].read_text()) for name in ("a100-40gb", "cpu"))
 
@@ -52,7 +52,7 @@ def test_a_file_of_the_users_own_is_read_and_values_can_be_replaced(tmp_path):
 )
 def test_a_wrong_value_is_one_line_that_names_file_and_key(tmp_path, change, words):
     path = written(tmp_path, GPU | change)
-    with pytest.raises(MachineError) as caught:
+    with pytest.raises(ValueError, match=r"\.yaml: ") as caught:
         read_machine(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: ")
@@ -63,7 +63,7 @@ def test_a_wrong_value_is_one_line_that_names_file_and_key(tmp_path, change, wor
 
 @pytest.mark.parametrize("key", ["memory_gib", "flops", "name", "source", "ranks_per_node"])
 def test_a_missing_key_is_named(tmp_path, key):
-    with pytest.raises(MachineError, match=f"{key}. Field required"):
+    with pytest.raises(ValueError, match=f"{key}. Field required"):
         read_machine(written(tmp_path, {name: value for name, value in GPU.items() if name != key}))
 
 
@@ -73,15 +73,15 @@ def test_a_cpu_needs_no_host_beside_it(tmp_path):
 
 
 def test_other_mistakes_are_one_line_too(tmp_path):
-    with pytest.raises(MachineError, match="Did you mean 'a100-40gb'"):
+    with pytest.raises(ValueError, match="Did you mean 'a100-40gb'"):
         read_machine("a100-40")
-    with pytest.raises(MachineError, match="memory_gib is -3"):
+    with pytest.raises(ValueError, match="memory_gib is -3"):
         read_machine("h100", memory_gib=-3)
     (tmp_path / "list.yaml").write_text("- 3")
-    with pytest.raises(MachineError, match="expected a mapping"):
+    with pytest.raises(ValueError, match="expected a mapping"):
         read_machine(str(tmp_path / "list.yaml"))
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(MachineError, match="not valid YAML") as caught:
+    with pytest.raises(ValueError, match="not valid YAML") as caught:
         read_machine(str(tmp_path / "broken.yaml"))
     assert "\n" not in str(caught.value)
 

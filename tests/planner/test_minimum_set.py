@@ -8,6 +8,7 @@ import pytest
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import Recipe, check_ds_config
+from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import read_machine
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
@@ -24,7 +25,7 @@ CONFIG = DhenConfig(
 MACHINE = read_machine("a100-40gb", ranks_per_node=2)
 BATCH = 512
 DP = Technique()
-RECIPE = Recipe(BATCH, 1, 4, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
+RECIPE = Recipe(TrainingArguments(per_device_train_batch_size=BATCH, learning_rate=1e-3), world_size=4)
 
 
 def planner(memory_gib: float = 38.0, nodes: int = 2, layers: int = 4, **more) -> Planner:

@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 from dhen.config.ds_config import Recipe, read_ds_config
+from dhen.config.training_arguments import TrainingArguments
 from dhen.planner.machine import shipped_machines
 from tests import ROOT
 from tests.tools.forked_python import call
 from tools import plan
 
-RECIPE = Recipe(256, 1, 16, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
+RECIPE = Recipe(TrainingArguments(per_device_train_batch_size=256, learning_rate=1e-3), world_size=16)
 DEPTHS = (1, 2, 4, 6)
 CRITEO = ("--config", "recipes/configs/criteo.yaml", "--embedding_dim", "64", "--num_embeddings_out", "32",
           "--per_device_train_batch_size", "256", "--per_device_eval_batch_size", "1",

@@ -9,7 +9,7 @@ import pytest
 from dhen.runtime.topology import Topology
 from dhen.tables import storage
 from dhen.tables.placement.plan import TableShard
-from dhen.training.saved.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dhen.training.saved.checkpoint import TrainerState, load_checkpoint, start_save
 from tests.ranks import run_ranks
 from tests.tiny_training import train
 
@@ -20,7 +20,7 @@ def save(topology: Topology, folder: Path) -> dict[str, tuple[TableShard, ...]]:
     shards = {}
     for name, frozen in SET_UPS.items():
         _, model = train(topology, name, steps=1, global_batch=24, frozen=frozen)
-        save_checkpoint(model, folder / name, TrainerState(step=1))
+        start_save(model, folder / name, TrainerState(step=1)).finish(topology)
         shards[name] = model.placement.shards
     return shards
 

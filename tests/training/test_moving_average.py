@@ -10,7 +10,7 @@ from torch import Tensor
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.runtime.topology import Topology
 from dhen.training.parallel_model import ParallelDhen
-from dhen.training.saved.checkpoint import TrainerState, load_checkpoint, save_checkpoint
+from dhen.training.saved.checkpoint import TrainerState, load_checkpoint, start_save
 from tests.plain import global_batches
 from tests.ranks import run_ranks
 from tests.tiny_training import train
@@ -54,7 +54,7 @@ def averaged_run(topology: Topology, name: str, dhen: dict, folder: Path) -> dic
             pass
         average = states_of(model)
     after = states_of(model)
-    save_checkpoint(model, folder, TrainerState(step=STEPS))
+    start_save(model, folder, TrainerState(step=STEPS)).finish(topology)
     _, again = train(topology, name, before_step=lambda step, model: None, **arguments | {"steps": 1})
     again.start_average(DECAY)
     load_checkpoint(again, folder / f"checkpoint-{STEPS}")

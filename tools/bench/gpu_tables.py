@@ -17,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.profiler import ProfilerActivity
 
 from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
+from dhen.config.training_arguments import TrainingArguments
 from dhen.data.loading.batches import Batch
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.features import SparseIds
@@ -134,7 +135,7 @@ def _bandwidth(
 
 def read_setup(name: str, batch: int, section: dict[str, Any]) -> DsConfig:
     """A ds_config of the project for one rank, with changes to its `dhen` section."""
-    recipe = Recipe(batch, 1, 1, 0.0, 1e-3, 0.0, 0.9, 0.999, 1e-8)
+    recipe = Recipe(TrainingArguments(per_device_train_batch_size=batch, learning_rate=1e-3), world_size=1)
     ds_config = read_ds_config(ROOT / "ds_configs" / f"{name}.json", recipe)
     return DsConfig(ds_config.path, ds_config.deepspeed, ds_config.dhen.model_copy(update=section))
 

@@ -29,7 +29,8 @@ COLUMNS = (
     "step", "samples_seen", "split", "loss", "ne", "auc", "calibration", "learning_rate", "samples_per_second",
     "memory_gib", "seconds",
 )  # fmt: skip
-
+_REQUIRED = {"step": int, "samples_seen": int, "split": str, "seconds": float}
+"""The columns that no row leaves blank."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Seconds counted so far."""
         return self._before + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     @contextlib.contextmanager
@@ -88,7 +88,10 @@ class ProgressReporter:
         if is_main:
             self._output_dir, self._csv_path = output_dir, output_dir / METRICS_FILE
             samples_seen, seconds = _keep_rows_until(self._csv_path, resumed_at)
-            self._writer = _summary_writer(output_dir / TENSORBOARD_FOLDER, purge_step=samples_seen + 1)
+            # Imported here because TensorBoard takes a second to import and only rank 0 needs it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=samples_seen + 1)
             self.watch = Stopwatch(seconds)
             if sys.stderr.isatty():
                 self._bar = _start_bar(total_steps, resumed_at)
@@ -145,14 +148,11 @@ class ProgressReporter:
         self._record(split, step, samples_seen, numbers)
         if time.perf_counter() - self._drawn > SECONDS_BETWEEN_CURVES:
             with self.watch.paused():
-                self._draw_curves()
+                # Imported here because matplotlib takes a second to import and only rank 0 needs it.
+                from dhen.training.reporting.curves import draw_curves
 
-    def _draw_curves(self) -> None:
-        # Imported here because matplotlib takes a second to import and only rank 0 needs it.
-        from dhen.training.reporting.curves import draw_curves
-
-        draw_curves(self._csv_path, self._best_possible_ne)
-        self._drawn = time.perf_counter()
+                draw_curves(self._csv_path, self._best_possible_ne)
+            self._drawn = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -230,8 +230,10 @@ def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
     if step == 0:
         path.unlink()
         return 0, 0.0
-    lines = path.read_text("utf-8", errors="replace").splitlines()[1:]
-    rows = [row for line in lines if (row := _read_row(line)) is not None]
+    lines, rows = path.read_text("utf-8", errors="replace").splitlines()[1:], []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            rows.append(_read_row(line))
     if unread := len(lines) - len(rows):  # a kill leaves one, the last
         logger.warning("%s: %d of %d rows could not be read and are dropped", path, unread, len(lines))
     rows = [row for row in rows if int(row["step"]) <= step]
@@ -244,25 +246,10 @@ def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
     return (int(rows[-1]["samples_seen"]), float(rows[-1]["seconds"])) if rows else (0, 0.0)
 
 
-def _read_row(line: str) -> dict[str, str] | None:
-    """A line of metrics.csv, None if it is incomplete or damaged."""
-    values = line.split(",")
-    if len(values) != len(COLUMNS):
-        return None
-    row = dict(zip(COLUMNS, values, strict=True))
-    try:
-        for name, value in row.items():
-            if name in ("step", "samples_seen"):
-                int(value)
-            elif name == "seconds" or (name != "split" and value):
-                float(value)
-    except ValueError:
-        return None
+def _read_row(line: str) -> dict[str, str]:
+    """A line of metrics.csv. Raises ValueError if it is incomplete or damaged."""
+    row = dict(zip(COLUMNS, line.split(","), strict=True))
+    for name, value in row.items():
+        if value or name in _REQUIRED:
+            _REQUIRED.get(name, float)(value)
     return row
-
-
-def _summary_writer(folder: Path, purge_step: int) -> Any:
-    # Imported here because TensorBoard takes a second to import and only rank 0 needs it.
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=purge_step)

@@ -1,15 +1,14 @@
 """The run folder: the files that a run writes besides its checkpoints, and the check for an earlier run."""
 
-import json
 import logging
-import math
 import shutil
 import tempfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +16,7 @@ from dhen.config.arguments import ARGUMENTS_FILE, Arguments
 from dhen.config.command_line import ArgumentError
 from dhen.config.training_arguments import TrainingArguments
 from dhen.data.schema import Schema
-from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.paths import write_atomically
 from dhen.runtime.folder_lock import check_folder_is_free
 from dhen.runtime.run_environment import describe_environment
@@ -134,7 +133,7 @@ def _resolved(arguments: Arguments, config: DhenConfig) -> dict[str, Any]:
     """The arguments with the architecture that was built: when fine-tuning, that of the trained model."""
     asked_once = ("overwrite_output_dir", "resume_from_checkpoint")  # these apply to this call only
     values = {name: value for name, value in arguments.as_dict().items() if name not in asked_once}
-    return values | {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
+    return values | vars(config.architecture)
 
 
 def metrics_of(evaluation: Evaluation, best_possible_ne: float | None = None) -> dict[str, Any]:
@@ -147,19 +146,10 @@ def metrics_of(evaluation: Evaluation, best_possible_ne: float | None = None) ->
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write strict JSON (NaN as null). The file is renamed into place when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(_without_nan(values), indent=2, allow_nan=False) + "\n")
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_atomically(path, TypeAdapter(dict[str, Any]).dump_json(values, indent=2).decode() + "\n")
 
 
 def print_metrics(by_split: dict[str, dict[str, Any]], console: Console | None = None) -> None:
-    """Print a table with the metrics of each split."""
     has_best = any("best_possible_ne" in values for values in by_split.values())
     columns = ["auc", "ne", *(["best_possible_ne"] if has_best else []), "logloss", "calibration", "examples"]
     table = Table(box=None, pad_edge=False)

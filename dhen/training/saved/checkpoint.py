@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from dhen.data.format_version import VERSION_KEY
 from dhen.dense.trained_parts import ANCHOR
-from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.parts import part_of
+from dhen.runtime import background
 from dhen.runtime.topology import Topology
 from dhen.tables.storage import load_tables, tables_in_pieces
 from dhen.training.parallel_model import ParallelDhen
@@ -106,17 +107,7 @@ def start_save(
     topology.barrier()
     files = CheckpointFiles(folder, is_staged=in_background)
     _add_states(model, files, running_loss)
-    written: Future[FileFacts] = Future()
-    if in_background:
-        written = files.in_background()
-    else:
-        written.set_result(files.write())
-    return Save(folder, json.loads(json.dumps(facts | vars(state))), written)
-
-
-def save_checkpoint(model: ParallelDhen, output_dir: Path, state: TrainerState) -> Path:
-    """Write output_dir/checkpoint-<step> at once. Communicates; all ranks call it."""
-    return start_save(model, output_dir, state).finish(model.topology)
+    return Save(folder, json.loads(json.dumps(facts | vars(state))), background.in_background(files.write))
 
 
 def _add_states(model: ParallelDhen, files: CheckpointFiles, running_loss: torch.Tensor | None) -> None:
@@ -160,8 +151,10 @@ def load_checkpoint(
     topology = model.topology
     here = _set_up(model)
     saved = {name: values.pop(name) for name in here}
-    is_same_cut = saved["shard_size"] == here["shard_size"]
-    if saved["zero_stage"] != here["zero_stage"] or not (is_same_cut or _can_be_resharded(model)):
+    is_same_cut = here["zero_stage"] == 0 or saved["shard_size"] == here["shard_size"]
+    # DeepSpeed's universal form, by which other ranks load, supports the states of Adam only.
+    can_load = is_same_cut or "adam" in model.ds_config.deepspeed["optimizer"]["type"].lower()
+    if saved["zero_stage"] != here["zero_stage"] or not can_load:
         raise CheckpointError(
             f"{folder}: saved by {saved['world_size']} ranks, {saved['shard_size']} per replica, under ZeRO stage "
             f"{saved['zero_stage']}. This job has {here['world_size']} ranks, {here['shard_size']} per replica, and "
@@ -191,7 +184,7 @@ def load_checkpoint(
             )
     options = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in _optimizer(model).param_groups]
     with no_code_from(folder):
-        if is_same_cut or here["zero_stage"] == 0:
+        if is_same_cut:
             name, root = folder.name, str(folder.parent)
             loaded, _ = model.engine.load_checkpoint(root, tag=name, load_lr_scheduler_states=False)
             if loaded is None:
@@ -277,8 +270,7 @@ def _model_facts(config: DhenConfig) -> dict[str, Any]:
         "pooling": {table.name: table.pooling for table in config.tables},
         "num_dense_features": config.num_dense_features,
     }
-    facts |= {item.name: getattr(config, item.name) for item in fields(DhenArchitecture)}
-    return json.loads(json.dumps(facts))
+    return json.loads(json.dumps(facts | vars(config.architecture)))
 
 
 def _shown(saved: Any, now: Any) -> str:
@@ -290,11 +282,6 @@ def _shown(saved: Any, now: Any) -> str:
         key = next(key for key in (*saved, *now) if saved.get(key) != now.get(key))
         where, saved, now = f" (at {key!r})", saved.get(key), now.get(key)
     return f"{saved!r:.300}, now {now!r:.300}{where}"
-
-
-def _can_be_resharded(model: ParallelDhen) -> bool:
-    """Stage 0 needs no resharding. DeepSpeed's universal form supports the states of Adam only."""
-    return model.ds_config.zero_stage == 0 or "adam" in model.ds_config.deepspeed["optimizer"]["type"].lower()
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

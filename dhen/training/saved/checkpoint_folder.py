@@ -85,8 +85,7 @@ def choose_checkpoint(
             f"{'; '.join(faults)}. There is no other checkpoint to resume from. Restore the file from a copy, or start "
             "a new run with --overwrite_output_dir."
         )
-    if topology.is_main:
-        logger.info("%s has no checkpoint yet: the run starts at step 0", output_dir)
+    logger.info("%s has no checkpoint yet: the run starts at step 0", output_dir)
     return None
 
 
@@ -131,7 +130,6 @@ def point_latest_at(folder: Path, output_dir: Path) -> None:
 
 
 def checkpoint_of(output_dir: Path, step: int) -> Path:
-    """The folder of the checkpoint at this step."""
     return output_dir / f"{_PREFIX}{step}"
 
 
@@ -148,7 +146,6 @@ def _number(folder: Path) -> int:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the checkpoint is complete."""
     return (folder / STATE_FILE).is_file()
 
 
@@ -185,7 +182,7 @@ def damage(folder: Path, topology: Topology) -> str | None:
         found = pool.map(lambda name: _difference(folder / name, *files[name]), mine)
         mine_are = next((f"{name} {what}" for name, what in zip(mine, found, strict=True) if what), None)
     fault = next((one for one in from_all(mine_are, topology) if one), None)
-    if fault is None and topology.is_main:
+    if fault is None:
         gigabytes, seconds = sum(size for size, _ in files.values()) / 1e9, time.monotonic() - began
         rate = f"{gigabytes:.3g} GB in {seconds:.1f} s"
         logger.info("%s: all %d files are as they were saved (%s)", folder, len(files), rate)
@@ -232,11 +229,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         digest = values.pop(_OF_STATE, None) if isinstance(values, dict) else None
     except (OSError, ValueError) as error:
         raise DamagedStateError(f"{STATE_FILE} cannot be read: {error!s:.100}") from error
+    if isinstance(values, dict):  # first: the digest of another format may be another one
+        check_format_version(folder / STATE_FILE, values, FORMAT_VERSION, "start a new run, without a resume")
     if digest != _digest_of(values):
-        if isinstance(values, dict):
-            check_format_version(folder / STATE_FILE, values, FORMAT_VERSION, "start a new run, without a resume")
         raise DamagedStateError(f"{STATE_FILE} has other values than were saved")
-    check_format_version(folder / STATE_FILE, values, FORMAT_VERSION, "start a new run, without a resume")
     return values
 
 

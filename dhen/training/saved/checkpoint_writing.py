@@ -8,7 +8,6 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from dhen.paths import sync
-from dhen.runtime.background import in_background
 from dhen.tables.storage import InPieces, write_in_pieces
 from dhen.training.saved.checkpoint_folder import FileFacts, naming_the_disk, size_and_digest
 
@@ -39,7 +37,6 @@ class CheckpointFiles:
         self._mode = 0o666 & ~umask
 
     def add_pickle(self, name: str, value: Any) -> None:
-        """A file of torch.save."""
         value = on_host(value) if self.is_staged else value
         self._add(name, lambda path: torch.save(value, path))
 
@@ -63,10 +60,6 @@ class CheckpointFiles:
             name, write = self._staged.popitem()
             self._write(name, write)
         return self._written
-
-    def in_background(self) -> "Future[FileFacts]":
-        """`write` in a thread."""
-        return in_background(self.write)
 
     def _add(self, name: str, write: _Write) -> None:
         if self.is_staged:

@@ -7,7 +7,7 @@ start at 0. It still changes what attention, convolution, eq. 7's deep cross and
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -164,7 +164,7 @@ def start_from(
     old = trained.schema
     sparse, dense = _keep_places(old.sparse, schema.sparse), _keep_places(old.dense, schema.dense)
     schema = replace(schema, sparse=sparse, dense=dense)
-    architecture, before = _architecture_of(trained.config), trained.dense_weights()
+    architecture, before = trained.config.architecture, trained.dense_weights()
     if new_head:
         architecture = replace(architecture, head_mlp=new_head.head_mlp, head_inputs=new_head.head_inputs)
     config = config_for(architecture, schema)
@@ -232,7 +232,7 @@ def _shaped_by_features(config: DhenConfig) -> set[str]:
     more = [([*sparse, {"name": "one more", "num_embeddings": 1}], num_dense)]
     if num_dense:
         more.append((sparse, num_dense + 1))
-    values = vars(_architecture_of(config))
+    values = vars(config.architecture)
     grown = [
         _dense_part(DhenConfig(**values, sparse_features=tables, num_dense_features=count)).state_dict()
         for tables, count in more
@@ -246,18 +246,17 @@ def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
         {"name": column.name, "num_embeddings": column.num_embeddings, "pooling": column.pooling}
         for column in schema.sparse
     ]
-    values = {item.name: getattr(architecture, item.name) for item in fields(DhenArchitecture)}
-    return DhenConfig(**values, num_dense_features=len(schema.dense), sparse_features=tables)
+    return DhenConfig(**vars(architecture), num_dense_features=len(schema.dense), sparse_features=tables)
 
 
 def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[str]:
     """A sentence for each architecture option that the user changed but that fine-tuning ignores."""
-    wanted, default = (config_for(architecture, start.schema) for architecture in (asked, DhenArchitecture()))
+    wanted, default = (vars(config_for(each, start.schema).architecture) for each in (asked, DhenArchitecture()))
+    kept = vars(start.config.architecture)
     return [
-        f"{item.name} {getattr(wanted, item.name)!r} has no effect: fine-tuning keeps "
-        f"{getattr(start.config, item.name)!r} from the trained model"
-        for item in fields(DhenArchitecture)
-        if getattr(wanted, item.name) not in (getattr(default, item.name), getattr(start.config, item.name))
+        f"{name} {value!r} has no effect: fine-tuning keeps {kept[name]!r} from the trained model"
+        for name, value in wanted.items()
+        if value not in (default[name], kept[name])
     ]
 
 
@@ -285,10 +284,6 @@ def lost_tables(start: StartingPoint) -> list[str]:
         for match in start.tables
         if match.feature in known and match.rows_kept <= 1 < match.rows
     ]
-
-
-def _architecture_of(config: DhenConfig) -> DhenArchitecture:
-    return DhenArchitecture(**{item.name: getattr(config, item.name) for item in fields(DhenArchitecture)})
 
 
 def _keep_places(old: Sequence[Column], columns: Sequence[Column]) -> tuple[Column, ...]:

@@ -21,8 +21,6 @@ COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label"
 
 
 class _JsonLines:
-    """One JSON object per row."""
-
     def __init__(self, file: BinaryIO, _: pa.Schema) -> None:
         self._file = file
 
@@ -62,7 +60,6 @@ def parts_folder(path: Path) -> Path:
 
 
 def part_of(folder: Path, rank: int) -> Path:
-    """The file of a rank."""
     return folder / f"part-{rank:05d}.parquet"
 
 
@@ -97,11 +94,9 @@ class PredictionWriter:
         self._writer = _WRITERS[path.suffix.lower()](self._file, COLUMNS)
 
     def write(self, table: pa.Table) -> None:
-        """Append rows."""
         self._writer.write_table(table)
 
     def finish(self) -> None:
-        """Complete the file."""
         self._writer.close()
         self._file.close()
         self._draft.replace(self._path)

@@ -16,24 +16,20 @@ import deepspeed
 import torch
 
 from dhen.training.parallel_model import ParallelDhen
-from dhen.training.saved.checkpoint_folder import no_code_from
-
-
-class ReshardingError(ValueError):
-    """A checkpoint that cannot be resharded. The message has the folder and DeepSpeed's error."""
+from dhen.training.saved.checkpoint_folder import CheckpointError, no_code_from
 
 
 def load_resharded(model: ParallelDhen, checkpoint: Path) -> None:
     """Load the weights and optimizer of the dense part from `checkpoint`. Communicates; all ranks call it.
 
-    The ZeRO stage must be that of the checkpoint. Raises ReshardingError.
+    The ZeRO stage must be that of the checkpoint. Raises CheckpointError.
     """
     folder, config = checkpoint / "universal", model.engine._config
     try:
         failure = _convert(checkpoint, folder) if model.topology.is_main else None
         model.topology.barrier()
         if not (folder / "zero").is_dir():
-            raise ReshardingError(f"{checkpoint}: DeepSpeed cannot convert this checkpoint: {failure or 'see rank 0'}")
+            raise CheckpointError(f"{checkpoint}: DeepSpeed cannot convert this checkpoint: {failure or 'see rank 0'}")
         config.load_universal_checkpoint = True
         model.engine.load_checkpoint(str(checkpoint), tag=folder.name, load_lr_scheduler_states=False)
         _load_the_rest(model, checkpoint)

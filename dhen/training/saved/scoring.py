@@ -9,23 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dhen.config.arguments import ARGUMENTS_FILE, import_interaction_files
-from dhen.config.command_line import (
-    ArgumentError,
-    Parser,
-    Paths,
-    check_types,
-    copy_for_parser,
-    find_paths,
-    unknown_argument,
-)
+from dhen.config.command_line import ArgumentError, Parser, Paths, find_paths
 from dhen.config.data_arguments import DataArguments, DatasetFormat
 from dhen.data.loading.batches import BatchLoader
-from dhen.data.preparation.settings import PreparationSettings, as_tuple
+from dhen.data.preparation.settings import as_tuple
 from dhen.data.preparation.sources import format_of
 from dhen.model.configuration_dhen import option
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import replicated_in_scoring
-from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset
+from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset, settings_of
 from dhen.training.parallel_model import ScoringDhen
 from dhen.training.parallelize import parallelize_for_scoring
 from dhen.training.saved.trained_model import TrainedModel
@@ -77,13 +69,7 @@ class ScoringArguments:
 def parse_scoring_arguments(command_line: Sequence[str] | None, description: str) -> ScoringArguments:
     """Read the arguments from the command line. description: the text above --help. Raises ArgumentError."""
     usage = "%(prog)s --model_name_or_path FOLDER [--argument VALUE ...]"
-    parser = Parser([copy_for_parser(ScoringArguments)], usage=usage, description=description)
-    given, unknown = parser.parse_args_into_dataclasses(
-        command_line, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise unknown_argument(unknown[0], [ScoringArguments])
-    arguments = check_types(ScoringArguments, vars(given), "command line")
+    (arguments,) = Parser({"scoring": ScoringArguments}, usage=usage, description=description).parse(command_line)
     if arguments.model_name_or_path is None:
         raise ArgumentError("--model_name_or_path is missing. Set it to a run folder or an exported model.")
     find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
@@ -153,8 +139,7 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
         split_fractions=[0.0, 0.0, 1.0],
         prepare_here=True,
     )
-    settings = PreparationSettings(name, dataset_format=data.dataset_format, dataset_schema=data.dataset_schema)
-    is_on_hub = format_of(settings) == "hub"
+    is_on_hub = format_of(settings_of(data)) == "hub"
     _refuse_ignored(arguments, is_raw=True, is_on_hub=is_on_hub)
     only_split = split if is_on_hub else None
     return prepare_dataset(data, cache, topology, trained.folder, only_split), only_split or "test"
@@ -188,9 +173,7 @@ def _data_of_run(trained: TrainedModel) -> tuple[DataArguments | None, bool]:
 
 
 def _cache_folder(arguments: ScoringArguments, trained: TrainedModel, of_run: DataArguments | None) -> Path:
-    if arguments.cache_dir:
-        return Path(arguments.cache_dir)
-    if of_run is not None and of_run.cache_dir:
-        return Path(of_run.cache_dir)
+    if given := arguments.cache_dir or (of_run and of_run.cache_dir):
+        return Path(given)
     beside = trained.folder if of_run is None else trained.folder.parent
     return beside.resolve().parent / "prepared"

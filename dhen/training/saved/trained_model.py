@@ -41,22 +41,17 @@ FORMAT_VERSION = 2
 """Version of the exported model. Raise it when models that were exported before can no longer be read as they are."""
 VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _TABLES, _USES = "tables.", "row-uses"
 _METADATA = {"format": "pt"}
 
 
 class _Written(NamedTuple):
-    """A tensor of the exported model."""
-
     file: str
     dtype: torch.dtype
     nbytes: int
 
 
 class _OwnShard(NamedTuple):
-    """A shard of this rank."""
-
     weight: Tensor
     uses: Tensor
     mean: Tensor
@@ -84,17 +79,18 @@ class TrainedModel:
         """Open the exported model at `path`, which is its folder or a run folder. Raises FileNotFoundError."""
         place = Path(find(str(path)))
         for folder in (place, place / MODEL_FOLDER):
-            if (folder / "config.json").is_file() and ((folder / _INDEX).is_file() or (folder / _SINGLE).is_file()):
-                _check_version(folder / _INDEX)
-                return cls(folder)
+            if (folder / "config.json").is_file() and (folder / _INDEX).is_file():
+                model = cls(folder)
+                metadata = model._index.get("metadata", {})
+                check_format_version(folder / _INDEX, metadata, FORMAT_VERSION, "train the model again")
+                return model
         raise FileNotFoundError(
             f"{path}: no trained model here. Use the folder of a finished run (it contains {MODEL_FOLDER}/) or of an "
-            f"exported model (it contains config.json and safetensors).{looked_in(path)}"
+            f"exported model (it contains config.json and {_INDEX}).{looked_in(path)}"
         )
 
     @cached_property
     def config(self) -> DhenConfig:
-        """The model's config."""
         return DhenConfig.from_pretrained(self.folder)
 
     @cached_property
@@ -103,24 +99,19 @@ class TrainedModel:
         return Schema.load(self.folder)
 
     @cached_property
-    def _files(self) -> dict[str, str]:
-        """Weight name -> file name."""
-        index = self.folder / _INDEX
-        if index.is_file():
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        with safe_open(self.folder / _SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), _SINGLE)
+    def _index(self) -> dict[str, Any]:
+        return json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
 
     def dense_weights(self) -> dict[str, Tensor]:
         """All weights of the dense part, by name."""
-        return {name: self._read(name) for name in self._files if not name.startswith(_TABLES)}
+        return {name: self._read(name) for name in self._index["weight_map"] if not name.startswith(_TABLES)}
 
     def table(self, feature: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """Some rows and columns of a feature's table, by default all."""
         return self._read(f"{_TABLES}{feature}.weight", (rows, columns))
 
     def _read(self, name: str, part: Any = ...) -> Tensor:
-        with safe_open(self.folder / self._files[name], framework="pt") as file:
+        with safe_open(self.folder / self._index["weight_map"][name], framework="pt") as file:
             return file.get_slice(name)[part]
 
     def load_tables(self, tables: ShardedTables) -> None:
@@ -177,7 +168,11 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     by_rank = from_all(written, topology)
     if topology.is_main:
         written = {name: tensor for of_rank in by_rank for name, tensor in of_rank.items()}
-        _write_index(written, draft)
+        index = {
+            "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: FORMAT_VERSION},
+            "weight_map": {name: of.file for name, of in sorted(written.items())},
+        }
+        (draft / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _exported_config(model.config, written).save_pretrained(draft)
         schema.save(draft)
         if (prepared / VOCABULARY_FOLDER).is_dir():
@@ -303,17 +298,3 @@ def _cut_tables(tables: ShardedTables) -> list[list[TableShard]]:
     cut = (shard for shard in tables.placement.shards if _is_cut(shard, tables))
     in_order = sorted(cut, key=lambda shard: (shard.table, shard.first_column))
     return [list(shards) for _, shards in itertools.groupby(in_order, key=lambda shard: shard.table)]
-
-
-def _check_version(index: Path) -> None:
-    """Raise ValueError for another format. A single file, which `save_pretrained` writes, says no version."""
-    metadata = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}) if index.is_file() else {}
-    check_format_version(index, metadata, FORMAT_VERSION, "train the model again")
-
-
-def _write_index(written: Mapping[str, _Written], folder: Path) -> None:
-    index = {
-        "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: FORMAT_VERSION},
-        "weight_map": {name: of.file for name, of in sorted(written.items())},
-    }
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
