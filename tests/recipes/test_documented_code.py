@@ -14,8 +14,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from dhen.data.hashing import hashed_ids
 from dhen.data.loading.batches import BatchLoader
-from dhen.data.preparation.hashing import hashed_ids
 from dhen.data.schema import FORMAT_VERSION, Schema
 from tests import ROOT
 from tests.data.prepared_folders import rows_of

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import xxhash
 
-from dhen.data.formats.raw_rows import BadRow
-from dhen.data.schema import LABEL, SplitCounts
+from dhen.data.formats.raw_rows import BadRow, RawChunk
+from dhen.data.schema import FILE, LABEL, ROW, SplitCounts
 
 ROW_GROUP_ROWS = 32_768
 ROW_GROUPS_PER_PART = 128
@@ -87,6 +87,12 @@ class SplitWriter:
             write_statistics=False, write_page_checksum=True,
         )  # fmt: skip
         self.num_parts += 1
+
+
+def add_origins(prepared: pa.Table, chunk: RawChunk) -> pa.Table:
+    """Return the prepared rows of a chunk with their file and row number added."""
+    files = pa.repeat(pa.scalar(chunk.file), prepared.num_rows)
+    return prepared.append_column(FILE, files).append_column(ROW, pa.array(chunk.rows))
 
 
 def list_bad_rows(folder: Path, bad_rows: tuple[BadRow, ...]) -> None:

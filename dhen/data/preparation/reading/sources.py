@@ -1,4 +1,4 @@
-"""Turns the user's settings into files, a reader for their format, and a split rule for each set of files."""
+"""Turns the user's settings into files, a reader for their format, and the splits of each set of files."""
 
 import glob
 import re
@@ -16,8 +16,7 @@ from dhen.data.formats.raw_files import files_at, is_url
 from dhen.data.formats.raw_rows import DataError, Reader
 from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
-from dhen.data.preparation.splitting import splits_with_rows
-from dhen.data.schema import SCHEMA_FILE
+from dhen.data.schema import SCHEMA_FILE, SPLITS
 from dhen.data.synthetic import RECIPES
 from dhen.paths import looked_in
 
@@ -166,3 +165,8 @@ def format_of(settings: PreparationSettings) -> str:
         f"{file}: cannot detect the format from the name or the first lines. Set --dataset_format to one of "
         f"{', '.join(FORMATS[1:])}; csv, parquet and hub also need --dataset_schema."
     )
+
+
+def splits_with_rows(fractions: tuple[float, float, float]) -> tuple[str, ...]:
+    """Return the splits whose share is not 0."""
+    return tuple(split for split, share in zip(SPLITS, fractions, strict=True) if share > 0)

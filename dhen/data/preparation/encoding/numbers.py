@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dhen.data.formats.roles import ColumnRoles
-from dhen.data.preparation.hashing import hash_positions
+from dhen.data.hashing import hash_positions
 from dhen.data.schema import MISSING_ID, DenseColumn, Schema, SparseColumn
 
 MOST_VALUES = 1_000_000
