@@ -82,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset_schema", metavar="YAML", help="roles of the columns; see recipes/DATA.md")
     add("--split_fractions", nargs=3, type=float, help=f"train, validation, test; default: {default.split_fractions}")
     add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
+    add("--time_column", metavar="COLUMN", help="numbers or dates that put the rows of each split in order")
     add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")
     add("--id_encoding", choices=("auto", "hash", "vocabulary"), help=f"default: {default.id_encoding}")
     add(

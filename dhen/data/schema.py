@@ -41,6 +41,8 @@ ESTIMATED_KEYS = "estimated_keys"
 FILE, ROW = ":file", ":row"
 """Columns of rows to predict. Rows count from 1, as in bad_rows.csv: the line of a text file or the row of a Parquet
 file. Feature names cannot start with a colon."""
+TIME, ORDER = ":time", ":order"
+"""Columns of rows that are not yet in the order of time: their time, and a number that rises with the raw rows."""
 SPLITS = ("train", "validation", "test")
 MISSING_ID = 0
 """The id of a blank value and of a key that is not in the vocabulary."""

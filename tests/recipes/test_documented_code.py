@@ -88,7 +88,7 @@ print(json.dumps(click_probabilities(rows).tolist()))
 """
     printed = run_code(without + block_with("click_probabilities") + more, example)
     lines = (example / "example/train.csv").read_text().splitlines()[: 1 + 500]
-    (example / "rows.csv").write_text("\n".join([*lines, "0,,,,3,,,", "0,,,,,,,", "0,2,,1000000000,,,,unseen|news"]))
+    (example / "rows.csv").write_text("\n".join([*lines, "0,,,,3,,,,", "0,,,,,,,,", "0,2,,1000000000,,,,unseen|news,"]))
     done = run_script(
         "predict.py", f"--model_name_or_path={example / 'runs/example'}", f"--dataset_name={example / 'rows.csv'}",
         f"--dataset_schema={example / 'example/schema.yaml'}", f"--output={example / 'scores.parquet'}",

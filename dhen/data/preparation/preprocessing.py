@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from dhen.data.preparation.running.runners import LocalProcesses, Runner, num_co
 from dhen.data.preparation.running.unfinished import Shard, Unfinished, unfinished_folder
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.stages import WRITING, run_stages
-from dhen.data.preparation.writing import first_bad_row, join_bad_rows, join_parts, sum_of
+from dhen.data.preparation.writing import first_bad_row, join_bad_rows, join_by_time, join_parts, sum_of
 from dhen.data.schema import ESTIMATED_KEYS, FORMAT_VERSION, SCHEMA_FILE, SHARES, Schema, SplitCounts
 
 _RESULT = "result"
@@ -137,7 +137,10 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
         parts = [
             (path / split, r["parts"][split]) for path, r in zip(in_order, results, strict=True) if split in r["parts"]
         ]
-        join_parts(parts, folder / split)
+        if source["settings"]["time_column"] is not None:
+            splits[split] = replace(count, digest=join_by_time([path for path, _ in parts], folder / split))
+        else:
+            join_parts(parts, folder / split)
     join_bad_rows(in_order, folder)
     if is_head:
         source = source | {SHARES: {split: r["share_read"] for r in results for split in r["splits"]}}

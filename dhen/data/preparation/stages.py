@@ -1,6 +1,6 @@
 """The stages of a preparation, over the pieces of the data.
 
-1. Count rows, without parsing them, where the row numbers or the splits of later pieces depend on it.
+1. Count rows, without parsing them, where the row numbers or the splits of later pieces depend on it. Or read times.
 2. Count keys and fit numbers of the train split: only for a vocabulary, an `auto`, bins or a scale.
 3. Encode all rows and write them.
 
@@ -35,7 +35,7 @@ from dhen.data.preparation.encoding.encoder import (
     new_columns,
 )
 from dhen.data.preparation.encoding.key_counts import KeyCounts, KeySketch, estimated_keys
-from dhen.data.preparation.encoding.numbers import number_fits
+from dhen.data.preparation.encoding.numbers import BinFit, number_fits
 from dhen.data.preparation.encoding.vocabulary import (
     KeyIds,
     build_vocabulary,
@@ -45,24 +45,27 @@ from dhen.data.preparation.encoding.vocabulary import (
 )
 from dhen.data.preparation.reading import pieces as cutting
 from dhen.data.preparation.reading.pieces import Piece
-from dhen.data.preparation.reading.raw_stream import Raw, Report
+from dhen.data.preparation.reading.raw_stream import Raw, Report, split_starts
 from dhen.data.preparation.reading.sources import Source
 from dhen.data.preparation.running.unfinished import Unfinished
 from dhen.data.preparation.writing import SplitWriter, add_origins, list_bad_rows
-from dhen.data.schema import ESTIMATED_KEYS, Schema
+from dhen.data.schema import ESTIMATED_KEYS, ORDER, TIME, Schema
 
-COUNTING, KEYS, WRITING = "counting rows", "counting keys", "writing"
-_KEYS_FOLDER, _NUMBERS_FOLDER, _ENCODER = "keys", "numbers", "encoder"
+COUNTING, TIMES, KEYS, WRITING = "counting rows", "reading times", "counting keys", "writing"
+_KEYS_FOLDER, _NUMBERS_FOLDER, _TIMES_FILE, _ENCODER = "keys", "numbers", "times.npz", "encoder"
 logger = logging.getLogger(__name__)
 
 
 def run_stages(work: Unfinished, raw: Raw, sources: tuple[Source, ...]) -> tuple[list[Piece], Path]:
     """Run all stages. Returns the pieces, and the folder of the encoder."""
     settings = raw.settings
+    is_sequential, by_time = settings.split_order == "sequential", settings.time_column is not None
     pieces = cutting.cut(raw.reader, sources, cutting.PIECE_BYTES if settings.head is None else math.inf)
-    if counted := cutting.to_count(pieces, in_order=settings.split_order == "sequential"):
+    if counted := cutting.to_count(pieces, in_order=is_sequential and not by_time):
         work.run(COUNTING, partial(_count_rows, raw), counted)
     pieces = cutting.place(pieces, {piece.index: work.result(COUNTING, piece)["parts"] for piece in counted})
+    if is_sequential and by_time:
+        raw = replace(raw, starts=_first_times(work, raw, [piece for piece in pieces if len(piece.splits) > 1]))
     encoder = _fit_encoder(work, raw, pieces) if settings.schema_from is None else _given_encoder(work, raw)
     work.run(WRITING, partial(_write_rows, raw, encoder), pieces)
     return pieces, encoder
@@ -71,6 +74,24 @@ def run_stages(work: Unfinished, raw: Raw, sources: tuple[Source, ...]) -> tuple
 def _count_rows(raw: Raw, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
     counts = raw.count(piece, report)
     return {"rows": sum(counts), "parts": counts}
+
+
+def _first_times(work: Unfinished, raw: Raw, pieces: list[Piece]) -> tuple[float, ...]:
+    """The first time of each split but the first. Of many rows, from a sample: see BinFit."""
+    work.run(TIMES, partial(_read_times, raw), pieces)
+    fit = BinFit(bins=0)
+    for piece in pieces:
+        fit.merge(work.folder(TIMES, piece) / _TIMES_FILE)
+    return fit.values_at(split_starts(raw.settings))
+
+
+def _read_times(raw: Raw, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
+    fit, rows = BinFit(bins=0, piece=piece.index), 0
+    for part in raw.chunks(piece, report):
+        fit.add(part.chunk.table[TIME].to_numpy())
+        rows += len(part.chunk.rows)
+    fit.save(folder / _TIMES_FILE)
+    return {"rows": rows}
 
 
 def _given_encoder(work: Unfinished, raw: Raw) -> Path:
@@ -216,6 +237,10 @@ def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, repo
             encoded, unknown = encoder.encode_and_count(part.chunk.table)
             if not raw.settings.is_label_required:
                 encoded = add_origins(encoded, part.chunk)
+            if raw.settings.time_column is not None:
+                before = (piece.index << 40) + sum(writer.rows for writer in writers.values())
+                order = pa.array(np.arange(before, before + len(encoded)))
+                encoded = encoded.append_column(TIME, part.chunk.table[TIME]).append_column(ORDER, order)
             for index, split in enumerate(part.splits):
                 is_here = part.split_of_row == index
                 writers[split].write(encoded if is_here.all() else encoded.filter(is_here))

@@ -121,7 +121,7 @@ def query_on_disk(query: str, files: Sequence[Path], target: Path) -> None:
         with duckdb.connect(config=_DUCKDB | {"temp_directory": str(spill)}) as connection:
             connection.execute(f"COPY ({query}) TO {_quoted(target)} (FORMAT parquet)")
     except duckdb.Error as error:
-        raise OSError(f"{target.parent}: DuckDB cannot merge a vocabulary: {error}") from error
+        raise OSError(f"{target.parent}: DuckDB cannot sort the data: {error}") from error
     finally:
         shutil.rmtree(spill, ignore_errors=True)
 

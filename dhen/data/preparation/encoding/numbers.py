@@ -48,6 +48,10 @@ class BinFit:
             self._share = min(self._share, float(other["share"]))
             self._append(other["values"], other["hashes"])
 
+    def values_at(self, shares: np.ndarray) -> tuple[float, ...]:
+        """For each share of the values, in their order, the first value after it."""
+        return tuple(np.quantile(self._values, shares, method="higher").tolist()) if len(self._values) else ()
+
     def _append(self, values: np.ndarray, hashes: np.ndarray) -> None:
         self._values = np.concatenate([self._values, values])
         self._hashes = np.concatenate([self._hashes, hashes])

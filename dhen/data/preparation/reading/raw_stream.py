@@ -1,7 +1,8 @@
 """Streams the rows of a piece with their splits, chunk by chunk.
 
 Rows are split by their position in the input. The first row of the first file has position 0. Header lines have no
-position. Bad rows and blank lines do, so skipping them does not move other rows.
+position. Bad rows and blank lines do, so skipping them does not move other rows. With a time column, a sequential split
+is by time instead.
 """
 
 import math
@@ -14,6 +15,7 @@ from dhen.data.formats.raw_rows import DataError, RawChunk, Reader
 from dhen.data.hashing import hash_positions
 from dhen.data.preparation.reading.pieces import Piece
 from dhen.data.preparation.settings import PreparationSettings
+from dhen.data.schema import TIME
 
 SplitRule = Callable[[np.ndarray], np.ndarray]
 """Returns the index of the split for each position, int64."""
@@ -37,6 +39,8 @@ class Raw:
 
     reader: Reader
     settings: PreparationSettings
+    starts: tuple[float, ...] = ()
+    """The first time of each split but the first, if rows are split by time. Bad rows then count for the first."""
 
     def chunks(self, piece: Piece, report: Report) -> Iterator[SplitChunk]:
         """Make one pass over the rows of a piece. Of a head, about its first rows.
@@ -54,7 +58,12 @@ class Raw:
                     raise DataError(f"{chunk.bad[0]} {way_out}")
                 first = position - 1 - chunk.header_rows
                 bad = np.array([bad_row.row for bad_row in chunk.bad], dtype=np.int64)
-                yield SplitChunk(chunk, piece.splits, rule(first + chunk.rows), rule(first + bad))
+                if self.starts and len(piece.splits) > 1:
+                    split_of_row = np.searchsorted(self.starts, chunk.table[TIME], side="right")
+                    split_of_bad = np.zeros(len(bad), np.int64)
+                else:
+                    split_of_row, split_of_bad = rule(first + chunk.rows), rule(first + bad)
+                yield SplitChunk(chunk, piece.splits, split_of_row, split_of_bad)
                 report(len(chunk.rows), chunk.bytes_read - at)
                 at, num_rows = chunk.bytes_read, max(chunk.end_row - chunk.header_rows, 0)
                 if position + num_rows >= most_rows:
@@ -73,6 +82,11 @@ class Raw:
         return counts
 
 
+def split_starts(settings: PreparationSettings) -> np.ndarray:
+    """Where each split but the first starts, as shares of all rows."""
+    return np.cumsum([share for share in settings.split_fractions if share > 0])[:-1]
+
+
 def split_rule(splits: tuple[str, ...], settings: PreparationSettings, num_rows: int) -> SplitRule:
     """Return the rule for `splits`. num_rows: of all files together; only a sequential split needs it.
 
@@ -81,7 +95,7 @@ def split_rule(splits: tuple[str, ...], settings: PreparationSettings, num_rows:
     """
     if len(splits) == 1:  # the user gave files for each split
         return lambda positions: np.zeros(len(positions), np.int64)
-    starts = np.cumsum([share for share in settings.split_fractions if share > 0])[:-1]
+    starts = split_starts(settings)
     if settings.split_order == "random":
         seed = settings.split_seed
         return lambda positions: np.searchsorted(starts, hash_positions(positions, seed), side="right")

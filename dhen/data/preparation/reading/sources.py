@@ -4,6 +4,7 @@ import glob
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from dhen.data.formats import text_blocks
@@ -14,7 +15,7 @@ from dhen.data.formats.libsvm import LibsvmReader
 from dhen.data.formats.parquet import ParquetReader
 from dhen.data.formats.raw_files import files_at, is_url
 from dhen.data.formats.raw_rows import DataError, Reader
-from dhen.data.formats.roles import load_roles
+from dhen.data.formats.roles import TimedRoles, load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
 from dhen.data.schema import SCHEMA_FILE, SPLITS
 from dhen.data.synthetic import RECIPES
@@ -74,6 +75,10 @@ def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
 
 def _reader(format_name: str, settings: PreparationSettings, first_file: str) -> Reader:
     is_required, block_bytes = settings.is_label_required, settings.block_bytes
+    if settings.time_column is not None and format_name in ("criteo", "libsvm"):
+        raise ValueError(
+            f"time_column: files of the format {format_name} do not name columns. Sort them by time first."
+        )
     roles = load_roles(settings.dataset_schema) if settings.dataset_schema else None
     if format_name == "criteo":
         reader = CriteoReader(is_label_required=is_required, block_bytes=block_bytes)
@@ -93,10 +98,18 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
         from dhen.data.formats.hub import HubReader
 
         reader = HubReader(roles, is_required)
-    if not roles.has_patterns:
-        return reader
-    columns = reader.column_names(first_file)
-    return replace(reader, roles=roles.expanded(columns, first_file, is_label_required=is_required))
+    if roles.has_patterns:
+        columns = reader.column_names(first_file)
+        reader = replace(reader, roles=roles.expanded(columns, first_file, is_label_required=is_required))
+    return reader if settings.time_column is None else _timed(reader, settings.time_column, first_file)
+
+
+def _timed(reader: Reader, column: str, first_file: str) -> Reader:
+    """The reader with a time column: of dates, if more of the file's first rows have a date there than a number."""
+    kinds = [TimedRoles(**vars(reader.roles), time_column=column, has_dates=has_dates) for has_dates in (False, True)]
+    readers = [replace(reader, roles=roles) for roles in kinds]
+    numbers, dates = (sum(len(chunk.rows) for chunk in islice(each.chunks(first_file), 1)) for each in readers)
+    return readers[dates > numbers]
 
 
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
