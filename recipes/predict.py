@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.lanes import share
-from dhen.data.preparation.origins import Origins
+from dhen.data.loading.prepared_rows import Origins
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.loop import with_ids_ahead

@@ -22,6 +22,8 @@ MAY_IMPORT = {
     "planner": BELOW_PLANNER,
     "training": {*BELOW_PLANNER, "planner", "data"},
 }
+IN_PREPARATION = {"reading": set(), "encoding": set(), "running": {"reading"}}
+"""Rooms of data/preparation, and which others each of them may import. The files beside them join them."""
 NOT_IN = {
     "model": ("torch.distributed", "deepspeed", "fbgemm_gpu"),
     "config": ("fbgemm_gpu",),
@@ -103,6 +105,17 @@ def test_files_import_each_other_in_no_circle(imports_by_file):
     assert len(imports_by_file) > 80
     assert not circle(imports_by_file)
     assert circle(imports_by_file | {"dhen.model.names": {"dhen.training.loop"}}), "negative control"
+
+
+@pytest.mark.parametrize("room", IN_PREPARATION)
+def test_rooms_of_the_preparation_import_one_way(imports_by_file, room):
+    prefix = "dhen.data.preparation."
+    own = {name: modules for name, modules in imports_by_file.items() if name.startswith(f"{prefix}{room}.")}
+    assert own
+    allowed = {"settings", room, *IN_PREPARATION[room]}
+    for name, modules in own.items():
+        used = {module.removeprefix(prefix).partition(".")[0] for module in modules if module.startswith(prefix)}
+        assert used <= allowed, f"{name} imports {sorted(used - allowed)}"
 
 
 @pytest.mark.parametrize("room", NOT_IN)

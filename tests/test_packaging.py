@@ -24,8 +24,8 @@ BASE_ROOMS = ("model", "data")
 """What scoring in Python needs: raw rows to ids, and the model."""
 LAZY = {
     "dhen/data/formats/hub.py": {"datasets"},
-    "dhen/data/preparation/runners.py": {"dask"},
-    "dhen/data/preparation/vocabulary.py": {"duckdb"},
+    "dhen/data/preparation/running/runners.py": {"dask"},
+    "dhen/data/preparation/encoding/key_counts.py": {"duckdb"},
 }
 """Packages of an extra that a base room imports only when the user asks for what needs them."""
 

@@ -27,7 +27,7 @@ from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import read_section
 from dhen.config.left_out import MOST_BATCH
 from dhen.data.loading.prepared_rows import mean_bag_sizes
-from dhen.data.preparation.encoding import HASH_SIZE
+from dhen.data.preparation.encoding.encoder import HASH_SIZE
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import Machine, read_machine, shipped_machines

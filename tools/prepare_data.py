@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from dhen.data.loading.sealing import seal
-from dhen.data.preparation.encoding import MAX_HASH_SIZE
+from dhen.data.preparation.encoding.encoder import MAX_HASH_SIZE
 from dhen.data.preparation.preprocessing import prepare, settings_without_effect
-from dhen.data.preparation.raw_stream import PreparationProgress
-from dhen.data.preparation.runners import DaskCluster, LocalProcesses, Runner, nobody, num_cores
+from dhen.data.preparation.running.progress import PreparationProgress
+from dhen.data.preparation.running.runners import DaskCluster, LocalProcesses, Runner, nobody, num_cores
+from dhen.data.preparation.running.unfinished import Shard
 from dhen.data.preparation.settings import FORMATS, PreparationSettings
-from dhen.data.preparation.unfinished import Shard
 from dhen.data.preparation.writing import BAD_ROWS_FILE
 from dhen.data.schema import ESTIMATED_KEYS, Schema
 
@@ -82,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dataset_schema", metavar="YAML", help="roles of the columns; see recipes/DATA.md")
     add("--split_fractions", nargs=3, type=float, help=f"train, validation, test; default: {default.split_fractions}")
     add("--split_order", choices=("random", "sequential"), help=f"default: {default.split_order}")
+    add("--time_column", metavar="COLUMN", help="numbers or dates that put the rows of each split in order")
     add("--split_seed", type=int, help=f"seed of the random split; default: {default.split_seed}")
     add("--id_encoding", choices=("auto", "hash", "vocabulary"), help=f"default: {default.id_encoding}")
     add(

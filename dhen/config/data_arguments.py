@@ -44,6 +44,11 @@ class DataArguments:
         "How to assign rows to splits. random: by a hash of the row number. sequential: in file order, the first rows "
         "to train and the last to test; use it for logs in time order.",
     )
+    time_column: Text | None = option(
+        None,
+        "Column of numbers or dates that puts the rows of each split in order. --split_order sequential then splits by "
+        "it, and --shuffle none trains in this order.",
+    )
     id_encoding: Literal["auto", "hash", "vocabulary"] = option(
         "auto",
         "How sparse values become table rows. hash: one pass over the data; different values may share a row. "

@@ -38,6 +38,11 @@ SHARES = "share_read"
 """Entry of `source` of data of which only the head is prepared: by split, the share of the rows that the folder has."""
 ESTIMATED_KEYS = "estimated_keys"
 """Entry of `source`: by feature with hash_size auto, about how many distinct keys the train split has."""
+FILE, ROW = ":file", ":row"
+"""Columns of rows to predict. Rows count from 1, as in bad_rows.csv: the line of a text file or the row of a Parquet
+file. Feature names cannot start with a colon."""
+TIME, ORDER = ":time", ":order"
+"""Columns of rows that are not yet in the order of time: their time, and a number that rises with the raw rows."""
 SPLITS = ("train", "validation", "test")
 MISSING_ID = 0
 """The id of a blank value and of a key that is not in the vocabulary."""

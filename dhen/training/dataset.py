@@ -19,9 +19,9 @@ from dhen.data.loading.lanes import GROUPS_PER_LANE
 from dhen.data.loading.prepared_rows import check_has, mean_bag_sizes
 from dhen.data.preparation import preprocessing
 from dhen.data.preparation.caching import prepare_cached
+from dhen.data.preparation.encoding.vocabulary import digest_of_keys
 from dhen.data.preparation.head import is_partial, whole_schema
 from dhen.data.preparation.settings import Head, PreparationSettings
-from dhen.data.preparation.vocabulary import digest_of_keys
 from dhen.data.schema import SCHEMA_FILE, SHARES, Schema, SplitCounts
 from dhen.data.synthetic import TRUTH_FILE, Recipe, generate_click_log, generated_log, holds_click_log
 from dhen.runtime.background import in_background

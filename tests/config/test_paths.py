@@ -7,8 +7,8 @@ import pytest
 from dhen.config.arguments import parse_arguments
 from dhen.config.ds_config import read_json, read_section
 from dhen.data.formats.roles import load_roles
+from dhen.data.preparation.reading.sources import open_sources
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.sources import open_sources
 from dhen.paths import find, looked_in
 from dhen.training.saved.scoring import parse_scoring_arguments
 from dhen.training.saved.trained_model import TrainedModel

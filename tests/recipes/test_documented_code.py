@@ -14,8 +14,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from dhen.data.hashing import hashed_ids
 from dhen.data.loading.batches import BatchLoader
-from dhen.data.preparation.hashing import hashed_ids
 from dhen.data.schema import FORMAT_VERSION, Schema
 from tests import ROOT
 from tests.data.prepared_folders import rows_of
@@ -88,7 +88,7 @@ print(json.dumps(click_probabilities(rows).tolist()))
 """
     printed = run_code(without + block_with("click_probabilities") + more, example)
     lines = (example / "example/train.csv").read_text().splitlines()[: 1 + 500]
-    (example / "rows.csv").write_text("\n".join([*lines, "0,,,,3,,,", "0,,,,,,,", "0,2,,1000000000,,,,unseen|news"]))
+    (example / "rows.csv").write_text("\n".join([*lines, "0,,,,3,,,,", "0,,,,,,,,", "0,2,,1000000000,,,,unseen|news,"]))
     done = run_script(
         "predict.py", f"--model_name_or_path={example / 'runs/example'}", f"--dataset_name={example / 'rows.csv'}",
         f"--dataset_schema={example / 'example/schema.yaml'}", f"--output={example / 'scores.parquet'}",

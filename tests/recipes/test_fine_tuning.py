@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from dhen.data.preparation.caching import prepare_cached
+from dhen.data.preparation.encoding.vocabulary import load_vocabulary
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import MISSING_ID, Schema
 from dhen.data.synthetic import generate_click_log
 from dhen.model.modeling_dhen import DhenForClickPrediction

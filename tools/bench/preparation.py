@@ -30,10 +30,11 @@ import numpy as np
 import polars as pl
 
 from dhen.data.formats.criteo import CATEGORIES, INTEGERS
+from dhen.data.preparation.encoding.key_counts import KeyCounts
+from dhen.data.preparation.encoding.vocabulary import KeyIds, build_vocabulary, save_key_ids
 from dhen.data.preparation.preprocessing import prepare
-from dhen.data.preparation.runners import LocalProcesses
+from dhen.data.preparation.running.runners import LocalProcesses
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.vocabulary import KeyCounts, KeyIds, build_vocabulary, save_key_ids
 from dhen.data.schema import LABEL
 from dhen.data.synthetic import generate_click_log
 from tools.markdown import head, row

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from dhen.data.formats.canonical import canonical_keys, string_buffers
 from dhen.data.formats.raw_rows import RowChecks
-from dhen.data.formats.roles import LabelRole, SparseRole
+from dhen.data.formats.roles import LabelRole, SparseRole, TimedRoles
 
 _YES, _NO = ("1", "yes", "y", "on", "t"), ("0", "no", "n", "off", "f")
 """Words for true and false, whose canonical texts are 1 and 0."""
@@ -23,6 +23,8 @@ _SECONDS = (1e8, 1e10)
 _ADJACENT = re.compile(r"%\w%\w")
 A_NUMBER = "a finite number up to 3.4e38"
 _HEX = "0123456789abcdefABCDEF"
+_ISO_8601 = r"^(\d{4}-\d\d-\d\d)(?:[T ](\d\d:\d\d)(:\d\d(?:\.\d{1,9})?)?(Z|[+-]\d\d:\d\d)?)?$"
+"""As groups: date, hours and minutes, seconds, zone."""
 
 
 def plain(values: pa.Array) -> pa.Array:
@@ -110,6 +112,28 @@ def number_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
         is_bad, lambda i: f"column {name!r}: {_shown(values, i)} is not {A_NUMBER}; correct it or leave it blank"
     )
     return pa.array(numbers, from_pandas=True)
+
+
+def time_column(values: pa.Array, roles: TimedRoles, checks: RowChecks) -> pa.Array:
+    """Return times as float64: numbers as they are; dates as seconds since 1970, in UTC unless they name a zone."""
+    is_temporal = pa.types.is_temporal(values.type)
+    if not roles.has_dates:
+        times = np.full(len(values), np.nan) if is_temporal else parse_numbers(values, pl.Float64)[0]
+    elif is_temporal:
+        kind = pa.timestamp("us", getattr(values.type, "tz", None))
+        times = values.cast(kind, safe=False).cast(pa.int64()).to_numpy(zero_copy_only=False) / 1e6
+    else:
+        parts = pl.Series(pl.from_arrow(_keys(values)[0])).str.strip_chars().str.extract_groups(_ISO_8601)
+        date, minutes, seconds, zone = parts.struct.unnest().get_columns()
+        texts = date + " " + minutes.fill_null("00:00") + seconds.fill_null(":00") + zone.fill_null("Z")
+        moments = texts.str.replace("Z", "+00:00").str.to_datetime("%F %T%.f%:z", time_unit="us", strict=False)
+        times = (moments.dt.epoch("us") / 1e6).fill_null(float("nan")).to_numpy()
+    wanted = "an ISO 8601 date or date and time" if roles.has_dates else "a finite number"
+    checks.refuse(
+        ~np.isfinite(times),
+        lambda i: f"column {roles.time_column!r}: the time is {_shown(values, i)}; it must be {wanted}, as most are",
+    )
+    return pa.array(times + 0.0, from_pandas=False)  # + 0.0 turns -0 into 0
 
 
 def fit_float32(numbers: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pyarrow as pa
 from dhen.data.formats import columns, text_blocks
 from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, RowChecks, Stretch
 from dhen.data.formats.roles import ColumnRoles
-from dhen.data.schema import LABEL, weights_column
+from dhen.data.schema import LABEL, TIME, weights_column
 
 
 @dataclass(frozen=True)
@@ -93,4 +93,6 @@ def typed_table(
         typed[sparse.name] = keys
         if weights is not None:
             typed[weights_column(sparse.name)] = weights
+    if roles.time_column is not None:
+        typed[TIME] = columns.time_column(raw[roles.time_column], roles, checks)
     return pa.table(typed)

@@ -96,6 +96,7 @@ def typed_chunk(
 def used_columns(roles: ColumnRoles, present: list[str]) -> list[str]:
     """Return the columns that have a role, in the order of the file."""
     wanted = {roles.label.column, *(column for feature in (*roles.dense, *roles.sparse) for column in feature.columns)}
+    wanted.add(roles.time_column)
     return [name for name in present if name in wanted]
 
 
@@ -107,6 +108,8 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     numbers = {roles.label.column: "label", **dict.fromkeys([*roles.numbers, *transformed], "a number")}
     numbers |= {feature.weights: "weights" for feature in roles.sparse if feature.weights is not None}
     dates = {feature.source for feature in roles.sparse if feature.part is not None}
+    singles.add(roles.time_column)
+    dates.add(roles.time_column)
     for name in used_columns(roles, schema.names):
         kind = schema.field(name).type
         if name in singles and is_list(kind):
@@ -126,9 +129,7 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
                 f"depend on the file's unit. {_INSTEAD_OF_TIME[numbers[name]].format(name)}"
             )
         if name in dates and pa.types.is_time(inner):
-            raise DataError(
-                f"{file}: column {name!r} has the type {kind}, which has no date for `parts`. Use the date too."
-            )
+            raise DataError(f"{file}: column {name!r} has the type {kind}, which has no date. Use the date too.")
 
 
 def open_parquet(file: str) -> pyarrow.parquet.ParquetFile:

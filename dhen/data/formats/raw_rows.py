@@ -38,7 +38,7 @@ class RawChunk:
     table: the good rows. `label` is float32, NaN if unknown. Each dense feature is a float64 column, null if blank.
         So is each sparse feature with bins. Each other single-valued one is a string column, null if blank. Each
         multi-valued one is a list<string> column, in which a blank is null, with a list<float32> column
-        `<feature>:weights` if its ids have weights.
+        `<feature>:weights` if its ids have weights. `:time` is float64, if the rows are to be put in order.
     bad: the bad rows in this part of the file, in order.
     end_row: the number of the last row in this part of the file, including blank lines.
     header_rows: number of header rows in the file.

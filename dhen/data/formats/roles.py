@@ -186,6 +186,7 @@ class SparseRole:
 class ColumnRoles:
     """The parsed YAML file. Raises ValueError if it contradicts itself."""
 
+    time_column = None  # no key of the file, and so no field: TimedRoles has it
     label: LabelRole = field(default_factory=LabelRole)
     dense: tuple[DenseRole, ...] = ()
     sparse: tuple[SparseRole, ...] = ()
@@ -294,13 +295,13 @@ class ColumnRoles:
                 raise ValueError(f"{file}: row 1: two columns are named {quoted(name)}. Rename one of them.")
         used = [column for feature in (*self.dense, *self.sparse) for column in feature.columns]
         wanted = [*used, self.label.column] if is_label_required else used
-        for column in wanted:
+        for column in [*wanted, *([self.time_column] if self.time_column else [])]:
             if column not in present:
                 near = difflib.get_close_matches(column, present, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
                     f"{file}: there is no column {quoted(column)}. The columns are {listed(present)}.{hint} Correct "
-                    f"the schema (--dataset_schema) or the file."
+                    f"{'the schema (--dataset_schema)' if column in wanted else '--time_column'} or the file."
                 )
         if self.ignored == "*":
             return
@@ -311,6 +312,14 @@ class ColumnRoles:
                     f"{file}: the column {quoted(column)} has no role. List it under dense, sparse or ignored in the "
                     f'schema (--dataset_schema), or write `ignored: "*"` there to ignore all such columns.'
                 )
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class TimedRoles(ColumnRoles):
+    """The roles, and a column of numbers or dates by which rows are put in order, which the command names."""
+
+    time_column: str | None = None
+    has_dates: bool = False
 
 
 def load_roles(path: str | Path) -> ColumnRoles:

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 import pyarrow.parquet
 
-from dhen.data.schema import LABEL, Schema, weights_column
+from dhen.data.schema import FILE, LABEL, ROW, Schema, weights_column
 
 NUMBER = ":number"
 """Column with the number of each row within the split, from 0. Feature names cannot start with a colon."""
+_ORIGINS = pa.schema([(FILE, pa.string()), (ROW, pa.int64())])
 _PREPARE_AGAIN = "Prepare the data again."
 _TYPES = {"float32": (pa.float32(),), "int32 or int64": (pa.int32(), pa.int64())}
 
@@ -172,3 +174,25 @@ def _check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
         if has_lists != is_list or (found.value_type if has_lists else found) not in _TYPES[kind]:
             must_be = f"a list of {kind}" if is_list else kind
             raise ValueError(f"{path}: column {name!r} must be {must_be}, but is {found}. {_PREPARE_AGAIN}")
+
+
+class Origins:
+    """Reads the files and row numbers of a prepared split in order; null if the folder does not have them.
+
+    first_row: where to begin.
+    """
+
+    def __init__(self, folder: Path, split: str, first_row: int = 0) -> None:
+        parts = sorted((folder / split).glob("*.parquet"))
+        while len(parts) > 1 and (rows := pyarrow.parquet.read_metadata(parts[0]).num_rows) <= first_row:
+            parts, first_row = parts[1:], first_row - rows
+        self._batches = pyarrow.dataset.dataset(parts, schema=_ORIGINS, format="parquet").to_batches()
+        self._waiting = _ORIGINS.empty_table()
+        self.take(first_row)
+
+    def take(self, count: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+        """Return (files, row numbers) of the next `count` rows."""
+        while self._waiting.num_rows < count:
+            self._waiting = pa.concat_tables([self._waiting, pa.Table.from_batches([next(self._batches)], _ORIGINS)])
+        taken, self._waiting = self._waiting.slice(0, count), self._waiting.slice(count)
+        return taken[FILE], taken[ROW]

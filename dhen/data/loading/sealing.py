@@ -9,7 +9,7 @@ import pyarrow.parquet
 import xxhash
 
 from dhen.data.loading.prepared_rows import list_row_groups, read_row_group, wanted_columns
-from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER, check_vocabulary, vocabulary_path
+from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, check_vocabulary, vocabulary_path
 from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, Schema, SplitCounts, weights_column
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from dhen.data.formats.raw_files import is_url, mark_of, of_each, open_file, size_of
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.preparation.pieces import PIECE_BYTES
+from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER
 from dhen.data.preparation.preprocessing import prepare
-from dhen.data.preparation.raw_stream import ProgressCallback
+from dhen.data.preparation.reading.pieces import PIECE_BYTES
+from dhen.data.preparation.reading.sources import open_sources
+from dhen.data.preparation.running.progress import ProgressCallback
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.sources import open_sources
-from dhen.data.preparation.vocabulary import VOCABULARY_FOLDER
 from dhen.data.schema import FORMAT_VERSION, SCHEMA_FILE
 from dhen.paths import write_atomically
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dhen.data.preparation.encoding import MOST_KEYS, hash_rows
-from dhen.data.preparation.vocabulary import load_vocabulary
+from dhen.data.preparation.encoding.encoder import MOST_KEYS, hash_rows
+from dhen.data.preparation.encoding.vocabulary import load_vocabulary
 from dhen.data.schema import ESTIMATED_KEYS, SHARES, Schema, SparseColumn
 
 

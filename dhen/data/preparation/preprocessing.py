@@ -1,73 +1,35 @@
-"""Prepares raw files for training: a prepared folder (dhen/data/schema.py), in up to three stages over their pieces.
+"""Prepares raw files for training: a prepared folder (dhen/data/schema.py), in up to three stages (stages.py).
 
-1. Count rows, without parsing them, where the row numbers or the splits of later pieces depend on it.
-2. Count keys and fit numbers of the train split: only for a vocabulary, an `auto`, bins or a scale.
-3. Encode all rows and write them.
-
-Each stage leaves a folder per piece (pieces.py) in the unfinished folder, in which a preparation that was killed goes
-on with the pieces that are missing, and which several machines can fill together. Whoever prepares a piece, and in
-whatever order: the result is the same to the bit.
-
-Rows are read, encoded and written chunk by chunk. A process therefore holds a few copies of one input block (8 MiB of
-text, or 65,536 Parquet rows) and one row group per split, regardless of the input's size. While keys are counted, each
-feature with a vocabulary takes up to 300 MB, and while its counts are merged, up to 2 GB. Each feature with bins takes
-up to 16 MB.
+Each stage leaves a folder per piece (reading/pieces.py) in the unfinished folder, in which a preparation that was
+killed goes on with the pieces that are missing, and which several machines can fill together. Whoever prepares a piece,
+and in whatever order: the result is the same to the bit.
 """
 
 import hashlib
 import json
-import logging
-import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import asdict, fields, replace
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.raw_files import mark_of, of_each
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.preparation import pieces as cutting
-from dhen.data.preparation.encoding import (
-    MOST_KEYS,
-    AskedEncoding,
-    Encoder,
-    asked_encodings,
-    check_same_features,
-    hash_rows,
-    new_columns,
-)
-from dhen.data.preparation.key_sketch import KeySketch, estimated_keys
-from dhen.data.preparation.numbers import number_fits
-from dhen.data.preparation.origins import add_origins
-from dhen.data.preparation.pieces import Piece
-from dhen.data.preparation.raw_stream import LogProgress, ProgressCallback, Raw, Report
-from dhen.data.preparation.runners import LocalProcesses, Runner, num_cores
+from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, copy_vocabulary
+from dhen.data.preparation.reading import pieces as cutting
+from dhen.data.preparation.reading.pieces import Piece
+from dhen.data.preparation.reading.raw_stream import Raw
+from dhen.data.preparation.reading.sources import Source, open_sources
+from dhen.data.preparation.running.progress import LogProgress, ProgressCallback
+from dhen.data.preparation.running.runners import LocalProcesses, Runner, num_cores
+from dhen.data.preparation.running.unfinished import Shard, Unfinished, unfinished_folder
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.sources import Source, open_sources
-from dhen.data.preparation.unfinished import Shard, Unfinished, unfinished_folder
-from dhen.data.preparation.vocabulary import (
-    VOCABULARY_FOLDER,
-    KeyCounts,
-    KeyIds,
-    build_vocabulary,
-    copy_vocabulary,
-    load_vocabulary,
-    save_key_ids,
-)
-from dhen.data.preparation.writing import SplitWriter, first_bad_row, join_bad_rows, join_parts, list_bad_rows, sum_of
+from dhen.data.preparation.stages import WRITING, run_stages
+from dhen.data.preparation.writing import first_bad_row, join_bad_rows, join_by_time, join_parts, sum_of
 from dhen.data.schema import ESTIMATED_KEYS, FORMAT_VERSION, SCHEMA_FILE, SHARES, Schema, SplitCounts
 
-COUNTING, KEYS, WRITING = "counting rows", "counting keys", "writing"
-_KEYS_FOLDER, _NUMBERS_FOLDER, _ENCODER, _RESULT = "keys", "numbers", "encoder", "result"
-logger = logging.getLogger(__name__)
+_RESULT = "result"
 
 
 def prepare(
@@ -96,7 +58,7 @@ def prepare(
     with unfinished_folder(folder, facts, is_shared=shard is not None) as path:
         work = Unfinished(path, runner or LocalProcesses(num_cores()), progress or LogProgress(), shard)
         try:
-            pieces, encoder = _run_stages(work, Raw(reader, settings), sources)
+            pieces, encoder = run_stages(work, Raw(reader, settings), sources)
         except (ValueError, OSError) as error:
             work.give_up(error)
             raise
@@ -157,183 +119,6 @@ def _facts(settings: PreparationSettings, sources: tuple[Source, ...], format_na
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
-def _run_stages(work: Unfinished, raw: Raw, sources: tuple[Source, ...]) -> tuple[list[Piece], Path]:
-    """Run all stages. Returns the pieces, and the folder of the encoder."""
-    settings = raw.settings
-    pieces = cutting.cut(raw.reader, sources, cutting.PIECE_BYTES if settings.head is None else math.inf)
-    if counted := cutting.to_count(pieces, in_order=settings.split_order == "sequential"):
-        work.run(COUNTING, partial(_count_rows, raw), counted)
-    pieces = cutting.place(pieces, {piece.index: work.result(COUNTING, piece)["parts"] for piece in counted})
-    encoder = _fit_encoder(work, raw, pieces) if settings.schema_from is None else _given_encoder(work, raw)
-    work.run(WRITING, partial(_write_rows, raw, encoder), pieces)
-    return pieces, encoder
-
-
-def _count_rows(raw: Raw, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
-    counts = raw.count(piece, report)
-    return {"rows": sum(counts), "parts": counts}
-
-
-def _given_encoder(work: Unfinished, raw: Raw) -> Path:
-    """Copy the encoder of a prepared folder or a saved model."""
-    origin = Path(raw.settings.schema_from)
-    schema = Schema.load(origin)
-    check_same_features(raw.reader.roles, schema.dense, schema.sparse, str(origin))
-
-    def make(folder: Path) -> None:
-        for name in schema.looked_up:
-            copy_vocabulary(origin, folder, name)
-        _save_encoder(folder, replace(schema, splits={}, source={}))
-
-    return work.once(_ENCODER, make)
-
-
-def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
-    """Count keys and fit numbers in a stage of its own, where needed. Returns the folder of the encoder.
-
-    Only the train split counts: a key that never occurs there cannot be trained.
-    """
-    roles, settings = raw.reader.roles, raw.settings
-    asked = asked_encodings(roles, settings)
-    trained = Schema.load(Path(settings.like)) if settings.like else None
-    kept, fits = number_fits(roles, trained)
-    counted = {name: each for name, each in asked.items() if each.encoding != "hash" or each.hash_size == "auto"}
-    train = [piece for piece in pieces if "train" in piece.splits]
-    if not train:
-        needs = {"vocabulary": "a vocabulary", "hash": "the hash_size auto"}
-        wanted = [f"the bins or the scale of {name!r}" for name in fits]
-        wanted += [needs[each.encoding] for each in counted.values() if each.encoding in needs]
-        if wanted:
-            raise DataError(
-                f"{wanted[0]} is built from the train split, but there is none. Add train rows or set schema_from."
-            )
-        counted = {}
-    if counted or fits:
-        work.run(KEYS, partial(_count_keys, raw, counted, trained), train)
-
-    def make(folder: Path) -> None:
-        made = [work.folder(KEYS, piece) for piece in train]
-        for name, fit in fits.items():
-            for path in made:
-                fit.merge(path / _NUMBERS_FOLDER / f"{name}.npz")
-        table_rows: dict[str, int] = {}
-        num_keys: dict[str, int] = {}
-        for name, of_feature in counted.items():
-            folders = [path / _KEYS_FOLDER / name for path in made]
-            if of_feature.encoding == "hash":
-                num_keys[name] = estimated_keys(folders)
-                rows = hash_rows(num_keys[name], settings.max_hash_size)
-                logger.info("%s: %s rows for about %s distinct keys", name, f"{rows:,}", f"{num_keys[name]:,}")
-                asked[name] = replace(of_feature, hash_size=rows)
-                continue
-            if not all(path.exists() for path in folders):
-                continue  # auto, and too many keys in one piece alone
-            files = [file for path in folders for file in sorted(path.iterdir())]
-            most_keys = MOST_KEYS if of_feature.encoding == "auto" else None
-            rows = build_vocabulary(files, folder, name, min_count=of_feature.min_count, most_keys=most_keys)
-            if rows is not None:
-                table_rows[name] = rows
-        if trained and settings.vocabulary_keys == "union":
-            for name in set(trained.looked_up) & set(table_rows):
-                union = load_vocabulary(Path(settings.like), name).union(load_vocabulary(folder, name))
-                union.save(folder, name)
-                table_rows[name] = union.num_embeddings
-        fitted = kept | {name: fit.result(name) for name, fit in fits.items()}
-        source = {ESTIMATED_KEYS: num_keys} if num_keys else {}
-        _save_encoder(folder, Schema(*new_columns(roles, asked, table_rows, fitted), {}, source))
-
-    return work.once(_ENCODER, make)
-
-
-def _save_encoder(folder: Path, schema: Schema) -> None:
-    """Write what the workers encode with, beside the vocabularies. All of them share the files of a vocabulary."""
-    schema.save(folder)
-    for name in schema.looked_up:
-        save_key_ids(folder, name)
-
-
-def _count_keys(
-    raw: Raw,
-    counted: Mapping[str, AskedEncoding],
-    trained: Schema | None,
-    piece: Piece,
-    folder: Path,
-    report: Report,
-) -> dict[str, Any]:
-    """Count the keys of the train rows in a piece, or estimate their number for a hash_size, and fit its numbers.
-
-    A feature whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
-    """
-    counts: dict[str, KeyCounts | KeySketch] = {}
-    for name, of_feature in counted.items():
-        path, most_keys = folder / _KEYS_FOLDER / name, 2 * MOST_KEYS if of_feature.encoding == "auto" else None
-        counts[name] = KeySketch(path) if of_feature.encoding == "hash" else KeyCounts(path, most_keys)
-    fits = number_fits(raw.reader.roles, trained, piece.index)[1]
-    rows = 0
-    for part in raw.chunks(piece, report):
-        table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
-        rows += table.num_rows
-        for name, fit in fits.items():
-            fit.add(table[name].drop_null().to_numpy())
-        for name, count in list(counts.items()):
-            keys = table[name].combine_chunks()
-            keys = keys.flatten() if pa.types.is_list(keys.type) else keys
-            count.add(canonical_keys(keys))
-            if counted[name].encoding == "auto" and count.num_merged > MOST_KEYS:
-                del counts[name]
-        if not counts and not fits:
-            break
-    for name, fit in fits.items():
-        fit.save(folder / _NUMBERS_FOLDER / f"{name}.npz")
-    for count in counts.values():
-        count.save()
-    return {"rows": rows}
-
-
-@lru_cache(maxsize=1)
-def _encoder_of(folder: Path, mark: int) -> Encoder:
-    """The encoder in a folder, kept for the next piece. mark: of the folder with this name."""
-    schema = Schema.load(folder)
-    return Encoder(schema.dense, schema.sparse, {name: KeyIds.load(folder, name) for name in schema.looked_up})
-
-
-def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
-    """Encode and write the rows of a piece. Rows to predict get the file and row number that they came from."""
-    encoder, bytes_read = _encoder_of(encoder_folder, encoder_folder.stat().st_ino), 0
-    writers = {split: SplitWriter(folder / split) for split in piece.splits}
-    bad_rows = dict.fromkeys(piece.splits, 0)
-    unknown_keys = {split: Counter() for split in piece.splits}
-
-    def report_and_add(rows: int, num_bytes: int) -> None:
-        nonlocal bytes_read
-        bytes_read += num_bytes
-        report(rows, num_bytes)
-
-    with ExitStack() as stack:
-        for writer in writers.values():
-            stack.enter_context(closing(writer))
-        for part in raw.chunks(piece, report_and_add):
-            list_bad_rows(folder, part.chunk.bad)
-            encoded, unknown = encoder.encode_and_count(part.chunk.table)
-            if not raw.settings.is_label_required:
-                encoded = add_origins(encoded, part.chunk)
-            for index, split in enumerate(part.splits):
-                is_here = part.split_of_row == index
-                writers[split].write(encoded if is_here.all() else encoded.filter(is_here))
-                bad_rows[split] += int(np.count_nonzero(part.split_of_bad == index))
-                unknown_keys[split].update({name: int(of_row[is_here].sum()) for name, of_row in unknown.items()})
-    counts = {
-        split: replace(writer.counts(bad_rows[split]), unknown_keys=dict(unknown_keys[split]))
-        for split, writer in writers.items()
-    }
-    return {
-        "rows": sum(count.rows for count in counts.values()),
-        "splits": {split: asdict(count) for split, count in counts.items()},
-        "parts": {split: writer.num_parts for split, writer in writers.items()},
-        "share_read": min(bytes_read / piece.num_bytes, 1.0) if piece.num_bytes else 1.0,
-    }
-
-
 def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str, Any], *, is_head: bool) -> Schema:
     """Move the rows of all pieces into one prepared folder, with what belongs beside them."""
     folder, results = work.path / _RESULT, [work.result(WRITING, piece) for piece in pieces]
@@ -352,7 +137,10 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
         parts = [
             (path / split, r["parts"][split]) for path, r in zip(in_order, results, strict=True) if split in r["parts"]
         ]
-        join_parts(parts, folder / split)
+        if source["settings"]["time_column"] is not None:
+            splits[split] = replace(count, digest=join_by_time([path for path, _ in parts], folder / split))
+        else:
+            join_parts(parts, folder / split)
     join_bad_rows(in_order, folder)
     if is_head:
         source = source | {SHARES: {split: r["share_read"] for r in results for split in r["splits"]}}

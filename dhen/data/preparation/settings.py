@@ -38,6 +38,8 @@ class PreparationSettings:
     split_fractions: shares of train, validation and test. They must sum to 1.
     split_order: `random` splits by a hash of split_seed and the row's position. `sequential` puts the first rows into
         train and the last into test.
+    time_column: put the rows of each split in the order of this column, and split sequentially by it: rows of one time
+        are never in two splits. It has finite numbers, or dates and times (ISO 8601, or Parquet's own).
     id_encoding: `hash` into hash_size rows, or `vocabulary` of the keys seen min_count times in the train split. `auto`
         takes a vocabulary for features with up to a million keys, and the hash for others; or for all, if hash_size is
         given.
@@ -63,6 +65,7 @@ class PreparationSettings:
     split_fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     split_order: Literal["random", "sequential"] = "random"
     split_seed: int = 0
+    time_column: str | None = None
     id_encoding: Literal["auto", "hash", "vocabulary"] = "auto"
     hash_size: HashSize | None = None
     max_hash_size: HashRows | None = None

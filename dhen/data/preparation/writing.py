@@ -7,18 +7,23 @@ import csv
 import itertools
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import astuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
 import xxhash
 
-from dhen.data.formats.raw_rows import BadRow
-from dhen.data.schema import LABEL, SplitCounts
+from dhen.data.formats.raw_rows import BadRow, RawChunk
+from dhen.data.preparation.encoding.key_counts import query_on_disk
+from dhen.data.schema import FILE, LABEL, ORDER, ROW, TIME, SplitCounts
 
 ROW_GROUP_ROWS = 32_768
 ROW_GROUPS_PER_PART = 128
@@ -89,6 +94,12 @@ class SplitWriter:
         self.num_parts += 1
 
 
+def add_origins(prepared: pa.Table, chunk: RawChunk) -> pa.Table:
+    """Return the prepared rows of a chunk with their file and row number added."""
+    files = pa.repeat(pa.scalar(chunk.file), prepared.num_rows)
+    return prepared.append_column(FILE, files).append_column(ROW, pa.array(chunk.rows))
+
+
 def list_bad_rows(folder: Path, bad_rows: tuple[BadRow, ...]) -> None:
     """Append rows to bad_rows.csv (file, row, reason, text), which exists from the first bad row on."""
     path = folder / BAD_ROWS_FILE
@@ -131,6 +142,23 @@ def join_parts(folders: Iterable[tuple[Path, int]], into: Path) -> None:
         target = into / _part_name(number)
         if part.exists() or not target.exists():
             os.replace(part, target)
+
+
+def join_by_time(folders: Sequence[Path], into: Path) -> str:
+    """Sort the rows of several folders into one, on disk with DuckDB, else in memory. Returns their digest."""
+    shutil.rmtree(into, ignore_errors=True)  # an earlier call may have been killed
+    files = [file for folder in folders for file in sorted(folder.glob("*.parquet"))]
+    schema = pa.schema([field for field in pyarrow.parquet.read_schema(files[0]) if field.name not in (TIME, ORDER)])
+    with closing(SplitWriter(into)) as writer, tempfile.TemporaryDirectory(dir=into.parent) as name:
+        if find_spec("duckdb"):
+            target = Path(name) / "sorted.parquet"
+            query_on_disk(f'SELECT * FROM $files ORDER BY "{TIME}", "{ORDER}"', files, target)
+            tables = (pa.Table.from_batches([rows]) for rows in pyarrow.parquet.ParquetFile(target).iter_batches())
+        else:
+            tables = [pl.read_parquet(files).sort(TIME, ORDER).to_arrow()]
+        for table in tables:
+            writer.write(table.select(schema.names).cast(schema))
+    return writer.counts(bad_rows=0).digest
 
 
 def sum_of(counts: Sequence[SplitCounts]) -> SplitCounts:

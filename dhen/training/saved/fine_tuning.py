@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dhen.config.command_line import ArgumentError
-from dhen.data.preparation.vocabulary import shared_ids
+from dhen.data.preparation.encoding.vocabulary import shared_ids
 from dhen.data.schema import MISSING_ID, DenseColumn, Schema, SparseColumn
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction

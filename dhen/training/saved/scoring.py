@@ -12,8 +12,8 @@ from dhen.config.arguments import ARGUMENTS_FILE, import_interaction_files
 from dhen.config.command_line import ArgumentError, Parser, Paths, find_paths
 from dhen.config.data_arguments import DataArguments, DatasetFormat
 from dhen.data.loading.batches import BatchLoader
+from dhen.data.preparation.reading.sources import format_of
 from dhen.data.preparation.settings import as_tuple
-from dhen.data.preparation.sources import format_of
 from dhen.model.configuration_dhen import option
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import replicated_in_scoring

@@ -11,10 +11,10 @@ import pytest
 
 from dhen.data.loading.prepared_rows import find_row_groups
 from dhen.data.loading.sealing import seal
-from dhen.data.preparation import vocabulary
+from dhen.data.preparation.encoding import vocabulary
+from dhen.data.preparation.encoding.vocabulary import Vocabulary
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.vocabulary import Vocabulary
 from dhen.data.schema import Schema, SparseColumn
 from tests.data.preparation.reference_preparation import criteo_lines
 from tests.data.prepared_folders import random_table, write_prepared, write_split

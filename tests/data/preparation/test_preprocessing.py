@@ -15,9 +15,9 @@ import pytest
 
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.preparation import writing
+from dhen.data.preparation.encoding.vocabulary import load_vocabulary
 from dhen.data.preparation.preprocessing import prepare, settings_without_effect
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.preparation.writing import SplitWriter
 from dhen.data.schema import Schema, SplitCounts
 from tests.data.preparation import reference_preparation as reference

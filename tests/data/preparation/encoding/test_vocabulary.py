@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.preparation import vocabulary as module
-from dhen.data.preparation.vocabulary import (
-    KeyCounts,
+from dhen.data.preparation.encoding import key_counts
+from dhen.data.preparation.encoding import vocabulary as module
+from dhen.data.preparation.encoding.key_counts import KeyCounts
+from dhen.data.preparation.encoding.vocabulary import (
     KeyIds,
     Vocabulary,
     build_vocabulary,
@@ -46,7 +47,7 @@ def test_ids_go_by_descending_count_then_key(chunks, min_count):
 def test_merging_in_between_changes_nothing(monkeypatch):
     chunks = [[f"{i * j % 97}" for i in range(50)] for j in range(30)]
     once = made_from(chunks)
-    monkeypatch.setattr(module, "_COMPACT_ROWS", 10)
+    monkeypatch.setattr(key_counts, "_COMPACT_ROWS", 10)
     often = made_from(chunks)
     assert once.keys.equals(often.keys)
     assert once.counts.tolist() == often.counts.tolist()
@@ -87,8 +88,8 @@ def test_on_disk_it_is_the_same_as_in_memory(tmp_path, monkeypatch):
     (tmp_path / "memory").mkdir()
     (tmp_path / "disk").mkdir()
     built(tmp_path / "memory", chunks, min_count=3)
-    for name, value in {"MOST_IN_MEMORY": 100, "_RUN_KEYS": 50, "_COMPACT_ROWS": 10, "_BATCH_KEYS": 64}.items():
-        monkeypatch.setattr(module, name, value)
+    for name, value in {"MOST_IN_MEMORY": 100, "_RUN_KEYS": 50, "_COMPACT_ROWS": 10, "BATCH_KEYS": 64}.items():
+        monkeypatch.setattr(key_counts, name, value)
     built(tmp_path / "disk", chunks, min_count=3)
     assert len(list((tmp_path / "disk/runs").iterdir())) > 5
     memory, disk = (load_vocabulary(tmp_path / name, "it's") for name in ("memory", "disk"))
@@ -125,7 +126,7 @@ def test_other_keys_have_another_digest(tmp_path):
 @pytest.mark.parametrize("new", [["c", "a", "x", "e", "y"], ["a", "b", "c", "d", "e", "new"], ["x"], [], ["a", "b"]])
 @pytest.mark.parametrize("old", [["a", "b", "c", "d", "e"], []])
 def test_shared_keys_have_an_id_in_both(tmp_path, monkeypatch, old, new):
-    monkeypatch.setattr(module, "_BATCH_KEYS", 2)
+    monkeypatch.setattr(key_counts, "BATCH_KEYS", 2)
     folders = {tmp_path / "old": old, tmp_path / "new": new}
     for folder, keys in folders.items():
         folder.mkdir()
@@ -147,6 +148,6 @@ def test_two_keys_of_one_hash_are_refused(monkeypatch):
 
 def test_without_duckdb_the_message_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "duckdb", None)
-    monkeypatch.setattr(module, "MOST_IN_MEMORY", 10)
+    monkeypatch.setattr(key_counts, "MOST_IN_MEMORY", 10)
     with pytest.raises(DataError, match=r"more than 10 keys.* pip install 'dhen\[large\]'.*--id_encoding hash"):
         built(tmp_path, [[f"{i}" for i in range(100)]], min_count=1)

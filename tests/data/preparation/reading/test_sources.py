@@ -18,10 +18,10 @@ import pytest
 from dhen.data.formats import raw_files
 from dhen.data.formats.raw_files import UnreachableError
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.preparation import pieces as cutting
 from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.preprocessing import prepare
-from dhen.data.preparation.runners import LocalProcesses
+from dhen.data.preparation.reading import pieces as cutting
+from dhen.data.preparation.running.runners import LocalProcesses
 from dhen.data.preparation.settings import PreparationSettings
 from tests.data.preparation.reference_preparation import PACK, criteo_lines
 

@@ -1,9 +1,10 @@
-"""Turns the user's settings into files, a reader for their format, and a split rule for each set of files."""
+"""Turns the user's settings into files, a reader for their format, and the splits of each set of files."""
 
 import glob
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from dhen.data.formats import text_blocks
@@ -14,10 +15,9 @@ from dhen.data.formats.libsvm import LibsvmReader
 from dhen.data.formats.parquet import ParquetReader
 from dhen.data.formats.raw_files import files_at, is_url
 from dhen.data.formats.raw_rows import DataError, Reader
-from dhen.data.formats.roles import load_roles
+from dhen.data.formats.roles import TimedRoles, load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
-from dhen.data.preparation.splitting import splits_with_rows
-from dhen.data.schema import SCHEMA_FILE
+from dhen.data.schema import SCHEMA_FILE, SPLITS
 from dhen.data.synthetic import RECIPES
 from dhen.paths import looked_in
 
@@ -75,6 +75,10 @@ def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
 
 def _reader(format_name: str, settings: PreparationSettings, first_file: str) -> Reader:
     is_required, block_bytes = settings.is_label_required, settings.block_bytes
+    if settings.time_column is not None and format_name in ("criteo", "libsvm"):
+        raise ValueError(
+            f"time_column: files of the format {format_name} do not name columns. Sort them by time first."
+        )
     roles = load_roles(settings.dataset_schema) if settings.dataset_schema else None
     if format_name == "criteo":
         reader = CriteoReader(is_label_required=is_required, block_bytes=block_bytes)
@@ -94,10 +98,18 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
         from dhen.data.formats.hub import HubReader
 
         reader = HubReader(roles, is_required)
-    if not roles.has_patterns:
-        return reader
-    columns = reader.column_names(first_file)
-    return replace(reader, roles=roles.expanded(columns, first_file, is_label_required=is_required))
+    if roles.has_patterns:
+        columns = reader.column_names(first_file)
+        reader = replace(reader, roles=roles.expanded(columns, first_file, is_label_required=is_required))
+    return reader if settings.time_column is None else _timed(reader, settings.time_column, first_file)
+
+
+def _timed(reader: Reader, column: str, first_file: str) -> Reader:
+    """The reader with a time column: of dates, if more of the file's first rows have a date there than a number."""
+    kinds = [TimedRoles(**vars(reader.roles), time_column=column, has_dates=has_dates) for has_dates in (False, True)]
+    readers = [replace(reader, roles=roles) for roles in kinds]
+    numbers, dates = (sum(len(chunk.rows) for chunk in islice(each.chunks(first_file), 1)) for each in readers)
+    return readers[dates > numbers]
 
 
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
@@ -166,3 +178,8 @@ def format_of(settings: PreparationSettings) -> str:
         f"{file}: cannot detect the format from the name or the first lines. Set --dataset_format to one of "
         f"{', '.join(FORMATS[1:])}; csv, parquet and hub also need --dataset_schema."
     )
+
+
+def splits_with_rows(fractions: tuple[float, float, float]) -> tuple[str, ...]:
+    """Return the splits whose share is not 0."""
+    return tuple(split for split, share in zip(SPLITS, fractions, strict=True) if share > 0)

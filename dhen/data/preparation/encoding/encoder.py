@@ -13,10 +13,10 @@ from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.columns import list_lengths, lists_of
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.formats.roles import ColumnRoles, SparseRole
-from dhen.data.preparation.hashing import hashed_ids
-from dhen.data.preparation.numbers import bin_ids, dense_values
+from dhen.data.hashing import hashed_ids
+from dhen.data.preparation.encoding.numbers import bin_ids, dense_values
+from dhen.data.preparation.encoding.vocabulary import KeyIds, Vocabulary
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.vocabulary import KeyIds, Vocabulary
 from dhen.data.schema import LABEL, MISSING_ID, DenseColumn, Schema, SparseColumn, weights_column
 
 MOST_KEYS = 1_000_000

@@ -16,8 +16,8 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
 
-from dhen.data.preparation.pieces import Piece
-from dhen.data.preparation.raw_stream import Report
+from dhen.data.preparation.reading.pieces import Piece
+from dhen.data.preparation.reading.raw_stream import Report
 
 Task = Callable[[Piece, Report], None]
 TRIES = 3

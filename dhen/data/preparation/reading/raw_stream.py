@@ -1,33 +1,24 @@
-"""Streams the rows of a piece with their splits, chunk by chunk."""
+"""Streams the rows of a piece with their splits, chunk by chunk.
 
-import logging
+Rows are split by their position in the input. The first row of the first file has position 0. Header lines have no
+position. Bad rows and blank lines do, so skipping them does not move other rows. With a time column, a sequential split
+is by time instead.
+"""
+
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from dhen.data.formats.raw_rows import DataError, RawChunk, Reader
-from dhen.data.preparation.pieces import Piece
+from dhen.data.hashing import hash_positions
+from dhen.data.preparation.reading.pieces import Piece
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.splitting import split_rule
+from dhen.data.schema import TIME
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PreparationProgress:
-    """The progress of a pass. `bytes_total` is 0 if unknown."""
-
-    stage: str
-    rows: int
-    bytes_read: int
-    bytes_total: int
-    is_done: bool = False
-
-
-ProgressCallback = Callable[[PreparationProgress], None]
+SplitRule = Callable[[np.ndarray], np.ndarray]
+"""Returns the index of the split for each position, int64."""
 Report = Callable[[int, int], None]
 """Called with the numbers of rows and bytes that were read since the last call."""
 
@@ -48,6 +39,8 @@ class Raw:
 
     reader: Reader
     settings: PreparationSettings
+    starts: tuple[float, ...] = ()
+    """The first time of each split but the first, if rows are split by time. Bad rows then count for the first."""
 
     def chunks(self, piece: Piece, report: Report) -> Iterator[SplitChunk]:
         """Make one pass over the rows of a piece. Of a head, about its first rows.
@@ -65,7 +58,12 @@ class Raw:
                     raise DataError(f"{chunk.bad[0]} {way_out}")
                 first = position - 1 - chunk.header_rows
                 bad = np.array([bad_row.row for bad_row in chunk.bad], dtype=np.int64)
-                yield SplitChunk(chunk, piece.splits, rule(first + chunk.rows), rule(first + bad))
+                if self.starts and len(piece.splits) > 1:
+                    split_of_row = np.searchsorted(self.starts, chunk.table[TIME], side="right")
+                    split_of_bad = np.zeros(len(bad), np.int64)
+                else:
+                    split_of_row, split_of_bad = rule(first + chunk.rows), rule(first + bad)
+                yield SplitChunk(chunk, piece.splits, split_of_row, split_of_bad)
                 report(len(chunk.rows), chunk.bytes_read - at)
                 at, num_rows = chunk.bytes_read, max(chunk.end_row - chunk.header_rows, 0)
                 if position + num_rows >= most_rows:
@@ -84,21 +82,22 @@ class Raw:
         return counts
 
 
-class LogProgress:
-    """Logs a line every ten seconds and at the end of each pass."""
+def split_starts(settings: PreparationSettings) -> np.ndarray:
+    """Where each split but the first starts, as shares of all rows."""
+    return np.cumsum([share for share in settings.split_fractions if share > 0])[:-1]
 
-    _EVERY_SECONDS = 10.0
 
-    def __init__(self) -> None:
-        self._start = self._last = time.monotonic()
+def split_rule(splits: tuple[str, ...], settings: PreparationSettings, num_rows: int) -> SplitRule:
+    """Return the rule for `splits`. num_rows: of all files together; only a sequential split needs it.
 
-    def __call__(self, state: PreparationProgress) -> None:
-        now = time.monotonic()
-        if not state.is_done and now - self._last < self._EVERY_SECONDS:
-            return
-        share = f"{state.bytes_read / state.bytes_total:.0%} | " if state.bytes_total else ""
-        rate = state.rows / max(now - self._start, 1e-9)
-        logger.info("%s | %s%s rows | %s rows/s", state.stage, share, f"{state.rows:,}", f"{rate:,.0f}")
-        self._last = now
-        if state.is_done:
-            self._start = now
+    A random split assigns each row independently, by where a hash of its position and the seed falls in [0, 1), so the
+    shares hold on average. A sequential split puts the first rows into train.
+    """
+    if len(splits) == 1:  # the user gave files for each split
+        return lambda positions: np.zeros(len(positions), np.int64)
+    starts = split_starts(settings)
+    if settings.split_order == "random":
+        seed = settings.split_seed
+        return lambda positions: np.searchsorted(starts, hash_positions(positions, seed), side="right")
+    first_rows = np.rint(starts * num_rows)
+    return lambda positions: np.searchsorted(first_rows, positions, side="right")

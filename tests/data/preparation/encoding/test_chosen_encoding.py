@@ -10,16 +10,16 @@ import pyarrow.parquet
 import pytest
 
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.preparation import pieces as cutting
-from dhen.data.preparation import preprocessing
+from dhen.data.preparation import preprocessing, stages
 from dhen.data.preparation.caching import prepare_cached
-from dhen.data.preparation.encoding import hash_rows
+from dhen.data.preparation.encoding.encoder import hash_rows
+from dhen.data.preparation.encoding.key_counts import KeySketch, estimated_keys
+from dhen.data.preparation.encoding.vocabulary import Vocabulary, load_vocabulary
 from dhen.data.preparation.head import whole_schema
-from dhen.data.preparation.key_sketch import KeySketch, estimated_keys
-from dhen.data.preparation.runners import nobody
+from dhen.data.preparation.reading import pieces as cutting
+from dhen.data.preparation.running.runners import nobody
+from dhen.data.preparation.running.unfinished import Shard
 from dhen.data.preparation.settings import Head, PreparationSettings
-from dhen.data.preparation.unfinished import Shard
-from dhen.data.preparation.vocabulary import Vocabulary, load_vocabulary
 from dhen.data.schema import ESTIMATED_KEYS, SHARES, Schema, SparseColumn, SplitCounts
 
 SCHEMA = """
@@ -55,8 +55,8 @@ def test_auto_takes_a_vocabulary_unless_there_are_too_many_keys(settings, tmp_pa
     whole = preprocessing.prepare(PreparationSettings(**settings), tmp_path / "whole")
     expected = {"few": ("vocabulary", 4), "many": ("vocabulary", 301), "told": ("hash", 30), "bags": ("vocabulary", 6)}
     assert encodings(whole) == expected
-    monkeypatch.setattr(preprocessing, "MOST_KEYS", 100)
-    monkeypatch.setattr("dhen.data.preparation.vocabulary._COMPACT_ROWS", most_merged)
+    monkeypatch.setattr(stages, "MOST_KEYS", 100)
+    monkeypatch.setattr("dhen.data.preparation.encoding.key_counts._COMPACT_ROWS", most_merged)
     small_blocks = PreparationSettings(**settings, block_bytes=500)
     schema = preprocessing.prepare(small_blocks, tmp_path / "capped")
     assert encodings(schema) == expected | {"many": ("hash", 1_000_000)}
@@ -170,7 +170,7 @@ def test_the_rows_for_some_keys():
 
 
 def test_a_hash_size_follows_the_keys_of_the_training_rows(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("dhen.data.preparation.encoding._LEAST_ROWS", 8)
+    monkeypatch.setattr("dhen.data.preparation.encoding.encoder._LEAST_ROWS", 8)
     yaml = SCHEMA.replace("few, many", "{name: few, hash_size: auto}, {name: many, hash_size: auto}")
     (tmp_path / "schema.yaml").write_text(yaml)
     wanted = PreparationSettings(**settings, id_encoding="hash", max_hash_size=500)
@@ -209,7 +209,7 @@ def test_a_hash_size_by_keys_needs_training_rows(settings, tmp_path):
 
 
 def test_the_head_of_data_estimates_the_keys_of_all(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("dhen.data.preparation.encoding._LEAST_ROWS", 8)
+    monkeypatch.setattr("dhen.data.preparation.encoding.encoder._LEAST_ROWS", 8)
     write_log(Path(settings["train_file"]), rows=30_000)
     wanted = PreparationSettings(**settings, hash_size="auto", head=Head(tmp_path / "head", 1_000))
     schema = whole_schema(prepare_cached(wanted, tmp_path / "cache"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from dhen.data.formats.raw_files import of_each, size_of
 from dhen.data.formats.raw_rows import Reader, Stretch
-from dhen.data.preparation.sources import Source
+from dhen.data.preparation.reading.sources import Source
 
 PIECE_BYTES = 128 << 20
 """Least size of a piece, except for the last one. The rows of a prepared folder do not depend on it; where its row

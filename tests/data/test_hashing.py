@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhen.data.preparation.hashing import hash_positions, hash_texts, hashed_ids, salt_of
+from dhen.data.hashing import hash_positions, hash_texts, hashed_ids, salt_of
 from tests.data.preparation import reference_preparation as reference
 
 

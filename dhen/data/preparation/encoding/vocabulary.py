@@ -4,14 +4,13 @@ vocabulary/<feature>.parquet has the columns `key` (string), `id` (int64) and `c
 at 1 and are assigned by descending count, then by key; after fine-tuning, the trained model's keys come first, with the
 ids they had. Id 0 stands for blank, rare and unseen keys.
 
-While data is prepared, vocabularies of any size take little memory: counts go to disk when they get many, more than
-MOST_IN_MEMORY keys are merged by DuckDB, and ids are found in files that the processes of a machine share.
+While data is prepared, vocabularies of any size take little memory: the counts of their keys are on disk
+(key_counts.py), and ids are found in files that the processes of a machine share.
 """
 
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -22,62 +21,15 @@ import pyarrow.parquet
 import xxhash
 
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.preparation.hashing import hash_texts, salt_of
+from dhen.data.hashing import hash_texts, salt_of
+from dhen.data.preparation.encoding import key_counts
 from dhen.data.schema import MISSING_ID
 
 VOCABULARY_FOLDER = "vocabulary"
-MOST_IN_MEMORY = 10_000_000
-_RUN_KEYS, _MOST_PARTS = 250_000, 128
-_COMPACT_ROWS = 1 << 17
-_BATCH_KEYS = 1 << 18
-_DUCKDB = {"memory_limit": "1GB", "threads": 1, "preserve_insertion_order": False}
 _SALT = salt_of("vocabulary")
 _SCHEMA = pa.schema([("key", pa.string()), ("id", pa.int64()), ("count", pa.int64())])
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _INTEGERS = (pa.int64(), pa.int32(), pa.uint64(), pa.uint32())
-_COUNTS = pa.schema([("key", pa.large_string()), ("count", pa.int64())])
-
-
-class KeyCounts:
-    """Counts the keys of one feature over many chunks.
-
-    Holds distinct keys in memory, at about 60 bytes per key of up to 12 characters; up to as many more wait to be
-    merged. folder: where they go when there are more than `run_keys`, as files to be merged.
-    """
-
-    def __init__(self, folder: Path, run_keys: int | None = None) -> None:
-        self._folder, self._runs, self._run_keys = folder, 0, run_keys or _RUN_KEYS
-        self._merged = pl.DataFrame(schema={"key": pl.String, "count": pl.Int64})
-        self._waiting: list[pl.DataFrame] = []
-        self._waiting_rows = 0
-
-    @property
-    def num_merged(self) -> int:
-        """The number of distinct keys in memory, without those that wait to be merged."""
-        return len(self._merged)
-
-    def add(self, keys: pa.Array) -> None:
-        """Count the keys in a chunk, except nulls."""
-        counts = pl.DataFrame({"key": pl.Series(pl.from_arrow(keys))}).drop_nulls()
-        self._waiting.append(counts.group_by("key").agg(pl.len().cast(pl.Int64).alias("count")))
-        self._waiting_rows += len(self._waiting[-1])
-        # A merge costs as much as all keys so far. Waiting until their number doubles keeps the total cost linear.
-        if self._waiting_rows > max(_COMPACT_ROWS, len(self._merged)):
-            self._merge()
-        if len(self._merged) > self._run_keys:
-            self.save()
-
-    def _merge(self) -> None:
-        self._merged = pl.concat([self._merged, *self._waiting]).group_by("key").agg(pl.col("count").sum())
-        self._waiting, self._waiting_rows = [], 0
-
-    def save(self) -> None:
-        """Write the keys in memory to a Parquet file in the folder, and forget them."""
-        self._merge()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{self._runs:05d}.parquet"
-        self._merged.write_parquet(path, compression="zstd", compression_level=1, statistics=False)
-        self._merged, self._runs = self._merged.clear(), self._runs + 1
 
 
 def build_vocabulary(
@@ -89,78 +41,17 @@ def build_vocabulary(
     there are more than MOST_IN_MEMORY keys and DuckDB is not installed.
     """
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        num_keys, merged = _merge_in_parts(files, Path(name), min_count)
+        num_keys, merged = key_counts.merge_in_parts(files, Path(name), min_count)
         if most_keys is not None and num_keys > most_keys:
             return None
         path, num_keys = vocabulary_path(folder, feature), 0
         path.parent.mkdir(exist_ok=True)
         with pyarrow.parquet.ParquetWriter(path, _SCHEMA, compression="zstd", use_dictionary=False) as writer:
-            for batch in _sorted(merged, Path(name) / "sorted"):
+            for batch in key_counts.sorted_counts(merged, Path(name) / "sorted"):
                 ids = pa.array(np.arange(num_keys + 1, num_keys + len(batch) + 1))
                 writer.write_table(pa.table([batch["key"].cast(pa.string()), ids, batch["count"]], schema=_SCHEMA))
                 num_keys += len(batch)
     return num_keys + 1
-
-
-def _merge_in_parts(files: Sequence[Path], folder: Path, min_count: int) -> tuple[int, list[Path]]:
-    """Sum the counts in `files`, in memory for one part of the keys after another.
-
-    Returns the number of keys, and a file per part with those that were seen min_count times.
-    """
-    num_counts = sum(pyarrow.parquet.read_metadata(file).num_rows for file in files)
-    num_parts = min(num_counts // _RUN_KEYS + 1, _MOST_PARTS)
-    parts = [folder / f"{part}.parquet" for part in range(num_parts)]
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(pyarrow.parquet.ParquetWriter(path, _COUNTS, use_dictionary=False)) for path in parts
-        ]
-        for file in files:
-            for (part,), counts in pl.read_parquet(file).group_by(pl.col("key").hash() % num_parts):
-                writers[part].write_table(_to_arrow(counts))
-    num_keys = 0
-    for path in parts:
-        counts = pl.read_parquet(path).group_by("key").agg(pl.col("count").sum())
-        num_keys += len(counts)
-        counts.filter(pl.col("count") >= min_count).write_parquet(path, statistics=False)
-    return num_keys, parts
-
-
-def _sorted(files: Sequence[Path], target: Path) -> Iterator[pa.RecordBatch | pa.Table]:
-    """Yield the counts in `files` by descending count, then by key. Uses `target` if they are many."""
-    if sum(pyarrow.parquet.read_metadata(file).num_rows for file in files) > MOST_IN_MEMORY:
-        _query_on_disk("SELECT key, count FROM $files ORDER BY count DESC, key", files, target)
-        yield from pyarrow.parquet.ParquetFile(target).iter_batches(_BATCH_KEYS)
-        return
-    counts = pl.read_parquet(list(files)).sort(["count", "key"], descending=[True, False])
-    yield from map(_to_arrow, counts.iter_slices(_BATCH_KEYS))
-
-
-def _to_arrow(counts: pl.DataFrame) -> pa.Table:
-    return counts.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(_COUNTS)
-
-
-def _query_on_disk(query: str, files: Sequence[Path], target: Path) -> None:
-    """Write what a query to DuckDB returns about Parquet files. Intermediate results go to disk beside the target."""
-    try:
-        import duckdb
-    except ImportError as error:
-        raise DataError(
-            f"a vocabulary of more than {MOST_IN_MEMORY:,} keys is merged by DuckDB: pip install 'dhen[large]'. Or use "
-            f"--id_encoding hash."
-        ) from error
-    query = query.replace("$files", f"read_parquet([{', '.join(map(_quoted, files))}])")
-    spill = target.with_name(f"{target.name}.spill")
-    try:
-        with duckdb.connect(config=_DUCKDB | {"temp_directory": str(spill)}) as connection:
-            connection.execute(f"COPY ({query}) TO {_quoted(target)} (FORMAT parquet)")
-    except duckdb.Error as error:
-        raise OSError(f"{target.parent}: DuckDB cannot merge a vocabulary: {error}") from error
-    finally:
-        shutil.rmtree(spill, ignore_errors=True)
-
-
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
 
 
 class KeyIds:
@@ -210,21 +101,21 @@ def save_key_ids(folder: Path, feature: str) -> None:
     """Write the `KeyIds` of the vocabulary in a folder beside it, for the processes that look keys up."""
     paths = _key_ids_paths(folder, feature)
     num_keys = pyarrow.parquet.read_metadata(vocabulary_path(folder, feature)).num_rows
-    if num_keys <= MOST_IN_MEMORY:
+    if num_keys <= key_counts.MOST_IN_MEMORY:
         found = KeyIds.of((batch["key"] for batch in _batches(folder, feature)), feature)
         for path, values in zip(paths, (found._hashes, found._ids), strict=True):
             np.save(path, values)
         return
     by_id, by_hash = (folder / f".{feature}.{order}.parquet" for order in ("by_id", "by_hash"))
     with pyarrow.parquet.ParquetWriter(by_id, pa.schema([("hash", pa.uint64()), ("id", pa.int64())])) as writer:
-        for batch in pyarrow.parquet.ParquetFile(vocabulary_path(folder, feature)).iter_batches(_BATCH_KEYS):
+        for batch in pyarrow.parquet.ParquetFile(vocabulary_path(folder, feature)).iter_batches(key_counts.BATCH_KEYS):
             writer.write_table(pa.table({"hash": hash_texts(batch["key"], _SALT), "id": batch["id"]}))
-    _query_on_disk("SELECT hash, id FROM $files ORDER BY hash", [by_id], by_hash)
+    key_counts.query_on_disk("SELECT hash, id FROM $files ORDER BY hash", [by_id], by_hash)
     hashes, ids = (
         np.lib.format.open_memmap(path, "w+", kind, (num_keys,)) for path, kind in zip(paths, ("u8", "i8"), strict=True)
     )
     first = 0
-    for batch in pyarrow.parquet.ParquetFile(by_hash).iter_batches(_BATCH_KEYS):
+    for batch in pyarrow.parquet.ParquetFile(by_hash).iter_batches(key_counts.BATCH_KEYS):
         end = first + len(batch)
         hashes[first:end], ids[first:end] = batch["hash"].to_numpy(), batch["id"].to_numpy()
         _check_different(hashes[max(first - 1, 0) : end], feature)
@@ -321,7 +212,7 @@ def check_vocabulary(folder: Path, feature: str) -> None:
     for batch in _batches(folder, feature):
         if (at := pc.index(batch["key"], "").as_py()) >= 0:
             raise ValueError(f"{path}: the key of id {batch['id'][at]} is empty. A blank has id 0: leave the key out.")
-    if pyarrow.parquet.read_metadata(path).num_rows > MOST_IN_MEMORY:
+    if pyarrow.parquet.read_metadata(path).num_rows > key_counts.MOST_IN_MEMORY:
         return
     try:
         KeyIds.of((batch["key"] for batch in _batches(folder, feature)), feature)
@@ -341,8 +232,8 @@ def shared_ids(old: Path, new: Path, feature: str) -> Iterator[tuple[np.ndarray,
     digest = digest_of_keys(old, feature)
     num_old = pyarrow.parquet.read_metadata(vocabulary_path(old, feature)).num_rows
     if digest == digest_of_keys(new, feature, num_old):
-        for first in range(1, num_old + 1, _BATCH_KEYS):
-            ids = np.arange(first, min(first + _BATCH_KEYS, num_old + 1))
+        for first in range(1, num_old + 1, key_counts.BATCH_KEYS):
+            ids = np.arange(first, min(first + key_counts.BATCH_KEYS, num_old + 1))
             yield ids, ids
         return
     new_ids = KeyIds.of((batch["key"] for batch in _batches(new, feature)), feature)
@@ -365,7 +256,7 @@ def _batches(folder: Path, feature: str) -> Iterator[pa.RecordBatch]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow)
-            for batch in file.iter_batches(_BATCH_KEYS, columns=_SCHEMA.names):
+            for batch in file.iter_batches(key_counts.BATCH_KEYS, columns=_SCHEMA.names):
                 batch = batch.select(_SCHEMA.names).cast(_SCHEMA)
                 for name in _SCHEMA.names:
                     if batch[name].null_count:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dhen.data.formats.roles import ColumnRoles
-from dhen.data.preparation.hashing import hash_positions
+from dhen.data.hashing import hash_positions
 from dhen.data.schema import MISSING_ID, DenseColumn, Schema, SparseColumn
 
 MOST_VALUES = 1_000_000
@@ -47,6 +47,10 @@ class BinFit:
         with np.load(path) as other:
             self._share = min(self._share, float(other["share"]))
             self._append(other["values"], other["hashes"])
+
+    def values_at(self, shares: np.ndarray) -> tuple[float, ...]:
+        """For each share of the values, in their order, the first value after it."""
+        return tuple(np.quantile(self._values, shares, method="higher").tolist()) if len(self._values) else ()
 
     def _append(self, values: np.ndarray, hashes: np.ndarray) -> None:
         self._values = np.concatenate([self._values, values])

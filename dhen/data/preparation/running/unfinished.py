@@ -21,9 +21,10 @@ from typing import Any
 from uuid import uuid4
 
 from dhen.data.formats.raw_files import UnreachableError
-from dhen.data.preparation.pieces import Piece
-from dhen.data.preparation.raw_stream import PreparationProgress, ProgressCallback, Report
-from dhen.data.preparation.runners import Runner
+from dhen.data.preparation.reading.pieces import Piece
+from dhen.data.preparation.reading.raw_stream import Report
+from dhen.data.preparation.running.progress import PreparationProgress, ProgressCallback
+from dhen.data.preparation.running.runners import Runner
 from dhen.paths import sync
 
 _MARK = ".unfinished-"

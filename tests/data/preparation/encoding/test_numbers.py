@@ -9,10 +9,10 @@ import pytest
 
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.formats.roles import parse_roles
-from dhen.data.preparation import numbers
+from dhen.data.preparation.encoding import numbers
+from dhen.data.preparation.encoding.vocabulary import load_vocabulary
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.vocabulary import load_vocabulary
 from dhen.data.schema import DenseColumn, Schema, SparseColumn
 
 ROLES = """

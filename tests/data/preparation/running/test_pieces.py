@@ -19,13 +19,13 @@ import polars as pl
 import pytest
 
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.preparation import pieces as cutting
-from dhen.data.preparation import runners, unfinished
-from dhen.data.preparation.pieces import Piece
 from dhen.data.preparation.preprocessing import prepare
-from dhen.data.preparation.runners import TRIES, DaskCluster, LocalProcesses, nobody
+from dhen.data.preparation.reading import pieces as cutting
+from dhen.data.preparation.reading.pieces import Piece
+from dhen.data.preparation.running import runners, unfinished
+from dhen.data.preparation.running.runners import TRIES, DaskCluster, LocalProcesses, nobody
+from dhen.data.preparation.running.unfinished import Shard
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.preparation.unfinished import Shard
 from dhen.data.schema import Schema
 from tests.data.preparation import reference_preparation as reference
 
@@ -446,8 +446,9 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     """Also in the middle of a piece."""
     program = (
         "import functools, os, pathlib, sys, threading, time\n"
-        "from dhen.data.preparation import pieces, runners\n"
-        "from tests.data.preparation.test_pieces import sleeps\n"
+        "from dhen.data.preparation.reading import pieces\n"
+        "from dhen.data.preparation.running import runners\n"
+        "from tests.data.preparation.running.test_pieces import sleeps\n"
         "mark = pathlib.Path(sys.argv[1])\n"
         "def end():\n"
         "    while len(list(mark.iterdir())) < 2: time.sleep(0.05)\n"

@@ -1,0 +1,1 @@
+"""Runs a task on every piece, by any number of processes and machines, and goes on after a kill."""
