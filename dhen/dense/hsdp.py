@@ -9,7 +9,7 @@ With gradient accumulation, only the last micro step communicates across nodes.
 DeepSpeed has no such stage, but its ZeRO optimizers accept the process group to shard over. Here an engine gives them
 the shard group, and a subclass of each overrides the method that stores a reduced shard. These methods are private to
 DeepSpeed: their names are those of DeepSpeed 0.19.8, appear only in this file and in lean_stage3.py, and are checked by
-`tests/dense/test_hsdp.py`.
+`tools/canary.py` and `tests/dense/test_hsdp.py`.
 
 `hybrid_shards` is for any model, by `deepspeed.initialize`, the Trainer of Transformers or Accelerate
 (recipes/HSDP.md):
