@@ -7,6 +7,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from dhen.config.deepspeed_sections import ZERO
 from dhen.config.dhen_section import DhenSection
+from dhen.config.hybrid_sharding import reasons_against
 from dhen.model.names import quoted
 
 
@@ -36,7 +37,7 @@ def known_faults(raw: dict[str, Any], section: DhenSection, optimizer: type, *, 
             "zero_optimization.offload_optimizer.ratio needs ZeRO stage 3 and DeepSpeedCPUAdam. Remove ratio, or use "
             "stage 3, without torch_adam and fused in optimizer.params."
         )
-    yield from _of_hybrid_sharding(raw, stage, section)
+    yield from _of_hybrid_sharding(raw, section)
     yield from _of_table_groups(section)
 
 
@@ -88,9 +89,8 @@ def _of_table_groups(section: DhenSection) -> Iterator[str]:
         )
 
 
-def _of_hybrid_sharding(raw: dict[str, Any], stage: int, section: DhenSection) -> Iterator[str]:
+def _of_hybrid_sharding(raw: dict[str, Any], section: DhenSection) -> Iterator[str]:
     """What hybrid sharding cannot be combined with. Whether the ranks can be divided is only known in the job."""
-    zero = raw.get(ZERO, {})
     if section.shard_group == "world":
         for key, default in (("all_reduce_dtype", None), ("async_all_reduce", True)):
             if getattr(section, key) != default:
@@ -99,18 +99,5 @@ def _of_hybrid_sharding(raw: dict[str, Any], stage: int, section: DhenSection) -
                     'it, or set dhen.shard_group to "node".'
                 )
         return
-    if stage == 0:
-        yield (
-            f"dhen.shard_group is {section.shard_group!r}, but zero_optimization.stage is 0, which shards nothing. "
-            "Use stage 1, 2 or 3."
-        )
-    sums_in_fp32 = raw.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    if stage == 1 and raw.get("bf16", {}).get("enabled") and sums_in_fp32 and "offload_optimizer" not in zero:
-        yield (
-            "data_types.grad_accum_dtype is fp32, which dhen.shard_group does not support with bf16 and ZeRO stage 1: "
-            "DeepSpeed 0.19 then uses another optimizer, which reduces over all ranks. Use stage 2, or remove "
-            "grad_accum_dtype."
-        )
-    for key in ("contiguous_gradients", "reduce_scatter"):
-        if zero.get(key) is False:
-            yield f"zero_optimization.{key} is false, which dhen.shard_group does not support. Remove it."
+    for reason in reasons_against(raw):
+        yield f'{reason} Or set dhen.shard_group to "world".'

@@ -9,23 +9,36 @@ With gradient accumulation, only the last micro step communicates across nodes.
 DeepSpeed has no such stage, but its ZeRO optimizers accept the process group to shard over. Here an engine gives them
 the shard group, and a subclass of each overrides the method that stores a reduced shard. These methods are private to
 DeepSpeed: their names are those of DeepSpeed 0.19.8, appear only in this file and in lean_stage3.py, and are checked by
-`tests/dense/test_hsdp.py`.
+`tools/canary.py` and `tests/dense/test_hsdp.py`.
+
+`hybrid_shards` is for any model, by `deepspeed.initialize`, the Trainer of Transformers or Accelerate
+(recipes/HSDP.md):
+
+    with hybrid_shards("node"):
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from dhen.config.hybrid_sharding import reasons_against
 from dhen.dense.lean_stage3 import LeanStage3
-from dhen.runtime.topology import ShardGroups
+from dhen.runtime.topology import ShardGroup, ShardGroups, start
 
+logger = logging.getLogger(__name__)
 _SMALL = 16
 """A slice of less than this part of a bucket isn't worth a message of its own."""
 
@@ -37,7 +50,7 @@ class ReplicaReduction:
     """
 
     def __init__(self, groups: ShardGroups, wire_dtype: torch.dtype | None = None, *, is_async: bool = True) -> None:
-        self._groups, self._is_async = groups, is_async
+        self.groups, self._is_async = groups, is_async
         self.wire_dtype, self.shard_size = wire_dtype, groups.shard_size
         self._pending: list[tuple[dist.Work, Callable[[], None]]] = []  # with what to do with the average
 
@@ -46,9 +59,9 @@ class ReplicaReduction:
 
         `finish` calls `put_away` with the averages, in the shapes and dtypes of `shards`.
         """
-        on_wire = torch.cat([shard.reshape(-1) for shard in shards]).div_(self._groups.num_replicas)
+        on_wire = torch.cat([shard.reshape(-1) for shard in shards]).div_(self.groups.num_replicas)
         if self.wire_dtype is not None:
-            on_wire = saturate(on_wire, self.wire_dtype, self._groups.num_replicas).to(self.wire_dtype)
+            on_wire = saturate(on_wire, self.wire_dtype, self.groups.num_replicas).to(self.wire_dtype)
         # Keep only the shapes and dtypes of the shards, not their memory.
         like = [torch.empty_like(shard, device="meta") for shard in shards]
 
@@ -63,10 +76,10 @@ class ReplicaReduction:
 
         Nobody may read or write them before `finish` returns.
         """
-        self._send(gradients.div_(self._groups.num_replicas), lambda: None)
+        self._send(gradients.div_(self.groups.num_replicas), lambda: None)
 
     def _send(self, on_wire: Tensor, put_away: Callable[[], None]) -> None:
-        handle = dist.all_reduce(on_wire, group=self._groups.replica, async_op=True)
+        handle = dist.all_reduce(on_wire, group=self.groups.replica, async_op=True)
         self._pending.append((handle, put_away))
         if not self._is_async:
             handle.wait()
@@ -84,7 +97,7 @@ class ReplicaReduction:
         Nodes may sum in different orders; without this, their clipped gradients could differ in the last bit.
         """
         first = norm.to(get_accelerator().current_device_name(), copy=True)
-        dist.broadcast(first, dist.get_global_rank(self._groups.replica, 0), group=self._groups.replica)
+        dist.broadcast(first, dist.get_global_rank(self.groups.replica, 0), group=self.groups.replica)
         return first.to(norm.device)
 
 
@@ -259,22 +272,35 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
             super().copy_grads_in_partition(param, group)
 
 
-class HsdpEngine(deepspeed.DeepSpeedEngine):
+class HsdpEngine(DeepSpeedEngine):
     """A DeepSpeed engine whose ZeRO optimizer shards over `groups.shard` and averages over `groups.replica`."""
 
-    def __init__(self, groups: ShardGroups, reduction: ReplicaReduction, **arguments: Any) -> None:
-        """Communicates over all ranks. `arguments` are DeepSpeedEngine's."""
-        # Bypass nn.Module.__setattr__, which does not work before nn.Module.__init__.
-        self.__dict__["hsdp_groups"], self.__dict__["hsdp_reduction"] = groups, reduction
-        super().__init__(**arguments)
+    hsdp_groups: ShardGroups
+    hsdp_reduction: ReplicaReduction
+
+    @classmethod
+    def take_over(cls, engine: DeepSpeedEngine, reduction: ReplicaReduction) -> None:
+        """Change the class of an engine before its __init__, which DeepSpeed then runs."""
+        engine.__class__ = cls
+        # nn.Module.__setattr__ does not work before nn.Module.__init__.
+        engine.__dict__ |= {"hsdp_groups": reduction.groups, "hsdp_reduction": reduction}
+
+    def coalesce_grad_reduction(self) -> NoReturn:
+        """DeepSpeed's context for several backwards in one reduction, which nobody has tried with hybrid shards."""
+        raise NotImplementedError("Hybrid shards do not support coalesce_grad_reduction. Use gradient accumulation.")
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)  # under stages 1 and 2, broadcasts rank 0's weights to all ranks
+        if self.seq_dp_world_size != dist.get_world_size() or self.has_moe_layers:
+            raise ValueError("Hybrid shards cannot be combined with tensor, sequence, expert or pipeline parallelism.")
         self.seq_data_parallel_group = self.hsdp_groups.shard
         self.seq_dp_world_size = self.hsdp_groups.shard_size
-        for parameter in model.parameters():
-            if hasattr(parameter, "ds_tensor"):
-                self._equalize(parameter.ds_tensor)
+        for name, parameter in model.named_parameters():
+            if getattr(parameter, "ds_process_group", self.hsdp_groups.shard) is not self.hsdp_groups.shard:
+                raise ValueError(
+                    f"zero.Init has sharded {name} over other ranks. Build the model in hybrid_shards too."
+                )
+            self._equalize(getattr(parameter, "ds_tensor", parameter))
 
     def _equalize(self, shard: Tensor) -> None:
         """Copy the first replica's shard to all replicas. All use the same seed, but their devices may differ."""
@@ -284,8 +310,11 @@ class HsdpEngine(deepspeed.DeepSpeedEngine):
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
         zero = super()._configure_zero_optimizer(optimizer)
+        if type(zero) is DeepSpeedZeRoOffload:  # an engine without an optimizer, for evaluation
+            return zero
         takers = {DeepSpeedZeroOptimizer_Stage3: HsdpStage3, DeepSpeedZeroOptimizer: HsdpStages1And2}
-        assert type(zero) in takers, f"no HSDP for DeepSpeed's {type(zero).__name__}"
+        if type(zero) not in takers:
+            raise ValueError(f"Hybrid shards do not support DeepSpeed's {type(zero).__name__}.")
         takers[type(zero)].take_over(zero)
         zero.hsdp_reduction = self.hsdp_reduction
         return zero
@@ -296,27 +325,54 @@ class HsdpEngine(deepspeed.DeepSpeedEngine):
             self.save_non_zero_checkpoint = self.save_zero_checkpoint = False
 
 
-def initialize(
-    model: nn.Module,
-    parameters: list[Any],
-    config: dict[str, Any],
-    groups: ShardGroups,
-    reduction: ReplicaReduction,
-) -> HsdpEngine:
-    """deepspeed.initialize for HSDP. Communicates; all ranks call it.
+@contextlib.contextmanager
+def hybrid_shards(
+    shard_group: ShardGroup = "node", *, all_reduce_dtype: torch.dtype | None = None, timeout_minutes: float = 30.0
+) -> Iterator[None]:
+    """Inside this context, deepspeed.initialize makes hybrid shards, and zero.Init shards over the shard group.
 
-    For ZeRO stage 3, `model` must be built under zero.Init with `data_parallel_group=groups.shard`.
+    The engine keeps them afterwards. Communicates; all ranks enter together, after a launcher has started them.
+
+    shard_group: the ranks that hold one replica together: those of a node, or that many consecutive ranks.
+    all_reduce_dtype: of gradients between replicas; None keeps their own. timeout_minutes: for collectives of the new
+    groups. Raises ValueError if the job's ranks cannot be divided into such groups; deepspeed.initialize raises it
+    for a config that hybrid shards do not support.
     """
-    deepspeed.zero.partition_parameters.shutdown_init_context()
-    engine = HsdpEngine(
-        groups,
-        reduction,
-        args=None,
-        model=model,
-        model_parameters=parameters,
-        config=config,
-        config_class=deepspeed.DeepSpeedConfig(config),
-        dist_init_required=False,
-    )
-    deepspeed.zero.partition_parameters.restore_init_context()
-    return engine
+    topology = start(timeout_minutes)
+    try:
+        size = topology.shard_size(shard_group)
+    except ValueError as error:
+        raise ValueError(f"shard_group is {error}") from error
+    if size == topology.world_size:
+        logger.info("shard_group %r covers all %d ranks of this job. This is plain ZeRO.", shard_group, size)
+        yield
+        return
+    with sharded_over(ReplicaReduction(topology.shard_groups(size), all_reduce_dtype)):
+        yield
+
+
+@contextlib.contextmanager
+def sharded_over(reduction: ReplicaReduction) -> Iterator[None]:
+    """`hybrid_shards` for groups that exist already."""
+    make_engine, enter_init = DeepSpeedEngine.__init__, deepspeed.zero.Init.__init__
+
+    @functools.wraps(make_engine)
+    def make_hybrid_engine(self: DeepSpeedEngine, *arguments: Any, config: Any, **options: Any) -> None:
+        if type(self) is not DeepSpeedEngine:
+            raise ValueError(f"Hybrid shards do not support DeepSpeed's {type(self).__name__}.")
+        for reason in reasons_against(config):
+            raise ValueError(f"Hybrid shards: {reason}")
+        HsdpEngine.take_over(self, reduction)
+        make_engine(self, *arguments, config=config, **options)
+        if not isinstance(self.optimizer, (HsdpStage3, HsdpStages1And2, DeepSpeedZeRoOffload)):
+            raise ValueError(f"Hybrid shards do not support DeepSpeed's {type(self.optimizer).__name__}.")
+
+    @functools.wraps(enter_init)
+    def enter_hybrid_init(self: Any, module: Any = None, data_parallel_group: Any = None, **options: Any) -> None:
+        enter_init(self, module, data_parallel_group or reduction.groups.shard, **options)
+
+    DeepSpeedEngine.__init__, deepspeed.zero.Init.__init__ = make_hybrid_engine, enter_hybrid_init
+    try:
+        yield
+    finally:
+        DeepSpeedEngine.__init__, deepspeed.zero.Init.__init__ = make_engine, enter_init

@@ -11,7 +11,8 @@ DeepSpeed 0.19.8 keeps more copies of a rank's shard than the optimizer needs:
 - the bucket that it copies gradients into before their reduction, and a second copy that joins a bucket's gradients
   for one message, although a large gradient can be sent from where it is.
 
-The names used here are private to DeepSpeed and are checked by `tests/dense/test_lean_stage3.py`.
+The names used here are private to DeepSpeed and are checked by `tools/canary.py` and
+`tests/dense/test_lean_stage3.py`.
 """
 
 import contextlib

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig, DsConfigError
-from dhen.dense import hsdp
 from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.dense.activation_offload import offload_layers
 from dhen.dense.compiled_layers import compile_layers
+from dhen.dense.hsdp import ReplicaReduction, sharded_over
 from dhen.dense.lean_stage3 import LeanStage3
 from dhen.dense.trained_parts import freeze, groups_of
 from dhen.model.configuration_dhen import DhenConfig
@@ -119,17 +119,18 @@ def parallelize(
         update=table_update(ds_config),
         seed=seed,
     )
-    dense = _dense_part(config, ds_config, placement.replicated, seed, layout.groups)
-    own = dict(dense.named_parameters()) | dict(dense.named_buffers())
-    for name, trained in (dense_weights or {}).items():
-        with _changing(own[name]) as weight:
-            weight.copy_(trained)
-    for name in placement.replicated if fill_table else ():
-        with _changing(own[f"tables.{name}.weight"]) as weight:
-            fill_table(name, weight)
-    freeze(dense, frozen)
-    _transform_layers(dense, ds_config, topology.device)
-    engine = _engine(dense, groups_of(dense, rate_decay), ds_config, layout.groups)
+    with _hybrid_shards(ds_config, layout.groups):
+        dense = _dense_part(config, ds_config, placement.replicated, seed)
+        own = dict(dense.named_parameters()) | dict(dense.named_buffers())
+        for name, trained in (dense_weights or {}).items():
+            with _changing(own[name]) as weight:
+                weight.copy_(trained)
+        for name in placement.replicated if fill_table else ():
+            with _changing(own[f"tables.{name}.weight"]) as weight:
+                fill_table(name, weight)
+        freeze(dense, frozen)
+        _transform_layers(dense, ds_config, topology.device)
+        engine = _engine(dense, groups_of(dense, rate_decay), ds_config)
     # All ranks drew the weights from one seed. For dropout, each rank needs its own.
     torch.manual_seed(seed + topology.rank)
     if tables is not None:
@@ -235,13 +236,12 @@ def weights_of(config: DhenConfig, replicated: Collection[str] = ()) -> dict[str
 
 
 def _dense_part(
-    config: DhenConfig, ds_config: DsConfig, replicated: Collection[str], seed: int, groups: ShardGroups | None
+    config: DhenConfig, ds_config: DsConfig, replicated: Collection[str], seed: int
 ) -> DhenForClickPrediction:
     torch.manual_seed(seed)
     init: contextlib.AbstractContextManager = contextlib.nullcontext()
     if ds_config.zero_stage == 3:
-        shard = None if groups is None else groups.shard
-        init = deepspeed.zero.Init(config_dict_or_path=ds_config.deepspeed, data_parallel_group=shard)
+        init = deepspeed.zero.Init(config_dict_or_path=ds_config.deepspeed)
     with init:
         return DhenForClickPrediction(config, with_tables=replicated, table_seed=seed)
 
@@ -261,13 +261,7 @@ def _transform_layers(dense: DhenForClickPrediction, ds_config: DsConfig, device
         raise DsConfigError(f"{ds_config.path}: dhen.{key} is {error}") from error
 
 
-def _engine(
-    dense: nn.Module, parameters: list[Any], ds_config: DsConfig, groups: ShardGroups | None
-) -> deepspeed.DeepSpeedEngine:
-    if groups is not None:
-        wire_dtype = _WIRE_DTYPES.get(ds_config.dhen.all_reduce_dtype)
-        reduction = hsdp.ReplicaReduction(groups, wire_dtype, is_async=ds_config.dhen.async_all_reduce)
-        return hsdp.initialize(dense, parameters, ds_config.deepspeed, groups, reduction)
+def _engine(dense: nn.Module, parameters: list[Any], ds_config: DsConfig) -> deepspeed.DeepSpeedEngine:
     engine, *_ = deepspeed.initialize(
         model=dense, model_parameters=parameters, config=ds_config.deepspeed, dist_init_required=False
     )
@@ -275,6 +269,13 @@ def _engine(
     if type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3 and engine.optimizer.reduce_scatter:
         LeanStage3.take_over(engine.optimizer)
     return engine
+
+
+def _hybrid_shards(ds_config: DsConfig, groups: ShardGroups | None) -> contextlib.AbstractContextManager:
+    if groups is None:
+        return contextlib.nullcontext()
+    wire_dtype = _WIRE_DTYPES.get(ds_config.dhen.all_reduce_dtype)
+    return sharded_over(ReplicaReduction(groups, wire_dtype, is_async=ds_config.dhen.async_all_reduce))
 
 
 @contextlib.contextmanager
