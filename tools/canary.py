@@ -1,6 +1,6 @@
 """Checks the private names of DeepSpeed that this project uses against the DeepSpeed that is installed.
 
-    python tools/canary.py
+    python tools/canary.py && python -m pytest tests/dense/test_hsdp.py
 
 Prints a line for each name that is gone and each method that takes other arguments. The exit status is 1 if there is
 one. The names are read from the code of `FILES`.

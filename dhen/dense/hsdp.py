@@ -22,7 +22,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import deepspeed
 import torch
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from dhen.config.hybrid_sharding import reasons_against
 from dhen.dense.lean_stage3 import LeanStage3
-from dhen.runtime.topology import ShardGroup, ShardGroups, start
+from dhen.runtime.topology import ShardGroups, start
 
 logger = logging.getLogger(__name__)
 _SMALL = 16
@@ -327,7 +327,10 @@ class HsdpEngine(DeepSpeedEngine):
 
 @contextlib.contextmanager
 def hybrid_shards(
-    shard_group: ShardGroup = "node", *, all_reduce_dtype: torch.dtype | None = None, timeout_minutes: float = 30.0
+    shard_group: Literal["node"] | int = "node",
+    *,
+    all_reduce_dtype: torch.dtype | None = None,
+    timeout_minutes: float = 30.0,
 ) -> Iterator[None]:
     """Inside this context, deepspeed.initialize makes hybrid shards, and zero.Init shards over the shard group.
 
