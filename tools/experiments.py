@@ -70,11 +70,12 @@ _KINDS = {"published": Quoted, "peers": Quoted, "entries": Entry}
 class Experiment:
     """A file in recipes/experiments.
 
-    title, data, goals: for the report. config: the recipe's YAML. seeds: runs per entry. arguments: override the recipe
-    in all entries. published, peers: rows that are quoted and never run. The first entry is the one that others are
-    compared with. paper_points: the points of training that the paper's table reports; the report then has its layout.
-    rows: a data set of tools/later_rows.py, whose folder the arguments name as {rows}. nodes: how many of
-    tools/cluster.py, of two ranks each; the runs are measured by tools/measured_train.py.
+    title, data, goals, reading: for the report; reading says what the figures show. config: the recipe's YAML. seeds:
+    runs per entry. arguments: override the recipe in all entries. published, peers: rows that are quoted and never run.
+    The first entry is the one that others are compared with. paper_points: the points of training that the paper's
+    table reports; the report then has its layout. rows: a data set of tools/later_rows.py, whose folder the arguments
+    name as {rows}. nodes: how many of tools/cluster.py, of two ranks each; the runs are measured by
+    tools/measured_train.py.
     """
 
     title: _Text
@@ -87,6 +88,7 @@ class Experiment:
     published: list[Quoted] = field(default_factory=list)
     peers: list[Quoted] = field(default_factory=list)
     goals: _Text | None = None
+    reading: _Text | None = None
     paper_points: list[_Text] = field(default_factory=list)
     rows: str | None = None
     nodes: Count | None = None
@@ -120,6 +122,11 @@ class Experiment:
         """The entry's arguments that differ from the recipe."""
         values = self.arguments | entry.arguments
         return {key: value for key, value in values.items() if key not in self.recipe or self.recipe[key] != value}
+
+    def progress(self, entry: Entry, done: int) -> str:
+        """How many of its seeds are done."""
+        needed = entry.seeds or self.seeds
+        return "not run" if not done else str(done) if done >= needed else f"{done} of {needed}"
 
     def base_of(self, entry: Entry) -> Entry | None:
         """The entry whose model this one starts from."""

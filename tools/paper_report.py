@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tools import paper_tables
-from tools.experiments import Entry, Experiment, Outcome, Result, read_experiment, read_results, sort_results
+from tools.experiments import Experiment, Outcome, Result, read_experiment, read_results, sort_results
 from tools.markdown import head, row
 from tools.over_seeds import Statistic, difference, over_seeds, signed
 
@@ -65,6 +65,8 @@ def _section(name: str, experiment: Experiment, outcome: Outcome) -> Iterator[st
         yield from _differences(experiment, outcome)
     if experiment.goals:
         yield f"\nGoals: {experiment.goals}."
+    if experiment.reading:
+        yield f"\n{experiment.reading}"
     yield from _remarks(experiment, outcome)
 
 
@@ -75,7 +77,7 @@ def _table(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
     titles = [_COLUMNS[key] for key in columns]
     yield from head(["entry", "seeds", *titles, "validation AUC", "validation NE", "CPU minutes", "source"])
     for entry in experiment.entries:
-        progress = _progress(experiment, entry, outcome)
+        progress = experiment.progress(entry, len(runs[entry.name]))
         yield row([entry.title, progress, *_figures(runs[entry.name], columns), "this project"])
     for each in (*experiment.peers, *experiment.published):
         given = (getattr(each, key, None) for key in columns)
@@ -91,11 +93,6 @@ def _figures(runs: Mapping[int, Result], columns: Sequence[str]) -> Iterator[str
         yield _shown(key, found and found.mean)
     minutes = over_seeds([run.cpu_seconds / 60 for run in runs.values()])
     yield f"{minutes.mean:.1f}" if minutes else ""
-
-
-def _progress(experiment: Experiment, entry: Entry, outcome: Outcome) -> str:
-    done, needed = len(outcome.by_entry[entry.name]), entry.seeds or experiment.seeds
-    return "not run" if not done else str(done) if done >= needed else f"{done} of {needed}"
 
 
 def _differences(experiment: Experiment, outcome: Outcome) -> Iterator[str]:

@@ -55,7 +55,7 @@ def table(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
         differences = [signed(point, 3) for point in at_points(ne_differences(own, runs[first.name]))]
         differences = ["baseline", "", ""] if entry is first else differences
         quoted = [f"{figure:+g}" for figure in entry.paper] or ["baseline" if entry is first else ""] * len(paper)
-        yield row([entry.title, str(len(own) or "not run"), *differences, *quoted, *_costs(own)])
+        yield row([entry.title, experiment.progress(entry, len(own)), *differences, *quoted, *_costs(own)])
 
 
 def scaling(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
@@ -63,7 +63,7 @@ def scaling(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
     yield from head(["model", "seeds", "MFLOPs per sample", "test NE", "CPU minutes"])
     for entry in experiment.entries:
         own = outcome.by_entry[entry.name]
-        yield row([entry.title, str(len(own) or "not run"), *_costs(own)])
+        yield row([entry.title, experiment.progress(entry, len(own)), *_costs(own)])
     slopes = {family: slope(outcome, entries) for family, entries in families(experiment).items()}
     if any(slopes.values()):
         yield "\nChange of the test NE in percent per decade of training FLOPs, ± its standard error:\n"
@@ -83,7 +83,7 @@ def on_nodes(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
     for entry in experiment.entries:
         pairs = [(run, runs[first.name][seed]) for seed, run in runs[entry.name].items() if seed in runs[first.name]]
         if not pairs:
-            yield row([entry.title, "not run", *[""] * len(columns)])
+            yield row([entry.title, experiment.progress(entry, 0), *[""] * len(columns)])
             continue
         ratios = [
             statistics.fmean(
@@ -94,7 +94,7 @@ def on_nodes(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
         ]
         ne = over_seeds([100 * (run.metric("ne") / base.metric("ne") - 1) for run, base in pairs])
         shown = "" if entry is first else signed(ne, 3)
-        yield row([entry.title, str(len(pairs)), *(f"{ratio:.2f}" for ratio in ratios), shown])
+        yield row([entry.title, experiment.progress(entry, len(pairs)), *(f"{ratio:.2f}" for ratio in ratios), shown])
 
 
 def _costs(runs: Mapping[int, Result]) -> Iterator[str]:
