@@ -29,7 +29,7 @@ def reasons_against(config: dict[str, Any]) -> Iterator[str]:
         yield "zero_optimization.zero_hpz_partition_size is another way to shard within a node. Remove it."
     for key in _ZERO_PLUS_PLUS.split():
         if zero.get(key):
-            yield f"zero_optimization.{key} is not supported. Remove it, or set communication_data_type."
+            yield f"zero_optimization.{key} is not supported. Remove it, and set communication_data_type instead."
     if zero.get("zenflow") or offload.get("super_offload"):
         yield "zero_optimization: ZenFlow and SuperOffload are not supported. Remove zenflow and super_offload."
     for key in ("offload_optimizer", "offload_param"):

@@ -53,6 +53,7 @@ class ReplicaReduction:
         self.groups, self._is_async = groups, is_async
         self.wire_dtype, self.shard_size = wire_dtype, groups.shard_size
         self._pending: list[tuple[dist.Work, Callable[[], None]]] = []  # with what to do with the average
+        self._owed: dict[int, nn.Parameter] = {}
 
     def start(self, shards: Sequence[Tensor], put_away: Callable[[list[Tensor]], None]) -> None:
         """Start averaging a copy of `shards` in one all-reduce. Communicates over the replica group.
@@ -84,12 +85,30 @@ class ReplicaReduction:
         if not self._is_async:
             handle.wait()
 
-    def finish(self) -> None:
-        """Wait for all averages and put them away, in the order in which they were started."""
+    def finish(self, *, is_last: bool) -> None:
+        """Wait for all averages and put them away, in the order in which they were started.
+
+        Raises RuntimeError in the last micro step if a weight had a gradient in an earlier one, but has none now.
+        """
         for handle, put_away in self._pending:
             handle.wait()
             put_away()
         self._pending.clear()
+        if is_last and self._owed:
+            shapes = ", ".join(str(tuple(getattr(weight, "ds_shape", weight.shape))) for weight in self._owed.values())
+            raise RuntimeError(
+                f"weights of shape {shapes} had a gradient in an earlier micro step, but none in the last one, which "
+                "averages them between replicas. Let every weight take part in the last micro step, or use "
+                "gradient_accumulation_steps 1."
+            )
+
+    def note(self, weights: Sequence[nn.Parameter], *, is_last: bool) -> None:
+        """Note which weights have a gradient in this micro step."""
+        for weight in weights:
+            if is_last:
+                self._owed.pop(id(weight), None)
+            else:
+                self._owed[id(weight)] = weight
 
     def agreed(self, norm: Tensor) -> Tensor:
         """Return the first replica's `norm` on all replicas. Communicates over the replica group.
@@ -124,8 +143,9 @@ class HsdpStage3(LeanStage3):
 
     def partition_grads(self, params_to_release: list[nn.Parameter], grad_partitions: list[Tensor]) -> list[Tensor]:
         """DeepSpeed's hook for a bucket's reduced shards. In the last micro step, first averages them across nodes."""
-        parent = super().partition_grads
-        if not self.is_gradient_accumulation_boundary():
+        parent, is_last = super().partition_grads, self.is_gradient_accumulation_boundary()
+        self.hsdp_reduction.note(params_to_release, is_last=is_last)
+        if not is_last:
             return parent(params_to_release, grad_partitions)
         params = list(params_to_release)  # the caller clears its list
         if self.hsdp_reduction.wire_dtype is None and not self.offload_optimizer:
@@ -170,7 +190,7 @@ class HsdpStage3(LeanStage3):
         """DeepSpeed's hook for the end of a backward. Waits for all buckets; the last one has been started by now."""
         super().independent_gradient_partition_epilogue()
         with get_accelerator().stream(self.reduce_and_partition_stream):
-            self.hsdp_reduction.finish()
+            self.hsdp_reduction.finish(is_last=self.is_gradient_accumulation_boundary())
         if not get_accelerator().resolves_data_dependency():
             self.reduce_and_partition_stream.synchronize()
 
@@ -193,7 +213,9 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
 
     def copy_grads_in_partition(self, param: nn.Parameter, group_idx: int | None = None) -> None:
         """DeepSpeed's hook for one reduced gradient. In the last micro step, keeps it to be averaged across nodes."""
-        if not self.is_gradient_accumulation_boundary():
+        is_last = self.is_gradient_accumulation_boundary()
+        self.hsdp_reduction.note([param], is_last=is_last)
+        if not is_last:
             super().copy_grads_in_partition(param, group_idx)
             return
         group = self._get_param_group_idx(param) if group_idx is None else group_idx
@@ -219,7 +241,7 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
         """DeepSpeed's hook for the end of a backward. Starts the last bucket and waits for all of them first."""
         self.reduce_ipg_grads()
         with get_accelerator().stream(self._reduction_stream()):
-            self.hsdp_reduction.finish()
+            self.hsdp_reduction.finish(is_last=self.is_gradient_accumulation_boundary())
         super().independent_gradient_partition_epilogue()
 
     def scaled_global_norm(self, norm_type: int = 2) -> Tensor:

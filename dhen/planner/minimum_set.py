@@ -25,7 +25,7 @@ from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
 from dhen.tables.placement.agreed import RankMemory, place_as_asked, place_fastest, setting_of, table_memory
 from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE
 from dhen.tables.placement.costs import StepSetting, read_costs, replicated_seconds
-from dhen.tables.placement.plan import Placement
+from dhen.tables.placement.plan import Placement, PlacementError
 
 PrecisionName = Literal["fp32", "bf16"]
 _OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
@@ -170,6 +170,8 @@ class Planner:
             options |= {"zero_stage": SCHEMES[technique.scheme], "shard_size": self._shard_size(technique)}
         group, world, node = job.section.table_group, job.world_size, job.machine.ranks_per_node
         sizes = {"world": [world], "node": [node], "auto": sorted({world, node}, reverse=True)}.get(group, [group])
+        if world % sizes[0]:
+            raise PlacementError(f"dhen.table_group is {group}, which does not divide the job's {world} ranks.")
         settings = [setting_of(job.section, world, node, job.batch_size, size) for size in sizes]
         return place_fastest(self._placed, [replace(setting, **options) for setting in settings])
 

@@ -184,7 +184,9 @@ class PooledExchange:
         rows = self._receive().view(ranks * self._padded_batch, wire.row_size(self._own))
         self._receive = None
         grad = wire.decode(rows, self._own, self._gradient_scale)
-        return grad.div_(self._averaged_over) if self._averaged_over > 1 else grad
+        if ranks == 1:  # nothing was received: it is the caller's own
+            return grad / self._averaged_over if self._averaged_over > 1 else grad
+        return grad.div_(self._averaged_over)
 
     def _row_sizes(self, wire: Wire) -> tuple[list[int], list[int]]:
         """Size of an encoded row of this rank, once for each rank, and of each rank's."""

@@ -97,6 +97,8 @@ class ReplicaGroup:
         return self.uses.counts[of_width.first_row : of_width.first_row + len(of_width.weight)]
 
     def _of_all(self, tensor: Tensor) -> Tensor:
+        if not len(tensor):  # no replica used a row
+            return tensor.expand(dist.get_world_size(self._group), 0)
         everyones = tensor.new_empty(dist.get_world_size(self._group) * len(tensor))
         dist.all_gather_into_tensor(everyones, tensor, group=self._group)
         return everyones.view(-1, len(tensor))
@@ -189,11 +191,14 @@ def _exact(values: Tensor) -> Tensor:
 class Moves:
     """Adds up how far the replicas have moved their rows since the last exchange.
 
-    states: of all tables, by kind. wire: format of the weights' moves; those of states and uses are exact.
+    states: of all tables, by kind. wire: format of the weights' moves; those of states and uses are exact. rounds:
+    whether fp16 weights are rounded stochastically.
     """
 
-    def __init__(self, group: ReplicaGroup, states: Sequence[Sequence[Tensor]], wire: Wire) -> None:
-        self._group, self._wire = group, wire
+    def __init__(
+        self, group: ReplicaGroup, states: Sequence[Sequence[Tensor]], wire: Wire, *, rounds: bool = True
+    ) -> None:
+        self._group, self._wire, self._rounds = group, wire, rounds
         self._widths = []
         for of_width in group.widths:
             counts = group.uses_of(of_width)
@@ -223,6 +228,6 @@ class Moves:
             group.before_update(moved.of_width, rows)
             for tensor, total in zip(moved.tensors, sums, strict=True):
                 after = _exact(tensor[rows]) + total
-                is_rounded = tensor.dtype == torch.float16
-                tensor[rows] = round_stochastically(after, group.generator) if is_rounded else after
+                is_rounded = tensor.dtype == torch.float16 and self._rounds
+                tensor[rows] = round_stochastically(after, group.generator) if is_rounded else after.to(tensor.dtype)
         group.end_exchange()

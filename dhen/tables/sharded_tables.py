@@ -119,12 +119,12 @@ class ShardedTables(nn.Module):
         self._unseen: UnseenIds | None = None
         self._is_new = torch.zeros_like(self.uses.counts, dtype=torch.bool) if self.update.has_new_rows else None
         self._sync_steps, self._step, self._synchronized_at = sync_steps, 0, 0
+        rounds = table_dtype == "fp16" and table_rounding == "stochastic"
         if self.shards:
-            rounds = table_dtype == "fp16" and table_rounding == "stochastic"
             self._make_lookup(None if groups is None else groups.replica, rounds=rounds)
         if self._replicas is not None and sync_steps > 1:
             states = zip(*self._lookup.split_optimizer_states(), strict=True) if _STATES[self.optimizer] else ()
-            self._moves = Moves(self._replicas, list(states), sync_wire or Wire("fp32"))
+            self._moves = Moves(self._replicas, list(states), sync_wire or Wire("fp32"), rounds=rounds)
         if seed is not None:
             cores = len(os.sched_getaffinity(0)) // topology.local_size  # torchrun sets OMP_NUM_THREADS to 1
             threads = max(1, cores) if on_gpu else torch.get_num_threads()

@@ -81,6 +81,8 @@ def lay_out(
         known["dense_bytes"] = lambda: getattr(predict(with_tables(Placement((), topology.world_size))), "peak", 0)
     layout = with_tables(place_for_training(config, topology, ds_config, size, **known))
     if (of_tables := layout.placement.world_size) == topology.world_size:
+        if (group := ds_config.dhen.table_group) != "world":
+            logger.info("dhen.table_group %r: one group of all ranks, so table_sync_… has no effect", group)
         return layout
     late = ds_config.dhen.table_sync_steps - 1
     misses = f"miss what the others did in up to {late} steps" if late else "are those of one group, to rounding"

@@ -327,6 +327,26 @@ def test_what_cannot_work_is_refused_in_a_line():
         assert loss == pytest.approx(plain()[0][0], abs=TOLERANCE)
 
 
+def two_heads(topology: Topology, stage: int) -> str:
+    """The message about a head that is used in the first micro step only."""
+    with hybrid_shards(2):
+        heads = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 3)])
+        engine, *_ = deepspeed.initialize(model=heads, optimizer=adam(heads), config=ds_config(stage))
+    x = torch.ones(2, 4)
+    first = heads[0](x).sum() + heads[1](x).sum()
+    engine.backward(first)
+    engine.step()
+    with pytest.raises(RuntimeError, match="gradient in an earlier micro step") as caught:
+        engine.backward(heads[0](x).sum())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_weight_that_the_last_micro_step_does_not_use_is_refused(stage):
+    for message in run_ranks(RANKS, two_heads, stage, local_size=2):
+        assert "weights of shape (3, 4), (3,) had" in message
+
+
 def without_the_all_reduce(topology: Topology, folder: Path) -> list[float]:
     ReplicaReduction._send = lambda self, on_wire, put_away: put_away()
     return by_deepspeed(folder / "broken", 2)

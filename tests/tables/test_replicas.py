@@ -187,6 +187,23 @@ def test_messages_have_the_rows_that_were_used(sync_steps, bytes_beside):
     assert [sent for _, _, sent in results[:2]] == expected
 
 
+def train_without_ids(topology: Topology, sync_steps: int) -> Tensor:
+    """The weights after a step in which all bags are empty, less those before."""
+    tables = make_tables(topology, 1, "sgd", WHOLE, sync_steps=sync_steps)
+    before = [of["weight"].clone() for _, of in tables.shard_tensors()]
+    lengths_FB = torch.zeros(len(TABLES), 3, dtype=torch.int64)
+    for step in range(2):
+        tables(SparseIds(torch.empty(0, dtype=torch.int64), len(TABLES), lengths_FB)).sum().backward()
+        tables.end_step(step + 1, DECAY)
+    after = [of["weight"] for _, of in tables.shard_tensors()]
+    return torch.stack([(new - old).abs().max() for new, old in zip(after, before, strict=True)]).max()
+
+
+@pytest.mark.parametrize("sync_steps", [1, 2])
+def test_steps_without_ids_change_nothing(sync_steps):
+    assert run_ranks(2, train_without_ids, sync_steps) == [0, 0]
+
+
 def train_with_small_counts(topology: Topology) -> tuple[int, dict, int]:
     row_uses.MOST_USES = replicas_module.MOST_USES = 8
     return train(topology, 1, "sgd")

@@ -183,7 +183,8 @@ def disturb(job: Job, run: Path, chance: random.Random) -> str | None:
     ended before.
     """
     during_save, seconds = chance.random() < 0.5, chance.uniform(0.0, 4.0)
-    while not job.ranks() and not job.is_over():
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while not job.ranks() and not job.is_over() and time.monotonic() < deadline:
         time.sleep(0.1)
     begun = {folder.name for folder in run.glob("checkpoint-*")}
     deadline = time.monotonic() + (60 if during_save else seconds)

@@ -128,16 +128,18 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     for split in dict.fromkeys(split for piece in pieces for split in piece.splits):
         splits[split] = sum_of([SplitCounts(**r["splits"][split]) for r in results if split in r["splits"]])
     _refuse_mostly_bad(splits, in_order)
+    by_time = source["settings"]["time_column"] is not None
+    ties = " Rows of equal time are all in one split; a finer time tells them apart." if by_time else ""
     for split, count in splits.items():
         if count.rows == 0:
             raise DataError(
                 f"the split {split} has no rows ({count.bad_rows} bad rows were skipped); all splits together have "
-                f"{sum(c.rows for c in splits.values())}. Add rows, or change the files or split_fractions."
+                f"{sum(c.rows for c in splits.values())}. Add rows, or change the files or split_fractions.{ties}"
             )
         parts = [
             (path / split, r["parts"][split]) for path, r in zip(in_order, results, strict=True) if split in r["parts"]
         ]
-        if source["settings"]["time_column"] is not None:
+        if by_time:
             splits[split] = replace(count, digest=join_by_time([path for path, _ in parts], folder / split))
         else:
             join_parts(parts, folder / split)

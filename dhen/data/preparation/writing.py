@@ -7,7 +7,6 @@ import csv
 import itertools
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -146,18 +145,22 @@ def join_parts(folders: Iterable[tuple[Path, int]], into: Path) -> None:
 
 def join_by_time(folders: Sequence[Path], into: Path) -> str:
     """Sort the rows of several folders into one, on disk with DuckDB, else in memory. Returns their digest."""
-    shutil.rmtree(into, ignore_errors=True)  # an earlier call may have been killed
+    sorting = into.with_name(f"sorting-{into.name}")
+    for left in (into, sorting):  # by an earlier call that was killed
+        shutil.rmtree(left, ignore_errors=True)
     files = [file for folder in folders for file in sorted(folder.glob("*.parquet"))]
     schema = pa.schema([field for field in pyarrow.parquet.read_schema(files[0]) if field.name not in (TIME, ORDER)])
-    with closing(SplitWriter(into)) as writer, tempfile.TemporaryDirectory(dir=into.parent) as name:
+    with closing(SplitWriter(into)) as writer:
         if find_spec("duckdb"):
-            target = Path(name) / "sorted.parquet"
+            sorting.mkdir()
+            target = sorting / "sorted.parquet"
             query_on_disk(f'SELECT * FROM $files ORDER BY "{TIME}", "{ORDER}"', files, target)
             tables = (pa.Table.from_batches([rows]) for rows in pyarrow.parquet.ParquetFile(target).iter_batches())
         else:
             tables = [pl.read_parquet(files).sort(TIME, ORDER).to_arrow()]
         for table in tables:
             writer.write(table.select(schema.names).cast(schema))
+    shutil.rmtree(sorting, ignore_errors=True)
     return writer.counts(bad_rows=0).digest
 
 

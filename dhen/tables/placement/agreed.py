@@ -57,7 +57,7 @@ def setting_of(
     size = group_size or world_size
     return StepSetting(
         size,
-        min(local_size, size),
+        local_size,
         batch_size,
         num_replicas=world_size // size,
         sync_steps=section.table_sync_steps,
@@ -104,13 +104,19 @@ def place_as_asked(
 
 
 def place_fastest(place: Callable[[StepSetting], Placement], settings: Sequence[StepSetting]) -> StepSetting:
-    """The setting whose slowest rank takes the least time. Raises PlacementError if the tables fit in none."""
+    """The setting whose slowest rank takes the least time. Raises PlacementError if the tables fit in none.
+
+    Replicas of tables that need the host's memory are not supported, so they come last.
+    """
     if len(settings) == 1:
         return settings[0]
     seconds, failure = {}, None
     for setting in settings:
         try:
-            seconds[setting] = place(setting).makespan
+            placed = place(setting)
+            ranks = map(placed.of_rank, range(placed.world_size))
+            is_refused = setting.num_replicas > 1 and any(beyond_device(of, placed.device_bytes) for of in ranks)
+            seconds[setting] = math.inf if is_refused else placed.makespan
         except PlacementError as error:
             failure = error
     if failure and not seconds:
@@ -144,7 +150,10 @@ def place_for_training(
         all_rows = section.table_optimizer == "adam" and recipe.whole_table_l2 > 0
         options |= {"all_rows": all_rows, "averages": recipe.ema_decay > 0}
     job = section, topology.world_size, topology.local_size, batch_size
-    settings = [replace(setting_of(*job, size), **options) for size in group_sizes or [topology.world_size]]
+    sizes = group_sizes or [topology.world_size]
+    if len(sizes) > 1 and recipe and recipe.whole_table_l2:  # replicas exchange only rows that were used
+        sizes = [topology.world_size]
+    settings = [replace(setting_of(*job, size), **options) for size in sizes]
     memory = _memory(topology)
 
     def place() -> Placement:

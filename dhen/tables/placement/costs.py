@@ -130,9 +130,8 @@ class StepSetting:
     shards over (None: all), for the dense part, which includes the replicated tables. all_rows: an update changes all
     rows. averages: there is a moving average of the tables.
 
-    With table groups, world_size is the number of ranks in a group, local_size that of its ranks on a node, and
-    num_replicas the number of groups. They exchange gradients of rows, or if sync_steps is above 1, moves of rows after
-    so many steps, in sync_dtype.
+    With table groups, world_size is the number of ranks in a group, and num_replicas the number of groups. They
+    exchange gradients of rows, or if sync_steps is above 1, moves of rows after so many steps, in sync_dtype.
     """
 
     world_size: int
@@ -177,13 +176,14 @@ class StepSetting:
         states = {"rowwise_adagrad": 4, "adagrad": 4 * columns, "sgd": 0, "adam": 8 * columns}
         return columns * WEIGHT_BYTES[self.table_dtype] + states[self.optimizer]
 
-    def shard_bytes(self, rows: int, columns: int) -> int:
+    def shard_bytes(self, rows: int, columns: int, ids_per_bag: float = 1.0) -> int:
         """Bytes of a shard: weights, optimizer state, average, counts of uses, and the exchange between replicas."""
         average = columns * WEIGHT_BYTES["fp32"] + _AVERAGE_BYTES if self.averages else 0
         exchanged = 0
-        if self.num_replicas > 1:  # old rows and own moves, and the moves of all replicas
-            moved = rows_touched(self.sync_steps * self.global_batch, rows)
-            exchanged = rows + int(moved * (2 + self.num_replicas) * self.moved_row_bytes(columns))
+        if self.num_replicas > 1:  # own values, old and new ones, a message, and those of all replicas with their sum
+            used = rows_touched(self.sync_steps * self.global_batch * ids_per_bag, rows)
+            of_row = replace(self, sync_dtype="fp32").moved_row_bytes(columns)
+            exchanged = rows + int(used * (5 + 2 * self.num_replicas) * of_row)
         return rows * (self.row_bytes(columns) + average + _USES_BYTES) + exchanged
 
     def moved_row_bytes(self, columns: int) -> float:
@@ -236,12 +236,14 @@ def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, i
     bags = setting.global_batch
     ids = bags * ids_per_bag
     # The bags of all ranks come here; this rank's own bags do not travel.
-    world, local = setting.world_size, setting.local_size
+    world, local = setting.world_size, min(setting.local_size, setting.world_size)
     seconds_per_byte = (local - 1) / world / costs.intra_node_bytes_per_second
     seconds_per_byte += (world - local) / world / costs.inter_node_bytes_per_second
     wire = WIRE_BYTES[setting.wire_forward] + WIRE_BYTES[setting.wire_backward]
     moved = rows_touched(ids * setting.sync_steps, rows) / setting.sync_steps * (setting.num_replicas - 1)
-    between_replicas = moved * setting.moved_row_bytes(columns) / costs.inter_node_bytes_per_second
+    is_one_node = setting.world_size * setting.num_replicas <= setting.local_size
+    link = costs.intra_node_bytes_per_second if is_one_node else costs.inter_node_bytes_per_second
+    between_replicas = moved * setting.moved_row_bytes(columns) / link
     return ShardSeconds(
         lookup=costs.lookup[setting.table_dtype].seconds(lookup_work(ids, bags, rows, columns, setting)),
         update=costs.update[setting.update_key].seconds(update_work(ids, bags, rows, columns, setting)),

@@ -176,7 +176,7 @@ class _Problem:
     def _cut(self, table: SparseFeature, count: int) -> Cut:
         columns, ids = self.dim // count, self.ids_per_bag.get(table.name, 1.0)
         seconds = shard_seconds(self.costs, self.setting, table.num_embeddings, columns, ids).total
-        return Cut(count, seconds, self.setting.shard_bytes(table.num_embeddings, columns))
+        return Cut(count, seconds, self.setting.shard_bytes(table.num_embeddings, columns, ids))
 
     def place(self, replicated: Collection[str]) -> Placement:
         """Place all tables except the replicated ones. Raises PlacementError if they do not fit beside these."""
