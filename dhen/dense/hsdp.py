@@ -211,11 +211,14 @@ class HsdpStages1And2(DeepSpeedZeroOptimizer):
         optimizer.__class__ = cls
         optimizer.hsdp_bucket = []
 
+    def reduce_ready_partitions_and_remove_grads(self, param: nn.Parameter, i: int) -> None:
+        """DeepSpeed's hook for a gradient of this rank, of any weight."""
+        self.hsdp_reduction.note([param], is_last=self.is_gradient_accumulation_boundary())
+        super().reduce_ready_partitions_and_remove_grads(param, i)
+
     def copy_grads_in_partition(self, param: nn.Parameter, group_idx: int | None = None) -> None:
         """DeepSpeed's hook for one reduced gradient. In the last micro step, keeps it to be averaged across nodes."""
-        is_last = self.is_gradient_accumulation_boundary()
-        self.hsdp_reduction.note([param], is_last=is_last)
-        if not is_last:
+        if not self.is_gradient_accumulation_boundary():
             super().copy_grads_in_partition(param, group_idx)
             return
         group = self._get_param_group_idx(param) if group_idx is None else group_idx

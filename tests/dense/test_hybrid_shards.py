@@ -327,24 +327,32 @@ def test_what_cannot_work_is_refused_in_a_line():
         assert loss == pytest.approx(plain()[0][0], abs=TOLERANCE)
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 3)])
+
+    def forward(self, x: Tensor, num_heads: int) -> Tensor:
+        return torch.cat([head(x) for head in self.heads[:num_heads]], dim=1).sum()
+
+
 def two_heads(topology: Topology, stage: int) -> str:
     """The message about a head that is used in the first micro step only."""
     with hybrid_shards(2):
-        heads = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 3)])
-        engine, *_ = deepspeed.initialize(model=heads, optimizer=adam(heads), config=ds_config(stage))
-    x = torch.ones(2, 4)
-    first = heads[0](x).sum() + heads[1](x).sum()
-    engine.backward(first)
+        model = TwoHeads()
+        engine, *_ = deepspeed.initialize(model=model, optimizer=adam(model), config=ds_config(stage))
+    engine.backward(engine(torch.ones(2, 4), 2))
     engine.step()
     with pytest.raises(RuntimeError, match="gradient in an earlier micro step") as caught:
-        engine.backward(heads[0](x).sum())
+        engine.backward(engine(torch.ones(2, 4), 1))
     return str(caught.value)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_weight_that_the_last_micro_step_does_not_use_is_refused(stage):
     for message in run_ranks(RANKS, two_heads, stage, local_size=2):
-        assert "weights of shape (3, 4), (3,) had" in message
+        assert "(3, 4)" in message
+        assert "(4, 4)" not in message
 
 
 def without_the_all_reduce(topology: Topology, folder: Path) -> list[float]:
