@@ -34,7 +34,15 @@ PAGES = [path for place in (".", "recipes", "ds_configs", "tools", "tools/bench"
 README, GUIDE, DATA = ROOT / "README.md", ROOT / "recipes/README.md", ROOT / "recipes/DATA.md"
 RECIPES = sorted((ROOT / "recipes/configs").glob("*.yaml"))
 LONGEST_README_WORDS = 1_300
-OF_LAUNCHERS = {"num_gpus", "master_port", "main_process_port", "nproc_per_node", "num_processes", "include"}
+OF_LAUNCHERS = {
+    "num_gpus",
+    "master_port",
+    "main_process_port",
+    "nproc_per_node",
+    "num_processes",
+    "include",
+    "nnodes",
+} | {"max_restarts", "rdzv_backend"}
 
 
 def blocks(kind: str, pages: list[Path] = PAGES) -> list[tuple[str, str]]:

@@ -65,7 +65,7 @@ def test_the_table_stands_beside_the_papers(experiment, outcome):
     lines = list(table(experiment, outcome))
     assert "| paper, 5B | paper, 15B |" in lines[1]
     first, second, third = lines[3:6]
-    assert first == "| First | 2 | baseline |  |  | baseline | baseline | 1.000 | 0.70000 | 1.0 |"
+    assert first == "| First | 2 of 3 | baseline |  |  | baseline | baseline | 1.000 | 0.70000 | 1.0 |"
     assert second.startswith("| Second | 3 | -0.549 ± 0.777, not resolved | -5.000 ± 0.000 | +2.857 ± 0.000 | -0.07 |")
     assert second.endswith("| +0.2 | 10.000 | 0.72000 | 1.0 |")
     assert third == "| Third | not run |  |  |  |  |  |  |  |  |"
