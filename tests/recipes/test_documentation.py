@@ -35,14 +35,9 @@ README, GUIDE, DATA = ROOT / "README.md", ROOT / "recipes/README.md", ROOT / "re
 RECIPES = sorted((ROOT / "recipes/configs").glob("*.yaml"))
 LONGEST_README_WORDS = 1_300
 OF_LAUNCHERS = {
-    "num_gpus",
-    "master_port",
-    "main_process_port",
-    "nproc_per_node",
-    "num_processes",
-    "include",
-    "nnodes",
-} | {"max_restarts", "rdzv_backend"}
+    "num_gpus", "master_port", "main_process_port", "nproc_per_node", "num_processes", "include", "nnodes",
+    "max_restarts", "rdzv_backend",
+}  # fmt: skip
 
 
 def blocks(kind: str, pages: list[Path] = PAGES) -> list[tuple[str, str]]:
