@@ -383,7 +383,7 @@ def without_the_wait(topology: Topology) -> dict[str, list[float]]:
     """The step takes the gradients as they were sent: each all-reduce is waited for in the backward after it."""
     late: list[LazyWork] = []
 
-    def too_early(self):
+    def too_early(self, *, is_last):
         while late:
             late.pop(0).wait()
         for handle, put_away in self._pending:

@@ -78,5 +78,5 @@ def test_a_job_goes_on_without_a_node_and_with_it_again(tmp_path, monkeypatch):
     steps = [f"--output_dir={straight}", f"--max_steps={last_step(run)}"]
     assert run_script("train.py", *flags, *steps, ranks=2).status == 0
     assert {step: float(loss) for step, loss in done.items()} == pytest.approx(
-        {step: float(loss) for step, loss in losses(straight).items()}, rel=1e-3
-    )
+        {step: float(loss) for step, loss in losses(straight).items()}, abs=0.02
+    ), "hundreds of steps enlarge the rounding of other sums; another batch would be off by tenths"
