@@ -173,7 +173,7 @@ class Planner:
         if world % sizes[0]:
             raise PlacementError(f"dhen.table_group is {group}, which does not divide the job's {world} ranks.")
         settings = [setting_of(job.section, world, node, job.batch_size, size) for size in sizes]
-        return place_fastest(self._placed, [replace(setting, **options) for setting in settings])
+        return place_fastest(self._placed, [replace(setting, **options) for setting in settings])[0]
 
     @functools.cache  # noqa: B019
     def _placed(self, setting: StepSetting) -> Placement:

@@ -18,6 +18,7 @@ sums instead.)
 Shapes: N rows of the tables of one width, C columns, U rows that were used, R replicas.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -63,7 +64,7 @@ class ReplicaGroup:
             numbers = torch.tensor([*(len(rows) for rows, *_ in own), uses, seed], device=device)
             *sizes_WR, uses_R, seeds_R = self._of_all(numbers).t().tolist()
             message = torch.cat([part.reshape(-1).view(torch.uint8) for parts in own for part in parts])
-            row_bytes = [sum(part[:1].nbytes for part in _shaped(parts)) for parts in own]
+            row_bytes = [sum(part.itemsize * math.prod(part.shape[1:]) for part in parts) for parts in own]
             longest = max(sum(map(int.__mul__, sizes, row_bytes)) for sizes in zip(*sizes_WR, strict=True))
             received = self._of_all(F.pad(message, (0, longest - len(message))))
         self.bytes_sent += longest
@@ -76,7 +77,7 @@ class ReplicaGroup:
                 of_width.append([])
                 for part in parts:
                     shape = (size, *part.shape[1:])
-                    last = first + torch.Size(shape).numel() * part.itemsize
+                    last = first + math.prod(shape) * part.itemsize
                     of_width[-1].append(message[first:last].clone().view(part.dtype).view(shape))  # aligned
                     first = last
         return parts_WR
@@ -102,11 +103,6 @@ class ReplicaGroup:
         everyones = tensor.new_empty(dist.get_world_size(self._group) * len(tensor))
         dist.all_gather_into_tensor(everyones, tensor, group=self._group)
         return everyones.view(-1, len(tensor))
-
-
-def _shaped(parts: _Parts) -> list[Tensor]:
-    """The same parts with a row each, which may have none."""
-    return [torch.empty((1, *part.shape[1:]), dtype=part.dtype, device="meta") for part in parts]
 
 
 def _added_up(parts_R: Sequence[_Parts]) -> tuple[Tensor, list[Tensor]]:

@@ -27,8 +27,9 @@ from dhen.config.ds_config import DsConfig, DsConfigError
 from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.dense.activation_offload import offload_layers
 from dhen.dense.compiled_layers import compile_layers
-from dhen.dense.hsdp import ReplicaReduction, sharded_over
+from dhen.dense.hsdp import sharded_over
 from dhen.dense.lean_stage3 import LeanStage3
+from dhen.dense.replica_reduction import ReplicaReduction
 from dhen.dense.trained_parts import freeze, groups_of
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction

@@ -19,8 +19,8 @@ import torch
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 
 from dhen.config.ds_config import read_ds_config
-from dhen.dense import hsdp
-from dhen.dense.hsdp import ReplicaReduction, saturate
+from dhen.dense import replica_reduction
+from dhen.dense.replica_reduction import ReplicaReduction, saturate
 from dhen.runtime.topology import Topology, shard_size
 from dhen.training import parallelize
 from dhen.training.parallel_model import ParallelDhen
@@ -369,7 +369,7 @@ class LazyDist:
 
 
 def with_the_latest_all_reduce(topology: Topology) -> dict[str, list[float]]:
-    hsdp.dist = LazyDist()
+    replica_reduction.dist = LazyDist()
     changes = {"zero": SMALL_BUCKETS, "steps": FEW_STEPS}
     return {stage: train_hsdp(topology, stage, changes, "node").losses for stage in ("zero2", "zero3")}
 

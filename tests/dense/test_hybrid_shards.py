@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dhen.dense.hsdp import HsdpEngine, ReplicaReduction, hybrid_shards
+from dhen.dense.hsdp import HsdpEngine, hybrid_shards
+from dhen.dense.replica_reduction import ReplicaReduction
 from dhen.runtime.topology import Topology
 from tests import ROOT
 from tests.ranks import run_ranks

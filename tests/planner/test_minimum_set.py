@@ -181,6 +181,11 @@ def test_the_plan_takes_the_faster_table_group():
     assert made["auto"].whole_ds_config(DP)["dhen"]["table_group"] == "auto"
 
 
+def test_a_table_group_that_does_not_divide_the_ranks_is_refused():
+    with pytest.raises(PlacementError, match="table_group is 3, which does not divide"):
+        Planner(Job(CONFIG, BATCH, MACHINE, 2, section=DhenSection(table_group=3)))
+
+
 def test_tables_that_fit_on_no_rank_are_said_so():
     with pytest.raises(PlacementError, match="does not fit"):
         planner(1e-6, machine=replace(MACHINE, host_memory_gib=0.0))

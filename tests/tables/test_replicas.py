@@ -187,6 +187,19 @@ def test_messages_have_the_rows_that_were_used(sync_steps, bytes_beside):
     assert [sent for _, _, sent in results[:2]] == expected
 
 
+def train_with_seed(topology: Topology, seed: int, rounding: str) -> tuple[int, dict, int]:
+    torch.manual_seed(seed)
+    options = {"table_dtype": "fp16", "table_rounding": rounding, "sync_steps": 2}
+    return train(topology, 1, "rowwise_adagrad", **options)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_moves_are_rounded_as_asked(rounding):
+    first, second = (assert_equal_bits(replicas_of(run_ranks(2, train_with_seed, seed, rounding))) for seed in (1, 2))
+    is_same = all(first[key]["weight"].equal(second[key]["weight"]) for key in first)
+    assert is_same == (rounding == "nearest"), "only stochastic rounding draws numbers"
+
+
 def train_without_ids(topology: Topology, sync_steps: int) -> Tensor:
     """The weights after a step in which all bags are empty, less those before."""
     tables = make_tables(topology, 1, "sgd", WHOLE, sync_steps=sync_steps)

@@ -103,25 +103,29 @@ def place_as_asked(
     raise PlacementError(f"{failure.needs} {memory}".rstrip(), failure.solutions)
 
 
-def place_fastest(place: Callable[[StepSetting], Placement], settings: Sequence[StepSetting]) -> StepSetting:
+def place_fastest(
+    place: Callable[[StepSetting], Placement], settings: Sequence[StepSetting]
+) -> tuple[StepSetting, Placement]:
     """The setting whose slowest rank takes the least time. Raises PlacementError if the tables fit in none.
 
     Replicas of tables that need the host's memory are not supported, so they come last.
     """
-    if len(settings) == 1:
-        return settings[0]
-    seconds, failure = {}, None
+    found, failure = [], None
     for setting in settings:
         try:
-            placed = place(setting)
-            ranks = map(placed.of_rank, range(placed.world_size))
-            is_refused = setting.num_replicas > 1 and any(beyond_device(of, placed.device_bytes) for of in ranks)
-            seconds[setting] = math.inf if is_refused else placed.makespan
+            found.append((setting, place(setting)))
         except PlacementError as error:
             failure = error
-    if failure and not seconds:
+    if failure and not found:
         raise failure
-    return min(seconds, key=seconds.get)
+
+    def seconds(of: tuple[StepSetting, Placement]) -> float:
+        setting, placed = of
+        ranks = map(placed.of_rank, range(placed.world_size))
+        is_refused = setting.num_replicas > 1 and any(beyond_device(own, placed.device_bytes) for own in ranks)
+        return math.inf if is_refused else placed.makespan
+
+    return min(found, key=seconds)
 
 
 def place_for_training(
@@ -158,8 +162,7 @@ def place_for_training(
 
     def place() -> Placement:
         beside = replace(memory, dense_bytes=dense_bytes() if dense_bytes and memory.device_bytes else 0)
-        place_in = partial(_place_in, beside)
-        return place_in(place_fastest(place_in, settings))
+        return place_fastest(partial(_place_in, beside), settings)[1]
 
     def _place_in(memory: RankMemory, setting: StepSetting) -> Placement:
         return place_as_asked(
