@@ -320,3 +320,4 @@ def test_asynchronous_copies_and_numbers_of_the_host_are_none():
     with running():
         x = torch.empty(3).to(GPU, non_blocking=True)
         x.mul_(2.0).add_(x.new_full((), 3.0))
+    assert x.device.type == "cuda", "a fault is only looked for on the GPU"
