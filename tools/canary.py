@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = tuple(f"dhen/dense/{name}.py" for name in ("hsdp", "replica_reduction", "lean_stage3", "averaged_weights"))
+FILES = ("dhen/dense/hsdp.py", "dhen/dense/lean_stage3.py", "dhen/dense/averaged_weights.py")
 ZERO = ("stage3", "stage_1_and_2", "partition_parameters", "parameter_offload", "partitioned_param_coordinator")
 MODULES = ("runtime.engine", "runtime.base_optimizer", *(f"runtime.zero.{name}" for name in ZERO))
 """Of DeepSpeed, where the names are defined."""
