@@ -62,8 +62,8 @@ def test_the_report_compares_each_entry_with_the_first_by_seed():
     half[7] = replace(half[0], seed=7)  # without a partner
     by_entry = {entry.name: {} for entry in experiment.entries} | {"dp": dp, "paper_dp": half}
     lines = list(on_nodes(experiment, Outcome(by_entry, [], [])))
-    assert "| data parallelism | 2 | 1.00 | 1.00 | 1.00 |  |" in lines
-    assert "| all of them (`paper_dp.json`) | 2 | 2.00 | 0.50 | 0.50 | +2.000 ± 0.000 |" in lines
+    assert "| data parallelism | 2 of 3 | 1.00 | 1.00 | 1.00 |  |" in lines
+    assert "| all of them (`paper_dp.json`) | 2 of 3 | 2.00 | 0.50 | 0.50 | +2.000 ± 0.000 |" in lines
     assert "| BF16 autocast | not run |  |  |  |  |" in lines
 
 
