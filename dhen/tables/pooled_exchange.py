@@ -1,5 +1,6 @@
 """All-to-all between the owners of the embedding tables and the data-parallel batch (paper 3.1, figure 4)."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class PooledLayout:
     """Which table shards each rank looks up, in the order of its output: a block of columns each.
 
     Together, the blocks cover each of the `num_features * embedding_dim` columns exactly once. Rows are encoded and
-    decoded with all blocks in feature order, and reordered by rank for the wire. So the number of operations does not
-    depend on the number of ranks.
+    decoded with all blocks in feature order, and one copy takes them to or from the ranks' order on the wire. So
+    neither the number of operations nor that of copies depends on the number of ranks.
     """
 
     shards_by_rank: Sequence[Sequence[TableShard]]
@@ -60,61 +61,89 @@ class PooledLayout:
         return tuple(self._blocks.values())
 
     @cached_property
-    def _to_features(self) -> "_Order":
-        unit, order = self._by_rank(self.wires.forward)
-        return unit, None if order is None else order.argsort().to(self.device)
+    def _received(self) -> "_Places":
+        return self._places_of(self.wires.forward)
 
     @cached_property
-    def _to_ranks(self) -> "_Order":
-        unit, order = self._by_rank(self.wires.backward)
-        return unit, None if order is None else order.to(self.device)
+    def _sent(self) -> "_Places":
+        return self._places_of(self.wires.backward)
 
-    def _by_rank(self, wire: Wire) -> "_Order":
-        """From feature order: of each rank, the values of its blocks, then their scales if the wire has any."""
+    def _places_of(self, wire: Wire) -> "_Places":
+        """A row on the wire: of each rank, the values of its blocks, then their scales if the wire has any."""
         starts, index = [0, *accumulate(self.widths)], {block: n for n, block in enumerate(self._blocks)}
-        spans: list[range] = []
+        by_rank = []
         for shards in self.shards_by_rank:
             blocks = [index[shard.table, shard.first_column] for shard in shards]
-            spans += [range(starts[n], starts[n + 1]) for n in blocks]
             first_scales = [starts[-1] + n * wire.scale_size for n in blocks]
-            spans += [range(first, first + wire.scale_size) for first in first_scales]
-        unit = math.gcd(*map(len, spans))
-        order = [place // unit for span in spans for place in span[::unit]]
-        return unit, None if order == list(range(len(order))) else torch.tensor(order)
+            values = [range(starts[n], starts[n + 1]) for n in blocks]
+            by_rank.append([*values, *(range(first, first + wire.scale_size) for first in first_scales)])
+        return _Places(by_rank, self.device)
 
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """parts[r]: what rank r encoded for these examples, (B, row size of r) -> embeddings_BFD."""
-        rows = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-        decoded = self.wires.forward.decode(_reordered(rows, self._to_features), self.widths)
+    def join(self, flat: Tensor, batch: int, padded_batch: int) -> Tensor:
+        """flat: what the ranks encoded for these examples, one after another -> embeddings_BFD.
+
+        Each rank's part is (padded_batch, row size of the rank), of which `batch` examples are real.
+        """
+        decoded = self.wires.forward.decode(self._received.gather(flat, batch, padded_batch), self.widths)
         return decoded.view(-1, self.num_features, self.embedding_dim)
 
     def split(self, grad_BFD: Tensor, padded_batch: int, scale: float) -> Tensor:
         """The gradient encoded for each rank, one after another: each (padded_batch, row size of the rank), flat."""
-        wire = self.wires.backward
-        encoded = _reordered(wire.encode(grad_BFD.flatten(1).float(), self.widths, scale), self._to_ranks)
-        if len(self.shards_by_rank) == 1:
-            return encoded.reshape(-1)
-        sizes = [size for widths in self.widths_by_rank if (size := wire.row_size(widths))]
-        buffer = encoded.new_zeros if len(encoded) < padded_batch else encoded.new_empty
-        flat = buffer(padded_batch * sum(sizes))
-        parts = _matrices(flat, padded_batch, sizes)
-        torch.split_with_sizes_copy(encoded, sizes, dim=1, out=[part[: len(encoded)] for part in parts])
-        return flat
+        encoded = self.wires.backward.encode(grad_BFD.flatten(1).float(), self.widths, scale)
+        return self._sent.scatter(encoded, padded_batch)
 
 
-_Order = tuple[int, Tensor | None]
-"""How to reorder the columns of a row: in units of so many, as `index_select` takes them. None: they are in order."""
+class _Places:
+    """Where the columns of rows in feature order lie in what travels: a matrix for each rank, one after another.
 
+    All values move at once, so each is copied only once. They move in units of as many columns as stay together
+    everywhere: U units in a row.
+    """
 
-def _reordered(rows: Tensor, order: _Order) -> Tensor:
-    unit, places = order
-    return rows if places is None else rows.unflatten(1, (-1, unit)).index_select(1, places).flatten(1)
+    def __init__(self, spans_by_rank: Sequence[Sequence[range]], device: torch.device) -> None:
+        """spans_by_rank: the columns, in feature order, that a row has for each rank, in the order on the wire."""
+        self._unit = math.gcd(*(len(span) for spans in spans_by_rank for span in spans))
+        place_of_unit, before = {}, 0
+        for spans in spans_by_rank:
+            units = [column // self._unit for span in spans for column in span[:: self._unit]]
+            place_of_unit |= {unit: (before, within, len(units)) for within, unit in enumerate(units)}
+            before += len(units)
+        in_order = [place_of_unit[unit] for unit in range(before)]
+        self._is_identity = in_order == [(0, unit, before) for unit in range(before)]
+        self._before_U, self._within_U, self._width_U = torch.tensor(in_order).view(-1, 3).t().to(device)
+        self._columns = before * self._unit
+        # A run has few sizes of batches.
+        self._of_rows = functools.lru_cache(4)(self._find_rows)
+        self._of_wire = functools.lru_cache(4)(self._find_wire)
 
+    def gather(self, flat: Tensor, batch: int, padded_batch: int) -> Tensor:
+        """Rows in feature order, (batch, columns)."""
+        if self._is_identity:
+            return flat.view(padded_batch, self._columns)[:batch]
+        units = flat.view(-1, self._unit).index_select(0, self._of_rows(batch, padded_batch))
+        return units.view(batch, self._columns)
 
-def _matrices(flat: Tensor, rows: int, widths: Sequence[int]) -> list[Tensor]:
-    """Views of one matrix after another: (rows, width) each."""
-    parts = flat.split([rows * width for width in widths])
-    return [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]
+    def scatter(self, rows: Tensor, padded_batch: int) -> Tensor:
+        """The inverse of `gather`: rows in feature order -> flat. Padding repeats the first unit, which no id reads."""
+        batch = len(rows)
+        if batch == 0:
+            return rows.new_zeros(padded_batch * self._columns)
+        if self._is_identity and batch == padded_batch:
+            return rows.reshape(-1)
+        return rows.reshape(-1, self._unit).index_select(0, self._of_wire(batch, padded_batch)).view(-1)
+
+    def _find_rows(self, batch: int, padded_batch: int) -> Tensor:
+        """The place in `flat` of each row's units, (batch * U,)."""
+        with torch.inference_mode(False):
+            rows_B1 = torch.arange(batch, device=self._width_U.device)[:, None]
+            return (padded_batch * self._before_U + self._within_U + rows_B1 * self._width_U).flatten()
+
+    def _find_wire(self, batch: int, padded_batch: int) -> Tensor:
+        """The unit of the rows that lies at each place in `flat`, (padded_batch * U,)."""
+        with torch.inference_mode(False):
+            places = self._of_rows(batch, padded_batch)
+            units = torch.zeros(padded_batch * len(self._width_U), dtype=torch.int64, device=places.device)
+            return units.index_copy_(0, places, torch.arange(len(places), device=places.device))
 
 
 class PooledExchange:
@@ -168,9 +197,8 @@ class PooledExchange:
 
     def receive_embeddings(self) -> Tensor:
         """Second half of the forward."""
-        parts = _matrices(self._receive(), self._padded_batch, self._row_sizes(self._wires.forward)[1])
-        self._receive = None
-        return self._layout.join([part[: self._batch_size] for part in parts])
+        flat, self._receive = self._receive(), None
+        return self._layout.join(flat, self._batch_size, self._padded_batch)
 
     def send_gradient(self, grad_BFD: Tensor) -> None:
         """First half of the backward."""

@@ -51,8 +51,8 @@ class RowUses:
         self.add_rows(self.rows_at(ids, ids_per_table_S))
 
     def rows_at(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
-        """The rows of ids that are ordered by table, counted over all tables."""
-        return ids + self._starts_S.repeat_interleave(ids_per_table_S, output_size=ids.numel())
+        """The rows of ids that are ordered by table, counted over all tables. The ids' dtype must hold them."""
+        return ids + self._starts_S.to(ids.dtype).repeat_interleave(ids_per_table_S, output_size=ids.numel())
 
     def add_rows(self, rows: Tensor) -> None:
         """Count one use of each of `rows_at`."""

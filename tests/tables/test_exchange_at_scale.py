@@ -31,7 +31,7 @@ from tests.tables.test_sharded_tables import CUT, batch_of, make_tables, target_
 WORLD_SIZES = (2, 8, 64, 256)
 FEATURES, DIM, BATCH = 512, 16, 4
 META = torch.device("meta")
-MOST = {"fp32": (5, 8), "bf16": (7, 10), "fp16": (10, 15), "int8": (24, 27)}
+MOST = {"fp32": (4, 6), "bf16": (6, 8), "fp16": (9, 13), "int8": (23, 25)}
 """Operations of the exchange of embeddings, forward and backward."""
 
 

@@ -44,9 +44,10 @@ def test_embeddings_are_joined_in_feature_order_and_gradients_split_by_rank():
     first, second, third = (TableShard(table, "", 10, 0, 4, rank=int(table == 0)) for table in range(3))
     layout = PooledLayout(((second, third), (first,)), num_features=3, embedding_dim=4, rank=0)
     parts = [torch.arange(16.0).view(2, 8), torch.arange(100.0, 108.0).view(2, 4)]
-    joined = layout.join(parts)
+    flat = torch.cat([part.flatten() for part in parts])
+    joined = layout.join(flat, 2, 2)
     assert joined[0].flatten().tolist() == [100, 101, 102, 103, *range(8)]
-    assert torch.equal(layout.split(joined, 2, 1.0), torch.cat([part.flatten() for part in parts]))
+    assert torch.equal(layout.split(joined, 2, 1.0), flat)
 
 
 ROWS = {"small": [50], "large": [2**31 + 10], "large together": [2**30, 2**30 + 10]}
