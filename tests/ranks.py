@@ -72,8 +72,11 @@ def _one_rank(environment: dict[str, str], results: Any, function: Callable[...,
         from dhen.runtime import topology
 
         torch.set_num_threads(1)
-        result = function(topology.start(timeout_minutes=2), *args)
+        job = topology.start(timeout_minutes=2)
+        result = function(job, *args)
         results.put((rank, None, pickle.dumps(result)))  # by value: tensors would go by file descriptor
+        with suppress(Exception):  # a rank that leaves breaks the groups that others still connect
+            job.barrier()
         topology.stop()
     except BaseException:
         results.put((rank, traceback.format_exc(), None))

@@ -65,6 +65,11 @@ class DhenSection(BaseModel):
         WireSection(),
         description="Dtype of the tables' all-to-all, for both directions or each: fp32, fp16, bf16, int8.",
     )
+    all_to_all_hops: Literal[1, 2, "auto"] = Field(
+        1,
+        description="Hops of the tables' all-to-all: 2 sends within each node and then one message to each other node; "
+        "auto takes what the placement's costs say is faster.",
+    )
     allow_tf32: _Flag = Field(
         False,
         description="Round the inputs of fp32 matrix products and convolutions to TF32 (GPUs only).",

@@ -57,21 +57,33 @@ class Topology:
 
         Communicates over all ranks unless `shard_group` is "world". Raises ValueError if they cannot be divided so.
         """
-        if shard_group == "world":
-            return self.world_size
+        return self.world_size if shard_group == "world" else shard_size(shard_group, self._places())
+
+    def has_equal_nodes(self) -> bool:
+        """Whether all nodes have as many ranks, numbered node by node. Communicates over all ranks."""
+        places = self._places()
+        local_size, _ = places[0]
+        return places == [[local_size, rank % local_size] for rank in range(self.world_size)]
+
+    def _places(self) -> list[list[int]]:
+        """(ranks on its node, local rank) of each rank. Communicates over all ranks."""
         here = torch.tensor([self.local_size, self.local_rank], device=self.device)
         everyone = here.new_empty(2 * self.world_size)
         dist.all_gather_into_tensor(everyone, here, group=self.world)
-        return shard_size(shard_group, everyone.view(-1, 2).tolist())
+        return everyone.view(-1, 2).tolist()
 
     def shard_groups(self, size: int) -> ShardGroups:
-        """Create the groups for shards over `size` consecutive ranks. Communicates; all ranks call it once."""
-        shards = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
-        replicas = [list(range(first, self.world_size, size)) for first in range(size)]
+        """Create the groups for shards over `size` consecutive ranks. Communicates over the whole job: all of its ranks
+        call it.
+        """
+        alike = self.alike or (range(self.world_size),)
+        shards = [of[first : first + size] for of in alike for first in range(0, self.world_size, size)]
+        replicas = [of[first::size] for of in alike for first in range(size)]
         # Without an explicit timeout, a new group uses torch's default instead of the job's timeout.
-        shard = [dist.new_group(ranks, timeout=self.timeout) for ranks in shards][self.rank // size]
-        replica = [dist.new_group(ranks, timeout=self.timeout) for ranks in replicas][self.rank % size]
-        return ShardGroups(shard, replica, size, len(shards), self.rank // size)
+        made = {ranks: dist.new_group(list(ranks), timeout=self.timeout) for ranks in (*shards, *replicas)}
+        rank = dist.get_rank()
+        shard, replica = (next(made[ranks] for ranks in of if rank in ranks) for of in (shards, replicas))
+        return ShardGroups(shard, replica, size, self.world_size // size, self.rank // size)
 
     def within(self, groups: ShardGroups) -> "Topology":
         """This process's place in its shard group, as if the group were the whole job."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from dhen.runtime.collectives import all_to_all
+from dhen.runtime.two_hops import TwoHops
 from dhen.tables.placement.plan import TableShard
 from dhen.tables.wire import Wire
 
@@ -171,12 +172,14 @@ class PooledExchange:
         padded_batch: int,
         group: dist.ProcessGroup,
         *,
+        hops: TwoHops | None = None,
         averaged_over: int | None = None,
         overlap: bool = True,
     ) -> None:
+        """hops: exchanges over the group in two hops; None: in one."""
         self._averaged_over = averaged_over or len(layout.shards_by_rank)
         self._layout, self._batch_size, self._padded_batch = layout, batch_size, padded_batch
-        self._group, self._wires, self._overlap = group, layout.wires, overlap
+        self._group, self._hops, self._wires, self._overlap = group, hops, layout.wires, overlap
         global_batch = max(1, padded_batch * len(layout.shards_by_rank))
         self._gradient_scale = 2.0 ** (global_batch.bit_length() - 1)
         self._own = layout.widths_by_rank[layout.rank]
@@ -192,8 +195,9 @@ class PooledExchange:
 
     def send_pooled(self, pooled: Tensor) -> None:
         """First half of the forward."""
-        own, others = self._row_sizes(self._wires.forward)
-        self._send(EMBEDDINGS, self._wires.forward.encode(pooled, self._own).reshape(-1), own, others)
+        sizes = self._part_sizes(self._wires.forward)
+        flat = self._wires.forward.encode(pooled, self._own).reshape(-1)
+        self._send(EMBEDDINGS, flat, lambda source, _: sizes[source])
 
     def receive_embeddings(self) -> Tensor:
         """Second half of the forward."""
@@ -202,9 +206,9 @@ class PooledExchange:
 
     def send_gradient(self, grad_BFD: Tensor) -> None:
         """First half of the backward."""
-        own, others = self._row_sizes(self._wires.backward)
+        sizes = self._part_sizes(self._wires.backward)
         flat = self._layout.split(grad_BFD, self._padded_batch, self._gradient_scale)
-        self._send(GRADIENTS, flat, others, own)
+        self._send(GRADIENTS, flat, lambda _, target: sizes[target])
 
     def receive_gradient(self) -> Tensor:
         """Second half of the backward: the gradient of `pooled`, averaged over all ranks."""
@@ -216,15 +220,19 @@ class PooledExchange:
             return grad / self._averaged_over if self._averaged_over > 1 else grad
         return grad.div_(self._averaged_over)
 
-    def _row_sizes(self, wire: Wire) -> tuple[list[int], list[int]]:
-        """Size of an encoded row of this rank, once for each rank, and of each rank's."""
-        by_rank = [wire.row_size(widths) for widths in self._layout.widths_by_rank]
-        return [wire.row_size(self._own)] * len(by_rank), by_rank
+    def _part_sizes(self, wire: Wire) -> list[int]:
+        """Elements that the tables of each rank have for a batch of one rank."""
+        return [self._padded_batch * wire.row_size(widths) for widths in self._layout.widths_by_rank]
 
-    def _send(self, name: str, flat: Tensor, send_widths: Sequence[int], receive_widths: Sequence[int]) -> None:
-        send, receive = ([self._padded_batch * width for width in widths] for widths in (send_widths, receive_widths))
+    def _send(self, name: str, flat: Tensor, size: Callable[[int, int], int]) -> None:
+        """size(s, r): number of elements that rank s sends to rank r."""
+        own, ranks = self._layout.rank, range(len(self._layout.shards_by_rank))
         with record_function(name):
-            self._receive = all_to_all(flat, send, receive, self._group)
+            if self._hops is not None:
+                self._receive = self._hops.all_to_all(flat, size)
+            else:
+                sent, received = [size(own, rank) for rank in ranks], [size(rank, own) for rank in ranks]
+                self._receive = all_to_all(flat, sent, received, self._group)
         if not self._overlap:
             self._receive()
 

@@ -28,6 +28,7 @@ from dhen.config.dhen_section import TableDtype, TableRounding
 from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, draw_table
 from dhen.runtime.topology import ShardGroups, Topology
+from dhen.runtime.two_hops import TwoHops
 from dhen.tables.averaged_tables import AveragedTables
 from dhen.tables.id_exchange import IdExchange, OwnIds, SentIds
 from dhen.tables.lookup import make_lookup
@@ -104,6 +105,7 @@ class ShardedTables(nn.Module):
         # NCCL runs one stream per group. In ZeRO-3's group, the world, embeddings would queue behind its weights.
         on_gpu = self._device.type == "cuda"
         self._group = topology.another_group() if on_gpu else topology.world
+        self._hops = TwoHops(topology) if placement.hops == 2 else None
         of_ranks = map(placement.of_rank, range(topology.world_size))
         # Shards of equal width are adjacent on a rank.
         by_rank = [tuple(sorted(shards, key=lambda shard: shard.num_columns)) for shards in of_ranks]
@@ -187,6 +189,7 @@ class ShardedTables(nn.Module):
                 own.batch_size,
                 own.padded_batch,
                 self._group,
+                hops=self._hops,
                 averaged_over=self._all_ranks,
                 overlap=self._overlap,
             )

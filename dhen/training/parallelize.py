@@ -74,6 +74,11 @@ def lay_out(
     groups = _shard_groups(topology, ds_config)
     size = topology.world_size if groups is None else groups.shard_size
     known["group_sizes"] = _table_group_sizes(topology, ds_config)
+    if (hops := ds_config.dhen.all_to_all_hops) != 1 and not topology.has_equal_nodes():
+        raise DsConfigError(
+            f"{ds_config.path}: dhen.all_to_all_hops is {hops!r}, but the nodes have unequal numbers of ranks, or the "
+            "launcher does not number the ranks node by node. Start as many ranks on every node, or set it to 1."
+        )
 
     def with_tables(placed: Placement) -> Layout:
         return Layout(config, topology, ds_config.sized(weights_of(config, placed.replicated)), placed, groups, size)

@@ -64,6 +64,42 @@ def test_auto_takes_the_faster_table_group(tmp_path, within, between, size):
     assert run_ranks(4, group_size, str(tmp_path / "costs.json"), local_size=2) == [size] * 4
 
 
+def hops(topology: Topology, asked: int | str, costs: str) -> tuple[int, float]:
+    config = read_ds_config(ROOT / "ds_configs/zero0.json", recipe(topology.world_size, 8))
+    section = DhenSection(all_to_all_hops=asked, placement=PlacementSection(costs=costs))
+    placement = lay_out(DhenConfig(**CONFIG), topology, DsConfig(config.path, config.deepspeed, section)).placement
+    return placement.hops, placement.hop_seconds
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds_per_message", "local_size", "taken"),
+    [("auto", 1.0, 2, 2), ("auto", 0.0, 2, 1), (2, 0.0, 2, 2), (1, 1.0, 2, 1), (2, 1.0, 4, 1), ("auto", 1.0, 1, 1)],
+)
+def test_two_hops_where_asked_or_where_the_costs_say_so_and_never_without_neighbors_on_other_nodes(
+    tmp_path, asked, seconds_per_message, local_size, taken
+):
+    replace(read_costs("cpu"), seconds_per_message=seconds_per_message).save(tmp_path / "costs.json")
+    by_rank = run_ranks(4, hops, asked, str(tmp_path / "costs.json"), local_size=local_size)
+    assert {of for of, _ in by_rank} == {taken}
+    messages = 2 * (3 if taken == 1 else 2)
+    assert by_rank[0][1] == pytest.approx(messages * seconds_per_message, abs=1e-3)
+
+
+def two_hops_on_unequal_nodes(topology: Topology) -> str:
+    config = read_ds_config(ROOT / "ds_configs/zero0.json", recipe(topology.world_size, 8))
+    uneven = replace(topology, local_size=1 if topology.rank == 2 else 2)
+    with pytest.raises(DsConfigError) as caught:
+        lay_out(
+            DhenConfig(**CONFIG), uneven, DsConfig(config.path, config.deepspeed, DhenSection(all_to_all_hops="auto"))
+        )
+    return str(caught.value)
+
+
+def test_two_hops_need_equal_nodes():
+    (message,) = set(run_ranks(3, two_hops_on_unequal_nodes))
+    assert "dhen.all_to_all_hops is 'auto', but the nodes have unequal numbers of ranks" in message
+
+
 def no_group(topology: Topology) -> str:
     config = read_ds_config(ROOT / "ds_configs/zero0.json", recipe(topology.world_size, 8))
     section = DhenSection(table_group=3)

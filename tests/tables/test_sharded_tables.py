@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from dhen.model.features import SparseIds, init_table
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables
+from dhen.tables.pooled_exchange import Wires
 from dhen.tables.sharded_tables import ShardedTables
 from dhen.tables.storage import TableStorageError, load_tables
 from dhen.tables.updated_tables import TableUpdate
+from dhen.tables.wire import Wire
 from tests.ranks import run_ranks
 from tests.tables.saving import save_tables
 
@@ -306,3 +309,30 @@ def test_tables_of_another_optimizer_are_refused(tmp_path):
     assert "'sgd'" in message
     assert "'adagrad'" in message
     assert str(tmp_path) in message
+
+
+def train_with_hops(topology: Topology, hops: int) -> list:
+    """Embeddings of each step and the tables in the end, for cases with int8, with bf16, and with exact numbers."""
+    results = []
+    for kind, dtype in (("single", "fp32"), ("bags", "bf16"), ("weighted", "int8")):
+        update, options = UPDATES["rowwise_adagrad"], PlacementOptions(cuts=CUT)
+        setting = StepSetting(topology.world_size, topology.local_size, 6)
+        placement = place_tables(TABLES, DIM, setting, read_costs("cpu"), options=options)
+        wires = Wires(Wire(dtype), Wire(dtype))
+        tables = ShardedTables(
+            TABLES, DIM, replace(placement, hops=hops), topology, update=update, wires=wires, seed=SEED
+        )
+        tables.set_learning_rate(LEARNING_RATE)
+        for step in range(STEPS):
+            size = rank_sizes(step, topology.world_size)[topology.rank]
+            embeddings_BFD = tables(batch_of(kind, step, topology.rank, size))
+            results.append(embeddings_BFD.detach().clone())
+            (embeddings_BFD * target_of(step, topology.rank, size)).sum().backward()
+        results += [tensors["weight"].clone() for _, tensors in tables.shard_tensors()]
+    return results
+
+
+def test_two_hops_train_as_one_does_to_the_bit():
+    one, two = (run_ranks(4, train_with_hops, hops, local_size=2) for hops in (1, 2))
+    for of_rank, other in zip(one, two, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(of_rank, other, strict=True))

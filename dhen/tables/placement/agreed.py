@@ -16,7 +16,7 @@ from dhen.runtime.collectives import rank_zeros
 from dhen.runtime.machine_at_hand import host_bytes
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE, MEMORY_SHARE, beyond_device
-from dhen.tables.placement.costs import CostsError, StepSetting, read_costs, replicated_bytes
+from dhen.tables.placement.costs import Costs, CostsError, StepSetting, hop_seconds, read_costs, replicated_bytes
 from dhen.tables.placement.plan import Placement, PlacementError, PlacementOptions, place_tables
 
 _SCORING_BATCH = 4096
@@ -97,10 +97,25 @@ def place_as_asked(
         try:
             within = replace(options, memory_bytes=limit)
             placement = place_tables(config.tables, config.embedding_dim, setting, rates, ids_per_bag, within)
-            return replace(placement, device_bytes=memory.room)
+            columns = config.embedding_dim * (len(config.tables) - len(placement.replicated))
+            hops = fastest_hops(section, setting, rates, columns)
+            waits = hop_seconds(rates, setting, columns, hops)
+            return replace(placement, device_bytes=memory.room, hops=hops, hop_seconds=waits)
         except PlacementError as error:
             failure = error
     raise PlacementError(f"{failure.needs} {memory}".rstrip(), failure.solutions)
+
+
+def fastest_hops(section: DhenSection, setting: StepSetting, costs: Costs, columns: int) -> int:
+    """The hops of the all-to-all, as asked or by the costs; one where the tables' ranks allow no other.
+
+    columns: of all sharded tables.
+    """
+    if section.all_to_all_hops == 1 or not setting.can_hop:
+        return 1
+    if section.all_to_all_hops == 2:
+        return 2
+    return min((1, 2), key=lambda hops: hop_seconds(costs, setting, columns, hops))
 
 
 def place_fastest(
@@ -123,7 +138,7 @@ def place_fastest(
         setting, placed = of
         ranks = map(placed.of_rank, range(placed.world_size))
         is_refused = setting.num_replicas > 1 and any(beyond_device(own, placed.device_bytes) for own in ranks)
-        return math.inf if is_refused else placed.makespan
+        return math.inf if is_refused else placed.makespan + placed.hop_seconds
 
     return min(found, key=seconds)
 

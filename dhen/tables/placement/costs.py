@@ -2,7 +2,8 @@
 
 The cost has three parts: the lookup, the optimizer's update in the backward, and the all-to-all of ids, pooled
 embeddings and gradients. The first two are linear in ids and bytes, with rates that tools/calibrate_costs.py measures
-on a machine. The third is bytes divided by link speed, separately for links inside a node and between nodes.
+on a machine. The third is bytes divided by link speed, separately for links inside a node and between nodes. What each
+rank's messages cost beyond their bytes is the same for all placements, so it only decides on the number of hops.
 """
 
 import json
@@ -73,6 +74,7 @@ class Costs:
     """The rates of one kind of machine. Bytes per second are per rank, in one direction.
 
     machine, source: what was measured, and how. lookup: rates by table dtype. update: by `StepSetting.update_key`.
+    seconds_per_message: of a small message to another rank, beside others of the same rank.
     """
 
     machine: str
@@ -81,6 +83,7 @@ class Costs:
     update: dict[str, WorkRate]
     intra_node_bytes_per_second: float
     inter_node_bytes_per_second: float
+    seconds_per_message: float = 0.0
 
     def save(self, path: Path) -> None:
         """Write the rates as JSON."""
@@ -154,6 +157,11 @@ class StepSetting:
     def global_batch(self) -> int:
         """Examples on all ranks of the table group."""
         return self.batch_size * self.world_size
+
+    @property
+    def can_hop(self) -> bool:
+        """Whether an all-to-all within the table group can take two hops: over several nodes of several ranks."""
+        return 1 < self.local_size < self.world_size and self.world_size % self.local_size == 0
 
     @property
     def update_key(self) -> str:
@@ -249,6 +257,23 @@ def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, i
         update=costs.update[setting.update_key].seconds(update_work(ids, bags, rows, columns, setting)),
         exchange=seconds_per_byte * (bags * columns * wire + ids * _ID_BYTES) + between_replicas,
     )
+
+
+def hop_seconds(costs: Costs, setting: StepSetting, columns: int, hops: int) -> float:
+    """Seconds per step that the all-to-all of embeddings and gradients takes beyond what `shard_seconds` counts.
+
+    In one hop, these are a rank's messages. Two hops have fewer, but most bytes for other nodes first travel to a
+    neighbor, and all are copied twice. columns: of all tables together.
+    """
+    world, local = setting.world_size, setting.local_size
+    if hops == 1:
+        return 2 * (world - 1) * costs.seconds_per_message
+    nodes = world // local
+    wire = WIRE_BYTES[setting.wire_forward] + WIRE_BYTES[setting.wire_backward]
+    own = setting.batch_size * columns * wire
+    passed_on = own * (nodes - 1) / nodes * (local - 1) / local / costs.intra_node_bytes_per_second
+    copies = 2 * 2 * own * costs.lookup[setting.table_dtype].seconds_per_other_byte
+    return 2 * (local - 1 + nodes - 1) * costs.seconds_per_message + passed_on + copies
 
 
 def replicated_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> float:

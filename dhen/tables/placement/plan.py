@@ -61,7 +61,8 @@ class Placement:
 
     replicated: tables that every rank holds in full, in its dense part. unsliceable: seconds of the slowest shard that
     remains when every table is cut as often as possible. device_bytes: memory of a GPU that the shards and their caches
-    may use; other shards go to host memory.
+    may use; other shards go to host memory. hops: of the all-to-all of embeddings and gradients. hop_seconds: what
+    they cost each rank per step beside its shards.
     """
 
     shards: tuple[TableShard, ...]
@@ -69,6 +70,8 @@ class Placement:
     replicated: tuple[str, ...] = ()
     unsliceable: float = 0.0
     device_bytes: float = math.inf
+    hops: int = 1
+    hop_seconds: float = 0.0
 
     def of_rank(self, rank: int) -> tuple[TableShard, ...]:
         """The shards that `rank` holds."""
@@ -129,6 +132,8 @@ class Placement:
             )
         if self.replicated:
             lines.append(f" all {len(self.replicated):>7}  replicated in the dense part: {', '.join(self.replicated)}")
+        if self.hops == 2:
+            lines.append("the all-to-all takes two hops: within each node, then one message to each other node")
         if self.lower_bound:
             lines.append(f"the slowest rank takes {self.makespan / self.lower_bound:.2f} times the lower bound")
         return "\n".join(lines)
