@@ -7,8 +7,9 @@ Then name the file in a ds_config: {"dhen": {"placement": {"costs": "costs.json"
 
 The first command starts one rank per GPU, or two ranks on a machine without GPUs. The second one measures a job on
 several nodes. All ranks time FBGEMM's lookups and updates at once, for tables of several sizes, widths and bag sizes;
-the seconds are linear in ids, rows and bytes. The all-to-all is timed inside the nodes, and between them if there are
-several. A rate that the job cannot measure stays at the project's default, and `source` in the file says so.
+the seconds are linear in ids, rows and bytes. The all-to-all is timed inside the nodes, between them if there are
+several, and with small messages. A rate that the job cannot measure stays at the project's default, and `source` in
+the file says so.
 """
 
 import sys
@@ -85,6 +86,7 @@ def main() -> int:
         update=update,
         intra_node_bytes_per_second=links[0],
         inter_node_bytes_per_second=links[1],
+        seconds_per_message=time_message(topology, arguments.rounds) or default.seconds_per_message,
     )
     if topology.is_main:
         costs.save(Path(arguments.output))
@@ -182,6 +184,16 @@ def fit_and_show(title: str, samples: Sequence[Sample], topology: Topology) -> W
         print(title, file=sys.stderr)
         print_table(("rows", "columns", "ids", "ms", "by the rates", "off by"), rows, file=sys.stderr)
     return rate
+
+
+def time_message(topology: Topology, rounds: int) -> float:
+    """Seconds of a message of a few bytes, beside one to each other rank; 0 if there is none. Communicates."""
+    if topology.world_size == 1:
+        return 0.0
+    sent = torch.zeros(topology.world_size, device=topology.device)
+    received = torch.empty_like(sent)
+    seconds = median_seconds(lambda: dist.all_to_all_single(received, sent, group=topology.world), topology, rounds)
+    return largest(topology, seconds) / (topology.world_size - 1)
 
 
 def time_links(topology: Topology, rounds: int) -> tuple[float | None, float | None]:

@@ -24,7 +24,7 @@ from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trac
 from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
 from dhen.tables.placement.agreed import RankMemory, place_as_asked, place_fastest, setting_of, table_memory
 from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE
-from dhen.tables.placement.costs import StepSetting, read_costs, replicated_seconds
+from dhen.tables.placement.costs import StepSetting, hop_seconds, read_costs, replicated_seconds
 from dhen.tables.placement.plan import Placement, PlacementError
 
 PrecisionName = Literal["fp32", "bf16"]
@@ -147,7 +147,7 @@ class Planner:
     def table_seconds(self, technique: Technique) -> float:
         """Seconds per step for the tables, on the slowest rank.
 
-        The all-to-all uses the machine's link rates, unless the ds_config names costs, which have measured link rates.
+        The all-to-all uses the machine's links, unless the ds_config names costs, which have measured links.
         """
         job, placement = self.job, self.placement_of(technique)
         if placement is None:
@@ -161,8 +161,15 @@ class Planner:
         )
         if job.section.placement.costs is None:
             within, between = job.machine.exchange_rates
-            costs = replace(costs, intra_node_bytes_per_second=within, inter_node_bytes_per_second=between)
-        return replicated + placement.makespan_at(costs, setting, ids)
+            costs = replace(
+                costs,
+                intra_node_bytes_per_second=within,
+                inter_node_bytes_per_second=between,
+                seconds_per_message=job.machine.seconds_per_collective,
+            )
+        columns = dim * (len(job.config.tables) - len(placement.replicated))
+        waits = hop_seconds(costs, setting, columns, placement.hops)
+        return replicated + placement.makespan_at(costs, setting, ids) + waits
 
     def _table_setting(self, technique: Technique) -> StepSetting:
         job, options = self.job, {"averages": self.job.averages}

@@ -6,7 +6,8 @@ It builds a cluster on this machine (tools/cluster.py). A step looks up Criteo's
 rows, and sends back a gradient of ones; there is no dense part, so nothing overlaps. The ways take turns in each round;
 ratios are ratios of medians. A round is --steps steps, so that an exchange every 16 steps is in it.
 
-world: tables over all ranks. node: table groups of a node, gradients added up in each step. node, 16: moves added up
+world: tables over all ranks. two hops: the same, with embeddings and gradients sent within each node, and then one
+message to each other node. node: table groups of a node, gradients added up in each step. node, 16: moves added up
 after 16 steps. Ids are log-uniform, like those of click logs; with --uniform, uniform, which uses the most rows.
 """
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from tools.cluster import add_arguments, bytes_sent
 
 WAYS = {
     "world": DhenSection(),
+    "two hops": DhenSection(all_to_all_hops=2),
     "node": DhenSection(table_group="node"),
     "node, 16": DhenSection(table_group="node", table_sync_steps=16),
 }
@@ -63,7 +65,7 @@ def measure(topology: Topology, arguments: argparse.Namespace) -> list[Measured]
     (dim,) = arguments.dims
     features = criteo_tables(arguments.max_rows)
     batches = [batch_of(features, arguments, seed) for seed in range(topology.rank, 1000 * arguments.steps, 1000)]
-    works = {name: Work(section, features, dim, topology, batches) for name, section in WAYS.items()}
+    works = {name: Work(WAYS[name], features, dim, topology, batches) for name in arguments.ways}
     for work in works.values():
         work.take_steps()  # warms up
         work.sent.clear()
@@ -110,7 +112,8 @@ class Work:
         self.sent: list[int] = []
         size = topology.shard_size(section.table_group)
         setting = setting_of(section, topology.world_size, topology.local_size, batches[0].batch_size, size)
-        self._placement = place_tables(features, dim, setting, read_costs("cpu"))
+        placement = place_tables(features, dim, setting, read_costs("cpu"))
+        self._placement = replace(placement, hops=section.all_to_all_hops)
         sparse = [{"name": feature.name, "num_embeddings": feature.num_embeddings} for feature in features]
         config = DhenConfig(sparse_features=sparse, embedding_dim=dim, num_dense_features=1)
         groups = None if size == topology.world_size else topology.shard_groups(size)
@@ -146,10 +149,10 @@ class Work:
 
 def show(results: Sequence[Measured], arguments: argparse.Namespace) -> None:
     """Print a row per dimension and way."""
-    columns = ("d", "tables over", "ms/step", "x world", "from-to", "MiB sent", "in theory", "off by")
+    columns = ("d", "tables over", "ms/step", "x the first", "from-to", "MiB sent", "in theory", "off by")
     rows = []
     for result in results:
-        base = next(each for each in results if (each.way, each.dim) == ("world", result.dim))
+        base = next(each for each in results if each.dim == result.dim)
         rows.append([
             str(result.dim),
             result.way,
@@ -168,6 +171,9 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     parser = launch.argument_parser(__doc__)
     add_arguments(parser)
     add = parser.add_argument
+    add(
+        "--ways", nargs="+", choices=WAYS, default=["world", "node", "node, 16"], help="the first is the base of ratios"
+    )
     add("--dims", type=int, nargs="+", default=[16, 64], help="embedding dimensions")
     add("--batch_size", type=int, default=2048, help="examples per rank and step")
     add("--max_rows", type=int, default=100_000, help="most rows of a table")

@@ -265,6 +265,8 @@ def hop_seconds(costs: Costs, setting: StepSetting, columns: int, hops: int) -> 
     In one hop, these are a rank's messages. Two hops have fewer, but most bytes for other nodes first travel to a
     neighbor, and all are copied twice. columns: of all tables together.
     """
+    if not columns:
+        return 0.0
     world, local = setting.world_size, setting.local_size
     if hops == 1:
         return 2 * (world - 1) * costs.seconds_per_message
