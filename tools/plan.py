@@ -5,7 +5,7 @@
         --embedding_dim 128 --num_embeddings_out 100
 
 For each depth and set of techniques, the tool predicts a rank's peak memory and the job's samples/s. The plan is the
-fastest set that fits. The tool builds and runs nothing.
+fastest set that fits. A second table says what its steps spend their time on. The tool builds and runs nothing.
 
 You can also give arguments of recipes/train.py, which override the recipe: --per_device_train_batch_size 4096. The
 features are those of the recipe's data if it is prepared already, and otherwise as many as Criteo has.
@@ -30,33 +30,36 @@ from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation.encoding.encoder import HASH_SIZE
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.planner.machine import Machine, read_machine, shipped_machines
+from dhen.planner.limits import Limits, most_samples_per_second
+from dhen.planner.machine import read_machine, shipped_machines
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
 from dhen.planner.rungs import by_depth
 from dhen.planner.technique import Scheme, Technique
 from dhen.training.dataset import is_prepared
 from dhen.training.reporting.run_folder import write_json
 from dhen.training.saved.fine_tuning import config_for
-from tools.bench.report import print_table
+from tools.bench.report import plot_over_depth, print_table
 
 BY_DEPTH_FILE = "by_depth.json"
 _CRITEO = (13, 26)
+_LABELS: dict[Scheme, str] = {"dp": "DP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "hsdp": "HSDP", "zero3": "FSDP"}
 
 
 @dataclass(frozen=True)
 class PlannedDepth:
-    """The predictions at a depth. chosen: the minimum set; None if nothing fits, and `reason` says why."""
+    """The predictions at a depth. chosen: the minimum set; None if nothing fits, and `reason` says why. limits: its."""
 
     depth: int
     plain: dict[Scheme, Prediction]
     chosen: Prediction | None
     reason: str
-    ds_config: dict[str, Any] | None
+    ds_config: dict[str, Any] | None = None
+    limits: Limits | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The content for --json."""
         plain = {scheme: _as_dict(prediction) for scheme, prediction in self.plain.items()}
-        chosen = _as_dict(self.chosen) if self.chosen else None
+        chosen = _as_dict(self.chosen) | {"limits": asdict(self.limits)} if self.chosen else None
         return {"depth": self.depth, "plain": plain, "minimum_set": chosen, "reason": self.reason}
 
 
@@ -67,6 +70,8 @@ def main(command_line: Sequence[str] | None = None) -> int:
         job = job_of(arguments, of_recipe)
         planned = [plan_depth(job, depth) for depth in arguments.depths or default_depths(job)]
         show(planned, job)
+        if arguments.plot:
+            plot(planned, job, arguments.plot)
         if arguments.json:
             write_json(arguments.json, as_json(planned, job))
         if arguments.write:
@@ -90,17 +95,14 @@ def parse_command_line(command_line: Sequence[str] | None = None) -> tuple[argpa
     add("--gpus_per_node", type=_positive, metavar="N", help="ranks on each machine (default: the machine's)")
     add("--memory_gib", type=float, help="memory per rank (default: the machine's)")
     add("--depths", type=_positive, nargs="+", metavar="N", help="numbers of DHEN layers (default: 1 2 4 8 16 32)")
-    add(
-        "--precision",
-        choices=("fp32", "tf32", "bf16"),
-        default="fp32",
-        help="precision of the dense part (default: fp32); tf32 is fp32 with dhen.allow_tf32",
-    )
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="default: fp32; tf32: dhen.allow_tf32")
     add("--ds_config", metavar="JSON", help='take the tables and wires of its "dhen" section')
+    add("--table_group", type=_table_group, metavar="GROUP", help="dhen.table_group: world, node, auto or N ranks")
     add("--num_dense_features", type=_count, metavar="N", help="default: the prepared data's, or 13")
     add("--num_sparse_features", type=_count, metavar="N", help="default: the prepared data's, or 26")
     add("--rows_per_table", type=_positive, metavar="N", help="default: the prepared data's, or hash_size")
     add("--write", type=Path, metavar="FOLDER", help=f"write a ds_config per depth, and {BY_DEPTH_FILE} for all")
+    add("--plot", type=Path, metavar="FILE", help="draw samples/s over depth, as in the paper's figure 6")
     add("--json", type=Path, metavar="FILE", help="write all predictions as JSON")
     return parser.parse_known_args(command_line)
 
@@ -115,6 +117,10 @@ def _count(text: str, least: int = 0) -> int:
     return int(text)
 
 
+def _table_group(text: str) -> str | int:
+    return text if text in ("world", "node", "auto") else _positive(text)
+
+
 def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
     """The job to plan. Raises ValueError if an argument or file is wrong."""
     recipe = parse_arguments(["--config", arguments.config, *of_recipe])
@@ -123,6 +129,8 @@ def job_of(arguments: argparse.Namespace, of_recipe: Sequence[str]) -> Job:
     section = read_section(arguments.ds_config) if arguments.ds_config else DhenSection()
     if arguments.precision == "tf32":
         section = section.model_copy(update={"allow_tf32": True})
+    if arguments.table_group:
+        section = section.model_copy(update={"table_group": arguments.table_group})
     config = config_of(arguments, recipe)
     training = recipe.training
     if training.table_optimizer:
@@ -189,13 +197,13 @@ def plan_depth(job: Job, depth: int) -> PlannedDepth:
     try:
         chosen = planner.plan()
     except NothingFitsError as error:
-        return PlannedDepth(depth, plain, None, str(error), None)
-    ds_config = planner.whole_ds_config(chosen.technique)
-    return PlannedDepth(depth, plain, chosen, planner.reason(chosen), ds_config)
+        return PlannedDepth(depth, plain, None, str(error))
+    ds_config, limits = planner.whole_ds_config(chosen.technique), Limits.of(planner, chosen.technique)
+    return PlannedDepth(depth, plain, chosen, planner.reason(chosen), ds_config, limits)
 
 
 def show(planned: Sequence[PlannedDepth], job: Job) -> None:
-    """Print the table and the reasons."""
+    """Print the predictions, the reasons, and what limits the minimum sets."""
     machine = job.machine
     print(
         f"{job.nodes} x {machine.ranks_per_node} ranks on {machine.name}; {machine.memory_gib:g} GiB per rank; "
@@ -207,6 +215,47 @@ def show(planned: Sequence[PlannedDepth], job: Job) -> None:
     print_table(columns, rows, left=["minimum set"])
     for each in planned:
         print(f"{each.depth} layers: {each.reason}" if each.chosen else each.reason)
+    if limited := [each for each in planned if each.limits]:
+        show_limits(limited, job)
+
+
+def show_limits(planned: Sequence[PlannedDepth], job: Job) -> None:
+    """Print the samples/s that the hosts allow, and what a step of each minimum set spends its time on."""
+    most = [f"{name} {value:,.0f}" for name, value in most_samples_per_second(job).items()]
+    print(f"\nMost samples/s that the hosts allow: {'; '.join(most) or 'the machine does not say'}")
+    print("\nMilliseconds of a step of the minimum set, and of its tables if they were over other groups of ranks:")
+    first = planned[0].limits
+    groups = [f"tables over {group}" for group in first.table_seconds]
+    rows = [
+        (
+            str(each.depth),
+            *map(_milliseconds, (*each.limits.parts.values(), each.chosen.seconds.total)),
+            each.limits.limited_by,
+            each.limits.table_group,
+            *map(_milliseconds, each.limits.table_seconds.values()),
+        )
+        for each in planned
+    ]
+    columns = ("depth", *first.parts, "step", "limited by", "table group", *groups)
+    print_table(columns, rows, left=["limited by", "table group"])
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "x" if seconds is None else f"{1e3 * seconds:,.2f}"
+
+
+def plot(planned: Sequence[PlannedDepth], job: Job, path: Path) -> None:
+    """Draw samples/s over depth, of each scheme and of the minimum set: the paper's figure 6."""
+    below = {"color": "silver", "linewidth": 8}
+    lines = {"minimum set": ([_point(each.depth, each.chosen) for each in planned], below)}
+    for scheme in job.schemes():
+        lines[_LABELS[scheme]] = [_point(each.depth, each.plain[scheme]) for each in planned], {"linewidth": 2}
+    title = f"{job.nodes} x {job.machine.ranks_per_node} ranks, {job.machine.name}\nx: the next depth does not fit"
+    plot_over_depth(lines, title, path)
+
+
+def _point(depth: int, prediction: Prediction | None) -> tuple[int, float | None]:
+    return depth, prediction.samples_per_second if prediction and prediction.fits else None
 
 
 def _cell(prediction: Prediction) -> str:
@@ -224,12 +273,13 @@ def _chosen_cells(chosen: Prediction | None) -> tuple[str, ...]:
 
 def as_json(planned: Sequence[PlannedDepth], job: Job) -> dict[str, Any]:
     """The job and all predictions."""
-    machine: Machine = job.machine
     return {
-        "machine": asdict(machine),
+        "machine": asdict(job.machine),
         "nodes": job.nodes,
         "per_device_train_batch_size": job.batch_size,
         "precision": job.product_dtype,
+        "table_group": job.section.table_group,
+        "most_samples_per_second": most_samples_per_second(job),
         "model": json.loads(job.config.to_json_string(use_diff=False)),
         "depths": [each.as_dict() for each in planned],
     }

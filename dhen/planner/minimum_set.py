@@ -22,6 +22,7 @@ from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.step_time import StepSeconds, step_seconds
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
+from dhen.runtime.topology import shard_size
 from dhen.tables.placement.agreed import RankMemory, place_as_asked, place_fastest, setting_of, table_memory
 from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE
 from dhen.tables.placement.costs import StepSetting, hop_seconds, read_costs, replicated_seconds
@@ -138,21 +139,22 @@ class Planner:
         placement = self.placement_of(technique)
         if placement is None:
             return 0, 0
-        if self._moves_tables:
+        if self._moves_tables and placement.world_size == self.job.world_size:  # replicas must stay
             left = RankMemory(0, self.job.machine.memory_bytes, self._dense(technique).peak)
             placement = replace(placement, device_bytes=left.room)
         return table_memory(self.job.config, placement)
 
     @functools.cache  # noqa: B019 - lives as long as the planner
-    def table_seconds(self, technique: Technique) -> float:
-        """Seconds per step for the tables, on the slowest rank.
+    def table_seconds(self, technique: Technique, group: str | int | None = None) -> float:
+        """Seconds per step for the tables, on the slowest rank. group: instead of the job's table group.
 
         The all-to-all uses the machine's links, unless the ds_config names costs, which have measured links.
         """
-        job, placement = self.job, self.placement_of(technique)
-        if placement is None:
+        job, ids, dim = self.job, self.job.ids_per_bag or {}, self.job.config.embedding_dim
+        if not job.config.tables:
             return 0.0
-        setting, ids, dim = self._table_setting(technique), job.ids_per_bag or {}, job.config.embedding_dim
+        setting = self._table_setting(technique, group)
+        placement = self._placed(setting)
         costs = read_costs(job.section.placement.costs or job.machine.costs)
         replicated = sum(
             replicated_seconds(costs, setting, table.num_embeddings, dim, ids.get(table.name, 1.0))
@@ -171,14 +173,18 @@ class Planner:
         waits = hop_seconds(costs, setting, columns, placement.hops)
         return replicated + placement.makespan_at(costs, setting, ids) + waits
 
-    def _table_setting(self, technique: Technique) -> StepSetting:
+    def _table_setting(self, technique: Technique, group: str | int | None = None) -> StepSetting:
         job, options = self.job, {"averages": self.job.averages}
         if job.section.placement.replicate_below_rows:  # otherwise all techniques share one placement
             options |= {"zero_stage": SCHEMES[technique.scheme], "shard_size": self._shard_size(technique)}
-        group, world, node = job.section.table_group, job.world_size, job.machine.ranks_per_node
-        sizes = {"world": [world], "node": [node], "auto": sorted({world, node}, reverse=True)}.get(group, [group])
-        if world % sizes[0]:
-            raise PlacementError(f"dhen.table_group is {group}, which does not divide the job's {world} ranks.")
+        group, world, node = group or job.section.table_group, job.world_size, job.machine.ranks_per_node
+        places = [(node, rank % node) for rank in range(world)]
+        try:
+            sizes = [world] if group in ("world", "auto") else [shard_size(group, places)]
+        except ValueError as error:
+            raise PlacementError(f"dhen.table_group is {error}") from error
+        if group == "auto" and node > 1:
+            sizes.append(node)
         settings = [setting_of(job.section, world, node, job.batch_size, size) for size in sizes]
         return place_fastest(self._placed, [replace(setting, **options) for setting in settings])[0]
 
@@ -217,13 +223,17 @@ class Planner:
         memory, machine = self.memory(technique), self.job.machine
         return memory.peak <= self.has_bytes and (not machine.is_gpu or memory.host <= machine.host_bytes)
 
+    def seconds_of_hops(self, technique: Technique) -> float:
+        """Seconds of a step's waiting that are latency: links without it would save them."""
+        return self._seconds(technique).waiting - self._seconds(technique, has_latency=False).waiting
+
     @functools.cache  # noqa: B019
-    def _seconds(self, technique: Technique) -> StepSeconds:
+    def _seconds(self, technique: Technique, has_latency: bool = True) -> StepSeconds:
         job = self.job
         return step_seconds(
             self._trace(technique),
             self.setting(technique),
-            job.machine,
+            job.machine if has_latency else replace(job.machine, seconds_per_collective=0.0),
             job.nodes,
             dtype=job.product_dtype,
             table_seconds=self.table_seconds(technique),
@@ -362,6 +372,8 @@ class Planner:
         }
         if not is_hybrid:  # without replicas, the ds_config's check rejects these keys
             update |= {"all_reduce_dtype": None, "async_all_reduce": True}
+        if self.job.section.table_group == "world":  # likewise
+            update |= {"table_sync_steps": 1, "table_sync_dtype": "fp32"}
         return self.job.section.model_copy(update=update)
 
     def _layers(self, count: int) -> int | Literal["none", "all"]:

@@ -10,6 +10,7 @@ from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import Recipe, check_ds_config
 from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.planner.limits import Limits
 from dhen.planner.machine import read_machine
 from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
 from dhen.planner.rungs import by_depth, changes
@@ -182,8 +183,40 @@ def test_the_plan_takes_the_faster_table_group():
 
 
 def test_a_table_group_that_does_not_divide_the_ranks_is_refused():
-    with pytest.raises(PlacementError, match="table_group is 3, which does not divide"):
+    with pytest.raises(PlacementError, match=r"table_group is 3 .* has 4 ranks, 2 on each node. Use one of 2, 4"):
         Planner(Job(CONFIG, BATCH, MACHINE, 2, section=DhenSection(table_group=3)))
+
+
+def test_replicas_of_tables_do_not_go_to_host_memory():
+    small = replace(MACHINE, memory_gib=1.0)
+    assert Planner(Job(LARGE, BATCH, small, nodes=2)).table_bytes(DP)[1], "without replicas they do"
+    with pytest.raises(PlacementError, match="a table group of 2 ranks has too little GPU memory"):
+        Planner(Job(LARGE, BATCH, small, nodes=2, section=DhenSection(table_group="node")))
+
+
+@pytest.mark.parametrize(
+    ("change", "limit"),
+    [
+        ({}, "compute"),
+        ({"seconds_per_step": {0: 2.0}, "seconds_per_value": 1e-9}, "host's start"),
+        ({"seconds_per_step": {0: 1e-9}, "seconds_per_value": 1e-3}, "loader"),
+        ({"node_bytes_per_second": 1e8}, "links"),
+        ({"seconds_per_collective": 0.1}, "hops' latency"),
+        ({"is_gpu": False, "seconds_per_step": {0: 0.01}, "seconds_per_value": 1e-3}, "loader"),
+    ],
+)
+def test_the_parts_of_a_step_sum_to_it_and_name_what_limits_it(change, limit):
+    made = planner(machine=replace(MACHINE, **change))
+    limits = Limits.of(made, DP)
+    assert sum(limits.parts.values()) == pytest.approx(made.predict(DP).seconds.total)
+    assert min(limits.parts.values()) >= 0
+    assert limits.limited_by == limit
+
+
+def test_latency_is_the_hops_of_the_rings():
+    """Two nodes of two ranks: the one all-reduce of data parallel has two hops up NCCL's tree and two down."""
+    made = planner(machine=replace(MACHINE, seconds_per_collective=0.01))
+    assert made.seconds_of_hops(DP) == pytest.approx(4 * 0.01)
 
 
 def test_tables_that_fit_on_no_rank_are_said_so():

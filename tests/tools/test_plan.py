@@ -1,6 +1,7 @@
 """tools/plan.py: the table and the reasons, ds_configs that are accepted and pick their rung, mistakes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from dhen.config.ds_config import Recipe, read_ds_config
 from dhen.config.training_arguments import TrainingArguments
-from dhen.planner.machine import shipped_machines
+from dhen.planner.machine import read_machine, shipped_machines
 from tests import ROOT
 from tests.tools.forked_python import call
 from tools import plan
@@ -31,7 +32,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one call writes, and its output."""
     path = tmp_path_factory.mktemp("plans")
-    files = ["--write", str(path / "ds"), "--json", str(path / "plan.json")]
+    files = ["--write", path / "ds", "--json", path / "plan.json", "--plot", path / "new/figure6.png"]
     done = call("tools/plan.py", *CAPPED, *files, "--ds_config", "ds_configs/paper.json")
     assert done.status == 0, done.stderr
     (path / "output.txt").write_text(done.stdout)
@@ -59,6 +60,54 @@ def test_json_has_every_prediction(folder):
     assert not last["plain"]["dp"]["fits"]
     assert last["minimum_set"]["fits"]
     assert last["plain"]["dp"]["peak_bytes"] == sum(last["plain"]["dp"]["parts"].values())
+
+
+def test_the_parts_of_a_step_sum_to_it_in_print_and_in_json(folder):
+    *_, table = (folder / "output.txt").read_text().split("other groups of ranks:\n")
+    head, *rows = (re.split(r"\s{2,}", line.strip()) for line in table.splitlines()[: len(DEPTHS) + 1])
+    planned = json.loads((folder / "plan.json").read_text())["depths"]
+    for row, each in zip(rows, planned, strict=True):
+        shown, chosen = dict(zip(head, row, strict=True)), each["minimum_set"]
+        parts = [float(shown[name]) for name in chosen["limits"]["parts"]]
+        assert sum(parts) == pytest.approx(float(shown["step"]), abs=0.005 * (len(parts) + 1))
+        assert float(shown["step"]) == pytest.approx(1e3 * sum(chosen["seconds"].values()), abs=0.005)
+        assert sum(chosen["limits"]["parts"].values()) == pytest.approx(sum(chosen["seconds"].values()))
+        assert (shown["depth"], shown["table group"]) == (str(each["depth"]), "world")
+        assert shown["limited by"] == chosen["limits"]["limited_by"]
+        assert float(shown["tables over world"]) == float(shown["tables"]) != float(shown["tables over node"])
+
+
+def test_the_hosts_limits_are_those_of_the_machine(folder):
+    machine = read_machine("a100-40gb")
+    planned = json.loads((folder / "plan.json").read_text())
+    expected = {"loading rows": 16 / ((13 + 26) * machine.seconds_per_value)}
+    for stage in range(4):
+        expected[f"starting steps of ZeRO-{stage}"] = 16 * 256 / machine.seconds_per_step[stage]
+    assert planned["most_samples_per_second"] == pytest.approx(expected)
+    shown = "; ".join(f"{name} {value:,.0f}" for name, value in expected.items())
+    assert f"Most samples/s that the hosts allow: {shown}\n" in (folder / "output.txt").read_text()
+
+
+def test_the_figure_is_drawn(folder):
+    assert (folder / "new/figure6.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("sync_steps", "faster"), [(1, "world"), (1000, "node")])
+def test_the_table_group_changes_the_prediction_and_auto_takes_the_faster_one(tmp_path, sync_steps, faster):
+    section = {"table_group": "node", "table_sync_steps": sync_steps}
+    (tmp_path / "ds.json").write_text(json.dumps({"dhen": section}))
+    made = {}
+    for group in ("world", "node", "auto", "2"):
+        flags = (*CRITEO, *CLUSTER, "--ds_config", str(tmp_path / "ds.json"), "--table_group", group)
+        made[group] = plan.plan_depth(plan.job_of(*plan.parse_command_line(flags)), 1)
+    seconds = made["world"].limits.table_seconds
+    assert seconds == made["2"].limits.table_seconds
+    assert seconds["world"] != seconds["node"]
+    for group in ("world", "node"):
+        assert made[group].limits.parts["tables"] == made[group].chosen.seconds.tables == seconds[group]
+    assert made["auto"].chosen.seconds.tables == min(seconds.values())
+    assert [made[group].limits.table_group for group in made] == ["world", "node", faster, "2 ranks"]
+    assert "table_sync_steps" not in made["world"].ds_config.get("dhen", {}), "a run would refuse it"
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -106,7 +155,9 @@ def test_features_are_the_prepared_datas_or_as_asked_for(click_log):
     ]
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--nodes", "x"), ("--depths", "0"), ("--num_dense_features", "-1")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--nodes", "x"), ("--depths", "0"), ("--num_dense_features", "-1"), ("--table_group", "nodes")]
+)
 def test_a_number_that_cant_be_is_said_so(capsys, flag, value):
     with pytest.raises(SystemExit):
         plan.main([*CRITEO, *CLUSTER, f"{flag}={value}"])
@@ -128,6 +179,7 @@ def click_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--gpu", "cpu", "--num_layer", "3"], "Did you mean '--num_layers'"),
         (["--gpu", "cpu", "--ds_config", "ds_configs/none.json"], "ds_configs/none.json: no such ds_config"),
         (["--gpu", "cpu", "--rows_per_table", "1000000000"], "does not fit"),
+        (["--gpu", "a100-40gb", "--table_group", "3"], "dhen.table_group is 3 (3 ranks per group), but this job has 8"),
         (["--gpu", "cpu", "--depths", "1", "--layers", '[{"interactions": ["linear"]}, {}]'], "one by one"),
     ],
 )

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tools.bench import launch
-from tools.bench.report import draw_over_depth, print_table
+from tools.bench.report import plot_over_depth, print_table
 from tools.bench.sharding_ranks import SCHEMES, Measured, measure
 from tools.cluster import Cluster, add_arguments
 
@@ -71,21 +71,15 @@ def ratios(seconds: Sequence[float], base: Sequence[float]) -> tuple[str, str]:
 
 def plot(results: Sequence[Measured], path: Path) -> None:
     """Draw throughput over depth, each scheme to the depth at which it stops: the paper's figure 6."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    lines = {}
     for name, (label, color) in _DRAWN.items():
         points = [(r.depth, r.samples_per_second if r.fits else None) for r in results if r.scheme == name]
         style = {"linewidth": 1, "linestyle": "--"} if SCHEMES[name].stage is None else {"linewidth": 3}
         if points:
-            draw_over_depth(axes, points, label, color=color, **style)
+            lines[label] = points, style | {"color": color}
     first = results[0]
-    axes.set(xlabel="DHEN layers", ylabel="samples/s", xticks=sorted({result.depth for result in results}))
-    axes.set_ylim(bottom=0)
-    axes.set_title(f"{first.nodes} nodes x {first.ranks // first.nodes} ranks; x: the next depth is out of memory")
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    title = f"{first.nodes} nodes x {first.ranks // first.nodes} ranks; x: the next depth is out of memory"
+    plot_over_depth(lines, title, path)
 
 
 def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Namespace:

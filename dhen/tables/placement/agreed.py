@@ -123,24 +123,22 @@ def place_fastest(
 ) -> tuple[StepSetting, Placement]:
     """The setting whose slowest rank takes the least time. Raises PlacementError if the tables fit in none.
 
-    Replicas of tables that need the host's memory are not supported, so they come last.
+    Replicas of tables that need the host's memory are not supported.
     """
     found, failure = [], None
     for setting in settings:
         try:
-            found.append((setting, place(setting)))
+            placed = place(setting)
+            ranks = map(placed.of_rank, range(placed.world_size))
+            if setting.num_replicas > 1 and any(beyond_device(own, placed.device_bytes) for own in ranks):
+                needs = f"a table group of {placed.world_size} ranks has too little GPU memory for all tables."
+                raise PlacementError(needs, 'dhen.table_group "world", or more ranks per group.')
+            found.append((setting, placed))
         except PlacementError as error:
             failure = error
     if failure and not found:
         raise failure
-
-    def seconds(of: tuple[StepSetting, Placement]) -> float:
-        setting, placed = of
-        ranks = map(placed.of_rank, range(placed.world_size))
-        is_refused = setting.num_replicas > 1 and any(beyond_device(own, placed.device_bytes) for own in ranks)
-        return math.inf if is_refused else placed.makespan + placed.hop_seconds
-
-    return min(found, key=seconds)
+    return min(found, key=lambda of: of[1].makespan + of[1].hop_seconds)
 
 
 def place_for_training(
