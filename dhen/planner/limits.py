@@ -12,7 +12,8 @@ from dhen.tables.placement.plan import PlacementError
 class Limits:
     """What limits the steps of a job with a technique.
 
-    parts: seconds of a step by what they go to; their sum is the step. limited_by: the longest of them, or the host's
+    parts: seconds of a step by what they go to; their sum is the step. The tables' part has the latency of their own
+    messages; that of rings is the dense part's. limited_by: the longest of them, or the host's
     if a GPU waits for it. table_group: ranks that the tables are sharded over. table_seconds: of the tables per step,
     over all ranks and over each node's, if these differ; None: they do not fit there.
     """
@@ -31,7 +32,7 @@ class Limits:
         if machine.is_gpu:  # it waits for the longer one, as far as nothing hides it
             start, load = (seconds.host, 0.0) if start >= load else (0.0, seconds.host)
         host = {"host's start": start, "loader": load}
-        dense = {"compute": seconds.compute, "links": seconds.waiting - latency, "hops' latency": latency}
+        dense = {"compute": seconds.compute, "links": seconds.waiting - latency, "rings' latency": latency}
         parts = dense | {"optimizer": seconds.optimizer, "tables": seconds.tables} | host
         limited_by = max(host if machine.is_gpu and seconds.host else parts, key=parts.__getitem__)
         size = placement.world_size if placement else 0

@@ -201,7 +201,7 @@ def test_replicas_of_tables_do_not_go_to_host_memory():
         ({"seconds_per_step": {0: 2.0}, "seconds_per_value": 1e-9}, "host's start"),
         ({"seconds_per_step": {0: 1e-9}, "seconds_per_value": 1e-3}, "loader"),
         ({"node_bytes_per_second": 1e8}, "links"),
-        ({"seconds_per_collective": 0.1}, "hops' latency"),
+        ({"seconds_per_collective": 0.1}, "tables"),
         ({"is_gpu": False, "seconds_per_step": {0: 0.01}, "seconds_per_value": 1e-3}, "loader"),
     ],
 )
@@ -217,6 +217,17 @@ def test_latency_is_the_hops_of_the_rings():
     """Two nodes of two ranks: the one all-reduce of data parallel has two hops up NCCL's tree and two down."""
     made = planner(machine=replace(MACHINE, seconds_per_collective=0.01))
     assert made.seconds_of_hops(DP) == pytest.approx(4 * 0.01)
+    assert Limits.of(made, Technique("zero3")).limited_by == "rings' latency"
+
+
+def test_the_tables_wait_for_their_messages_and_less_in_two_hops():
+    """Two nodes of two ranks: three messages each way, or two."""
+    free, flat, two = (
+        planner(machine=replace(MACHINE, seconds_per_collective=seconds), section=DhenSection(all_to_all_hops=hops))
+        for seconds, hops in ((0.0, 1), (0.01, 1), (0.01, 2))
+    )
+    assert flat.table_seconds(DP) - free.table_seconds(DP) == pytest.approx(6 * 0.01)
+    assert two.table_seconds(DP) - free.table_seconds(DP) == pytest.approx(4 * 0.01, rel=0.01)
 
 
 def test_tables_that_fit_on_no_rank_are_said_so():

@@ -94,11 +94,11 @@ def test_the_figure_is_drawn(folder):
 
 @pytest.mark.parametrize(("sync_steps", "faster"), [(1, "world"), (1000, "node")])
 def test_the_table_group_changes_the_prediction_and_auto_takes_the_faster_one(tmp_path, sync_steps, faster):
-    section = {"table_group": "node", "table_sync_steps": sync_steps}
+    section, rows = {"table_group": "node", "table_sync_steps": sync_steps}, ("--rows_per_table", "100000")
     (tmp_path / "ds.json").write_text(json.dumps({"dhen": section}))
     made = {}
     for group in ("world", "node", "auto", "2"):
-        flags = (*CRITEO, *CLUSTER, "--ds_config", str(tmp_path / "ds.json"), "--table_group", group)
+        flags = (*CRITEO, *CLUSTER, "--ds_config", str(tmp_path / "ds.json"), "--table_group", group, *rows)
         made[group] = plan.plan_depth(plan.job_of(*plan.parse_command_line(flags)), 1)
     seconds = made["world"].limits.table_seconds
     assert seconds == made["2"].limits.table_seconds
