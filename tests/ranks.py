@@ -75,7 +75,7 @@ def _one_rank(environment: dict[str, str], results: Any, function: Callable[...,
         job = topology.start(timeout_minutes=2)
         result = function(job, *args)
         results.put((rank, None, pickle.dumps(result)))  # by value: tensors would go by file descriptor
-        with suppress(Exception):  # a rank that leaves breaks the groups that others still connect
+        with suppress(RuntimeError):  # a rank that leaves breaks the groups that others still connect
             job.barrier()
         topology.stop()
     except BaseException:

@@ -8,8 +8,8 @@ Then name the file in a ds_config: {"dhen": {"placement": {"costs": "costs.json"
 The first command starts one rank per GPU, or two ranks on a machine without GPUs. The second one measures a job on
 several nodes. All ranks time FBGEMM's lookups and updates at once, for tables of several sizes, widths and bag sizes;
 the seconds are linear in ids, rows and bytes. The all-to-all is timed inside the nodes, between them if there are
-several, and with small messages. A rate that the job cannot measure stays at the project's default, and `source` in
-the file says so.
+several, and from four ranks on also with small messages. A rate that the job cannot measure stays at the project's
+default, and `source` in the file says so.
 """
 
 import sys
@@ -25,6 +25,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,10 @@ def main() -> int:
             lookup[dtype] = fit_and_show(f"lookup, {dtype}", lookups, topology)
     default = read_costs("gpu" if topology.device.type == "cuda" else "cpu")
     links, not_measured = with_defaults(time_links(topology, arguments.rounds), default)
+    messages = time_messages(topology, arguments.rounds)
+    if messages is None:
+        messages = default.seconds_per_exchange, default.seconds_per_message
+        not_measured += "; not measured, with fewer than 4 ranks or an odd number: seconds_per_exchange and _message"
     nodes = topology.world_size // topology.local_size
     costs = Costs(
         machine=arguments.machine or f"{platform.machine()}, {topology.device.type}",
@@ -86,7 +91,8 @@ def main() -> int:
         update=update,
         intra_node_bytes_per_second=links[0],
         inter_node_bytes_per_second=links[1],
-        seconds_per_message=time_message(topology, arguments.rounds) or default.seconds_per_message,
+        seconds_per_exchange=messages[0],
+        seconds_per_message=messages[1],
     )
     if topology.is_main:
         costs.save(Path(arguments.output))
@@ -186,14 +192,25 @@ def fit_and_show(title: str, samples: Sequence[Sample], topology: Topology) -> W
     return rate
 
 
-def time_message(topology: Topology, rounds: int) -> float:
-    """Seconds of a message of a few bytes, beside one to each other rank; 0 if there is none. Communicates."""
-    if topology.world_size == 1:
-        return 0.0
-    sent = torch.zeros(topology.world_size, device=topology.device)
-    received = torch.empty_like(sent)
-    seconds = median_seconds(lambda: dist.all_to_all_single(received, sent, group=topology.world), topology, rounds)
-    return largest(topology, seconds) / (topology.world_size - 1)
+def time_messages(topology: Topology, rounds: int) -> tuple[float, float] | None:
+    """Seconds of an all-to-all of small messages: for itself, and for each other rank. None without several of them.
+
+    Two sizes tell them apart: all ranks, and pairs. Communicates; all ranks call it.
+    """
+    ranks = topology.world_size
+    if ranks < 4 or ranks % 2:
+        return None
+    pair = topology.shard_groups(2).shard
+
+    def seconds(group: dist.ProcessGroup, size: int) -> float:
+        sent = torch.zeros(size, device=topology.device)
+        received = torch.empty_like(sent)
+        exchange = partial(dist.all_to_all_single, received, sent, group=group)
+        return largest(topology, median_seconds(exchange, topology, rounds))
+
+    of_two, of_all = seconds(pair, 2), seconds(topology.world, ranks)
+    message = min(max(0.0, (of_all - of_two) / (ranks - 2)), of_two)
+    return of_two - message, message
 
 
 def time_links(topology: Topology, rounds: int) -> tuple[float | None, float | None]:

@@ -70,12 +70,12 @@ def main(command_line: Sequence[str] | None = None) -> int:
         job = job_of(arguments, of_recipe)
         planned = [plan_depth(job, depth) for depth in arguments.depths or default_depths(job)]
         show(planned, job)
-        if arguments.plot:
-            plot(planned, job, arguments.plot)
         if arguments.json:
             write_json(arguments.json, as_json(planned, job))
         if arguments.write:
             write_ds_configs(planned, arguments.write)
+        if arguments.plot:
+            plot(planned, job, arguments.plot)
     except (ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 1

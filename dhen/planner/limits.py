@@ -13,7 +13,8 @@ class Limits:
     """What limits the steps of a job with a technique.
 
     parts: seconds of a step by what they go to; their sum is the step. The tables' part has the latency of their own
-    messages; that of rings is the dense part's. limited_by: the longest of them, or the host's
+    messages; that of rings is the dense part's. Links include copies to and from the host, as far as nothing hides
+    them. limited_by: the longest of them, or the host's
     if a GPU waits for it. table_group: ranks that the tables are sharded over. table_seconds: of the tables per step,
     over all ranks and over each node's, if these differ; None: they do not fit there.
     """
@@ -25,7 +26,7 @@ class Limits:
 
     @classmethod
     def of(cls, planner: Planner, technique: Technique) -> "Limits":
-        job, seconds, latency = planner.job, planner.predict(technique).seconds, planner.seconds_of_hops(technique)
+        job, seconds, latency = planner.job, planner.predict(technique).seconds, planner.ring_latency(technique)
         machine, placement = job.machine, planner.placement_of(technique)
         start = machine.seconds_per_step.get(SCHEMES[technique.scheme], 0.0)
         load = job.batch_size * job.values_per_example * machine.seconds_per_value

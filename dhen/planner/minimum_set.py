@@ -148,7 +148,7 @@ class Planner:
     def table_seconds(self, technique: Technique, group: str | int | None = None) -> float:
         """Seconds per step for the tables, on the slowest rank. group: instead of the job's table group.
 
-        The all-to-all uses the machine's links, unless the ds_config names costs, which have measured links.
+        The all-to-all uses the machine's link rates, unless the ds_config names costs, which have measured link rates.
         """
         job, ids, dim = self.job, self.job.ids_per_bag or {}, self.job.config.embedding_dim
         if not job.config.tables:
@@ -163,12 +163,7 @@ class Planner:
         )
         if job.section.placement.costs is None:
             within, between = job.machine.exchange_rates
-            costs = replace(
-                costs,
-                intra_node_bytes_per_second=within,
-                inter_node_bytes_per_second=between,
-                seconds_per_message=job.machine.seconds_per_collective,
-            )
+            costs = replace(costs, intra_node_bytes_per_second=within, inter_node_bytes_per_second=between)
         columns = dim * (len(job.config.tables) - len(placement.replicated))
         waits = hop_seconds(costs, setting, columns, placement.hops)
         return replicated + placement.makespan_at(costs, setting, ids) + waits
@@ -223,8 +218,8 @@ class Planner:
         memory, machine = self.memory(technique), self.job.machine
         return memory.peak <= self.has_bytes and (not machine.is_gpu or memory.host <= machine.host_bytes)
 
-    def seconds_of_hops(self, technique: Technique) -> float:
-        """Seconds of a step's waiting that are latency: links without it would save them."""
+    def ring_latency(self, technique: Technique) -> float:
+        """Seconds of a step's waiting that are latency of the dense part's collectives: links without it save them."""
         return self._seconds(technique).waiting - self._seconds(technique, has_latency=False).waiting
 
     @functools.cache  # noqa: B019
@@ -284,14 +279,18 @@ class Planner:
     def plan(self) -> Prediction:
         """Find the minimum set: the fastest that fits. Raises NothingFitsError.
 
-        Only if nothing fits on a GPU, tables give way to the dense part and go to host memory, as few as possible.
+        Only if nothing fits, table_group "auto" is all ranks; and if nothing fits on a GPU then, tables give way to the
+        dense part and go to host memory, as few as possible.
         """
         techniques = list(dict.fromkeys(self.candidates()))
         fitting = [self.predict(technique) for technique in techniques if self.fits(technique)]
+        if not fitting and self.job.section.table_group == "auto":  # replicas may take too much
+            of_all = self.job.section.model_copy(update={"table_group": "world"})
+            self.job = replace(self.job, section=of_all)
+            return self._plan_again()
         if not fitting and self.job.machine.is_gpu and not self._moves_tables:
             self._moves_tables = True
-            Planner.memory.cache_clear()
-            return self.plan()
+            return self._plan_again()
         if self._moves_tables and fitting:
             fewest = min(self.table_bytes(each.technique)[1] for each in fitting)
             fitting = [each for each in fitting if self.table_bytes(each.technique)[1] == fewest]
@@ -301,6 +300,11 @@ class Planner:
         fastest = max(each.samples_per_second for each in fitting)
         equal = [each for each in fitting if each.samples_per_second >= (1 - _EQUALLY_FAST) * fastest]
         return min(equal, key=lambda each: (each.technique.count, -each.samples_per_second))
+
+    def _plan_again(self) -> Prediction:
+        for known in (Planner.memory, Planner.table_seconds, Planner._seconds):
+            known.cache_clear()
+        return self.plan()
 
     def reason(self, chosen: Prediction) -> str:
         """Why `chosen` is the minimum set: which plain schemes need too much memory, and which fit but are slower."""
@@ -333,7 +337,8 @@ class Planner:
             f"{job.machine.ranks_per_node} ranks ({job.machine.name}). The smallest set of techniques, {smallest}, "
             f"needs {needs} at its peak ({memory.moment}; GiB by part: {parts}), but a rank has {has}. Possible "
             "solutions: a smaller per_device_train_batch_size with gradient_accumulation_steps, a smaller "
-            "per_device_eval_batch_size, bf16, more ranks, fewer layers, a smaller num_embeddings_out or embedding_dim."
+            "per_device_eval_batch_size, bf16, more ranks, fewer layers, a smaller num_embeddings_out or embedding_dim"
+            + ("." if job.section.table_group == "world" else ', dhen.table_group "world".')
         )
 
     def setting(self, technique: Technique) -> MemorySetting:

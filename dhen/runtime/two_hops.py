@@ -2,8 +2,8 @@
 
 In one hop, a rank sends a message to every rank of every other node. In two hops it sends one to each node: first the
 ranks of a node collect what they have for the ranks of one place, and then these ranks exchange it. As many bytes go
-between nodes, in fewer and larger messages; what one rank passes on for another also travels within the node and is
-copied once more.
+between nodes, in fewer and larger messages; what one rank passes on for another also travels within the node, and all
+is copied twice more.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,5 @@
 """All-to-all between the owners of the embedding tables and the data-parallel batch (paper 3.1, figure 4)."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -113,15 +112,13 @@ class _Places:
         self._is_identity = in_order == [(0, unit, before) for unit in range(before)]
         self._before_U, self._within_U, self._width_U = torch.tensor(in_order).view(-1, 3).t().to(device)
         self._columns = before * self._unit
-        # A run has few sizes of batches.
-        self._of_rows = functools.lru_cache(4)(self._find_rows)
-        self._of_wire = functools.lru_cache(4)(self._find_wire)
+        self._kept: dict[tuple[str, int, int], Tensor] = {}
 
     def gather(self, flat: Tensor, batch: int, padded_batch: int) -> Tensor:
         """Rows in feature order, (batch, columns)."""
         if self._is_identity:
             return flat.view(padded_batch, self._columns)[:batch]
-        units = flat.view(-1, self._unit).index_select(0, self._of_rows(batch, padded_batch))
+        units = flat.view(-1, self._unit).index_select(0, self._kept_for(self._find_rows, batch, padded_batch))
         return units.view(batch, self._columns)
 
     def scatter(self, rows: Tensor, padded_batch: int) -> Tensor:
@@ -130,21 +127,32 @@ class _Places:
         if batch == 0:
             return rows.new_zeros(padded_batch * self._columns)
         if self._is_identity and batch == padded_batch:
-            return rows.reshape(-1)
-        return rows.reshape(-1, self._unit).index_select(0, self._of_wire(batch, padded_batch)).view(-1)
+            return rows.contiguous().view(-1)
+        places = self._kept_for(self._find_wire, batch, padded_batch)
+        return rows.reshape(-1, self._unit).index_select(0, places).view(-1)
+
+    def _kept_for(self, find: Callable[[int, int], Tensor], batch: int, padded_batch: int) -> Tensor:
+        """What `find` returned for these sizes. It is kept for two of them, as a run trains and evaluates."""
+        key = find.__name__, batch, padded_batch
+        if key not in self._kept:
+            if len(self._kept) == 2:
+                self._kept.clear()
+            with torch.inference_mode(False):
+                places = find(batch, padded_batch)
+                fits = padded_batch * len(self._width_U) <= torch.iinfo(torch.int32).max
+                self._kept[key] = places.int() if fits else places
+        return self._kept[key]
 
     def _find_rows(self, batch: int, padded_batch: int) -> Tensor:
         """The place in `flat` of each row's units, (batch * U,)."""
-        with torch.inference_mode(False):
-            rows_B1 = torch.arange(batch, device=self._width_U.device)[:, None]
-            return (padded_batch * self._before_U + self._within_U + rows_B1 * self._width_U).flatten()
+        rows_B1 = torch.arange(batch, device=self._width_U.device)[:, None]
+        return (padded_batch * self._before_U + self._within_U + rows_B1 * self._width_U).flatten()
 
     def _find_wire(self, batch: int, padded_batch: int) -> Tensor:
         """The unit of the rows that lies at each place in `flat`, (padded_batch * U,)."""
-        with torch.inference_mode(False):
-            places = self._of_rows(batch, padded_batch)
-            units = torch.zeros(padded_batch * len(self._width_U), dtype=torch.int64, device=places.device)
-            return units.index_copy_(0, places, torch.arange(len(places), device=places.device))
+        places = self._find_rows(batch, padded_batch)
+        units = torch.zeros(padded_batch * len(self._width_U), dtype=torch.int64, device=places.device)
+        return units.index_copy_(0, places, torch.arange(len(places), device=places.device))
 
 
 class PooledExchange:

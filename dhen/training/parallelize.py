@@ -75,10 +75,12 @@ def lay_out(
     size = topology.world_size if groups is None else groups.shard_size
     known["group_sizes"] = _table_group_sizes(topology, ds_config)
     if (hops := ds_config.dhen.all_to_all_hops) != 1 and not topology.has_equal_nodes():
-        raise DsConfigError(
-            f"{ds_config.path}: dhen.all_to_all_hops is {hops!r}, but the nodes have unequal numbers of ranks, or the "
-            "launcher does not number the ranks node by node. Start as many ranks on every node, or set it to 1."
-        )
+        if hops == 2:
+            raise DsConfigError(
+                f"{ds_config.path}: dhen.all_to_all_hops is 2, but the nodes have unequal numbers of ranks, or the "
+                "launcher does not number the ranks node by node. Start as many ranks on every node, or set it to 1."
+            )
+        ds_config = replace(ds_config, dhen=ds_config.dhen.model_copy(update={"all_to_all_hops": 1}))
 
     def with_tables(placed: Placement) -> Layout:
         return Layout(config, topology, ds_config.sized(weights_of(config, placed.replicated)), placed, groups, size)
@@ -86,6 +88,8 @@ def lay_out(
     if predict is not None:
         known["dense_bytes"] = lambda: getattr(predict(with_tables(Placement((), topology.world_size))), "peak", 0)
     layout = with_tables(place_for_training(config, topology, ds_config, size, **known))
+    if hops == 2 and layout.placement.hops == 1 and layout.placement.shards:
+        logger.info("dhen.all_to_all_hops 2: the tables' ranks are on one node, or one on each, so there is one hop")
     if (of_tables := layout.placement.world_size) == topology.world_size:
         if (group := ds_config.dhen.table_group) != "world":
             logger.info("dhen.table_group %r: one group of all ranks, so table_sync_… has no effect", group)

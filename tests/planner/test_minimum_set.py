@@ -178,8 +178,25 @@ def test_the_plan_takes_the_faster_table_group():
     made = {group: Planner(Job(CONFIG, BATCH, MACHINE, 2, section=section)) for group, section in sections.items()}
     placed = {group: each.placement_of(DP) for group, each in made.items()}
     assert placed["world"].world_size == 2 * placed["node"].world_size == 2 * MACHINE.ranks_per_node
-    assert placed["auto"] == min(placed["world"], placed["node"], key=lambda placement: placement.makespan)
+    both = placed["world"], placed["node"]
+    assert placed["auto"] == min(both, key=lambda placement: placement.makespan + placement.hop_seconds)
     assert made["auto"].whole_ds_config(DP)["dhen"]["table_group"] == "auto"
+
+
+def test_where_replicas_leave_no_room_auto_is_all_ranks():
+    """They would be faster, as groups exchange their rows only after 1,000 steps."""
+    section = DhenSection(table_group="auto", table_sync_steps=1000)
+    one_node, world = (
+        Planner(Job(LARGE, BATCH, replace(MACHINE, memory_gib=100.0), 2, section=each))
+        for each in (section, DhenSection())
+    )
+    assert one_node.placement_of(DP).world_size == 2
+    between = sum(each.predict(DP).memory.peak for each in (one_node, world)) / 2 / 2**30
+    small = replace(MACHINE, memory_gib=between / 0.95)
+    made = Planner(Job(LARGE, BATCH, small, 2, section=section))
+    assert made.plan().fits
+    assert made.placement_of(DP).world_size == 4
+    assert made.whole_ds_config(DP)["dhen"].get("table_group", "world") == "world"
 
 
 def test_a_table_group_that_does_not_divide_the_ranks_is_refused():
@@ -201,7 +218,7 @@ def test_replicas_of_tables_do_not_go_to_host_memory():
         ({"seconds_per_step": {0: 2.0}, "seconds_per_value": 1e-9}, "host's start"),
         ({"seconds_per_step": {0: 1e-9}, "seconds_per_value": 1e-3}, "loader"),
         ({"node_bytes_per_second": 1e8}, "links"),
-        ({"seconds_per_collective": 0.1}, "tables"),
+        ({"seconds_per_collective": 0.1}, "rings' latency"),
         ({"is_gpu": False, "seconds_per_step": {0: 0.01}, "seconds_per_value": 1e-3}, "loader"),
     ],
 )
@@ -216,18 +233,20 @@ def test_the_parts_of_a_step_sum_to_it_and_name_what_limits_it(change, limit):
 def test_latency_is_the_hops_of_the_rings():
     """Two nodes of two ranks: the one all-reduce of data parallel has two hops up NCCL's tree and two down."""
     made = planner(machine=replace(MACHINE, seconds_per_collective=0.01))
-    assert made.seconds_of_hops(DP) == pytest.approx(4 * 0.01)
+    assert made.ring_latency(DP) == pytest.approx(4 * 0.01)
     assert Limits.of(made, Technique("zero3")).limited_by == "rings' latency"
 
 
-def test_the_tables_wait_for_their_messages_and_less_in_two_hops():
+def test_the_tables_wait_for_their_messages_and_less_in_two_hops(tmp_path):
     """Two nodes of two ranks: three messages each way, or two."""
-    free, flat, two = (
-        planner(machine=replace(MACHINE, seconds_per_collective=seconds), section=DhenSection(all_to_all_hops=hops))
-        for seconds, hops in ((0.0, 1), (0.01, 1), (0.01, 2))
-    )
-    assert flat.table_seconds(DP) - free.table_seconds(DP) == pytest.approx(6 * 0.01)
-    assert two.table_seconds(DP) - free.table_seconds(DP) == pytest.approx(4 * 0.01, rel=0.01)
+    seconds = {}
+    for per_message, hops in ((0.0, 1), (0.01, 1), (0.01, 2)):
+        path = tmp_path / f"{per_message}.json"
+        replace(read_costs("gpu"), seconds_per_exchange=0.0, seconds_per_message=per_message).save(path)
+        section = DhenSection(all_to_all_hops=hops, placement={"costs": str(path)})
+        seconds[per_message, hops] = planner(section=section).table_seconds(DP)
+    assert seconds[0.01, 1] - seconds[0.0, 1] == pytest.approx(6 * 0.01)
+    assert seconds[0.01, 2] - seconds[0.0, 1] == pytest.approx(4 * 0.01, rel=0.01)
 
 
 def test_tables_that_fit_on_no_rank_are_said_so():

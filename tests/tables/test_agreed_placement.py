@@ -89,15 +89,17 @@ def two_hops_on_unequal_nodes(topology: Topology) -> str:
     config = read_ds_config(ROOT / "ds_configs/zero0.json", recipe(topology.world_size, 8))
     uneven = replace(topology, local_size=1 if topology.rank == 2 else 2)
     with pytest.raises(DsConfigError) as caught:
-        lay_out(
-            DhenConfig(**CONFIG), uneven, DsConfig(config.path, config.deepspeed, DhenSection(all_to_all_hops="auto"))
-        )
+        lay_out(DhenConfig(**CONFIG), uneven, DsConfig(config.path, config.deepspeed, DhenSection(all_to_all_hops=2)))
+    auto = lay_out(
+        DhenConfig(**CONFIG), uneven, DsConfig(config.path, config.deepspeed, DhenSection(all_to_all_hops="auto"))
+    )
+    assert (auto.placement.hops, auto.ds_config.dhen.all_to_all_hops) == (1, 1)
     return str(caught.value)
 
 
 def test_two_hops_need_equal_nodes():
     (message,) = set(run_ranks(3, two_hops_on_unequal_nodes))
-    assert "dhen.all_to_all_hops is 'auto', but the nodes have unequal numbers of ranks" in message
+    assert "dhen.all_to_all_hops is 2, but the nodes have unequal numbers of ranks" in message
 
 
 def no_group(topology: Topology) -> str:

@@ -336,3 +336,24 @@ def test_two_hops_train_as_one_does_to_the_bit():
     one, two = (run_ranks(4, train_with_hops, hops, local_size=2) for hops in (1, 2))
     for of_rank, other in zip(one, two, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(of_rank, other, strict=True))
+
+
+def train_on_one_owner(topology: Topology) -> list[Tensor]:
+    """Embeddings of two steps of a sum, whose gradient is one number, repeated without memory of its own."""
+    options = PlacementOptions(by_hand={table.name: [0] for table in TABLES})
+    setting = StepSetting(topology.world_size, topology.local_size, 6)
+    placement = place_tables(TABLES, DIM, setting, read_costs("cpu"), options=options)
+    tables = ShardedTables(TABLES, DIM, placement, topology, update=UPDATES["sgd"], seed=SEED)
+    tables.set_learning_rate(LEARNING_RATE)
+    results = []
+    for _ in range(2):
+        embeddings_BFD = tables(batch_of("single", 0, topology.rank, 6))
+        results.append(embeddings_BFD.detach().clone())
+        embeddings_BFD.sum().backward()
+    return results
+
+
+def test_one_rank_may_hold_all_tables():
+    for first, second in run_ranks(2, train_on_one_owner):
+        assert first.shape == second.shape
+        assert (second < first).all(), "each row goes down by its gradient, which is positive"

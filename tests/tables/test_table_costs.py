@@ -121,11 +121,15 @@ def test_replicated_tables_pay_for_the_dense_parts_traffic():
 
 def test_two_hops_save_messages_and_cost_bytes_inside_the_node_and_copies():
     setting = StepSetting(12, 4, 100, wire_forward="fp16", wire_backward="fp32")
-    costs = replace(COSTS, seconds_per_message=1e-3, intra_node_bytes_per_second=1e6)
-    assert hop_seconds(costs, setting, 50, hops=1) == pytest.approx(2 * 11e-3)
+    costs = replace(COSTS, seconds_per_exchange=1e-2, seconds_per_message=1e-3, intra_node_bytes_per_second=1e6)
+    assert hop_seconds(costs, setting, 50, hops=1) == pytest.approx(2 * 1e-2 + 2 * 11e-3)
+    assert hop_seconds(costs, setting, 0, hops=1) == 0.0
+    replicas = replace(setting, num_replicas=3, sync_steps=4)
+    of_replicas = hop_seconds(costs, replicas, 50, hops=1) - hop_seconds(costs, setting, 50, hops=1)
+    assert of_replicas == pytest.approx((2 * 1e-2 + 2 * 2e-3) / 4)
     own = 100 * 50 * (2 + 4)  # what a rank sends and receives per step, of embeddings and gradients
     passed_on = own * 2 / 3 * 3 / 4
     copies = 4 * own * costs.lookup["fp32"].seconds_per_other_byte
-    assert hop_seconds(costs, setting, 50, hops=2) == pytest.approx(2 * 5e-3 + passed_on / 1e6 + copies)
+    assert hop_seconds(costs, setting, 50, hops=2) == pytest.approx(4 * 1e-2 + 2 * 5e-3 + passed_on / 1e6 + copies)
     for world, local, can_hop in ((12, 4, True), (4, 4, False), (2, 4, False), (3, 1, False), (6, 4, False)):
         assert StepSetting(world, local, 100).can_hop == can_hop

@@ -32,7 +32,7 @@ def plot_over_depth(lines: Mapping[str, tuple[Points, dict[str, Any]]], title: s
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for label, (points, style) in lines.items():
-        fits = [point for point in sorted(points) if point[1] is not None]
+        fits = [point for point in sorted(points, key=lambda point: point[0]) if point[1] is not None]
         if not fits:
             axes.plot([], [], label=f"{label}: fits at no depth")
             continue

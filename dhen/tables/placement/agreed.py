@@ -131,7 +131,11 @@ def place_fastest(
             placed = place(setting)
             ranks = map(placed.of_rank, range(placed.world_size))
             if setting.num_replicas > 1 and any(beyond_device(own, placed.device_bytes) for own in ranks):
-                needs = f"a table group of {placed.world_size} ranks has too little GPU memory for all tables."
+                most = max(map(placed.bytes_of_rank, range(placed.world_size))) / 2**30
+                needs = (
+                    f"a table group of {placed.world_size} ranks has too little GPU memory for all tables: "
+                    f"{most:.3f} GiB on the fullest rank, of which {placed.device_bytes / 2**30:.3f} GiB fit."
+                )
                 raise PlacementError(needs, 'dhen.table_group "world", or more ranks per group.')
             found.append((setting, placed))
         except PlacementError as error:

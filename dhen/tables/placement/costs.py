@@ -2,8 +2,9 @@
 
 The cost has three parts: the lookup, the optimizer's update in the backward, and the all-to-all of ids, pooled
 embeddings and gradients. The first two are linear in ids and bytes, with rates that tools/calibrate_costs.py measures
-on a machine. The third is bytes divided by link speed, separately for links inside a node and between nodes. What each
-rank's messages cost beyond their bytes is the same for all placements, so it only decides on the number of hops.
+on a machine. The third is bytes divided by link speed, separately for links inside a node and between nodes. What a
+rank's exchanges and messages cost beyond their bytes (`hop_seconds`) is the same wherever the shards are, so it only
+decides on table groups and on the number of hops.
 """
 
 import json
@@ -74,7 +75,8 @@ class Costs:
     """The rates of one kind of machine. Bytes per second are per rank, in one direction.
 
     machine, source: what was measured, and how. lookup: rates by table dtype. update: by `StepSetting.update_key`.
-    seconds_per_message: of a small message to another rank, beside others of the same rank.
+    seconds_per_exchange, seconds_per_message: an all-to-all of small messages takes the first, and the second for each
+    other rank. Files from before these were measured have 0, so their hops and messages count as free.
     """
 
     machine: str
@@ -83,6 +85,7 @@ class Costs:
     update: dict[str, WorkRate]
     intra_node_bytes_per_second: float
     inter_node_bytes_per_second: float
+    seconds_per_exchange: float = 0.0
     seconds_per_message: float = 0.0
 
     def save(self, path: Path) -> None:
@@ -260,22 +263,28 @@ def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, i
 
 
 def hop_seconds(costs: Costs, setting: StepSetting, columns: int, hops: int) -> float:
-    """Seconds per step that the all-to-all of embeddings and gradients takes beyond what `shard_seconds` counts.
+    """Seconds per step that the exchanges take beyond the bytes that `shard_seconds` counts: those of embeddings and
+    gradients, and with table groups two between replicas.
 
-    In one hop, these are a rank's messages. Two hops have fewer, but most bytes for other nodes first travel to a
-    neighbor, and all are copied twice. columns: of all tables together.
+    Two hops have fewer messages, but twice as many exchanges; most bytes for other nodes first travel to a neighbor,
+    and all are copied twice. columns: of all tables together.
     """
     if not columns:
         return 0.0
-    world, local = setting.world_size, setting.local_size
+
+    def seconds(exchanges: int, messages: int) -> float:
+        return exchanges * costs.seconds_per_exchange + messages * costs.seconds_per_message
+
+    world, local, replicas = setting.world_size, setting.local_size, setting.num_replicas
+    between_replicas = seconds(2, 2 * (replicas - 1)) / setting.sync_steps if replicas > 1 else 0.0
     if hops == 1:
-        return 2 * (world - 1) * costs.seconds_per_message
+        return between_replicas + (seconds(2, 2 * (world - 1)) if world > 1 else 0.0)
     nodes = world // local
     wire = WIRE_BYTES[setting.wire_forward] + WIRE_BYTES[setting.wire_backward]
     own = setting.batch_size * columns * wire
     passed_on = own * (nodes - 1) / nodes * (local - 1) / local / costs.intra_node_bytes_per_second
     copies = 2 * 2 * own * costs.lookup[setting.table_dtype].seconds_per_other_byte
-    return 2 * (local - 1 + nodes - 1) * costs.seconds_per_message + passed_on + copies
+    return between_replicas + seconds(4, 2 * (local - 1 + nodes - 1)) + passed_on + copies
 
 
 def replicated_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> float:
