@@ -183,17 +183,15 @@ def test_the_plan_takes_the_faster_table_group():
     assert made["auto"].whole_ds_config(DP)["dhen"]["table_group"] == "auto"
 
 
-def test_where_replicas_leave_no_room_auto_is_all_ranks():
-    """They would be faster, as groups exchange their rows only after 1,000 steps."""
-    section = DhenSection(table_group="auto", table_sync_steps=1000)
-    one_node, world = (
-        Planner(Job(LARGE, BATCH, replace(MACHINE, memory_gib=100.0), 2, section=each))
-        for each in (section, DhenSection())
-    )
-    assert one_node.placement_of(DP).world_size == 2
-    between = sum(each.predict(DP).memory.peak for each in (one_node, world)) / 2 / 2**30
-    small = replace(MACHINE, memory_gib=between / 0.95)
-    made = Planner(Job(LARGE, BATCH, small, 2, section=section))
+def test_where_replicas_leave_no_room_auto_is_all_ranks(tmp_path):
+    """Their tables fit alone, and would be faster where messages are slow, but not beside the dense part."""
+    path = tmp_path / "costs.json"
+    replace(read_costs("gpu"), seconds_per_message=1.0).save(path)
+    section = DhenSection(table_group="auto", placement={"costs": str(path)})
+    features = [{"name": f"C{i}", "num_embeddings": 1_500_000} for i in range(26)]
+    config = DhenConfig(**LARGE.to_dict() | {"num_embeddings_out": 128, "sparse_features": features})
+    made = Planner(Job(config, 16384, replace(MACHINE, memory_gib=8.0), 2, section=section))
+    assert made.placement_of(DP).world_size == 2
     assert made.plan().fits
     assert made.placement_of(DP).world_size == 4
     assert made.whole_ds_config(DP)["dhen"].get("table_group", "world") == "world"
