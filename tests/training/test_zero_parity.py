@@ -45,8 +45,8 @@ def with_two_tables_swapped(topology: Topology) -> list[float]:
 
     right = PooledLayout.join
 
-    def wrong(self, parts):
-        return right(self, parts)[:, [1, 0, *range(2, self.num_features)]]
+    def wrong(self, *received):
+        return right(self, *received)[:, [1, 0, *range(2, self.num_features)]]
 
     PooledLayout.join = wrong
     return train(topology, "zero2")[0]
