@@ -14,9 +14,9 @@ class Limits:
 
     parts: seconds of a step by what they go to; their sum is the step. The tables' part has the latency of their own
     messages; that of rings is the dense part's. Links include copies to and from the host, as far as nothing hides
-    them. limited_by: the longest of them, or the host's
-    if a GPU waits for it. table_group: ranks that the tables are sharded over. table_seconds: of the tables per step,
-    over all ranks and over each node's, if these differ; None: they do not fit there.
+    them. limited_by: the longest of the parts, or the host's if a GPU waits for it. table_group: ranks that the tables
+    are sharded over. table_seconds: of the tables per step, over all ranks and over each node's, if these differ; None:
+    they do not fit there.
     """
 
     parts: dict[str, float]
