@@ -86,6 +86,11 @@ class DhenSection(BaseModel):
     table_sync_dtype: Literal["fp32", "bf16", "int8"] = Field(
         "fp32", description="Table groups: dtype of the moves of weights; those of optimizer states are fp32."
     )
+    table_sync_overlap: _Flag = Field(
+        False,
+        description="Table groups: exchange moves, even with table_sync_steps 1, and let them travel during the next "
+        "step, so that they arrive one step later.",
+    )
     placement: PlacementSection = Field(PlacementSection(), description="Where the embedding tables go.")
     compile: Literal["none", "layers"] = Field(
         "none", description='torch.compile: "layers" compiles the forward and backward of each layer.'
@@ -104,3 +109,8 @@ class DhenSection(BaseModel):
         None, description="HSDP: dtype of the all-reduce of gradient shards across nodes; null keeps their own."
     )
     async_all_reduce: _Flag = Field(True, description="HSDP: overlap the all-reduce across nodes with the backward.")
+
+    @property
+    def exchanges_moves(self) -> bool:
+        """Whether replicas of the tables add up how far they moved their rows, instead of their gradients."""
+        return self.table_sync_steps > 1 or self.table_sync_overlap

@@ -1,5 +1,6 @@
 """Set-ups that DeepSpeed 0.19 accepts but then trains wrongly, or fails on with an unhelpful message."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,22 +71,23 @@ def _of_precision(raw: dict[str, Any], stage: int) -> Iterator[str]:
 def _of_table_groups(section: DhenSection) -> Iterator[str]:
     """What replicas of the tables cannot be combined with. Only the job knows whether its ranks can be divided."""
     if section.table_group == "world":
-        for key, default in (("table_sync_steps", 1), ("table_sync_dtype", "fp32")):
+        for key, default in (("table_sync_steps", 1), ("table_sync_dtype", "fp32"), ("table_sync_overlap", False)):
             if getattr(section, key) != default:
                 yield (
                     f'dhen.{key} has no effect with dhen.table_group "world", because there are no replicas. Remove '
                     'it, or set dhen.table_group to "node".'
                 )
-    elif section.table_sync_steps > 1 and section.table_optimizer == "adam":
+    elif section.exchanges_moves and section.table_optimizer == "adam":
+        key = "table_sync_steps" if section.table_sync_steps > 1 else "table_sync_overlap"
         yield (
-            f"dhen.table_sync_steps is {section.table_sync_steps}, but the moves of Adam's replicas do not add up, "
-            'because its averages shrink in each of them. Use 1, or dhen.table_optimizer "rowwise_adagrad", "adagrad" '
-            'or "sgd".'
+            f"dhen.{key} is {json.dumps(getattr(section, key))}, but the moves of Adam's replicas do not add up, "
+            "because its averages shrink in each of them. Leave it out, or set dhen.table_optimizer to "
+            '"rowwise_adagrad", "adagrad" or "sgd".'
         )
-    elif section.table_sync_steps == 1 and section.table_sync_dtype != "fp32":
+    elif not section.exchanges_moves and section.table_sync_dtype != "fp32":
         yield (
             f"dhen.table_sync_dtype is {section.table_sync_dtype!r}, which has no effect with dhen.table_sync_steps 1, "
-            'where replicas add up exact gradients. Use more steps, or "fp32".'
+            'where replicas add up exact gradients. Use more steps, dhen.table_sync_overlap, or "fp32".'
         )
 
 

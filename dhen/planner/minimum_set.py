@@ -378,7 +378,7 @@ class Planner:
         if not is_hybrid:  # without replicas, the ds_config's check rejects these keys
             update |= {"all_reduce_dtype": None, "async_all_reduce": True}
         if self.job.section.table_group == "world":  # likewise
-            update |= {"table_sync_steps": 1, "table_sync_dtype": "fp32"}
+            update |= {"table_sync_steps": 1, "table_sync_dtype": "fp32", "table_sync_overlap": False}
         return self.job.section.model_copy(update=update)
 
     def _layers(self, count: int) -> int | Literal["none", "all"]:

@@ -63,6 +63,7 @@ class ShardedTables(nn.Module):
     communication overlaps with computation; results are the same either way.
     groups: the table groups; None: one group of all ranks. sync_steps: 1 adds up the gradients of rows over replicas;
     with more, they add up how far they moved their rows after so many steps, with weights in the format `sync_wire`.
+    sync_overlap: moves are exchanged, even with 1, and arrive a step later.
     update: the optimizer. Adagrad's update is learning rate * g / (sqrt(sum of g^2) + epsilon): a larger epsilon makes
     the first updates of a row smaller, so rows that are rarely seen stay close to their initial values.
 
@@ -79,6 +80,7 @@ class ShardedTables(nn.Module):
         groups: ShardGroups | None = None,
         sync_steps: int = 1,
         sync_wire: Wire | None = None,
+        sync_overlap: bool = False,
         update: TableUpdate | None = None,
         table_dtype: TableDtype = "fp32",
         table_rounding: TableRounding = "stochastic",
@@ -120,11 +122,12 @@ class ShardedTables(nn.Module):
         self.uses = RowUses([shard.num_embeddings for shard in self.shards], self._device)
         self._unseen: UnseenIds | None = None
         self._is_new = torch.zeros_like(self.uses.counts, dtype=torch.bool) if self.update.has_new_rows else None
-        self._sync_steps, self._step, self._synchronized_at = sync_steps, 0, 0
+        self._sync_steps, self._sync_overlap, self._step, self._sent_at = sync_steps, sync_overlap, 0, 0
+        sums_gradients = sync_steps == 1 and not sync_overlap
         rounds = table_dtype == "fp16" and table_rounding == "stochastic"
         if self.shards:
-            self._make_lookup(None if groups is None else groups.replica, rounds=rounds)
-        if self._replicas is not None and sync_steps > 1:
+            self._make_lookup(None if groups is None else groups.replica, sums_gradients, rounds=rounds)
+        if self._replicas is not None and not sums_gradients:
             states = zip(*self._lookup.split_optimizer_states(), strict=True) if _STATES[self.optimizer] else ()
             self._moves = Moves(self._replicas, list(states), sync_wire or Wire("fp32"), rounds=rounds)
         if seed is not None:
@@ -134,8 +137,8 @@ class ShardedTables(nn.Module):
                 columns = range(shard.first_column, shard.last_column)
                 draw_table(weight, shard.name, columns, seed, init_std, threads=threads)
 
-    def _make_lookup(self, replicas: dist.ProcessGroup | None, *, rounds: bool) -> None:
-        """replicas: the ranks with the same shards; None without table groups."""
+    def _make_lookup(self, replicas: dist.ProcessGroup | None, sums_gradients: bool, *, rounds: bool) -> None:
+        """replicas: the ranks with the same shards, which may add up their gradients; None without table groups."""
         on_cpu, update = self._device.type == "cpu", self.update
         cached = beyond_device(self.shards, self.placement.device_bytes)
         if replicas is not None and (cached or update.l2):
@@ -144,7 +147,7 @@ class ShardedTables(nn.Module):
                 f"{why}, but replicas exchange only rows that were used, on the GPU. Set dhen.table_group to "
                 f'"world"{", or use more ranks per group" if cached else ", or whole_table_l2 to 0"}.'
             )
-        sums_gradients = replicas is not None and self._sync_steps == 1
+        sums_gradients &= replicas is not None
         if cached and (update.touches_all_rows or update.has_new_rows):
             raise ValueError(
                 "the tables do not fit on the GPUs, but Adam with whole_table_l2 updates all rows in each step, and "
@@ -200,6 +203,8 @@ class ShardedTables(nn.Module):
             # A fixed point of the step. Every rank has announced its next batch before it looked up this one, so the
             # host hardly waits here.
             self._ids.depart()
+            if self._replicas is not None:
+                self._replicas.go_on()
             return embeddings_BFD
 
         return functools.cache(finish)
@@ -282,8 +287,12 @@ class ShardedTables(nn.Module):
         average_decay: share of the average that stays.
         """
         self._step = step
-        if step % self._sync_steps == 0:
-            self.synchronize()
+        if self._moves is not None and not self.is_frozen:
+            self._moves.end()
+            if step % self._sync_steps == 0:
+                self._send_moves()
+                if not self._sync_overlap:
+                    self._moves.end()
         if self.update.l2 and self.update.optimizer != "adam":
             self._decay_whole_tables(*(1.0 - rate * self.update.l2 for rate in self._rates))
         if self.average is not None:
@@ -291,9 +300,16 @@ class ShardedTables(nn.Module):
 
     def synchronize(self) -> None:
         """Let all replicas of the tables be equal. Communicates over the replicas, if a step has set them apart."""
-        if self._moves is not None and self._step != self._synchronized_at and not self.is_frozen:
-            self._moves.exchange()
-        self._synchronized_at = self._step
+        if self._moves is None or self.is_frozen:
+            return
+        self._moves.end()
+        if self._step != self._sent_at:
+            self._send_moves()
+            self._moves.end()
+
+    def _send_moves(self) -> None:
+        self._moves.start()
+        self._sent_at = self._step
 
     @property
     def bytes_to_replicas(self) -> int:

@@ -94,7 +94,7 @@ def lay_out(
         if (group := ds_config.dhen.table_group) != "world":
             logger.info("dhen.table_group %r: one group of all ranks, so table_sync_… has no effect", group)
         return layout
-    late = ds_config.dhen.table_sync_steps - 1
+    late = ds_config.dhen.table_sync_steps - 1 + ds_config.dhen.table_sync_overlap
     misses = f"miss what the others did in up to {late} steps" if late else "are those of one group, to rounding"
     logger.info(
         "%d groups of %d ranks hold all tables; the rows that one reads %s",
@@ -185,6 +185,7 @@ def shard_tables(
         overlap=section.overlap_tables,
         sync_steps=section.table_sync_steps,
         sync_wire=Wire(section.table_sync_dtype),
+        sync_overlap=section.table_sync_overlap,
         **options,
     )
 

@@ -163,8 +163,13 @@ def test_a_moving_average_without_fp32_weights_is_refused_before_anything_is_bui
             {"dhen": {"table_group": 2, "table_sync_steps": 4, "table_optimizer": "adam"}},
             "the moves of Adam's replicas do not add up",
         ),
+        (
+            {"dhen": {"table_group": 2, "table_sync_overlap": True, "table_optimizer": "adam"}},
+            "table_sync_overlap is true, but the moves of Adam's replicas do not add up",
+        ),
         ({"dhen": {"table_group": 2, "table_sync_dtype": "int8"}}, "no effect with dhen.table_sync_steps 1"),
         ({"dhen": {"table_sync_steps": 2}}, 'table_sync_steps has no effect with dhen.table_group "world"'),
+        ({"dhen": {"table_sync_overlap": True}}, 'table_sync_overlap has no effect with dhen.table_group "world"'),
         ({"dhen": {"table_sync_dtype": "bf16"}}, 'table_sync_dtype has no effect with dhen.table_group "world"'),
         (
             {

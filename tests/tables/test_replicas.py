@@ -1,6 +1,7 @@
 """Tables in groups: replicas stay equal to the bit, and are what one group over all ranks would be."""
 
 import itertools
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -110,14 +111,17 @@ def assert_equal_bits(replicas: list[dict]) -> dict:
     return first
 
 
-def reference(optimizer: str, kind: str, cuts: dict[str, int], disjoint: bool, world_size: int = 4) -> dict:
-    expected = Reference(cuts)
-    for step in range(STEPS):
-        for rank in range(world_size):
-            sparse, target = batch(kind, step, rank, world_size, 2, disjoint)
-            if len(target):
-                (expected.look_up(sparse) * target).sum().div(world_size).backward()
-        expected.update(optimizer)
+def reference(
+    optimizer: str, kind: str, cuts: dict[str, int], disjoint: bool, steps: Sequence[int] = 4 * [STEPS]
+) -> dict:
+    """All tables after so many steps of each rank."""
+    expected, world_size = Reference(cuts), len(steps)
+    for step in range(max(steps)):
+        batches = [batch(kind, step, rank, world_size, 2, disjoint) for rank in range(world_size) if step < steps[rank]]
+        losses = [(expected.look_up(sparse) * target).sum() / world_size for sparse, target in batches if len(target)]
+        if losses:
+            sum(losses).backward()
+            expected.update(optimizer)
     return {table.name: weight.detach() for table, weight in zip(TABLES, expected.weights, strict=True)}
 
 
@@ -126,20 +130,22 @@ def joined(replica: dict, kind: str = "weight") -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("group", "optimizer", "kind", "cuts", "disjoint", "sync_steps"),
+    ("group", "optimizer", "kind", "cuts", "disjoint", "sync"),
     [
-        (2, "sgd", "single", WHOLE, False, 1),
-        (1, "adam", "bags", WHOLE, False, 1),
-        (2, "adagrad", "bags", CUT, False, 1),
-        (2, "rowwise_adagrad", "weighted", CUT, False, 1),
-        (2, "sgd", "bags", CUT, False, 3),  # the loss is linear, so rows that miss moves change no gradient
-        (1, "sgd", "single", WHOLE, False, 2),
-        (2, "adagrad", "bags", CUT, True, 2),
-        (2, "rowwise_adagrad", "weighted", CUT, True, 3),
+        (2, "sgd", "single", WHOLE, False, {}),
+        (1, "adam", "bags", WHOLE, False, {}),
+        (2, "adagrad", "bags", CUT, False, {}),
+        (2, "rowwise_adagrad", "weighted", CUT, False, {}),
+        (2, "sgd", "bags", CUT, False, {"sync_steps": 3}),  # the loss is linear, so late moves change no gradient
+        (1, "sgd", "single", WHOLE, False, {"sync_steps": 2}),
+        (2, "sgd", "bags", CUT, False, {"sync_overlap": True}),
+        (2, "adagrad", "bags", CUT, True, {"sync_steps": 2}),
+        (2, "rowwise_adagrad", "weighted", CUT, True, {"sync_steps": 3}),
+        (2, "rowwise_adagrad", "weighted", CUT, True, {"sync_steps": 2, "sync_overlap": True}),
     ],
 )
-def test_replicas_are_one_group_over_all_ranks(group, optimizer, kind, cuts, disjoint, sync_steps):
-    results = run_ranks(4, partial(train, sync_steps=sync_steps), group, optimizer, kind, cuts, disjoint)
+def test_replicas_are_one_group_over_all_ranks(group, optimizer, kind, cuts, disjoint, sync):
+    results = run_ranks(4, partial(train, **sync), group, optimizer, kind, cuts, disjoint)
     replica = assert_equal_bits(replicas_of(results))
     expected = reference(optimizer, kind, cuts, disjoint)
     for name, weight in joined(replica).items():
@@ -148,9 +154,30 @@ def test_replicas_are_one_group_over_all_ranks(group, optimizer, kind, cuts, dis
     assert all(one_group[key]["uses"].equal(replica[key]["uses"]) for key in one_group)
 
 
-@pytest.mark.parametrize(("sync_steps", "tolerance"), [(1, 1e-6), (2, 0.1)])
-def test_the_average_is_that_of_one_group(sync_steps, tolerance):
-    options = {"averages": True, "sync_steps": sync_steps}
+def weights_by_step(topology: Topology, **sync: Any) -> list[dict[str, Tensor]]:
+    """The tables of a replica of one rank after each step."""
+    tables, after = make_tables(topology, 1, "sgd", WHOLE, **sync), []
+    for step in range(STEPS):
+        sparse, target = batch("bags", step, topology.rank, topology.world_size, 1, disjoint=False)
+        (tables(sparse) * target).sum().backward()
+        tables.end_step(step + 1, DECAY)
+        after.append({shard.name: of["weight"].clone() for shard, of in tables.shard_tensors()})
+    return after
+
+
+@pytest.mark.parametrize(("sync_steps", "sync_overlap"), [(3, False), (1, True), (2, True)])
+def test_moves_arrive_when_they_should(sync_steps, sync_overlap):
+    replicas = run_ranks(2, partial(weights_by_step, sync_steps=sync_steps, sync_overlap=sync_overlap))
+    for step, (replica, by_step) in itertools.product(range(1, STEPS + 1), enumerate(replicas)):
+        of_others = (step - sync_overlap) // sync_steps * sync_steps
+        steps = [step if rank == replica else of_others for rank in range(2)]
+        for name, weight in reference("sgd", "bags", WHOLE, False, steps).items():
+            torch.testing.assert_close(by_step[step - 1][name], weight, rtol=1e-6, atol=1e-6, msg=f"{step} {name}")
+
+
+@pytest.mark.parametrize(("sync", "tolerance"), [({}, 1e-6), ({"sync_steps": 2}, 0.1), ({"sync_overlap": True}, 0.1)])
+def test_the_average_is_that_of_one_group(sync, tolerance):
+    options = {"averages": True, **sync}
     grouped = assert_equal_bits(replicas_of(run_ranks(4, partial(train, **options), 2, "sgd")))
     (one_group,) = replicas_of(run_ranks(4, partial(train, averages=True), 4, "sgd"))
     for name, average in joined(grouped).items():
@@ -158,12 +185,18 @@ def test_the_average_is_that_of_one_group(sync_steps, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wire", "sync_steps"), [("fp16", "fp32", 1), ("fp16", "int8", 2), ("fp32", "bf16", 2)]
+    ("dtype", "wire", "sync"),
+    [
+        ("fp16", "fp32", {}),
+        ("fp16", "int8", {"sync_steps": 2}),
+        ("fp32", "bf16", {"sync_steps": 2}),
+        ("fp16", "int8", {"sync_overlap": True}),
+    ],
 )
-def test_replicas_are_equal_to_the_bit_whatever_is_lost(dtype, wire, sync_steps):
-    lossy = partial(train, sync_wire=Wire(wire), table_dtype=dtype, sync_steps=sync_steps)
+def test_replicas_are_equal_to_the_bit_whatever_is_lost(dtype, wire, sync):
+    lossy = partial(train, sync_wire=Wire(wire), table_dtype=dtype, **sync)
     replica = assert_equal_bits(replicas_of(run_ranks(4, lossy, 2, "rowwise_adagrad")))
-    exact_train = partial(train, sync_steps=sync_steps)
+    exact_train = partial(train, **sync)
     exact = assert_equal_bits(replicas_of(run_ranks(4, exact_train, 2, "rowwise_adagrad")))
     for name, weight in joined(replica).items():
         difference = (weight.float() - joined(exact)[name]).norm() / joined(exact)[name].norm()
@@ -200,9 +233,9 @@ def test_moves_are_rounded_as_asked(rounding):
     assert is_same == (rounding == "nearest"), "only stochastic rounding draws numbers"
 
 
-def train_without_ids(topology: Topology, sync_steps: int) -> Tensor:
+def train_without_ids(topology: Topology, sync: dict[str, Any]) -> Tensor:
     """The weights after a step in which all bags are empty, less those before."""
-    tables = make_tables(topology, 1, "sgd", WHOLE, sync_steps=sync_steps)
+    tables = make_tables(topology, 1, "sgd", WHOLE, **sync)
     before = [of["weight"].clone() for _, of in tables.shard_tensors()]
     lengths_FB = torch.zeros(len(TABLES), 3, dtype=torch.int64)
     for step in range(2):
@@ -212,16 +245,20 @@ def train_without_ids(topology: Topology, sync_steps: int) -> Tensor:
     return torch.stack([(new - old).abs().max() for new, old in zip(after, before, strict=True)]).max()
 
 
-@pytest.mark.parametrize("sync_steps", [1, 2])
-def test_steps_without_ids_change_nothing(sync_steps):
-    assert run_ranks(2, train_without_ids, sync_steps) == [0, 0]
+@pytest.mark.parametrize("sync", [{}, {"sync_steps": 2}, {"sync_overlap": True}])
+def test_steps_without_ids_change_nothing(sync):
+    assert run_ranks(2, train_without_ids, sync) == [0, 0]
 
 
-def train_with_small_counts(topology: Topology) -> tuple[int, dict, int]:
-    row_uses.MOST_USES = replicas_module.MOST_USES = 8
-    return train(topology, 1, "sgd")
+def train_with_limit(topology: Topology, limit: int, overlap: bool) -> tuple[int, dict, int]:
+    row_uses.MOST_USES = replicas_module.MOST_USES = limit
+    return train(topology, 1, "sgd", sync_overlap=overlap)
 
 
-def test_counts_that_are_too_large_are_halved_on_all_replicas():
-    replica = assert_equal_bits(replicas_of(run_ranks(2, train_with_small_counts)))
-    assert max(int(of["uses"].max()) for of in replica.values()) <= 8
+@pytest.mark.parametrize("overlap", [False, True])
+def test_counts_that_are_too_large_are_halved_on_all_replicas(overlap):
+    most = []
+    for limit in (8, 1 << 29):
+        replica = assert_equal_bits(replicas_of(run_ranks(2, train_with_limit, limit, overlap)))
+        most.append(max(int(of["uses"].max()) for of in replica.values()))
+    assert 2 * most[0] <= most[1]

@@ -40,7 +40,8 @@ def test_replicas_pay_for_the_rows_that_they_exchange():
     shape = {"rows": 1000, "columns": 8, "ids_per_bag": 1.0}
     alone = shard_seconds(COSTS, one, **shape)
     for steps, row_bytes in ((1, 4 + 4 + 8 * 4), (4, 4 + 4 + 8 * 1 + 4)):
-        setting = replace(one, num_replicas=3, sync_steps=steps, sync_dtype="fp32" if steps == 1 else "int8")
+        late = {} if steps == 1 else {"sync_moves": True, "sync_dtype": "int8"}
+        setting = replace(one, num_replicas=3, sync_steps=steps, **late)
         used = 1000 * (1 - (1 - 1 / 1000) ** (200 * steps)) / steps
         seconds = 2 * used * row_bytes / COSTS.inter_node_bytes_per_second
         cost = shard_seconds(COSTS, setting, **shape)

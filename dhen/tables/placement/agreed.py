@@ -60,6 +60,7 @@ def setting_of(
         local_size,
         batch_size,
         num_replicas=world_size // size,
+        sync_moves=section.exchanges_moves,
         sync_steps=section.table_sync_steps,
         sync_dtype=section.table_sync_dtype,
         optimizer=section.table_optimizer,

@@ -137,7 +137,7 @@ class StepSetting:
     rows. averages: there is a moving average of the tables.
 
     With table groups, world_size is the number of ranks in a group, and num_replicas the number of groups. They
-    exchange gradients of rows, or if sync_steps is above 1, moves of rows after so many steps, in sync_dtype.
+    exchange gradients of rows, or if sync_moves is set, moves of rows after sync_steps steps, in sync_dtype.
     """
 
     world_size: int
@@ -153,6 +153,7 @@ class StepSetting:
     all_rows: bool = False
     averages: bool = False
     num_replicas: int = 1
+    sync_moves: bool = False
     sync_steps: int = 1
     sync_dtype: str = "fp32"
 
@@ -200,7 +201,7 @@ class StepSetting:
     def moved_row_bytes(self, columns: int) -> float:
         """Bytes that a replica sends about a row: number, uses and gradient, or instead of this moves of weights and
         state."""
-        states = self.row_bytes(columns) - columns * WEIGHT_BYTES[self.table_dtype] if self.sync_steps > 1 else 0
+        states = self.row_bytes(columns) - columns * WEIGHT_BYTES[self.table_dtype] if self.sync_moves else 0
         return _ROW_NUMBER_BYTES + _USES_BYTES + columns * WIRE_BYTES[self.sync_dtype] + states
 
     def cached_bytes(self, rows: int, columns: int) -> int:
