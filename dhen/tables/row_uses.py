@@ -60,10 +60,10 @@ class RowUses:
         self.added += rows.numel()
         if self.halves_itself and self.added >= MOST_USES:
             self.halve()
+            self.added = 0
 
     def halve(self) -> None:
         """Halve the counts while one is too large. Call it after the counts were loaded."""
-        self.added = 0
         while self.counts.numel() and self.counts.max() > MOST_USES:
             self.counts.add_(1).div_(2, rounding_mode="floor")
 
