@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 
+from dhen.model.gate import GateKind
 from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
 from dhen.model.mlp import Activation
 from dhen.model.names import check_names, check_type, is_valid_table_name, quoted, unique_keys
@@ -65,6 +66,8 @@ class LayerSpec:
     batch_norm: bool
     activation: Activation
     interaction_init: InteractionInit
+    gate: GateKind
+    gate_sparsity: float
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -89,8 +92,8 @@ class DhenArchitecture:
     layers: Entries = option(
         None,
         "One object per layer, {interactions, …}. Replaces num_layers. An object may override interactions, ensemble, "
-        "norm, norm_position, dropout, batch_norm, activation, interaction_init and num_embeddings_out for its layer. "
-        "As text: JSON.",
+        "norm, norm_position, dropout, batch_norm, activation, interaction_init, gate, gate_sparsity and "
+        "num_embeddings_out for its layer. As text: JSON.",
     )
     num_embeddings_out: Size = option(
         16, "L, the number of embeddings that an interaction outputs, unless its entry sets it."
@@ -111,6 +114,14 @@ class DhenArchitecture:
     interaction_init: InteractionInit = option(
         "default",
         "zero: the last linear map of each interaction starts at 0, so that each layer starts as its shortcut.",
+    )
+    gate: GateKind = option(
+        "none",
+        "A gate that scales each layer's ensemble, example by example: soft by a number between 0 and 1; hard by 0 or 1, "
+        "and an evaluation does not compute the interactions for 0.",
+    )
+    gate_sparsity: NotNegative = option(
+        0.01, "Factor of the hard gates' mean openness in the training loss. The larger, the fewer layers are computed."
     )
     head_inputs: Literal["last", "all"] = option(
         "last", "What the head reads: the output of the last layer, or the first layer's input and all layers' outputs."

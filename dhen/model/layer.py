@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dhen.model.configuration_dhen import EnsembleKind, LayerSpec, NormKind
+from dhen.model.gate import LayerGate
 from dhen.model.interactions import Axes, InteractionContext, MixEmbeddings, build_interaction, with_prefix
 from dhen.model.mixture_of_experts import Output, joined, parted
 from dhen.model.mlp import BatchNorm
@@ -97,7 +98,7 @@ class DhenLayer(nn.Module):
     """Norm(Ensemble(Interactions(X)) + ShortCut(X)) (eq. 1 and 2), with dropout on the ensemble's output.
 
     The formula above is `norm_position` "post". "pre" is Ensemble(Interactions(Norm(X))) + ShortCut(X), and "inner" is
-    Norm(Ensemble(Interactions(X))) + ShortCut(X).
+    Norm(Ensemble(Interactions(X))) + ShortCut(X). A gate scales the term before the shortcut (see gate.py).
 
     >>> from dhen.model.configuration_dhen import DhenConfig
     >>> config = DhenConfig(num_dense_features=1, interactions=["linear"], num_embeddings_out=3)
@@ -130,24 +131,37 @@ class DhenLayer(nn.Module):
         self.shortcut = ShortCut(num_inputs, self.num_outputs)
         self.dropout = nn.Dropout(spec.dropout)
         self.norm = make_norm(spec.norm, num_inputs if spec.norm_position == "pre" else self.num_outputs, embedding_dim)
+        has_gate = spec.gate != "none"
+        self.gate = LayerGate(spec.gate, num_inputs, embedding_dim, spec.gate_sparsity) if has_gate else None
 
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """Which weights belong to which of the M embeddings and N dense features, by their labels."""
         axes: Axes = {"shortcut.mix.weight": {1: inputs}}
+        values = [(row, column) for row in inputs for column in range(self.embedding_dim)]
         for index, interaction in enumerate(self.interactions):
             axes |= with_prefix(f"interactions.{index}", interaction.input_axes(inputs, dense))
         if self.norm_position == "pre" and isinstance(self.norm, FlatBatchNorm):
-            values = [(row, column) for row in inputs for column in range(self.embedding_dim)]
             names = ("weight", "bias", "running_mean", "running_var")
             axes |= {f"norm.norm.{name}": {0: values} for name in names}
+        if self.gate is not None:
+            axes["gate.weight"] = {1: values}
         return axes
 
     def forward(self, x_BMD: Tensor, dense_BN: Tensor) -> Output:
-        """Return (B, num_outputs, D), with the sum of the interactions' losses if they have any."""
-        inputs_BMD = self.norm(x_BMD) if self.norm_position == "pre" else x_BMD
-        u_list_BLD, losses = parted(interaction(inputs_BMD, dense_BN) for interaction in self.interactions)
-        u_BLD = self.dropout(self.ensemble(u_list_BLD))
-        if self.norm_position == "inner":
-            u_BLD = self.norm(u_BLD)
+        """Return (B, num_outputs, D), with the sum of the losses of the interactions and the gate, if they have any."""
+        losses: list[Tensor] = []
+
+        def interact(x_BMD: Tensor, dense_BN: Tensor) -> Tensor:
+            inputs_BMD = self.norm(x_BMD) if self.norm_position == "pre" else x_BMD
+            u_list_BLD, of_interactions = parted(interaction(inputs_BMD, dense_BN) for interaction in self.interactions)
+            losses.extend(of_interactions)
+            u_BLD = self.dropout(self.ensemble(u_list_BLD))
+            return self.norm(u_BLD) if self.norm_position == "inner" else u_BLD
+
+        if self.gate is None:
+            u_BLD = interact(x_BMD, dense_BN)
+        else:
+            gate_B11, *losses = self.gate(x_BMD)
+            u_BLD = self.gate.apply_to(interact, gate_B11, x_BMD, dense_BN)
         sum_BLD = u_BLD + self.shortcut(x_BMD)
         return joined(self.norm(sum_BLD) if self.norm_position == "post" else sum_BLD, losses)

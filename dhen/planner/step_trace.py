@@ -24,6 +24,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.gate import LayerGate
 from dhen.model.layer import DhenLayer
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.planner.cuda_autocast import cuda_autocast
@@ -244,7 +245,10 @@ def _evaluation(config: str, batch_size: int, precision: Precision) -> int:
         torch.no_grad(),
         LiveMemory([*model.parameters(), *model.buffers(), *inputs.values()]) as memory,
     ):
-        model.eval()(**inputs)
+        for module in model.eval().modules():
+            if isinstance(module, LayerGate):
+                module.skips = False  # which examples are skipped depends on values
+        model(**inputs)
         return memory.peak
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,7 +53,9 @@ EXPERTS = {"kind": "advanced_dlrm", "num_experts": 8, "over_arch": [128]}
 INTERACTIONS = ("advanced_dlrm", "self_attention", "linear", "deep_cross_flattened")
 
 
-def planner_of(precision: str, depth: int = DEPTH, interactions: Sequence[Any] = INTERACTIONS) -> Planner:
+def planner_of(
+    precision: str, depth: int = DEPTH, interactions: Sequence[Any] = INTERACTIONS, gate: str = "none"
+) -> Planner:
     config = DhenConfig(
         num_dense_features=5,
         sparse_features=[{"name": f"C{index}", "num_embeddings": 50} for index in range(TABLES)],
@@ -60,6 +63,7 @@ def planner_of(precision: str, depth: int = DEPTH, interactions: Sequence[Any] =
         num_layers=depth,
         num_embeddings_out=6,
         interactions=list(interactions),
+        gate=gate,
     )
     machine = read_machine("cpu", ranks_per_node=2)
     return Planner(Job(config, BATCH, machine, nodes=2, precision=precision))
@@ -72,9 +76,10 @@ def measured_peaks(
     accumulation: int = 1,
     interactions: Sequence[Any] = INTERACTIONS,
     frozen: frozenset[str] = frozenset(),
+    gate: str = "none",
 ) -> list[int]:
     """Most bytes alive in a step of this rank, by technique."""
-    planner, peaks = planner_of(precision, interactions=interactions), []
+    planner, peaks = planner_of(precision, interactions=interactions, gate=gate), []
     for technique in techniques:
         whole = planner.whole_ds_config(technique)
         section = DhenSection(**whole.pop("dhen", {}))
@@ -118,6 +123,12 @@ def test_the_predicted_peak_is_the_fullest_ranks(precision, techniques):
     assert_predicted(planner_of(precision), techniques, precision, techniques)
 
 
+def test_the_memory_of_gates_is_predicted():
+    techniques = [Technique("dp"), Technique("zero2", checkpointing=2), Technique("zero3")]
+    measure = partial(measured_peaks, gate="hard")
+    assert_predicted(planner_of("fp32", gate="hard"), techniques, "fp32", techniques, measure=measure)
+
+
 def test_the_memory_of_a_mixture_of_experts_is_predicted():
     """Wide weights: 8 experts of 128 units."""
     techniques, interactions = (
@@ -127,10 +138,12 @@ def test_the_memory_of_a_mixture_of_experts_is_predicted():
     assert_predicted(planner_of("fp32", interactions=interactions), techniques, "fp32", techniques, 1, interactions)
 
 
-def assert_predicted(planner: Planner, techniques: list[Technique], *arguments: Any) -> None:
+def assert_predicted(
+    planner: Planner, techniques: list[Technique], *arguments: Any, measure: Any = measured_peaks
+) -> None:
     """arguments: of `measured_peaks`."""
     predicted = [planner.predict(technique).memory for technique in techniques]
-    peaks = fullest_ranks([use.peak for use in predicted], measured_peaks, *arguments)
+    peaks = fullest_ranks([use.peak for use in predicted], measure, *arguments)
     for technique, use, peak in zip(techniques, predicted, peaks, strict=True):
         assert use.peak == pytest.approx(peak, rel=TOLERANCE), f"{technique}: {use}"
 

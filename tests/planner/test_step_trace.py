@@ -150,6 +150,8 @@ def test_training_flops_are_those_of_the_formulas():
     dots = 2 * 2 * 5 * 5 * 8  # their backward is one product
     biases = 2 * 2 * (16 + 40)  # of two experts: a product in the backward alone
     assert flops(dlrm) == mlp + dots + head
+    layer_gate = 2 * 2 * 5 * 8  # the look-ups' gradient needs no product of one column
+    assert flops(dlrm, gate="soft") - flops(dlrm) == layer_gate
     assert flops(dlrm | {"num_experts": 4}) == 2 * mlp + dots + gate + biases + head
     assert flops(dlrm | {"num_experts": 4, "experts_per_example": 1}) == mlp + dots + gate + biases // 2 + head
     attention = {"kind": "self_attention", "num_embeddings": 5, "feedforward_dim": 16}

@@ -63,11 +63,14 @@ def values() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: torch.randn(6, DIM) for name in "abcdef"}, {name: torch.randn(6) for name in "xyz"}
 
 
-@pytest.mark.parametrize("norm", [("post", "layer_norm"), ("pre", "batch_norm"), ("inner", "rms_norm")])
+@pytest.mark.parametrize(
+    "norm", [("post", "layer_norm", "none"), ("pre", "batch_norm", "hard"), ("inner", "rms_norm", "soft")]
+)
 @pytest.mark.parametrize("interaction", EXACT, ids=str)
 def test_a_new_feature_changes_no_prediction_at_first(interaction, norm):
     # The old model has 4 embeddings in and 4 out, so its shortcut has no weights; the new one's has.
-    options = {"interactions": [interaction], "norm_position": norm[0], "norm": norm[1], "num_embeddings_out": 4}
+    options = {"interactions": [interaction], "num_embeddings_out": 4}
+    options |= dict(zip(("norm_position", "norm", "gate"), norm, strict=True))
     old = Model(("a", "b", "c"), ("x", "y"), **options)
     new = Model(("c", "e", "a", "f", "b"), ("z", "y", "x"), **options)
     assert new.start_from(old) == set()
@@ -100,7 +103,12 @@ def test_another_order_of_features_changes_nothing(interaction):
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 def test_every_weight_that_depends_on_the_features_says_how(interaction, norm_position):
     model = Model(
-        ("a", "b", "c"), ("x", "y"), interactions=[interaction], norm="batch_norm", norm_position=norm_position
+        ("a", "b", "c"),
+        ("x", "y"),
+        interactions=[interaction],
+        norm="batch_norm",
+        norm_position=norm_position,
+        gate="soft",
     )
     described = model.module.input_axes(*model.names)
     assert _shaped_by_features(model.config) <= described.keys()

@@ -3,12 +3,15 @@
     python tools/bench/table_groups.py --nodes 2 --ranks_per_node 2 --dims 16 64
 
 It builds a cluster on this machine (tools/cluster.py). A step looks up Criteo's 26 tables, each with at most --max_rows
-rows, and sends back a gradient of ones; there is no dense part, so nothing overlaps. The ways take turns in each round;
-ratios are ratios of medians. A round is --steps steps, so that an exchange every 16 steps is in it.
+rows, and sends back a gradient of ones. In between, each rank sleeps for --dense_ms, as a host does while a GPU
+computes the dense part; with 0, nothing overlaps. The ways take turns in each round; ratios are ratios of medians. A
+round is --steps steps, so that an exchange every 16 steps is in it.
 
 world: tables over all ranks. two hops: the same, with embeddings and gradients sent within each node, and then one
 message to each other node. node: table groups of a node, gradients added up in each step. node, 16: moves added up
-after 16 steps. Ids are log-uniform, like those of click logs; with --uniform, uniform, which uses the most rows.
+after 16 steps. node, overlap: moves added up in each step, which travel during the next one.
+
+Ids are log-uniform, like those of click logs; with --uniform, uniform, which uses the most rows.
 """
 
 import sys
@@ -18,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path fin
 
 import argparse
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +48,7 @@ WAYS = {
     "two hops": DhenSection(all_to_all_hops=2),
     "node": DhenSection(table_group="node"),
     "node, 16": DhenSection(table_group="node", table_sync_steps=16),
+    "node, overlap": DhenSection(table_group="node", table_sync_overlap=True),
 }
 
 
@@ -65,7 +70,8 @@ def measure(topology: Topology, arguments: argparse.Namespace) -> list[Measured]
     (dim,) = arguments.dims
     features = criteo_tables(arguments.max_rows)
     batches = [batch_of(features, arguments, seed) for seed in range(topology.rank, 1000 * arguments.steps, 1000)]
-    works = {name: Work(WAYS[name], features, dim, topology, batches) for name in arguments.ways}
+    dense = arguments.dense_ms / 1e3
+    works = {name: Work(WAYS[name], features, dim, topology, batches, dense) for name in arguments.ways}
     for work in works.values():
         work.take_steps()  # warms up
         work.sent.clear()
@@ -97,7 +103,10 @@ def batch_of(features: Sequence[SparseFeature], arguments: argparse.Namespace, s
 
 
 class Work:
-    """The tables of one way, and their steps on this rank's batches. sent: bytes of this node, by round."""
+    """The tables of one way, and their steps on this rank's batches. sent: bytes of this node, by round.
+
+    dense: seconds between embeddings and gradients.
+    """
 
     def __init__(
         self,
@@ -106,9 +115,10 @@ class Work:
         dim: int,
         topology: Topology,
         batches: Sequence[SparseIds],
+        dense: float,
     ) -> None:
         """Communicates; all ranks call it."""
-        self._topology, self._batches, self._dim, self._step = topology, batches, dim, 0
+        self._topology, self._batches, self._dense, self._step = topology, batches, dense, 0
         self.sent: list[int] = []
         size = topology.shard_size(section.table_group)
         setting = setting_of(section, topology.world_size, topology.local_size, batches[0].batch_size, size)
@@ -124,7 +134,9 @@ class Work:
         """A step for each batch. Communicates; all ranks call it."""
         before = bytes_sent()
         for batch in self._batches:
-            self._tables(batch).sum().backward()
+            embeddings_BFD = self._tables(batch)
+            time.sleep(self._dense)
+            embeddings_BFD.sum().backward()
             self._step += 1
             self._tables.end_step(self._step, 0.0)
         self._topology.barrier()
@@ -178,6 +190,7 @@ def parse_arguments(command_line: Sequence[str] | None = None) -> argparse.Names
     add("--batch_size", type=int, default=2048, help="examples per rank and step")
     add("--max_rows", type=int, default=100_000, help="most rows of a table")
     add("--uniform", action="store_true", help="ids are uniform instead of log-uniform")
+    add("--dense_ms", type=float, default=0.0, help="milliseconds that the dense part takes")
     add("--steps", type=int, default=16, help="steps in a round")
     add("--rounds", type=int, default=5, help="measured rounds")
     add("--output", type=Path, default="runs/bench_table_groups", help=f"folder of {launch.RESULTS_FILE}")

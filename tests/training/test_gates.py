@@ -1,0 +1,63 @@
+"""Gates of layers train like plain torch on every path: the loss of a hard gate counts once, and in training alone."""
+
+import pytest
+import torch
+
+from dhen.model.gate import LayerGate
+from dhen.runtime.topology import Topology
+from tests.plain import global_batches, plain_losses
+from tests.ranks import run_ranks
+from tests.tiny_training import GLOBAL_BATCH, difference, train
+
+STEPS, RANKS = 5, 4
+SET_UPS = {
+    "zero0, recomputed": {"dhen": {"activation_checkpointing": "all"}},
+    "zero2, 2 micro steps": {"accumulation": 2, "optimizer": "SGD"},
+    "zero3": {},
+    "zero3, recomputed, offloaded": {"dhen": {"activation_checkpointing": "all", "activation_offload": "all"}},
+    "hsdp_ckpt": {},
+}
+
+
+def use_random_gates() -> None:
+    """Let gates start open for about half of the examples."""
+
+    def reset_parameters(self: LayerGate) -> None:
+        torch.nn.init.normal_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    LayerGate.reset_parameters = reset_parameters
+
+
+def architecture(kind: str) -> dict[str, object]:
+    return {"interactions": ["linear", "advanced_dlrm"], "gate": kind, "gate_sparsity": 2.0}
+
+
+def losses_of_set_ups(topology: Topology, kind: str) -> dict[str, list[float]]:
+    use_random_gates()
+    found = {}
+    for name, more in SET_UPS.items():
+        losses, model = train(topology, name.split(",")[0], steps=STEPS, architecture=architecture(kind), **more)
+        found[name] = losses
+        with model.evaluating():
+            sparse, dense_BN, _ = global_batches(1, 6)[0].rows(0, 6)
+            output = model.forward(model.look_up(sparse), dense_BN, sparse)
+            assert output.auxiliary_loss is None
+    return found
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_every_path_trains_like_plain_torch(kind, monkeypatch):
+    """4 ranks on 2 nodes, tolerance 1e-5."""
+    monkeypatch.setattr(LayerGate, "reset_parameters", LayerGate.reset_parameters)
+    use_random_gates()
+    of_ranks = run_ranks(RANKS, losses_of_set_ups, kind, local_size=2)
+    for name, more in SET_UPS.items():
+        accumulation, optimizer = more.get("accumulation", 1), more.get("optimizer", "AdamW")
+        batches, settings = global_batches(STEPS, GLOBAL_BATCH), {"num_ranks": RANKS}
+        expected, _ = plain_losses(
+            batches, accumulation, 0.0, optimizer, architecture=architecture(kind), auxiliary=1.0, **settings
+        )
+        assert difference(of_ranks[0][name], expected) < 1e-5, name
+        ungated, _ = plain_losses(batches, accumulation, 0.0, optimizer, architecture=architecture("none"), **settings)
+        assert difference(ungated, expected) > 1e-3, name
