@@ -135,7 +135,7 @@ def test_sparsity_closes_gates_that_do_not_help():
         assert clicks < 0.3, "the model has learned"
         open_shares.append(sum(shares[-30:]) / 30)
     assert open_shares[0] > 0.5
-    assert open_shares[1] < 0.2
+    assert open_shares[1] < 0.4
 
 
 def test_autocast_does_not_change_the_choice():

@@ -150,7 +150,7 @@ def test_training_flops_are_those_of_the_formulas():
     dots = 2 * 2 * 5 * 5 * 8  # their backward is one product
     biases = 2 * 2 * (16 + 40)  # of two experts: a product in the backward alone
     assert flops(dlrm) == mlp + dots + head
-    layer_gate = 2 * 2 * 5 * 8  # the look-ups' gradient needs no product of one column
+    layer_gate = 3 * 2 * 5 * 8
     assert flops(dlrm, gate="soft") - flops(dlrm) == layer_gate
     assert flops(dlrm | {"num_experts": 4}) == 2 * mlp + dots + gate + biases + head
     assert flops(dlrm | {"num_experts": 4, "experts_per_example": 1}) == mlp + dots + gate + biases // 2 + head

@@ -131,13 +131,15 @@ def test_another_optimizer_is_refused_and_another_setting_is_said(tmp_path, fini
     ]
 
 
-def test_an_option_that_the_checkpoint_does_not_have_is_a_difference(tmp_path, finished):
+def test_an_option_that_the_checkpoint_does_not_have_must_have_its_default(tmp_path, finished):
     state = json.loads((finished / "checkpoint-8/trainer_state.json").read_text())
     del state["model"]["head_inputs"]
     (tmp_path / "trainer_state.json").write_text(json.dumps(sealed(state)))
     config = DhenConfig.from_pretrained(finished / "model")
     check_same_model(finished / "checkpoint-8", config)
-    with pytest.raises(CheckpointError, match="saved with head_inputs None, now 'last'"):
+    check_same_model(tmp_path, config)
+    config.head_inputs = "all"
+    with pytest.raises(CheckpointError, match="saved with head_inputs 'last', now 'all'"):
         check_same_model(tmp_path, config)
 
 

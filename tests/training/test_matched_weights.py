@@ -133,7 +133,7 @@ def test_a_head_that_reads_all_layers_keeps_what_it_knows_of_a_feature(features,
 
 
 def test_a_users_interaction_that_does_not_say_how_starts_anew_on_other_features():
-    @register_interaction("undescribed")
+    @register_interaction("users_undescribed")
     class Undescribed(Interaction):
         def __init__(self, context, *, use_dense: bool = False):
             super().__init__(context, use_dense=use_dense)
@@ -142,8 +142,8 @@ def test_a_users_interaction_that_does_not_say_how_starts_anew_on_other_features
         def forward(self, x_BMD, dense_BN):
             return self.weight @ x_BMD
 
-    old = Model(("a", "b", "c"), ("x",), interactions=["undescribed"])
-    same = Model(("a", "b", "c"), ("x",), interactions=["undescribed"])
+    old = Model(("a", "b", "c"), ("x",), interactions=["users_undescribed"])
+    same = Model(("a", "b", "c"), ("x",), interactions=["users_undescribed"])
     assert same.start_from(old) == set()
-    swapped = Model(("a", "b", "d"), ("x",), interactions=["undescribed"])
+    swapped = Model(("a", "b", "d"), ("x",), interactions=["users_undescribed"])
     assert swapped.start_from(old) == {"model.layers.0.interactions.0.weight"}

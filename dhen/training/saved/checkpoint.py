@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from dhen.data.format_version import VERSION_KEY
 from dhen.dense.trained_parts import ANCHOR
-from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.parts import part_of
 from dhen.runtime import background
 from dhen.runtime.topology import Topology
@@ -246,8 +246,11 @@ def _step_as_configured(model: ParallelDhen, options: list[dict[str, Any]]) -> N
 
 
 def check_same_model(folder: Path, config: DhenConfig) -> None:
-    """Raise CheckpointError, naming the difference, if the checkpoint's model is not that of `config`."""
-    saved, now = read_state(folder)["model"], _model_facts(config)
+    """Raise CheckpointError, naming the difference, if the checkpoint's model is not that of `config`.
+
+    An option that the checkpoint does not have is newer than it. Its default leaves a model as it was before.
+    """
+    saved, now = vars(DhenArchitecture()) | read_state(folder)["model"], _model_facts(config)
     for name in saved | now:
         if saved.get(name) != now.get(name):
             raise CheckpointError(f"{folder}: saved with {name} {_shown(saved.get(name), now.get(name))}. {_WAY_OUT}")
