@@ -111,6 +111,11 @@ class TrainingArguments:
         "L2 penalty on the looked-up embeddings: adds this value / 2 * their squared norm, averaged over examples, to "
         "the loss.",
     )
+    negative_sampling_rate: ranges.ShareAbove0 = option(
+        1.0,
+        "Share of the rows without a click that the training split still has, because the others were left out before. "
+        "The loss corrects the logits by it, so predictions are right for all rows.",
+    )
     ema_decay: ranges.ShareBelowOne = option(
         0.0,
         "Evaluate and export an exponential moving average of all weights instead of the last ones; checkpoints have "

@@ -13,6 +13,7 @@ The Parquet columns are:
     dense feature        one float32, already transformed and scaled
     sparse feature       one int32 or int64, or a list of them if the feature is multi-valued
     <feature>:weights    a list of float32, only if the feature's ids have weights
+    :weight              the row's weight, one float32, only if the data has row weights
     :file, :row          where the row came from, only in data to predict
 
 Ids are rows of the feature's table: 0 <= id < num_embeddings.
@@ -29,7 +30,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.paths import write_atomically
 
-LABEL = "label"
+LABEL, WEIGHT = "label", ":weight"
 SCHEMA_FILE = "schema.json"
 FORMAT_VERSION = 5
 """Version of the prepared folder. Raise it when the same input and settings give a different folder, or when folders
@@ -95,7 +96,8 @@ class SplitCounts:
     """Number of rows in one split, and how many of them are clicks or `unlabelled` (label NaN).
 
     `rows` does not include the `bad_rows`, which were skipped. unknown_keys: by feature with a vocabulary, the number
-    of values that are not a key. digest: of all values, in the order of the rows.
+    of values that are not a key. digest: of all values, in the order of the rows. weight: sum of the row weights, to 8
+    digits, if all rows have one.
     """
 
     rows: int
@@ -104,17 +106,22 @@ class SplitCounts:
     unlabelled: int = 0
     unknown_keys: dict[str, int] = field(default_factory=dict)
     digest: str = ""
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
 class Schema:
-    """Everything needed to read a prepared folder. Only generated data has `best_possible_ne`, by split."""
+    """Everything needed to read a prepared folder. Only generated data has `best_possible_ne`, by split.
+
+    has_weights: rows have weights, which may be NaN in data to predict.
+    """
 
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
     splits: dict[str, SplitCounts] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
     best_possible_ne: dict[str, float] = field(default_factory=dict)
+    has_weights: bool = False
 
     @property
     def looked_up(self) -> tuple[str, ...]:

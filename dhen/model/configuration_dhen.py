@@ -117,8 +117,8 @@ class DhenArchitecture:
     )
     gate: GateKind = option(
         "none",
-        "A gate that scales each layer's ensemble, example by example: soft by a number between 0 and 1; hard by 0 or 1, "
-        "and an evaluation does not compute the interactions for 0.",
+        "A gate that scales each layer's ensemble, example by example: soft by a number between 0 and 1; hard by 0 or "
+        "1, and an evaluation does not compute the interactions for 0.",
     )
     gate_sparsity: NotNegative = option(
         0.01, "Factor of the hard gates' mean openness in the training loss. The larger, the fewer layers are computed."

@@ -38,11 +38,14 @@ class Evaluation:
 
 
 def evaluate(model: ScoringDhen, loader: BatchLoader) -> Evaluation:
-    """Score all examples of all ranks. Communicates; all ranks call it."""
+    """Score all examples of all ranks. Communicates; all ranks call it. Raises ValueError if a row has no weight."""
+    if loader.schema.has_weights and loader.schema.splits[loader.split].weight is None:
+        raise ValueError(f"some rows of {loader.split} have no weight, which the schema's row_weight names. Add them.")
     metrics = ClickMetrics()
     with model.evaluating():
         for batch, ids in with_ids_ahead(model, loader.epoch(0)):
-            metrics.update(model.score(model.look_up(ids), batch.dense_BN, batch.sparse), batch.labels_B)
+            logits_B = model.score(model.look_up(ids), batch.dense_BN, batch.sparse)
+            metrics.update(logits_B, batch.labels_B, batch.weights_B)
     return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader), metrics)
 
 
@@ -166,19 +169,21 @@ class Trainer:
         """Take one micro step with the model's present learning rates. Communicates; all ranks call it."""
         embeddings_BFD = self.model.look_up(sent_ids)
         output = self.model.forward(embeddings_BFD, batch.dense_BN, batch.sparse, self.arguments.num_passes)
-        loss, logits_B = summed_loss(output, batch.labels_B, self.arguments.num_passes)
+        if (kept := self.arguments.negative_sampling_rate) < 1:  # the odds of a click are 1 / kept times as high
+            output.logits = output.logits - math.log(kept)
+        loss, logits_B = summed_loss(output, batch.labels_B, self.arguments.num_passes, batch.weights_B)
         if self.arguments.looked_up_l2 and embeddings_BFD is not None:
             loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()
         # DeepSpeed and the tables average gradients over ranks, and DeepSpeed divides by the accumulation steps. With
         # this factor the result is the mean over the rows of the step, even if ranks have different numbers of rows.
-        kept = self._broken or KeptMicroStep(batch, embeddings_BFD, loss)
+        inspected = self._broken or KeptMicroStep(batch, embeddings_BFD, loss)
         try:
             self.model.step(loss * (self._shares / batch.global_rows))
         except FloatingPointError as error:
-            found = where_it_began(self.model, kept, self.train_loader.schema)
+            found = where_it_began(self.model, inspected, self.train_loader.schema)
             self._refuse(self.state.step + 1, f"{error}. {found}")
-        self._broken = kept if kept.is_broken() else None
-        self.running_loss.update(logits_B.detach(), batch.labels_B)
+        self._broken = inspected if inspected.is_broken() else None
+        self.running_loss.update(logits_B.detach(), batch.labels_B, batch.weights_B)
 
     def _refuse(self, step: int, what: str) -> NoReturn:
         """Raise FloatingPointError, so that no broken weights are saved or exported. All ranks call it."""
@@ -291,13 +296,18 @@ class Trainer:
             delete_old_checkpoints(self.output_dir, self.arguments.save_total_limit, best_step)
 
 
-def summed_loss(output: DhenOutput, labels_B: Tensor, num_passes: int) -> tuple[Tensor, Tensor]:
-    """The training loss, summed over this rank's examples, and the logits_B by which they are judged."""
+def summed_loss(
+    output: DhenOutput, labels_B: Tensor, num_passes: int, weights_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The training loss, summed over this rank's examples, and the logits_B by which they are judged.
+
+    weights_B: of the examples; None: 1.
+    """
     logits_B, size = output.logits, len(labels_B)
     if num_passes > 1:
-        loss, logits_B = self_ensemble_loss(logits_B.view(num_passes, size), labels_B)
+        loss, logits_B = self_ensemble_loss(logits_B.view(num_passes, size), labels_B, weights_B)
     else:
-        loss = binary_cross_entropy_with_logits(logits_B, labels_B, reduction="sum")
+        loss = binary_cross_entropy_with_logits(logits_B, labels_B, weights_B, reduction="sum")
     return loss if output.auxiliary_loss is None else loss + size * output.auxiliary_loss, logits_B
 
 

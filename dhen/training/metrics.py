@@ -30,6 +30,8 @@ class MetricValues:
     auc: area under the ROC curve. ne: normalized entropy, that is, logloss / entropy of the examples' click rate; 1 is
     as good as always predicting that rate. logloss: nats per example. calibration: mean prediction / click rate.
 
+    If examples have weights, each counts as so many, but for `examples`, their number.
+
     A metric is NaN if the examples do not define it: auc, ne and calibration need clicks; auc and ne also need
     examples without a click.
     """
@@ -50,14 +52,13 @@ def normalized_entropy(logloss_sum: float, clicks: float, examples: float) -> fl
     return logloss_sum / examples / entropy
 
 
-def _sums(logits_B: Tensor, labels_B: Tensor) -> Tensor:
-    """Sums of logloss, predictions and labels, and the number of examples: float64, (4,)."""
+def _sums(logits_B: Tensor, labels_B: Tensor, weights_B: Tensor | None) -> Tensor:
+    """Sums of logloss, predictions, labels and weights (None: 1 for each example): float64, (4,)."""
     logits_B, labels_B = logits_B.detach().double(), labels_B.double()
+    weights_B = torch.ones_like(labels_B) if weights_B is None else weights_B.double()
     # One logsigmoid per example has no difference of large numbers, so the loss of a confident logit keeps its digits.
-    logloss = -logsigmoid((2 * labels_B - 1) * logits_B).sum()
-    # `new_full` fills on the device. torch.tensor(…) would be copied from the host, which waits for the device.
-    examples = labels_B.new_full((), len(labels_B))
-    return torch.stack([logloss, logits_B.sigmoid().sum(), labels_B.sum(), examples])
+    logloss_B = -logsigmoid((2 * labels_B - 1) * logits_B)
+    return torch.stack([logloss_B, logits_B.sigmoid(), labels_B, torch.ones_like(labels_B)]) @ weights_B
 
 
 class RunningLoss:
@@ -75,9 +76,9 @@ class RunningLoss:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
 
-    def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
+    def update(self, logits_B: Tensor, labels_B: Tensor, weights_B: Tensor | None = None) -> None:
         """Add a batch of logits_B, and labels_B of 0 and 1. Does not communicate or wait for the device."""
-        self.sums += _sums(logits_B, labels_B)
+        self.sums += _sums(logits_B, labels_B, weights_B)
 
     def take(self, group: dist.ProcessGroup | None = None) -> tuple[float, float]:
         """Return (logloss, ne) since the last call, NaN without examples, and reset the sums.
@@ -90,7 +91,7 @@ class RunningLoss:
 
 
 class ClickMetrics:
-    """Accumulates the metrics of an evaluation. Keeps 5 bytes per example on each rank, for the AUC.
+    """Accumulates the metrics of an evaluation. Keeps 5 bytes per example on each rank, 9 with weights, for the AUC.
 
     >>> metrics = ClickMetrics()
     >>> metrics.update(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.0]))
@@ -101,14 +102,15 @@ class ClickMetrics:
     def __init__(self) -> None:
         self._logits: list[Tensor] = [torch.empty(0, dtype=torch.float32)]
         self._labels: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
+        self._weights: list[Tensor] = []
         self._sums = torch.zeros(4, dtype=torch.float64)
         self._wrong = torch.zeros(2, dtype=torch.int64)
 
-    def update(self, logits_B: Tensor, labels_B: Tensor) -> None:
+    def update(self, logits_B: Tensor, labels_B: Tensor, weights_B: Tensor | None = None) -> None:
         """Add this rank's examples, possibly none: logits_B, and labels_B of 0 and 1. Does not wait for a GPU.
 
-        Raises ValueError if the shapes differ or a label is not 0 or 1; on a GPU, `compute` does that. NaN marks rows
-        without a label.
+        weights_B: of the examples, in all calls or in none. Raises ValueError if the shapes differ or a label is not 0
+        or 1; on a GPU, `compute` does that. NaN marks rows without a label.
         """
         if logits_B.shape != labels_B.shape or logits_B.dim() != 1:
             raise ValueError(f"logits {tuple(logits_B.shape)} and labels {tuple(labels_B.shape)} must have shape (B,).")
@@ -116,7 +118,9 @@ class ClickMetrics:
         self._wrong = self._wrong.to(labels_B.device) + torch.stack([labels_B.isnan().sum(), wrong])
         if labels_B.device.type == "cpu":
             _check_labels(*self._wrong.tolist())
-        self._sums = self._sums.to(logits_B.device) + _sums(logits_B, labels_B)
+        self._sums = self._sums.to(logits_B.device) + _sums(logits_B, labels_B, weights_B)
+        if weights_B is not None:
+            self._weights.append(weights_B.float())
         self._logits.append(logits_B.detach().float())
         self._labels.append(labels_B.to(torch.uint8))
 
@@ -125,25 +129,25 @@ class ClickMetrics:
 
         Communicates over `group`; all its ranks call it, including those without examples. None: this process alone.
         """
-        sums = torch.cat([self._sums, self._wrong.to(self._sums)])
-        logloss, predictions, clicks, examples, *wrong = _sum_over(sums, group).tolist()
+        sums = torch.cat([self._sums, self._sums.new_tensor([sum(map(len, self._labels))]), self._wrong.to(self._sums)])
+        logloss, predictions, clicks, weight, examples, *wrong = _sum_over(sums, group).tolist()
         _check_labels(*wrong)
         return MetricValues(
             auc=math.nan if math.isnan(predictions) else self._auc(int(examples), group),
-            ne=normalized_entropy(logloss, clicks, examples),
-            logloss=logloss / examples if examples else math.nan,
+            ne=normalized_entropy(logloss, clicks, weight),
+            logloss=logloss / weight if weight else math.nan,
             calibration=predictions / clicks if clicks else math.nan,
             examples=int(examples),
         )
 
     def _auc(self, examples: int, group: dist.ProcessGroup | None) -> float:
-        logits, labels = self._examples()
+        values = self._examples()
         if examples <= EXACT_EXAMPLES:
             if group is not None:
                 device = _communication_device(group)
-                logits, labels = (all_gather_uneven(values.to(device), group) for values in (logits, labels))
-            return exact_auc(logits, labels)
-        others, clicks = _sum_over(counts_in_bins(logits, labels), group)
+                values = [all_gather_uneven(each.to(device), group) for each in values]
+            return exact_auc(*values)
+        others, clicks = _sum_over(counts_in_bins(*values), group)
         auc = auc_of_counts(clicks, others)
         bound = ((clicks.double() @ others.double()) / (2 * clicks.sum().double() * others.sum())).item()
         logger.info(
@@ -158,26 +162,29 @@ class ClickMetrics:
         1 if there is none: clicks do not follow the logits, or follow them without exception. Needs examples of both
         labels. Communicates over `group` like `compute`.
         """
-        logits, labels = self._examples()
+        logits, labels, *weights = self._examples()
+        weights = weights[0].double() if weights else torch.ones_like(logits, dtype=torch.float64)
         log_scale = 0.0
         for _ in range(_NEWTON_STEPS):
             z = logits.double() * math.exp(log_scale)
             p = z.sigmoid()
-            slope, curvature = _sum_over(torch.stack([(labels - p) @ z, (p * (1 - p)) @ z.square()]), group).tolist()
+            parts = [(weights * (labels - p)) @ z, (weights * p * (1 - p)) @ z.square()]
+            slope, curvature = _sum_over(torch.stack(parts), group).tolist()
             step = max(-1.0, min(slope / max(curvature, 1e-30), 1.0))  # a longer step may overshoot
             log_scale += step
         return math.exp(log_scale) if abs(step) < _CONVERGED and curvature > 0 else 1.0
 
     def scaled(self, scale: float) -> "ClickMetrics":
         """The same examples with their logits multiplied by `scale`."""
-        logits, labels = self._examples()
+        logits, *others = self._examples()
         result = ClickMetrics()
-        result.update(logits * scale, labels)
+        result.update(logits * scale, *others)
         return result
 
-    def _examples(self) -> tuple[Tensor, Tensor]:
-        parts = (self._logits, self._labels)
-        return tuple(torch.cat([part.to(self._sums.device) for part in each]) for each in parts)
+    def _examples(self) -> list[Tensor]:
+        """Logits and labels, and the weights if there are any."""
+        parts = [self._logits, self._labels, *([self._weights] if self._weights else [])]
+        return [torch.cat([part.to(self._sums.device) for part in each]) for each in parts]
 
 
 def _check_labels(missing: float, wrong: float) -> None:
@@ -188,41 +195,46 @@ def _check_labels(missing: float, wrong: float) -> None:
         raise ValueError(f"{wrong:.0f} labels are neither 0 nor 1. Prepare the data again.")
 
 
-def exact_auc(scores: Tensor, labels: Tensor) -> float:
+def exact_auc(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> float:
     """Fraction of (click, no click) pairs that the scores rank correctly; ties count half (Mann-Whitney).
 
-    NaN unless both labels occur.
+    weights: of the examples; a pair weighs the product of its two. NaN unless both labels occur.
     """
     order = scores.argsort()
     _, counts = scores[order].unique_consecutive(return_counts=True)
-    clicks_upto = labels[order].long().cumsum(0)[counts.cumsum(0) - 1]
-    clicks = clicks_upto.diff(prepend=clicks_upto.new_zeros(1))
-    return auc_of_counts(clicks, counts - clicks)
+    of_labels = labels.long() if weights is None else labels * weights.double()
+    of_all = torch.ones_like(of_labels) if weights is None else weights.double()
+    upto = torch.stack([of_labels, of_all])[:, order].cumsum(1)[:, counts.cumsum(0) - 1]
+    clicks, both = upto.diff(prepend=upto.new_zeros(2, 1))
+    return auc_of_counts(clicks, both - clicks)
 
 
 def auc_of_counts(clicks: Tensor, others: Tensor) -> float:
-    """The AUC from the number of clicks, and of other examples, at each score, from low to high: (scores,), int64.
+    """The AUC from the number of clicks, and of other examples, at each score, from low to high: (scores,), int64, or
+    float64 for sums of weights.
 
     >>> auc_of_counts(torch.tensor([0, 1]), torch.tensor([1, 1]))
     0.75
     """
     # torchmetrics' binary_auroc divides and integrates in float32, even for float64 scores, and is off by 5e-8 for a
-    # million examples. Here everything is an integer until the last division.
+    # million examples. Here everything is an integer until the last division, unless there are weights.
     below = others.cumsum(0) - others
-    twice_right = int((clicks * (2 * below + others)).sum())
-    pairs = int(clicks.sum()) * int(others.sum())
+    twice_right = (clicks * (2 * below + others)).sum().item()
+    pairs = clicks.sum().item() * others.sum().item()
     return twice_right / (2 * pairs) if pairs else math.nan
 
 
-def counts_in_bins(logits: Tensor, labels: Tensor) -> Tensor:
+def counts_in_bins(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """How many examples have a logit in each bin, from low to high: (2, AUC_BINS), first without and then with a click.
 
-    logits: float32, not NaN. A bin has the logits whose first 20 bits are the same.
+    weights: of the examples, which then count as so many. logits: float32, not NaN. A bin has the logits whose first 20
+    bits are the same.
     """
     bits = (logits + 0.0).view(torch.int32)  # turns -0 into 0
     in_order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # whole numbers in the order of the logits
     bins = (in_order >> _BITS_IN_BIN) + AUC_BINS // 2
-    return torch.bincount(bins + AUC_BINS * labels.long(), minlength=2 * AUC_BINS).view(2, AUC_BINS)
+    weights = None if weights is None else weights.double()
+    return torch.bincount(bins + AUC_BINS * labels.long(), weights, minlength=2 * AUC_BINS).view(2, AUC_BINS)
 
 
 def _communication_device(group: dist.ProcessGroup) -> torch.device:

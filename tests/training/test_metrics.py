@@ -174,6 +174,27 @@ def test_without_a_best_scale_the_logits_stay(sign: float) -> None:
     assert metrics.best_scale() == 1
 
 
+@pytest.mark.parametrize("most", [1 << 20, 100], ids=["exact", "in bins"])
+def test_a_weight_of_k_counts_as_k_copies(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dhen.training.metrics, "EXACT_EXAMPLES", most)
+    logits, labels = click_log(2000, seed=7, levels=30)
+    copies = torch.arange(2000) % 4
+    weighted, copied, running = ClickMetrics(), ClickMetrics(), RunningLoss(torch.device("cpu"))
+    for part in torch.arange(2000).split(600):
+        weighted.update(logits[part], labels[part], copies[part].float() / 4)
+        running.update(logits[part], labels[part], copies[part].float() / 4)
+    copied.update(logits.repeat_interleave(copies), labels.repeat_interleave(copies))
+    values, expected = weighted.compute(), copied.compute()
+    assert (values.examples, expected.examples) == (2000, 3000)
+    for name in ("auc", "ne", "logloss", "calibration"):
+        assert getattr(values, name) == pytest.approx(getattr(expected, name), rel=1e-12), name
+        assert getattr(values, name) != pytest.approx(getattr(metrics_of(logits, labels), name), rel=1e-4), name
+    assert running.take() == pytest.approx((expected.logloss, expected.ne), rel=1e-12)
+    assert weighted.best_scale() == pytest.approx(copied.best_scale(), rel=1e-9)
+    rescaled = weighted.scaled(2.0).compute()
+    assert rescaled.logloss == pytest.approx(copied.scaled(2.0).compute().logloss, rel=1e-12)
+
+
 def test_running_loss_is_of_its_window_only() -> None:
     logits, labels = click_log(3000, seed=4)
     running = RunningLoss(torch.device("cpu"))

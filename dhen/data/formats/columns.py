@@ -114,6 +114,18 @@ def number_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
     return pa.array(numbers, from_pandas=True)
 
 
+def weight_column(values: pa.Array | None, name: str, checks: RowChecks, *, is_required: bool) -> pa.Array:
+    """Return weights of rows as float32, NaN if blank or missing (None) and not required."""
+    if values is None:
+        return pa.array(np.full(len(checks.rows), np.nan, dtype=np.float32), from_pandas=False)
+    numbers, unread = parse_numbers(values, pl.Float64)
+    is_good = (fit_float32(numbers) & (numbers >= 0)) | (np.isnan(numbers) & ~unread & (not is_required))
+    checks.refuse(
+        ~is_good, lambda i: f"column {name!r}: the row's weight is {_shown(values, i)}; it must be a number from 0 on"
+    )
+    return pa.array(np.where(is_good, numbers, 0).astype(np.float32), from_pandas=False)
+
+
 def time_column(values: pa.Array, roles: TimedRoles, checks: RowChecks) -> pa.Array:
     """Return times as float64: numbers as they are; dates as seconds since 1970, in UTC unless they name a zone."""
     is_temporal = pa.types.is_temporal(values.type)

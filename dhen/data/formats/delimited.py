@@ -12,7 +12,7 @@ import pyarrow as pa
 from dhen.data.formats import columns, text_blocks
 from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, RowChecks, Stretch
 from dhen.data.formats.roles import ColumnRoles
-from dhen.data.schema import LABEL, TIME, weights_column
+from dhen.data.schema import LABEL, TIME, WEIGHT, weights_column
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def typed_table(
     values = raw.get(roles.label.column)
     label = columns.label_column(values, roles.label, checks, is_required=is_label_required, has_schema=True)
     typed = {LABEL: label}
+    if (name := roles.row_weight) is not None:
+        typed[WEIGHT] = columns.weight_column(raw.get(name), name, checks, is_required=is_label_required)
     numbers = {name: columns.number_column(raw[name], name, checks) for name in roles.numbers}
     typed |= {dense.name: numbers[dense.source] for dense in roles.dense}
     for sparse in roles.sparse:

@@ -96,7 +96,7 @@ def typed_chunk(
 def used_columns(roles: ColumnRoles, present: list[str]) -> list[str]:
     """Return the columns that have a role, in the order of the file."""
     wanted = {roles.label.column, *(column for feature in (*roles.dense, *roles.sparse) for column in feature.columns)}
-    wanted.add(roles.time_column)
+    wanted |= {roles.time_column, roles.row_weight}
     return [name for name in present if name in wanted]
 
 
@@ -106,9 +106,10 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     singles = {roles.label.column, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
     transformed = [feature.source for feature in roles.sparse if feature.transform is not None]
     numbers = {roles.label.column: "label", **dict.fromkeys([*roles.numbers, *transformed], "a number")}
+    numbers |= {roles.row_weight: "a number"}
     numbers |= {feature.weights: "weights" for feature in roles.sparse if feature.weights is not None}
     dates = {feature.source for feature in roles.sparse if feature.part is not None}
-    singles.add(roles.time_column)
+    singles |= {roles.time_column, roles.row_weight}
     dates.add(roles.time_column)
     for name in used_columns(roles, schema.names):
         kind = schema.field(name).type

@@ -1,6 +1,7 @@
 """The role of each raw column: label, dense, sparse or ignored. Most formats take it from a small YAML file.
 
 label: click              # 0 or 1; or {column: answer, positive: yes}, or {column: rating, greater_than: 3}
+row_weight: w             # optional: a column of numbers from 0 on, the weights of the rows in loss and metrics
 delimiter: ","            # this and the next three are for text files; the values shown are the defaults
 header: true              # if false, also give `columns: [name, ...]` in the order of the file
 quote: '"'                # null turns quoting off
@@ -192,6 +193,7 @@ class ColumnRoles:
     sparse: tuple[SparseRole, ...] = ()
     ignored: tuple[str, ...] | Literal["*"] = ()
     delimiter: str = ","
+    row_weight: str | None = None
     header: bool = True
     columns: tuple[str, ...] = ()
     quote: str | None = '"'
@@ -216,6 +218,8 @@ class ColumnRoles:
                     f"label. The model would see what it has to predict. Remove the feature, or set `label` to another "
                     f"column."
                 )
+        if self.row_weight == self.label.column:
+            raise ValueError(f"row_weight is {quoted(self.row_weight)}, which is the label. Use another column.")
         for key, letter in (("delimiter", self.delimiter), ("quote", self.quote)):
             if letter is not None and (len(letter) != 1 or not letter.isascii()):
                 raise ValueError(f"{key} is {quoted(letter)}. Use a single ASCII character.")
@@ -252,7 +256,11 @@ class ColumnRoles:
         """
         ignored = () if self.ignored == "*" else self.ignored
         given = [*ignored, *(column for feature in (*self.dense, *self.sparse) for column in feature.columns)]
-        named = {self.label.column, *(name for name in given if name in present or not has_magic(name))}
+        named = {
+            self.label.column,
+            self.row_weight,
+            *(name for name in given if name in present or not has_magic(name)),
+        }
         first_match: dict[str, tuple[str, str]] = {}
 
         def matches(pattern: str, role: str) -> list[str]:
@@ -294,7 +302,8 @@ class ColumnRoles:
             if present.count(name) > 1:
                 raise ValueError(f"{file}: row 1: two columns are named {quoted(name)}. Rename one of them.")
         used = [column for feature in (*self.dense, *self.sparse) for column in feature.columns]
-        wanted = [*used, self.label.column] if is_label_required else used
+        of_rows = [self.label.column, *([self.row_weight] if self.row_weight else [])]
+        wanted = [*used, *of_rows] if is_label_required else used
         for column in [*wanted, *([self.time_column] if self.time_column else [])]:
             if column not in present:
                 near = difflib.get_close_matches(column, present, n=1)
@@ -305,7 +314,7 @@ class ColumnRoles:
                 )
         if self.ignored == "*":
             return
-        known = {*used, self.label.column, *self.ignored}
+        known = {*used, *of_rows, *self.ignored}
         for column in present:
             if column not in known:
                 raise ValueError(

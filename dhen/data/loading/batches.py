@@ -26,7 +26,7 @@ from torch import Tensor
 from dhen.data.loading.lanes import Part, choose_lanes, cut_into_lanes, overlap, share, windows_of
 from dhen.data.loading.prepared_rows import NUMBER, find_row_groups, flat_values, read_row_group
 from dhen.data.loading.read_ahead import read_ahead
-from dhen.data.schema import LABEL, Schema, weights_column
+from dhen.data.schema import LABEL, WEIGHT, Schema, weights_column
 from dhen.model.features import SparseIds
 
 WINDOW_ROWS = 1 << 19
@@ -40,7 +40,8 @@ class Batch:
     """One rank's rows in one micro step.
 
     labels_B: 0, 1, or NaN if the row has no label. rows_B: the number of each row within the split, from 0; it stays on
-    the CPU. global_rows: number of rows in the whole step, over all ranks and micro steps.
+    the CPU. global_rows: number of rows in the whole step, over all ranks and micro steps. weights_B: float32 row
+    weights over their mean in the split; None if the data has none.
     """
 
     labels_B: Tensor
@@ -48,6 +49,7 @@ class Batch:
     sparse: SparseIds
     rows_B: Tensor
     global_rows: int
+    weights_B: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on `device`. Copies from pinned memory are asynchronous."""
@@ -59,7 +61,8 @@ class Batch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         labels_B, dense_BN = move(self.labels_B), move(self.dense_BN)
-        return replace(self, labels_B=labels_B, dense_BN=dense_BN, sparse=self.sparse.moved(move))
+        weights_B = None if self.weights_B is None else move(self.weights_B)
+        return replace(self, labels_B=labels_B, dense_BN=dense_BN, sparse=self.sparse.moved(move), weights_B=weights_B)
 
 
 class BatchLoader:
@@ -113,6 +116,7 @@ class BatchLoader:
         self.global_batch = batch_size * self._pieces
         self._groups = find_row_groups(Path(folder), split, self.schema)
         self.num_rows = sum(group.num_rows for group in self._groups)
+        self._mean_weight = (self.schema.splits[split].weight or self.num_rows) / max(self.num_rows, 1)
         if not self.num_rows:
             raise ValueError(
                 f"{folder}/{split}: the split has no rows. Prepare the data with a larger share for {split}."
@@ -168,7 +172,7 @@ class BatchLoader:
                 count = self._rows_of_step(step)
                 for micro_step in range(self.accumulation_steps):
                     size = len(share(count, self._rank * self.accumulation_steps + micro_step, self._pieces))
-                    batch = _as_batch(rows.take(size), self.schema, count)
+                    batch = _as_batch(rows.take(size), self.schema, count, self._mean_weight)
                     yield batch.pin_memory() if self._pin_memory else batch
 
     def _own_rows(self, epoch: int, first_step: int) -> Generator[pa.Table, None, None]:
@@ -257,12 +261,13 @@ def _check_at_least(least: int, name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}. Use {least} or more.")
 
 
-def _as_batch(rows: pa.Table, schema: Schema, global_rows: int) -> Batch:
+def _as_batch(rows: pa.Table, schema: Schema, global_rows: int, mean_weight: float) -> Batch:
     dense_BN = np.empty((rows.num_rows, len(schema.dense)), np.float32)
     for at, column in enumerate(schema.dense):
         dense_BN[:, at] = rows[column.name]
     labels_B, rows_B = (torch.from_numpy(rows[name].to_numpy().copy()) for name in (LABEL, NUMBER))
-    return Batch(labels_B, torch.from_numpy(dense_BN), _as_sparse_ids(rows, schema), rows_B, global_rows)
+    weights_B = torch.from_numpy(rows[WEIGHT].to_numpy() / np.float32(mean_weight)) if schema.has_weights else None
+    return Batch(labels_B, torch.from_numpy(dense_BN), _as_sparse_ids(rows, schema), rows_B, global_rows, weights_B)
 
 
 def _as_sparse_ids(rows: pa.Table, schema: Schema) -> SparseIds:

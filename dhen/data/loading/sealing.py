@@ -10,7 +10,7 @@ import xxhash
 
 from dhen.data.loading.prepared_rows import list_row_groups, read_row_group, wanted_columns
 from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, check_vocabulary, vocabulary_path
-from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, Schema, SplitCounts, weights_column
+from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, WEIGHT, Schema, SplitCounts, weights_column
 
 
 def seal(folder: Path) -> Schema:
@@ -59,17 +59,22 @@ def _check_schema(path: Path, schema: Schema) -> None:
 
 def _counts(folder: Path, split: str, unsealed: Schema) -> SplitCounts:
     """Read and check a split. Equal values in equal row groups have an equal digest."""
-    schema = replace(unsealed, splits={split: SplitCounts(rows=0, clicks=0)})
-    rows, clicks, digest = 0, 0, xxhash.xxh3_128()
+    schema = replace(unsealed, splits={split: SplitCounts(rows=0, clicks=0, weight=0.0)})
+    rows, clicks, digest, weights = 0, 0, xxhash.xxh3_128(), []
     for group in list_row_groups(folder, split, schema):
         table = read_row_group(group, schema).select(list(wanted_columns(schema)))
         rows += table.num_rows
         clicks += int(np.count_nonzero(table[LABEL].to_numpy() == 1))
+        if schema.has_weights:
+            weights.append(table[WEIGHT].to_numpy().sum(dtype=np.float64))
         for batch in table.combine_chunks().to_batches():
             digest.update(batch.serialize())
     if rows == 0:
         raise ValueError(f"{folder / split}: the Parquet files have no rows. Remove the folder, or write rows.")
-    return SplitCounts(rows, clicks, digest=digest.hexdigest())
+    weight = float(f"{sum(weights):.8g}") if schema.has_weights else None
+    if weight == 0:
+        raise ValueError(f"{folder / split}: the weights of all rows are 0. Correct the column {WEIGHT!r}.")
+    return SplitCounts(rows, clicks, digest=digest.hexdigest(), weight=weight)
 
 
 def _check_all_are_read(folder: Path) -> None:

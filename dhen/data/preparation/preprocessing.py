@@ -7,6 +7,7 @@ and in whatever order: the result is the same to the bit.
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -128,6 +129,7 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     for split in dict.fromkeys(split for piece in pieces for split in piece.splits):
         splits[split] = sum_of([SplitCounts(**r["splits"][split]) for r in results if split in r["splits"]])
     _refuse_mostly_bad(splits, in_order)
+    has_weights = any(count.weight is not None for count in splits.values())
     by_time = source["settings"]["time_column"] is not None
     ties = " Rows of equal time are all in one split; a finer time tells them apart." if by_time else ""
     for split, count in splits.items():
@@ -136,6 +138,11 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
                 f"the split {split} has no rows ({count.bad_rows} bad rows were skipped); all splits together have "
                 f"{sum(c.rows for c in splits.values())}. Add rows, or change the files or split_fractions.{ties}"
             )
+        if count.weight == 0:
+            raise DataError(f"the weights of all rows of the split {split} are 0. Correct them, or row_weight.")
+        if count.weight is not None:  # the same however the rows are cut into pieces
+            weight = None if math.isnan(count.weight) else float(f"{count.weight:.8g}")
+            count = splits[split] = replace(count, weight=weight)
         parts = [
             (path / split, r["parts"][split]) for path, r in zip(in_order, results, strict=True) if split in r["parts"]
         ]
@@ -149,7 +156,7 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     columns = Schema.load(encoder)
     for name in columns.looked_up:
         copy_vocabulary(encoder, folder, name)
-    schema = Schema(columns.dense, columns.sparse, splits, source | columns.source)
+    schema = Schema(columns.dense, columns.sparse, splits, source | columns.source, has_weights=has_weights)
     schema.save(folder)
     return schema
 

@@ -5,6 +5,7 @@ The files depend only on the rows and their order, not on the chunks that the ro
 
 import csv
 import itertools
+import math
 import os
 import shutil
 from collections import Counter
@@ -22,7 +23,7 @@ import xxhash
 
 from dhen.data.formats.raw_rows import BadRow, RawChunk
 from dhen.data.preparation.encoding.key_counts import query_on_disk
-from dhen.data.schema import FILE, LABEL, ORDER, ROW, TIME, SplitCounts
+from dhen.data.schema import FILE, LABEL, ORDER, ROW, TIME, WEIGHT, SplitCounts
 
 ROW_GROUP_ROWS = 32_768
 ROW_GROUPS_PER_PART = 128
@@ -38,6 +39,7 @@ class SplitWriter:
         self.rows = 0
         self.clicks = 0
         self.unlabelled = 0
+        self.weight: float | None = None
         self.num_parts = 0
         self._row_group_rows = row_group_rows
         self._waiting: list[pa.Table] = []
@@ -55,6 +57,8 @@ class SplitWriter:
         self.rows += table.num_rows
         self.clicks += int(np.count_nonzero(labels == 1))
         self.unlabelled += int(np.count_nonzero(np.isnan(labels)))
+        if WEIGHT in table.column_names:
+            self.weight = (self.weight or 0.0) + table[WEIGHT].to_numpy().sum(dtype=np.float64)
         self._waiting.append(table)
         self._waiting_rows += table.num_rows
         while self._waiting_rows >= self._row_group_rows:
@@ -69,7 +73,8 @@ class SplitWriter:
 
     def counts(self, bad_rows: int) -> SplitCounts:
         """Return the counts of the rows written so far."""
-        return SplitCounts(self.rows, self.clicks, bad_rows, self.unlabelled, digest=self._digest.hexdigest())
+        digest = self._digest.hexdigest()
+        return SplitCounts(self.rows, self.clicks, bad_rows, self.unlabelled, digest=digest, weight=self.weight)
 
     def _write_row_group(self, num_rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
@@ -169,10 +174,14 @@ def sum_of(counts: Sequence[SplitCounts]) -> SplitCounts:
     if len(counts) == 1:
         return counts[0]
     numbers = {name: sum(getattr(c, name) for c in counts) for name in ("rows", "clicks", "bad_rows", "unlabelled")}
+    weights = [count.weight for count in counts if count.weight is not None]
     unknown_keys = sum((Counter(count.unknown_keys) for count in counts), Counter())
     digest = xxhash.xxh3_128("".join(count.digest for count in counts).encode()).hexdigest()
     return SplitCounts(
-        **numbers, unknown_keys={name: unknown_keys[name] for name in counts[0].unknown_keys}, digest=digest
+        **numbers,
+        unknown_keys={name: unknown_keys[name] for name in counts[0].unknown_keys},
+        digest=digest,
+        weight=math.fsum(weights) if weights else None,
     )
 
 
