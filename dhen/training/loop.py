@@ -41,12 +41,18 @@ def evaluate(model: ScoringDhen, loader: BatchLoader) -> Evaluation:
     """Score all examples of all ranks. Communicates; all ranks call it. Raises ValueError if a row has no weight."""
     if loader.schema.has_weights and loader.schema.splits[loader.split].weight is None:
         raise ValueError(f"some rows of {loader.split} have no weight, which the schema's row_weight names. Add them.")
+    metrics = score_batches(model, loader.epoch(0))
+    return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader), metrics)
+
+
+def score_batches(model: ScoringDhen, batches: Iterator[Batch]) -> ClickMetrics:
+    """Score this rank's batches; every rank has equally many. Communicates; all ranks call it."""
     metrics = ClickMetrics()
     with model.evaluating():
-        for batch, ids in with_ids_ahead(model, loader.epoch(0)):
+        for batch, ids in with_ids_ahead(model, batches):
             logits_B = model.score(model.look_up(ids), batch.dense_BN, batch.sparse)
             metrics.update(logits_B, batch.labels_B, batch.weights_B)
-    return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader), metrics)
+    return metrics
 
 
 class Trainer:

@@ -26,8 +26,9 @@ from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole, load_rol
 from dhen.data.preparation.settings import Format
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.interactions import PRESETS, interaction_kinds, interaction_options, registry
-from dhen.training.saved.scoring import ScoringArguments, parse_scoring_arguments
+from dhen.training.saved.scoring import parse_scoring_arguments
 from tests import ROOT
+from tools.importance import ImportanceArguments
 
 PAGES = [path for place in (".", "recipes", "ds_configs", "tools", "tools/bench", "tools/docker", "tests")
          for path in sorted((ROOT / place).glob("*.md"))]  # fmt: skip
@@ -235,8 +236,8 @@ def test_every_interaction_and_option_is_in_the_guide():
 
 
 def names_of_arguments() -> set[str]:
-    """Of the scripts in recipes/."""
-    parts = (DataArguments, DhenArchitecture, TrainingArguments, ScoringArguments)
+    """Of the scripts in recipes/, and of tools/importance.py, which are fields."""
+    parts = (DataArguments, DhenArchitecture, TrainingArguments, ImportanceArguments)
     return {item.name for part in parts for item in fields(part)} | {"config", "ds_config", "check"}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from dhen.config.arguments import ARGUMENTS_FILE, import_interaction_files
 from dhen.config.command_line import ArgumentError, Parser, Paths, find_paths
@@ -33,8 +33,9 @@ def _as_in_training(name: str) -> Any:
 
 @dataclass
 class ScoringArguments:
-    """Which rows to score, with which model."""
+    """Which rows to score, with which model. default_split: the split without --split."""
 
+    default_split: ClassVar[str] = "test"
     model_name_or_path: str | None = option(None, "Trained model: a run folder or an exported model. Required.")
     dataset_name: Paths = option(
         None,
@@ -66,10 +67,15 @@ class ScoringArguments:
     local_rank: int = option(0, argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 
-def parse_scoring_arguments(command_line: Sequence[str] | None, description: str) -> ScoringArguments:
-    """Read the arguments from the command line. description: the text above --help. Raises ArgumentError."""
+Scoring = TypeVar("Scoring", bound=ScoringArguments)
+
+
+def parse_scoring_arguments(
+    command_line: Sequence[str] | None, description: str, part: type[Scoring] = ScoringArguments
+) -> Scoring:
+    """Read the arguments, a `part`, from the command line. description: the text above --help. Raises ArgumentError."""
     usage = "%(prog)s --model_name_or_path FOLDER [--argument VALUE ...]"
-    (arguments,) = Parser({"scoring": ScoringArguments}, usage=usage, description=description).parse(command_line)
+    (arguments,) = Parser({"scoring": part}, usage=usage, description=description).parse(command_line)
     if arguments.model_name_or_path is None:
         raise ArgumentError("--model_name_or_path is missing. Set it to a run folder or an exported model.")
     find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
@@ -117,7 +123,7 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
 def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topology) -> tuple[Path, str]:
     """The prepared folder, and the split in it to score."""
     name, (of_run, was_fine_tuned) = arguments.dataset_name, _data_of_run(trained)
-    split = arguments.split or "test"
+    split = arguments.split or arguments.default_split
     if is_prepared(name):
         _refuse_ignored(arguments, is_raw=False)
         return Path(name), split
