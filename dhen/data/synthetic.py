@@ -13,16 +13,16 @@ it is that of the true probabilities.
 import gzip
 import json
 import math
-import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import polars as pl
+
+from dhen.paths import write_atomically
 
 NUM_INTEGERS, NUM_CATEGORIES = 13, 26
 TRUTH_FILE = "truth.json"
@@ -109,18 +109,6 @@ def generated_log(name: str) -> Recipe | None:
         return recipe
     train = int(named[2]) * {"k": 1_000, "M": 1_000_000}[named[3]]
     return replace(recipe, rows={split: rows * train // recipe.rows["train"] for split, rows in recipe.rows.items()})
-
-
-@dataclass(frozen=True)
-class FileTruth:
-    """The known truth about one generated file.
-
-    best_possible_ne: normalized entropy of the labels under the true probabilities (paper 4.1).
-    """
-
-    rows: int
-    clicks: int
-    best_possible_ne: float
 
 
 @dataclass(frozen=True)
@@ -219,29 +207,27 @@ class ClickModel:
         return low
 
 
-def generate_click_log(
-    folder: str | Path, rows: Mapping[str, int], seed: int = 0, recipe: Recipe = QUICKSTART
-) -> dict[str, FileTruth]:
-    """Write `<split>.tsv.gz` for each split in `rows`, and truth.json. Returns the truth by file name.
+def generate_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0, recipe: Recipe = QUICKSTART) -> None:
+    """Write `<split>.tsv.gz` for each split in `rows`, and truth.json.
 
-    truth.json is {"version", "seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}. It is written last, so a
-    folder without it is incomplete. The same rows, seed and recipe give the same bytes. Holds 100,000 rows in memory at
-    a time. A folder holds the logs of one recipe.
+    truth.json is {"version", "seed", "files": {name: {"rows", "clicks", "best_possible_ne"}}}. best_possible_ne is the
+    normalized entropy of the labels under the true probabilities (paper 4.1). The file is written last, so a folder
+    without it is incomplete. The same rows, seed and recipe give the same bytes. Holds 100,000 rows in memory at a
+    time. A folder holds the logs of one recipe.
 
     Raises ValueError if a split has so few rows that all or none of them are clicks.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRUTH_FILE).unlink(missing_ok=True)
-    model = ClickModel(seed, recipe)
-    truths = {
-        f"{split}.tsv.gz": _write_file(folder / f"{split}.tsv.gz", model, count, number)
-        for number, (split, count) in enumerate(rows.items())
-    }
-    content = {"version": VERSION, "seed": seed, "files": {name: asdict(truth) for name, truth in truths.items()}}
-    with _atomic_file(folder / TRUTH_FILE) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
-    return truths
+    model, truths = ClickModel(seed, recipe), {}
+    with tempfile.TemporaryDirectory(dir=folder) as drafts:
+        for number, (split, count) in enumerate(rows.items()):
+            draft = Path(drafts, f"{split}.tsv.gz")
+            truths[draft.name] = _write_file(draft, model, count, number)
+            draft.replace(folder / draft.name)
+    content = {"version": VERSION, "seed": seed, "files": truths}
+    write_atomically(folder / TRUTH_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def holds_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) -> bool:
@@ -256,9 +242,9 @@ def holds_click_log(folder: str | Path, rows: Mapping[str, int], seed: int = 0) 
     return (content.get("version"), content["seed"], generated) == (VERSION, seed, wanted)
 
 
-def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTruth:
+def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> dict[str, float]:
     logloss, clicks = 0.0, 0
-    with _atomic_file(path) as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as file:
         for chunk, first in enumerate(range(0, rows, CHUNK_ROWS)):
             drawn = model.draw(min(CHUNK_ROWS, rows - first), number, chunk)
             file.write(_as_tsv(drawn, model.recipe.cardinalities))
@@ -269,25 +255,9 @@ def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> FileTr
             raise ValueError(
                 f"{path.name}: {clicks} of {rows} rows are clicks, so NE is undefined. Generate more rows."
             )
-    return FileTruth(rows, clicks, best_possible_ne(logloss, clicks, rows))
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a draft file for writing. It is renamed to `path` on success and removed on failure."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    try:
-        with draft.open("wb") as file:
-            yield file
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def best_possible_ne(logloss_sum: float, clicks: int, rows: int) -> float:
-    """Return the log loss of the true probabilities, divided by the entropy of the click rate (paper 4.1)."""
     rate = clicks / rows
-    return logloss_sum / rows / -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+    entropy = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
+    return {"rows": rows, "clicks": clicks, "best_possible_ne": logloss / rows / entropy}
 
 
 def _as_tsv(rows: Rows, cardinalities: tuple[int, ...]) -> bytes:
