@@ -10,13 +10,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dhen.data.formats.raw_files import mark_of, of_each
-from dhen.data.formats.raw_rows import DataError
+from dhen.data.formats.raw_rows import BadRow, DataError
 from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, copy_vocabulary
 from dhen.data.preparation.reading import pieces as cutting
 from dhen.data.preparation.reading.pieces import Piece
@@ -27,7 +27,7 @@ from dhen.data.preparation.running.runners import LocalProcesses, Runner, num_co
 from dhen.data.preparation.running.unfinished import Shard, Unfinished, unfinished_folder
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.preparation.stages import WRITING, run_stages
-from dhen.data.preparation.writing import first_bad_row, join_bad_rows, join_by_time, join_parts, sum_of
+from dhen.data.preparation.writing import join_bad_rows, join_by_time, join_parts, sum_of
 from dhen.data.schema import ESTIMATED_KEYS, FORMAT_VERSION, SCHEMA_FILE, SHARES, Schema, SplitCounts
 
 _RESULT = "result"
@@ -128,7 +128,7 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     splits: dict[str, SplitCounts] = {}
     for split in dict.fromkeys(split for piece in pieces for split in piece.splits):
         splits[split] = sum_of([SplitCounts(**r["splits"][split]) for r in results if split in r["splits"]])
-    _refuse_mostly_bad(splits, in_order)
+    _refuse_mostly_bad(splits, join_bad_rows(in_order, folder))
     has_weights = any(count.weight is not None for count in splits.values())
     by_time = source["settings"]["time_column"] is not None
     ties = " Rows of equal time are all in one split; a finer time tells them apart." if by_time else ""
@@ -150,7 +150,6 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
             splits[split] = replace(count, digest=join_by_time([path for path, _ in parts], folder / split))
         else:
             join_parts(parts, folder / split)
-    join_bad_rows(in_order, folder)
     if is_head:
         source = source | {SHARES: {split: r["share_read"] for r in results for split in r["splits"]}}
     columns = Schema.load(encoder)
@@ -161,11 +160,10 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     return schema
 
 
-def _refuse_mostly_bad(counts: Mapping[str, SplitCounts], pieces: Sequence[Path]) -> None:
+def _refuse_mostly_bad(counts: Mapping[str, SplitCounts], first: BadRow | None) -> None:
     """Raise DataError if most rows were skipped: the format or schema is then probably wrong, not the rows."""
     good, bad = (sum(getattr(count, name) for count in counts.values()) for name in ("rows", "bad_rows"))
     if bad > good:
-        first = next(filter(None, map(first_bad_row, pieces)))
         raise DataError(
             f"{bad:,} of {good + bad:,} rows are bad. This is more than half, so the format or the schema is probably "
             f"wrong. The first bad row: {first}"

@@ -12,7 +12,6 @@ up to 16 MB.
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -221,8 +220,6 @@ def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, repo
     """Encode and write the rows of a piece. Rows to predict get the file and row number that they came from."""
     encoder, bytes_read = _encoder_of(encoder_folder, encoder_folder.stat().st_ino), 0
     writers = {split: SplitWriter(folder / split) for split in piece.splits}
-    bad_rows = dict.fromkeys(piece.splits, 0)
-    unknown_keys = {split: Counter() for split in piece.splits}
 
     def report_and_add(rows: int, num_bytes: int) -> None:
         nonlocal bytes_read
@@ -242,17 +239,13 @@ def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, repo
                 order = pa.array(np.arange(before, before + len(encoded)))
                 encoded = encoded.append_column(TIME, part.chunk.table[TIME]).append_column(ORDER, order)
             for index, split in enumerate(part.splits):
-                is_here = part.split_of_row == index
-                writers[split].write(encoded if is_here.all() else encoded.filter(is_here))
-                bad_rows[split] += int(np.count_nonzero(part.split_of_bad == index))
-                unknown_keys[split].update({name: int(of_row[is_here].sum()) for name, of_row in unknown.items()})
-    counts = {
-        split: replace(writer.counts(bad_rows[split]), unknown_keys=dict(unknown_keys[split]))
-        for split, writer in writers.items()
-    }
+                is_here, writer = part.split_of_row == index, writers[split]
+                writer.write(encoded if is_here.all() else encoded.filter(is_here))
+                writer.bad_rows += int(np.count_nonzero(part.split_of_bad == index))
+                writer.unknown_keys.update({name: int(of_row[is_here].sum()) for name, of_row in unknown.items()})
     return {
-        "rows": sum(count.rows for count in counts.values()),
-        "splits": {split: asdict(count) for split, count in counts.items()},
+        "rows": sum(writer.rows for writer in writers.values()),
+        "splits": {split: asdict(writer.counts()) for split, writer in writers.items()},
         "parts": {split: writer.num_parts for split, writer in writers.items()},
         "share_read": min(bytes_read / piece.num_bytes, 1.0) if piece.num_bytes else 1.0,
     }

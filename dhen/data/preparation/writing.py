@@ -4,14 +4,13 @@ The files depend only on the rows and their order, not on the chunks that the ro
 """
 
 import csv
-import itertools
 import math
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,24 +27,18 @@ from dhen.data.schema import FILE, LABEL, ORDER, ROW, TIME, WEIGHT, SplitCounts
 ROW_GROUP_ROWS = 32_768
 ROW_GROUPS_PER_PART = 128
 BAD_ROWS_FILE = "bad_rows.csv"
-_HEADER = ("file", "row", "reason", "text")
 
 
 class SplitWriter:
-    """Writes the rows of one split. Holds at most one row group and one chunk in memory."""
+    """Writes the rows of one split, and counts them. Holds at most one row group and one chunk in memory."""
 
-    def __init__(self, folder: Path, row_group_rows: int = ROW_GROUP_ROWS) -> None:
-        self.folder = folder
-        self.rows = 0
-        self.clicks = 0
-        self.unlabelled = 0
-        self.weight: float | None = None
-        self.num_parts = 0
-        self._row_group_rows = row_group_rows
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.rows, self.num_parts = folder, 0, 0
+        self.bad_rows, self.unknown_keys = 0, Counter()
+        self._clicks = self._unlabelled = self._row_groups = self._waiting_rows = 0
+        self._weight: float | None = None
         self._waiting: list[pa.Table] = []
-        self._waiting_rows = 0
         self._part: pyarrow.parquet.ParquetWriter | None = None
-        self._row_groups = 0
         self._digest = xxhash.xxh3_128()
         folder.mkdir()
 
@@ -55,14 +48,14 @@ class SplitWriter:
             return
         labels = table[LABEL].to_numpy()
         self.rows += table.num_rows
-        self.clicks += int(np.count_nonzero(labels == 1))
-        self.unlabelled += int(np.count_nonzero(np.isnan(labels)))
+        self._clicks += int(np.count_nonzero(labels == 1))
+        self._unlabelled += int(np.count_nonzero(np.isnan(labels)))
         if WEIGHT in table.column_names:
-            self.weight = (self.weight or 0.0) + table[WEIGHT].to_numpy().sum(dtype=np.float64)
+            self._weight = (self._weight or 0.0) + table[WEIGHT].to_numpy().sum(dtype=np.float64)
         self._waiting.append(table)
         self._waiting_rows += table.num_rows
-        while self._waiting_rows >= self._row_group_rows:
-            self._write_row_group(self._row_group_rows)
+        while self._waiting_rows >= ROW_GROUP_ROWS:
+            self._write_row_group(ROW_GROUP_ROWS)
 
     def close(self) -> None:
         """Write the remaining rows and close the last part."""
@@ -71,31 +64,29 @@ class SplitWriter:
         if self._part is not None:
             self._part.close()
 
-    def counts(self, bad_rows: int) -> SplitCounts:
-        """Return the counts of the rows written so far."""
-        digest = self._digest.hexdigest()
-        return SplitCounts(self.rows, self.clicks, bad_rows, self.unlabelled, digest=digest, weight=self.weight)
+    def counts(self) -> SplitCounts:
+        """Return the counts of the rows so far."""
+        digest, unknown_keys = self._digest.hexdigest(), dict(self.unknown_keys)
+        return SplitCounts(
+            self.rows, self._clicks, self.bad_rows, self._unlabelled, unknown_keys, digest, self._weight
+        )
 
     def _write_row_group(self, num_rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
-        group, rest = waiting.slice(0, num_rows), waiting.slice(num_rows)
+        group, rest = waiting.slice(0, num_rows).combine_chunks(), waiting.slice(num_rows)
         if self._row_groups % ROW_GROUPS_PER_PART == 0:
-            self._open_part(group.schema)
-        group = group.combine_chunks()
+            if self._part is not None:
+                self._part.close()
+            self._part = pyarrow.parquet.ParquetWriter(
+                self.folder / _part_name(self.num_parts), group.schema, compression="zstd", compression_level=1,
+                write_statistics=False, write_page_checksum=True,
+            )  # fmt: skip
+            self.num_parts += 1
         self._part.write_table(group, row_group_size=num_rows)
         for batch in group.to_batches():
             self._digest.update(batch.serialize())
         self._row_groups += 1
         self._waiting, self._waiting_rows = [rest] if rest.num_rows else [], rest.num_rows
-
-    def _open_part(self, schema: pa.Schema) -> None:
-        if self._part is not None:
-            self._part.close()
-        self._part = pyarrow.parquet.ParquetWriter(
-            self.folder / _part_name(self.num_parts), schema, compression="zstd", compression_level=1,
-            write_statistics=False, write_page_checksum=True,
-        )  # fmt: skip
-        self.num_parts += 1
 
 
 def add_origins(prepared: pa.Table, chunk: RawChunk) -> pa.Table:
@@ -105,34 +96,25 @@ def add_origins(prepared: pa.Table, chunk: RawChunk) -> pa.Table:
 
 
 def list_bad_rows(folder: Path, bad_rows: tuple[BadRow, ...]) -> None:
-    """Append rows to bad_rows.csv (file, row, reason, text), which exists from the first bad row on."""
-    path = folder / BAD_ROWS_FILE
-    header = [] if path.exists() else [_HEADER]
+    """Append rows to the bad_rows.csv of a piece, which exists from the first bad row on and has no header."""
     if bad_rows:
-        with path.open("a", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([*header, *map(astuple, bad_rows)])
+        with (folder / BAD_ROWS_FILE).open("a", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(map(astuple, bad_rows))
 
 
-def first_bad_row(folder: Path) -> BadRow | None:
-    """The first row in a folder's bad_rows.csv, if there is one."""
-    path = folder / BAD_ROWS_FILE
-    if not path.exists():
-        return None
-    with path.open(encoding="utf-8", newline="") as file:
-        name, row, reason, text = list(itertools.islice(csv.reader(file), 2))[1]
-    return BadRow(name, int(row), reason, text)
-
-
-def join_bad_rows(folders: Iterable[Path], into: Path) -> None:
-    """Join the lists of bad rows of several folders, in this order."""
+def join_bad_rows(folders: Iterable[Path], into: Path) -> BadRow | None:
+    """Join the lists of bad rows of several pieces, in this order, under a header. Returns the first bad row."""
     files = [folder / BAD_ROWS_FILE for folder in folders if (folder / BAD_ROWS_FILE).exists()]
-    if files:
-        with (into / BAD_ROWS_FILE).open("w", encoding="utf-8", newline="") as joined:
-            csv.writer(joined).writerow(_HEADER)
-            for path in files:
-                with path.open(encoding="utf-8", newline="") as file:
-                    file.readline()
-                    shutil.copyfileobj(file, joined)
+    if not files:
+        return None
+    with (into / BAD_ROWS_FILE).open("w+", encoding="utf-8", newline="") as joined:
+        csv.writer(joined).writerow(item.name for item in fields(BadRow))
+        for path in files:
+            with path.open(encoding="utf-8", newline="") as file:
+                shutil.copyfileobj(file, joined)
+        joined.seek(0)
+        first = next(csv.DictReader(joined))
+        return BadRow(**first | {"row": int(first["row"])})
 
 
 def join_parts(folders: Iterable[tuple[Path, int]], into: Path) -> None:
@@ -166,7 +148,7 @@ def join_by_time(folders: Sequence[Path], into: Path) -> str:
         for table in tables:
             writer.write(table.select(schema.names).cast(schema))
     shutil.rmtree(sorting, ignore_errors=True)
-    return writer.counts(bad_rows=0).digest
+    return writer.counts().digest
 
 
 def sum_of(counts: Sequence[SplitCounts]) -> SplitCounts:

@@ -106,8 +106,9 @@ def test_the_size_of_chunks_and_where_files_are_cut_change_nothing(tmp_path, enc
 
 def test_row_groups_are_full_and_parts_follow_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "ROW_GROUPS_PER_PART", 2)
+    monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 20)
     table = pa.table({"label": pa.array([0.0, 1.0, float("nan")] * 35, pa.float32()), "x": list(range(105))})
-    writer = SplitWriter(tmp_path / "train", row_group_rows=20)
+    writer = SplitWriter(tmp_path / "train")
     for start in range(0, 105, 7):
         writer.write(table.slice(start, 7))
         assert writer._waiting_rows < 20
@@ -116,8 +117,8 @@ def test_row_groups_are_full_and_parts_follow_each_other(tmp_path, monkeypatch):
     groups = [[part.metadata.row_group(i).num_rows for i in range(part.num_row_groups)] for part in parts]
     assert groups == [[20, 20], [20, 20], [20, 5]]
     assert [x for part in parts for x in part.read()["x"].to_pylist()] == list(range(105))
-    counts = writer.counts(bad_rows=2)
-    assert counts == SplitCounts(105, 35, 2, 35, digest=counts.digest)
+    counts = writer.counts()
+    assert counts == SplitCounts(105, 35, 0, 35, digest=counts.digest)
 
 
 def test_a_vocabulary_is_made_of_the_train_split(tmp_path, raw):
@@ -274,7 +275,7 @@ def test_an_existing_folder_is_not_touched(tmp_path, raw):
 
 
 def test_memory_is_bounded_whatever_the_size_of_the_input(tmp_path, monkeypatch):
-    monkeypatch.setattr(SplitWriter.__init__, "__defaults__", (500,))
+    monkeypatch.setattr(writing, "ROW_GROUP_ROWS", 500)
     monkeypatch.setattr(writing, "ROW_GROUPS_PER_PART", 2)
     peaks = []
     for copies in (20, 100):
