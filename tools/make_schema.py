@@ -106,7 +106,7 @@ def _parquet_sample(file: str, label: str, rows: int) -> tuple[dict[str, pa.Arra
 
 def _text_sample(file: str, label: str, rows: int) -> tuple[dict[str, pa.Array], dict[str, Any]]:
     """The same for delimited text."""
-    number, line = text_blocks.first_line(file)
+    number, line = text_blocks.first_lines(file, is_first_good=True)[0]
     headers = {each: next(csv.reader([line], delimiter=each)) for each in DELIMITERS}
     delimiter = max(DELIMITERS, key=lambda each: (label in headers[each], len(headers[each])))
     _check_header(headers[delimiter], label, file)

@@ -65,7 +65,7 @@ class DelimitedReader:
 
     def _header(self, file: str) -> tuple[list[str], int]:
         """Return (column names, number of rows up to and including the header)."""
-        row, line = text_blocks.first_line(file)
+        row, line = text_blocks.first_lines(file, is_first_good=True)[0]
         quoting = csv.QUOTE_NONE if self.roles.quote is None else csv.QUOTE_MINIMAL
         cells = next(csv.reader([line], delimiter=self.roles.delimiter, quotechar=self.roles.quote, quoting=quoting))
         if self.roles.header:

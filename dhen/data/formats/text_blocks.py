@@ -122,35 +122,18 @@ def text_blocks(
         yield TextBlock(file, b"".join(good), np.array(rows, np.int64), tuple(bad), line - 1, bytes_read)
 
 
-def first_lines(file: str) -> list[tuple[int, str]]:
-    """Return (number, text) of the good lines in the first block, from which callers detect the format.
+def first_lines(file: str, *, is_first_good: bool = False) -> list[tuple[int, str]]:
+    """Return (number, text) of the good lines in the first block that is not blank.
 
-    Bad lines are skipped here; reading the rows reports them. Raises DataError if no line is left.
+    Bad lines are skipped here; reading the rows reports them. Raises DataError if no line is left, or if the first line
+    is bad, but has to be good.
     """
-    block = _first_block(file)
-    if not block.text:
+    block = next((each for each in text_blocks(file, block_bytes=_FIRST_BYTES) if each.text or each.bad), None)
+    if block is None:
+        raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
+    if block.bad and (not block.text or (is_first_good and block.bad[0].row < block.rows[0])):
         raise DataError(str(block.bad[0]))
-    return _numbered(block)
-
-
-def first_line(file: str) -> tuple[int, str]:
-    """Return (number, text) of the first line that is not blank. Raises DataError if that line is bad."""
-    block = _first_block(file)
-    if block.bad and (not block.text or block.bad[0].row < block.rows[0]):
-        raise DataError(str(block.bad[0]))
-    return _numbered(block)[0]
-
-
-def _numbered(block: TextBlock) -> list[tuple[int, str]]:
     return list(zip(block.rows.tolist(), block.text[:-1].decode("utf-8").split("\n"), strict=True))
-
-
-def _first_block(file: str) -> TextBlock:
-    """Return the first block that is not blank."""
-    for block in text_blocks(file, block_bytes=_FIRST_BYTES):
-        if block.text or block.bad:
-            return block
-    raise DataError(f"{file}: the file has only blank lines. Use a file with rows.")
 
 
 def line_counts(file: str, stretch: Stretch = WHOLE, header_rows: int = 0) -> Iterator[tuple[int, int]]:
