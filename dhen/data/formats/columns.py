@@ -95,21 +95,13 @@ def label_column(
     return pa.array(np.maximum(labels, 0).astype(np.float32), from_pandas=False)
 
 
-def integer_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Return integers as float64, null if blank."""
-    numbers, unread = parse_numbers(values, pl.Int64)
-    checks.refuse(
-        unread, lambda i: f"column {name!r}: {_shown(values, i)} is not an integer; use digits or leave it blank"
-    )
-    return pa.array(numbers, from_pandas=True)
-
-
-def number_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
-    """Return finite numbers as float64, null if blank or NaN."""
-    numbers, unread = parse_numbers(values, pl.Float64)
+def number_column(values: pa.Array, name: str, checks: RowChecks, *, is_integer: bool = False) -> pa.Array:
+    """Return finite numbers, or integers, as float64; null if blank or NaN."""
+    numbers, unread = parse_numbers(values, pl.Int64 if is_integer else pl.Float64)
     is_bad = unread | ~(fit_float32(numbers) | np.isnan(numbers))
+    wanted = "an integer" if is_integer else A_NUMBER
     checks.refuse(
-        is_bad, lambda i: f"column {name!r}: {_shown(values, i)} is not {A_NUMBER}; correct it or leave it blank"
+        is_bad, lambda i: f"column {name!r}: {_shown(values, i)} is not {wanted}; correct it or leave it blank"
     )
     return pa.array(numbers, from_pandas=True)
 

@@ -22,8 +22,6 @@ from dhen.model.names import unknown_name
 
 INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
-
-
 ROLES = ColumnRoles(
     dense=tuple(DenseRole(name) for name in INTEGERS),
     sparse=tuple(SparseRole(name) for name in CATEGORIES),
@@ -32,8 +30,6 @@ ROLES = ColumnRoles(
     columns=(LABEL, *INTEGERS, *CATEGORIES),
     quote=None,
 )
-
-
 _MAY_SET = {"dense": ("transform", "scale", "missing_indicator"), "sparse": ("encoding", "hash_size", "min_count")}
 
 
@@ -77,6 +73,6 @@ class CriteoReader(DelimitedReader):
 
     def _typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
         label = columns.label_column(raw.get(LABEL), LabelRole(), checks, is_required=self.is_label_required)
-        integers = {name: columns.integer_column(raw[name], name, checks) for name in INTEGERS}
+        integers = {name: columns.number_column(raw[name], name, checks, is_integer=True) for name in INTEGERS}
         categories = {name: columns.hex_column(raw[name], name, checks) for name in CATEGORIES}
         return pa.table({LABEL: label, **integers, **categories})
