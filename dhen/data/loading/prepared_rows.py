@@ -137,12 +137,7 @@ def read_row_group(group: RowGroup, schema: Schema) -> pa.Table:
     for column in schema.sparse:
         ids, last = values(column.name), column.num_embeddings - 1
         # FBGEMM silently reads row 0 for an id outside its table.
-        if len(ids) and (ids.min() < 0 or ids.max() > last):
-            at = int(np.argmax((ids < 0) | (ids > last)))
-            raise ValueError(
-                f"{group.path}: column {column.name!r} has the id {ids[at]}, but its table has rows 0 to {last}. It is "
-                f"in row {row_of(column.name, at):,} of the split. {_PREPARE_AGAIN}"
-            )
+        check(column.name, (ids >= 0) & (ids <= last), f"a row of its table, 0 to {last}")
         if column.is_weighted:
             name = weights_column(column.name)
             check(name, np.isfinite(values(name)), "finite")

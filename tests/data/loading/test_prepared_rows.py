@@ -96,10 +96,18 @@ def test_a_column_that_is_missing_or_of_another_type(prepared, column, values, m
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("site", pa.array([1] * 20 + [50], pa.int32()), "has the id 50, but its table has rows 0 to 49"),
-        ("site", pa.array([-1] + [1] * 20, pa.int32()), "has the id -1"),
-        ("site", pa.array([2**32] * 21), "has the id 4294967296"),
-        ("tags", pa.array([[1, 2]] * 20 + [[30]]), "has the id 30, but its table has rows 0 to 29"),
+        (
+            "site",
+            pa.array([1] * 20 + [50], pa.int32()),
+            "is 50 in row 41 of the split. It must be a row of its table, 0 to 49",
+        ),
+        ("site", pa.array([-1] + [1] * 20, pa.int32()), "is -1"),
+        ("site", pa.array([2**32] * 21), "is 4294967296"),
+        (
+            "tags",
+            pa.array([[1, 2]] * 20 + [[30]]),
+            "is 30 in row 41 of the split. It must be a row of its table, 0 to 29",
+        ),
         (
             "I1",
             pa.array([1] * 18 + [math.nan] * 3, pa.float32()),
