@@ -15,8 +15,7 @@ from dhen.data.formats.parquet import BATCH_ROWS, check_types, typed_chunk, used
 from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, Stretch
 from dhen.data.formats.roles import ColumnRoles
 
-_VALIDATION = dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-_SPLIT_NAMES = {"train": "train", **_VALIDATION, "test": "test"}
+_SPLIT_NAMES = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
 """Maps the hub's names for splits to ours."""
 
 

@@ -66,7 +66,7 @@ class ParquetReader:
                     row += len(batch)
             except (pa.ArrowInvalid, OSError) as error:
                 raise DataError(
-                    f"{file}: damaged after row {row} ({_line(error)}). Download or copy the file again."
+                    f"{file}: damaged after row {row} ({' '.join(str(error).split())}). Download or copy it again."
                 ) from error
 
     def column_names(self, file: str) -> list[str]:
@@ -144,10 +144,6 @@ def open_parquet(file: str) -> pyarrow.parquet.ParquetFile:
         return pyarrow.parquet.ParquetFile(open_file(file) if is_url(file) else file)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(
-            f"{file}: not a complete Parquet file ({_line(error)}). Download or copy it again; if it is text, use "
-            f"--dataset_format csv."
+            f"{file}: not a complete Parquet file ({' '.join(str(error).split())}). Download or copy it again; if it "
+            f"is text, use --dataset_format csv."
         ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -19,6 +19,7 @@ import fsspec
 from dhen.data.formats.raw_rows import DataError
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
+_HIDDEN = re.compile(r"(^|/)[._?][^/]*$")
 _HTTP = ("http://", "https://")
 _CREDENTIAL = re.compile(r"(?<!http)(?<!https)://[^@]*:.*@|https?://([^/]*@|.*\?)")
 """A password anywhere, and a user or a query (as of a signed URL) of a web page."""
@@ -93,9 +94,7 @@ def files_at(url: str) -> list[str]:
             found = {info["name"]: info for info in system.ls(path, detail=True)}
         else:
             return [url]
-    names = sorted(
-        name for name, info in found.items() if info["type"] == "file" and _last(name)[:1] not in (".", "_", "?")
-    )
+    names = [name for name, info in sorted(found.items()) if info["type"] == "file" and not _HIDDEN.search(name)]
     if not names:
         raise FileNotFoundError(f"{url}: no file is there. Check the URL.")
     path = path.rstrip("/")
@@ -138,10 +137,6 @@ class _RemoteFile(io.RawIOBase):
     def close(self) -> None:
         self._content.close()
         super().close()
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def _system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

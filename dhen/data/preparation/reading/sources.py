@@ -55,7 +55,8 @@ def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Sour
         sources = tuple(Source(some, (split,)) for split, some in found.items())
     else:
         files = next(iter(found.values())) if found else _files(as_tuple(settings.dataset_name))
-        sources = (Source(files, splits_with_rows(settings.split_fractions)),)
+        shares = zip(SPLITS, settings.split_fractions, strict=True)
+        sources = (Source(files, tuple(split for split, share in shares if share > 0)),)
     file, times = Counter(file for source in sources for file in source.files).most_common(1)[0]
     if times > 1:
         raise DataError(f"{file}: the file is given twice, so its rows would count twice. Give each file once.")
@@ -178,8 +179,3 @@ def format_of(settings: PreparationSettings) -> str:
         f"{file}: cannot detect the format from the name or the first lines. Set --dataset_format to one of "
         f"{', '.join(FORMATS[1:])}; csv, parquet and hub also need --dataset_schema."
     )
-
-
-def splits_with_rows(fractions: tuple[float, float, float]) -> tuple[str, ...]:
-    """Return the splits whose share is not 0."""
-    return tuple(split for split, share in zip(SPLITS, fractions, strict=True) if share > 0)
