@@ -322,26 +322,23 @@ def _check_any_kept(trained: TrainedModel, matches: Sequence[TableMatch]) -> Non
 
 def _match_table(trained: TrainedModel, prepared: Path, new: SparseColumn) -> TableMatch:
     """How the table of a column of the new data matches the trained model's."""
-    rows = new.num_embeddings
+    rows, kept = new.num_embeddings, 0
     old = next((column for column in trained.schema.sparse if column.name == new.name), None)
     if old is None:
         return TableMatch(new.name, rows, 0, 0, "new feature")
     if old.encoding != new.encoding:
         how = f"encoding was {old.encoding}, is now {new.encoding}"
-        return TableMatch(new.name, rows, 0, old.num_embeddings, how)
-    pooling = "" if old.pooling == new.pooling else f"; pooling was {old.pooling}, is now {new.pooling}"
-    if old.encoding == "bins":
-        if old.edges != new.edges:
-            changed = (
-                "the bins have other edges" if old.bins == new.bins else f"bins were {old.bins}, are now {new.bins}"
-            )
-            return TableMatch(new.name, rows, 0, old.num_embeddings, changed)
-        return TableMatch(new.name, rows, rows, 0, f"same bins{pooling}")
-    if old.encoding == "hash":
-        if old.num_embeddings != rows:
-            how = f"hash size was {old.num_embeddings:,}, is now {rows:,}"
-            return TableMatch(new.name, rows, 0, old.num_embeddings, how)
-        return TableMatch(new.name, rows, rows, 0, f"same hash{pooling}")
-    kept = 1 + sum(len(ids) for ids, _ in shared_ids(trained.folder, prepared, new.name))  # row 0 is everyone's
-    how = "by key" if kept > 1 else "the trained model knows none of its keys"
-    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, f"{how}{pooling}")
+    elif old.bins != new.bins:
+        how = f"bins were {old.bins}, are now {new.bins}"
+    elif old.edges != new.edges:
+        how = "the bins have other edges"
+    elif old.encoding == "hash" and old.num_embeddings != rows:
+        how = f"hash size was {old.num_embeddings:,}, is now {rows:,}"
+    elif old.encoding == "vocabulary":
+        kept = 1 + sum(len(ids) for ids, _ in shared_ids(trained.folder, prepared, new.name))  # row 0 is everyone's
+        how = "by key" if kept > 1 else "the trained model knows none of its keys"
+    else:
+        kept, how = rows, f"same {old.encoding}"
+    if kept and old.pooling != new.pooling:
+        how += f"; pooling was {old.pooling}, is now {new.pooling}"
+    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, how)
