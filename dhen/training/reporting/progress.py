@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 
+from dhen.paths import write_atomically
 from dhen.runtime.messages import heartbeat
 
 METRICS_FILE = "metrics.csv"
@@ -225,10 +226,9 @@ def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
 
     Returns samples_seen and seconds of the last row kept, or (0, 0.0) if there is none.
     """
-    if not path.is_file():
-        return 0, 0.0
     if step == 0:
-        path.unlink()
+        path.unlink(missing_ok=True)
+    if not path.is_file():
         return 0, 0.0
     lines, rows = path.read_text("utf-8", errors="replace").splitlines()[1:], []
     for line in lines:
@@ -237,12 +237,7 @@ def _keep_rows_until(path: Path, step: int) -> tuple[int, float]:
     if unread := len(lines) - len(rows):  # a kill leaves one, the last
         logger.warning("%s: %d of %d rows could not be read and are dropped", path, unread, len(lines))
     rows = [row for row in rows if int(row["step"]) <= step]
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    draft.replace(path)
+    write_atomically(path, "".join(",".join(row) + "\r\n" for row in (COLUMNS, *(row.values() for row in rows))))
     return (int(rows[-1]["samples_seen"]), float(rows[-1]["seconds"])) if rows else (0, 0.0)
 
 

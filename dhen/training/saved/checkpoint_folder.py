@@ -5,6 +5,7 @@ and the digest of every other file, and a digest of itself.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -43,7 +44,7 @@ FORMAT_VERSION = 3
 FILES = "files"
 """The key of the state under which the facts of the other files stand."""
 _OF_STATE, _NUMBER, _PREFIX, _DAMAGED = "digest", "number", "checkpoint-", "damaged-"
-_THREADS, _PIECE = 4, 2**24
+_THREADS = 4
 _INCOMPLETE = f"not a complete checkpoint, because it has no {STATE_FILE}. Resume from another one."
 _OF_DEEPSPEED = [ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address]
 """What DeepSpeed pickles beside tensors and plain values."""
@@ -202,11 +203,9 @@ def _difference(path: Path, size: int, digest: str) -> str | None:
 
 def size_and_digest(path: Path) -> tuple[int, str]:
     """Bytes of a file, and a digest of its content."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-        return file.tell(), digest.hexdigest()
+        digest = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        return file.tell(), digest
 
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
