@@ -252,9 +252,7 @@ def _write_file(path: Path, model: ClickModel, rows: int, number: int) -> dict[s
             logloss -= float(np.log(click_chance).sum())
             clicks += int(drawn.labels.sum())
         if not 0 < clicks < rows:
-            raise ValueError(
-                f"{path.name}: {clicks} of {rows} rows are clicks, so NE is undefined. Generate more rows."
-            )
+            raise ValueError(f"{path.name}: {clicks} of {rows} rows are clicks, so it has no NE. Generate more rows.")
     rate = clicks / rows
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log1p(-rate))
     return {"rows": rows, "clicks": clicks, "best_possible_ne": logloss / rows / entropy}
@@ -267,9 +265,7 @@ def _as_tsv(rows: Rows, cardinalities: tuple[int, ...]) -> bytes:
     for f in range(NUM_CATEGORIES):
         # The last name, "", is for a blank (-1).
         names = pl.Series([*(f"{_name(f, c):08x}" for c in range(cardinalities[f])), ""])
-        columns[f"C{f + 1}"] = names.gather(
-            np.where(rows.categories[:, f] < 0, cardinalities[f], rows.categories[:, f])
-        )
+        columns[f"C{f + 1}"] = names.gather(rows.categories[:, f])
     return pl.DataFrame(columns).write_csv(include_header=False, separator="\t", quote_style="never").encode()
 
 

@@ -100,9 +100,7 @@ def number_column(values: pa.Array, name: str, checks: RowChecks, *, is_integer:
     numbers, unread = parse_numbers(values, pl.Int64 if is_integer else pl.Float64)
     is_bad = unread | ~(fit_float32(numbers) | np.isnan(numbers))
     wanted = "an integer" if is_integer else A_NUMBER
-    checks.refuse(
-        is_bad, lambda i: f"column {name!r}: {_shown(values, i)} is not {wanted}; correct it or leave it blank"
-    )
+    checks.refuse(is_bad, lambda i: f"column {name!r}: {_shown(values, i)} is not {wanted}; fix it or leave it blank")
     return pa.array(numbers, from_pandas=True)
 
 

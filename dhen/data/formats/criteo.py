@@ -48,9 +48,7 @@ class CriteoReader(DelimitedReader):
             known = {role.name: role for role in getattr(ROLES, kind)}
             for role in getattr(given, kind):
                 if role.name not in known:
-                    raise ValueError(
-                        f"{file}: {unknown_name(f'{kind} feature of the format criteo', role.name, known)}"
-                    )
+                    raise ValueError(f"{file}: {unknown_name(f'{kind} feature of criteo', role.name, known)}")
                 told = replace(known[role.name], **{key: getattr(role, key) for key in keys})
                 if replace(role, column=role.source) != replace(told, column=told.name):
                     raise ValueError(

@@ -153,9 +153,7 @@ def split_columns(
 
     def refuse(row: pyarrow.csv.InvalidRow) -> str:
         ragged.append(row.number - 1)
-        reason = (
-            f"the row has {row.actual_columns} columns, not {row.expected_columns} (the delimiter is {delimiter!r})"
-        )
+        reason = f"the row has {row.actual_columns} columns, not {row.expected_columns} (delimiter {delimiter!r})"
         bad.append(BadRow(block.file, int(block.rows[row.number - 1]), reason, row.text[:LONGEST_QUOTE]))
         return "skip"
 
@@ -212,9 +210,7 @@ def _open(file: str) -> tuple[BinaryIO, BinaryIO, Compression | None]:
     wrong = complaint(start)
     if wrong is not None and packed is not None:
         what = wrong.partition(". ")[0]
-        raise DataError(
-            f"{file}: within the {packed.tool}, {what}. Unpack it, and give it as Parquet or as plain text."
-        )
+        raise DataError(f"{file}: within the {packed.tool}, {what}. Unpack it, and give it as Parquet or plain text.")
     if wrong is not None:
         raise DataError(f"{file}: {wrong}")
     raw = open_file(file)
@@ -257,9 +253,7 @@ def _read_lines(file: str, content: BinaryIO, num_bytes: int, packed: Compressio
             f"Download or copy the file again, and check it with `{packed.tool} -t`."
         ) from error
     if len(rest) == LONGEST_LINE_BYTES:
-        raise DataError(
-            f"{file}: a line is longer than {LONGEST_LINE_BYTES >> 20} MiB. Check that this is a text file."
-        )
+        raise DataError(f"{file}: a line is longer than {LONGEST_LINE_BYTES >> 20} MiB. Check that it is a text file.")
     text += rest
     return text + b"\n" if text and not text.endswith(b"\n") else text
 

@@ -32,7 +32,7 @@ def check_has(folder: Path, split: str, schema: Schema) -> None:
     """Raise FileNotFoundError if the schema has no such split."""
     if not schema.splits:
         raise FileNotFoundError(
-            f"{folder}: schema.json has no splits. Run `python tools/prepare_data.py --seal {folder}` to count them."
+            f"{folder}: schema.json has no splits. Run `python tools/prepare_data.py --seal {folder}`."
         )
     if split not in schema.splits:
         raise FileNotFoundError(f"{folder}: there is no split {split!r}. The splits are {', '.join(schema.splits)}.")

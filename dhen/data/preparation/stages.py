@@ -123,9 +123,7 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
         wanted = [f"the bins or the scale of {name!r}" for name in fits]
         wanted += [needs[each.encoding] for each in counted.values() if each.encoding in needs]
         if wanted:
-            raise DataError(
-                f"{wanted[0]} is built from the train split, but there is none. Add train rows or set schema_from."
-            )
+            raise DataError(f"{wanted[0]} needs a train split. Add train rows or set schema_from.")
         counted = {}
     if counted or fits:
         work.run(KEYS, partial(_count_keys, raw, counted, trained), train)

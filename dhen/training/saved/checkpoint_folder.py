@@ -261,9 +261,7 @@ def no_code_from(folder: Path) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         what = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), str(error))
-        raise CheckpointError(
-            f"{folder}: a file asks for code that a checkpoint does not have, so nothing is loaded: {what:.200}"
-        ) from error
+        raise CheckpointError(f"{folder}: a file asks for code, which no checkpoint has: {what:.200}") from error
     finally:
         if before is None:
             del os.environ[forced]

@@ -49,9 +49,7 @@ class ScoringArguments:
         "Split to score. Default: test. Not allowed with raw files, because all their rows are scored.",
     )
     bad_rows: Literal["error", "skip"] = _as_in_training("bad_rows")
-    per_device_eval_batch_size: int = option(
-        4096, "Examples per rank in one step. Lower it if scoring runs out of memory."
-    )
+    per_device_eval_batch_size: int = option(4096, "Examples per rank in one step. Lower it if memory runs out.")
     cache_dir: str | None = option(
         None,
         "Folder for prepared data, which later calls reuse. Default: the folder that training used, or 'prepared' "
@@ -131,9 +129,7 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
     if name is None:
         _refuse_ignored(arguments, is_raw=False)
         if of_run is None:
-            raise ArgumentError(
-                f"{trained.folder} is not inside the folder of its run, so its data is unknown. Add --dataset_name."
-            )
+            raise ArgumentError(f"{trained.folder} is not in a run folder, so its data is unknown. Add --dataset_name.")
         # The vocabulary of a fine-tuned model also has keys of the model that it started from.
         schema_from = trained.folder if was_fine_tuned and not is_prepared(of_run.dataset_name) else None
         return prepare_dataset(of_run, cache, topology, schema_from, is_label_required=True), split

@@ -216,8 +216,8 @@ def test_a_schema_may_make_every_size_that_of_the_benchmark(tmp_path):
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("sparse: [{name: C27, hash_size: 9}]", "unknown sparse feature of the format criteo 'C27'. Did you mean"),
-        ("dense: [C1]", "unknown dense feature of the format criteo 'C1'"),
+        ("sparse: [{name: C27, hash_size: 9}]", "unknown sparse feature of criteo 'C27'. Did you mean"),
+        ("dense: [C1]", "unknown dense feature of criteo 'C1'"),
         ("sparse: [{name: C1, column: C2}]", "sparse: C1 has a key that the format criteo does not let you set"),
         ("dense: [I1]\nsparse: [{name: C1, bins: 3}]", "Use only encoding, hash_size, min_count"),
         ("label: clicked\nsparse: [C1]", "sets all keys but dense and sparse"),

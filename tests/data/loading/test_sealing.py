@@ -169,7 +169,7 @@ def zones(folder):
         ("key", list(range(8)), "column 'key' must be string, but is int64"),
         ("id", [1, 2, 3, None, 5, 6, 7, 8], "column 'id' is null in row 3"),
         ("id", [1.0] * 8, "column 'id' must be int64, but is double"),
-        ("id", [1] * 8, "the ids do not run from 1 to 8"),
+        ("id", [1] * 8, "the ids are not 1 to 8"),
         ("id", None, "column 'id' must be int64, but is missing"),
         ("count", [None, *range(7)], "column 'count' is null in row 0"),
         ("count", None, "column 'count' must be int64, but is missing"),

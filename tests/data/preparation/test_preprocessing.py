@@ -132,7 +132,7 @@ def test_a_vocabulary_is_made_of_the_train_split(tmp_path, raw):
         assert load_vocabulary(tmp_path / "out", column.name).keys.to_pylist() == list(ids)
         for split, mine in (("train", keys[:240]), ("validation", keys[240:270]), ("test", keys[270:])):
             assert [row[column.name] for row in rows_of(tmp_path / "out", split)] == [ids.get(key, 0) for key in mine]
-    with pytest.raises(DataError, match="a vocabulary is built from the train split, but there is none"):
+    with pytest.raises(DataError, match="a vocabulary needs a train split"):
         prepare(PreparationSettings(test_file=raw, id_encoding="vocabulary"), tmp_path / "none")
 
 

@@ -250,9 +250,7 @@ def _batches(folder: Path, feature: str) -> Iterator[pa.RecordBatch]:
     """
     path, first = vocabulary_path(folder, feature), 1
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file, but {feature!r} is encoded by a vocabulary. Prepare the data again."
-        )
+        raise FileNotFoundError(f"{path}: no such file, but {feature!r} has a vocabulary. Prepare the data again.")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow)
@@ -263,9 +261,7 @@ def _batches(folder: Path, feature: str) -> Iterator[pa.RecordBatch]:
                         row = first - 1 + pc.index(batch[name].is_null(), True).as_py()
                         raise ValueError(f"{path}: column {name!r} is null in row {row:,}. Write no nulls.")
                 if not np.array_equal(batch["id"].to_numpy(), np.arange(first, first + len(batch))):
-                    raise ValueError(
-                        f"{path}: the ids do not run from 1 to {file.metadata.num_rows}. Prepare the data again."
-                    )
+                    raise ValueError(f"{path}: the ids are not 1 to {file.metadata.num_rows}. Prepare the data again.")
                 yield batch
                 first += len(batch)
     except (OSError, pa.ArrowException) as error:

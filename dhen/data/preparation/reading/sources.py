@@ -66,9 +66,7 @@ def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Sour
 def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
     names = as_tuple(settings.dataset_name)
     if len(names) != 1:
-        raise ValueError(
-            "the format hub needs exactly one dataset_name, and no train_file, validation_file or test_file."
-        )
+        raise ValueError("the format hub needs one dataset_name, and no train_file, validation_file or test_file.")
     from dhen.data.formats.hub import hub_splits  # here, because importing `datasets` takes a second
 
     return {split: (file,) for split, file in hub_splits(names[0]).items()}
@@ -77,9 +75,7 @@ def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
 def _reader(format_name: str, settings: PreparationSettings, first_file: str) -> Reader:
     is_required, block_bytes = settings.is_label_required, settings.block_bytes
     if settings.time_column is not None and format_name in ("criteo", "libsvm"):
-        raise ValueError(
-            f"time_column: files of the format {format_name} do not name columns. Sort them by time first."
-        )
+        raise ValueError(f"time_column: files of the format {format_name} do not name columns. Sort them by time.")
     roles = load_roles(settings.dataset_schema) if settings.dataset_schema else None
     if format_name == "criteo":
         reader = CriteoReader(is_label_required=is_required, block_bytes=block_bytes)
@@ -121,9 +117,7 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
         if is_url(pattern):
             some = files_at(pattern)
             if any(file.endswith(f"/{SCHEMA_FILE}") for file in some):
-                raise DataError(
-                    f"{pattern}: a prepared folder cannot be at a URL. Copy it to a disk, and give its path."
-                )
+                raise DataError(f"{pattern}: a prepared folder cannot be at a URL. Copy it to a disk first.")
         elif path.is_file():
             some = [pattern]
         elif path.is_dir():
@@ -141,9 +135,7 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
         else:
             check = "Check the path."
             if path.name.partition("-")[0] in RECIPES:
-                check = (
-                    "Only train.py makes a log, such as planted-500k. Here, name its file: <cache>/<log>/test.tsv.gz."
-                )
+                check = "Only train.py makes a log, such as planted-500k. Name its file: <cache>/<log>/test.tsv.gz."
             raise FileNotFoundError(f"{pattern}: no such file. {check}{looked_in(pattern)}")
         found.extend(some)
     return tuple(found)

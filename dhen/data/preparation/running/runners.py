@@ -115,9 +115,7 @@ class DaskCluster:
         try:
             self._connect().close()
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--dask is {address!r}, but no Dask scheduler answers there. Check the address."
-            ) from error
+            raise ValueError(f"--dask is {address!r}, but no scheduler answers there. Check the address.") from error
 
     def __call__(self, task: Task, pieces: Sequence[Piece], report: Report) -> None:
         """Run the task on each piece. Dask begins the pieces of a worker that ended again."""
@@ -129,9 +127,7 @@ class DaskCluster:
                 except self._distributed.KilledWorker as error:
                     raise ChildProcessError(_ENDED.format(piece.parts[0][0], "Give Dask's more memory")) from error
                 except CancelledError as error:
-                    raise ConnectionError(
-                        f"--dask {self._address}: the scheduler has ended. Start it again."
-                    ) from error
+                    raise ConnectionError(f"--dask {self._address}: the scheduler ended. Start it again.") from error
 
     def _connect(self) -> Any:
         return self._distributed.Client(self._address, timeout=30)

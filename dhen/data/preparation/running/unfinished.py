@@ -50,9 +50,7 @@ class Shard:
         """Read `index/count`. Raises ValueError."""
         index, _, count = text.partition("/")
         if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ValueError(
-                f"--shard is {text!r}. Use index/count, such as 0/8 for the first of 8 and 7/8 for the last."
-            )
+            raise ValueError(f"--shard is {text!r}. Use index/count, such as 0/8 for the first of 8, 7/8 for the last.")
         return cls(int(index), int(count))
 
     def has(self, piece: Piece) -> bool:

@@ -202,7 +202,7 @@ def test_a_hash_size_does_not_depend_on_pieces_and_shards(settings, tmp_path, mo
 
 
 def test_a_hash_size_by_keys_needs_training_rows(settings, tmp_path):
-    with pytest.raises(DataError, match="the hash_size auto is built from the train split, but there is none"):
+    with pytest.raises(DataError, match="the hash_size auto needs a train split"):
         preprocessing.prepare(
             PreparationSettings(**{**settings, "train_file": None}, hash_size="auto"), tmp_path / "out"
         )
