@@ -5,11 +5,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import xxhash
 
 from dhen.data.loading.prepared_rows import list_row_groups, read_row_group, wanted_columns
-from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, check_vocabulary, vocabulary_path
+from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, check_vocabulary
 from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, WEIGHT, Schema, SplitCounts, weights_column
 
 
@@ -24,8 +23,9 @@ def seal(folder: Path) -> Schema:
     splits = [split for split in SPLITS if any((folder / split).glob("*.parquet"))]
     if not splits:
         raise FileNotFoundError(f"{folder}: there are no Parquet files in train/, validation/ and test/. Write them.")
-    for name in unsealed.looked_up:
-        _check_vocabulary(folder, name, unsealed)
+    for column in unsealed.sparse:
+        if column.encoding == "vocabulary":
+            check_vocabulary(folder, column)
     schema = replace(unsealed, splits={split: _counts(folder, split, unsealed) for split in splits})
     schema.save(folder)
     return schema
@@ -86,16 +86,4 @@ def _check_all_are_read(folder: Path) -> None:
         raise ValueError(
             f"{others[0]}{more} not directly in train/, validation/ or test/, so training would not read the rows. "
             f"Move the file into one of them (with partitionBy, Spark writes folders: leave it out), or remove it."
-        )
-
-
-def _check_vocabulary(folder: Path, name: str, schema: Schema) -> None:
-    check_vocabulary(folder, name)
-    path = vocabulary_path(folder, name)
-    num_keys = pyarrow.parquet.read_metadata(path).num_rows
-    (rows,) = (column.num_embeddings for column in schema.sparse if column.name == name)
-    if rows != num_keys + 1:
-        raise ValueError(
-            f"{path}: there are {num_keys:,} keys, but {SCHEMA_FILE} says that {name!r} has num_embeddings {rows:,}. "
-            f"Use {num_keys + 1:,}: one per key, and row 0."
         )

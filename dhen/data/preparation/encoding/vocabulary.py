@@ -23,7 +23,7 @@ import xxhash
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.hashing import hash_texts, salt_of
 from dhen.data.preparation.encoding import key_counts
-from dhen.data.schema import MISSING_ID
+from dhen.data.schema import MISSING_ID, SCHEMA_FILE, SparseColumn
 
 VOCABULARY_FOLDER = "vocabulary"
 _SALT = salt_of("vocabulary")
@@ -65,15 +65,6 @@ class KeyIds:
         self._hashes, self._ids = hashes, ids
 
     @classmethod
-    def of(cls, chunks: Iterable[pa.Array], feature: str) -> "KeyIds":
-        """The keys get the ids 1, 2, 3, …. Raises DataError if two keys have the same hash."""
-        hashes = np.concatenate([np.zeros(0, np.uint64), *(hash_texts(chunk, _SALT) for chunk in chunks)])
-        order = np.argsort(hashes)
-        hashes = hashes[order]
-        _check_different(hashes, feature)
-        return cls(hashes, order + 1)
-
-    @classmethod
     def load(cls, folder: Path, feature: str) -> "KeyIds":
         """Open what `save_key_ids` wrote. All processes of a machine share the memory."""
         return cls(*(np.load(path, mmap_mode="r") for path in _key_ids_paths(folder, feature)))
@@ -92,6 +83,15 @@ class KeyIds:
         return np.append(ids, MISSING_ID)[rows]
 
 
+def hashes_and_ids(chunks: Iterable[pa.Array], feature: str) -> tuple[np.ndarray, np.ndarray]:
+    """What `KeyIds` are made of, for keys with the ids 1, 2, 3, …. Raises DataError if two keys have the same hash."""
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(hash_texts(chunk, _SALT) for chunk in chunks)])
+    order = np.argsort(hashes)
+    hashes = hashes[order]
+    _check_different(hashes, feature)
+    return hashes, order + 1
+
+
 def _check_different(hashes: np.ndarray, feature: str) -> None:
     if (hashes[1:] == hashes[:-1]).any():
         raise DataError(f"{feature!r}: two keys have the same 64-bit hash. Use `encoding: hash` for this feature.")
@@ -102,8 +102,8 @@ def save_key_ids(folder: Path, feature: str) -> None:
     paths = _key_ids_paths(folder, feature)
     num_keys = pyarrow.parquet.read_metadata(vocabulary_path(folder, feature)).num_rows
     if num_keys <= key_counts.MOST_IN_MEMORY:
-        found = KeyIds.of((batch["key"] for batch in _batches(folder, feature)), feature)
-        for path, values in zip(paths, (found._hashes, found._ids), strict=True):
+        keys = (batch["key"] for batch in _batches(folder, feature))
+        for path, values in zip(paths, hashes_and_ids(keys, feature), strict=True):
             np.save(path, values)
         return
     by_id, by_hash = (folder / f".{feature}.{order}.parquet" for order in ("by_id", "by_hash"))
@@ -128,33 +128,25 @@ def _key_ids_paths(folder: Path, feature: str) -> tuple[Path, Path]:
     return tuple(folder / VOCABULARY_FOLDER / f"{feature}.{what}.npy" for what in ("hashes", "ids"))
 
 
-class Vocabulary:
+class Vocabulary(KeyIds):
     """The keys of a feature in the order of their ids: keys[i] has id i + 1."""
 
     def __init__(self, keys: pa.Array | pa.ChunkedArray, counts: np.ndarray, feature: str = "") -> None:
         self.keys = keys if isinstance(keys, pa.ChunkedArray) else pa.chunked_array([keys])
         self.counts = counts
-        self.key_ids = KeyIds.of(self.keys.chunks, feature)
+        super().__init__(*hashes_and_ids(self.keys.chunks, feature))
 
     @property
     def num_embeddings(self) -> int:
         """Number of rows in the feature's table: one per key, plus row 0."""
         return len(self.keys) + 1
 
-    def ids(self, keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
-        """Return int64 ids, 0 for nulls and for keys that are not in the vocabulary."""
-        return self.key_ids.ids(keys)
-
     def union(self, new: "Vocabulary") -> "Vocabulary":
         """These keys with their ids, then the other keys of `new`. A key of both counts the sum of both counts."""
-        ids = new.ids(self.keys)
-        counts = self.counts + np.where(
-            ids == MISSING_ID, 0, new.counts[np.maximum(ids - 1, 0)] if len(new.keys) else 0
-        )
-        is_other = self.ids(new.keys) == MISSING_ID
-        others = new.keys.filter(pa.array(is_other))
-        keys = pa.chunked_array([*self.keys.chunks, *others.chunks], pa.string())
-        return Vocabulary(keys, np.concatenate([counts, new.counts[is_other]]))
+        keys = pa.chunked_array([*self.keys.chunks, *new.keys.chunks], pa.string())
+        both = pl.DataFrame({"key": pl.from_arrow(keys), "count": np.concatenate([self.counts, new.counts])})
+        united = both.group_by("key", maintain_order=True).agg(pl.col("count").sum())
+        return Vocabulary(united["key"].to_arrow().cast(pa.string()), united["count"].to_numpy())
 
     def save(self, folder: Path, feature: str) -> None:
         """Write vocabulary/<feature>.parquet into a prepared folder."""
@@ -203,19 +195,25 @@ def digest_of_keys(folder: Path, feature: str, most: int | None = None) -> str:
     return digest.hexdigest()
 
 
-def check_vocabulary(folder: Path, feature: str) -> None:
+def check_vocabulary(folder: Path, column: SparseColumn) -> None:
     """Check a vocabulary that another program wrote. Of more than MOST_IN_MEMORY keys, not whether all are different.
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
-    path = vocabulary_path(folder, feature)
+    feature, path = column.name, vocabulary_path(folder, column.name)
     for batch in _batches(folder, feature):
         if (at := pc.index(batch["key"], "").as_py()) >= 0:
             raise ValueError(f"{path}: the key of id {batch['id'][at]} is empty. A blank has id 0: leave the key out.")
-    if pyarrow.parquet.read_metadata(path).num_rows > key_counts.MOST_IN_MEMORY:
+    num_keys = pyarrow.parquet.read_metadata(path).num_rows
+    if column.num_embeddings != num_keys + 1:
+        raise ValueError(
+            f"{path}: there are {num_keys:,} keys, but {SCHEMA_FILE} says that {feature!r} has num_embeddings "
+            f"{column.num_embeddings:,}. Use {num_keys + 1:,}: one per key, and row 0."
+        )
+    if num_keys > key_counts.MOST_IN_MEMORY:
         return
     try:
-        KeyIds.of((batch["key"] for batch in _batches(folder, feature)), feature)
+        hashes_and_ids((batch["key"] for batch in _batches(folder, feature)), feature)
     except DataError as error:
         keys = pl.Series(pa.chunked_array(batch["key"] for batch in _batches(folder, feature)))
         twice = keys.filter(keys.is_duplicated())
@@ -236,7 +234,7 @@ def shared_ids(old: Path, new: Path, feature: str) -> Iterator[tuple[np.ndarray,
             ids = np.arange(first, min(first + key_counts.BATCH_KEYS, num_old + 1))
             yield ids, ids
         return
-    new_ids = KeyIds.of((batch["key"] for batch in _batches(new, feature)), feature)
+    new_ids = KeyIds(*hashes_and_ids((batch["key"] for batch in _batches(new, feature)), feature))
     for batch in _batches(old, feature):
         ids = new_ids.ids(batch["key"])
         is_shared = ids != MISSING_ID

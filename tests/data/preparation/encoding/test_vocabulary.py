@@ -133,7 +133,7 @@ def test_shared_keys_have_an_id_in_both(tmp_path, monkeypatch, old, new):
         Vocabulary(pa.array(keys, pa.string()), np.ones(len(keys), np.int64)).save(folder, "C1")
     with monkeypatch.context() as patch:
         if old == new[: len(old)]:  # a union
-            patch.setattr(KeyIds, "of", None)
+            patch.setattr(module, "hashes_and_ids", None)
         batches = list(shared_ids(*folders, "C1"))
     ids = [pair for batch in batches for pair in zip(*(of.tolist() for of in batch), strict=True)]
     assert ids == [(old.index(key) + 1, new.index(key) + 1) for key in old if key in new]
