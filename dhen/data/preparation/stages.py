@@ -97,7 +97,7 @@ def _given_encoder(work: Unfinished, raw: Raw) -> Path:
     """Copy the encoder of a prepared folder or a saved model."""
     origin = Path(raw.settings.schema_from)
     schema = Schema.load(origin)
-    check_same_features(raw.reader.roles, schema.dense, schema.sparse, str(origin))
+    check_same_features(raw.reader.roles, schema, origin)
 
     def make(folder: Path) -> None:
         for name in schema.looked_up:

@@ -157,14 +157,10 @@ def sum_of(counts: Sequence[SplitCounts]) -> SplitCounts:
         return counts[0]
     numbers = {name: sum(getattr(c, name) for c in counts) for name in ("rows", "clicks", "bad_rows", "unlabelled")}
     weights = [count.weight for count in counts if count.weight is not None]
-    unknown_keys = sum((Counter(count.unknown_keys) for count in counts), Counter())
+    unknown_keys = {name: sum(c.unknown_keys.get(name, 0) for c in counts) for name in counts[0].unknown_keys}
     digest = xxhash.xxh3_128("".join(count.digest for count in counts).encode()).hexdigest()
-    return SplitCounts(
-        **numbers,
-        unknown_keys={name: unknown_keys[name] for name in counts[0].unknown_keys},
-        digest=digest,
-        weight=math.fsum(weights) if weights else None,
-    )
+    weight = math.fsum(weights) if weights else None
+    return SplitCounts(**numbers, unknown_keys=unknown_keys, digest=digest, weight=weight)
 
 
 def _part_name(index: int) -> str:

@@ -154,14 +154,11 @@ def new_columns(
     return tuple(dense), sparse
 
 
-def check_same_features(
-    roles: ColumnRoles, dense: tuple[DenseColumn, ...], sparse: tuple[SparseColumn, ...], folder: str
-) -> None:
+def check_same_features(roles: ColumnRoles, schema: Schema, folder: Path) -> None:
     """Raise DataError unless raw data with these roles has the features in the schema of `folder`."""
     present = {role.name: "dense" for role in roles.dense} | {role.name: _kind(role) for role in roles.sparse}
-    wanted = {column.missing_of or column.name: "dense" for column in dense} | {
-        column.name: _kind(column) for column in sparse
-    }
+    wanted = {column.missing_of or column.name: "dense" for column in schema.dense}
+    wanted |= {column.name: _kind(column) for column in schema.sparse}
     for name, kind in wanted.items():
         if present.get(name) != kind:
             has = f"has it as {present[name]}" if name in present else "does not have it"

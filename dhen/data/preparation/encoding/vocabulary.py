@@ -163,10 +163,7 @@ def vocabulary_path(folder: Path, feature: str) -> Path:
 
 
 def copy_vocabulary(folder: Path, into: Path, feature: str) -> None:
-    """Copy a feature's vocabulary from one prepared folder or saved model to another.
-
-    Raises FileNotFoundError, or ValueError if its ids are not 1, 2, 3, ….
-    """
+    """Copy a feature's vocabulary from one prepared folder or saved model to another. Raises what `_batches` raises."""
     path = vocabulary_path(into, feature)
     path.parent.mkdir(exist_ok=True)
     for _ in _batches(folder, feature):
@@ -175,10 +172,7 @@ def copy_vocabulary(folder: Path, into: Path, feature: str) -> None:
 
 
 def load_vocabulary(folder: Path, feature: str) -> Vocabulary:
-    """Read a feature's vocabulary from a prepared folder or a saved model.
-
-    Raises FileNotFoundError, or ValueError if its ids are not 1, 2, 3, ….
-    """
+    """Read a feature's vocabulary from a prepared folder or a saved model. Raises what `_batches` raises."""
     table = pa.Table.from_batches(_batches(folder, feature), _SCHEMA)
     return Vocabulary(table["key"], table["count"].to_numpy(), feature)
 
