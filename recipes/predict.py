@@ -26,14 +26,7 @@ from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.loop import with_ids_ahead
 from dhen.training.parallel_model import ScoringDhen
-from dhen.training.saved.predictions import (
-    COLUMNS,
-    PredictionWriter,
-    join_parts,
-    part_of,
-    parts_folder,
-    prediction_file,
-)
+from dhen.training.saved.predictions import COLUMNS, join_parts, part_writer, parts_folder, prediction_file
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
 from dhen.training.unseen import UNSEEN_FILE, report_unseen, unseen_values, write_unseen
 
@@ -58,20 +51,16 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
     Communicates; all ranks call it. Returns the number of rows.
     """
     topology, parts = model.topology, parts_folder(path)
-    is_joined = topology.world_size > 1 and parts != path
-    own = path if topology.world_size == 1 and parts != path else part_of(parts, topology.rank)
-    writer = PredictionWriter(own)
     origins = Origins(loader.folder, loader.split, share(loader.num_rows, topology.rank, topology.world_size).start)
-    with model.evaluating():
+    with model.evaluating(), part_writer(parts, topology.rank) as writer:
         for batch, ids in with_ids_ahead(model, loader.epoch(0)):
             scores = model.score(model.look_up(ids), batch.dense_BN, batch.sparse).sigmoid()
             columns = [values.cpu().numpy() for values in (batch.rows_B, scores, batch.labels_B)]
             columns = [pa.array(column, from_pandas=True) for column in columns]
-            writer.write(pa.table([*columns, *origins.take(len(scores))], schema=COLUMNS))
-    writer.finish()
+            writer.write_table(pa.table([*columns, *origins.take(len(scores))], schema=COLUMNS))
     unseen = unseen_values(model, loader)  # by now all ranks are done
     if topology.is_main:
-        if is_joined:
+        if parts != path:
             join_parts(parts, topology.world_size, path)
         report_unseen(loader.split, unseen, loader.schema)
         write_unseen(path.with_name(f"{path.stem}.{UNSEEN_FILE}"), {loader.split: unseen})

@@ -1,44 +1,27 @@
 """Writes predictions, batch by batch, as Parquet, CSV or JSON lines: as the file's name says.
 
-Each of several ranks writes a part of its own, a Parquet file. Nothing is gathered in memory.
+Each rank writes a part of its own, a Parquet file, and rank 0 makes one file of them. Nothing is gathered in memory.
 """
 
-import json
 import shutil
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
 
+import polars as pl
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from dhen.config.command_line import ArgumentError
 
 COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label", pa.float32()),
                      ("file", pa.string()), ("line", pa.int64())])  # fmt: skip
-
-
-class _JsonLines:
-    def __init__(self, file: BinaryIO, _: pa.Schema) -> None:
-        self._file = file
-
-    def write_table(self, table: pa.Table) -> None:
-        self._file.writelines(f"{json.dumps(row, ensure_ascii=False)}\n".encode() for row in table.to_pylist())
-
-    def close(self) -> None:
-        self._file.flush()
-
-
-_parquet = partial(pyarrow.parquet.ParquetWriter, compression="zstd")
-_WRITERS: dict[str, Callable[[BinaryIO, pa.Schema], Any]] = {
-    ".parquet": _parquet,
-    ".pq": _parquet,
-    ".csv": pyarrow.csv.CSVWriter,
-    ".jsonl": _JsonLines,
+_WRITERS = {
+    **dict.fromkeys((".parquet", ".pq"), pl.LazyFrame.sink_parquet),
+    ".csv": pl.LazyFrame.sink_csv,
+    ".jsonl": pl.LazyFrame.sink_ndjson,
 }
-"""What appends tables to a file, by the file's name: it has the methods write_table and close."""
+"""What writes a file, by the file's name."""
 
 
 def prediction_file(output: str | None) -> Path:
@@ -55,12 +38,19 @@ def prediction_file(output: str | None) -> Path:
 
 
 def parts_folder(path: Path) -> Path:
-    """Where several ranks write their parts of a file; a folder is its own."""
+    """Where the ranks write the parts of a file; a folder is its own."""
     return path.with_name(f".{path.name}.parts") if path.suffix else path
 
 
-def part_of(folder: Path, rank: int) -> Path:
-    return folder / f"part-{rank:05d}.parquet"
+@contextmanager
+def part_writer(folder: Path, rank: int) -> Iterator[pyarrow.parquet.ParquetWriter]:
+    """Open the part of a rank, which appears in the folder when it is complete."""
+    part = _part_of(folder, rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = part.with_name(f".{part.name}.draft")
+    with pyarrow.parquet.ParquetWriter(draft, COLUMNS, compression="zstd") as writer:
+        yield writer
+    draft.replace(part)
 
 
 def join_parts(folder: Path, ranks: int, path: Path) -> None:
@@ -68,35 +58,18 @@ def join_parts(folder: Path, ranks: int, path: Path) -> None:
 
     Raises FileNotFoundError if a part is not there.
     """
-    parts = [part_of(folder, rank) for rank in range(ranks)]
+    parts = [_part_of(folder, rank) for rank in range(ranks)]
     for rank, part in enumerate(parts):
         if not part.is_file():
             raise FileNotFoundError(
                 f"{part}: the part of rank {rank} is not there. If the ranks do not share this folder, use an --output "
                 "without an ending: each rank's part then stays where it was written."
             )
-    writer = PredictionWriter(path)
-    for part in parts:
-        with pyarrow.parquet.ParquetFile(part) as file:
-            for batch in file.iter_batches():
-                writer.write(pa.Table.from_batches([batch]))
-    writer.finish()
+    draft = path.with_name(f".{path.name}.draft")
+    _WRITERS[path.suffix.lower()](pl.scan_parquet(parts), draft)
+    draft.replace(path)
     shutil.rmtree(folder)
 
 
-class PredictionWriter:
-    """Writes beside `path`, and renames the file into place when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path, self._draft = path, path.with_name(f".{path.name}.draft")
-        self._file = self._draft.open("wb")
-        self._writer = _WRITERS[path.suffix.lower()](self._file, COLUMNS)
-
-    def write(self, table: pa.Table) -> None:
-        self._writer.write_table(table)
-
-    def finish(self) -> None:
-        self._writer.close()
-        self._file.close()
-        self._draft.replace(self._path)
+def _part_of(folder: Path, rank: int) -> Path:
+    return folder / f"part-{rank:05d}.parquet"
