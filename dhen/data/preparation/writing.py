@@ -67,9 +67,7 @@ class SplitWriter:
     def counts(self) -> SplitCounts:
         """Return the counts of the rows so far."""
         digest, unknown_keys = self._digest.hexdigest(), dict(self.unknown_keys)
-        return SplitCounts(
-            self.rows, self._clicks, self.bad_rows, self._unlabelled, unknown_keys, digest, self._weight
-        )
+        return SplitCounts(self.rows, self._clicks, self.bad_rows, self._unlabelled, unknown_keys, digest, self._weight)
 
     def _write_row_group(self, num_rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
