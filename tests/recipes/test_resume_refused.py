@@ -120,7 +120,7 @@ def test_another_optimizer_is_refused_and_another_setting_is_said(tmp_path, fini
     bf16.write_text(json.dumps(zero0 | {"dhen": zero0["dhen"] | {"all_to_all_dtype": "bf16"}}))
     refused = train(data, run, "--resume_from_checkpoint=true", f"--ds_config={sgd}", "--max_steps=9")
     assert refused.status == 1
-    assert "saved with optimizer.type AdamW, but the ds_config now says SGD" in refused.output, refused.output
+    assert "saved with optimizer.type 'AdamW', now 'SGD'" in refused.output, refused.output
     assert "Traceback" not in refused.output
     said = train(data, run, "--resume_from_checkpoint=true", f"--ds_config={bf16}", "--max_steps=9")
     assert said.status == 0, said.output

@@ -162,12 +162,7 @@ def load_checkpoint(
             "ranks per replica. Or start from the exported model with --model_name_or_path."
         )
     now = _optimizer_facts(model)
-    for name, value in values["optimizer"].items():
-        if value != now[name]:
-            raise CheckpointError(
-                f"{folder}: saved with optimizer.{name} {value}, but the ds_config now says {now[name]}. Use the same, "
-                "or start from the exported model with --model_name_or_path."
-            )
+    _check_same(folder, now | values["optimizer"], now, of="optimizer.")
     then, parts = values["trained"], _trained_parts(model)
     if then != parts:
         raise CheckpointError(
@@ -176,12 +171,8 @@ def load_checkpoint(
             "the exported model with --model_name_or_path."
         )
     saved_order = _ORDER_BEFORE | values.pop("data_order")
-    for name, value in (data_order or {}).items():
-        if saved_order[name] != value:
-            raise CheckpointError(
-                f"{folder}: saved with {name} {_shown(saved_order[name], value)}. The resumed run would train on other "
-                f"rows or features than the saved one. {_WAY_OUT}"
-            )
+    why = "The resumed run would train on other rows or features than the saved one. "
+    _check_same(folder, saved_order, saved_order | (data_order or {}), why=why)
     options = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in _optimizer(model).param_groups]
     with no_code_from(folder):
         if is_same_cut:
@@ -250,10 +241,14 @@ def check_same_model(folder: Path, config: DhenConfig) -> None:
 
     An option that the checkpoint does not have is newer than it. Its default leaves a model as it was before.
     """
-    saved, now = vars(DhenArchitecture()) | read_state(folder)["model"], _model_facts(config)
+    _check_same(folder, vars(DhenArchitecture()) | read_state(folder)["model"], _model_facts(config))
+
+
+def _check_same(folder: Path, saved: dict[str, Any], now: dict[str, Any], of: str = "", why: str = "") -> None:
     for name in saved | now:
-        if saved.get(name) != now.get(name):
-            raise CheckpointError(f"{folder}: saved with {name} {_shown(saved.get(name), now.get(name))}. {_WAY_OUT}")
+        before, after = saved.get(name), now.get(name)
+        if before != after:
+            raise CheckpointError(f"{folder}: saved with {of}{name} {_shown(before, after)}. {why}{_WAY_OUT}")
 
 
 def _set_up(model: ParallelDhen) -> dict[str, int]:
