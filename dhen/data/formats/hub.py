@@ -25,7 +25,6 @@ class HubReader:
 
     roles: ColumnRoles
     is_label_required: bool = True
-    batch_rows: int = BATCH_ROWS
 
     def stretches(self, file: str, num_bytes: float) -> list[Stretch]:
         """A split is not cut."""
@@ -57,7 +56,7 @@ class HubReader:
         name, split = file.rsplit(":", 1)
         with _reaching(file):
             stream = datasets.load_dataset(*_path_and_configuration(name), split=split, streaming=True)
-            yield from stream.with_format("arrow").iter(batch_size=self.batch_rows)
+            yield from stream.with_format("arrow").iter(batch_size=BATCH_ROWS)
 
 
 def hub_splits(name: str) -> dict[str, str]:

@@ -33,7 +33,6 @@ class ParquetReader:
 
     roles: ColumnRoles
     is_label_required: bool = True
-    batch_rows: int = BATCH_ROWS
 
     def stretches(self, file: str, num_bytes: float) -> list[Stretch]:
         """Cut a file at its row groups (`Reader.stretches`), by the size of their decompressed columns."""
@@ -58,7 +57,7 @@ class ParquetReader:
             num_rows = max(sum(parquet.metadata.row_group(i).num_rows for i in groups), 1)
             row = first = stretch.rows_before
             try:
-                for batch in parquet.iter_batches(self.batch_rows, list(groups), columns=used, use_threads=False):
+                for batch in parquet.iter_batches(BATCH_ROWS, list(groups), columns=used, use_threads=False):
                     raw = {name: batch.column(name) for name in used}
                     share = (row - first + len(batch)) / num_rows
                     bytes_read = stretch.start + int(stretch.num_bytes * share)

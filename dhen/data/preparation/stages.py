@@ -188,7 +188,7 @@ def _count_keys(
     fits = number_fits(raw.reader.roles, trained, piece.index)[1]
     rows = 0
     for part in raw.chunks(piece, report):
-        table = part.chunk.table.filter(part.split_of_row == part.splits.index("train"))
+        table = part.chunk.table.filter(part.split_of_row == piece.splits.index("train"))
         rows += table.num_rows
         for name, fit in fits.items():
             fit.add(table[name].drop_null().to_numpy())
@@ -236,7 +236,7 @@ def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, repo
                 before = (piece.index << 40) + sum(writer.rows for writer in writers.values())
                 order = pa.array(np.arange(before, before + len(encoded)))
                 encoded = encoded.append_column(TIME, part.chunk.table[TIME]).append_column(ORDER, order)
-            for index, split in enumerate(part.splits):
+            for index, split in enumerate(piece.splits):
                 is_here, writer = part.split_of_row == index, writers[split]
                 writer.write(encoded if is_here.all() else encoded.filter(is_here))
                 writer.bad_rows += int(np.count_nonzero(part.split_of_bad == index))

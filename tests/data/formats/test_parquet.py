@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from dhen.data.formats import parquet
 from dhen.data.formats.hub import hub_splits
 from dhen.data.formats.parquet import ParquetReader
 from dhen.data.formats.raw_rows import DataError
@@ -143,9 +144,10 @@ def test_a_truncated_file_is_an_error_even_when_skipping(tmp_path, keep):
         prepared(tmp_path, **where, bad_rows="skip")
 
 
-def test_batches_are_bounded_whatever_the_file(tmp_path):
+def test_batches_are_bounded_whatever_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 100)
     where = write(tmp_path, pa.concat_tables([TABLE] * 1000))
-    reader = ParquetReader(load_roles(where["dataset_schema"]), batch_rows=100)
+    reader = ParquetReader(load_roles(where["dataset_schema"]))
     chunks = list(reader.chunks(where["dataset_name"]))
     assert [len(chunk.rows) for chunk in chunks] == [100] * 30
     assert chunks[-1].rows[-1] == 3000

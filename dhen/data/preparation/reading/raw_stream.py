@@ -25,10 +25,9 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SplitChunk:
-    """A chunk, with an index into `splits` for each good row and each bad row."""
+    """A chunk, with an index into the splits of its piece for each good row and each bad row."""
 
     chunk: RawChunk
-    splits: tuple[str, ...]
     split_of_row: np.ndarray
     split_of_bad: np.ndarray
 
@@ -63,7 +62,7 @@ class Raw:
                     split_of_bad = np.zeros(len(bad), np.int64)
                 else:
                     split_of_row, split_of_bad = rule(first + chunk.rows), rule(first + bad)
-                yield SplitChunk(chunk, piece.splits, split_of_row, split_of_bad)
+                yield SplitChunk(chunk, split_of_row, split_of_bad)
                 report(len(chunk.rows), chunk.bytes_read - at)
                 at, num_rows = chunk.bytes_read, max(chunk.end_row - chunk.header_rows, 0)
                 if position + num_rows >= most_rows:
