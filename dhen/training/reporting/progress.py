@@ -125,11 +125,10 @@ class ProgressReporter:
         elapsed = time.perf_counter() - self._started
         eta = duration(elapsed / max(step - self._first_step, 1) * (self.total_steps - step))
         mfu = f"mfu {rate / self._peak:.1%} | " if self._peak else ""
-        line = (
+        logger.info(
             f"step {step}/{self.total_steps} {step / self.total_steps:.1%} | loss {loss:.4f} | ne {ne:.4f} | "
             f"lr {short(learning_rate)} | {rate:,.0f} samples/s | {mfu}{used:.1f}/{total:.1f} GiB | eta {eta}"
         )
-        logger.info("%s", line)
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], description=f"{rate:,.0f} samples/s | eta {eta}")
         numbers = {

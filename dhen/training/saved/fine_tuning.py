@@ -130,17 +130,15 @@ class StartingPoint:
 
     def changed_transforms(self) -> list[str]:
         """A sentence for each dense feature that reaches the trained weights on a different scale."""
-        before = {column.name: column for column in self.trained.schema.dense}
-        return [
-            f"{new.name}: {what} was {was}, is now {now}"
-            for new in self.schema.dense
-            if (old := before.get(new.name)) is not None
-            for what, was, now in (
-                ("transform", old.transform, new.transform),
-                ("scale (mean, standard deviation)", _scale(old), _scale(new)),
-            )
-            if was != now
-        ]
+        before, sentences = {column.name: column for column in self.trained.schema.dense}, []
+        for new in self.schema.dense:
+            old = before.get(new.name, new)
+            if old.transform != new.transform:
+                sentences.append(f"{new.name}: transform was {old.transform}, is now {new.transform}")
+            if _scale(old) != _scale(new):
+                what = "scale (mean, standard deviation)"
+                sentences.append(f"{new.name}: {what} was {_scale(old)}, is now {_scale(new)}")
+        return sentences
 
 
 def _scale(column: DenseColumn) -> str:
