@@ -70,20 +70,19 @@ def choose_checkpoint(
     if wanted is None:
         return None
     found = rank_zeros(topology, lambda: candidates(wanted, output_dir))
-    faults, damaged = [], []
+    faults: dict[Path, str] = {}
     for folder in found:
         fault = damage(folder, topology)
         if fault is None:
-            for known in faults if topology.is_main else ():
+            for damaged, known in faults.items() if topology.is_main else ():
                 logger.warning("%s. Resuming from %s, the newest one whose files are as they were saved", known, folder)
-            for each in damaged if topology.is_main and sets_aside else ():
-                _set_aside(each)
+                if sets_aside:
+                    _set_aside(damaged)
             return folder
-        faults.append(f"{folder}: {fault}")
-        damaged.append(folder)
+        faults[folder] = f"{folder}: {fault}"
     if faults:
         raise CheckpointError(
-            f"{'; '.join(faults)}. There is no other checkpoint to resume from. Restore the file from a copy, or start "
+            f"{'; '.join(faults.values())}. There is no other checkpoint to resume from. Restore the file from a copy, or start "
             "a new run with --overwrite_output_dir."
         )
     logger.info("%s has no checkpoint yet: the run starts at step 0", output_dir)
