@@ -86,9 +86,9 @@ def _first_times(work: Unfinished, raw: Raw, pieces: list[Piece]) -> tuple[float
 
 def _read_times(raw: Raw, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
     fit, rows = BinFit(bins=0, piece=piece.index), 0
-    for part in raw.chunks(piece, report):
-        fit.add(part.chunk.table[TIME].to_numpy())
-        rows += len(part.chunk.rows)
+    for chunk, _, _ in raw.chunks(piece, report):
+        fit.add(chunk.table[TIME].to_numpy())
+        rows += len(chunk.rows)
     fit.save(folder / _TIMES_FILE)
     return {"rows": rows}
 
@@ -187,8 +187,8 @@ def _count_keys(
         counts[name] = KeySketch(path) if of_feature.encoding == "hash" else KeyCounts(path, most_keys)
     fits = number_fits(raw.reader.roles, trained, piece.index)[1]
     rows = 0
-    for part in raw.chunks(piece, report):
-        table = part.chunk.table.filter(part.split_of_row == piece.splits.index("train"))
+    for chunk, split_of_row, _ in raw.chunks(piece, report):
+        table = chunk.table.filter(split_of_row == piece.splits.index("train"))
         rows += table.num_rows
         for name, fit in fits.items():
             fit.add(table[name].drop_null().to_numpy())
@@ -227,19 +227,19 @@ def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, repo
     with ExitStack() as stack:
         for writer in writers.values():
             stack.enter_context(closing(writer))
-        for part in raw.chunks(piece, report_and_add):
-            list_bad_rows(folder, part.chunk.bad)
-            encoded, unknown = encoder.encode_and_count(part.chunk.table)
+        for chunk, split_of_row, split_of_bad in raw.chunks(piece, report_and_add):
+            list_bad_rows(folder, chunk.bad)
+            encoded, unknown = encoder.encode_and_count(chunk.table)
             if not raw.settings.is_label_required:
-                encoded = add_origins(encoded, part.chunk)
+                encoded = add_origins(encoded, chunk)
             if raw.settings.time_column is not None:
                 before = (piece.index << 40) + sum(writer.rows for writer in writers.values())
                 order = pa.array(np.arange(before, before + len(encoded)))
-                encoded = encoded.append_column(TIME, part.chunk.table[TIME]).append_column(ORDER, order)
+                encoded = encoded.append_column(TIME, chunk.table[TIME]).append_column(ORDER, order)
             for index, split in enumerate(piece.splits):
-                is_here, writer = part.split_of_row == index, writers[split]
+                is_here, writer = split_of_row == index, writers[split]
                 writer.write(encoded if is_here.all() else encoded.filter(is_here))
-                writer.bad_rows += int(np.count_nonzero(part.split_of_bad == index))
+                writer.bad_rows += int(np.count_nonzero(split_of_bad == index))
                 writer.unknown_keys.update({name: int(of_row[is_here].sum()) for name, of_row in unknown.items()})
     return {
         "rows": sum(writer.rows for writer in writers.values()),

@@ -24,15 +24,6 @@ Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class SplitChunk:
-    """A chunk, with an index into the splits of its piece for each good row and each bad row."""
-
-    chunk: RawChunk
-    split_of_row: np.ndarray
-    split_of_bad: np.ndarray
-
-
-@dataclass(frozen=True)
 class Raw:
     """How the rows of all pieces are read."""
 
@@ -41,9 +32,10 @@ class Raw:
     starts: tuple[float, ...] = ()
     """The first time of each split but the first, if rows are split by time. Bad rows then count for the first."""
 
-    def chunks(self, piece: Piece, report: Report) -> Iterator[SplitChunk]:
+    def chunks(self, piece: Piece, report: Report) -> Iterator[tuple[RawChunk, np.ndarray, np.ndarray]]:
         """Make one pass over the rows of a piece. Of a head, about its first rows.
 
+        With each chunk comes the index of the split, among those of the piece, of each good row and of each bad row.
         Raises DataError for a bad row, unless these are skipped.
         """
         rule = split_rule(piece.splits, self.settings, piece.source_rows)
@@ -62,7 +54,7 @@ class Raw:
                     split_of_bad = np.zeros(len(bad), np.int64)
                 else:
                     split_of_row, split_of_bad = rule(first + chunk.rows), rule(first + bad)
-                yield SplitChunk(chunk, split_of_row, split_of_bad)
+                yield chunk, split_of_row, split_of_bad
                 report(len(chunk.rows), chunk.bytes_read - at)
                 at, num_rows = chunk.bytes_read, max(chunk.end_row - chunk.header_rows, 0)
                 if position + num_rows >= most_rows:
