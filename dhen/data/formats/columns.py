@@ -158,11 +158,9 @@ def hex_column(values: pa.Array, name: str, checks: RowChecks) -> pa.Array:
     return pc.ascii_lower(values)
 
 
-def sparse_columns(
-    columns: dict[str, pa.Array], role: SparseRole, checks: RowChecks
-) -> tuple[pa.Array, pa.Array | None]:
+def sparse_columns(raw: dict[str, pa.Array], role: SparseRole, checks: RowChecks) -> tuple[pa.Array, pa.Array | None]:
     """Return (keys, weights or None) of a sparse feature. A key is the id as text, so 7 and "7" are the same key."""
-    values = columns[role.source]
+    values = raw[role.source]
     if role.part is not None:
         return _part_of_dates(values, role, checks), None
     if role.transform is not None:
@@ -180,7 +178,7 @@ def sparse_columns(
     lengths = list_lengths(lists)
     if role.weights is None:
         return lists_of(lengths, _keys_of_list(lists, lengths, role.source, checks)), None
-    weight_lists = _split(columns[role.weights], role.separator)
+    weight_lists = _split(raw[role.weights], role.separator)
     weight_lengths = list_lengths(weight_lists)
     checks.refuse(
         lengths != weight_lengths,

@@ -75,9 +75,7 @@ class DelimitedReader:
         return list(self.roles.columns), 0
 
 
-def typed_table(
-    raw: dict[str, pa.Array], roles: ColumnRoles, checks: RowChecks, *, is_label_required: bool
-) -> pa.Table:
+def typed_table(raw: dict[str, pa.Array], roles: ColumnRoles, checks: RowChecks, is_label_required: bool) -> pa.Table:
     """Convert raw columns to a `RawChunk.table` by their roles. Works for every format with named columns."""
     raw = {name: columns.plain(values) for name, values in raw.items()}
     values = raw.get(roles.label.column)

@@ -125,9 +125,7 @@ class LibsvmReader:
         counts = np.bincount(tokens.rows[where], minlength=len(checks.rows))
         checks.refuse(
             counts > 1,
-            lambda i: (
-                f"field {role.source} appears {counts[i]} times. To allow this, set `multi_valued: true` in the schema"
-            ),
+            lambda i: f"field {role.source} appears {counts[i]} times. To allow this, set `multi_valued: true` for it",
         )
         at = np.zeros(len(checks.rows), dtype=np.int64)
         at[tokens.rows[where]] = where
