@@ -111,16 +111,12 @@ def announce(arguments: Arguments, layout: Layout, schema: Schema, fine_tuning: 
     skipped = sum(counts.bad_rows for counts in schema.splits.values())
     if skipped:
         logger.info("data: %s bad rows were skipped; see bad_rows.csv in the prepared folder", f"{skipped:,}")
+    topology, dense_weights = layout.topology, sum(weights_of(config, layout.placement.replicated).values())
+    groups = "" if layout.shard_size == topology.world_size else f" in shard groups of {layout.shard_size}"
     logger.info(
-        "model: %d layers, %s dense weights, %s table weights; %d ranks on %s, ZeRO stage %d%s (%s)",
-        len(config.layer_specs),
-        f"{sum(weights_of(config, layout.placement.replicated).values()):,}",
-        f"{table_weights:,}",
-        layout.topology.world_size,
-        layout.topology.device.type,
-        layout.ds_config.zero_stage,
-        "" if layout.shard_size == layout.topology.world_size else f" in shard groups of {layout.shard_size}",
-        arguments.ds_config,
+        f"model: {len(config.layer_specs)} layers, {dense_weights:,} dense weights, {table_weights:,} table weights; "
+        f"{topology.world_size} ranks on {topology.device.type}, ZeRO stage {layout.ds_config.zero_stage}{groups} "
+        f"({arguments.ds_config})"
     )
     if layout.ds_config.rung:
         logger.info("ds_config: %s", layout.ds_config.rung)

@@ -82,8 +82,8 @@ def choose_checkpoint(
         faults[folder] = f"{folder}: {fault}"
     if faults:
         raise CheckpointError(
-            f"{'; '.join(faults.values())}. There is no other checkpoint to resume from. Restore the file from a copy, or start "
-            "a new run with --overwrite_output_dir."
+            f"{'; '.join(faults.values())}. There is no other checkpoint to resume from. Restore the file from a copy, "
+            "or start a new run with --overwrite_output_dir."
         )
     logger.info("%s has no checkpoint yet: the run starts at step 0", output_dir)
     return None

@@ -14,6 +14,7 @@ from dhen.config.data_arguments import DataArguments, DatasetFormat
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.preparation.reading.sources import format_of
 from dhen.data.preparation.settings import as_tuple
+from dhen.data.preparation.writing import BAD_ROWS_FILE
 from dhen.model.configuration_dhen import option
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import replicated_in_scoring
@@ -95,12 +96,9 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
     trained = TrainedModel.open(arguments.model_name_or_path)
     folder, split = _prepared(arguments, trained, topology)
     schema = check_prepared_for(folder, trained.folder)
-    if topology.is_main and split in schema.splits and schema.splits[split].bad_rows:
-        logger.warning(
-            "%s bad rows were skipped and are not numbered; %s lists them",
-            f"{schema.splits[split].bad_rows:,}",
-            folder / "bad_rows.csv",
-        )
+    skipped = schema.splits[split].bad_rows if split in schema.splits else 0
+    if topology.is_main and skipped:
+        logger.warning(f"{skipped:,} bad rows were skipped and are not numbered; {folder / BAD_ROWS_FILE} lists them")
     loader = BatchLoader(
         folder,
         split,
