@@ -120,12 +120,12 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
     """The prepared folder, and the split in it to score."""
     name, (of_run, was_fine_tuned) = arguments.dataset_name, _data_of_run(trained)
     split = arguments.split or arguments.default_split
+    if name is None or is_prepared(name):
+        _refuse(arguments, ("dataset_format", "dataset_schema", "bad_rows"), "the data is already prepared")
     if is_prepared(name):
-        _refuse_ignored(arguments, is_raw=False)
         return Path(name), split
     cache = _cache_folder(arguments, trained, of_run)
     if name is None:
-        _refuse_ignored(arguments, is_raw=False)
         if of_run is None:
             raise ArgumentError(f"{trained.folder} is not in a run folder, so its data is unknown. Add --dataset_name.")
         # The vocabulary of a fine-tuned model also has keys of the model that it started from.
@@ -140,22 +140,16 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
         prepare_here=True,
     )
     is_on_hub = format_of(settings_of(data)) == "hub"
-    _refuse_ignored(arguments, is_raw=True, is_on_hub=is_on_hub)
+    if not is_on_hub:
+        _refuse(arguments, ("split",), "all rows of raw files are scored")
     only_split = split if is_on_hub else None
     return prepare_dataset(data, cache, topology, trained.folder, only_split), only_split or "test"
 
 
-def _refuse_ignored(arguments: ScoringArguments, *, is_raw: bool, is_on_hub: bool = False) -> None:
-    """Raise ArgumentError for an argument that has no effect on this kind of data."""
-    given = {
-        "split": arguments.split is not None and is_raw and not is_on_hub,
-        "dataset_format": arguments.dataset_format != "auto" and not is_raw,
-        "dataset_schema": arguments.dataset_schema is not None and not is_raw,
-        "bad_rows": arguments.bad_rows != "error" and not is_raw,
-    }
-    reason = "all rows of raw files are scored" if is_raw else "the data is already prepared"
-    for name, is_given in given.items():
-        if is_given:
+def _refuse(arguments: ScoringArguments, names: tuple[str, ...], reason: str) -> None:
+    """Raise ArgumentError if one of these arguments is given: none has an effect on this kind of data."""
+    for name in names:
+        if getattr(arguments, name) != ScoringArguments.__dataclass_fields__[name].default:
             raise ArgumentError(f"--{name} has no effect here: {reason}. Remove it.")
 
 
