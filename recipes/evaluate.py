@@ -3,35 +3,61 @@
     deepspeed recipes/evaluate.py --model_name_or_path runs/frappe
     deepspeed recipes/evaluate.py --model_name_or_path runs/frappe/model --dataset_name more_rows.csv \\
         --dataset_schema recipes/configs/schemas/frappe.yaml --output metrics.json
+    deepspeed recipes/evaluate.py --model_name_or_path runs/frappe --metrics_by user --output metrics.json
 
 Without --dataset_name, it evaluates the test split of the data that the run was trained on. It runs on any number of
 ranks.
 """
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dhen.model.configuration_dhen import option
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
+from dhen.training.group_metrics import GroupMetrics
 from dhen.training.loop import evaluate
+from dhen.training.reporting.by_group import check_groups, report_groups
 from dhen.training.reporting.run_folder import metrics_of, print_metrics, write_json
-from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
+from dhen.training.saved.scoring import ScoringArguments, load_for_scoring, parse_scoring_arguments
 from dhen.training.unseen import report_unseen
+
+
+@dataclass
+class EvaluationArguments(ScoringArguments):
+    """Which rows to evaluate, with which model, and by which groups."""
+
+    metrics_by: list[str] = option(
+        [],
+        "Sparse features with one id per row, such as user and site: the grouped AUC, and the metrics of each of the "
+        "1,000 largest groups. With --output, also as CSV files and plots beside it.",
+    )
 
 
 def main() -> None:
     """Read the arguments, join the job, evaluate."""
     log_to_stderr()
     with user_errors():
-        arguments = parse_scoring_arguments(None, __doc__)
+        arguments = parse_scoring_arguments(None, __doc__, EvaluationArguments)
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
-        values = evaluate(model, loader)
+        groups = {name: GroupMetrics(at) for name, at in check_groups(arguments.metrics_by, loader).items()}
+        values = evaluate(model, loader, list(groups.values()))
+        by_group = {name: each.compute(topology) for name, each in groups.items()}
         metrics = metrics_of(values, loader.schema.best_possible_ne.get(loader.split))
+        if by_group:
+            metrics["by"] = {
+                name: {key: value for key, value in asdict(each).items() if key != "largest"}
+                for name, each in by_group.items()
+            }
         if topology.is_main:
             print_metrics({loader.split: metrics})
             report_unseen(loader.split, values.unseen, loader.schema)
-            if arguments.output:
-                write_json(Path(arguments.output), metrics)
+            output = Path(arguments.output) if arguments.output else None
+            if output is not None:
+                write_json(output, metrics)
+            for name, each in by_group.items():
+                report_groups(name, each, loader, output)
     job.stop()
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from dhen.model.modeling_dhen import DhenOutput
 from dhen.runtime.stopping import StopRequest
 from dhen.tables.id_exchange import SentIds
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
+from dhen.training.group_metrics import GroupMetrics
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, batch_size_scale
 from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallel_model import ParallelDhen, ScoringDhen
@@ -37,21 +38,26 @@ class Evaluation:
     scores: ClickMetrics | None = None
 
 
-def evaluate(model: ScoringDhen, loader: BatchLoader) -> Evaluation:
-    """Score all examples of all ranks. Communicates; all ranks call it. Raises ValueError if a row has no weight."""
+def evaluate(model: ScoringDhen, loader: BatchLoader, groups: Sequence[GroupMetrics] = ()) -> Evaluation:
+    """Score all examples of all ranks, and add them to `groups`. Communicates; all ranks call it.
+
+    Raises ValueError if a row has no weight.
+    """
     if loader.schema.has_weights and loader.schema.splits[loader.split].weight is None:
         raise ValueError(f"some rows of {loader.split} have no weight, which the schema's row_weight names. Add them.")
-    metrics = score_batches(model, loader.epoch(0))
+    metrics = score_batches(model, loader.epoch(0), groups)
     return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader), metrics)
 
 
-def score_batches(model: ScoringDhen, batches: Iterator[Batch]) -> ClickMetrics:
+def score_batches(model: ScoringDhen, batches: Iterator[Batch], groups: Sequence[GroupMetrics] = ()) -> ClickMetrics:
     """Score this rank's batches; every rank has equally many. Communicates; all ranks call it."""
     metrics = ClickMetrics()
     with model.evaluating():
         for batch, ids in with_ids_ahead(model, batches):
             logits_B = model.score(model.look_up(ids), batch.dense_BN, batch.sparse)
             metrics.update(logits_B, batch.labels_B, batch.weights_B)
+            for each in groups:
+                each.update(batch.sparse, logits_B, batch.labels_B, batch.weights_B)
     return metrics
 
 

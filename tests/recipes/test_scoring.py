@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401 (registers the architecture)
@@ -65,6 +66,39 @@ def test_evaluate_gives_the_runs_own_metrics(trained, exported, tmp_path, source
     assert metrics["examples"] == 300
     assert f"{metrics['auc']:.5f}" in done.output
     assert "prepared earlier" in done.output if source == "run" else True  # not prepared anew
+
+
+def test_evaluate_measures_groups_by_their_raw_values(trained, tmp_path, rows_of_test, expected):
+    output = tmp_path / "metrics.json"
+    flags = [f"--model_name_or_path={trained.folder}", "--metrics_by", "C1", "C9", f"--output={output}"]
+    done = run_script("evaluate.py", *flags, ranks=2)
+    assert done.status == 0, done.output
+    by = json.loads(output.read_text())["by"]
+    names = [column.name for column in Schema.load(trained.prepared).sparse]
+    ids = rows_of_test.sparse.select([names.index("C9")]).ids.numpy()
+    frame = pl.DataFrame({"group": ids, "p": expected, "label": rows_of_test.labels_B.numpy()})
+    aucs = [
+        (len(of), roc_auc_score(of["label"], of["p"]))
+        for _, of in frame.group_by("group")
+        if of["label"].n_unique() > 1
+    ]
+    sizes = [size for size, _ in aucs]
+    gauc = sum(size * auc for size, auc in aucs) / sum(sizes)
+    assert by["C9"]["gauc"] == pytest.approx(gauc, abs=1e-6)
+    assert by["C9"]["left_out"] == 300 - sum(sizes)
+    assert f"by C9: gAUC {by['C9']['gauc']:.5f}" in done.output
+    table = pl.read_csv(tmp_path / "metrics-by-C9.csv", schema_overrides={"group": pl.String})
+    assert table["examples"].sum() == 300
+    keys = set(pl.read_parquet(trained.prepared / "vocabulary/C9.parquet")["key"])
+    assert set(table["group"]) - {"(blank or unknown)"} <= keys
+    assert len(table) == frame["group"].n_unique()
+    assert (tmp_path / "metrics-by-C1.png").stat().st_size > 1000
+
+
+def test_a_group_must_be_a_sparse_feature(trained):
+    done = run_script("evaluate.py", f"--model_name_or_path={trained.folder}", "--metrics_by", "I1")
+    assert done.status == 1
+    assert "--metrics_by: 'I1' is no sparse feature. Use one of C1, C2," in done.output
 
 
 def test_evaluate_takes_another_split(trained, tmp_path):

@@ -145,11 +145,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomically(path, TypeAdapter(dict[str, Any]).dump_json(values, indent=2).decode() + "\n")
 
 
-def print_metrics(by_split: dict[str, dict[str, Any]], console: Console | None = None) -> None:
+def print_metrics(by_split: dict[str, dict[str, Any]], console: Console | None = None, of: str = "split") -> None:
+    """Print a table with a row per split, or per group of another kind."""
     has_best = any("best_possible_ne" in values for values in by_split.values())
     columns = ["auc", "ne", *(["best_possible_ne"] if has_best else []), "logloss", "calibration", "examples"]
     table = Table(box=None, pad_edge=False)
-    table.add_column("split")
+    table.add_column(of)
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for split, values in by_split.items():

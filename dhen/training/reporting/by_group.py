@@ -1,0 +1,71 @@
+"""The metrics of the groups of examples as a table, a CSV file and a plot."""
+
+import csv
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+from matplotlib.figure import Figure
+
+from dhen.data.loading.batches import BatchLoader
+from dhen.data.preparation.encoding.vocabulary import vocabulary_path
+from dhen.data.schema import MISSING_ID, SparseColumn
+from dhen.training.group_metrics import GroupedValues
+from dhen.training.reporting.run_folder import print_metrics
+
+_ROWS, _BARS = 10, 40
+
+
+def check_groups(names: list[str], loader: BatchLoader) -> dict[str, int]:
+    """The place of each feature among the sparse ones. Raises ValueError if one has no group per example."""
+    columns = {column.name: column for column in loader.schema.sparse}
+    single = [name for name, column in columns.items() if not column.is_multi_valued]
+    for name in names:
+        if name not in single:
+            what = "may have many ids in a row" if name in columns else "is no sparse feature"
+            raise ValueError(f"--metrics_by: {name!r} {what}. Use one of {', '.join(single) or 'no feature'}.")
+    return {name: list(columns).index(name) for name in names}
+
+
+def report_groups(name: str, values: GroupedValues, loader: BatchLoader, output: Path | None) -> None:
+    """Print gAUC and the largest groups. output: the file of the metrics, beside which a CSV file and a plot go."""
+    (column,) = (column for column in loader.schema.sparse if column.name == name)
+    names = _names(column, list(values.largest), loader.folder)
+    by_group = {names[group]: asdict(of_group) for group, of_group in values.largest.items()}
+    print(f"\nby {name}: gAUC {values.gauc:.5f} over {values.groups - values.one_class:,} groups")
+    print(f"left out: {values.one_class:,} groups with one label ({values.left_out:,} examples)")
+    print_metrics({group: by_group[group] for group in list(by_group)[:_ROWS]}, of="group")
+    if output is not None:
+        path = output.with_name(f"{output.stem}-by-{name}.csv")
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["group", *next(iter(by_group.values()))])
+            writer.writerows([group, *of_group.values()] for group, of_group in by_group.items())
+        _draw(name, by_group, path.with_suffix(".png"))
+        print(f"written to {path} and {path.with_suffix('.png')}")
+
+
+def _names(column: SparseColumn, ids: list[int], folder: Path) -> dict[int, str]:
+    """What the ids stand for: the keys of a vocabulary, or numbers of bins or of hashed rows."""
+    names = {group: f"{'bin' if column.encoding == 'bins' else 'row'} {group}" for group in ids}
+    if column.encoding == "vocabulary":
+        table = pyarrow.parquet.read_table(vocabulary_path(folder, column.name), columns=["id", "key"])
+        table = table.filter(pc.is_in(table["id"], pa.array(ids)))
+        names |= dict(zip(table["id"].to_pylist(), table["key"].to_pylist(), strict=True))
+    return names | ({MISSING_ID: "(blank)"} if column.encoding != "vocabulary" else {MISSING_ID: "(blank or unknown)"})
+
+
+def _draw(name: str, by_group: dict[str, dict[str, float]], path: Path) -> None:
+    """NE and calibration of the largest groups, one bar each; a line at 1."""
+    bars = list(by_group.items())[:_BARS]
+    figure = Figure(figsize=(10, 1.5 + 0.25 * len(bars)), layout="constrained")
+    for axis, metric in zip(figure.subplots(1, 2, sharey=True), ("ne", "calibration"), strict=True):
+        known = [0.0 if math.isnan(of_group[metric]) else of_group[metric] for _, of_group in bars]
+        axis.barh([f"{group} ({of_group['examples']:,})" for group, of_group in bars], known, color="#c4502f")
+        axis.axvline(1.0, color="#3a7d44", linestyle="--", linewidth=1)
+        axis.set_title(f"{metric} by {name} (examples)", loc="left", fontsize=11)
+    axis.invert_yaxis()
+    figure.savefig(path, dpi=130)
