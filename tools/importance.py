@@ -34,6 +34,7 @@ from torch import Tensor
 from dhen.config.command_line import ArgumentError
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.data.loading.lanes import share
+from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import option
 from dhen.model.features import SparseIds
 from dhen.model.names import check_names
@@ -67,8 +68,8 @@ class ImportanceArguments(ScoringArguments):
     repeats: Count = option(3, "Permutations of each feature.")
     max_rows: Count = option(
         100_000,
-        "Rows to score. If the split has more, so many are drawn at random. The values of a feature are permuted among "
-        "all of these rows. Each rank holds them in memory.",
+        "Rows to score. If the split has more, so many are drawn, from row groups that are drawn at random. "
+        "The values of a feature are permuted among all of these rows. Each rank holds them in memory.",
     )
     seed: Seed = option(0, "Decides which rows are drawn, and the permutations.")
 
@@ -88,11 +89,12 @@ def main() -> None:
         arguments = parse_arguments()
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
-        names = [column.name for column in (*loader.schema.dense, *loader.schema.sparse)]
-        check_names("feature in --features", arguments.features, names)
+        columns = columns_of(loader.schema)
+        check_names("feature in --features", arguments.features, columns)
+        loader.schema.check_weights(loader.split)
         rows = Rows.draw(loader, arguments.max_rows, arguments.seed)
         batch_size = arguments.per_device_eval_batch_size
-        whole = score(model, rows, batch_size, 0, torch.arange(len(rows.whole.labels_B)))
+        whole = score(model, rows, batch_size, [], torch.arange(len(rows.whole.labels_B)))
         if math.isnan(whole.ne):
             raise ValueError(
                 f"{loader.split}: the labels of the {whole.examples:,} rows are all equal, so NE and AUC do not exist. "
@@ -101,14 +103,22 @@ def main() -> None:
         generator = torch.Generator().manual_seed(arguments.seed)
         orders = [torch.randperm(whole.examples, generator=generator) for _ in range(arguments.repeats)]
         found = {}
-        for column, name in enumerate(names):
-            if name in arguments.features or not arguments.features:
-                heartbeat.doing = f"permuting {name}, feature {column + 1} of {len(names)}"
-                found[name] = importance(whole, [score(model, rows, batch_size, column, order) for order in orders])
+        for name in arguments.features or columns:
+            heartbeat.doing = f"permuting {name}, feature {len(found) + 1} of {len(arguments.features or columns)}"
+            permuted = [score(model, rows, batch_size, columns[name], order) for order in orders]
+            found[name] = importance(whole, permuted)
         if topology.is_main:
             print_metrics({loader.split: asdict(whole)})
             report(found, Path(arguments.output))
     job.stop()
+
+
+def columns_of(schema: Schema) -> dict[str, list[int]]:
+    """The places of each feature's columns, dense ones first. An indicator of blanks belongs to its feature."""
+    columns: dict[str, list[int]] = {}
+    for place, column in enumerate((*schema.dense, *schema.sparse)):
+        columns.setdefault(getattr(column, "missing_of", None) or column.name, []).append(place)
+    return columns
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ class Rows:
 
     @classmethod
     def draw(cls, loader: BatchLoader, most: int, seed: int) -> "Rows":
-        """Rows of the loader's split: all, or `most` that are drawn at random; the same on every rank."""
+        """Rows of the loader's split: all, or `most` of some row groups at random; the same on every rank."""
         drawn = BatchLoader(loader.folder, loader.split, batch_size=most, shuffle=True, seed=seed, schema=loader.schema)
         with closing(drawn.epoch(0)) as batches:
             whole = next(batches)
@@ -131,11 +141,11 @@ class Rows:
         ends_FB = lengths_FB.flatten().cumsum(0).view_as(lengths_FB)
         return cls(whole, lengths_FB, ends_FB - lengths_FB)
 
-    def take(self, at_B: Tensor, column: int, values_at_B: Tensor) -> Batch:
-        """Rows `at_B`, but with the values that rows `values_at_B` have in this column; dense features come first."""
+    def take(self, at_B: Tensor, columns: Sequence[int], values_at_B: Tensor) -> Batch:
+        """Rows `at_B`, but with the values that rows `values_at_B` have in these columns; dense features come first."""
         whole, sparse, num_dense = self.whole, self.whole.sparse, self.whole.dense_BN.shape[1]
         at_CB = at_B.repeat(num_dense + sparse.num_features, 1)
-        at_CB[column] = values_at_B
+        at_CB[columns] = values_at_B
         at_FB = at_CB[num_dense:]
         lengths_FB = self.lengths_FB.gather(1, at_FB)
         lengths, starts = lengths_FB.flatten(), self.starts_FB.gather(1, at_FB).flatten()
@@ -147,15 +157,15 @@ class Rows:
         return Batch(whole.labels_B[at_B], dense_BN, bags, whole.rows_B[at_B], len(at_B), weights_B)
 
 
-def score(model: ScoringDhen, rows: Rows, batch_size: int, column: int, order_B: Tensor) -> MetricValues:
-    """The metrics of all rows, with one column's values in this order. Communicates; all ranks call it."""
+def score(model: ScoringDhen, rows: Rows, batch_size: int, columns: Sequence[int], order_B: Tensor) -> MetricValues:
+    """The metrics of all rows, with the values of these columns in this order. Communicates; all ranks call it."""
     topology = model.topology
 
     def batches() -> Iterator[Batch]:
         for at_B in torch.arange(len(order_B)).split(batch_size * topology.world_size):
             own = share(len(at_B), topology.rank, topology.world_size)
             own_B = at_B[own.start : own.stop]
-            yield rows.take(own_B, column, order_B[own_B])
+            yield rows.take(own_B, columns, order_B[own_B])
 
     return score_batches(model, batches()).compute(topology.world)
 

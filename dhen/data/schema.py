@@ -128,6 +128,13 @@ class Schema:
         """Names of the features that are encoded by a vocabulary."""
         return tuple(column.name for column in self.sparse if column.encoding == "vocabulary")
 
+    def check_weights(self, split: str) -> None:
+        """Raise ValueError if rows of the split should have a weight above 0, but do not."""
+        if self.has_weights and not self.splits[split].weight:
+            raise ValueError(
+                f"some rows of {split} have no weight, or all have 0, in the column that row_weight names. Add weights."
+            )
+
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
         values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)

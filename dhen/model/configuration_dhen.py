@@ -212,6 +212,8 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
             specs = tuple(spec for item in entries for spec in _interaction_specs(item, default_size))
             if not specs:
                 raise ValueError("a layer needs at least one interaction.")
+            if "gate_sparsity" in entry and settings["gate"] != "hard":
+                raise ValueError(f"gate_sparsity needs gate 'hard', but gate is {settings['gate']!r}. Remove it.")
             sizes = {spec.num_embeddings for spec in specs}
             if settings["ensemble"] != "concat" and len(sizes) > 1:
                 raise ValueError(

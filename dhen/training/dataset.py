@@ -143,6 +143,13 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
     for split, counts in schema.splits.items():
         if counts.unlabelled:
             raise ArgumentError(f"{counts.unlabelled:,} rows in the {split} split have no label. Use labelled rows.")
+        schema.check_weights(split)
+    is_cut = schema.source.get("format") != "hub" and schema.source.get("settings", {}).get("dataset_name")
+    if training.negative_sampling_rate < 1 and is_cut:
+        raise ArgumentError(
+            f"negative_sampling_rate is {training.negative_sampling_rate}, but all splits are cut from the same rows. "
+            "Give train_file, and validation_file and test_file with all their rows."
+        )
     train = schema.splits["train"]
     if _has_one_class(train) and not is_partial(schema):
         raise ArgumentError(

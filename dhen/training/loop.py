@@ -43,8 +43,7 @@ def evaluate(model: ScoringDhen, loader: BatchLoader, groups: Sequence[GroupMetr
 
     Raises ValueError if a row has no weight.
     """
-    if loader.schema.has_weights and loader.schema.splits[loader.split].weight is None:
-        raise ValueError(f"some rows of {loader.split} have no weight, which the schema's row_weight names. Add them.")
+    loader.schema.check_weights(loader.split)
     metrics = score_batches(model, loader.epoch(0), groups)
     return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader), metrics)
 

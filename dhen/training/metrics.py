@@ -129,8 +129,11 @@ class ClickMetrics:
 
         Communicates over `group`; all its ranks call it, including those without examples. None: this process alone.
         """
-        sums = torch.cat([self._sums, self._sums.new_tensor([sum(map(len, self._labels))]), self._wrong.to(self._sums)])
-        logloss, predictions, clicks, weight, examples, *wrong = _sum_over(sums, group).tolist()
+        numbers = self._sums.new_tensor([sum(map(len, self._labels)), bool(self._weights)])
+        sums = torch.cat([self._sums, numbers, self._wrong.to(self._sums)])
+        logloss, predictions, clicks, weight, examples, weighted, *wrong = _sum_over(sums, group).tolist()
+        if weighted and not self._weights:  # a rank without examples
+            self._weights = [torch.empty(0)]
         _check_labels(*wrong)
         return MetricValues(
             auc=math.nan if math.isnan(predictions) else self._auc(int(examples), group),

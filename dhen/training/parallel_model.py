@@ -219,7 +219,11 @@ class ParallelDhen(ScoringDhen):
             yield
 
     def tables_are_finite(self) -> bool:
-        """Whether the sharded tables are finite on all ranks. Communicates; all ranks call it."""
+        """Whether the sharded tables are finite on all ranks, with what replicas add to them. Communicates; all ranks
+        call it.
+        """
+        if self.tables is not None:
+            self.tables.synchronize()
         shards = [] if self.tables is None else self.tables.shard_tensors()
         sums = [tensors["weight"].sum(dtype=torch.float32) for _, tensors in shards]  # keeps no copy of a table
         are_finite = torch.stack([torch.zeros((), device=self.topology.device), *sums]).isfinite().all().int()

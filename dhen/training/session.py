@@ -15,9 +15,10 @@ from torch import nn
 
 from dhen.config.arguments import Arguments
 from dhen.config.command_line import ArgumentError
-from dhen.config.ds_config import AUTO, DsConfig, read_ds_config
+from dhen.config.dhen_section import DhenSection
+from dhen.config.ds_config import AUTO, SECTION, DsConfig, read_ds_config
 from dhen.config.training_arguments import TrainingArguments
-from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.names import quoted
 from dhen.model.parts import frozen_parts
 from dhen.planner.machine import read_machine
@@ -173,6 +174,9 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
     dropouts = [module.p for module in model.engine.module.modules() if isinstance(module, nn.Dropout)]
     if training.self_ensemble and not any(dropouts) and model.topology.is_main:
         logger.warning("self_ensemble has no effect: dropout is 0 in all layers")
+    specs, default = model.config.layer_specs, DhenArchitecture().gate_sparsity
+    if model.topology.is_main and any(spec.gate != "hard" and spec.gate_sparsity != default for spec in specs):
+        logger.warning("gate_sparsity has no effect in layers without a hard gate")
     if training.resume_from_checkpoint:
         folder = Path(training.resume_from_checkpoint)
         trainer.restore(load_checkpoint(model, folder, trainer.running_loss.sums, trainer.data_order), folder)
@@ -279,6 +283,7 @@ def _changed_settings(folder: Path, model: ParallelDhen, of_recipe: Collection[s
     of_recipe: settings that follow from the arguments.
     """
     old, new = (dict(_flat(of)) for of in (read_state(folder)["ds_config"], model.ds_config.as_dict()))
+    old = dict(_flat({SECTION: DhenSection().model_dump()})) | old  # a key that the checkpoint lacks is newer
     return [
         f"ds_config: {key} was {old.get(key)}, now {new.get(key)}: the resumed run honours it"
         for key in sorted(old.keys() | new.keys())

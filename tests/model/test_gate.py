@@ -147,7 +147,14 @@ def test_autocast_does_not_change_the_choice():
     assert torch.equal(in_bf16, gate(x)[0])
 
 
-@pytest.mark.parametrize(("options", "message"), [({"gate": "firm"}, "firm"), ({"gate_sparsity": -1}, "gate_sparsity")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "firm"}, "firm"),
+        ({"gate_sparsity": -1}, "gate_sparsity"),
+        ({"layers": [{"gate": "soft", "gate_sparsity": 1.0}]}, "layers\\[0\\]: gate_sparsity needs gate 'hard'"),
+    ],
+)
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         DhenConfig(num_dense_features=1, **options)

@@ -103,15 +103,21 @@ def test_evaluate_weights_too_and_predict_needs_no_weights(runs, folder, tmp_pat
     assert done.status == 0, done.output
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["ne"] == pytest.approx(runs["weighted"]["eval"]["ne"], rel=1e-6)
-    rows = pyarrow.csv.read_csv(folder / "weighted_validation.csv").drop_columns(["w"])
-    pyarrow.csv.write_csv(rows, tmp_path / "new.csv")
+    rows = pyarrow.csv.read_csv(folder / "weighted_validation.csv")
+    nothing = rows.slice(0, 1).set_column(3, "w", pa.array([0]))
+    pyarrow.csv.write_csv(rows.drop_columns(["w"]), tmp_path / "new.csv")
+    pyarrow.csv.write_csv(nothing, tmp_path / "one.csv")
+    data = (f"--dataset_name={tmp_path / 'one.csv'}", f"--dataset_schema={folder / 'schema.yaml'}")
+    done = run_script("predict.py", model, *data, f"--output={tmp_path / 'score [1].csv'}")
+    assert done.status == 0, done.output
+    assert len((tmp_path / "score [1].csv").read_text().splitlines()) == 2
     data = (f"--dataset_name={tmp_path / 'new.csv'}", f"--dataset_schema={folder / 'schema.yaml'}")
     done = run_script("predict.py", model, *data, f"--output={tmp_path / 'scores.csv'}")
     assert done.status == 0, done.output
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == ROWS + 1
     done = run_script("evaluate.py", model, *data)
     assert done.status == 1
-    assert "some rows of test have no weight, which the schema's row_weight names" in done.output
+    assert "some rows of test have no weight, or all have 0, in the column that row_weight names" in done.output
 
 
 def test_left_out_negatives_do_not_move_the_predictions(folder):
@@ -121,6 +127,10 @@ def test_left_out_negatives_do_not_move_the_predictions(folder):
     kept = pa.concat_tables([clicks, others.take(np.arange(0, len(others), 2))])
     pyarrow.csv.write_csv(kept.set_column(3, "w", pa.array(np.ones(len(kept)))), folder / "sampled_train.csv")
     pyarrow.csv.write_csv(table(4000, 4).set_column(3, "w", pa.array(np.ones(4000))), folder / "sampled_validation.csv")
+    cut = (f"--dataset_name={folder / 'sampled_train.csv'}", f"--dataset_schema={folder / 'schema.yaml'}")
+    done = run_script("train.py", *cut, "--negative_sampling_rate=0.5", f"--output_dir={folder / 'cut'}")
+    assert done.status == 1
+    assert "negative_sampling_rate is 0.5, but all splits are cut from the same rows" in done.output
     calibration = {}
     for rate in (1.0, 0.5):
         flags = [f"--{key}={value}" for key, value in {

@@ -105,15 +105,16 @@ def number_column(values: pa.Array, name: str, checks: RowChecks, *, is_integer:
 
 
 def weight_column(values: pa.Array | None, name: str, checks: RowChecks, *, is_required: bool) -> pa.Array:
-    """Return weights of rows as float32, NaN if blank or missing (None) and not required."""
+    """Return weights of rows as float32. If they are not required, NaN for a missing column (None) or a wrong value."""
     if values is None:
         return pa.array(np.full(len(checks.rows), np.nan, dtype=np.float32), from_pandas=False)
-    numbers, unread = parse_numbers(values, pl.Float64)
-    is_good = (fit_float32(numbers) & (numbers >= 0)) | (np.isnan(numbers) & ~unread & (not is_required))
+    numbers, _ = parse_numbers(values, pl.Float64)
+    is_good = fit_float32(numbers) & (numbers >= 0)
     checks.refuse(
-        ~is_good, lambda i: f"column {name!r}: the row's weight is {_shown(values, i)}; it must be a number from 0 on"
+        ~is_good & is_required,
+        lambda i: f"column {name!r}: the row's weight is {_shown(values, i)}; it must be a number from 0 on",
     )
-    return pa.array(np.where(is_good, numbers, 0).astype(np.float32), from_pandas=False)
+    return pa.array(np.where(is_good, numbers, np.nan).astype(np.float32), from_pandas=False)
 
 
 def time_column(values: pa.Array, roles: TimedRoles, checks: RowChecks) -> pa.Array:

@@ -138,7 +138,7 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
                 f"the split {split} has no rows ({count.bad_rows} bad rows were skipped); all splits together have "
                 f"{sum(c.rows for c in splits.values())}. Add rows, or change the files or split_fractions.{ties}"
             )
-        if count.weight == 0:
+        if count.weight == 0 and source["settings"]["is_label_required"]:
             raise DataError(f"the weights of all rows of the split {split} are 0. Correct them, or row_weight.")
         if count.weight is not None:  # the same however the rows are cut into pieces
             weight = None if math.isnan(count.weight) else float(f"{count.weight:.8g}")

@@ -63,6 +63,7 @@ def setting_of(
         sync_moves=section.exchanges_moves,
         sync_steps=section.table_sync_steps,
         sync_dtype=section.table_sync_dtype,
+        sync_overlap=section.table_sync_overlap,
         optimizer=section.table_optimizer,
         table_dtype=section.table_dtype,
         wire_forward=section.all_to_all_dtype.forward,

@@ -137,7 +137,8 @@ class StepSetting:
     rows. averages: there is a moving average of the tables.
 
     With table groups, world_size is the number of ranks in a group, and num_replicas the number of groups. They
-    exchange gradients of rows, or if sync_moves is set, moves of rows after sync_steps steps, in sync_dtype.
+    exchange gradients of rows, or if sync_moves is set, moves of rows after sync_steps steps, in sync_dtype. With
+    sync_overlap, they travel during the next step, whose moves are kept meanwhile; the exchange's time counts in full.
     """
 
     world_size: int
@@ -156,6 +157,7 @@ class StepSetting:
     sync_moves: bool = False
     sync_steps: int = 1
     sync_dtype: str = "fp32"
+    sync_overlap: bool = False
 
     @property
     def global_batch(self) -> int:
@@ -195,7 +197,7 @@ class StepSetting:
         if self.num_replicas > 1:  # own values, old and new ones, a message, and those of all replicas with their sum
             used = rows_touched(self.sync_steps * self.global_batch * ids_per_bag, rows)
             of_row = replace(self, sync_dtype="fp32").moved_row_bytes(columns)
-            exchanged = rows + int(used * (5 + 2 * self.num_replicas) * of_row)
+            exchanged = rows + int(used * (5 + 2 * self.sync_overlap + 2 * self.num_replicas) * of_row)
         return rows * (self.row_bytes(columns) + average + _USES_BYTES) + exchanged
 
     def moved_row_bytes(self, columns: int) -> float:

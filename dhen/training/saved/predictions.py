@@ -66,7 +66,7 @@ def join_parts(folder: Path, ranks: int, path: Path) -> None:
                 "without an ending: each rank's part then stays where it was written."
             )
     draft = path.with_name(f".{path.name}.draft")
-    _WRITERS[path.suffix.lower()](pl.scan_parquet(parts), draft)
+    _WRITERS[path.suffix.lower()](pl.scan_parquet(parts, glob=False, hive_partitioning=False), draft)
     draft.replace(path)
     shutil.rmtree(folder)
 
