@@ -99,8 +99,8 @@ class LibsvmReader:
         return checks.finish(pa.table(typed), block.bad, end_row=block.end_row, bytes_read=block.bytes_read)
 
     def _sparse(self, tokens: "_Tokens", role: SparseRole, checks: RowChecks) -> dict[str, pa.Array]:
+        where = tokens.of_field(role.source)
         if not role.is_weighted:
-            where = tokens.of_field(role.source)
             _refuse_rows(
                 tokens.rows[where][tokens.values[where] != 1],
                 f"field {role.source}: a value is not 1. If the values are weights, set `weights: {VALUE}` in the "
@@ -109,7 +109,6 @@ class LibsvmReader:
             )
         if not role.is_multi_valued:
             return {role.name: tokens.keys.take(self._single(tokens, role, checks))}
-        where = tokens.of_field(role.source)
         # Skip empty ids.
         where = where[tokens.keys.is_valid().to_numpy(zero_copy_only=False)[where]]
         lengths = np.bincount(tokens.rows[where], minlength=len(checks.rows))
