@@ -47,8 +47,8 @@ from dhen.data.preparation.reading.pieces import Piece
 from dhen.data.preparation.reading.raw_stream import Raw, Report, split_starts
 from dhen.data.preparation.reading.sources import Source
 from dhen.data.preparation.running.unfinished import Unfinished
-from dhen.data.preparation.writing import SplitWriter, add_origins, list_bad_rows
-from dhen.data.schema import ESTIMATED_KEYS, ORDER, TIME, Schema
+from dhen.data.preparation.writing import SplitWriter, list_bad_rows
+from dhen.data.schema import ESTIMATED_KEYS, FILE, ORDER, ROW, TIME, Schema
 
 COUNTING, TIMES, KEYS, WRITING = "counting rows", "reading times", "counting keys", "writing"
 _KEYS_FOLDER, _NUMBERS_FOLDER, _TIMES_FILE, _ENCODER = "keys", "numbers", "times.npz", "encoder"
@@ -196,7 +196,7 @@ def _count_keys(
             keys = table[name].combine_chunks()
             keys = keys.flatten() if pa.types.is_list(keys.type) else keys
             count.add(canonical_keys(keys))
-            if counted[name].encoding == "auto" and count.num_merged > MOST_KEYS:
+            if counted[name].encoding == "auto" and len(count.merged) > MOST_KEYS:
                 del counts[name]
         if not counts and not fits:
             break
@@ -231,7 +231,8 @@ def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, repo
             list_bad_rows(folder, chunk.bad)
             encoded, unknown = encoder.encode_and_count(chunk.table)
             if not raw.settings.is_label_required:
-                encoded = add_origins(encoded, chunk)
+                files = pa.repeat(pa.scalar(chunk.file), len(encoded))
+                encoded = encoded.append_column(FILE, files).append_column(ROW, pa.array(chunk.rows))
             if raw.settings.time_column is not None:
                 before = (piece.index << 40) + sum(writer.rows for writer in writers.values())
                 order = pa.array(np.arange(before, before + len(encoded)))

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import xxhash
 
-from dhen.data.formats.raw_rows import BadRow, RawChunk
+from dhen.data.formats.raw_rows import BadRow
 from dhen.data.preparation.encoding.key_counts import query_on_disk
-from dhen.data.schema import FILE, LABEL, ORDER, ROW, TIME, WEIGHT, SplitCounts
+from dhen.data.schema import LABEL, ORDER, TIME, WEIGHT, SplitCounts
 
 ROW_GROUP_ROWS = 32_768
 ROW_GROUPS_PER_PART = 128
@@ -85,12 +85,6 @@ class SplitWriter:
             self._digest.update(batch.serialize())
         self._row_groups += 1
         self._waiting, self._waiting_rows = [rest] if rest.num_rows else [], rest.num_rows
-
-
-def add_origins(prepared: pa.Table, chunk: RawChunk) -> pa.Table:
-    """Return the prepared rows of a chunk with their file and row number added."""
-    files = pa.repeat(pa.scalar(chunk.file), prepared.num_rows)
-    return prepared.append_column(FILE, files).append_column(ROW, pa.array(chunk.rows))
 
 
 def list_bad_rows(folder: Path, bad_rows: tuple[BadRow, ...]) -> None:

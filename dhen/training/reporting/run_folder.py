@@ -57,7 +57,11 @@ def check_run_folder(training: TrainingArguments) -> None:
         raise ArgumentError(f"output_dir {path} is a file. Choose another --output_dir.")
     check_folder_is_free(path)
     has_run = any((path / name).exists() for name in (SUMMARY_FILE, MODEL_FOLDER)) or bool(checkpoints(path))
-    if not has_run or _resumes_its_own(training.resume_from_checkpoint, path):
+    checkpoint = training.resume_from_checkpoint
+    resumes_its_own = checkpoint is not None and (
+        checkpoint.lower() in NEWEST or Path(checkpoint).resolve().is_relative_to(path.resolve())
+    )
+    if not has_run or resumes_its_own:
         return
     if not training.overwrite_output_dir:
         raise ArgumentError(
@@ -70,13 +74,6 @@ def check_run_folder(training: TrainingArguments) -> None:
             f"model_name_or_path {origin} is in output_dir, which overwrite_output_dir would delete. Choose another "
             "--output_dir."
         )
-
-
-def _resumes_its_own(checkpoint: str | None, path: Path) -> bool:
-    """Whether the run continues from a checkpoint in this folder."""
-    if checkpoint is None:
-        return False
-    return checkpoint.lower() in NEWEST or Path(checkpoint).resolve().is_relative_to(path.resolve())
 
 
 def clear_run_folder(path: Path) -> None:

@@ -79,16 +79,11 @@ def parse_scoring_arguments(
         raise ArgumentError("--model_name_or_path is missing. Set it to a run folder or an exported model.")
     find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
     import_interaction_files(arguments.interaction_files)
-    _check_output(arguments)
-    return arguments
-
-
-def _check_output(arguments: ScoringArguments) -> None:
-    """Raise ArgumentError if the output would overwrite an input."""
     names = [*as_tuple(arguments.dataset_name), *as_tuple(arguments.dataset_schema)]
     inputs = {Path(path).resolve() for name in names for path in (name, *glob(name))}
     if arguments.output and Path(arguments.output).resolve() in inputs:
         raise ArgumentError(f"--output {arguments.output} is an input, which it would overwrite. Choose another name.")
+    return arguments
 
 
 def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[ScoringDhen, BatchLoader]:

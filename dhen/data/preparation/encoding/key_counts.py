@@ -30,20 +30,15 @@ _COUNTS = pa.schema([("key", pa.large_string()), ("count", pa.int64())])
 class KeyCounts:
     """Counts the keys of one feature over many chunks.
 
-    Holds distinct keys in memory, at about 60 bytes per key of up to 12 characters; up to as many more wait to be
+    merged: the distinct keys in memory, at about 60 bytes per key of up to 12 characters; up to as many more wait to be
     merged. folder: where they go when there are more than `run_keys`, as files to be merged.
     """
 
     def __init__(self, folder: Path, run_keys: int | None = None) -> None:
         self._folder, self._runs, self._run_keys = folder, 0, run_keys or _RUN_KEYS
-        self._merged = pl.DataFrame(schema={"key": pl.String, "count": pl.Int64})
+        self.merged = pl.DataFrame(schema={"key": pl.String, "count": pl.Int64})
         self._waiting: list[pl.DataFrame] = []
         self._waiting_rows = 0
-
-    @property
-    def num_merged(self) -> int:
-        """The number of distinct keys in memory, without those that wait to be merged."""
-        return len(self._merged)
 
     def add(self, keys: pa.Array) -> None:
         """Count the keys in a chunk, except nulls."""
@@ -51,13 +46,13 @@ class KeyCounts:
         self._waiting.append(counts.group_by("key").agg(pl.len().cast(pl.Int64).alias("count")))
         self._waiting_rows += len(self._waiting[-1])
         # A merge costs as much as all keys so far. Waiting until their number doubles keeps the total cost linear.
-        if self._waiting_rows > max(_COMPACT_ROWS, len(self._merged)):
+        if self._waiting_rows > max(_COMPACT_ROWS, len(self.merged)):
             self._merge()
-        if len(self._merged) > self._run_keys:
+        if len(self.merged) > self._run_keys:
             self.save()
 
     def _merge(self) -> None:
-        self._merged = pl.concat([self._merged, *self._waiting]).group_by("key").agg(pl.col("count").sum())
+        self.merged = pl.concat([self.merged, *self._waiting]).group_by("key").agg(pl.col("count").sum())
         self._waiting, self._waiting_rows = [], 0
 
     def save(self) -> None:
@@ -65,8 +60,8 @@ class KeyCounts:
         self._merge()
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{self._runs:05d}.parquet"
-        self._merged.write_parquet(path, compression="zstd", compression_level=1, statistics=False)
-        self._merged, self._runs = self._merged.clear(), self._runs + 1
+        self.merged.write_parquet(path, compression="zstd", compression_level=1, statistics=False)
+        self.merged, self._runs = self.merged.clear(), self._runs + 1
 
 
 def merge_in_parts(files: Sequence[Path], folder: Path, min_count: int) -> tuple[int, list[Path]]:

@@ -53,10 +53,6 @@ class Shard:
             raise ValueError(f"--shard is {text!r}. Use index/count, such as 0/8 for the first of 8, 7/8 for the last.")
         return cls(int(index), int(count))
 
-    def has(self, piece: Piece) -> bool:
-        """Whether the piece is in this share."""
-        return piece.index % self.count == self.index
-
 
 class OtherShardError(ValueError):
     """Another shard failed."""
@@ -83,7 +79,8 @@ class Unfinished:
 
     def run(self, stage: str, task: PieceTask, pieces: Sequence[Piece]) -> None:
         """Run a stage for the pieces that are missing, and return when all are there."""
-        own = [piece for piece in pieces if self._shard is None or self._shard.has(piece)]
+        shard = self._shard
+        own = [piece for piece in pieces if shard is None or piece.index % shard.count == shard.index]
         done, missing = [], []
         for piece in own:
             (done if self.folder(stage, piece).exists() else missing).append(piece)
