@@ -69,10 +69,8 @@ class KeyIds:
         """Open what `save_key_ids` wrote. All processes of a machine share the memory."""
         return cls(*(np.load(path, mmap_mode="r") for path in _key_ids_paths(folder, feature)))
 
-    def ids(self, keys: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    def ids(self, keys: pa.Array) -> np.ndarray:
         """Return int64 ids, 0 for nulls and for unknown keys."""
-        if isinstance(keys, pa.ChunkedArray):
-            return np.concatenate([np.zeros(0, np.int64), *map(self.ids, keys.chunks)])
         if len(self._hashes) == 0:
             return np.full(len(keys), MISSING_ID, dtype=np.int64)
         encoded = keys.dictionary_encode()
