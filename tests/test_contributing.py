@@ -13,7 +13,7 @@ from tests.test_imports import __doc__ as IMPORT_RULES
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 GUIDE = ROOT / ".github" / "CONTRIBUTING.md"
-TEST_COMMAND = "pip install -r requirements.txt -e '.[dev]' && python -m pytest -n 4 --dist worksteal"
+TEST_COMMAND = "pip install -r requirements.txt -e '.[dev]' && python -m pytest -n 2 --dist worksteal"
 DOCKERFILES = {"cpu": "requirements.txt", "cuda": "requirements-cuda.txt"}
 
 

@@ -59,18 +59,18 @@ def test_it_is_bounded_and_waits_for_the_consumer():
 
 
 def test_it_reads_ahead_while_the_consumer_works():
-    def slow_items():
-        for _ in range(10):
-            time.sleep(0.03)
-            yield 0.03
+    is_ahead = threading.Event()
 
-    def seconds_of(items):
-        started = time.perf_counter()
-        for seconds in items:
-            time.sleep(seconds)
-        return time.perf_counter() - started
+    def numbers():
+        yield 0
+        yield 1
+        is_ahead.set()
+        yield 2
 
-    assert seconds_of(read_ahead(slow_items, depth=3)) < 0.8 * seconds_of(slow_items())
+    items = read_ahead(numbers, depth=3)
+    assert next(items) == 0
+    assert is_ahead.wait(60), "the consumer has not asked for more"
+    assert list(items) == [1, 2]
 
 
 def test_an_error_comes_after_the_items_before_it():
