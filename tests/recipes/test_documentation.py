@@ -27,6 +27,7 @@ from dhen.data.preparation.settings import Format
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.interactions import PRESETS, interaction_kinds, interaction_options, registry
 from dhen.training.saved.scoring import parse_scoring_arguments
+from recipes.evaluate import EvaluationArguments
 from tests import ROOT
 from tools.importance import ImportanceArguments
 
@@ -237,7 +238,7 @@ def test_every_interaction_and_option_is_in_the_guide():
 
 def names_of_arguments() -> set[str]:
     """Of the scripts in recipes/, and of tools/importance.py, which are fields."""
-    parts = (DataArguments, DhenArchitecture, TrainingArguments, ImportanceArguments)
+    parts = (DataArguments, DhenArchitecture, TrainingArguments, EvaluationArguments, ImportanceArguments)
     return {item.name for part in parts for item in fields(part)} | {"config", "ds_config", "check"}
 
 
