@@ -35,9 +35,13 @@ def hash_texts(texts: pa.Array, salt: int) -> np.ndarray:
     words = np.ndarray((len(padded) - _WORD_BYTES + 1,), dtype="<u8", buffer=padded.data, strides=(1,))
     hashes = mix(np.uint64(salt) + lengths.astype(np.uint64) * _GOLDEN)
     for first_byte in range(0, int(lengths.max(initial=0)), _WORD_BYTES):
-        longer = np.flatnonzero(lengths > first_byte)
-        word = words[starts[longer] + first_byte] & _MASKS[np.minimum(lengths[longer] - first_byte, _WORD_BYTES)]
-        hashes[longer] = mix(hashes[longer] ^ word)
+        left = lengths - first_byte
+        if (left > 0).all():
+            hashes = mix(hashes ^ (words[starts + first_byte] & _MASKS[np.minimum(left, _WORD_BYTES)]))
+        else:
+            longer = np.flatnonzero(left > 0)
+            word = words[starts[longer] + first_byte] & _MASKS[np.minimum(left[longer], _WORD_BYTES)]
+            hashes[longer] = mix(hashes[longer] ^ word)
     return hashes
 
 
