@@ -70,6 +70,22 @@ def train(
     return losses, model
 
 
+def losses_of_set_ups(
+    topology: Topology, set_ups: dict[str, dict[str, Any]], architecture: dict[str, Any], steps: int
+) -> dict[str, list[float]]:
+    """Cross entropy of each step, by set-up: a ds_config's name, and what follows a comma. An evaluation at the end has
+    no auxiliary loss.
+    """
+    found = {}
+    for name, more in set_ups.items():
+        found[name], model = train(topology, name.split(",")[0], steps=steps, architecture=architecture, **more)
+        with model.evaluating():
+            sparse, dense_BN, _ = global_batches(1, 6)[0].rows(0, 6)
+            output = model.forward(model.look_up(sparse), dense_BN, sparse)
+            assert output.auxiliary_loss is None
+    return found
+
+
 def _changed(config: DsConfig, dhen: dict[str, Any], zero: dict[str, Any], others: dict[str, Any]) -> DsConfig:
     deepspeed = config.deepspeed | {"zero_optimization": config.deepspeed.get("zero_optimization", {}) | zero}
     return DsConfig(config.path, deepspeed | others, config.dhen.model_copy(update=dhen))

@@ -137,9 +137,9 @@ class DhenLayer(nn.Module):
     def input_axes(self, inputs: Sequence[Hashable], dense: Sequence[Hashable]) -> Axes:
         """Which weights belong to which of the M embeddings and N dense features, by their labels."""
         axes: Axes = {"shortcut.mix.weight": {1: inputs}}
-        values = [(row, column) for row in inputs for column in range(self.embedding_dim)]
         for index, interaction in enumerate(self.interactions):
             axes |= with_prefix(f"interactions.{index}", interaction.input_axes(inputs, dense))
+        values = [(row, column) for row in inputs for column in range(self.embedding_dim)]
         if self.norm_position == "pre" and isinstance(self.norm, FlatBatchNorm):
             names = ("weight", "bias", "running_mean", "running_var")
             axes |= {f"norm.norm.{name}": {0: values} for name in names}

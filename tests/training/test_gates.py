@@ -7,7 +7,7 @@ from dhen.model.gate import LayerGate
 from dhen.runtime.topology import Topology
 from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
-from tests.tiny_training import GLOBAL_BATCH, difference, train
+from tests.tiny_training import GLOBAL_BATCH, difference, losses_of_set_ups
 
 STEPS, RANKS = 5, 4
 SET_UPS = {
@@ -33,17 +33,9 @@ def architecture(kind: str) -> dict[str, object]:
     return {"interactions": ["linear", "advanced_dlrm"], "gate": kind, "gate_sparsity": 2.0}
 
 
-def losses_of_set_ups(topology: Topology, kind: str) -> dict[str, list[float]]:
+def losses_with_gates(topology: Topology, kind: str) -> dict[str, list[float]]:
     use_random_gates()
-    found = {}
-    for name, more in SET_UPS.items():
-        losses, model = train(topology, name.split(",")[0], steps=STEPS, architecture=architecture(kind), **more)
-        found[name] = losses
-        with model.evaluating():
-            sparse, dense_BN, _ = global_batches(1, 6)[0].rows(0, 6)
-            output = model.forward(model.look_up(sparse), dense_BN, sparse)
-            assert output.auxiliary_loss is None
-    return found
+    return losses_of_set_ups(topology, SET_UPS, architecture(kind), STEPS)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
@@ -51,7 +43,7 @@ def test_every_path_trains_like_plain_torch(kind, monkeypatch):
     """4 ranks on 2 nodes, tolerance 1e-5."""
     monkeypatch.setattr(LayerGate, "reset_parameters", LayerGate.reset_parameters)
     use_random_gates()
-    of_ranks = run_ranks(RANKS, losses_of_set_ups, kind, local_size=2)
+    of_ranks = run_ranks(RANKS, losses_with_gates, kind, local_size=2)
     for name, more in SET_UPS.items():
         accumulation, optimizer = more.get("accumulation", 1), more.get("optimizer", "AdamW")
         batches, settings = global_batches(STEPS, GLOBAL_BATCH), {"num_ranks": RANKS}

@@ -1,9 +1,8 @@
 """A mixture of experts trains like plain torch on every path: its balancing loss counts once, and in training alone."""
 
-from dhen.runtime.topology import Topology
 from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
-from tests.tiny_training import GLOBAL_BATCH, difference, train
+from tests.tiny_training import GLOBAL_BATCH, difference, losses_of_set_ups
 
 STEPS, RANKS = 5, 4
 MIXTURE = {
@@ -23,19 +22,6 @@ SET_UPS = {
 }
 
 
-def losses_of_set_ups(topology: Topology) -> dict[str, list[float]]:
-    """Cross entropy of each step. An evaluation at the end has no auxiliary loss."""
-    found = {}
-    for name, more in SET_UPS.items():
-        losses, model = train(topology, name.split(",")[0], steps=STEPS, architecture=MIXTURE, **more)
-        found[name] = losses
-        with model.evaluating():
-            sparse, dense_BN, _ = global_batches(1, 6)[0].rows(0, 6)
-            output = model.forward(model.look_up(sparse), dense_BN, sparse)
-            assert output.auxiliary_loss is None
-    return found
-
-
 def plain(**more: object) -> list[float]:
     accumulation, optimizer = more.get("accumulation", 1), more.get("optimizer", "AdamW")
     settings = {"architecture": MIXTURE, "num_ranks": RANKS, "auxiliary": more.get("auxiliary", 1.0)}
@@ -45,7 +31,7 @@ def plain(**more: object) -> list[float]:
 
 def test_every_path_trains_like_plain_torch_with_the_balancing_loss_once():
     """4 ranks on 2 nodes, tolerance 1e-5; counted twice or never, the losses differ by 1e-3 and more."""
-    of_ranks = run_ranks(RANKS, losses_of_set_ups, local_size=2)
+    of_ranks = run_ranks(RANKS, losses_of_set_ups, SET_UPS, MIXTURE, STEPS, local_size=2)
     for name, more in SET_UPS.items():
         expected = plain(**more)
         assert difference(of_ranks[0][name], expected) < 1e-5, name

@@ -55,7 +55,7 @@ def _names(column: SparseColumn, ids: list[int], folder: Path) -> dict[int, str]
         table = pyarrow.parquet.read_table(vocabulary_path(folder, column.name), columns=["id", "key"])
         table = table.filter(pc.is_in(table["id"], pa.array(ids)))
         names |= dict(zip(table["id"].to_pylist(), table["key"].to_pylist(), strict=True))
-    return names | ({MISSING_ID: "(blank)"} if column.encoding != "vocabulary" else {MISSING_ID: "(blank or unknown)"})
+    return names | {MISSING_ID: "(blank or unknown)" if column.encoding == "vocabulary" else "(blank)"}
 
 
 def _draw(name: str, by_group: dict[str, dict[str, float]], path: Path) -> None:
