@@ -15,12 +15,12 @@ from pathlib import Path
 from dhen.model.configuration_dhen import option
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
-from dhen.training.group_metrics import GroupMetrics
+from dhen.training.evaluation.group_metrics import GroupMetrics
+from dhen.training.evaluation.unseen import report_unseen
 from dhen.training.loop import evaluate
 from dhen.training.reporting.by_group import check_groups, report_groups
 from dhen.training.reporting.run_folder import metrics_of, print_metrics, write_json
 from dhen.training.saved.scoring import ScoringArguments, load_for_scoring, parse_scoring_arguments
-from dhen.training.unseen import report_unseen
 
 
 @dataclass

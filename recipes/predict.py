@@ -24,11 +24,11 @@ from dhen.data.loading.lanes import share
 from dhen.data.loading.prepared_rows import Origins
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
+from dhen.training.evaluation.unseen import UNSEEN_FILE, report_unseen, unseen_values, write_unseen
 from dhen.training.loop import with_ids_ahead
 from dhen.training.parallel_model import ScoringDhen
 from dhen.training.saved.predictions import COLUMNS, join_parts, part_writer, parts_folder, prediction_file
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
-from dhen.training.unseen import UNSEEN_FILE, report_unseen, unseen_values, write_unseen
 
 
 def main() -> None:

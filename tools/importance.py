@@ -41,8 +41,8 @@ from dhen.model.names import check_names
 from dhen.model.ranges import Count, Seed
 from dhen.runtime import topology as job
 from dhen.runtime.messages import heartbeat, log_to_stderr, user_errors
+from dhen.training.evaluation.metrics import MetricValues
 from dhen.training.loop import score_batches
-from dhen.training.metrics import MetricValues
 from dhen.training.parallel_model import ScoringDhen
 from dhen.training.reporting.run_folder import print_metrics
 from dhen.training.saved.scoring import ScoringArguments, load_for_scoring, parse_scoring_arguments

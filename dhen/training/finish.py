@@ -11,6 +11,7 @@ from dhen.config.arguments import Arguments
 from dhen.data.schema import Schema
 from dhen.planner.step_trace import training_flops_per_sample
 from dhen.training.dataset import TrainingData
+from dhen.training.evaluation.unseen import UNSEEN_FILE, report_unseen, write_unseen
 from dhen.training.loop import Evaluation, Trainer, evaluate
 from dhen.training.memory_plan import precision_of
 from dhen.training.reporting.curves import draw_curves
@@ -18,7 +19,6 @@ from dhen.training.reporting.progress import METRICS_FILE, ProgressReporter
 from dhen.training.reporting.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
 from dhen.training.saved.model_card import model_card
 from dhen.training.saved.trained_model import MODEL_FOLDER, export_model
-from dhen.training.unseen import UNSEEN_FILE, report_unseen, write_unseen
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS, _FAR_OFF = 100, 0.05

@@ -16,15 +16,15 @@ from dhen.model.modeling_dhen import DhenOutput
 from dhen.runtime.stopping import StopRequest
 from dhen.tables.id_exchange import SentIds
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
-from dhen.training.group_metrics import GroupMetrics
+from dhen.training.evaluation.group_metrics import GroupMetrics
+from dhen.training.evaluation.metrics import ClickMetrics, MetricValues, RunningLoss
+from dhen.training.evaluation.unseen import UnseenValues, unseen_values
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, batch_size_scale
-from dhen.training.metrics import ClickMetrics, MetricValues, RunningLoss
 from dhen.training.parallel_model import ParallelDhen, ScoringDhen
 from dhen.training.reporting.progress import ProgressReporter
 from dhen.training.saved.checkpoint import Save, TrainerState, load_checkpoint, start_save
 from dhen.training.saved.checkpoint_folder import checkpoint_of, checkpoints, damage, delete_old_checkpoints
 from dhen.training.self_ensemble import self_ensemble_loss
-from dhen.training.unseen import UnseenValues, unseen_values
 
 logger = logging.getLogger(__name__)
 

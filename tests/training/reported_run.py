@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dhen.training.metrics import MetricValues
+from dhen.training.evaluation.metrics import MetricValues
 from dhen.training.reporting.progress import ProgressReporter
 
 TOTAL, LOGGING, EVALUATION, ROWS = 200, 20, 50, 256

@@ -37,8 +37,8 @@ from dhen.tables.pooled_exchange import PooledExchange, PooledLayout, Wires
 from dhen.tables.row_uses import RowUses, UnseenIds
 from dhen.tables.stochastic_rounding import round_stochastically
 from dhen.tables.wire import Wire, _block_of_column, _units_of_blocks
+from dhen.training.evaluation.metrics import ClickMetrics, RunningLoss
 from dhen.training.loop import summed_loss, with_ids_ahead
-from dhen.training.metrics import ClickMetrics, RunningLoss
 from dhen.training.parallel_model import ScoringDhen
 from tests.model.test_interactions import CASES
 from tests.planner.test_step_trace import kept_bytes

@@ -4,9 +4,9 @@ import math
 
 from dhen.config.arguments import Arguments, parse_arguments
 from dhen.data.schema import Schema, SplitCounts
+from dhen.training.evaluation.metrics import MetricValues
 from dhen.training.finish import doubts
 from dhen.training.loop import Evaluation
-from dhen.training.metrics import MetricValues
 
 SCHEMA = Schema((), (), {"validation": SplitCounts(1000, 200), "test": SplitCounts(1000, 0)})
 

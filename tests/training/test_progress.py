@@ -28,8 +28,8 @@ from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.planner.machine import read_machine
 from dhen.planner.step_trace import training_flops_per_sample
+from dhen.training.evaluation.metrics import MetricValues
 from dhen.training.loop import Evaluation
-from dhen.training.metrics import MetricValues
 from dhen.training.reporting.curves import CURVES_FILE, draw_curves
 from dhen.training.reporting.progress import (
     COLUMNS,

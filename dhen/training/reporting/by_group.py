@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.preparation.encoding.vocabulary import vocabulary_path
 from dhen.data.schema import MISSING_ID, SparseColumn
-from dhen.training.group_metrics import GroupedValues
+from dhen.training.evaluation.group_metrics import GroupedValues
 from dhen.training.reporting.run_folder import print_metrics
 
 _ROWS, _BARS = 10, 40

@@ -20,12 +20,12 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.paths import write_atomically
 from dhen.runtime.folder_lock import check_folder_is_free
 from dhen.runtime.run_environment import describe_environment
+from dhen.training.evaluation.unseen import UNSEEN_FILE
 from dhen.training.loop import Evaluation
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, weights_of
 from dhen.training.saved.checkpoint_folder import NEWEST, checkpoints
 from dhen.training.saved.trained_model import MODEL_FOLDER
-from dhen.training.unseen import UNSEEN_FILE
 from dhen.yaml_files import write_yaml
 
 SUMMARY_FILE = "summary.json"

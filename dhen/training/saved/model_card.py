@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.training.unseen import MANY
+from dhen.training.evaluation.unseen import MANY
 
 _METRICS = {"auc": "AUC", "ne": "normalized entropy", "logloss": "log loss", "calibration": "calibration"}
 

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from dhen.model.features import SparseIds
 from dhen.runtime.collectives import all_to_all, from_all
 from dhen.runtime.topology import Topology
-from dhen.training.metrics import MetricValues, normalized_entropy
+from dhen.training.evaluation.metrics import MetricValues, normalized_entropy
 
 MOST_GROUPS = 1000
 """Groups whose own metrics are kept: those with the most examples."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dhen.model.features import SparseIds
 from dhen.runtime.topology import Topology
-from dhen.training import group_metrics
-from dhen.training.group_metrics import GroupedValues, GroupMetrics
+from dhen.training.evaluation import group_metrics
+from dhen.training.evaluation.group_metrics import GroupedValues, GroupMetrics
 from tests.ranks import run_ranks
 
 ROWS = 3000

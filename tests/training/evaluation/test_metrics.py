@@ -12,9 +12,9 @@ import torch.distributed as dist
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
-import dhen.training.metrics
+import dhen.training.evaluation.metrics
 from dhen.runtime.topology import Topology
-from dhen.training.metrics import (
+from dhen.training.evaluation.metrics import (
     ClickMetrics,
     MetricValues,
     RunningLoss,
@@ -77,7 +77,7 @@ def test_auc_counts_ties_as_half_and_is_the_share_of_pairs() -> None:
 def test_many_examples_are_counted_in_bins(monkeypatch, caplog, levels: int | None) -> None:
     logits, labels = click_log(200_000, seed=2, levels=levels)
     exact = metrics_of(logits, labels)
-    monkeypatch.setattr(dhen.training.metrics, "EXACT_EXAMPLES", 199_999)
+    monkeypatch.setattr(dhen.training.evaluation.metrics, "EXACT_EXAMPLES", 199_999)
     caplog.set_level("INFO")
     binned = metrics_of(logits, labels)
     (line,) = caplog.messages
@@ -176,7 +176,7 @@ def test_without_a_best_scale_the_logits_stay(sign: float) -> None:
 
 @pytest.mark.parametrize("most", [1 << 20, 100], ids=["exact", "in bins"])
 def test_a_weight_of_k_counts_as_k_copies(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dhen.training.metrics, "EXACT_EXAMPLES", most)
+    monkeypatch.setattr(dhen.training.evaluation.metrics, "EXACT_EXAMPLES", most)
     logits, labels = click_log(2000, seed=7, levels=30)
     copies = torch.arange(2000) % 4
     weighted, copied, running = ClickMetrics(), ClickMetrics(), RunningLoss(torch.device("cpu"))
@@ -257,9 +257,9 @@ def of_cut(rank: int, cut: list[int], group: dist.ProcessGroup) -> CutResult:
     own = metrics.compute()
     average = torch.tensor([own.auc, own.ne, own.logloss], dtype=torch.float64)
     dist.all_reduce(average, group=group)
-    dhen.training.metrics.EXACT_EXAMPLES, exact = 2999, dhen.training.metrics.EXACT_EXAMPLES
+    dhen.training.evaluation.metrics.EXACT_EXAMPLES, exact = 2999, dhen.training.evaluation.metrics.EXACT_EXAMPLES
     binned = metrics.compute(group).auc
-    dhen.training.metrics.EXACT_EXAMPLES = exact
+    dhen.training.evaluation.metrics.EXACT_EXAMPLES = exact
     return CutResult(values, running.take(group), (average / len(cut)).tolist(), binned)
 
 
@@ -331,4 +331,4 @@ def test_sums_are_exact_where_float32_would_not_be() -> None:
 
 
 def test_examples_of_the_docstrings() -> None:
-    assert doctest.testmod(dhen.training.metrics, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(dhen.training.evaluation.metrics, extraglobs={"torch": torch}).failed == 0
