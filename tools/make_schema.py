@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 import yaml
 
 from dhen.data.formats import text_blocks
+from dhen.data.formats.column_role import LabelRole
 from dhen.data.formats.columns import parse_numbers
 from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
 from dhen.data.formats.guessing import BLANKS, Guess, date_parts, guess_column, guess_label
 from dhen.data.formats.parquet import open_parquet
 from dhen.data.formats.raw_rows import BadRow, DataError
-from dhen.data.formats.roles import LabelRole, parse_roles
+from dhen.data.formats.roles import parse_roles
 from dhen.data.schema import LABEL
 from dhen.model.names import is_valid_table_name, unknown_name
 

@@ -22,7 +22,8 @@ from dhen.config.data_arguments import DataArguments
 from dhen.config.dhen_section import DhenSection, PlacementSection
 from dhen.config.ds_config import AUTO
 from dhen.config.training_arguments import TrainingArguments
-from dhen.data.formats.roles import ColumnRoles, DenseRole, SparseRole, load_roles
+from dhen.data.formats.column_role import DenseRole, SparseRole
+from dhen.data.formats.roles import ColumnRoles, load_roles
 from dhen.data.preparation.settings import Format
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.interactions import PRESETS, interaction_kinds, interaction_options, registry

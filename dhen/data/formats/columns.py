@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dhen.data.formats.canonical import canonical_keys, string_buffers
+from dhen.data.formats.column_role import LabelRole, SparseRole
 from dhen.data.formats.raw_rows import RowChecks
-from dhen.data.formats.roles import LabelRole, SparseRole, TimedRoles
+from dhen.data.formats.roles import TimedRoles
 
 _YES, _NO = ("1", "yes", "y", "on", "t"), ("0", "no", "n", "off", "f")
 """Words for true and false, whose canonical texts are 1 and 0."""

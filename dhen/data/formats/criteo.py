@@ -14,9 +14,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
+from dhen.data.formats.column_role import DenseRole, LabelRole, SparseRole
 from dhen.data.formats.delimited import DelimitedReader
 from dhen.data.formats.raw_rows import RowChecks
-from dhen.data.formats.roles import ColumnRoles, DenseRole, LabelRole, SparseRole
+from dhen.data.formats.roles import ColumnRoles
 from dhen.data.schema import LABEL
 from dhen.model.names import unknown_name
 

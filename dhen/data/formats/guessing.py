@@ -9,9 +9,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dhen.data.formats.column_role import LabelRole, Part, SparseRole
 from dhen.data.formats.columns import is_list, label_column, parse_numbers, plain, sparse_columns
 from dhen.data.formats.raw_rows import DataError, RowChecks
-from dhen.data.formats.roles import LabelRole, Part, SparseRole
 
 BLANKS = ("NA", "N/A", "NaN", "nan", "NULL", "null", "None", "\\N", "?", "-")
 """Words that stand for blank among numbers and dates."""

@@ -28,8 +28,9 @@ import polars as pl
 import pyarrow as pa
 
 from dhen.data.formats import columns, text_blocks
+from dhen.data.formats.column_role import DenseRole, LabelRole, SparseRole
 from dhen.data.formats.raw_rows import WHOLE, BadRow, DataError, RawChunk, RowChecks, Stretch
-from dhen.data.formats.roles import ColumnRoles, DenseRole, LabelRole, SparseRole
+from dhen.data.formats.roles import ColumnRoles
 from dhen.data.schema import LABEL, weights_column
 
 _LIBFFM = 0

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dhen.data.formats.column_role import SparseRole
 from dhen.data.formats.delimited import DelimitedReader
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.formats.roles import ColumnRoles, SparseRole, load_roles
+from dhen.data.formats.roles import ColumnRoles, load_roles
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import DenseColumn, SparseColumn

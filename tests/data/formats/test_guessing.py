@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dhen.data.formats.column_role import LabelRole
 from dhen.data.formats.guessing import guess_column, guess_label
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.formats.roles import LabelRole
 from tests.data.formats.test_canonical import arrow_types
 
 RNG = np.random.default_rng(0)

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from dhen.data.formats.canonical import canonical_keys
+from dhen.data.formats.column_role import SparseRole
 from dhen.data.formats.columns import list_lengths, lists_of
 from dhen.data.formats.raw_rows import DataError
-from dhen.data.formats.roles import ColumnRoles, SparseRole
+from dhen.data.formats.roles import ColumnRoles
 from dhen.data.hashing import hashed_ids
 from dhen.data.preparation.encoding.numbers import bin_ids, dense_values
 from dhen.data.preparation.encoding.vocabulary import KeyIds, Vocabulary
