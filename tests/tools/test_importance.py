@@ -12,11 +12,12 @@ from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401 (registers the architecture)
 from dhen.data.loading.batches import BatchLoader
+from dhen.data.schema import DenseColumn, Schema, SparseColumn
 from dhen.model.features import SparseIds
 from tests.ranks import free_port, rank_environment
 from tests.recipes.launch import TINY, prepared_click_log, run_script
 from tests.tools.forked_python import Finished, call
-from tools.importance import Rows
+from tools.importance import Rows, columns_of
 
 TOOL, ROWS, REPEATS, SEED = "tools/importance.py", {"train": 4000, "validation": 600}, 3, 5
 SCHEMA = """
@@ -40,6 +41,12 @@ def click_log(rows, generator):
     clicked = (generator.random(rows) < 1 / (1 + np.exp(-z))).astype(int)
     columns = {"clicked": clicked, "price": price, "decides": decides, "noise": noise}
     return pl.DataFrame(columns | {"tags": joined[0], "tag_weights": joined[1]})
+
+
+def test_an_indicator_of_blanks_moves_with_its_feature():
+    dense = (DenseColumn("price"), DenseColumn("price_is_missing", missing_of="price"), DenseColumn("age"))
+    schema = Schema(dense, (SparseColumn("user", 10),))
+    assert columns_of(schema) == {"price": [0, 1], "age": [2], "user": [3]}
 
 
 @pytest.fixture(scope="module")
