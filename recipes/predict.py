@@ -10,14 +10,18 @@ The output has one entry per row, in input order, with these columns:
     row         number of the row, from 0; skipped bad rows are not counted
     prediction  probability of a click
     label       null if the rows have no labels; labels are optional
+    prediction_TASK, label_TASK
+                the same for each further task of the model
     file, line  raw file and line number (row number in Parquet) from 1, as in bad_rows.csv; null without raw files
 
 <output>.unseen.csv says how many values of each feature training never saw. The script runs on any number of ranks.
 """
 
+import math
 from pathlib import Path
 
 import pyarrow as pa
+import torch
 
 from dhen.data.loading.batches import BatchLoader
 from dhen.data.loading.lanes import share
@@ -27,7 +31,7 @@ from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.evaluation.unseen import UNSEEN_FILE, report_unseen, unseen_values, write_unseen
 from dhen.training.loop import with_ids_ahead
 from dhen.training.parallel_model import ScoringDhen
-from dhen.training.saved.predictions import COLUMNS, join_parts, part_writer, parts_folder, prediction_file
+from dhen.training.saved.predictions import columns_of, join_parts, part_writer, parts_folder, prediction_file
 from dhen.training.saved.scoring import load_for_scoring, parse_scoring_arguments
 
 
@@ -50,14 +54,20 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
 
     Communicates; all ranks call it. Returns the number of rows.
     """
-    topology, parts = model.topology, parts_folder(path)
+    topology, parts, tasks = model.topology, parts_folder(path), model.config.tasks
+    columns = columns_of(tasks)
     origins = Origins(loader.folder, loader.split, share(loader.num_rows, topology.rank, topology.world_size).start)
-    with model.evaluating(), part_writer(parts, topology.rank) as writer:
+    with model.evaluating(), part_writer(parts, topology.rank, columns) as writer:
         for batch, ids in with_ids_ahead(model, loader.epoch(0)):
-            scores = model.score(model.look_up(ids), batch.dense_BN, batch.sparse).sigmoid()
-            columns = [values.cpu().numpy() for values in (batch.rows_B, scores, batch.labels_B)]
-            columns = [pa.array(column, from_pandas=True) for column in columns]
-            writer.write_table(pa.table([*columns, *origins.take(len(scores))], schema=COLUMNS))
+            output = model.forward(model.look_up(ids), batch.dense_BN, batch.sparse)
+            values = [batch.rows_B, output.logits.sigmoid(), batch.labels_B]
+            for place, name in enumerate(tasks):
+                has_label = name in loader.schema.task_names
+                labels_B = batch.tasks_BT[:, loader.schema.task_names.index(name)] if has_label else None
+                unknown_B = torch.full_like(batch.labels_B, math.nan)
+                values += [output.task_logits[:, place].sigmoid(), unknown_B if labels_B is None else labels_B]
+            arrays = [pa.array(each.cpu().numpy(), from_pandas=True) for each in values]
+            writer.write_table(pa.table([*arrays, *origins.take(len(batch.rows_B))], schema=columns))
     unseen = unseen_values(model, loader)  # by now all ranks are done
     if topology.is_main:
         if parts != path:

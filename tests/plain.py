@@ -41,6 +41,13 @@ class GlobalBatch:
         return sparse, self.dense_BN[first:last], self.labels_B[first:last]
 
 
+def task_labels(dense_BN: Tensor) -> Tensor:
+    """Labels of two further tasks, which depend on the dense features; NaN, no label, in about a third of the rows."""
+    labels_BT = (dense_BN[:, :2] > 0.2).float()
+    labels_BT[dense_BN[:, 2] > 0.4] = torch.nan
+    return labels_BT
+
+
 def global_batches(steps: int, size: int) -> list[GlobalBatch]:
     """Seeded batches."""
     generator = torch.Generator().manual_seed(7)
@@ -107,6 +114,13 @@ def plain_losses(
                 output = model(sparse, dense_BN)
                 loss = binary_cross_entropy_with_logits(output.logits, labels_B) / accumulation / num_ranks
                 total += loss.item()
+                if output.task_logits is not None:
+                    for place, labels_B in enumerate(task_labels(dense_BN).unbind(1), start=1):
+                        has_label_B = ~labels_B.isnan()
+                        logits_B = output.task_logits[has_label_B, place - 1]
+                        of_task = binary_cross_entropy_with_logits(logits_B, labels_B[has_label_B], reduction="sum")
+                        share = output.task_weights[place] / len(labels_B) / accumulation / num_ranks
+                        loss = loss * (output.task_weights[0] if place == 1 else 1) + of_task * share
                 if output.auxiliary_loss is not None:
                     loss = loss + auxiliary * output.auxiliary_loss / accumulation / num_ranks
                 loss.backward()

@@ -14,7 +14,7 @@ from dhen.training.loop import summed_loss
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import lay_out, parallelize
 from tests import ROOT
-from tests.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe
+from tests.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe, task_labels
 
 STEPS, GLOBAL_BATCH = 20, 32
 
@@ -62,7 +62,8 @@ def train(
             first = (micro_step * topology.world_size + topology.rank) * micro
             sparse, dense_BN, labels_B = (part.to(topology.device) for part in batch.rows(first, first + micro))
             output = model.forward(model.look_up(sparse), dense_BN, sparse, num_passes)
-            loss, logits_B = summed_loss(output, labels_B, num_passes)
+            tasks_BT = None if output.task_logits is None else task_labels(dense_BN)
+            loss, logits_B = summed_loss(output, labels_B, num_passes, tasks_BT=tasks_BT)
             model.step(loss / micro)
             total += binary_cross_entropy_with_logits(logits_B.detach(), labels_B)
         dist.all_reduce(total)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -48,7 +48,8 @@ class Entry:
     seeds, ds_config: None for the experiment's. ds_config_changes: to keys of the ds_config, or to keys of its
     sections. arguments: of the run. paper: the paper's NE differences in percent, at the experiment's paper_points.
     family: of a scaling curve. starts_from: the entry whose model of the same seed is fine-tuned. against: entries that
-    this one is compared with.
+    this one is compared with. task: one of the further tasks of the entry runs_of; this entry is not run, but shows the
+    task's figures in those runs.
     """
 
     name: _Name
@@ -61,6 +62,8 @@ class Entry:
     family: _Text | None = None
     starts_from: str | None = None
     against: list[str] = field(default_factory=list)
+    runs_of: str | None = None
+    task: _Name | None = None
 
 
 _KINDS = {"published": Quoted, "peers": Quoted, "entries": Entry}
@@ -106,6 +109,7 @@ class Experiment:
             trained = [each.name for each in self.entries[:number] if each.starts_from is None]
             others = [("entry in against", name, names) for name in entry.against]
             others += [("entry in starts_from", name, trained) for name in [entry.starts_from] if name]
+            others += [("entry in runs_of", name, trained) for name in [entry.runs_of] if name]
             for what, name, allowed in others:
                 if name not in allowed:
                     raise ValueError(f"entry {entry.name}: {unknown_name(what, name, allowed)}")
@@ -166,8 +170,9 @@ class Result:
     """One line of recipes/results: a run that ended. error: why it failed; it then has no figures.
 
     arguments: that differ from the recipe. is_dirty: the code differed from the commit. cpu_seconds: of all ranks.
-    eval, test: metrics as in summary.json. evaluations: [samples seen, NE, AUC] on the validation split. measured: what
-    tools/measured_train.py measured, for runs on nodes. Keys of other versions are ignored.
+    eval, test: metrics as in summary.json; tasks: those of further tasks, by split and task. evaluations: [samples
+    seen, NE, AUC] on the validation split. measured: what tools/measured_train.py measured, for runs on nodes. Keys of
+    other versions are ignored.
     """
 
     entry: str
@@ -188,6 +193,7 @@ class Result:
     training_flops_per_sample: int | None = None
     eval: dict[str, _Figure] = field(default_factory=dict)
     test: dict[str, _Figure] = field(default_factory=dict)
+    tasks: dict[str, dict[str, dict[str, _Figure]]] = field(default_factory=dict)
     evaluations: list[list[_Figure]] = field(default_factory=list)
     measured: dict[str, float] = field(default_factory=dict)
 
@@ -198,6 +204,10 @@ class Result:
             ne, best = values.get("ne"), values.get("best_possible_ne")
             return ne / best if ne and best else None
         return values.get(name)
+
+    def of_task(self, name: str) -> "Result":
+        """The same run with the metrics of a further task in place of the label's."""
+        return replace(self, **{split: of_tasks.get(name, {}) for split, of_tasks in self.tasks.items()})
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -254,6 +264,9 @@ def sort_results(experiment: Experiment, results: Sequence[Result]) -> Outcome:
             failed.append(result)
         else:
             by_entry[result.entry].setdefault(result.seed, result)
+    for entry in experiment.entries:
+        if entry.runs_of and entry.task:
+            by_entry[entry.name] = {seed: run.of_task(entry.task) for seed, run in by_entry[entry.runs_of].items()}
     return Outcome(by_entry, [each for each in failed if each.seed not in by_entry[each.entry]], stale)
 
 

@@ -185,7 +185,7 @@ def run_experiment(call: argparse.Namespace) -> int:
     for result in outcome.stale:
         print(f"{name}: stale: {result.entry}, seed {result.seed}, ran with other arguments")
     runs = []
-    for entry in experiment.entries:
+    for entry in (each for each in experiment.entries if not each.runs_of):
         words = _arguments(call, experiment, entry)  # all entries are checked before any is run
         for seed in range(call.first_seed, call.first_seed + (call.seeds or entry.seeds or experiment.seeds)):
             if seed in outcome.by_entry[entry.name]:
@@ -342,7 +342,8 @@ def _found(folder: Path, status: int) -> dict[str, Any]:
         "dense_weights": int(re.search(r"([\d,]+) dense weights", log)[1].replace(",", "")),
         "evaluations": [[_number(row[key]) for key in ("samples_seen", "ne", "auc")] for row in rows],
         **{key: summary[key] for key in ("steps", "tested_step", "training_flops_per_sample")},
-        **{split: {key: of[key] for key in of if key != "unseen"} for split, of in metrics.items()},
+        **{split: {key: of[key] for key in of if key not in ("unseen", "tasks")} for split, of in metrics.items()},
+        "tasks": {split: of["tasks"] for split, of in metrics.items() if "tasks" in of},
     }
 
 

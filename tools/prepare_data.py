@@ -149,6 +149,8 @@ def summary(schema: Schema, folder: Path) -> str:
         labelled = counts.rows - counts.unlabelled
         if labelled:
             line += f", {counts.clicks / labelled:.2%} clicks"
+        for name, (labels, clicks) in counts.tasks.items():
+            line += f", {name}: {labels:,} labels, {clicks / max(labels, 1):.2%} are 1"
         if counts.unlabelled:
             line += f", {counts.unlabelled:,} without a label"
         if counts.bad_rows:

@@ -14,6 +14,7 @@ The Parquet columns are:
     sparse feature       one int32 or int64, or a list of them if the feature is multi-valued
     <feature>:weights    a list of float32, only if the feature's ids have weights
     :weight              the row's weight, one float32, only if the data has row weights
+    <task>:label         one float32: 0, 1, or NaN if the row has no label of this further task
     :file, :row          where the row came from, only in data to predict
 
 Ids are rows of the feature's table: 0 <= id < num_embeddings.
@@ -54,6 +55,16 @@ _STRICT = ConfigDict(extra="forbid")
 def weights_column(feature: str) -> str:
     """Return the name of the Parquet column with the weights of a feature's ids."""
     return f"{feature}:weights"
+
+
+def task_column(task: str) -> str:
+    """Return the name of the Parquet column with the labels of a further task."""
+    return f"{task}:{LABEL}"
+
+
+def is_task_column(name: str) -> bool:
+    """Whether a column has the labels of a further task. No feature's name contains a colon."""
+    return name.endswith(f":{LABEL}")
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -97,7 +108,7 @@ class SplitCounts:
 
     `rows` does not include the `bad_rows`, which were skipped. unknown_keys: by feature with a vocabulary, the number
     of values that are not a key. digest: of all values, in the order of the rows. weight: sum of the row weights, to 8
-    digits, if all rows have one.
+    digits, if all rows have one. tasks: by further task, how many rows have its label, and how many of these are 1.
     """
 
     rows: int
@@ -107,6 +118,15 @@ class SplitCounts:
     unknown_keys: dict[str, int] = field(default_factory=dict)
     digest: str = ""
     weight: float | None = None
+    tasks: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class TaskColumn:
+    """A task beside the label, with labels of its own. given_click: only rows with a click have one."""
+
+    name: str
+    given_click: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +142,11 @@ class Schema:
     source: dict[str, Any] = field(default_factory=dict)
     best_possible_ne: dict[str, float] = field(default_factory=dict)
     has_weights: bool = False
+    tasks: tuple[TaskColumn, ...] = ()
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
 
     @property
     def looked_up(self) -> tuple[str, ...]:

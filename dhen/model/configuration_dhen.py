@@ -15,6 +15,7 @@ from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
 from dhen.model.mlp import Activation
 from dhen.model.names import check_names, check_type, is_valid_table_name, quoted, unique_keys
 from dhen.model.ranges import Depth, NotNegative, Rows, ShareBelowOne, Size, SizeFrom0
+from dhen.model.tasks import TaskWeights, read_task_weights
 
 EnsembleKind = Literal["concat", "sum", "weighted_sum"]
 NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
@@ -126,13 +127,18 @@ class DhenArchitecture:
     head_inputs: Literal["last", "all"] = option(
         "last", "What the head reads: the output of the last layer, or the first layer's input and all layers' outputs."
     )
+    task_weights: TaskWeights = option(
+        None,
+        "Weights of the tasks in the loss, and in the metric that chooses the best weights: a number for label and for "
+        "each of the schema's tasks, by default 1; or uncertainty, to train them. As text: JSON, or uncertainty.",
+    )
     embedding_init_std: NotNegative | None = option(
         None, "Standard deviation of the tables' normal initialization. None: uniform within +-1/sqrt(rows)."
     )
 
 
 _LAYER_KEYS = ("num_embeddings_out", *(item.name for item in fields(LayerSpec)))
-_DATA_FIELDS = {"num_dense_features": SizeFrom0, "sparse_features": list[dict[str, Any]]}
+_DATA_FIELDS = {"num_dense_features": SizeFrom0, "sparse_features": list[dict[str, Any]], "tasks": list[str]}
 
 # Keys that PreTrainedConfig accepts besides its fields. It drops the generation parameters in older files.
 _TRANSFORMERS_KEYS = {
@@ -161,6 +167,7 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
 
     num_dense_features: int = 0
     sparse_features: list[dict[str, Any]] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check keys and values. transformers silently keeps unknown keys, so they are rejected here."""
@@ -175,6 +182,7 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
             check_type(name, getattr(self, name), annotation)
         self.interactions = _entries("interactions", self.interactions)
         self.layers = None if self.layers is None else _entries("layers", self.layers)
+        self.task_weights = read_task_weights(self.task_weights, self.tasks)
         PreTrainedConfig.__post_init__(self, **kwargs)
         self._check_values()
 

@@ -5,6 +5,7 @@ Shapes: B batch, F sparse features, N dense features, M embeddings, D embedding 
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,7 @@ from dhen.model.interactions import Axes, with_prefix
 from dhen.model.layer import DhenLayer, make_norm
 from dhen.model.mixture_of_experts import parted
 from dhen.model.mlp import MLP
+from dhen.model.tasks import TaskHeads, loss_of_tasks
 
 
 @dataclass
@@ -36,12 +38,16 @@ class DhenModelOutput(ModelOutput):
 class DhenOutput(ModelOutput):
     """loss: mean binary cross entropy over the batch, plus auxiliary_loss; None without labels. logits: (B,).
 
-    auxiliary_loss: as in `DhenModelOutput`. It is a mean over the rows, to add to a mean loss.
+    auxiliary_loss: as in `DhenModelOutput`, plus that of trained task weights. It is a mean over the rows, to add to a
+    mean loss. task_logits: (B, T), of the T further tasks. task_weights: (1 + T,), the label's first. Both are None
+    without further tasks.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     auxiliary_loss: Tensor | None = None
+    task_logits: Tensor | None = None
+    task_weights: Tensor | None = None
 
 
 class DhenPreTrainedModel(PreTrainedModel):
@@ -183,7 +189,9 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             self._keys_to_ignore_on_load_unexpected = [r"^tables\."]
         self.model = DhenModel(config)
         width = self.model.num_head_inputs * config.embedding_dim
-        self.head = MLP(width, config.head_mlp, 1, config.activation, config.batch_norm)
+        heads = [MLP(width, config.head_mlp, 1, config.activation, config.batch_norm) for _ in ("label", *config.tasks)]
+        self.head, further = heads[0], dict(zip(config.tasks, heads[1:], strict=True))
+        self.tasks = TaskHeads(further, config.task_weights) if further else None
         self.post_init()
 
     def forward(
@@ -198,7 +206,8 @@ class DhenForClickPrediction(DhenPreTrainedModel):
 
         Pass the sparse features as `sparse` or, already looked up, as `inputs_embeds`: (B, F, D), or a function that
         waits for them and returns them. Pass both if this model holds only some of the tables, neither if there are
-        no sparse features. dense: (B, N). labels: (B,), 0 or 1, used for the loss; an empty batch has loss 0.
+        no sparse features. dense: (B, N). labels: (B,), 0 or 1, used for the loss; an empty batch has loss 0. With T
+        further tasks: (B, 1 + T), where NaN in a further column means that the example has no label of this task.
 
         num_passes P: repeat the examples after the look-up, so that each gets P predictions, with dropout of their own.
         Logits are then (P * B,): all examples of the first pass, then those of the second. Batch norm's statistics are
@@ -211,17 +220,32 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         elif sparse is not None:
             raise ValueError("pass sparse or inputs_embeds, not both.")
         trunk = self.model(inputs_embeds, dense, num_passes)
-        logits_B = self.head(trunk.head_inputs.flatten(1)).squeeze(1)
+        head_inputs = trunk.head_inputs.flatten(1)
+        logits_B = self.head(head_inputs).squeeze(1)
         logits_B = logits_B.to(torch.promote_types(logits_B.dtype, torch.float32))
-        loss = None
+        output = DhenOutput(logits=logits_B, auxiliary_loss=trunk.auxiliary_loss)
+        if self.tasks is not None:
+            output.task_logits, output.task_weights, penalty = self.tasks(head_inputs)
+            if penalty is not None and self.training:
+                output.auxiliary_loss = penalty if trunk.auxiliary_loss is None else trunk.auxiliary_loss + penalty
         if labels is not None:
-            # The mean, but 0 instead of NaN for an empty batch: every batch must produce a gradient.
-            labels = labels.to(logits_B.dtype).repeat(num_passes)
-            total = nn.functional.binary_cross_entropy_with_logits(logits_B, labels, reduction="sum")
-            loss = total / max(labels.shape[0], 1)
-            if trunk.auxiliary_loss is not None:
-                loss = loss + trunk.auxiliary_loss
-        return DhenOutput(loss=loss, logits=logits_B, auxiliary_loss=trunk.auxiliary_loss)
+            output.loss = self._loss(output, labels.to(logits_B.dtype).repeat(num_passes, *[1] * (labels.dim() - 1)))
+        return output
+
+    def _loss(self, output: DhenOutput, labels: Tensor) -> Tensor:
+        """labels: (P * B,), or (P * B, 1 + T)."""
+        loss_of = partial(nn.functional.binary_cross_entropy_with_logits, reduction="sum")
+        tasks = [] if self.tasks is None else self.config.tasks
+        expected = (len(output.logits), 1 + len(tasks)) if tasks else (len(output.logits),)
+        if labels.shape != expected:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}, but the model expects {expected}.")
+        loss = loss_of(output.logits, labels[:, 0] if tasks else labels)
+        if tasks:
+            weights = output.task_logits, labels[:, 1:], output.task_weights
+            loss = loss_of_tasks(loss, *weights, None, loss_of)
+        # The mean, but 0 instead of NaN for an empty batch: every batch must produce a gradient.
+        loss = loss / max(labels.shape[0], 1)
+        return loss if output.auxiliary_loss is None else loss + output.auxiliary_loss
 
     def input_axes(self, sparse: Sequence[str], dense: Sequence[str]) -> Axes:
         """Which weights belong to which feature. sparse, dense: names of the features, in the data's order."""
@@ -238,7 +262,8 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         axes = with_prefix("model", axes)
         if self.config.head_inputs == "all":
             values = [(state, column) for state in states for column in range(self.config.embedding_dim)]
-            axes["head.0.weight"] = {1: values}
+            heads = ["head", *(f"tasks.heads.{name}" for name in self.config.tasks)]
+            axes |= {f"{head}.0.weight": {1: values} for head in heads}
         return axes
 
     def _join(self, inputs_embeds: Tensor | Callable[[], Tensor], sparse: SparseIds | None) -> Callable[[], Tensor]:

@@ -156,6 +156,18 @@ def _check_splits(arguments: Arguments, schema: Schema) -> None:
             f"The labels of the {train.rows:,} training rows are all {int(train.clicks > 0)}, so there is nothing to "
             "learn. Check the label in dataset_schema, or use more rows."
         )
+    for task in schema.tasks:
+        labels, clicks = train.tasks.get(task.name, (0, 0))
+        if clicks in (0, labels) and not is_partial(schema):
+            raise ArgumentError(
+                f"The task {task.name} has {labels:,} labels in the training rows, of which {clicks:,} are 1, so there "
+                "is nothing to learn. Check `tasks` in dataset_schema, or use more rows."
+            )
+        if training.negative_sampling_rate < 1 and not task.given_click:
+            raise ArgumentError(
+                f"negative_sampling_rate is {training.negative_sampling_rate}, but the task {task.name} also has "
+                "labels in rows without a click. Set given_click for it in dataset_schema, or remove one of the two."
+            )
     if "validation" not in schema.splits:
         asked = {
             "early_stopping_patience": training.early_stopping_patience,
@@ -312,4 +324,5 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
                 f"{folder}: the vocabulary of {name!r} differs from that of the model in {trained}, so the ids "
                 f"have other meanings. {_USE_RAW}"
             )
-    return replace(schema, dense=wanted.dense, sparse=wanted.sparse)
+    tasks = tuple(task for task in schema.tasks if task.name in wanted.task_names)
+    return replace(schema, dense=wanted.dense, sparse=wanted.sparse, tasks=tasks)

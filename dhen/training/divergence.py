@@ -78,7 +78,10 @@ def _broken_parts(model: ParallelDhen, batch: Batch, embeddings_BFD: Tensor | No
     dense, broken = model.engine.module, []
     parts = {"the replicated tables": dense.tables, "the dense MLP": dense.model.features.dense_mlp}
     parts |= {f"layer {index}": layer for index, layer in enumerate(dense.model.layers)}
-    for name, part in (parts | {"the last norm": dense.model.norm, "the head": dense.head}).items():
+    parts |= {"the last norm": dense.model.norm, "the head": dense.head}
+    if dense.tasks is not None:
+        parts |= {f"the head of {name}": head for name, head in dense.tasks.heads.items()}
+    for name, part in parts.items():
         if part is not None:
             part.register_forward_hook(
                 lambda _, __, output, name=name: broken.append(name) if not output.isfinite().all() else None

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
 from dhen.config.arguments import Arguments
 from dhen.data.schema import Schema
 from dhen.planner.step_trace import training_flops_per_sample
@@ -37,11 +39,13 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     splits = ["validation"] if training.skip_test else ["validation", "test"]
     values = {split: evaluate(model, data.loaders[split]) for split in splits if split in data.loaders}
     before = {split: of_split.metrics for split, of_split in values.items()}
-    scale = values["validation"].scores.best_scale(world) if training.calibrate else 1.0
-    if scale == 1 and training.calibrate:
-        logger.warning("calibrate: no number makes the validation loss least, so the logits stay as they are")
-    if scale != 1:
-        values = {split: replace(it, metrics=it.scores.scaled(scale).compute(world)) for split, it in values.items()}
+    scale, task_scales = 1.0, {}
+    if training.calibrate:
+        scale = values["validation"].scores.best_scale(world)
+        task_scales = {name: each.best_scale(world) for name, each in values["validation"].task_scores.items()}
+        if scale == 1:
+            logger.warning("calibrate: no number makes the validation loss least, so the logits stay as they are")
+        values = {split: _scaled(of_split, scale, task_scales, world) for split, of_split in values.items()}
     results = {_NAMES[split]: metrics_of(of_split, best_ne.get(split)) for split, of_split in values.items()}
     for split, metrics in before.items() if scale != 1 else ():
         results[_NAMES[split]] |= {"ne_before_scale": metrics.ne, "calibration_before_scale": metrics.calibration}
@@ -54,6 +58,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         "skip_test": training.skip_test,
         "ema_decay": training.ema_decay,
         "logit_scale": scale,
+        "task_logit_scales": task_scales,
         "samples_per_second": progress.samples_per_second or _earlier_rate(output_dir),
         "seconds": seconds,
         "world_size": model.topology.world_size,
@@ -66,7 +71,8 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     }
     card = model_card(model.config, data.schema, summary)
     with model.averaged():
-        export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card, scale)
+        scales = {"head": scale} | {f"tasks.heads.{name}": of_task for name, of_task in task_scales.items()}
+        export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card, scales)
     if model.topology.is_main:
         write_json(output_dir / SUMMARY_FILE, summary)
         draw_curves(output_dir / METRICS_FILE, best_ne.get("validation"))
@@ -88,6 +94,13 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
             output_dir,
             MODEL_FOLDER,
         )
+
+
+def _scaled(values: Evaluation, scale: float, task_scales: Mapping[str, float], group: dist.ProcessGroup) -> Evaluation:
+    """With all logits multiplied by the scale of their task. Communicates over `group`."""
+    metrics = values.metrics if scale == 1 else values.scores.scaled(scale).compute(group)
+    tasks = {name: scores.scaled(task_scales[name]).compute(group) for name, scores in values.task_scores.items()}
+    return replace(values, metrics=metrics, tasks=tasks)
 
 
 def doubts(

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from dhen.config.training_arguments import TrainingArguments
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.model.modeling_dhen import DhenOutput
+from dhen.model.tasks import LABEL_TASK, TaskWeights, loss_of_tasks
 from dhen.runtime.stopping import StopRequest
 from dhen.tables.id_exchange import SentIds
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
@@ -31,11 +32,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a split, the values that training never saw, by feature, and this rank's scores."""
+    """The metrics of a split, the values that training never saw, by feature, and this rank's scores.
+
+    tasks, task_scores: of the further tasks for which the split has labels.
+    """
 
     metrics: MetricValues
     unseen: dict[str, UnseenValues]
     scores: ClickMetrics | None = None
+    tasks: dict[str, MetricValues] = field(default_factory=dict)
+    task_scores: dict[str, ClickMetrics] = field(default_factory=dict)
+
+    def mean(self, name: str, weights: TaskWeights) -> float:
+        """The mean of a metric over all tasks, weighted as their losses are; NaN without a task that defines it."""
+        weights = weights if isinstance(weights, dict) else {}
+        of_tasks = {LABEL_TASK: self.metrics} | self.tasks
+        values = {task: getattr(metrics, name) for task, metrics in of_tasks.items()}
+        shares = {task: weights.get(task, 1.0) for task, value in values.items() if not math.isnan(value)}
+        total = sum(shares.values())
+        return sum(share * values[task] for task, share in shares.items()) / total if total else math.nan
 
 
 def evaluate(model: ScoringDhen, loader: BatchLoader, groups: Sequence[GroupMetrics] = ()) -> Evaluation:
@@ -44,19 +59,40 @@ def evaluate(model: ScoringDhen, loader: BatchLoader, groups: Sequence[GroupMetr
     Raises ValueError if a row has no weight.
     """
     loader.schema.check_weights(loader.split)
-    metrics = score_batches(model, loader.epoch(0), groups)
-    return Evaluation(metrics.compute(model.topology.world), unseen_values(model, loader), metrics)
+    world, tasks = model.topology.world, {name: ClickMetrics() for name in loader.schema.task_names}
+    metrics = score_batches(model, loader.epoch(0), groups, tasks)
+    return Evaluation(
+        metrics.compute(world),
+        unseen_values(model, loader),
+        metrics,
+        {name: of_task.compute(world) for name, of_task in tasks.items()},
+        tasks,
+    )
 
 
-def score_batches(model: ScoringDhen, batches: Iterator[Batch], groups: Sequence[GroupMetrics] = ()) -> ClickMetrics:
-    """Score this rank's batches; every rank has equally many. Communicates; all ranks call it."""
+def score_batches(
+    model: ScoringDhen,
+    batches: Iterator[Batch],
+    groups: Sequence[GroupMetrics] = (),
+    tasks: Mapping[str, ClickMetrics] | None = None,
+) -> ClickMetrics:
+    """Score this rank's batches; every rank has equally many. Communicates; all ranks call it.
+
+    groups: get the label's scores. tasks: metrics of the further tasks, in the order of the batches' columns.
+    """
     metrics = ClickMetrics()
+    places = {name: place for place, name in enumerate(model.config.tasks)}
     with model.evaluating():
         for batch, ids in with_ids_ahead(model, batches):
-            logits_B = model.score(model.look_up(ids), batch.dense_BN, batch.sparse)
-            metrics.update(logits_B, batch.labels_B, batch.weights_B)
+            output = model.forward(model.look_up(ids), batch.dense_BN, batch.sparse)
+            metrics.update(output.logits, batch.labels_B, batch.weights_B)
             for each in groups:
-                each.update(batch.sparse, logits_B, batch.labels_B, batch.weights_B)
+                each.update(batch.sparse, output.logits, batch.labels_B, batch.weights_B)
+            for column, (name, of_task) in enumerate((tasks or {}).items()):
+                labels_B, logits_B = batch.tasks_BT[:, column], output.task_logits[:, places[name]]
+                has_label_B = ~labels_B.isnan()
+                weights_B = None if batch.weights_B is None else batch.weights_B[has_label_B]
+                of_task.update(logits_B[has_label_B], labels_B[has_label_B], weights_B)
     return metrics
 
 
@@ -182,7 +218,7 @@ class Trainer:
         output = self.model.forward(embeddings_BFD, batch.dense_BN, batch.sparse, self.arguments.num_passes)
         if (kept := self.arguments.negative_sampling_rate) < 1:  # the odds of a click are 1 / kept times as high
             output.logits = output.logits - math.log(kept)
-        loss, logits_B = summed_loss(output, batch.labels_B, self.arguments.num_passes, batch.weights_B)
+        loss, logits_B = summed_loss(output, batch.labels_B, self.arguments.num_passes, batch.weights_B, batch.tasks_BT)
         if self.arguments.looked_up_l2 and embeddings_BFD is not None:
             loss = loss + self.arguments.looked_up_l2 / 2 * embeddings_BFD().square().sum()
         # DeepSpeed and the tables average gradients over ranks, and DeepSpeed divides by the accumulation steps. With
@@ -244,14 +280,16 @@ class Trainer:
         """Evaluate on the validation split. Returns whether the result is the best so far."""
         with self._progress.paused():
             self.model.average_buffers()
-            values = evaluate(self.model, self.validation_loader).metrics
-        if not math.isfinite(values.logloss):
-            self._refuse(self.state.step, f"the validation loss is {values.logloss}. {ADVICE}")
-        metric = getattr(values, self._best.name)
+            values = evaluate(self.model, self.validation_loader)
+        if not math.isfinite(values.metrics.logloss):
+            self._refuse(self.state.step, f"the validation loss is {values.metrics.logloss}. {ADVICE}")
+        metric = values.mean(self._best.name, self.model.config.task_weights)
         improved = self._best.update(metric)
         if improved:
             self.state.best_step = self.state.step
-        self._progress.log_evaluation("validation", self.state.step, self.state.samples_seen, asdict(values))
+        for task, metrics in (("", values.metrics), *values.tasks.items()):
+            split = f"validation {task}".strip()
+            self._progress.log_evaluation(split, self.state.step, self.state.samples_seen, asdict(metrics))
         # auc and ne do not exist if validation has one class
         drops = math.isfinite(metric) and self._schedule.after_evaluation(improved)
         if drops and self.arguments.plateau_restores_best:
@@ -308,17 +346,27 @@ class Trainer:
 
 
 def summed_loss(
-    output: DhenOutput, labels_B: Tensor, num_passes: int, weights_B: Tensor | None = None
+    output: DhenOutput,
+    labels_B: Tensor,
+    num_passes: int,
+    weights_B: Tensor | None = None,
+    tasks_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The training loss, summed over this rank's examples, and the logits_B by which they are judged.
+    """The training loss, summed over this rank's examples, and the label's logits_B by which they are judged.
 
-    weights_B: of the examples; None: 1.
+    weights_B: of the examples; None: 1. tasks_BT: labels of the further tasks, as in `Batch`.
     """
-    logits_B, size = output.logits, len(labels_B)
-    if num_passes > 1:
-        loss, logits_B = self_ensemble_loss(logits_B.view(num_passes, size), labels_B, weights_B)
-    else:
-        loss = binary_cross_entropy_with_logits(logits_B, labels_B, weights_B, reduction="sum")
+    size = len(labels_B)
+
+    def loss_of(logits: Tensor, labels_B: Tensor, weights_B: Tensor | None) -> tuple[Tensor, Tensor]:
+        if num_passes > 1:
+            return self_ensemble_loss(logits.view(num_passes, size), labels_B, weights_B)
+        return binary_cross_entropy_with_logits(logits, labels_B, weights_B, reduction="sum"), logits
+
+    loss, logits_B = loss_of(output.logits, labels_B, weights_B)
+    if output.task_logits is not None:
+        of_tasks = output.task_logits, tasks_BT, output.task_weights
+        loss = loss_of_tasks(loss, *of_tasks, weights_B, lambda *each: loss_of(*each)[0])
     return loss if output.auxiliary_loss is None else loss + size * output.auxiliary_loss, logits_B
 
 

@@ -151,7 +151,7 @@ def test_left_out_negatives_do_not_move_the_predictions(folder):
     ("schema", "rows", "message"),
     [
         (SCHEMA.replace("w\n", "x\n"), "1,1,1,1", "there is no column 'x'"),
-        (SCHEMA.replace("w\n", "click\n"), "1,1,1,1", "row_weight is 'click', which is the label"),
+        (SCHEMA.replace("w\n", "click\n"), "1,1,1,1", "row_weight is 'click', which is a label"),
         (SCHEMA.replace("w\n", "[w]\n"), "1,1,1,1", "row_weight"),
         (SCHEMA, "1,1,1,0", "the weights of all rows of the split train are 0"),
         (SCHEMA, "1,1,1,-1", "row 2: column 'w': the row's weight is '-1'; it must be a number from 0 on"),

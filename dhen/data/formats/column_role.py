@@ -60,6 +60,13 @@ class LabelRole:
 
 
 @checked_dataclass(frozen=True, config=STRICT)
+class TaskRole(LabelRole):
+    """The column with the labels of a further task. A blank is no label. given_click: only clicks have a label."""
+
+    given_click: bool = False
+
+
+@checked_dataclass(frozen=True, config=STRICT)
 class SparseRole:
     """A categorical column.
 

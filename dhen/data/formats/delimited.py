@@ -4,15 +4,17 @@ Quoted values may contain the delimiter and line breaks.
 """
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dhen.data.formats import columns, text_blocks
 from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, RowChecks, Stretch
 from dhen.data.formats.roles import ColumnRoles
-from dhen.data.schema import LABEL, TIME, WEIGHT, weights_column
+from dhen.data.schema import LABEL, TIME, WEIGHT, task_column, weights_column
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def typed_table(raw: dict[str, pa.Array], roles: ColumnRoles, checks: RowChecks,
     values = raw.get(roles.label.column)
     label = columns.label_column(values, roles.label, checks, is_required=is_label_required, has_schema=True)
     typed = {LABEL: label}
+    for name, role in roles.tasks.items():
+        of_task = columns.label_column(raw.get(role.column), role, checks, is_required=False, has_schema=True)
+        if role.given_click:
+            of_task = pc.if_else(pc.equal(label, 1), of_task, pa.scalar(math.nan, pa.float32()))
+        typed[task_column(name)] = of_task
     if (name := roles.row_weight) is not None:
         typed[WEIGHT] = columns.weight_column(raw.get(name), name, checks, is_required=is_label_required)
     numbers = {name: columns.number_column(raw[name], name, checks) for name in roles.numbers}

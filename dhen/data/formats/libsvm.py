@@ -226,6 +226,8 @@ def _arrow(texts: pl.Series) -> pa.Array:
 def _check_roles(roles: ColumnRoles, file: str, fields: list[str] | None) -> None:
     if roles.label != LabelRole():
         raise ValueError(f"{file}: in libsvm files the label comes first, as 0 and 1, or -1 and 1. Remove `label`.")
+    if roles.tasks:
+        raise ValueError(f"{file}: libsvm files have one label per row. Remove `tasks`.")
     if roles.row_weight is not None:
         raise ValueError(f"{file}: libsvm files have no weights of rows. Remove `row_weight`.")
     if roles.has_patterns:

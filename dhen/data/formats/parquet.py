@@ -94,17 +94,17 @@ def typed_chunk(
 
 def used_columns(roles: ColumnRoles, present: list[str]) -> list[str]:
     """Return the columns that have a role, in the order of the file."""
-    wanted = {roles.label.column, *(column for feature in (*roles.dense, *roles.sparse) for column in feature.columns)}
-    wanted |= {roles.time_column, roles.row_weight}
+    wanted = {column for feature in (*roles.dense, *roles.sparse) for column in feature.columns}
+    wanted |= {*roles.label_columns, roles.time_column, roles.row_weight}
     return [name for name in present if name in wanted]
 
 
 def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     """Raise DataError if a column's type does not fit its role. The message says what to do instead."""
     lists = {c for feature in roles.sparse if feature.is_multi_valued for c in feature.columns}
-    singles = {roles.label.column, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
+    singles = {*roles.label_columns, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
     transformed = [feature.source for feature in roles.sparse if feature.transform is not None]
-    numbers = {roles.label.column: "label", **dict.fromkeys([*roles.numbers, *transformed], "a number")}
+    numbers = dict.fromkeys(roles.label_columns, "label") | dict.fromkeys([*roles.numbers, *transformed], "a number")
     numbers |= {roles.row_weight: "a number"}
     numbers |= {feature.weights: "weights" for feature in roles.sparse if feature.weights is not None}
     dates = {feature.source for feature in roles.sparse if feature.part is not None}

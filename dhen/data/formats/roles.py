@@ -1,6 +1,9 @@
 """The role of each raw column: label, dense, sparse or ignored. Most formats take it from a small YAML file.
 
 label: click              # 0 or 1; or {column: answer, positive: yes}, or {column: rating, greater_than: 3}
+tasks:                    # optional: further labels, by name, which the model also predicts; a blank is no label
+  buy: {column: bought, given_click: true}                  # `given_click`: only where the label is 1
+  stay: {column: seconds, greater_than: 30}
 row_weight: w             # optional: a column of numbers from 0 on, the weights of the rows in loss and metrics
 delimiter: ","            # this and the next three are for text files; the values shown are the defaults
 header: true              # if false, also give `columns: [name, ...]` in the order of the file
@@ -40,7 +43,7 @@ from typing import Any, Literal, get_args
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from dhen.data.formats.column_role import STRICT, DenseRole, LabelRole, Part, SparseRole
+from dhen.data.formats.column_role import STRICT, DenseRole, LabelRole, Part, SparseRole, TaskRole
 from dhen.data.schema import LABEL
 from dhen.model.names import first_mistake, is_valid_table_name, listed, quoted, shown, unknown_name
 from dhen.paths import find
@@ -65,6 +68,7 @@ class ColumnRoles:
     ignored: tuple[str, ...] | Literal["*"] = ()
     delimiter: str = ","
     row_weight: str | None = None
+    tasks: dict[str, TaskRole] = field(default_factory=dict)
     header: bool = True
     columns: tuple[str, ...] = ()
     quote: str | None = '"'
@@ -83,14 +87,19 @@ class ColumnRoles:
         for feature in (*self.dense, *self.sparse):
             if not has_magic(feature.source):
                 _check_names(feature)
-            if self.label.column in feature.columns:
+            for column in self.label_columns.intersection(feature.columns):
                 raise ValueError(
-                    f"the feature {quoted(feature.name)} uses the column {quoted(self.label.column)}, which is the "
-                    f"label. The model would see what it has to predict. Remove the feature, or set `label` to another "
+                    f"the feature {quoted(feature.name)} uses the column {quoted(column)}, which is a label. The model "
+                    f"would see what it has to predict. Remove the feature, or set `label` or `tasks` to another "
                     f"column."
                 )
-        if self.row_weight == self.label.column:
-            raise ValueError(f"row_weight is {quoted(self.row_weight)}, which is the label. Use another column.")
+        for name in self.tasks:
+            if not is_valid_table_name(name) or not _FEATURE_NAME.fullmatch(name) or name == LABEL:
+                raise ValueError(
+                    f"tasks: {quoted(name)} is not allowed as a name. Use letters, digits and '_', but not {LABEL!r}."
+                )
+        if self.row_weight in self.label_columns:
+            raise ValueError(f"row_weight is {quoted(self.row_weight)}, which is a label. Use another column.")
         for key, letter in (("delimiter", self.delimiter), ("quote", self.quote)):
             if letter is not None and (len(letter) != 1 or not letter.isascii()):
                 raise ValueError(f"{key} is {quoted(letter)}. Use a single ASCII character.")
@@ -105,6 +114,11 @@ class ColumnRoles:
                 raise ValueError(
                     f"{quoted(feature.name)} has `characters`, but is multi-valued. Remove one of the two."
                 )
+
+    @property
+    def label_columns(self) -> frozenset[str]:
+        """The raw columns with the label and the labels of the further tasks."""
+        return frozenset([self.label.column, *(task.column for task in self.tasks.values())])
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -128,7 +142,7 @@ class ColumnRoles:
         ignored = () if self.ignored == "*" else self.ignored
         given = [*ignored, *(column for feature in (*self.dense, *self.sparse) for column in feature.columns)]
         named = {
-            self.label.column,
+            *self.label_columns,
             self.row_weight,
             *(name for name in given if name in present or not has_magic(name)),
         }
@@ -173,7 +187,7 @@ class ColumnRoles:
             if present.count(name) > 1:
                 raise ValueError(f"{file}: row 1: two columns are named {quoted(name)}. Rename one of them.")
         used = [column for feature in (*self.dense, *self.sparse) for column in feature.columns]
-        of_rows = [self.label.column, *([self.row_weight] if self.row_weight else [])]
+        of_rows = [*self.label_columns, *([self.row_weight] if self.row_weight else [])]
         wanted = [*used, *of_rows] if is_label_required else used
         for column in [*wanted, *([self.time_column] if self.time_column else [])]:
             if column not in present:
@@ -231,6 +245,10 @@ def _roles_of(content: dict[str, Any], path: str | Path) -> ColumnRoles:
     content["sparse"] = [feature for entry in content["sparse"] for feature in _by_part(entry, path)]
     if not isinstance(content.get("label", {}), dict):
         content["label"] = {"column": str(content["label"])}
+    if isinstance(tasks := content.get("tasks"), dict):
+        content["tasks"] = {
+            str(name): entry if isinstance(entry, dict) else {"column": str(entry)} for name, entry in tasks.items()
+        }
     ignored = content.get("ignored") or []
     content["ignored"] = [str(column) for column in ignored] if isinstance(ignored, list) else ignored
     with _one_line(path):

@@ -26,7 +26,7 @@ from torch import Tensor
 from dhen.data.loading.lanes import Part, choose_lanes, cut_into_lanes, overlap, share, windows_of
 from dhen.data.loading.prepared_rows import NUMBER, find_row_groups, flat_values, read_row_group
 from dhen.data.loading.read_ahead import read_ahead
-from dhen.data.schema import LABEL, WEIGHT, Schema, weights_column
+from dhen.data.schema import LABEL, WEIGHT, Schema, task_column, weights_column
 from dhen.model.features import SparseIds
 
 WINDOW_ROWS = 1 << 19
@@ -41,7 +41,8 @@ class Batch:
 
     labels_B: 0, 1, or NaN if the row has no label. rows_B: the number of each row within the split, from 0; it stays on
     the CPU. global_rows: number of rows in the whole step, over all ranks and micro steps. weights_B: float32 row
-    weights over their mean in the split; None if the data has none.
+    weights over their mean in the split; None if the data has none. tasks_BT: labels of the T further tasks, NaN where
+    a row has none; None without further tasks.
     """
 
     labels_B: Tensor
@@ -50,6 +51,7 @@ class Batch:
     rows_B: Tensor
     global_rows: int
     weights_B: Tensor | None = None
+    tasks_BT: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on `device`. Copies from pinned memory are asynchronous."""
@@ -61,8 +63,9 @@ class Batch:
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         labels_B, dense_BN = move(self.labels_B), move(self.dense_BN)
-        weights_B = None if self.weights_B is None else move(self.weights_B)
-        return replace(self, labels_B=labels_B, dense_BN=dense_BN, sparse=self.sparse.moved(move), weights_B=weights_B)
+        optional = {name: getattr(self, name) for name in ("weights_B", "tasks_BT")}
+        optional = {name: None if tensor is None else move(tensor) for name, tensor in optional.items()}
+        return replace(self, labels_B=labels_B, dense_BN=dense_BN, sparse=self.sparse.moved(move), **optional)
 
 
 class BatchLoader:
@@ -147,8 +150,8 @@ class BatchLoader:
     @property
     def digest(self) -> str:
         """A digest of the columns and of all values, wherever the files are. The preparation made it."""
-        schema = asdict(self.schema)
-        facts = [schema[key] for key in ("dense", "sparse", "splits")]
+        columns = [[asdict(column) for column in kind] for kind in (self.schema.dense, self.schema.sparse)]
+        facts = [*columns, {split: counts.digest for split, counts in self.schema.splits.items()}]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -267,7 +270,11 @@ def _as_batch(rows: pa.Table, schema: Schema, global_rows: int, mean_weight: flo
         dense_BN[:, at] = rows[column.name]
     labels_B, rows_B = (torch.from_numpy(rows[name].to_numpy().copy()) for name in (LABEL, NUMBER))
     weights_B = torch.from_numpy(rows[WEIGHT].to_numpy() / np.float32(mean_weight)) if schema.has_weights else None
-    return Batch(labels_B, torch.from_numpy(dense_BN), _as_sparse_ids(rows, schema), rows_B, global_rows, weights_B)
+    tasks_BT = None
+    if schema.tasks:
+        tasks_BT = torch.from_numpy(np.stack([rows[task_column(name)] for name in schema.task_names], axis=1))
+    sparse = _as_sparse_ids(rows, schema)
+    return Batch(labels_B, torch.from_numpy(dense_BN), sparse, rows_B, global_rows, weights_B, tasks_BT)
 
 
 def _as_sparse_ids(rows: pa.Table, schema: Schema) -> SparseIds:

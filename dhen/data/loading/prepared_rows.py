@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet
 
-from dhen.data.schema import FILE, LABEL, ROW, WEIGHT, Schema, weights_column
+from dhen.data.schema import FILE, LABEL, ROW, WEIGHT, Schema, task_column, weights_column
 
 NUMBER = ":number"
 """Column with the number of each row within the split, from 0. Feature names cannot start with a colon."""
@@ -128,6 +128,8 @@ def read_row_group(group: RowGroup, schema: Schema) -> pa.Table:
     labels = values(LABEL)
     may_be_nan = schema.splits[group.path.parent.name].unlabelled > 0
     check(LABEL, (labels == 0) | (labels == 1) | (np.isnan(labels) & may_be_nan), "0 or 1")
+    for name in map(task_column, schema.task_names):
+        check(name, np.isin(values(name), (0, 1)) | np.isnan(values(name)), "0, 1 or NaN")
     if schema.has_weights:
         weights = values(WEIGHT)
         may_be_nan = schema.splits[group.path.parent.name].weight is None
@@ -158,7 +160,7 @@ def flat_values(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def wanted_columns(schema: Schema) -> dict[str, tuple[str, bool]]:
     """Return the columns to read, with the type that their values must have, and whether these are in lists."""
-    of_rows = (LABEL, WEIGHT) if schema.has_weights else (LABEL,)
+    of_rows = (LABEL, *map(task_column, schema.task_names), *([WEIGHT] if schema.has_weights else []))
     wanted = dict.fromkeys((*of_rows, *(column.name for column in schema.dense)), ("float32", False))
     for column in schema.sparse:
         wanted[column.name] = ("int32 or int64", column.is_multi_valued)

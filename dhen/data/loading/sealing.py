@@ -9,7 +9,8 @@ import xxhash
 
 from dhen.data.loading.prepared_rows import list_row_groups, read_row_group, wanted_columns
 from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, check_vocabulary
-from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, WEIGHT, Schema, SplitCounts, weights_column
+from dhen.data.preparation.writing import add_counts, task_counts
+from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, WEIGHT, Schema, SplitCounts, task_column, weights_column
 
 
 def seal(folder: Path) -> Schema:
@@ -38,7 +39,8 @@ def _check_schema(path: Path, schema: Schema) -> None:
         raise ValueError(f"{path}: feature {feature!r} {what}")
 
     weights = [weights_column(column.name) for column in schema.sparse if column.is_weighted]
-    names = [LABEL, *weights, *(column.name for column in (*schema.dense, *schema.sparse))]
+    names = [LABEL, *map(task_column, schema.task_names), *weights]
+    names += [column.name for column in (*schema.dense, *schema.sparse)]
     for name in (name for name in names if names.count(name) > 1):
         refuse(name, f"has the name of another column. Rename one: names must differ, also from {LABEL!r}.")
     numbers = [column.name for column in schema.dense if column.missing_of is None]
@@ -60,11 +62,12 @@ def _check_schema(path: Path, schema: Schema) -> None:
 def _counts(folder: Path, split: str, unsealed: Schema) -> SplitCounts:
     """Read and check a split. Equal values in equal row groups have an equal digest."""
     schema = replace(unsealed, splits={split: SplitCounts(rows=0, clicks=0, weight=0.0)})
-    rows, clicks, digest, weights = 0, 0, xxhash.xxh3_128(), []
+    rows, clicks, digest, weights, tasks = 0, 0, xxhash.xxh3_128(), [], {}
     for group in list_row_groups(folder, split, schema):
         table = read_row_group(group, schema).select(list(wanted_columns(schema)))
         rows += table.num_rows
         clicks += int(np.count_nonzero(table[LABEL].to_numpy() == 1))
+        tasks = add_counts(tasks, task_counts(table))
         if schema.has_weights:
             weights.append(table[WEIGHT].to_numpy().sum(dtype=np.float64))
         for batch in table.combine_chunks().to_batches():
@@ -74,7 +77,7 @@ def _counts(folder: Path, split: str, unsealed: Schema) -> SplitCounts:
     weight = float(f"{sum(weights):.8g}") if schema.has_weights else None
     if weight == 0:
         raise ValueError(f"{folder / split}: the weights of all rows are 0. Correct the column {WEIGHT!r}.")
-    return SplitCounts(rows, clicks, digest=digest.hexdigest(), weight=weight)
+    return SplitCounts(rows, clicks, digest=digest.hexdigest(), weight=weight, tasks=tasks)
 
 
 def _check_all_are_read(folder: Path) -> None:

@@ -155,7 +155,8 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     columns = Schema.load(encoder)
     for name in columns.looked_up:
         copy_vocabulary(encoder, folder, name)
-    schema = Schema(columns.dense, columns.sparse, splits, source | columns.source, has_weights=has_weights)
+    facts = {"has_weights": has_weights, "tasks": columns.tasks}
+    schema = Schema(columns.dense, columns.sparse, splits, source | columns.source, **facts)
     schema.save(folder)
     return schema
 

@@ -48,7 +48,7 @@ from dhen.data.preparation.reading.raw_stream import Raw, Report, split_starts
 from dhen.data.preparation.reading.sources import Source
 from dhen.data.preparation.running.unfinished import Unfinished
 from dhen.data.preparation.writing import SplitWriter, list_bad_rows
-from dhen.data.schema import ESTIMATED_KEYS, FILE, ORDER, ROW, TIME, Schema
+from dhen.data.schema import ESTIMATED_KEYS, FILE, ORDER, ROW, TIME, Schema, TaskColumn
 
 COUNTING, TIMES, KEYS, WRITING = "counting rows", "reading times", "counting keys", "writing"
 _KEYS_FOLDER, _NUMBERS_FOLDER, _TIMES_FILE, _ENCODER = "keys", "numbers", "times.npz", "encoder"
@@ -102,7 +102,7 @@ def _given_encoder(work: Unfinished, raw: Raw) -> Path:
     def make(folder: Path) -> None:
         for name in schema.looked_up:
             copy_vocabulary(origin, folder, name)
-        _save_encoder(folder, replace(schema, splits={}, source={}))
+        _save_encoder(folder, replace(schema, splits={}, source={}, tasks=_tasks_of(raw)))
 
     return work.once(_ENCODER, make)
 
@@ -157,9 +157,14 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
                 table_rows[name] = union.num_embeddings
         fitted = kept | {name: fit.result(name) for name, fit in fits.items()}
         source = {ESTIMATED_KEYS: num_keys} if num_keys else {}
-        _save_encoder(folder, Schema(*new_columns(roles, asked, table_rows, fitted), {}, source))
+        columns = new_columns(roles, asked, table_rows, fitted)
+        _save_encoder(folder, Schema(*columns, {}, source, tasks=_tasks_of(raw)))
 
     return work.once(_ENCODER, make)
+
+
+def _tasks_of(raw: Raw) -> tuple[TaskColumn, ...]:
+    return tuple(TaskColumn(name, role.given_click) for name, role in raw.reader.roles.tasks.items())
 
 
 def _save_encoder(folder: Path, schema: Schema) -> None:

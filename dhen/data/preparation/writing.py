@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import astuple, fields
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,11 +23,12 @@ import xxhash
 
 from dhen.data.formats.raw_rows import BadRow
 from dhen.data.preparation.encoding.key_counts import query_on_disk
-from dhen.data.schema import LABEL, ORDER, TIME, WEIGHT, SplitCounts
+from dhen.data.schema import LABEL, ORDER, TIME, WEIGHT, SplitCounts, is_task_column
 
 ROW_GROUP_ROWS = 32_768
 ROW_GROUPS_PER_PART = 128
 BAD_ROWS_FILE = "bad_rows.csv"
+TaskCounts = dict[str, tuple[int, int]]
 
 
 class SplitWriter:
@@ -37,6 +39,7 @@ class SplitWriter:
         self.bad_rows, self.unknown_keys = 0, Counter()
         self._clicks = self._unlabelled = self._row_groups = self._waiting_rows = 0
         self._weight: float | None = None
+        self._tasks: dict[str, tuple[int, int]] = {}
         self._waiting: list[pa.Table] = []
         self._part: pyarrow.parquet.ParquetWriter | None = None
         self._digest = xxhash.xxh3_128()
@@ -52,6 +55,7 @@ class SplitWriter:
         self._unlabelled += int(np.count_nonzero(np.isnan(labels)))
         if WEIGHT in table.column_names:
             self._weight = (self._weight or 0.0) + table[WEIGHT].to_numpy().sum(dtype=np.float64)
+        self._tasks = add_counts(self._tasks, task_counts(table))
         self._waiting.append(table)
         self._waiting_rows += table.num_rows
         while self._waiting_rows >= ROW_GROUP_ROWS:
@@ -67,7 +71,8 @@ class SplitWriter:
     def counts(self) -> SplitCounts:
         """Return the counts of the rows so far."""
         digest, unknown_keys = self._digest.hexdigest(), dict(self.unknown_keys)
-        return SplitCounts(self.rows, self._clicks, self.bad_rows, self._unlabelled, unknown_keys, digest, self._weight)
+        counts = self.rows, self._clicks, self.bad_rows, self._unlabelled
+        return SplitCounts(*counts, unknown_keys, digest, self._weight, self._tasks)
 
     def _write_row_group(self, num_rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
@@ -152,7 +157,23 @@ def sum_of(counts: Sequence[SplitCounts]) -> SplitCounts:
     unknown_keys = {name: sum(c.unknown_keys.get(name, 0) for c in counts) for name in counts[0].unknown_keys}
     digest = xxhash.xxh3_128("".join(count.digest for count in counts).encode()).hexdigest()
     weight = math.fsum(weights) if weights else None
-    return SplitCounts(**numbers, unknown_keys=unknown_keys, digest=digest, weight=weight)
+    tasks = reduce(add_counts, (count.tasks for count in counts))
+    return SplitCounts(**numbers, unknown_keys=unknown_keys, digest=digest, weight=weight, tasks=tasks)
+
+
+def task_counts(table: pa.Table) -> dict[str, tuple[int, int]]:
+    """By further task: the rows that have its label, and those in which it is 1."""
+    counts = {}
+    for name in filter(is_task_column, table.column_names):
+        labels = table[name].to_numpy()
+        counts[name.partition(":")[0]] = int((labels >= 0).sum()), int((labels == 1).sum())
+    return counts
+
+
+def add_counts(one: TaskCounts, other: TaskCounts) -> TaskCounts:
+    """The sums of both, by task."""
+    pairs = {name: (one.get(name, (0, 0)), other.get(name, (0, 0))) for name in one | other}
+    return {name: tuple(map(sum, zip(*pair, strict=True))) for name, pair in pairs.items()}
 
 
 def _part_name(index: int) -> str:

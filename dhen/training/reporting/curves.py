@@ -40,10 +40,11 @@ def draw_curves(metrics: Path, best_possible_ne: float | None = None) -> Path:
 
 
 def _draw(axis: Axes, rows: list[dict[str, str]], column: str) -> None:
-    for split, color in _COLORS.items():
+    colors = _COLORS | {row["split"]: None for row in rows if row["split"] not in _COLORS}  # further tasks
+    for split, color in colors.items():
         points = [
             (int(row["samples_seen"]), float(row[column])) for row in rows if row["split"] == split and row[column]
         ]
         if points:
-            style = {"marker": "o", "markersize": 4} if split == "validation" else {}
+            style = {"marker": "o", "markersize": 4} if split != "train" else {}
             axis.plot(*zip(*points, strict=True), color=color, label=split, linewidth=1.5, **style)

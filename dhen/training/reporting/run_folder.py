@@ -105,6 +105,10 @@ def announce(arguments: Arguments, layout: Layout, schema: Schema, fine_tuning: 
     values = _resolved(arguments, config)
     logger.info("arguments: %s", yaml.safe_dump(values, default_flow_style=True, width=10**6).strip())
     logger.info("data: %d dense and %d sparse features; %s", len(schema.dense), len(schema.sparse), rows)
+    for name, (labels, clicks) in schema.splits["train"].tasks.items():
+        logger.info(
+            "task %s: %s training rows have its label (%.1f%% are 1)", name, f"{labels:,}", 100 * clicks / labels
+        )
     skipped = sum(counts.bad_rows for counts in schema.splits.values())
     if skipped:
         logger.info("data: %s bad rows were skipped; see bad_rows.csv in the prepared folder", f"{skipped:,}")
@@ -130,10 +134,13 @@ def _resolved(arguments: Arguments, config: DhenConfig) -> dict[str, Any]:
 
 
 def metrics_of(evaluation: Evaluation, best_possible_ne: float | None = None) -> dict[str, Any]:
-    """The metrics for summary.json, with the best possible NE if it is known, and unseen: share by feature."""
+    """The metrics for summary.json, with the best possible NE if it is known, unseen: share by feature, and tasks:
+    metrics by further task, if there are any.
+    """
     best = {} if best_possible_ne is None else {"best_possible_ne": best_possible_ne}
     unseen = {name: of_feature.share for name, of_feature in evaluation.unseen.items()}
-    return asdict(evaluation.metrics) | best | {"unseen": unseen}
+    tasks = {name: asdict(metrics) for name, metrics in evaluation.tasks.items()}
+    return asdict(evaluation.metrics) | best | {"unseen": unseen} | ({"tasks": tasks} if tasks else {})
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -152,6 +159,8 @@ def print_metrics(by_split: dict[str, dict[str, Any]], console: Console | None =
         table.add_column(column.replace("_", " "), justify="right")
     for split, values in by_split.items():
         table.add_row(split, *(_shown(values.get(column)) for column in columns))
+        for task, of_task in values.get("tasks", {}).items():
+            table.add_row(f"{split} {task}", *(_shown(of_task.get(column)) for column in columns))
     (console or Console()).print(table)
 
 

@@ -21,6 +21,7 @@ from dhen.data.schema import MISSING_ID, DenseColumn, Schema, SparseColumn
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.parts import frozen_parts, part_of
+from dhen.model.tasks import LABEL_TASK
 from dhen.runtime.collectives import shared_out
 from dhen.runtime.topology import Topology
 from dhen.tables.sharded_tables import ShardedTables
@@ -154,8 +155,8 @@ def start_from(
 ) -> StartingPoint:
     """Match the trained model with the data in `prepared`.
 
-    new_head: an architecture. The head then starts anew, with its head_mlp and head_inputs. topology: the ranks share
-    out the vocabularies. They communicate; all of them call it. Without it, this process reads all.
+    new_head: an architecture. The heads then start anew, with its head_mlp, head_inputs and task_weights. topology: the
+    ranks share out the vocabularies. They communicate; all of them call it. Without it, this process reads all.
 
     Raises ArgumentError if the model has tables, but no row of them can be kept.
     """
@@ -164,11 +165,16 @@ def start_from(
     schema = replace(schema, sparse=sparse, dense=dense)
     architecture, before = trained.config.architecture, trained.dense_weights()
     if new_head:
-        architecture = replace(architecture, head_mlp=new_head.head_mlp, head_inputs=new_head.head_inputs)
+        taken = ("head_mlp", "head_inputs", "task_weights")
+        architecture = replace(architecture, **{name: getattr(new_head, name) for name in taken})
+    elif isinstance(architecture.task_weights, dict):
+        known = (LABEL_TASK, *schema.task_names)
+        kept_weights = {name: weight for name, weight in architecture.task_weights.items() if name in known}
+        architecture = replace(architecture, task_weights=kept_weights if schema.tasks else None)
     config = config_for(architecture, schema)
     kept = match_dense_weights(before, trained.config, _names(old), config, _names(schema))
     if new_head:
-        kept = {name: weight for name, weight in kept.items() if not name.startswith("head.")}
+        kept = {name: weight for name, weight in kept.items() if not name.startswith(("head.", "tasks."))}
     match = partial(_match_table, trained, prepared)
     matches = shared_out(sparse, match, topology) if topology else list(map(match, sparse))
     _check_any_kept(trained, matches)
@@ -232,7 +238,9 @@ def _shaped_by_features(config: DhenConfig) -> set[str]:
         more.append((sparse, num_dense + 1))
     values = vars(config.architecture)
     grown = [
-        _dense_part(DhenConfig(**values, sparse_features=tables, num_dense_features=count)).state_dict()
+        _dense_part(
+            DhenConfig(**values, sparse_features=tables, num_dense_features=count, tasks=config.tasks)
+        ).state_dict()
         for tables, count in more
     ]
     return {name for name, shape in shapes.items() if any(name not in of or of[name].shape != shape for of in grown)}
@@ -244,7 +252,10 @@ def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
         {"name": column.name, "num_embeddings": column.num_embeddings, "pooling": column.pooling}
         for column in schema.sparse
     ]
-    return DhenConfig(**vars(architecture), num_dense_features=len(schema.dense), sparse_features=tables)
+    if architecture.task_weights and not schema.tasks:
+        raise ArgumentError("task_weights has no effect: the schema has no further tasks. Remove it.")
+    features = {"num_dense_features": len(schema.dense), "sparse_features": tables, "tasks": list(schema.task_names)}
+    return DhenConfig(**vars(architecture), **features)
 
 
 def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[str]:

@@ -14,9 +14,9 @@ _METRICS = {"auc": "AUC", "ne": "normalized entropy", "logloss": "log loss", "ca
 def model_card(config: DhenConfig, schema: Schema, summary: dict[str, Any]) -> str:
     """Markdown text: the architecture, the training data, the metrics, and how to use the model.
 
-    summary: the contents of summary.json. Each value that is a dictionary holds the metrics of a split.
+    summary: the contents of summary.json. Each dictionary with an auc holds the metrics of a split.
     """
-    splits = {name: values for name, values in summary.items() if isinstance(values, dict)}
+    splits = {name: values for name, values in summary.items() if isinstance(values, dict) and "auc" in values}
     parameters = sum(table.num_embeddings for table in config.tables) * config.embedding_dim
     layers = "\n".join(
         f"- layer {index + 1}: {' + '.join(f'{spec.kind} ({spec.num_embeddings})' for spec in layer.interactions)}, "
@@ -26,7 +26,7 @@ def model_card(config: DhenConfig, schema: Schema, summary: dict[str, Any]) -> s
     rows = "\n".join(
         f"| {name} | {values['auc']:.5f} | {values['ne']:.5f} | {values['logloss']:.5f} | "
         f"{values['calibration']:.4f} | {values['examples']:,} |"
-        for name, values in splits.items()
+        for name, values in _with_tasks(splits).items()
     )
     decay = summary.get("ema_decay")
     average = f" The weights are moving averages over the steps, with decay {decay}." if decay else ""
@@ -65,6 +65,15 @@ model = AutoModel.from_pretrained("this folder")
 To score raw rows, run `recipes/predict.py --model_name_or_path`. It uses `schema.json` and `vocabulary/` to map values
 to ids.
 """
+
+
+def _with_tasks(splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The metrics by split, each followed by those of its further tasks."""
+    rows = {}
+    for split, values in splits.items():
+        rows[split] = values
+        rows |= {f"{split}, {task}": of_task for task, of_task in values.get("tasks", {}).items()}
+    return rows
 
 
 def _unseen(splits: dict[str, dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ Each rank writes a part of its own, a Parquet file, and rank 0 makes one file of
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,14 +14,19 @@ import pyarrow.parquet
 
 from dhen.config.command_line import ArgumentError
 
-COLUMNS = pa.schema([("row", pa.int64()), ("prediction", pa.float32()), ("label", pa.float32()),
-                     ("file", pa.string()), ("line", pa.int64())])  # fmt: skip
 _WRITERS = {
     **dict.fromkeys((".parquet", ".pq"), pl.LazyFrame.sink_parquet),
     ".csv": pl.LazyFrame.sink_csv,
     ".jsonl": pl.LazyFrame.sink_ndjson,
 }
 """What writes a file, by the file's name."""
+
+
+def columns_of(tasks: Sequence[str]) -> pa.Schema:
+    """The columns of predictions. tasks: the further tasks of the model."""
+    scores = [f"{kind}{of}" for of in ("", *(f"_{name}" for name in tasks)) for kind in ("prediction", "label")]
+    ends = [("file", pa.string()), ("line", pa.int64())]
+    return pa.schema([("row", pa.int64()), *((name, pa.float32()) for name in scores), *ends])
 
 
 def prediction_file(output: str | None) -> Path:
@@ -43,12 +48,12 @@ def parts_folder(path: Path) -> Path:
 
 
 @contextmanager
-def part_writer(folder: Path, rank: int) -> Iterator[pyarrow.parquet.ParquetWriter]:
+def part_writer(folder: Path, rank: int, columns: pa.Schema) -> Iterator[pyarrow.parquet.ParquetWriter]:
     """Open the part of a rank, which appears in the folder when it is complete."""
     part = _part_of(folder, rank)
     folder.mkdir(parents=True, exist_ok=True)
     draft = part.with_name(f".{part.name}.draft")
-    with pyarrow.parquet.ParquetWriter(draft, COLUMNS, compression="zstd") as writer:
+    with pyarrow.parquet.ParquetWriter(draft, columns, compression="zstd") as writer:
         yield writer
     draft.replace(part)
 

@@ -140,11 +140,14 @@ class TrainedModel:
             return file.get_slice(feature)[rows]
 
 
-def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str, scale: float) -> None:
+def export_model(
+    model: ParallelDhen, folder: Path, schema: Schema, prepared: Path, card: str, scales: Mapping[str, float]
+) -> None:
     """Write the trained model to `folder`, which appears only when it is complete. Communicates; all ranks call it.
 
     schema: the schema of the data, in the model's feature order. prepared: the prepared folder, for its vocabularies.
-    card: the text of the model card. scale: multiplies the logits, by way of the head's last layer.
+    card: the text of the model card. scales: by head, such as "head", what multiplies its logits, by way of its last
+    layer.
     """
     topology = model.topology
     draft = folder.with_name(f".{folder.name}.draft")
@@ -161,8 +164,10 @@ def export_model(model: ParallelDhen, folder: Path, schema: Schema, prepared: Pa
     dense = model.dense_state_dict()
     _write_uses(model, draft)
     if topology.is_main:
-        for name in ("weight", "bias"):
-            dense[f"head.{len(model.engine.module.head) - 1}.{name}"] *= scale
+        for head, scale in scales.items():
+            last = len(model.engine.module.get_submodule(head)) - 1
+            for name in ("weight", "bias"):
+                dense[f"{head}.{last}.{name}"] *= scale
         save_file(dense, draft / "model-dense.safetensors", metadata=_METADATA)
         written |= {name: _Written("model-dense.safetensors", of.dtype, of.nbytes) for name, of in dense.items()}
     by_rank = from_all(written, topology)

@@ -233,10 +233,10 @@ def test_a_header_alone_is_no_data(tmp_path):
         ),
         ("sparse: [u.v]", r"'u\.v' is not allowed as a feature name.*{name: new, column: u\.v}"),
         ("sparse: [type]", "'type' is not allowed as a feature name.*{name: new, column: type}"),
-        ("label: click\nsparse: [a, click]", "'click' uses the column 'click', which is the label"),
+        ("label: click\nsparse: [a, click]", "'click' uses the column 'click', which is a label"),
         (
             "label: click\nsparse: [a]\ndense: [{name: b, column: click}]",
-            "'b' uses the column 'click', which is the label",
+            "'b' uses the column 'click', which is a label",
         ),
         ("sparse: a", "sparse is 'a'. Use a list"),
         ("sparse: [a]\ndelimiter: '||'", "Use a single ASCII character"),

@@ -18,7 +18,16 @@ from dhen.data.hashing import hashed_ids
 from dhen.data.preparation.encoding.numbers import bin_ids, dense_values
 from dhen.data.preparation.encoding.vocabulary import KeyIds, Vocabulary
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.schema import LABEL, MISSING_ID, WEIGHT, DenseColumn, Schema, SparseColumn, weights_column
+from dhen.data.schema import (
+    LABEL,
+    MISSING_ID,
+    WEIGHT,
+    DenseColumn,
+    Schema,
+    SparseColumn,
+    is_task_column,
+    weights_column,
+)
 
 MOST_KEYS = 1_000_000
 """The largest vocabulary that `auto` makes."""
@@ -43,7 +52,7 @@ class Encoder:
     def encode_and_count(self, raw: pa.Table) -> tuple[pa.Table, dict[str, np.ndarray]]:
         """Like `encode`; also returns, by feature with a vocabulary, how many values of each row are not a key."""
         unknown: dict[str, np.ndarray] = {}
-        of_rows = [name for name in (LABEL, WEIGHT) if name in raw.column_names]
+        of_rows = [name for name in raw.column_names if name in (LABEL, WEIGHT) or is_task_column(name)]
         encoded: dict[str, pa.Array] = {name: raw[name].combine_chunks() for name in of_rows}
         for dense in self.dense:
             numbers = raw[dense.missing_of or dense.name].to_numpy()
