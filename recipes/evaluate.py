@@ -9,16 +9,16 @@ Without --dataset_name, it evaluates the test split of the data that the run was
 ranks.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from dhen.model.configuration_dhen import option
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
-from dhen.training.evaluation.group_metrics import GroupMetrics
+from dhen.training.evaluation.group_metrics import groups_by
 from dhen.training.evaluation.unseen import report_unseen
 from dhen.training.loop import evaluate
-from dhen.training.reporting.by_group import check_groups, report_groups
+from dhen.training.reporting.by_group import report_groups, summary_of_groups
 from dhen.training.reporting.run_folder import metrics_of, print_metrics, write_json
 from dhen.training.saved.scoring import ScoringArguments, load_for_scoring, parse_scoring_arguments
 
@@ -41,15 +41,12 @@ def main() -> None:
         arguments = parse_scoring_arguments(None, __doc__, EvaluationArguments)
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
-        groups = {name: GroupMetrics(at) for name, at in check_groups(arguments.metrics_by, loader).items()}
+        groups = groups_by(arguments.metrics_by, loader.schema)
         values = evaluate(model, loader, list(groups.values()))
         by_group = {name: each.compute(topology) for name, each in groups.items()}
         metrics = metrics_of(values, loader.schema.best_possible_ne.get(loader.split))
         if by_group:
-            metrics["by"] = {
-                name: {key: value for key, value in asdict(each).items() if key != "largest"}
-                for name, each in by_group.items()
-            }
+            metrics["by"] = summary_of_groups(by_group)
         if topology.is_main:
             print_metrics({loader.split: metrics})
             report_unseen(loader.split, values.unseen, loader.schema)

@@ -29,7 +29,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -342,9 +342,15 @@ def _found(folder: Path, status: int) -> dict[str, Any]:
         "dense_weights": int(re.search(r"([\d,]+) dense weights", log)[1].replace(",", "")),
         "evaluations": [[_number(row[key]) for key in ("samples_seen", "ne", "auc")] for row in rows],
         **{key: summary[key] for key in ("steps", "tested_step", "training_flops_per_sample")},
-        **{split: {key: of[key] for key in of if key not in ("unseen", "tasks")} for split, of in metrics.items()},
+        **{split: _figures_of(of) for split, of in metrics.items()},
         "tasks": {split: of["tasks"] for split, of in metrics.items() if "tasks" in of},
     }
+
+
+def _figures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of a split that are numbers, and the grouped AUC by each feature."""
+    figures = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
+    return figures | {f"gauc_{name}": values["gauc"] for name, values in metrics.get("by", {}).items()}
 
 
 def _number(text: str) -> float | None:

@@ -75,6 +75,8 @@ def _table(experiment: Experiment, outcome: Outcome) -> Iterator[str]:
     knows_best = any(run.metric("ne_over_best") for of_entry in runs.values() for run in of_entry.values())
     columns = [key for key in _COLUMNS if knows_best or key != "ne_over_best"]
     titles = [_COLUMNS[key] for key in columns]
+    groups = sorted({key for of in runs.values() for run in of.values() for key in run.test if key.startswith("gauc_")})
+    columns, titles = columns + groups, titles + [f"gAUC by {key.removeprefix('gauc_')}" for key in groups]
     yield from head(["entry", "seeds", *titles, "validation AUC", "validation NE", "CPU minutes", "source"])
     for entry in experiment.entries:
         progress = experiment.progress(entry, len(runs[entry.name]))

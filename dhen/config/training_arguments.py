@@ -167,6 +167,11 @@ class TrainingArguments:
     eval_steps: ranges.CountFrom0 = option(
         0, "Steps between evaluations on the validation split. 0: evaluate after each epoch."
     )
+    metrics_by: list[Text] = option(
+        [],
+        "Sparse features with one id per row, such as user and site: the last evaluations also measure the grouped AUC "
+        "and the metrics of the 1,000 largest groups.",
+    )
     save_steps: ranges.CountFrom0 = option(0, "Steps between checkpoints. 0: save after each evaluation.")
     async_save: Literal["auto", "on", "off"] = option(
         "auto",

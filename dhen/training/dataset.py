@@ -26,6 +26,7 @@ from dhen.data.schema import SCHEMA_FILE, SHARES, Schema, SplitCounts
 from dhen.data.synthetic import TRUTH_FILE, Recipe, generate_click_log, generated_log, holds_click_log
 from dhen.runtime.background import in_background
 from dhen.runtime.topology import Topology
+from dhen.training.evaluation.group_metrics import groups_by
 from dhen.training.saved.fine_tuning import StartingPoint, frozen_and_new, ignored_architecture, lost_tables, start_from
 from dhen.training.saved.trained_model import TrainedModel
 
@@ -138,12 +139,13 @@ def _say_lanes(train: BatchLoader, ranks: int) -> None:
 
 
 def _check_splits(arguments: Arguments, schema: Schema) -> None:
-    """Raise ArgumentError if the data lacks labels, or a split that the arguments need."""
+    """Raise ArgumentError or ValueError if the data lacks labels, or a split or feature that the arguments need."""
     training = arguments.training
     for split, counts in schema.splits.items():
         if counts.unlabelled:
             raise ArgumentError(f"{counts.unlabelled:,} rows in the {split} split have no label. Use labelled rows.")
         schema.check_weights(split)
+    groups_by(training.metrics_by, schema)
     is_cut = schema.source.get("format") != "hub" and schema.source.get("settings", {}).get("dataset_name")
     if training.negative_sampling_rate < 1 and is_cut:
         raise ArgumentError(

@@ -13,9 +13,11 @@ from dhen.config.arguments import Arguments
 from dhen.data.schema import Schema
 from dhen.planner.step_trace import training_flops_per_sample
 from dhen.training.dataset import TrainingData
+from dhen.training.evaluation.group_metrics import GroupedValues, groups_by
 from dhen.training.evaluation.unseen import UNSEEN_FILE, report_unseen, write_unseen
 from dhen.training.loop import Evaluation, Trainer, evaluate
 from dhen.training.memory_plan import precision_of
+from dhen.training.reporting.by_group import report_groups, summary_of_groups
 from dhen.training.reporting.curves import draw_curves
 from dhen.training.reporting.progress import METRICS_FILE, ProgressReporter
 from dhen.training.reporting.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
@@ -37,7 +39,9 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     output_dir, seconds, world = Path(training.output_dir), progress.watch.seconds, model.topology.world
     tested_step = trainer.load_best("Testing") if training.load_best_model_at_end else state.step
     splits = ["validation"] if training.skip_test else ["validation", "test"]
-    values = {split: evaluate(model, data.loaders[split]) for split in splits if split in data.loaders}
+    splits = [split for split in splits if split in data.loaders]
+    groups = {split: groups_by(training.metrics_by, data.schema) for split in splits}
+    values = {split: evaluate(model, data.loaders[split], list(groups[split].values())) for split in splits}
     before = {split: of_split.metrics for split, of_split in values.items()}
     scale, task_scales = 1.0, {}
     if training.calibrate:
@@ -47,6 +51,12 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
             logger.warning("calibrate: no number makes the validation loss least, so the logits stay as they are")
         values = {split: _scaled(of_split, scale, task_scales, world) for split, of_split in values.items()}
     results = {_NAMES[split]: metrics_of(of_split, best_ne.get(split)) for split, of_split in values.items()}
+    by_group: dict[str, dict[str, GroupedValues]] = {}
+    for split, of_split in groups.items() if training.metrics_by else ():
+        for each in of_split.values():
+            each.scale(scale)
+        by_group[split] = {name: each.compute(model.topology) for name, each in of_split.items()}
+        results[_NAMES[split]]["by"] = summary_of_groups(by_group[split])
     for split, metrics in before.items() if scale != 1 else ():
         results[_NAMES[split]] |= {"ne_before_scale": metrics.ne, "calibration_before_scale": metrics.calibration}
     flops = None
@@ -77,6 +87,9 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         write_json(output_dir / SUMMARY_FILE, summary)
         draw_curves(output_dir / METRICS_FILE, best_ne.get("validation"))
         print_metrics(results)
+        for split, of_split in by_group.items():
+            for name, each in of_split.items():
+                report_groups(name, each, data.loaders[split], output_dir / _NAMES[split])
         unseen = {split: of_split.unseen for split, of_split in values.items()}
         write_unseen(output_dir / UNSEEN_FILE, unseen)
         for split, of_split in unseen.items():

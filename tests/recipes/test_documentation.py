@@ -22,7 +22,7 @@ from dhen.config.data_arguments import DataArguments
 from dhen.config.dhen_section import DhenSection, PlacementSection
 from dhen.config.ds_config import AUTO
 from dhen.config.training_arguments import TrainingArguments
-from dhen.data.formats.column_role import DenseRole, SparseRole
+from dhen.data.formats.column_role import DenseRole, LabelRole, SparseRole, TaskRole
 from dhen.data.formats.roles import ColumnRoles, load_roles
 from dhen.data.preparation.settings import Format
 from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
@@ -215,6 +215,7 @@ def test_every_ds_config_and_key_of_our_section_is_explained():
 
 def test_every_key_of_the_schema_file_is_in_its_table_and_no_other():
     allowed = {"file": set(ColumnRoles.__dataclass_fields__), "dense": set(DenseRole.__dataclass_fields__),
+               "tasks": TaskRole.__dataclass_fields__.keys() - LabelRole.__dataclass_fields__.keys(),
                "sparse": {*SparseRole.__dataclass_fields__, "parts"} - {"part"}}  # fmt: skip
     listed: dict[str, set[str]] = {place: set() for place in allowed}
     for key, where, *_ in table(DATA, "The schema file"):

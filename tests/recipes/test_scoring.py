@@ -95,6 +95,27 @@ def test_evaluate_measures_groups_by_their_raw_values(trained, tmp_path, rows_of
     assert (tmp_path / "metrics-by-C1.png").stat().st_size > 1000
 
 
+def test_a_run_measures_groups_as_evaluate_does(trained, tmp_path):
+    flags = [f"--dataset_name={trained.prepared}", f"--model_name_or_path={trained.folder}", "--learning_rate=1e-9"]
+    flags += ["--ds_config=ds_configs/zero0.json", "--max_steps=2", "--metrics_by", "C9", "--calibrate"]
+    done = run_script("train.py", *flags, f"--output_dir={tmp_path / 'run'}", ranks=2)
+    assert done.status == 0, done.output
+    of_run = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
+    output = tmp_path / "metrics.json"
+    done = run_script(
+        "evaluate.py", f"--model_name_or_path={tmp_path / 'run'}", "--metrics_by", "C9", f"--output={output}"
+    )
+    assert done.status == 0, done.output
+    for key, value in json.loads(output.read_text())["by"]["C9"].items():
+        assert of_run["by"]["C9"][key] == pytest.approx(value, rel=1e-6), key
+    ours, theirs = (pl.read_csv(path) for path in (tmp_path / "run/test-by-C9.csv", tmp_path / "metrics-by-C9.csv"))
+    for key in ("ne", "calibration"):  # of the scaled logits
+        assert ours[key].to_list() == pytest.approx(theirs[key].to_list(), rel=1e-4, nan_ok=True)
+    done = run_script("train.py", *flags[:-3], "--metrics_by", "I1", f"--output_dir={tmp_path / 'wrong'}")
+    assert done.status == 1
+    assert "--metrics_by: 'I1' is no sparse feature" in done.output
+
+
 def test_a_group_must_be_a_sparse_feature(trained):
     done = run_script("evaluate.py", f"--model_name_or_path={trained.folder}", "--metrics_by", "I1")
     assert done.status == 1

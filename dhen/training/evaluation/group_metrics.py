@@ -8,6 +8,7 @@ Shapes: B examples of a batch, N examples on this rank, G groups on this rank, W
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from dhen.data.schema import Schema
 from dhen.model.features import SparseIds
 from dhen.runtime.collectives import all_to_all, from_all
 from dhen.runtime.topology import Topology
@@ -36,6 +38,17 @@ class GroupedValues:
     one_class: int
     left_out: int
     largest: dict[int, MetricValues]
+
+
+def groups_by(names: Sequence[str], schema: Schema) -> dict[str, "GroupMetrics"]:
+    """An accumulator for each feature. Raises ValueError if one does not have one id per example."""
+    columns = {column.name: column for column in schema.sparse}
+    single = [name for name, column in columns.items() if not column.is_multi_valued]
+    for name in names:
+        if name not in single:
+            what = "may have many ids in a row" if name in columns else "is no sparse feature"
+            raise ValueError(f"--metrics_by: {name!r} {what}. Use one of {', '.join(single) or 'no feature'}.")
+    return {name: GroupMetrics(list(columns).index(name)) for name in names}
 
 
 class GroupMetrics:
@@ -60,6 +73,11 @@ class GroupMetrics:
         weights_B = torch.ones_like(labels_B) if weights_B is None else weights_B
         ids_B = sparse.ids.split(list(sparse.counts_F))[self.feature]
         self._rows_B4.append(torch.stack([each.double() for each in (ids_B, logits_B, labels_B, weights_B)], dim=1))
+
+    def scale(self, factor: float) -> None:
+        """Multiply all logits so far."""
+        for rows_B4 in self._rows_B4:
+            rows_B4[:, 1] *= factor
 
     def compute(self, topology: Topology) -> GroupedValues:
         """The metrics over all ranks, the same on each. Communicates; all ranks call it after at least one update."""

@@ -2,7 +2,8 @@
 
 import csv
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,15 +20,10 @@ from dhen.training.reporting.run_folder import print_metrics
 _ROWS, _BARS = 10, 40
 
 
-def check_groups(names: list[str], loader: BatchLoader) -> dict[str, int]:
-    """The place of each feature among the sparse ones. Raises ValueError if one has no group per example."""
-    columns = {column.name: column for column in loader.schema.sparse}
-    single = [name for name, column in columns.items() if not column.is_multi_valued]
-    for name in names:
-        if name not in single:
-            what = "may have many ids in a row" if name in columns else "is no sparse feature"
-            raise ValueError(f"--metrics_by: {name!r} {what}. Use one of {', '.join(single) or 'no feature'}.")
-    return {name: list(columns).index(name) for name in names}
+def summary_of_groups(by_group: Mapping[str, GroupedValues]) -> dict[str, dict[str, float]]:
+    """The grouped AUC and the numbers of groups by feature, without the groups themselves."""
+    names = [item.name for item in fields(GroupedValues) if item.name != "largest"]
+    return {name: {key: getattr(values, key) for key in names} for name, values in by_group.items()}
 
 
 def report_groups(name: str, values: GroupedValues, loader: BatchLoader, output: Path | None) -> None:

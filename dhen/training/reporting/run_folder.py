@@ -35,7 +35,7 @@ ENVIRONMENT_FILE = "environment.json"
 OF_A_RUN = (
     SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "damaged-*", "latest", DS_CONFIG_FILE, "placement.json",
     "metrics.csv", "tensorboard", "curves.png", "zero_to_*.py", ENVIRONMENT_FILE,
-    UNSEEN_FILE, LOG_FILE,
+    UNSEEN_FILE, LOG_FILE, "eval-by-*", "test-by-*",
 )  # fmt: skip
 """The files and folders that a run writes."""
 logger = logging.getLogger(__name__)
