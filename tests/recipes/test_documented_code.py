@@ -82,16 +82,17 @@ def test_rows_are_scored_in_python_as_predict_scores_them(example):
     more = """
 import json
 import polars as pl
+assert not {"deepspeed", "fbgemm_gpu"} & {name.partition(".")[0] for name, module in sys.modules.items() if module}
 rows = pl.read_csv("example/train.csv").to_dicts()[:500]
 rows += [{"ad": 3}, {}, {"user": 10**9, "hour": 2, "topics": "unseen|news"}]
-print(json.dumps(click_probabilities(rows).tolist()))
+print(json.dumps(pipeline.predict(rows).tolist()))
 """
-    printed = run_code(without + block_with("click_probabilities") + more, example)
+    printed = run_code(without + block_with("predict([row])") + more, example)
     lines = (example / "example/train.csv").read_text().splitlines()[: 1 + 500]
     (example / "rows.csv").write_text("\n".join([*lines, "0,,,,3,,,,", "0,,,,,,,,", "0,2,,1000000000,,,,unseen|news,"]))
     done = run_script(
         "predict.py", f"--model_name_or_path={example / 'runs/example'}", f"--dataset_name={example / 'rows.csv'}",
-        f"--dataset_schema={example / 'example/schema.yaml'}", f"--output={example / 'scores.parquet'}",
+        f"--output={example / 'scores.parquet'}",
     )  # fmt: skip
     assert done.status == 0, done.output
     expected = pl.read_parquet(example / "scores.parquet")["prediction"].to_numpy()
@@ -163,15 +164,15 @@ def test_the_page_hashes_keys_as_the_preparation_does():
 def test_the_guide_loads_a_model(example, monkeypatch):
     (example / "runs/frappe").symlink_to(example / "runs/example")
     monkeypatch.chdir(example)
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"rows": pl.read_csv("example/train.csv")}
     exec(block_with("runs/frappe/model"), names)
-    assert type(names["model"]).__name__ == "DhenForClickPrediction"
+    assert names["probabilities"].shape == names["rows"]["label"].shape
 
 
 def test_no_block_of_code_is_left_out():
     known = (
         "scan_csv",
-        "click_probabilities",
+        "predict([row])",
         "row_ids",
         "runs/frappe/model",
         "register_interaction",  # test_users_interaction.py

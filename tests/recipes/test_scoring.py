@@ -21,7 +21,7 @@ from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import Schema
 from dhen.training.dataset import check_prepared_for
-from dhen.training.saved.predictions import join_parts, part_writer, parts_folder, prediction_file
+from dhen.training.saved.predictions import columns_of, join_parts, part_writer, parts_folder, prediction_file
 from tests.recipes.launch import TINY, assert_same_metrics, run_script, summary
 
 TOLERANCE = 1e-6
@@ -165,7 +165,7 @@ def test_a_folder_that_is_not_empty_is_not_written_to(tmp_path):
 def test_a_part_that_is_missing_is_named(tmp_path):
     path = tmp_path / "scores.csv"
     folder = parts_folder(path)
-    with part_writer(folder, 0):
+    with part_writer(folder, 0, columns_of([])):
         pass
     with pytest.raises(FileNotFoundError, match=r"part-00001\.parquet: the part of rank 1 is not there"):
         join_parts(folder, 2, path)

@@ -70,7 +70,7 @@ class CriteoReader(DelimitedReader):
                 return names[1:], 0
         return names, 0
 
-    def _typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
+    def typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
         label = columns.label_column(raw.get(LABEL), LabelRole(), checks, is_required=self.is_label_required)
         integers = {name: columns.number_column(raw[name], name, checks, is_integer=True) for name in INTEGERS}
         categories = {name: columns.hex_column(raw[name], name, checks) for name in CATEGORIES}

@@ -42,7 +42,7 @@ class DelimitedReader:
             )
             raw = {name: strings[name].combine_chunks() for name in names}
             checks = RowChecks(file, rows, text_blocks.line_quoter(raw, delimiter))
-            table = self._typed(raw, checks)
+            table = self.typed(raw, checks)
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
     def row_counts(self, file: str, stretch: Stretch = WHOLE) -> Iterator[tuple[int, int]]:
@@ -57,7 +57,8 @@ class DelimitedReader:
     def _quoting(self) -> text_blocks.Quoting | None:
         return text_blocks.Quoting(self.roles.quote, self.roles.delimiter) if self.roles.quote is not None else None
 
-    def _typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
+    def typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
+        """Convert raw columns to a `RawChunk.table`, and mark bad rows."""
         return typed_table(raw, self.roles, checks, is_label_required=self.is_label_required)
 
     def _checked_header(self, file: str) -> tuple[list[str], int]:

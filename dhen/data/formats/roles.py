@@ -31,15 +31,17 @@ for the columns of the file that it matches and that are named nowhere else.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import field, replace
+from dataclasses import field, fields, replace
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
@@ -54,6 +56,8 @@ _MISPLACED = (  # where a key is wrong, the key, where it is right, and what to 
     ("sparse", "scale", "dense", "List the column under dense, or remove it."),
     ("sparse", "missing_indicator", "dense", "Remove it: a blank of a sparse column already has its own id."),
 )
+COLUMNS_FILE = "columns.yaml"
+"""The roles of the raw columns, as such a file, in a prepared folder and in an exported model."""
 _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]{0,199}")
 
 
@@ -225,6 +229,21 @@ def load_roles(path: str | Path) -> ColumnRoles:
 def parse_roles(text: str | bytes, path: str | Path) -> ColumnRoles:
     """Parse the text of a YAML schema. Raises ValueError that begins with `path`."""
     return _roles_of(parse_yaml(text, path), path)
+
+
+def as_yaml(roles: ColumnRoles) -> str:
+    """The text of a YAML schema that says the same, without what is the default anyway."""
+
+    def told(role: Any, kind: type) -> dict[str, Any]:
+        values = {item.name: getattr(role, item.name) for item in fields(kind)}
+        defaults = {item.name: item.default for item in fields(kind)}
+        return {key: value for key, value in values.items() if value != defaults[key] and value not in ((), {})}
+
+    values = told(roles, ColumnRoles) | {"label": told(roles.label, LabelRole)}
+    values |= {name: [told(role, type(role)) for role in getattr(roles, name)] for name in ("dense", "sparse")}
+    values |= {"tasks": {name: told(role, TaskRole) for name, role in roles.tasks.items()}}
+    plain = {key: value for key, value in json.loads(json.dumps(values)).items() if value not in ([], {})}
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def _roles_of(content: dict[str, Any], path: str | Path) -> ColumnRoles:

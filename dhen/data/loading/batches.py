@@ -273,11 +273,12 @@ def _as_batch(rows: pa.Table, schema: Schema, global_rows: int, mean_weight: flo
     tasks_BT = None
     if schema.tasks:
         tasks_BT = torch.from_numpy(np.stack([rows[task_column(name)] for name in schema.task_names], axis=1))
-    sparse = _as_sparse_ids(rows, schema)
+    sparse = as_sparse_ids(rows, schema)
     return Batch(labels_B, torch.from_numpy(dense_BN), sparse, rows_B, global_rows, weights_B, tasks_BT)
 
 
-def _as_sparse_ids(rows: pa.Table, schema: Schema) -> SparseIds:
+def as_sparse_ids(rows: pa.Table, schema: Schema) -> SparseIds:
+    """The ids of prepared rows, feature by feature in the schema's order."""
     ids = [flat_values(rows[column.name]) for column in schema.sparse]
     joined = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *ids]))
     if not any(column.is_multi_valued for column in schema.sparse):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dhen.data.formats.raw_files import is_url, mark_of, of_each, open_file, size_of
 from dhen.data.formats.raw_rows import DataError
+from dhen.data.formats.roles import COLUMNS_FILE
 from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.reading.pieces import PIECE_BYTES
@@ -111,7 +112,8 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
         if origin is None:
             continue
         origin = Path(origin)
-        for file in (origin / SCHEMA_FILE, *sorted((origin / VOCABULARY_FOLDER).glob("*.parquet"))):
+        columns = [origin / COLUMNS_FILE] if (origin / COLUMNS_FILE).is_file() else []
+        for file in (origin / SCHEMA_FILE, *columns, *sorted((origin / VOCABULARY_FOLDER).glob("*.parquet"))):
             digest.update(f"{file.name}:{digests.of(str(file))}".encode())
     return digest.hexdigest()
 

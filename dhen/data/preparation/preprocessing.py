@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from dhen.data.formats.raw_files import mark_of, of_each
 from dhen.data.formats.raw_rows import BadRow, DataError
+from dhen.data.formats.roles import COLUMNS_FILE
 from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, copy_vocabulary
 from dhen.data.preparation.reading import pieces as cutting
 from dhen.data.preparation.reading.pieces import Piece
@@ -155,6 +157,7 @@ def _join(work: Unfinished, pieces: list[Piece], encoder: Path, source: dict[str
     columns = Schema.load(encoder)
     for name in columns.looked_up:
         copy_vocabulary(encoder, folder, name)
+    shutil.copy(encoder / COLUMNS_FILE, folder)
     facts = {"has_weights": has_weights, "tasks": columns.tasks}
     schema = Schema(columns.dense, columns.sparse, splits, source | columns.source, **facts)
     schema.save(folder)

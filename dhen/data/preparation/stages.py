@@ -24,12 +24,14 @@ import pyarrow as pa
 
 from dhen.data.formats.canonical import canonical_keys
 from dhen.data.formats.raw_rows import DataError
+from dhen.data.formats.roles import COLUMNS_FILE, ColumnRoles, as_yaml, load_roles
 from dhen.data.preparation.encoding.encoder import (
     MOST_KEYS,
     AskedEncoding,
     Encoder,
     asked_encodings,
     check_same_features,
+    check_same_meaning,
     hash_rows,
     new_columns,
 )
@@ -97,12 +99,15 @@ def _given_encoder(work: Unfinished, raw: Raw) -> Path:
     """Copy the encoder of a prepared folder or a saved model."""
     origin = Path(raw.settings.schema_from)
     schema = Schema.load(origin)
-    check_same_features(raw.reader.roles, schema, origin)
+    roles = raw.reader.roles
+    check_same_features(roles, schema, origin)
+    if (origin / COLUMNS_FILE).is_file():
+        check_same_meaning(roles, load_roles(origin / COLUMNS_FILE), origin)
 
     def make(folder: Path) -> None:
         for name in schema.looked_up:
             copy_vocabulary(origin, folder, name)
-        _save_encoder(folder, replace(schema, splits={}, source={}, tasks=_tasks_of(raw)))
+        _save_encoder(folder, replace(schema, splits={}, source={}, tasks=_tasks_of(raw)), roles)
 
     return work.once(_ENCODER, make)
 
@@ -158,7 +163,7 @@ def _fit_encoder(work: Unfinished, raw: Raw, pieces: list[Piece]) -> Path:
         fitted = kept | {name: fit.result(name) for name, fit in fits.items()}
         source = {ESTIMATED_KEYS: num_keys} if num_keys else {}
         columns = new_columns(roles, asked, table_rows, fitted)
-        _save_encoder(folder, Schema(*columns, {}, source, tasks=_tasks_of(raw)))
+        _save_encoder(folder, Schema(*columns, {}, source, tasks=_tasks_of(raw)), roles)
 
     return work.once(_ENCODER, make)
 
@@ -167,9 +172,10 @@ def _tasks_of(raw: Raw) -> tuple[TaskColumn, ...]:
     return tuple(TaskColumn(name, role.given_click) for name, role in raw.reader.roles.tasks.items())
 
 
-def _save_encoder(folder: Path, schema: Schema) -> None:
+def _save_encoder(folder: Path, schema: Schema, roles: ColumnRoles) -> None:
     """Write what the workers encode with, beside the vocabularies. All of them share the files of a vocabulary."""
     schema.save(folder)
+    (folder / COLUMNS_FILE).write_text(as_yaml(roles), encoding="utf-8")
     for name in schema.looked_up:
         save_key_ids(folder, name)
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dhen.data.format_version import VERSION_KEY, check_format_version
+from dhen.data.formats.roles import COLUMNS_FILE
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.paths import find, looked_in
@@ -182,6 +183,8 @@ def export_model(
         schema.save(draft)
         if (prepared / VOCABULARY_FOLDER).is_dir():
             shutil.copytree(prepared / VOCABULARY_FOLDER, draft / VOCABULARY_FOLDER)
+        if (prepared / COLUMNS_FILE).is_file():
+            shutil.copy(prepared / COLUMNS_FILE, draft)
         (draft / "README.md").write_text(card, encoding="utf-8")
         aside = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(aside, ignore_errors=True)

@@ -178,6 +178,22 @@ def check_same_features(roles: ColumnRoles, schema: Schema, folder: Path) -> Non
             )
 
 
+def check_same_meaning(roles: ColumnRoles, trained: ColumnRoles, folder: Path) -> None:
+    """Raise DataError if these roles make other categories or labels of the same values. Columns may have other names,
+    and text may be laid out in another way.
+    """
+    before = {role.name: role for role in trained.sparse} | {"label": trained.label} | trained.tasks
+    now = {role.name: role for role in roles.sparse} | {"label": roles.label} | roles.tasks
+    for name in before.keys() & now.keys():
+        for key in ("transform", "part", "bins", "positive", "greater_than", "given_click"):
+            was, given = (getattr(of[name], key, None) for of in (before, now))
+            if was != given:
+                raise DataError(
+                    f"{folder}: {key} of {name!r} was {was!r} in training, but the schema of these rows says "
+                    f"{given!r}. Use the same, or leave out dataset_schema if the columns are those of training."
+                )
+
+
 def _kind(sparse: SparseRole | SparseColumn) -> str:
     kind = "multi-valued sparse" if sparse.is_multi_valued else "sparse" if sparse.bins is None else "sparse with bins"
     return f"weighted {kind}" if sparse.is_weighted else kind

@@ -15,7 +15,7 @@ from dhen.data.formats.libsvm import LibsvmReader
 from dhen.data.formats.parquet import ParquetReader
 from dhen.data.formats.raw_files import files_at, is_url
 from dhen.data.formats.raw_rows import DataError, Reader
-from dhen.data.formats.roles import TimedRoles, load_roles
+from dhen.data.formats.roles import COLUMNS_FILE, TimedRoles, load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
 from dhen.data.schema import SCHEMA_FILE, SPLITS
 from dhen.data.synthetic import RECIPES
@@ -76,7 +76,11 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
     is_required, block_bytes = settings.is_label_required, settings.block_bytes
     if settings.time_column is not None and format_name in ("criteo", "libsvm"):
         raise ValueError(f"time_column: files of the format {format_name} do not name columns. Sort them by time.")
-    roles = load_roles(settings.dataset_schema) if settings.dataset_schema else None
+    given = settings.dataset_schema
+    if given is None and format_name not in ("criteo", "libsvm"):
+        origins = [Path(model) / COLUMNS_FILE for model in (settings.schema_from, settings.like) if model]
+        given = next((path for path in origins if path.is_file()), None)
+    roles = load_roles(given) if given else None
     if format_name == "criteo":
         reader = CriteoReader(is_label_required=is_required, block_bytes=block_bytes)
         return reader.with_encodings(roles, settings.dataset_schema) if roles else reader
