@@ -62,7 +62,12 @@ class Ensemble(nn.Module):
 
 
 class InteractionEnsemble(nn.Module):
-    """Ensemble(Interaction_1(X), …, Interaction_k(X)), the first term of eq. 1: what an expert of a layer computes."""
+    """Ensemble(Interaction_1(X), …, Interaction_k(X)), the first term of eq. 1: what an expert of a layer computes.
+
+    >>> linear, context = InteractionSpec("linear", 3), InteractionContext(5, 3, embedding_dim=4)
+    >>> InteractionEnsemble([linear], [context], "sum")(torch.ones(2, 5, 4), torch.empty(2, 0)).shape
+    torch.Size([2, 3, 4])
+    """
 
     def __init__(
         self, specs: Sequence[InteractionSpec], contexts: Sequence[InteractionContext], kind: EnsembleKind
