@@ -109,7 +109,7 @@ class MixtureOfExperts(nn.Module):
 
     In training, an expert with a capacity computes at most ceil(capacity_factor R / E) rows: first the examples whose
     first choice it is, in their order, then those whose second choice it is, and so on. The rest is dropped and adds 0
-    to y. `rows` counts all rows and the dropped ones, since the start of the process.
+    to y. `row_counts` counts all rows and the dropped ones, since the start of the process.
 
     >>> from dhen.model.expert_mlps import ExpertMlps
     >>> mixture = MixtureOfExperts(Gate(8, num_experts=4, num_chosen=2), ExpertMlps(4, 8, [16], 3)).eval()
@@ -125,14 +125,14 @@ class MixtureOfExperts(nn.Module):
         """
         super().__init__()
         self.gate, self.experts, self.capacity_factor = gate, experts, capacity_factor
-        rows = None if capacity_factor is None else torch.empty(2, dtype=torch.int64)
-        self.register_buffer("rows", rows, persistent=False)
+        counts = None if capacity_factor is None else torch.empty(2, dtype=torch.int64)
+        self.register_buffer("row_counts", counts, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start the counts of rows at 0."""
-        if self.rows is not None:
-            self.rows.zero_()
+        if self.row_counts is not None:
+            self.row_counts.zero_()
 
     def forward(self, x_BI: Tensor, *others: Tensor) -> Output:
         """Return y_BO, with the sum of the losses of the gate and the experts if there are any.
@@ -160,7 +160,7 @@ class MixtureOfExperts(nn.Module):
         chosen_RE = _is_of(experts_BK.t().flatten(), self.gate.num_experts)  # all first choices, then all second ones
         places_R = (chosen_RE.cumsum(0) * chosen_RE).sum(1)
         is_dropped_BK = (places_R > capacity).view(experts_BK.t().shape).t()
-        self.rows += torch.stack([torch.ones_like(is_dropped_BK).sum(), is_dropped_BK.sum()])
+        self.row_counts += torch.stack([torch.ones_like(is_dropped_BK).sum(), is_dropped_BK.sum()])
         return experts_BK.masked_fill(is_dropped_BK, self.gate.num_experts)
 
 
@@ -194,8 +194,8 @@ class ModuleExperts(nn.ModuleList):
 
 def dropped_rows(model: nn.Module) -> Tensor | None:
     """All rows, and those that experts of `model` dropped because they were full; None without capacities. (2,)."""
-    counts = [module.rows for module in model.modules() if isinstance(module, MixtureOfExperts)]
-    counts = [rows for rows in counts if rows is not None]
+    mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    counts = [mixture.row_counts for mixture in mixtures if mixture.row_counts is not None]
     return torch.stack(counts).sum(0) if counts else None
 
 

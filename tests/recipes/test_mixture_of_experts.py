@@ -22,8 +22,9 @@ def test_a_run_exports_a_model_with_its_metrics_in_which_the_balancing_loss_has_
     settings = json.loads((ROOT / "ds_configs/zero3.json").read_text())
     ds_config.write_text(json.dumps(settings | {"dhen": {"activation_checkpointing": "all"}}))
     flags = [f"--dataset_name={click_log}", f"--output_dir={run}", *TINY, "--max_steps=4", f"--ds_config={ds_config}"]
-    done = run_script("train.py", *flags, "--interactions", json.dumps([EXPERTS]), ranks=2)
+    done = run_script("train.py", *flags, "--interactions", json.dumps([EXPERTS]), "--z_loss=0.5", ranks=2)
     assert done.status == 0, done.output
+    assert "z_loss has no effect in layers whose experts is not interactions or ensembles" in done.output
     assert max(float(loss) for loss in losses(run).values()) < 2
     model = AutoModel.from_pretrained(run / "model").eval()
     assert isinstance(model, DhenForClickPrediction)
@@ -66,6 +67,7 @@ def test_a_run_of_layers_of_experts_resumes_to_the_bit_counts_what_it_drops_and_
     assert losses(broken) == losses(straight)
     assert summary(broken)["test"] == summary(straight)["test"]
     assert 0 < summary(straight)["dropped_share"] < 0.9
+    assert ", concat, 3 experts, 2 per example" in (straight / "model/README.md").read_text()
     state = AutoModel.from_pretrained(straight / "model").state_dict()
     dense = sum("tables." not in name for name in state)
     assert f"dense weights: {dense} of {dense} kept" in done.output
