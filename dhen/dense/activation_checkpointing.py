@@ -67,11 +67,14 @@ def _modules(model: DhenForClickPrediction, what: str | int | Sequence[str]) -> 
     if isinstance(what, str | int):
         yield from first_layers(model, what)
         return
-    of_layers = [[spec.kind for spec in layer.interactions] for layer in model.config.layer_specs]
+    of_layers = [
+        [spec.kind for of in layer.interactions_by_expert for spec in of] for layer in model.config.layer_specs
+    ]
     for kind in what:
         if not any(kind in kinds for kinds in of_layers):
             raise ValueError(
                 f"{list(what)}: {unknown_name('interaction of this model:', kind, set().union(*of_layers))}"
             )
     for layer, kinds in zip(model.model.layers, of_layers, strict=True):
-        yield from (module for module, kind in zip(layer.interactions, kinds, strict=True) if kind in what)
+        interactions = layer.named_interactions().values()
+        yield from (module for module, kind in zip(interactions, kinds, strict=True) if kind in what)

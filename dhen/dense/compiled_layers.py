@@ -1,6 +1,7 @@
 """torch.compile of the layers: a layer's forward and backward become a few fused kernels.
 
-Training steps run compiled layers; evaluations run them as written. Layers of equal shapes share their kernels. They
+Training steps run compiled layers; evaluations run them as written, and so do the experts of a layer, except for MLPs.
+Layers of equal shapes share their kernels. They
 are compiled at the first step, and once more for the first batch of another size. Each compilation is logged.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, on_compile_end, on_compile_start
 
 from dhen.model.layer import DhenLayer
-from dhen.model.mixture_of_experts import Output
+from dhen.model.mixture_of_experts import ModuleExperts, Output
 from dhen.model.modeling_dhen import DhenForClickPrediction
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ def compile_layers(model: DhenForClickPrediction, what: Literal["none", "layers"
         return
     _check_compiler(device)
     layers = model.model.layers
+    for module in model.modules():
+        if isinstance(module, ModuleExperts):  # their numbers of rows differ in each step
+            module.forward = torch.compiler.disable(module.forward)
     # torch keeps one list of compiled versions for all layers, because they share their code. Over its limit, it would
     # run the rest as written.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES_OF_A_LAYER * len(layers))

@@ -14,13 +14,14 @@ from dhen.model.gate import GateKind
 from dhen.model.interactions import PRESETS, InteractionSpec, check_interaction
 from dhen.model.mlp import Activation
 from dhen.model.names import check_names, check_type, is_valid_table_name, quoted, unique_keys
-from dhen.model.ranges import Depth, NotNegative, Rows, ShareBelowOne, Size, SizeFrom0
+from dhen.model.ranges import Depth, FromOne, NotNegative, Rows, ShareBelowOne, Size, SizeFrom0
 from dhen.model.tasks import TaskWeights, read_task_weights
 
 EnsembleKind = Literal["concat", "sum", "weighted_sum"]
 NormKind = Literal["layer_norm", "rms_norm", "batch_norm", "none"]
 NormPosition = Literal["post", "pre", "inner"]
 InteractionInit = Literal["default", "zero"]
+Experts = Literal["none", "interactions", "ensembles"]
 Entries = list[str | dict[str, Any]] | str | None
 
 
@@ -69,6 +70,19 @@ class LayerSpec:
     interaction_init: InteractionInit
     gate: GateKind
     gate_sparsity: float
+    experts: Experts
+    num_experts: int
+    experts_per_example: int
+    capacity_factor: float | None
+    balance_loss: float
+    z_loss: float
+
+    @property
+    def interactions_by_expert(self) -> tuple[tuple[InteractionSpec, ...], ...]:
+        """The interactions of each expert. Without experts, all interactions, once."""
+        if self.experts == "interactions":
+            return tuple((interaction,) for interaction in self.interactions)
+        return (self.interactions,) * (self.num_experts if self.experts == "ensembles" else 1)
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -93,8 +107,8 @@ class DhenArchitecture:
     layers: Entries = option(
         None,
         "One object per layer, {interactions, …}. Replaces num_layers. An object may override interactions, ensemble, "
-        "norm, norm_position, dropout, batch_norm, activation, interaction_init, gate, gate_sparsity and "
-        "num_embeddings_out for its layer. As text: JSON.",
+        "norm, norm_position, dropout, batch_norm, activation, interaction_init, num_embeddings_out and what concerns "
+        "gates and experts for its layer. As text: JSON.",
     )
     num_embeddings_out: Size = option(
         16, "L, the number of embeddings that an interaction outputs, unless its entry sets it."
@@ -124,6 +138,20 @@ class DhenArchitecture:
     gate_sparsity: NotNegative = option(
         0.01, "Factor of the hard gates' mean openness in the training loss. The larger, the fewer layers are computed."
     )
+    experts: Experts = option(
+        "none",
+        "Make each layer a mixture of experts, of which a router chooses some for each example: interactions = each "
+        "interaction is an expert; ensembles = num_experts copies of the layer's ensemble.",
+    )
+    num_experts: Size = option(4, "Number of ensembles in a layer, if these are its experts.")
+    experts_per_example: Size = option(2, "Number of a layer's experts that compute an example.")
+    capacity_factor: FromOne | None = option(
+        None,
+        "In training, an expert computes at most this many times its even share of a batch. To other examples it adds "
+        "nothing, so that the shortcut remains. None: no limit.",
+    )
+    balance_loss: NotNegative = option(0.01, "Factor of the loss that keeps the experts equally busy.")
+    z_loss: NotNegative = option(0.001, "Factor of the loss that keeps the router's logits small.")
     head_inputs: Literal["last", "all"] = option(
         "last", "What the head reads: the output of the last layer, or the first layer's input and all layers' outputs."
     )
@@ -137,6 +165,13 @@ class DhenArchitecture:
     )
 
 
+_HAS_EXPERTS = ("experts", ("interactions", "ensembles"))
+NEEDS = {
+    "gate_sparsity": ("gate", ("hard",)),
+    "num_experts": ("experts", ("ensembles",)),
+    **dict.fromkeys(("experts_per_example", "capacity_factor", "balance_loss", "z_loss"), _HAS_EXPERTS),
+}
+"""Options of a layer that only have an effect with these values of another option."""
 _LAYER_KEYS = ("num_embeddings_out", *(item.name for item in fields(LayerSpec)))
 _DATA_FIELDS = {"num_dense_features": SizeFrom0, "sparse_features": list[dict[str, Any]], "tasks": list[str]}
 
@@ -220,8 +255,15 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
             specs = tuple(spec for item in entries for spec in _interaction_specs(item, default_size))
             if not specs:
                 raise ValueError("a layer needs at least one interaction.")
-            if "gate_sparsity" in entry and settings["gate"] != "hard":
-                raise ValueError(f"gate_sparsity needs gate 'hard', but gate is {settings['gate']!r}. Remove it.")
+            for name, (key, values) in NEEDS.items():
+                if name in entry and settings[key] not in values:
+                    needed = " or ".join(map(repr, values))
+                    raise ValueError(f"{name} needs {key} {needed}, but {key} is {settings[key]!r}. Remove it.")
+            if settings["experts"] == "interactions" and settings["ensemble"] == "concat":
+                raise ValueError(
+                    "experts 'interactions' adds the outputs of the chosen interactions, but ensemble is 'concat'. Use "
+                    "ensemble 'sum' or 'weighted_sum'."
+                )
             sizes = {spec.num_embeddings for spec in specs}
             if settings["ensemble"] != "concat" and len(sizes) > 1:
                 raise ValueError(

@@ -50,6 +50,7 @@ Positive = Annotated[FiniteFloat, Interval(gt=0, le=1e30), _NUMBER]
 Epsilon = Annotated[FiniteFloat, Interval(ge=1e-30, le=1e18), _NUMBER]
 """Above 0 in float32 too: without one, a weight whose gradient is 0 becomes NaN."""
 NotNegative = Annotated[FiniteFloat, Interval(ge=0, le=1e18), _NUMBER]
+FromOne = Annotated[FiniteFloat, Interval(ge=1, le=1e18), _NUMBER]
 Share = Annotated[FiniteFloat, Interval(ge=0, le=1), _NUMBER]
 ShareBelowOne = Annotated[FiniteFloat, Interval(ge=0, lt=1), _NUMBER]
 ShareBetween = Annotated[FiniteFloat, Interval(gt=0, lt=1), _NUMBER]

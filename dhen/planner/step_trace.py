@@ -26,6 +26,7 @@ from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.gate import LayerGate
 from dhen.model.layer import DhenLayer
+from dhen.model.mixture_of_experts import ModuleExperts
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.planner.cuda_autocast import cuda_autocast
 from dhen.planner.live_memory import LiveMemory
@@ -165,7 +166,8 @@ def training_flops_per_sample(
     Counted are matrix products, convolutions and attention, with 2 for a multiply-add, as torch.utils.flop_counter
     does; of a mixture of experts, those of the chosen experts and of the gate. Not counted are the tables, the
     optimizer, what is computed element by element, and recomputation. num_passes: of the example through the layers.
-    batch_size and precision change no count; with those of an earlier `trace_step`, this costs nothing.
+    batch_size and precision change no count, except if experts have different costs: then the larger the batch, the
+    closer the count is to the mean. With those of an earlier `trace_step`, this costs nothing.
     """
     try:
         trace = trace_step(config, batch_size, precision, num_passes=num_passes)
@@ -245,10 +247,7 @@ def _evaluation(config: str, batch_size: int, precision: Precision) -> int:
         torch.no_grad(),
         LiveMemory([*model.parameters(), *model.buffers(), *inputs.values()]) as memory,
     ):
-        for module in model.eval().modules():
-            if isinstance(module, LayerGate):
-                module.skips = False  # which examples are skipped depends on values
-        model(**inputs)
+        model.eval()(**inputs)
         return memory.peak
 
 
@@ -262,6 +261,11 @@ def _on_fake_tensors(
         warnings.simplefilter("ignore")
         with local_torch_dtype(precision.weights):  # .to() cannot change fake weights
             model = DhenForClickPrediction(DhenConfig(**json.loads(config)), with_tables=False)
+        for module in model.modules():  # what depends on values
+            if isinstance(module, LayerGate):
+                module.skips = False
+            elif isinstance(module, ModuleExperts):
+                module.is_even = True
         num_sparse, dim = len(model.config.sparse_features), model.config.embedding_dim
         embeddings_BFD = torch.empty(batch_size, num_sparse, dim, requires_grad=num_sparse > 0)
         dense_BN = torch.empty(batch_size, model.config.num_dense_features)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dhen.config.arguments import Arguments
 from dhen.data.schema import Schema
+from dhen.model.mixture_of_experts import dropped_rows
 from dhen.planner.step_trace import training_flops_per_sample
 from dhen.training.dataset import TrainingData
 from dhen.training.evaluation.group_metrics import GroupedValues, groups_by
@@ -79,6 +80,9 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         "zero_stage": model.ds_config.zero_stage,
         "training_flops_per_sample": flops,
     }
+    if (rows := dropped_rows(model.engine.module)) is not None:
+        dist.all_reduce(rows, group=world)
+        summary["dropped_share"] = rows[1].item() / max(rows[0].item(), 1)
     card = model_card(model.config, data.schema, summary)
     with model.averaged():
         scales = {"head": scale} | {f"tasks.heads.{name}": of_task for name, of_task in task_scales.items()}
@@ -96,6 +100,8 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
             report_unseen(split, of_split, data.schema)
         for sentence in doubts(arguments, state.step, tested_step, values, data.schema):
             logger.warning("%s", sentence)
+        if "dropped_share" in summary:
+            logger.info("experts were full for %.2f %% of the choices in training", 100 * summary["dropped_share"])
         rate = summary["samples_per_second"]
         logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
         is_last = tested_step == state.step

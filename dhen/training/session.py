@@ -18,7 +18,7 @@ from dhen.config.command_line import ArgumentError
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import AUTO, SECTION, DsConfig, read_ds_config
 from dhen.config.training_arguments import TrainingArguments
-from dhen.model.configuration_dhen import DhenArchitecture, DhenConfig
+from dhen.model.configuration_dhen import NEEDS, DhenArchitecture, DhenConfig
 from dhen.model.names import quoted
 from dhen.model.parts import frozen_parts
 from dhen.planner.machine import read_machine
@@ -174,9 +174,11 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
     dropouts = [module.p for module in model.engine.module.modules() if isinstance(module, nn.Dropout)]
     if training.self_ensemble and not any(dropouts) and model.topology.is_main:
         logger.warning("self_ensemble has no effect: dropout is 0 in all layers")
-    specs, default = model.config.layer_specs, DhenArchitecture().gate_sparsity
-    if model.topology.is_main and any(spec.gate != "hard" and spec.gate_sparsity != default for spec in specs):
-        logger.warning("gate_sparsity has no effect in layers without a hard gate")
+    specs, default = model.config.layer_specs, DhenArchitecture()
+    for name, (key, values) in NEEDS.items() if model.topology.is_main else ():
+        given = [spec for spec in specs if getattr(spec, name) != getattr(default, name)]
+        if any(getattr(spec, key) not in values for spec in given):
+            logger.warning("%s has no effect in layers whose %s is not %s", name, key, " or ".join(values))
     if training.resume_from_checkpoint:
         folder = Path(training.resume_from_checkpoint)
         trainer.restore(load_checkpoint(model, folder, trainer.running_loss.sums, trainer.data_order), folder)

@@ -47,10 +47,10 @@ def test_losses_are_those_of_layers_as_written():
 
 
 def model_of(
-    *, is_compiled: bool, is_offloaded: bool = False, interaction: Any = "linear", gate: str = "none"
+    *, is_compiled: bool, is_offloaded: bool = False, interaction: Any = "linear", **layer: str
 ) -> DhenForClickPrediction:
     torch.manual_seed(0)
-    config = DhenConfig(**CONFIG | {"num_layers": 1, "interactions": [interaction], "norm": "batch_norm", "gate": gate})
+    config = DhenConfig(**CONFIG | {"num_layers": 1, "interactions": [interaction], "norm": "batch_norm"} | layer)
     model = DhenForClickPrediction(config, with_tables=False)
     compile_layers(model, "layers" if is_compiled else "none", CPU)
     if is_offloaded:
@@ -61,16 +61,17 @@ def model_of(
 
 
 @pytest.mark.parametrize(
-    ("interaction", "gate", "sizes"),
+    ("interaction", "layer", "sizes"),
     [
-        ("linear", "none", (64, 32, 1, 0, 64)),
-        ({"kind": "advanced_dlrm", "num_experts": 4}, "none", (64, 32)),
-        ("linear", "hard", (64, 32)),
+        ("linear", {}, (64, 32, 1, 0, 64)),
+        ({"kind": "advanced_dlrm", "num_experts": 4}, {}, (64, 32)),
+        ("linear", {"gate": "hard"}, (64, 32)),
+        ("linear", {"experts": "ensembles", "capacity_factor": 1.0}, (64, 33, 32, 1, 0, 31)),
     ],
     ids=str,
 )
-def test_batch_norm_offload_and_batches_of_other_sizes(interaction, gate, sizes):
-    models = [model_of(is_compiled=it, is_offloaded=it, interaction=interaction, gate=gate) for it in (False, True)]
+def test_batch_norm_offload_and_batches_of_other_sizes(interaction, layer, sizes):
+    models = [model_of(is_compiled=it, is_offloaded=it, interaction=interaction, **layer) for it in (False, True)]
     for size in sizes:
         x_BFD, dense_BN = torch.randn(size, 5, 8), torch.randn(size, 3)
         outputs = [model(inputs_embeds=x_BFD, dense=dense_BN, labels=torch.ones(size)) for model in models]
@@ -78,7 +79,7 @@ def test_batch_norm_offload_and_batches_of_other_sizes(interaction, gate, sizes)
             (each.loss + each.logits.sum()).backward()
         torch.testing.assert_close(*(each.logits for each in outputs))
         torch.testing.assert_close(*(each.auxiliary_loss for each in outputs))
-        assert (outputs[0].auxiliary_loss is None) == (interaction == "linear" and gate == "none")
+        assert (outputs[0].auxiliary_loss is None) == (interaction == "linear" and not layer)
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
     for one, other in zip(*(model.buffers() for model in models), strict=True):

@@ -237,7 +237,10 @@ def test_under_autocast_the_experts_are_in_bf16_and_the_gate_is_not():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_experts": 4, "experts_per_example": 5}, "experts_per_example is 5. Use a number up to num_experts, 4."),
+        (
+            {"num_experts": 4, "experts_per_example": 5},
+            "experts_per_example is 5. Use a number up to that of the experts, 4.",
+        ),
         ({"experts_per_example": 1}, "experts_per_example has no effect because num_experts is 1"),
         ({"balance_loss": 0.0}, "balance_loss has no effect because num_experts is 1"),
         ({"noisy_gate": True}, "noisy_gate has no effect because num_experts is 1"),

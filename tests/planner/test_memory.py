@@ -53,9 +53,7 @@ EXPERTS = {"kind": "advanced_dlrm", "num_experts": 8, "over_arch": [128]}
 INTERACTIONS = ("advanced_dlrm", "self_attention", "linear", "deep_cross_flattened")
 
 
-def planner_of(
-    precision: str, depth: int = DEPTH, interactions: Sequence[Any] = INTERACTIONS, gate: str = "none"
-) -> Planner:
+def planner_of(precision: str, depth: int = DEPTH, interactions: Sequence[Any] = INTERACTIONS, **layer: Any) -> Planner:
     config = DhenConfig(
         num_dense_features=5,
         sparse_features=[{"name": f"C{index}", "num_embeddings": 50} for index in range(TABLES)],
@@ -63,7 +61,7 @@ def planner_of(
         num_layers=depth,
         num_embeddings_out=6,
         interactions=list(interactions),
-        gate=gate,
+        **layer,
     )
     machine = read_machine("cpu", ranks_per_node=2)
     return Planner(Job(config, BATCH, machine, nodes=2, precision=precision))
@@ -76,10 +74,10 @@ def measured_peaks(
     accumulation: int = 1,
     interactions: Sequence[Any] = INTERACTIONS,
     frozen: frozenset[str] = frozenset(),
-    gate: str = "none",
+    **layer: Any,
 ) -> list[int]:
     """Most bytes alive in a step of this rank, by technique."""
-    planner, peaks = planner_of(precision, interactions=interactions, gate=gate), []
+    planner, peaks = planner_of(precision, interactions=interactions, **layer), []
     for technique in techniques:
         whole = planner.whole_ds_config(technique)
         section = DhenSection(**whole.pop("dhen", {}))
@@ -136,6 +134,21 @@ def test_the_memory_of_a_mixture_of_experts_is_predicted():
         [EXPERTS, "linear"],
     )
     assert_predicted(planner_of("fp32", interactions=interactions), techniques, "fp32", techniques, 1, interactions)
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        {"experts": "ensembles", "num_experts": 4, "capacity_factor": 2.0},
+        {"experts": "interactions", "ensemble": "sum"},
+    ],
+    ids=lambda it: it["experts"],
+)
+def test_the_memory_of_layers_of_experts_is_predicted(experts):
+    techniques = [Technique("dp"), Technique("zero2", checkpointing=2), Technique("hsdp")]
+    assert_predicted(
+        planner_of("fp32", **experts), techniques, "fp32", techniques, measure=partial(measured_peaks, **experts)
+    )
 
 
 def assert_predicted(

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dhen.dense.activation_checkpointing import checkpoint_layers
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.interactions import Interaction, InteractionContext, MixEmbeddings, register_interaction
+from dhen.model.mixture_of_experts import ModuleExperts
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.planner import step_trace
 from dhen.planner.live_memory import LiveMemory
@@ -158,6 +159,39 @@ def test_training_flops_are_those_of_the_formulas():
     products = 3 * 2 * 5 * 8 * (3 * 8 + 8 + 2 * 16) + 3 * 2 * 5 * 5 * 8  # of rows by weights, and of W
     scores = 2 * 2 * 5 * 5 * 8  # of the forward; flash attention's backward computes them again
     assert flops(attention) == products + scores * 7 // 2 + head
+
+
+EXPERTS = [
+    {"experts": "ensembles", "num_experts": 4},
+    {"experts": "interactions", "ensemble": "sum", "interactions": ["linear", "deep_cross_flattened"] * 2},
+]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "all", ["linear"]], ids=str)
+@pytest.mark.parametrize("experts", EXPERTS, ids=lambda it: it["experts"])
+def test_mixtures_of_experts_are_traced_as_if_all_were_equally_busy(experts, checkpointing, monkeypatch):
+    config = config_of(5, **{"interactions": ["linear", "deep_cross_flattened"]} | experts)
+    trace = trace_step(config, BATCH, checkpointing=checkpointing)
+    monkeypatch.setattr(ModuleExperts, "is_even", True)
+    kept, peak = really(config, checkpointing)
+    assert kept_bytes(trace) == kept
+    assert peak_of(trace) == pytest.approx(peak, rel=0.02)
+    monkeypatch.undo()
+    kept, peak = really(config, checkpointing)
+    assert kept_bytes(trace) == pytest.approx(kept, rel=0.02)
+    assert peak_of(trace) == pytest.approx(peak, rel=0.02)
+
+
+def test_training_flops_are_those_of_the_chosen_experts():
+    plain, more = config_of(1, interactions=["linear"]), {"interactions": ["linear"], "experts": "ensembles"}
+    router = 3 * 2 * (5 + 1) * 8
+    by_number = {
+        (e, k): training_flops_per_sample(config_of(1, **more, num_experts=e, experts_per_example=k))
+        for e, k in ((8, 1), (8, 2), (4, 2))
+    }
+    linear = 3 * 2 * (5 + 1) * 2 * 8
+    base = training_flops_per_sample(plain)
+    assert by_number == {(e, k): base + (k - 1) * linear + e * router for e, k in by_number}
 
 
 def test_too_many_layers_and_unknown_kinds_are_refused():

@@ -120,6 +120,20 @@ def test_every_weight_that_depends_on_the_features_says_how(interaction, norm_po
             }
 
 
+@pytest.mark.parametrize("features", ["ceafb", "bac"])
+@pytest.mark.parametrize("experts", [{"experts": "interactions", "ensemble": "sum"}, {"experts": "ensembles"}], ids=str)
+def test_the_experts_of_a_layer_and_their_router_keep_what_belongs_to_a_feature(experts, features):
+    options = {"interactions": ["linear", "advanced_dlrm", "deep_cross_flattened"], "num_embeddings_out": 5} | experts
+    old, new = Model(("a", "b", "c"), ("x", "y"), **options), Model(tuple(features), ("z", "y", "x"), **options)
+    assert new.start_from(old) == set()
+    embeddings, dense = values()
+    torch.testing.assert_close(new.logits(embeddings, dense), old.logits(embeddings, dense), rtol=1e-4, atol=1e-4)
+    described = new.module.input_axes(*new.names)
+    assert _shaped_by_features(new.config) <= described.keys()
+    del described["model.layers.0.mixture.gate.linear.weight"]
+    assert not _shaped_by_features(new.config) <= described.keys()
+
+
 @pytest.mark.parametrize(("features", "size"), [("ceab", 4), ("bca", 5), ("ac", 5)])
 def test_a_head_that_reads_all_layers_keeps_what_it_knows_of_a_feature(features, size):
     options = {"interactions": ["linear"], "head_inputs": "all", "num_embeddings_out": size}

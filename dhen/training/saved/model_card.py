@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from dhen.data.schema import Schema
-from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.configuration_dhen import DhenConfig, LayerSpec
 from dhen.training.evaluation.unseen import MANY
 
 _METRICS = {"auc": "AUC", "ne": "normalized entropy", "logloss": "log loss", "calibration": "calibration"}
@@ -20,7 +20,7 @@ def model_card(config: DhenConfig, schema: Schema, summary: dict[str, Any]) -> s
     parameters = sum(table.num_embeddings for table in config.tables) * config.embedding_dim
     layers = "\n".join(
         f"- layer {index + 1}: {' + '.join(f'{spec.kind} ({spec.num_embeddings})' for spec in layer.interactions)}, "
-        f"{layer.ensemble}"
+        f"{layer.ensemble}{_experts(layer)}"
         for index, layer in enumerate(config.layer_specs)
     )
     rows = "\n".join(
@@ -74,6 +74,12 @@ def _with_tasks(splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         rows[split] = values
         rows |= {f"{split}, {task}": of_task for task, of_task in values.get("tasks", {}).items()}
     return rows
+
+
+def _experts(layer: LayerSpec) -> str:
+    if layer.experts == "none":
+        return ""
+    return f", {len(layer.interactions_by_expert)} experts, {layer.experts_per_example} per example"
 
 
 def _unseen(splits: dict[str, dict[str, Any]]) -> str:
