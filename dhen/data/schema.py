@@ -4,7 +4,7 @@ A prepared folder is
 
     schema.json                     this file's `Schema`
     train/part-00000.parquet ...    also validation/ and test/, if the data has them
-    vocabulary/<feature>.parquet    key, id, count: only for features encoded by a vocabulary
+    vocabulary/<table>.parquet      key, id, count: only for features encoded by a vocabulary
     bad_rows.csv                    file, row, reason, text: only if bad rows were skipped
 
 The Parquet columns are:
@@ -38,7 +38,7 @@ that were written before can no longer be read as they are. A cached folder of a
 SHARES = "share_read"
 """Entry of `source` of data of which only the head is prepared: by split, the share of the rows that the folder has."""
 ESTIMATED_KEYS = "estimated_keys"
-"""Entry of `source`: by feature with hash_size auto, about how many distinct keys the train split has."""
+"""Entry of `source`: by table with hash_size auto, about how many distinct keys the train split has."""
 FILE, ROW = ":file", ":row"
 """Columns of rows to predict. Rows count from 1, as in bad_rows.csv: the line of a text file or the row of a Parquet
 file. Feature names cannot start with a colon."""
@@ -49,6 +49,10 @@ MISSING_ID = 0
 """The id of a blank value and of a key that is not in the vocabulary."""
 
 _STRICT = ConfigDict(extra="forbid")
+
+
+def _without_own_tables(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if (key, value) != ("table", None)}
 
 
 def weights_column(feature: str) -> str:
@@ -75,9 +79,10 @@ class DenseColumn:
 class SparseColumn:
     """A sparse feature, and how its raw values become ids in a table of `num_embeddings` rows.
 
-    `hash`: 1 + hash(value) mod (num_embeddings - 1). `vocabulary`: the id of the key in vocabulary/<name>.parquet. Id 0
+    `hash`: 1 + hash(value) mod (num_embeddings - 1). `vocabulary`: the id of the key in the table's vocabulary. Id 0
     stands for a blank, and with `vocabulary` also for an unseen or rare key. `bins`: 1 + the number of `edges` below
     the value. The edges are quantiles of the train split, so that up to `bins` bins have about as many rows each.
+    table: which the feature shares with others, so that equal values have equal ids; None for one of its own name.
     """
 
     name: str
@@ -89,6 +94,12 @@ class SparseColumn:
     pooling: Literal["sum", "mean"] = "sum"
     bins: int | None = None
     edges: tuple[float, ...] | None = field(default=None, repr=False)
+    table: str | None = None
+
+    @property
+    def table_name(self) -> str:
+        """The name of the feature's table, after which its hash and its vocabulary are named too."""
+        return self.table or self.name
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -125,8 +136,9 @@ class Schema:
 
     @property
     def looked_up(self) -> tuple[str, ...]:
-        """Names of the features that are encoded by a vocabulary."""
-        return tuple(column.name for column in self.sparse if column.encoding == "vocabulary")
+        """Names of the tables whose features are encoded by a vocabulary."""
+        names = (column.table_name for column in self.sparse if column.encoding == "vocabulary")
+        return tuple(dict.fromkeys(names))
 
     def check_weights(self, split: str) -> None:
         """Raise ValueError if rows of the split should have a weight above 0, but do not."""
@@ -137,7 +149,7 @@ class Schema:
 
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
-        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)
+        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self, dict_factory=_without_own_tables)
         write_atomically(folder / SCHEMA_FILE, json.dumps(values, indent=2) + "\n")
 
     @classmethod

@@ -5,7 +5,8 @@ M embeddings enter a layer. Each of its interactions outputs L embeddings (`num_
 """
 
 import json
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_type_hints
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -28,17 +29,20 @@ class SparseFeature:
     """A sparse feature and its table of `num_embeddings` rows.
 
     pooling: `sum` adds w_i e_i over the ids in a bag; `mean` divides the sum by the number of ids. An empty bag gives
-    zeros. dtype: of the exported table.
+    zeros. dtype: of the exported table. table: the name of its table, which features share that give the same name; by
+    default that of the feature.
     """
 
     name: str
     num_embeddings: int
     pooling: Literal["sum", "mean"] = "sum"
     dtype: Literal["float32", "float16"] = "float32"
+    table: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the feature. The name is also the table's key in the saved weights."""
-        if not is_valid_table_name(self.name):
+        object.__setattr__(self, "table", self.table or self.name)
+        if not is_valid_table_name(self.name) or not is_valid_table_name(self.table):
             raise ValueError(
                 f"sparse feature {quoted(self.name)}: the name is not allowed. It must not be empty, contain a dot, "
                 f"start with '__', or be the name of a module attribute ('type', 'training', …). Rename the feature."
@@ -52,6 +56,14 @@ class SparseFeature:
             raise ValueError(
                 f"sparse feature {quoted(self.name)}: dtype is {quoted(self.dtype)}. Use 'float32' or 'float16'."
             )
+
+
+def features_of_tables(features: Sequence[SparseFeature]) -> dict[str, list[int]]:
+    """The places of each table's features, by table, in the order of the first ones."""
+    places: dict[str, list[int]] = {}
+    for place, feature in enumerate(features):
+        places.setdefault(feature.table, []).append(place)
+    return places
 
 
 @dataclass(frozen=True)
@@ -184,9 +196,15 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         return DhenArchitecture(**{item.name: getattr(self, item.name) for item in fields(DhenArchitecture)})
 
     @property
-    def tables(self) -> tuple[SparseFeature, ...]:
+    def features(self) -> tuple[SparseFeature, ...]:
         """The sparse features, in the order of the data."""
         return tuple(_sparse_feature(entry) for entry in self.sparse_features)
+
+    @property
+    def tables(self) -> tuple[SparseFeature, ...]:
+        """The tables, each as its first feature, with the table's name."""
+        firsts = {feature.table: feature for feature in reversed(self.features)}
+        return tuple(replace(firsts[name], name=name) for name in features_of_tables(self.features))
 
     @property
     def num_input_embeddings(self) -> int:
@@ -225,9 +243,17 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         return LayerSpec(interactions=specs, **settings)
 
     def _check_values(self) -> None:
-        names = [table.name for table in self.tables]
+        names = [feature.name for feature in self.features]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"sparse_features: {sorted(repeated)} appear more than once. Use each name once.")
+        tables = {table.name: table for table in self.tables}
+        for feature in self.features:
+            of_table = tables[feature.table]
+            if (feature.num_embeddings, feature.dtype) != (of_table.num_embeddings, of_table.dtype):
+                raise ValueError(
+                    f"sparse_features: {quoted(feature.name)} shares the table {quoted(feature.table)}, but not its "
+                    f"num_embeddings and dtype. Make them equal."
+                )
         if self.layers is not None and not self.layers:
             raise ValueError("layers is empty. Give at least one layer, or None to use num_layers and interactions.")
         specs = self.layer_specs

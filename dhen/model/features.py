@@ -122,7 +122,7 @@ def draw_table(
 
 
 class PlainTable(nn.Module):
-    """One unsharded table. It maps each bag of ids to one embedding.
+    """One unsharded table. It maps each bag of ids to one embedding: their sum.
 
     >>> table = PlainTable(SparseFeature("site", 10), embedding_dim=4, seed=0, std=None)
     >>> table(torch.tensor([3, 4, 4]), torch.tensor([2, 0, 1]), None).shape
@@ -155,20 +155,24 @@ class PlainTable(nn.Module):
         if lengths_B is None:
             pooled_BD = nn.functional.embedding(ids, table)
             return pooled_BD if weights is None else pooled_BD * weights.to(pooled_BD.dtype).unsqueeze(1)
-        pooled_BD = nn.functional.embedding_bag(
+        return nn.functional.embedding_bag(
             ids,
             table,
             lengths_B.cumsum(0) - lengths_B,
             mode="sum",
             per_sample_weights=None if weights is None else weights.to(table.dtype),
         )
-        if self.feature.pooling == "mean":
-            pooled_BD = pooled_BD / lengths_B.clamp(min=1).to(pooled_BD.dtype).unsqueeze(1)
-        return pooled_BD
+
+
+def _pooled(feature: SparseFeature, sum_BD: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """Each bag's pooled embedding, from the sum."""
+    if feature.pooling == "sum" or lengths_B is None:
+        return sum_BD
+    return sum_BD / lengths_B.clamp(min=1).to(sum_BD.dtype).unsqueeze(1)
 
 
 class PlainTables(nn.Module):
-    """All tables on one device: the unsharded reference. State-dict keys are `<feature name>.weight`.
+    """All tables on one device: the unsharded reference. State-dict keys are `<table name>.weight`.
 
     >>> config = DhenConfig(embedding_dim=4, sparse_features=[{"name": "site", "num_embeddings": 10}])
     >>> PlainTables(config, seed=0)(SparseIds(torch.tensor([3, 4]), num_features=1)).shape
@@ -176,32 +180,33 @@ class PlainTables(nn.Module):
     """
 
     def __init__(self, config: DhenConfig, seed: int, names: Collection[str] | None = None) -> None:
-        """One table per sparse feature of `config`. Initial values depend on `seed`, not on torch's random state.
+        """The tables of `config`. Initial values depend on `seed`, not on torch's random state.
 
-        names: create only the tables of these features.
+        names: create only these tables.
         """
         super().__init__()
         self.embedding_dim = config.embedding_dim
-        for feature in config.tables:
-            if names is not None and feature.name not in names:
-                continue
-            self.add_module(
-                feature.name, PlainTable(feature, config.embedding_dim, seed, std=config.embedding_init_std)
-            )
+        # The name of no table: these begin with one underscore at most.
+        self.__features__ = [feature for feature in config.features if names is None or feature.table in names]
+        for table in config.tables:
+            if names is None or table.name in names:
+                plain = PlainTable(table, config.embedding_dim, seed, std=config.embedding_init_std)
+                self.add_module(table.name, plain)
 
     def forward(self, sparse: SparseIds) -> Tensor:
         """Look up and pool. Returns embeddings_BFD, float32 (float64 for float64 tables).
 
-        Raises ValueError if `sparse` does not have one feature per table.
+        Raises ValueError if `sparse` does not have the features of these tables.
         """
-        tables = list(self.children())
-        if sparse.num_features != len(tables):
+        if sparse.num_features != len(self.__features__):
             raise ValueError(
-                f"sparse has ids for {sparse.num_features} features, but the model has {len(tables)} tables."
+                f"sparse has ids for {sparse.num_features} features, but the model has {len(self.__features__)}."
             )
-        if not tables:
+        if not self.__features__:
             return torch.empty(sparse.batch_size, 0, self.embedding_dim, device=sparse.ids.device)
-        pooled = [table(*bags) for table, bags in zip(tables, _bags_by_feature(sparse), strict=True)]
+        pooled = []
+        for feature, bags in zip(self.__features__, _bags_by_feature(sparse), strict=True):
+            pooled.append(_pooled(feature, self.get_submodule(feature.table)(*bags), bags[1]))
         embeddings_BFD = torch.stack(pooled, dim=1)
         return embeddings_BFD.to(torch.promote_types(embeddings_BFD.dtype, torch.float32))
 

@@ -165,17 +165,18 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         self, config: DhenConfig, with_tables: bool | Collection[str] = True, table_seed: int | None = None
     ) -> None:
         """with_tables: True to hold all tables, False if the tables live elsewhere and forward gets their embeddings,
-        or the names of the features whose tables this model holds.
+        or the names of the tables that this model holds.
 
         table_seed: seed for `init_table`. None: the seed last passed to torch.manual_seed.
         """
         super().__init__(config)
-        names = [table.name for table in config.tables]
-        chosen = (names if with_tables else ()) if isinstance(with_tables, bool) else with_tables
-        own = [name for name in names if name in chosen]
+        names = [feature.name for feature in config.features]
+        chosen = {table.name for table in config.tables}
+        chosen = (chosen if with_tables else ()) if isinstance(with_tables, bool) else with_tables
+        own = [feature.name for feature in config.features if feature.table in chosen]
         self.tables: PlainTables | None = None
         if own or with_tables is True:
-            self.tables = PlainTables(config, torch.initial_seed() if table_seed is None else table_seed, own)
+            self.tables = PlainTables(config, torch.initial_seed() if table_seed is None else table_seed, chosen)
         order = [name for name in names if name not in own] + own
         places = torch.tensor([order.index(name) for name in names]) if 0 < len(own) < len(names) else None
         self.register_buffer("_order", places, persistent=False)

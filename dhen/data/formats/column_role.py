@@ -67,6 +67,8 @@ class SparseRole:
     numbers in it. transform: of the numbers in it. `log_squared` is floor(log(x)^2) above 2, else the whole part: the
     winners' transform in Criteo's challenge.
 
+    table: the name of a feature or of a table, which this feature then shares.
+
     If `encoding`, `hash_size` or `min_count` is None, the command's setting applies.
     """
 
@@ -84,6 +86,7 @@ class SparseRole:
     hash_size: HashSize | None = None
     min_count: Count | None = None
     bins: Bins | None = None
+    table: str | None = None
 
     def __post_init__(self) -> None:
         if self.characters is not None and not 0 <= self.characters[0] < self.characters[1]:
@@ -94,7 +97,7 @@ class SparseRole:
         if self.part is not None and (self.characters is not None or self.is_multi_valued):
             raise ValueError(f"{quoted(self.source)} has `parts`, which need one date per row. Remove the other keys.")
         with_ids = ("characters", "part", "transform", "separator", "multi_valued", "weights", "encoding", "hash_size")
-        for key in (*with_ids, "min_count") if self.bins is not None else ():
+        for key in (*with_ids, "min_count", "table") if self.bins is not None else ():
             if getattr(self, key) not in (None, False):
                 key = "parts" if key == "part" else key
                 raise ValueError(
@@ -119,6 +122,11 @@ class SparseRole:
     def features(self) -> tuple[str, ...]:
         """The name of the sparse feature that it becomes."""
         return (self.name,)
+
+    @property
+    def table_name(self) -> str:
+        """The name of its table."""
+        return self.table or self.name
 
     @property
     def is_multi_valued(self) -> bool:

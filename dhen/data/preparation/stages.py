@@ -179,7 +179,7 @@ def _count_keys(
 ) -> dict[str, Any]:
     """Count the keys of the train rows in a piece, or estimate their number for a hash_size, and fit its numbers.
 
-    A feature whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
+    A table whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
     """
     counts: dict[str, KeyCounts | KeySketch] = {}
     for name, of_feature in counted.items():
@@ -192,8 +192,11 @@ def _count_keys(
         rows += table.num_rows
         for name, fit in fits.items():
             fit.add(table[name].drop_null().to_numpy())
-        for name, count in list(counts.items()):
-            keys = table[name].combine_chunks()
+        for role in raw.reader.roles.sparse:
+            name = role.table_name
+            if (count := counts.get(name)) is None:
+                continue
+            keys = table[role.name].combine_chunks()
             keys = keys.flatten() if pa.types.is_list(keys.type) else keys
             count.add(canonical_keys(keys))
             if counted[name].encoding == "auto" and len(count.merged) > MOST_KEYS:
