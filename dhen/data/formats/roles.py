@@ -109,7 +109,7 @@ class ColumnRoles:
         for table, role in self.tables.items():
             if role.table not in (None, role.name) and not self.has_patterns:
                 raise ValueError(
-                    f"{unknown_name('table', table, [of.name for of in self.sparse if of is not role])} Only "
+                    f"{unknown_name('table', table, set(self.tables) - {table})} Only "
                     f"{quoted(role.name)} has it as `table`. Name a feature, or give it to several."
                 )
 
