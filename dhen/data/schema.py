@@ -51,8 +51,8 @@ MISSING_ID = 0
 _STRICT = ConfigDict(extra="forbid")
 
 
-def _without_own_tables(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in items if (key, value) != ("table", None)}
+def _without_unused(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if value or key not in ("table", "target", "max_length", "cut_ids")}
 
 
 def weights_column(feature: str) -> str:
@@ -83,6 +83,7 @@ class SparseColumn:
     stands for a blank, and with `vocabulary` also for an unseen or rare key. `bins`: 1 + the number of `edges` below
     the value. The edges are quantiles of the train split, so that up to `bins` bins have about as many rows each.
     table: which the feature shares with others, so that equal values have equal ids; None for one of its own name.
+    target, max_length: of the pooling `attention`, which reads the last max_length ids of a row.
     """
 
     name: str
@@ -91,10 +92,12 @@ class SparseColumn:
     min_count: int = 1
     is_multi_valued: bool = False
     is_weighted: bool = False
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Literal["sum", "mean", "attention"] = "sum"
     bins: int | None = None
     edges: tuple[float, ...] | None = field(default=None, repr=False)
     table: str | None = None
+    target: str | None = None
+    max_length: int | None = None
 
     @property
     def table_name(self) -> str:
@@ -108,7 +111,7 @@ class SplitCounts:
 
     `rows` does not include the `bad_rows`, which were skipped. unknown_keys: by feature with a vocabulary, the number
     of values that are not a key. digest: of all values, in the order of the rows. weight: sum of the row weights, to 8
-    digits, if all rows have one.
+    digits, if all rows have one. cut_ids: by feature with a max_length, the ids before the last ones of their rows.
     """
 
     rows: int
@@ -118,6 +121,7 @@ class SplitCounts:
     unknown_keys: dict[str, int] = field(default_factory=dict)
     digest: str = ""
     weight: float | None = None
+    cut_ids: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,11 @@ class Schema:
     has_weights: bool = False
 
     @property
+    def lookups(self) -> tuple[SparseColumn, ...]:
+        """The sparse features, one with a max_length so many times: what a batch has ids of (see `in_positions`)."""
+        return tuple(column for column in self.sparse for _ in range(column.max_length or 1))
+
+    @property
     def looked_up(self) -> tuple[str, ...]:
         """Names of the tables whose features are encoded by a vocabulary."""
         names = (column.table_name for column in self.sparse if column.encoding == "vocabulary")
@@ -149,7 +158,7 @@ class Schema:
 
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
-        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self, dict_factory=_without_own_tables)
+        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self, dict_factory=_without_unused)
         write_atomically(folder / SCHEMA_FILE, json.dumps(values, indent=2) + "\n")
 
     @classmethod

@@ -29,15 +29,18 @@ class SparseFeature:
     """A sparse feature and its table of `num_embeddings` rows.
 
     pooling: `sum` adds w_i e_i over the ids in a bag; `mean` divides the sum by the number of ids. An empty bag gives
-    zeros. dtype: of the exported table. table: the name of its table, which features share that give the same name; by
-    default that of the feature.
+    zeros. `attention` weighs each of the last `max_length` ids, by its embedding and that of the feature `target`
+    (attention_pooling.py). dtype: of the exported table. table: the name of its table, which features share that give
+    the same name; by default that of the feature.
     """
 
     name: str
     num_embeddings: int
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Literal["sum", "mean", "attention"] = "sum"
     dtype: Literal["float32", "float16"] = "float32"
     table: str = ""
+    target: str | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the feature. The name is also the table's key in the saved weights."""
@@ -48,14 +51,25 @@ class SparseFeature:
                 f"start with '__', or be the name of a module attribute ('type', 'training', …). Rename the feature."
             )
         check_type(f"sparse feature {quoted(self.name)}: num_embeddings", self.num_embeddings, Rows)
-        if self.pooling not in ("sum", "mean"):
+        if self.pooling not in ("sum", "mean", "attention"):
             raise ValueError(
-                f"sparse feature {quoted(self.name)}: pooling is {quoted(self.pooling)}. Use 'sum' or 'mean'."
+                f"sparse feature {quoted(self.name)}: pooling is {quoted(self.pooling)}. Use 'sum', 'mean' or "
+                f"'attention'."
+            )
+        if {self.target is not None, self.max_length is not None} != {self.pooling == "attention"}:
+            raise ValueError(
+                f"sparse feature {quoted(self.name)}: give target and max_length with pooling 'attention', and only "
+                f"then."
             )
         if self.dtype not in ("float32", "float16"):
             raise ValueError(
                 f"sparse feature {quoted(self.name)}: dtype is {quoted(self.dtype)}. Use 'float32' or 'float16'."
             )
+
+    @property
+    def num_lookups(self) -> int:
+        """Number of embeddings that are looked up for it: 1, or one for each position of an ordered bag."""
+        return self.max_length or 1
 
 
 def features_of_tables(features: Sequence[SparseFeature]) -> dict[str, list[int]]:
@@ -201,9 +215,18 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         return tuple(_sparse_feature(entry) for entry in self.sparse_features)
 
     @property
+    def lookups(self) -> tuple[SparseFeature, ...]:
+        """What is looked up: the features, but one with attention once per position, each a bag of at most one id."""
+        lookups = []
+        for feature in self.features:
+            one = replace(feature, pooling="sum", target=None, max_length=None) if feature.target else feature
+            lookups += [one] * feature.num_lookups
+        return tuple(lookups)
+
+    @property
     def tables(self) -> tuple[SparseFeature, ...]:
         """The tables, each as its first feature, with the table's name."""
-        firsts = {feature.table: feature for feature in reversed(self.features)}
+        firsts = {feature.table: feature for feature in reversed(self.lookups)}
         return tuple(replace(firsts[name], name=name) for name in features_of_tables(self.features))
 
     @property
@@ -246,8 +269,16 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         names = [feature.name for feature in self.features]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"sparse_features: {sorted(repeated)} appear more than once. Use each name once.")
-        tables = {table.name: table for table in self.tables}
+        tables, singles = (
+            {table.name: table for table in self.tables},
+            [of.name for of in self.features if not of.target],
+        )
         for feature in self.features:
+            if feature.target and feature.target not in singles:
+                raise ValueError(
+                    f"sparse_features: {quoted(feature.name)} has the target {quoted(feature.target)}, which is no "
+                    f"feature without attention. Use one of {', '.join(singles) or 'none'}."
+                )
             of_table = tables[feature.table]
             if (feature.num_embeddings, feature.dtype) != (of_table.num_embeddings, of_table.dtype):
                 raise ValueError(

@@ -12,6 +12,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
+from dhen.model.attention_pooling import SequencePooling
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.mlp import MLP
 
@@ -74,6 +75,31 @@ class SparseIds:
         """Return the same bags with each tensor moved."""
         tensors = {name: getattr(self, name) for name in ("ids", "lengths_FB", "weights")}
         return replace(self, **{name: move(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def in_positions(sparse: SparseIds, max_lengths: Sequence[int | None]) -> SparseIds:
+    """The same with a feature of max_length K as K features: position k has the k-th of the last K ids, or none.
+
+    max_lengths: of each feature; None: it stays as it is. On the CPU.
+    """
+    ids, lengths, weights = [], [], []
+    for (of_feature, lengths_B, of_ids), count in zip(_bags_by_feature(sparse), max_lengths, strict=True):
+        if count is None:
+            ids.append(of_feature)
+            lengths.append(lengths_B[None])
+            weights.append(of_ids)
+            continue
+        kept_B = lengths_B.clamp(max=count)
+        is_filled_KB = torch.arange(count)[:, None] < kept_B
+        first_B = lengths_B.cumsum(0) - kept_B
+        at = (first_B + torch.arange(count)[:, None])[is_filled_KB]
+        ids.append(of_feature[at])
+        lengths.append(is_filled_KB.long())
+        weights.append(None if of_ids is None else of_ids[at])
+    lengths_FB = torch.cat(lengths)
+    return SparseIds(
+        torch.cat(ids), len(lengths_FB), lengths_FB, None if sparse.weights is None else torch.cat(weights)
+    )
 
 
 def init_table(
@@ -187,7 +213,7 @@ class PlainTables(nn.Module):
         super().__init__()
         self.embedding_dim = config.embedding_dim
         # The name of no table: these begin with one underscore at most.
-        self.__features__ = [feature for feature in config.features if names is None or feature.table in names]
+        self.__features__ = [feature for feature in config.lookups if names is None or feature.table in names]
         for table in config.tables:
             if names is None or table.name in names:
                 plain = PlainTable(table, config.embedding_dim, seed, std=config.embedding_init_std)
@@ -223,6 +249,8 @@ def _bags_by_feature(sparse: SparseIds) -> list[tuple[Tensor, Tensor | None, Ten
 class FeatureProcessing(nn.Module):
     """Computes x0_BMD: the sparse features' embeddings, then those of the dense features, which an MLP computes.
 
+    Ordered bags are pooled here, because that is part of what the dense part learns.
+
     M is F + num_dense_embeddings, or F if there are no dense features.
 
     >>> features = FeatureProcessing(DhenConfig(embedding_dim=4, num_dense_features=13, num_dense_embeddings=2))
@@ -234,6 +262,8 @@ class FeatureProcessing(nn.Module):
         """The dense MLP has the hidden sizes `config.dense_mlp`."""
         super().__init__()
         self.shape = (config.num_dense_embeddings, config.embedding_dim)
+        has_sequences = any(feature.target for feature in config.features)
+        self.sequences = SequencePooling(config) if has_sequences else None
         width = config.num_dense_embeddings * config.embedding_dim
         has_dense = config.num_dense_features > 0 and width > 0
         self.dense_mlp = (
@@ -246,4 +276,6 @@ class FeatureProcessing(nn.Module):
         if callable(embeddings_BFD):
             embeddings_BFD = embeddings_BFD()
         embeddings_BFD = embeddings_BFD.to(dense_BN.dtype)
+        if self.sequences is not None:
+            embeddings_BFD = self.sequences(embeddings_BFD)
         return embeddings_BFD if dense_BMD is None else torch.cat([embeddings_BFD, dense_BMD], dim=1)

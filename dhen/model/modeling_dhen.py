@@ -119,13 +119,13 @@ class DhenModel(DhenPreTrainedModel):
     def forward(
         self, inputs_embeds: Tensor | Callable[[], Tensor], dense: Tensor | None = None, num_passes: int = 1
     ) -> DhenModelOutput:
-        """inputs_embeds: looked-up embeddings, (B, F, D), or a function that waits for them and returns them.
+        """inputs_embeds: of `config.lookups`, (B, F, D), or a function that waits for them and returns them.
         dense: (B, N), or None if N is 0. num_passes: how often the examples go through the layers, as in
         `DhenForClickPrediction`.
 
         Raises ValueError naming the argument whose shape does not match the config.
         """
-        shape = (len(self.config.sparse_features), self.config.embedding_dim)
+        shape = (len(self.config.lookups), self.config.embedding_dim)
         if dense is None:
             inputs_embeds = inputs_embeds() if callable(inputs_embeds) else inputs_embeds
             dense = inputs_embeds.new_empty(inputs_embeds.shape[0], 0)
@@ -170,15 +170,14 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         table_seed: seed for `init_table`. None: the seed last passed to torch.manual_seed.
         """
         super().__init__(config)
-        names = [feature.name for feature in config.features]
         chosen = {table.name for table in config.tables}
         chosen = (chosen if with_tables else ()) if isinstance(with_tables, bool) else with_tables
-        own = [feature.name for feature in config.features if feature.table in chosen]
+        is_own = [feature.table in chosen for feature in config.lookups]
+        own, others = ([place for place, here in enumerate(is_own) if here == each] for each in (True, False))
         self.tables: PlainTables | None = None
         if own or with_tables is True:
             self.tables = PlainTables(config, torch.initial_seed() if table_seed is None else table_seed, chosen)
-        order = [name for name in names if name not in own] + own
-        places = torch.tensor([order.index(name) for name in names]) if 0 < len(own) < len(names) else None
+        places = torch.tensor([*others, *own]).argsort() if own and others else None
         self.register_buffer("_order", places, persistent=False)
         if not own and with_tables is not True:
             self._keys_to_ignore_on_load_unexpected = [r"^tables\."]

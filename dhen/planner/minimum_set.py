@@ -105,7 +105,7 @@ class Job:
     def values_per_example(self) -> float:
         """Mean number of dense values and ids of an example."""
         ids = self.ids_per_bag or {}
-        return self.config.num_dense_features + sum(ids.get(feature.name, 1.0) for feature in self.config.features)
+        return self.config.num_dense_features + sum(ids.get(feature.name, 1.0) for feature in self.config.lookups)
 
     @property
     def depth(self) -> int:
@@ -163,7 +163,7 @@ class Planner:
         setting = self._table_setting(technique, group)
         placement = self._placed(setting)
         costs = read_costs(job.section.placement.costs or job.machine.costs)
-        lookups = lookups_of_tables(job.config.features, job.ids_per_bag or {})
+        lookups = lookups_of_tables(job.config.lookups, job.ids_per_bag or {})
         replicated = sum(
             replicated_seconds(costs, setting, table.num_embeddings, dim, *lookups[table.name])
             for table in job.config.tables

@@ -262,7 +262,7 @@ def _on_fake_tensors(
         warnings.simplefilter("ignore")
         with local_torch_dtype(precision.weights):  # .to() cannot change fake weights
             model = DhenForClickPrediction(DhenConfig(**json.loads(config)), with_tables=False)
-        num_sparse, dim = len(model.config.sparse_features), model.config.embedding_dim
+        num_sparse, dim = len(model.config.lookups), model.config.embedding_dim
         embeddings_BFD = torch.empty(batch_size, num_sparse, dim, requires_grad=num_sparse > 0)
         dense_BN, labels_B = torch.empty(batch_size, model.config.num_dense_features), torch.empty(batch_size)
         yield model, {"inputs_embeds": embeddings_BFD, "dense": dense_BN, "labels": labels_B}

@@ -22,7 +22,7 @@ class ReplicatedFeatures:
 
     def __init__(self, config: DhenConfig, names: Collection[str], topology: Topology) -> None:
         """names: the tables that are replicated."""
-        features, device = config.features, topology.device
+        features, device = config.lookups, topology.device
         self._own = [place for place, feature in enumerate(features) if feature.table in names]
         self._others = [place for place, feature in enumerate(features) if feature.table not in names]
         self.features = [features[place] for place in self._own]

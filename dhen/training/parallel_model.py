@@ -114,11 +114,11 @@ class ScoringDhen:
         if self.tables is not None:
             for lookup, counts in zip(self.tables.lookups, self._unseen.counts_3S.unbind(1), strict=True):
                 if lookup.first_column == 0:
-                    counts_3F[:, index[self.tables.features[lookup.table].name]] = counts
+                    counts_3F[:, index[self.tables.features[lookup.table].name]] += counts
         if self._unseen_replicated is not None:
             of_features = zip(self.replicated.features, self._unseen_replicated.counts_3S.unbind(1), strict=True)
             for feature, counts in of_features:
-                counts_3F[:, index[feature.name]] = counts
+                counts_3F[:, index[feature.name]] += counts
         dist.all_reduce(counts_3F, group=self.topology.world)
         return {name: tuple(counts_3F[:, place].tolist()) for name, place in index.items()}
 

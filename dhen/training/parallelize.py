@@ -170,7 +170,7 @@ def shard_tables(
 
     options: more arguments of `ShardedTables`.
     """
-    sharded = [feature for feature in config.features if feature.table not in placement.replicated]
+    sharded = [feature for feature in config.lookups if feature.table not in placement.replicated]
     if not sharded:
         return None
     return ShardedTables(

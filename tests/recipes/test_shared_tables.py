@@ -1,4 +1,4 @@
-"""A model whose features share a table: trained, resumed, scored and fine-tuned by the scripts."""
+"""A model whose features share a table, one with attention: trained, resumed, scored and fine-tuned by the scripts."""
 
 import json
 import random
@@ -12,10 +12,17 @@ from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401 (registers the architecture)
 from dhen.data.loading.batches import BatchLoader
+from dhen.data.schema import Schema
 from dhen.training.saved.trained_model import TrainedModel
 from tests.recipes.launch import TINY, assert_same_metrics, losses, run_script, summary
 
-SCHEMA = 'label: label\nsparse: [item, place, {name: history, separator: "|", pooling: mean, table: item}]\n'
+SCHEMA = """label: label
+sparse:
+  - item
+  - {name: items, column: history, separator: "|", table: item, pooling: attention, target: item, max_length: 2}
+  - place
+  - {name: history, separator: "|", pooling: mean, table: item}
+"""
 
 
 def write_log(folder: Path, items: int = 20) -> Path:
@@ -31,7 +38,7 @@ def write_log(folder: Path, items: int = 20) -> Path:
     return folder
 
 
-def train(folder: Path, run: str, ds_config: Path, *flags: str) -> Path:
+def train(folder: Path, run: str, ds_config: Path, *flags: str, ranks: int = 2) -> Path:
     data = [
         f"--dataset_name={folder}/log.csv",
         f"--dataset_schema={folder}/schema.yaml",
@@ -45,7 +52,7 @@ def train(folder: Path, run: str, ds_config: Path, *flags: str) -> Path:
         "--embedding_dim=8",
         "--per_device_train_batch_size=32",
         *flags,
-        ranks=2,
+        ranks=ranks,
     )
     assert done.status == 0, done.output
     return folder / run
@@ -74,6 +81,7 @@ def test_the_table_is_placed_and_exported_once(trained):
     assert model.table("item").shape == (21, 8)
     assert [(of.name, of.table) for of in model.config.features] == [
         ("item", "item"),
+        ("items", "item"),
         ("place", "place"),
         ("history", "item"),
     ]
@@ -87,6 +95,23 @@ def test_a_resumed_run_is_the_same_to_the_bit(trained):
     assert after
     assert after == {step: loss for step, loss in losses(again).items() if step > 4}
     assert torch.equal(TrainedModel.open(again).table("item"), TrainedModel.open(run).table("item"))
+
+
+def test_zero3_on_two_ranks_has_the_losses_of_one_rank(tmp_path):
+    folder = write_log(tmp_path / "data")
+    two = losses(train(folder, "two", Path("ds_configs/zero3.json")))
+    values = json.loads(Path("ds_configs/zero3.json").read_text()) | {"zero_optimization": {"stage": 0}}
+    (tmp_path / "ds_config.json").write_text(json.dumps(values))
+    batch = "--per_device_train_batch_size=64"
+    run = train(folder, "one", tmp_path / "ds_config.json", batch, ranks=1)
+    assert len(two) > 5
+    assert {step: float(loss) for step, loss in losses(run).items()} == pytest.approx(
+        {step: float(loss) for step, loss in two.items()}, abs=2e-6
+    )
+    cut = sum(max(line.count("|") - 1, 0) for line in (folder / "log.csv").read_text().splitlines())
+    splits = Schema.load(run / "model").splits
+    assert sum(split.cut_ids["items"] for split in splits.values()) == cut
+    assert splits["train"].cut_ids["items"] > 100
 
 
 def test_evaluate_and_predict_agree_with_the_run_and_with_transformers(trained, tmp_path):
@@ -124,7 +149,7 @@ def test_fine_tuning_keeps_the_rows_of_the_table_by_key(trained, tmp_path):
 
 def test_a_checkpoint_of_another_sharing_is_refused(trained):
     run, ds_config = trained
-    (run.parent / "own.yaml").write_text(SCHEMA.replace(", table: item", ""))
+    (run.parent / "own.yaml").write_text(SCHEMA.replace("mean, table: item", "mean"))
     flags = [f"--dataset_name={run.parent}/log.csv", f"--dataset_schema={run.parent}/own.yaml", *TINY]
     resumed = [f"--output_dir={run.parent}/other", f"--resume_from_checkpoint={run}/checkpoint-4"]
     batch = "--embedding_dim=8", "--per_device_train_batch_size=32"

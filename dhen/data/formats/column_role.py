@@ -81,12 +81,14 @@ class SparseRole:
     separator: str | None = None
     multi_valued: bool = False
     weights: str | None = None
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Literal["sum", "mean", "attention"] = "sum"
     encoding: Literal["hash", "vocabulary"] | None = None
     hash_size: HashSize | None = None
     min_count: Count | None = None
     bins: Bins | None = None
     table: str | None = None
+    target: str | None = None
+    max_length: Count | None = None
 
     def __post_init__(self) -> None:
         if self.characters is not None and not 0 <= self.characters[0] < self.characters[1]:
@@ -111,6 +113,16 @@ class SparseRole:
             raise ValueError(
                 f"the date_format of {quoted(self.name)} is {quoted(self.date_format)}. Use %Y or %y, %m and "
                 f"%d, perhaps %H, %M and %S, and what stands between them, in an entry with `parts`."
+            )
+        if {self.target is not None, self.max_length is not None} != {self.pooling == "attention"}:
+            raise ValueError(
+                f"{quoted(self.name)} has pooling {self.pooling}, target {quoted(self.target)} and max_length "
+                f"{self.max_length}. Give target and max_length with `pooling: attention`, and only then."
+            )
+        if self.target is not None and (not self.is_multi_valued or self.is_weighted):
+            raise ValueError(
+                f"{quoted(self.name)} has `pooling: attention`, which needs ids without weights. Give a separator or "
+                f"multi_valued, and remove `weights`."
             )
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:

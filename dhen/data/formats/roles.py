@@ -21,6 +21,7 @@ sparse:
   - {name: seen, parts: [hour, weekday]}                      # of a date: the features seen_hour and seen_weekday
   - {name: at, parts: [day], date_format: "%y%m%d%H"}         # of a date that is written in another way
   - {name: count, transform: log_squared}                     # of a number: floor(log(x)^2) as a category
+  - {name: bought, separator: "|", table: item, pooling: attention, target: item, max_length: 50}  # the last 50
   - {name: last_item, table: item}                            # shares the ids and the table of the feature `item`
 ignored: [id]             # all other columns must be listed here; "*" ignores all of them
 
@@ -105,6 +106,13 @@ class ColumnRoles:
             if feature.characters is not None and feature.is_multi_valued:
                 raise ValueError(
                     f"{quoted(feature.name)} has `characters`, but is multi-valued. Remove one of the two."
+                )
+        singles = [feature.name for feature in self.sparse if not feature.is_multi_valued]
+        for feature in self.sparse:
+            if feature.target is not None and feature.target not in singles and not self.has_patterns:
+                raise ValueError(
+                    f"the target of {quoted(feature.name)} is {quoted(feature.target)}. Use a sparse feature with one "
+                    f"id per row: {listed(singles) or 'there is none'}."
                 )
         for table, role in self.tables.items():
             if role.table not in (None, role.name) and not self.has_patterns:

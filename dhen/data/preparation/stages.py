@@ -220,7 +220,8 @@ def _encoder_of(folder: Path, mark: int) -> Encoder:
 def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
     """Encode and write the rows of a piece. Rows to predict get the file and row number that they came from."""
     encoder, bytes_read = _encoder_of(encoder_folder, encoder_folder.stat().st_ino), 0
-    writers = {split: SplitWriter(folder / split) for split in piece.splits}
+    max_lengths = {column.name: column.max_length for column in encoder.sparse if column.max_length}
+    writers = {split: SplitWriter(folder / split, max_lengths) for split in piece.splits}
 
     def report_and_add(rows: int, num_bytes: int) -> None:
         nonlocal bytes_read

@@ -98,7 +98,7 @@ def place_as_asked(
     for limit in limits:
         try:
             within = replace(options, memory_bytes=limit)
-            placement = place_tables(config.features, config.embedding_dim, setting, rates, ids_per_bag, within)
+            placement = place_tables(config.lookups, config.embedding_dim, setting, rates, ids_per_bag, within)
             columns = sharded_columns(config, placement)
             hops = fastest_hops(section, setting, rates, columns)
             waits = hop_seconds(rates, setting, columns, hops)
@@ -110,7 +110,7 @@ def place_as_asked(
 
 def sharded_columns(config: DhenConfig, placement: Placement) -> int:
     """Number of values that an example's lookups in the sharded tables have together."""
-    return config.embedding_dim * sum(feature.table not in placement.replicated for feature in config.features)
+    return config.embedding_dim * sum(feature.table not in placement.replicated for feature in config.lookups)
 
 
 def fastest_hops(section: DhenSection, setting: StepSetting, costs: Costs, columns: int) -> int:

@@ -27,7 +27,8 @@ def check_groups(names: list[str], loader: BatchLoader) -> dict[str, int]:
         if name not in single:
             what = "may have many ids in a row" if name in columns else "is no sparse feature"
             raise ValueError(f"--metrics_by: {name!r} {what}. Use one of {', '.join(single) or 'no feature'}.")
-    return {name: list(columns).index(name) for name in names}
+    places = [column.name for column in loader.schema.lookups]
+    return {name: places.index(name) for name in names}
 
 
 def report_groups(name: str, values: GroupedValues, loader: BatchLoader, output: Path | None) -> None:

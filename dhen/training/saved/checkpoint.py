@@ -268,6 +268,8 @@ def _model_facts(config: DhenConfig) -> dict[str, Any]:
         "pooling": {feature.name: feature.pooling for feature in config.features},
         "num_dense_features": config.num_dense_features,
     }
+    if longest := {feature.name: feature.max_length for feature in config.features if feature.max_length}:
+        facts["max_length"] = longest
     if len(config.tables) < len(config.features):
         facts["tables of features"] = {feature.name: feature.table for feature in config.features}
     return json.loads(json.dumps(facts | vars(config.architecture)))

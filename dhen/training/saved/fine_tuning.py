@@ -246,7 +246,7 @@ def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
     """The config of a model with this architecture, for data with this schema."""
     tables = [
         {"name": column.name, "num_embeddings": column.num_embeddings, "pooling": column.pooling}
-        | ({"table": column.table} if column.table else {})
+        | {key: told for key in ("table", "target", "max_length") if (told := getattr(column, key)) is not None}
         for column in schema.sparse
     ]
     return DhenConfig(**vars(architecture), num_dense_features=len(schema.dense), sparse_features=tables)

@@ -151,6 +151,8 @@ def new_columns(
             is_weighted=role.is_weighted,
             pooling=role.pooling,
             table=None if role.table == role.name else role.table,
+            target=role.target,
+            max_length=role.max_length,
         )
         for role in roles.sparse
     )
