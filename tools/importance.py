@@ -116,7 +116,7 @@ def main() -> None:
 def columns_of(schema: Schema) -> dict[str, list[int]]:
     """The places of each feature's columns, dense ones first. An indicator of blanks belongs to its feature."""
     columns: dict[str, list[int]] = {}
-    for place, column in enumerate((*schema.dense, *schema.sparse)):
+    for place, column in enumerate((*schema.dense, *schema.lookups)):
         columns.setdefault(getattr(column, "missing_of", None) or column.name, []).append(place)
     return columns
 

@@ -4,7 +4,7 @@ A prepared folder is
 
     schema.json                     this file's `Schema`
     train/part-00000.parquet ...    also validation/ and test/, if the data has them
-    vocabulary/<feature>.parquet    key, id, count: only for features encoded by a vocabulary
+    vocabulary/<table>.parquet      key, id, count: only for features encoded by a vocabulary
     bad_rows.csv                    file, row, reason, text: only if bad rows were skipped
 
 The Parquet columns are:
@@ -39,7 +39,7 @@ that were written before can no longer be read as they are. A cached folder of a
 SHARES = "share_read"
 """Entry of `source` of data of which only the head is prepared: by split, the share of the rows that the folder has."""
 ESTIMATED_KEYS = "estimated_keys"
-"""Entry of `source`: by feature with hash_size auto, about how many distinct keys the train split has."""
+"""Entry of `source`: by table with hash_size auto, about how many distinct keys the train split has."""
 FILE, ROW = ":file", ":row"
 """Columns of rows to predict. Rows count from 1, as in bad_rows.csv: the line of a text file or the row of a Parquet
 file. Feature names cannot start with a colon."""
@@ -50,6 +50,10 @@ MISSING_ID = 0
 """The id of a blank value and of a key that is not in the vocabulary."""
 
 _STRICT = ConfigDict(extra="forbid")
+
+
+def _without_unused(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in items if value or key not in ("table", "target", "max_length", "cut_ids")}
 
 
 def weights_column(feature: str) -> str:
@@ -86,9 +90,11 @@ class DenseColumn:
 class SparseColumn:
     """A sparse feature, and how its raw values become ids in a table of `num_embeddings` rows.
 
-    `hash`: 1 + hash(value) mod (num_embeddings - 1). `vocabulary`: the id of the key in vocabulary/<name>.parquet. Id 0
+    `hash`: 1 + hash(value) mod (num_embeddings - 1). `vocabulary`: the id of the key in the table's vocabulary. Id 0
     stands for a blank, and with `vocabulary` also for an unseen or rare key. `bins`: 1 + the number of `edges` below
     the value. The edges are quantiles of the train split, so that up to `bins` bins have about as many rows each.
+    table: which the feature shares with others, so that equal values have equal ids; None for one of its own name.
+    target, max_length: of the pooling `attention`, which reads the last max_length ids of a row.
     """
 
     name: str
@@ -97,9 +103,17 @@ class SparseColumn:
     min_count: int = 1
     is_multi_valued: bool = False
     is_weighted: bool = False
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Literal["sum", "mean", "attention"] = "sum"
     bins: int | None = None
     edges: tuple[float, ...] | None = field(default=None, repr=False)
+    table: str | None = None
+    target: str | None = None
+    max_length: int | None = None
+
+    @property
+    def table_name(self) -> str:
+        """The name of the feature's table, after which its hash and its vocabulary are named too."""
+        return self.table or self.name
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -108,7 +122,8 @@ class SplitCounts:
 
     `rows` does not include the `bad_rows`, which were skipped. unknown_keys: by feature with a vocabulary, the number
     of values that are not a key. digest: of all values, in the order of the rows. weight: sum of the row weights, to 8
-    digits, if all rows have one. tasks: by further task, how many rows have its label, and how many of these are 1.
+    digits, if all rows have one. cut_ids: by feature with a max_length, the ids before the last ones of their rows.
+    tasks: by further task, how many rows have its label, and how many of these are 1.
     """
 
     rows: int
@@ -118,6 +133,7 @@ class SplitCounts:
     unknown_keys: dict[str, int] = field(default_factory=dict)
     digest: str = ""
     weight: float | None = None
+    cut_ids: dict[str, int] = field(default_factory=dict)
     tasks: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -149,9 +165,15 @@ class Schema:
         return tuple(task.name for task in self.tasks)
 
     @property
+    def lookups(self) -> tuple[SparseColumn, ...]:
+        """The sparse features, one with a max_length so many times: what a batch has ids of (see `in_positions`)."""
+        return tuple(column for column in self.sparse for _ in range(column.max_length or 1))
+
+    @property
     def looked_up(self) -> tuple[str, ...]:
-        """Names of the features that are encoded by a vocabulary."""
-        return tuple(column.name for column in self.sparse if column.encoding == "vocabulary")
+        """Names of the tables whose features are encoded by a vocabulary."""
+        names = (column.table_name for column in self.sparse if column.encoding == "vocabulary")
+        return tuple(dict.fromkeys(names))
 
     def check_weights(self, split: str) -> None:
         """Raise ValueError if rows of the split should have a weight above 0, but do not."""
@@ -162,7 +184,7 @@ class Schema:
 
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
-        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self)
+        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self, dict_factory=_without_unused)
         write_atomically(folder / SCHEMA_FILE, json.dumps(values, indent=2) + "\n")
 
     @classmethod

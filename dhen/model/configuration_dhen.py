@@ -5,7 +5,8 @@ M embeddings enter a layer. Each of its interactions outputs L embeddings (`num_
 """
 
 import json
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_type_hints
 
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
@@ -30,30 +31,55 @@ class SparseFeature:
     """A sparse feature and its table of `num_embeddings` rows.
 
     pooling: `sum` adds w_i e_i over the ids in a bag; `mean` divides the sum by the number of ids. An empty bag gives
-    zeros. dtype: of the exported table.
+    zeros. `attention` weighs each of the last `max_length` ids, by its embedding and that of the feature `target`
+    (attention_pooling.py). dtype: of the exported table. table: the name of its table, which features share that give
+    the same name; by default that of the feature.
     """
 
     name: str
     num_embeddings: int
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Literal["sum", "mean", "attention"] = "sum"
     dtype: Literal["float32", "float16"] = "float32"
+    table: str = ""
+    target: str | None = None
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the feature. The name is also the table's key in the saved weights."""
-        if not is_valid_table_name(self.name):
+        object.__setattr__(self, "table", self.table or self.name)
+        if not is_valid_table_name(self.name) or not is_valid_table_name(self.table):
             raise ValueError(
                 f"sparse feature {quoted(self.name)}: the name is not allowed. It must not be empty, contain a dot, "
                 f"start with '__', or be the name of a module attribute ('type', 'training', …). Rename the feature."
             )
         check_type(f"sparse feature {quoted(self.name)}: num_embeddings", self.num_embeddings, Rows)
-        if self.pooling not in ("sum", "mean"):
+        if self.pooling not in ("sum", "mean", "attention"):
             raise ValueError(
-                f"sparse feature {quoted(self.name)}: pooling is {quoted(self.pooling)}. Use 'sum' or 'mean'."
+                f"sparse feature {quoted(self.name)}: pooling is {quoted(self.pooling)}. Use 'sum', 'mean' or "
+                f"'attention'."
+            )
+        if {self.target is not None, self.max_length is not None} != {self.pooling == "attention"}:
+            raise ValueError(
+                f"sparse feature {quoted(self.name)}: give target and max_length with pooling 'attention', and only "
+                f"then."
             )
         if self.dtype not in ("float32", "float16"):
             raise ValueError(
                 f"sparse feature {quoted(self.name)}: dtype is {quoted(self.dtype)}. Use 'float32' or 'float16'."
             )
+
+    @property
+    def num_lookups(self) -> int:
+        """Number of embeddings that are looked up for it: 1, or one for each position of an ordered bag."""
+        return self.max_length or 1
+
+
+def features_of_tables(features: Sequence[SparseFeature]) -> dict[str, list[int]]:
+    """The places of each table's features, by table, in the order of the first ones."""
+    places: dict[str, list[int]] = {}
+    for place, feature in enumerate(features):
+        places.setdefault(feature.table, []).append(place)
+    return places
 
 
 @dataclass(frozen=True)
@@ -173,7 +199,7 @@ NEEDS = {
 }
 """Options of a layer that only have an effect with these values of another option."""
 _LAYER_KEYS = ("num_embeddings_out", *(item.name for item in fields(LayerSpec)))
-_DATA_FIELDS = {"num_dense_features": SizeFrom0, "sparse_features": list[dict[str, Any]], "tasks": list[str]}
+DATA_FIELDS = {"num_dense_features": SizeFrom0, "sparse_features": list[dict[str, Any]], "tasks": list[str]}
 
 # Keys that PreTrainedConfig accepts besides its fields. It drops the generation parameters in older files.
 _TRANSFORMERS_KEYS = {
@@ -207,13 +233,13 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Check keys and values. transformers silently keeps unknown keys, so they are rejected here."""
         extra = [key for key in kwargs if not key.startswith("_") and key not in _TRANSFORMERS_KEYS]
-        own = [*(item.name for item in fields(DhenArchitecture)), *_DATA_FIELDS]
+        own = [*(item.name for item in fields(DhenArchitecture)), *DATA_FIELDS]
         generation = GenerationConfig().to_dict()
         if unknown := [key for key in extra if key not in generation]:
             check_names("DhenConfig field", unknown, own)
         # transformers' @strict does not raise ValueError, rejects ints for float fields, and reads the types from the
         # parent's Field objects, which HfArgumentParser(DhenArchitecture) rewrites.
-        for name, annotation in (get_type_hints(DhenArchitecture, include_extras=True) | _DATA_FIELDS).items():
+        for name, annotation in (get_type_hints(DhenArchitecture, include_extras=True) | DATA_FIELDS).items():
             check_type(name, getattr(self, name), annotation)
         self.interactions = _entries("interactions", self.interactions)
         self.layers = None if self.layers is None else _entries("layers", self.layers)
@@ -227,9 +253,24 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         return DhenArchitecture(**{item.name: getattr(self, item.name) for item in fields(DhenArchitecture)})
 
     @property
-    def tables(self) -> tuple[SparseFeature, ...]:
+    def features(self) -> tuple[SparseFeature, ...]:
         """The sparse features, in the order of the data."""
         return tuple(_sparse_feature(entry) for entry in self.sparse_features)
+
+    @property
+    def lookups(self) -> tuple[SparseFeature, ...]:
+        """What is looked up: the features, but one with attention once per position, each a bag of at most one id."""
+        lookups = []
+        for feature in self.features:
+            one = replace(feature, pooling="sum", target=None, max_length=None) if feature.target else feature
+            lookups += [one] * feature.num_lookups
+        return tuple(lookups)
+
+    @property
+    def tables(self) -> tuple[SparseFeature, ...]:
+        """The tables, each as its first feature, with the table's name."""
+        firsts = {feature.table: feature for feature in reversed(self.lookups)}
+        return tuple(replace(firsts[name], name=name) for name in features_of_tables(self.features))
 
     @property
     def num_input_embeddings(self) -> int:
@@ -275,9 +316,25 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         return LayerSpec(interactions=specs, **settings)
 
     def _check_values(self) -> None:
-        names = [table.name for table in self.tables]
+        names = [feature.name for feature in self.features]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"sparse_features: {sorted(repeated)} appear more than once. Use each name once.")
+        tables, singles = (
+            {table.name: table for table in self.tables},
+            [of.name for of in self.features if not of.target],
+        )
+        for feature in self.features:
+            if feature.target and feature.target not in singles:
+                raise ValueError(
+                    f"sparse_features: {quoted(feature.name)} has the target {quoted(feature.target)}, which is no "
+                    f"feature without attention. Use one of {', '.join(singles) or 'none'}."
+                )
+            of_table = tables[feature.table]
+            if (feature.num_embeddings, feature.dtype) != (of_table.num_embeddings, of_table.dtype):
+                raise ValueError(
+                    f"sparse_features: {quoted(feature.name)} shares the table {quoted(feature.table)}, but not its "
+                    f"num_embeddings and dtype. Make them equal."
+                )
         if self.layers is not None and not self.layers:
             raise ValueError("layers is empty. Give at least one layer, or None to use num_layers and interactions.")
         specs = self.layer_specs

@@ -12,6 +12,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
+from dhen.model.attention_pooling import SequencePooling
 from dhen.model.configuration_dhen import DhenConfig, SparseFeature
 from dhen.model.mlp import MLP
 
@@ -76,6 +77,31 @@ class SparseIds:
         return replace(self, **{name: move(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
+def in_positions(sparse: SparseIds, max_lengths: Sequence[int | None]) -> SparseIds:
+    """The same with a feature of max_length K as K features: position k has the k-th of the last K ids, or none.
+
+    max_lengths: of each feature; None: it stays as it is. On the CPU.
+    """
+    ids, lengths, weights = [], [], []
+    for (of_feature, lengths_B, of_ids), count in zip(_bags_by_feature(sparse), max_lengths, strict=True):
+        if count is None:
+            ids.append(of_feature)
+            lengths.append(lengths_B[None])
+            weights.append(of_ids)
+            continue
+        kept_B = lengths_B.clamp(max=count)
+        is_filled_KB = torch.arange(count)[:, None] < kept_B
+        first_B = lengths_B.cumsum(0) - kept_B
+        at = (first_B + torch.arange(count)[:, None])[is_filled_KB]
+        ids.append(of_feature[at])
+        lengths.append(is_filled_KB.long())
+        weights.append(None if of_ids is None else of_ids[at])
+    lengths_FB = torch.cat(lengths)
+    return SparseIds(
+        torch.cat(ids), len(lengths_FB), lengths_FB, None if sparse.weights is None else torch.cat(weights)
+    )
+
+
 def init_table(
     name: str, num_embeddings: int, embedding_dim: int, columns: range, seed: int, std: float | None = None
 ) -> Tensor:
@@ -122,7 +148,7 @@ def draw_table(
 
 
 class PlainTable(nn.Module):
-    """One unsharded table. It maps each bag of ids to one embedding.
+    """One unsharded table. It maps each bag of ids to one embedding: their sum.
 
     >>> table = PlainTable(SparseFeature("site", 10), embedding_dim=4, seed=0, std=None)
     >>> table(torch.tensor([3, 4, 4]), torch.tensor([2, 0, 1]), None).shape
@@ -155,20 +181,24 @@ class PlainTable(nn.Module):
         if lengths_B is None:
             pooled_BD = nn.functional.embedding(ids, table)
             return pooled_BD if weights is None else pooled_BD * weights.to(pooled_BD.dtype).unsqueeze(1)
-        pooled_BD = nn.functional.embedding_bag(
+        return nn.functional.embedding_bag(
             ids,
             table,
             lengths_B.cumsum(0) - lengths_B,
             mode="sum",
             per_sample_weights=None if weights is None else weights.to(table.dtype),
         )
-        if self.feature.pooling == "mean":
-            pooled_BD = pooled_BD / lengths_B.clamp(min=1).to(pooled_BD.dtype).unsqueeze(1)
-        return pooled_BD
+
+
+def _pooled(feature: SparseFeature, sum_BD: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """Each bag's pooled embedding, from the sum."""
+    if feature.pooling == "sum" or lengths_B is None:
+        return sum_BD
+    return sum_BD / lengths_B.clamp(min=1).to(sum_BD.dtype).unsqueeze(1)
 
 
 class PlainTables(nn.Module):
-    """All tables on one device: the unsharded reference. State-dict keys are `<feature name>.weight`.
+    """All tables on one device: the unsharded reference. State-dict keys are `<table name>.weight`.
 
     >>> config = DhenConfig(embedding_dim=4, sparse_features=[{"name": "site", "num_embeddings": 10}])
     >>> PlainTables(config, seed=0)(SparseIds(torch.tensor([3, 4]), num_features=1)).shape
@@ -176,32 +206,33 @@ class PlainTables(nn.Module):
     """
 
     def __init__(self, config: DhenConfig, seed: int, names: Collection[str] | None = None) -> None:
-        """One table per sparse feature of `config`. Initial values depend on `seed`, not on torch's random state.
+        """The tables of `config`. Initial values depend on `seed`, not on torch's random state.
 
-        names: create only the tables of these features.
+        names: create only these tables.
         """
         super().__init__()
         self.embedding_dim = config.embedding_dim
-        for feature in config.tables:
-            if names is not None and feature.name not in names:
-                continue
-            self.add_module(
-                feature.name, PlainTable(feature, config.embedding_dim, seed, std=config.embedding_init_std)
-            )
+        # The name of no table: these begin with one underscore at most.
+        self.__features__ = [feature for feature in config.lookups if names is None or feature.table in names]
+        for table in config.tables:
+            if names is None or table.name in names:
+                plain = PlainTable(table, config.embedding_dim, seed, std=config.embedding_init_std)
+                self.add_module(table.name, plain)
 
     def forward(self, sparse: SparseIds) -> Tensor:
         """Look up and pool. Returns embeddings_BFD, float32 (float64 for float64 tables).
 
-        Raises ValueError if `sparse` does not have one feature per table.
+        Raises ValueError if `sparse` does not have the features of these tables.
         """
-        tables = list(self.children())
-        if sparse.num_features != len(tables):
+        if sparse.num_features != len(self.__features__):
             raise ValueError(
-                f"sparse has ids for {sparse.num_features} features, but the model has {len(tables)} tables."
+                f"sparse has ids for {sparse.num_features} features, but the model has {len(self.__features__)}."
             )
-        if not tables:
+        if not self.__features__:
             return torch.empty(sparse.batch_size, 0, self.embedding_dim, device=sparse.ids.device)
-        pooled = [table(*bags) for table, bags in zip(tables, _bags_by_feature(sparse), strict=True)]
+        pooled = []
+        for feature, bags in zip(self.__features__, _bags_by_feature(sparse), strict=True):
+            pooled.append(_pooled(feature, self.get_submodule(feature.table)(*bags), bags[1]))
         embeddings_BFD = torch.stack(pooled, dim=1)
         return embeddings_BFD.to(torch.promote_types(embeddings_BFD.dtype, torch.float32))
 
@@ -218,6 +249,8 @@ def _bags_by_feature(sparse: SparseIds) -> list[tuple[Tensor, Tensor | None, Ten
 class FeatureProcessing(nn.Module):
     """Computes x0_BMD: the sparse features' embeddings, then those of the dense features, which an MLP computes.
 
+    Ordered bags are pooled here, because that is part of what the dense part learns.
+
     M is F + num_dense_embeddings, or F if there are no dense features.
 
     >>> features = FeatureProcessing(DhenConfig(embedding_dim=4, num_dense_features=13, num_dense_embeddings=2))
@@ -229,6 +262,8 @@ class FeatureProcessing(nn.Module):
         """The dense MLP has the hidden sizes `config.dense_mlp`."""
         super().__init__()
         self.shape = (config.num_dense_embeddings, config.embedding_dim)
+        has_sequences = any(feature.target for feature in config.features)
+        self.sequences = SequencePooling(config) if has_sequences else None
         width = config.num_dense_embeddings * config.embedding_dim
         has_dense = config.num_dense_features > 0 and width > 0
         self.dense_mlp = (
@@ -241,4 +276,6 @@ class FeatureProcessing(nn.Module):
         if callable(embeddings_BFD):
             embeddings_BFD = embeddings_BFD()
         embeddings_BFD = embeddings_BFD.to(dense_BN.dtype)
+        if self.sequences is not None:
+            embeddings_BFD = self.sequences(embeddings_BFD)
         return embeddings_BFD if dense_BMD is None else torch.cat([embeddings_BFD, dense_BMD], dim=1)

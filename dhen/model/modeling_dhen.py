@@ -125,13 +125,13 @@ class DhenModel(DhenPreTrainedModel):
     def forward(
         self, inputs_embeds: Tensor | Callable[[], Tensor], dense: Tensor | None = None, num_passes: int = 1
     ) -> DhenModelOutput:
-        """inputs_embeds: looked-up embeddings, (B, F, D), or a function that waits for them and returns them.
+        """inputs_embeds: of `config.lookups`, (B, F, D), or a function that waits for them and returns them.
         dense: (B, N), or None if N is 0. num_passes: how often the examples go through the layers, as in
         `DhenForClickPrediction`.
 
         Raises ValueError naming the argument whose shape does not match the config.
         """
-        shape = (len(self.config.sparse_features), self.config.embedding_dim)
+        shape = (len(self.config.lookups), self.config.embedding_dim)
         if dense is None:
             inputs_embeds = inputs_embeds() if callable(inputs_embeds) else inputs_embeds
             dense = inputs_embeds.new_empty(inputs_embeds.shape[0], 0)
@@ -171,19 +171,19 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         self, config: DhenConfig, with_tables: bool | Collection[str] = True, table_seed: int | None = None
     ) -> None:
         """with_tables: True to hold all tables, False if the tables live elsewhere and forward gets their embeddings,
-        or the names of the features whose tables this model holds.
+        or the names of the tables that this model holds.
 
         table_seed: seed for `init_table`. None: the seed last passed to torch.manual_seed.
         """
         super().__init__(config)
-        names = [table.name for table in config.tables]
-        chosen = (names if with_tables else ()) if isinstance(with_tables, bool) else with_tables
-        own = [name for name in names if name in chosen]
+        chosen = {table.name for table in config.tables}
+        chosen = (chosen if with_tables else ()) if isinstance(with_tables, bool) else with_tables
+        is_own = [feature.table in chosen for feature in config.lookups]
+        own, others = ([place for place, here in enumerate(is_own) if here == each] for each in (True, False))
         self.tables: PlainTables | None = None
         if own or with_tables is True:
-            self.tables = PlainTables(config, torch.initial_seed() if table_seed is None else table_seed, own)
-        order = [name for name in names if name not in own] + own
-        places = torch.tensor([order.index(name) for name in names]) if 0 < len(own) < len(names) else None
+            self.tables = PlainTables(config, torch.initial_seed() if table_seed is None else table_seed, chosen)
+        places = torch.tensor([*others, *own]).argsort() if own and others else None
         self.register_buffer("_order", places, persistent=False)
         if not own and with_tables is not True:
             self._keys_to_ignore_on_load_unexpected = [r"^tables\."]

@@ -23,10 +23,17 @@ from dhen.planner.step_time import StepSeconds, step_seconds
 from dhen.planner.step_trace import Precision, StepTrace, evaluation_bytes, trace_step
 from dhen.planner.technique import SCHEMES, Offload, Scheme, Technique
 from dhen.runtime.topology import shard_size
-from dhen.tables.placement.agreed import RankMemory, place_as_asked, place_fastest, setting_of, table_memory
+from dhen.tables.placement.agreed import (
+    RankMemory,
+    place_as_asked,
+    place_fastest,
+    setting_of,
+    sharded_columns,
+    table_memory,
+)
 from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE
 from dhen.tables.placement.costs import StepSetting, hop_seconds, read_costs, replicated_seconds
-from dhen.tables.placement.plan import Placement, PlacementError
+from dhen.tables.placement.plan import Placement, PlacementError, lookups_of_tables
 
 PrecisionName = Literal["fp32", "bf16"]
 _OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
@@ -98,7 +105,7 @@ class Job:
     def values_per_example(self) -> float:
         """Mean number of dense values and ids of an example."""
         ids = self.ids_per_bag or {}
-        return self.config.num_dense_features + sum(ids.get(table.name, 1.0) for table in self.config.tables)
+        return self.config.num_dense_features + sum(ids.get(feature.name, 1.0) for feature in self.config.lookups)
 
     @property
     def depth(self) -> int:
@@ -150,23 +157,23 @@ class Planner:
 
         The all-to-all uses the machine's link rates, unless the ds_config names costs, which have measured link rates.
         """
-        job, ids, dim = self.job, self.job.ids_per_bag or {}, self.job.config.embedding_dim
+        job, dim = self.job, self.job.config.embedding_dim
         if not job.config.tables:
             return 0.0
         setting = self._table_setting(technique, group)
         placement = self._placed(setting)
         costs = read_costs(job.section.placement.costs or job.machine.costs)
+        lookups = lookups_of_tables(job.config.lookups, job.ids_per_bag or {})
         replicated = sum(
-            replicated_seconds(costs, setting, table.num_embeddings, dim, ids.get(table.name, 1.0))
+            replicated_seconds(costs, setting, table.num_embeddings, dim, *lookups[table.name])
             for table in job.config.tables
             if table.name in placement.replicated
         )
         if job.section.placement.costs is None:
             within, between = job.machine.exchange_rates
             costs = replace(costs, intra_node_bytes_per_second=within, inter_node_bytes_per_second=between)
-        columns = dim * (len(job.config.tables) - len(placement.replicated))
-        waits = hop_seconds(costs, setting, columns, placement.hops)
-        return replicated + placement.makespan_at(costs, setting, ids) + waits
+        waits = hop_seconds(costs, setting, sharded_columns(job.config, placement), placement.hops)
+        return replicated + placement.makespan_at(costs, setting) + waits
 
     def _table_setting(self, technique: Technique, group: str | int | None = None) -> StepSetting:
         job, options = self.job, {"averages": self.job.averages}

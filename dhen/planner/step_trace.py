@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from transformers.modeling_utils import local_torch_dtype
 
 from dhen.dense.activation_checkpointing import checkpoint_layers
-from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.configuration_dhen import DATA_FIELDS, DhenConfig
 from dhen.model.gate import LayerGate
 from dhen.model.layer import DhenLayer
 from dhen.model.mixture_of_experts import ModuleExperts
@@ -193,7 +193,7 @@ def _saying_why() -> Iterator[None]:
 
 
 def _as_text(config: DhenConfig, entries: list[dict[str, Any]]) -> str:
-    of_data = {"num_dense_features": config.num_dense_features, "sparse_features": config.sparse_features}
+    of_data = {name: getattr(config, name) for name in DATA_FIELDS}
     return json.dumps(vars(config.architecture) | of_data | {"layers": entries})
 
 
@@ -266,7 +266,7 @@ def _on_fake_tensors(
                 module.skips = False
             elif isinstance(module, ModuleExperts):
                 module.is_even = True
-        num_sparse, dim = len(model.config.sparse_features), model.config.embedding_dim
+        num_sparse, dim = len(model.config.lookups), model.config.embedding_dim
         embeddings_BFD = torch.empty(batch_size, num_sparse, dim, requires_grad=num_sparse > 0)
         dense_BN = torch.empty(batch_size, model.config.num_dense_features)
         labels = torch.empty(batch_size, *([1 + len(model.config.tasks)] if model.config.tasks else []))

@@ -24,13 +24,17 @@ class AveragedTables:
 
     lookup: looks up and pools averaged rows, as FBGEMM does with raw ones. Call `settle` before it is used.
     all_rows_change: whether each step may change rows that were not looked up. Then each step costs all rows.
+    table_of_lookup: as in `make_lookup`.
 
     settled_at: by table, the log_decay at which each row was last brought up to date, float64 (rows,). log_decay: the
     logarithm of the decays since all were, float64 (1,), on the host.
     """
 
-    def __init__(self, weights: Sequence[Tensor], *, all_rows_change: bool) -> None:
-        self.lookup = make_lookup([tuple(weight.shape) for weight in weights], weights[0].device, "sgd")
+    def __init__(
+        self, weights: Sequence[Tensor], *, all_rows_change: bool, table_of_lookup: Sequence[int] | None = None
+    ) -> None:
+        shapes, device = [tuple(weight.shape) for weight in weights], weights[0].device
+        self.lookup = make_lookup(shapes, device, "sgd", table_of_lookup=table_of_lookup)
         self.weights = self.lookup.split_embedding_weights()
         self.all_rows_change = all_rows_change
         widths = by_width(weights)

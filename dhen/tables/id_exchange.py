@@ -4,7 +4,7 @@ The next batch's ids travel while this batch computes. NCCL needs one order of a
 groups, so a thread must not start any. Instead, the hosts tell each other the numbers of ids over gloo, and the caller
 says at which point of a step the ids leave.
 
-Shapes: B examples of this rank, F sparse features, S table shards of this rank, W ranks.
+Shapes: B examples of this rank, F sparse features, S lookups of this rank, W ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,20 +60,21 @@ class IdExchange:
     `send` announces a batch, `depart` lets its ids leave, and `receive` waits for them. All ranks must make these calls
     in the same order.
 
-    tables: all tables of the model. shards_by_rank: each rank's shards in lookup order, the same on all ranks.
+    features: all of the sharded tables. lookups_by_rank: for each rank, its shards, once for each feature that looks
+    them up, with the feature's number as `table`. The same on all ranks.
     overlap: if False, `send` blocks until the ids have arrived.
     """
 
     def __init__(
         self,
-        tables: Sequence[SparseFeature],
-        shards_by_rank: Sequence[Sequence[TableShard]],
+        features: Sequence[SparseFeature],
+        lookups_by_rank: Sequence[Sequence[TableShard]],
         topology: Topology,
         *,
         overlap: bool = True,
     ) -> None:
         """Communicates: all ranks must construct it together."""
-        self._tables, self._overlap = tuple(tables), overlap
+        self._features, self._overlap = tuple(features), overlap
         self._device, self._rank, self._world_size = topology.device, topology.rank, topology.world_size
         # In the tables' group, the ids of the next batch would queue behind this batch's gradients.
         self._group = self._hosts = topology.another_group()
@@ -81,37 +82,38 @@ class IdExchange:
             self._hosts = topology.another_group("gloo")
         self._sent: list[SentIds] = []
         # On CUDA, FBGEMM's backward adds the rows of a rank's tables before an id to it, in the id's dtype.
-        most = max((sum(shard.num_embeddings for shard in shards) for shards in shards_by_rank), default=0)
+        of_shards = [{(of.name, of.first_column): of.num_embeddings for of in each} for each in lookups_by_rank]
+        most = max((sum(shards.values()) for shards in of_shards), default=0)
         self.wire_dtype = torch.int32 if most <= torch.iinfo(torch.int32).max else torch.int64
-        self._num_shards = [len(shards) for shards in shards_by_rank]
-        self._tables_by_rank = [[shard.table for shard in shards] for shards in shards_by_rank]
-        order = [table for tables_of_rank in self._tables_by_rank for table in tables_of_rank]
-        is_mean = [table.pooling == "mean" for table in tables]
+        self._num_lookups = [len(lookups) for lookups in lookups_by_rank]
+        self._features_by_rank = [[lookup.table for lookup in lookups] for lookups in lookups_by_rank]
+        order = [feature for features_of_rank in self._features_by_rank for feature in features_of_rank]
+        is_mean = [feature.pooling == "mean" for feature in features]
         self._has_mean = any(is_mean)
-        self._is_identity_order = order == list(range(len(tables)))
+        self._is_identity_order = order == list(range(len(features)))
         self._order = torch.tensor(order, dtype=torch.int32, device=self._device)
-        self._num_embeddings_F = torch.tensor([table.num_embeddings for table in tables], device=self._device)
+        self._num_embeddings_F = torch.tensor([feature.num_embeddings for feature in features], device=self._device)
         self._is_mean_F = torch.tensor(is_mean, dtype=torch.bool, device=self._device)
-        # Bags arrive grouped by rank, then by shard; FBGEMM needs them grouped by shard, then by rank.
-        by_shard = torch.arange(self._world_size * self._own).view(self._world_size, self._own).t().reshape(-1)
-        self._by_shard = by_shard.to(self._device, torch.int32)
+        # Bags arrive grouped by rank, then by lookup; FBGEMM needs them grouped by lookup, then by rank.
+        by_lookup = torch.arange(self._world_size * self._own).view(self._world_size, self._own).t().reshape(-1)
+        self._by_lookup = by_lookup.to(self._device, torch.int32)
 
     @property
     def _own(self) -> int:
-        """Number of this rank's shards, S."""
-        return self._num_shards[self._rank]
+        """Number of this rank's lookups, S."""
+        return self._num_lookups[self._rank]
 
     def send(self, sparse: SparseIds) -> SentIds:
         """Check a batch's ids, and start telling each rank how many it will get. Communicates over all ranks.
 
         Raises IndexError if an id is outside its table (on CUDA, a device-side assertion).
         """
-        if not self._tables:
+        if not self._features:
             raise ValueError("This model has no sparse features, so there is nothing to look up.")
-        check_ids(sparse, self._num_embeddings_F, self._tables)
+        check_ids(sparse, self._num_embeddings_F, self._features)
         has_weights = sparse.weights is not None or (self._has_mean and sparse.lengths_FB is not None)
         facts = (sparse.batch_size, sparse.lengths_FB is not None or has_weights, has_weights)
-        ids_to = [sum(sparse.counts_F[table] for table in tables) for tables in self._tables_by_rank]
+        ids_to = [sum(sparse.counts_F[feature] for feature in features) for features in self._features_by_rank]
         mine = torch.tensor([(*facts, count) for count in ids_to], dtype=torch.int64).flatten()
         each = [4] * self._world_size
         sent = SentIds(sparse, ids_to, all_to_all(mine, each, each, self._hosts))
@@ -163,10 +165,10 @@ class IdExchange:
     def _send_single_ids(self, sparse: SparseIds) -> Callable[[], OwnIds]:
         """The fast path: every bag holds one id, and all batches have the same size."""
         batch, own, ranks = sparse.batch_size, self._own, self._world_size
-        ids_FB = sparse.ids.to(self.wire_dtype).view(len(self._tables), batch)
+        ids_FB = sparse.ids.to(self.wire_dtype).view(len(self._features), batch)
         leaving = ids_FB if self._is_identity_order else ids_FB.index_select(0, self._order)
         arrived = all_to_all(
-            leaving.reshape(-1), [n * batch for n in self._num_shards], [own * batch] * ranks, self._group
+            leaving.reshape(-1), [n * batch for n in self._num_lookups], [own * batch] * ranks, self._group
         )
 
         def arrive() -> OwnIds:
@@ -189,7 +191,7 @@ class IdExchange:
                 self._order, lengths_FB, ids, weights, sum(sent.ids_to)
             )
         lengths = F.pad(lengths_FB, (0, batch - sparse.batch_size)).reshape(-1)
-        all_lengths = all_to_all(lengths, [n * batch for n in self._num_shards], [own * batch] * ranks, self._group)
+        all_lengths = all_to_all(lengths, [n * batch for n in self._num_lookups], [own * batch] * ranks, self._group)
         all_ids = all_to_all(ids, sent.ids_to, ids_from, self._group)
         all_weights = None if weights is None else all_to_all(weights, sent.ids_to, ids_from, self._group)
 
@@ -198,7 +200,7 @@ class IdExchange:
             weights = None if all_weights is None else all_weights()
             if own and ranks > 1:
                 lengths, ids, weights = torch.ops.fbgemm.permute_2D_sparse_data(
-                    self._by_shard, lengths, ids, weights, sum(ids_from)
+                    self._by_lookup, lengths, ids, weights, sum(ids_from)
                 )
             offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(lengths.reshape(-1))
             return OwnIds(sparse.batch_size, ids, offsets, weights, batch)

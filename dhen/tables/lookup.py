@@ -34,12 +34,13 @@ def make_lookup(
     *,
     rounds_stochastically: bool = False,
     cached: Collection[int] = (),
+    table_of_lookup: Sequence[int] | None = None,
 ) -> SplitTableBatchedEmbeddingBagsCodegen:
     """FBGEMM tables on `device` that sum over each bag and run the optimizer in their backward.
 
     sizes: (rows, columns) of each table. rounds_stochastically: round fp16 updates stochastically; FBGEMM ignores this
     on CPU, see `UpdatedTables`. cached: on CUDA, indices of the tables that stay in host memory, with a cache on the
-    GPU.
+    GPU. table_of_lookup: the table of each lookup, ascending; by default, each table has one.
     """
     return SplitTableBatchedEmbeddingBagsCodegen(
         [(*size, *_location(device, index in cached)) for index, size in enumerate(sizes)],
@@ -55,6 +56,7 @@ def make_lookup(
         pooling_mode=PoolingMode.SUM,
         bounds_check_mode=BoundsCheckMode.NONE,  # ids are checked before they are sent
         device=device,
+        feature_table_map=None if table_of_lookup is None else list(table_of_lookup),
     )
 
 

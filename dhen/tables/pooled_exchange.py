@@ -30,14 +30,14 @@ class Wires:
 
 @dataclass(frozen=True)
 class PooledLayout:
-    """Which table shards each rank looks up, in the order of its output: a block of columns each.
+    """What each rank looks up, in the order of its output: columns of a feature each, whose number is `table`.
 
     Together, the blocks cover each of the `num_features * embedding_dim` columns exactly once. Rows are encoded and
     decoded with all blocks in feature order, and one copy takes them to or from the ranks' order on the wire. So
     neither the number of operations nor that of copies depends on the number of ranks.
     """
 
-    shards_by_rank: Sequence[Sequence[TableShard]]
+    lookups_by_rank: Sequence[Sequence[TableShard]]
     num_features: int
     embedding_dim: int
     rank: int
@@ -47,12 +47,12 @@ class PooledLayout:
     @cached_property
     def widths_by_rank(self) -> tuple[tuple[int, ...], ...]:
         """Width of each block, by rank."""
-        return tuple(tuple(shard.num_columns for shard in shards) for shards in self.shards_by_rank)
+        return tuple(tuple(shard.num_columns for shard in shards) for shards in self.lookups_by_rank)
 
     @cached_property
     def _blocks(self) -> dict[tuple[int, int], int]:
         """Width of each block by (table, first column), in feature order."""
-        blocks = {(shard.table, shard.first_column): shard.num_columns for shard in chain(*self.shards_by_rank)}
+        blocks = {(shard.table, shard.first_column): shard.num_columns for shard in chain(*self.lookups_by_rank)}
         return dict(sorted(blocks.items()))
 
     @cached_property
@@ -72,7 +72,7 @@ class PooledLayout:
         """A row on the wire: of each rank, the values of its blocks, then their scales if the wire has any."""
         starts, index = [0, *accumulate(self.widths)], {block: n for n, block in enumerate(self._blocks)}
         by_rank = []
-        for shards in self.shards_by_rank:
+        for shards in self.lookups_by_rank:
             blocks = [index[shard.table, shard.first_column] for shard in shards]
             first_scales = [starts[-1] + n * wire.scale_size for n in blocks]
             values = [range(starts[n], starts[n + 1]) for n in blocks]
@@ -185,10 +185,10 @@ class PooledExchange:
         overlap: bool = True,
     ) -> None:
         """hops: exchanges over the group in two hops; None: in one."""
-        self._averaged_over = averaged_over or len(layout.shards_by_rank)
+        self._averaged_over = averaged_over or len(layout.lookups_by_rank)
         self._layout, self._batch_size, self._padded_batch = layout, batch_size, padded_batch
         self._group, self._hops, self._wires, self._overlap = group, hops, layout.wires, overlap
-        global_batch = max(1, padded_batch * len(layout.shards_by_rank))
+        global_batch = max(1, padded_batch * len(layout.lookups_by_rank))
         self._gradient_scale = 2.0 ** (global_batch.bit_length() - 1)
         self._own = layout.widths_by_rank[layout.rank]
         self._receive: Callable[[], Tensor] | None = None
@@ -220,7 +220,7 @@ class PooledExchange:
 
     def receive_gradient(self) -> Tensor:
         """Second half of the backward: the gradient of `pooled`, averaged over all ranks."""
-        wire, ranks = self._wires.backward, len(self._layout.shards_by_rank)
+        wire, ranks = self._wires.backward, len(self._layout.lookups_by_rank)
         rows = self._receive().view(ranks * self._padded_batch, wire.row_size(self._own))
         self._receive = None
         grad = wire.decode(rows, self._own, self._gradient_scale)
@@ -234,7 +234,7 @@ class PooledExchange:
 
     def _send(self, name: str, flat: Tensor, size: Callable[[int, int], int]) -> None:
         """size(s, r): number of elements that rank s sends to rank r."""
-        own, ranks = self._layout.rank, range(len(self._layout.shards_by_rank))
+        own, ranks = self._layout.rank, range(len(self._layout.lookups_by_rank))
         with record_function(name):
             if self._hops is not None:
                 self._receive = self._hops.all_to_all(flat, size)

@@ -21,16 +21,19 @@ class ReplicatedFeatures:
     """
 
     def __init__(self, config: DhenConfig, names: Collection[str], topology: Topology) -> None:
-        """names: the features whose tables are replicated."""
-        self._own = [index for index, table in enumerate(config.tables) if table.name in names]
-        self._others = [index for index, table in enumerate(config.tables) if table.name not in names]
-        self.tables = [config.tables[index] for index in self._own]
-        rows, device = [table.num_embeddings for table in self.tables], topology.device
-        self._num_embeddings_F = torch.tensor(rows, device=device)
-        self._is_mean_F = torch.tensor([table.pooling == "mean" for table in self.tables], device=device)
+        """names: the tables that are replicated."""
+        features, device = config.lookups, topology.device
+        self._own = [place for place, feature in enumerate(features) if feature.table in names]
+        self._others = [place for place, feature in enumerate(features) if feature.table not in names]
+        self.features = [features[place] for place in self._own]
+        self.tables = [table for table in config.tables if table.name in names]
+        self._num_embeddings_F = torch.tensor([feature.num_embeddings for feature in self.features], device=device)
+        self._is_mean_F = torch.tensor([feature.pooling == "mean" for feature in self.features], device=device)
+        rows, index = [table.num_embeddings for table in self.tables], [table.name for table in self.tables]
+        table_of_lookup = [index.index(feature.table) for feature in self.features]
         self._group = topology.world
-        self.uses = RowUses(rows, device)
-        self._new_uses = RowUses(rows, device)
+        self.uses = RowUses(rows, device, table_of_lookup)
+        self._new_uses = RowUses(rows, device, table_of_lookup)
         self._unseen: UnseenIds | None = None
         self._missing_FB: Tensor | None = None
 
@@ -39,7 +42,7 @@ class ReplicatedFeatures:
         if not self._own:
             return None
         own = sparse.select(self._own)
-        check_ids(own, self._num_embeddings_F, self.tables)
+        check_ids(own, self._num_embeddings_F, self.features)
         if torch.is_grad_enabled():
             self._new_uses.add(own.ids, lengths_of(own).sum(1))
         elif self._unseen is not None:
@@ -82,7 +85,7 @@ class ReplicatedFeatures:
             self._new_uses.counts.zero_()
 
     def uses_by_name(self) -> dict[str, Tensor]:
-        """`uses` by feature."""
+        """`uses` by table."""
         return {table.name: self.uses.of(index) for index, table in enumerate(self.tables)}
 
     def load_uses(self, saved: Mapping[str, Tensor]) -> None:

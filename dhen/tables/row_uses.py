@@ -3,7 +3,7 @@
 A row that training never used still has its random start, which says nothing about a click. At evaluation and export it
 counts as the mean of its table's rows, weighted by how often training used each of them.
 
-Shapes: S tables, R bags per table, C sum of the tables' columns.
+Shapes: S lookups, each in a table, R bags per lookup, C sum of the lookups' columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,10 +30,12 @@ class RowUses:
     ([1, 0, 2], [0, 1])
     """
 
-    def __init__(self, rows: Sequence[int], device: torch.device) -> None:
-        """rows: of each table."""
-        self._rows, self.num_tables = list(rows), len(rows)
-        self._starts_S = torch.tensor([0, *self._rows], device=device).cumsum(0)[:-1]
+    def __init__(self, rows: Sequence[int], device: torch.device, table_of_lookup: Sequence[int] | None = None) -> None:
+        """rows: of each table. table_of_lookup: by default, each table has one lookup."""
+        self._rows = list(rows)
+        self.table_of_lookup = list(range(len(self._rows)) if table_of_lookup is None else table_of_lookup)
+        starts = torch.tensor([0, *self._rows], device=device).cumsum(0)
+        self._starts_S = starts[torch.tensor(self.table_of_lookup, dtype=torch.int64, device=device)]
         self.counts = torch.zeros(sum(self._rows), dtype=torch.int32, device=device)
         self.added, self.halves_itself = 0, True
 
@@ -46,13 +48,13 @@ class RowUses:
         first = sum(self._rows[:table])
         return values[first : first + self._rows[table]]
 
-    def add(self, ids: Tensor, ids_per_table_S: Tensor) -> None:
-        """Count one use of each id. ids: ordered by table."""
-        self.add_rows(self.rows_at(ids, ids_per_table_S))
+    def add(self, ids: Tensor, counts_S: Tensor) -> None:
+        """Count one use of each id. ids: ordered by lookup. counts_S: ids of each."""
+        self.add_rows(self.rows_at(ids, counts_S))
 
-    def rows_at(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
-        """The rows of ids that are ordered by table, counted over all tables. The ids' dtype must hold them."""
-        return ids + self._starts_S.to(ids.dtype).repeat_interleave(ids_per_table_S, output_size=ids.numel())
+    def rows_at(self, ids: Tensor, counts_S: Tensor) -> Tensor:
+        """The rows of ids that are ordered by lookup, counted over all tables. The ids' dtype must hold them."""
+        return ids + self._starts_S.to(ids.dtype).repeat_interleave(counts_S, output_size=ids.numel())
 
     def add_rows(self, rows: Tensor) -> None:
         """Count one use of each of `rows_at`."""
@@ -67,9 +69,9 @@ class RowUses:
         while self.counts.numel() and self.counts.max() > MOST_USES:
             self.counts.add_(1).div_(2, rounding_mode="floor")
 
-    def is_unused(self, ids: Tensor, ids_per_table_S: Tensor) -> Tensor:
-        """For each id, whether its row was never used. ids: ordered by table."""
-        return self.counts[self.rows_at(ids, ids_per_table_S)] == 0
+    def is_unused(self, ids: Tensor, counts_S: Tensor) -> Tensor:
+        """For each id, whether its row was never used. ids: ordered by lookup."""
+        return self.counts[self.rows_at(ids, counts_S)] == 0
 
 
 @torch.no_grad()
@@ -91,7 +93,7 @@ def fill_unused(rows: Tensor, uses: Tensor, mean: Tensor | None = None) -> Tenso
 class UnseenIds:
     """The ids of one evaluation whose rows training never used: counts them, and lets the mean stand for their rows.
 
-    counts_3S: for each table, the number of ids, of those with an unused row, and of the latter those that are 0.
+    counts_3S: for each lookup, the number of ids, of those with an unused row, and of the latter those that are 0.
     """
 
     def __init__(self, uses: RowUses, means: Callable[[], Sequence[Tensor]] | None) -> None:
@@ -99,7 +101,7 @@ class UnseenIds:
         on a GPU in any case. None: the unused rows already hold the mean, as in an exported model.
         """
         self._uses, self._compute_means = uses, means
-        self.counts_3S = torch.zeros(3, uses.num_tables, dtype=torch.int64, device=uses.counts.device)
+        self.counts_3S = torch.zeros(3, len(uses.table_of_lookup), dtype=torch.int64, device=uses.counts.device)
 
     def split(self, ids: Tensor, lengths_SR: Tensor, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Count the ids of S * R bags, and give unused rows weight 0. lengths_SR: ids in each bag.
@@ -107,12 +109,12 @@ class UnseenIds:
         Returns the weights per id, and missing_SR: how much weight each bag has lost. None: every weight is 1, or
         nothing is missing.
         """
-        ids_per_table_S = lengths_SR.sum(1)
-        is_unused = self._uses.is_unused(ids, ids_per_table_S)
-        tables = torch.arange(len(ids_per_table_S), device=ids.device)
-        table_of_id = tables.repeat_interleave(ids_per_table_S, output_size=ids.numel())
+        counts_S = lengths_SR.sum(1)
+        is_unused = self._uses.is_unused(ids, counts_S)
+        lookups = torch.arange(len(counts_S), device=ids.device)
+        lookup_of_id = lookups.repeat_interleave(counts_S, output_size=ids.numel())
         for row, counted in enumerate((torch.ones_like(is_unused), is_unused, is_unused & (ids == 0))):
-            self.counts_3S[row].index_add_(0, table_of_id, counted.long())
+            self.counts_3S[row].index_add_(0, lookup_of_id, counted.long())
         # A GPU is not asked, because the host would wait for its answer.
         if self._compute_means is None or (ids.device.type == "cpu" and not is_unused.any()):
             return weights, None
@@ -125,11 +127,12 @@ class UnseenIds:
 
     def mean_parts(self, missing_SR: Tensor) -> Tensor:
         """What the missing rows add to the pooled embeddings, (R, C)."""
-        table_of_column_C, means_C = self._means
-        return missing_SR[table_of_column_C].t() * means_C
+        lookup_of_column_C, means_C = self._means
+        return missing_SR[lookup_of_column_C].t() * means_C
 
     @cached_property
     def _means(self) -> tuple[Tensor, Tensor]:
-        means = list(self._compute_means())
-        tables = [torch.full_like(mean, table, dtype=torch.int64) for table, mean in enumerate(means)]
-        return torch.cat(tables), torch.cat(means)
+        of_tables = list(self._compute_means())
+        means = [of_tables[table] for table in self._uses.table_of_lookup]
+        lookups = [torch.full_like(mean, lookup, dtype=torch.int64) for lookup, mean in enumerate(means)]
+        return torch.cat(lookups), torch.cat(means)

@@ -12,20 +12,24 @@ With `overlap`, all three exchanges run in the background. The ids of the next b
 have arrived, and travel while it computes. Embeddings travel during the MLP of the dense features, and gradients during
 the backward of that MLP.
 
-Shapes: B examples of this rank, F sparse features, D embedding dimension, S table shards of this rank, W ranks.
+A table may serve several features. Each of these looks it up on its own, as if it were a shard of its own; the rows,
+their states and their counts of uses are the table's.
+
+Shapes: B examples of this rank, F sparse features, D embedding dimension, S lookups of this rank, W ranks.
 """
 
 import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dhen.config.dhen_section import TableDtype, TableRounding
-from dhen.model.configuration_dhen import SparseFeature
+from dhen.model.configuration_dhen import SparseFeature, features_of_tables
 from dhen.model.features import SparseIds, draw_table
 from dhen.runtime.topology import ShardGroups, Topology
 from dhen.runtime.two_hops import TwoHops
@@ -72,7 +76,7 @@ class ShardedTables(nn.Module):
 
     def __init__(
         self,
-        tables: Sequence[SparseFeature],
+        features: Sequence[SparseFeature],
         embedding_dim: int,
         placement: Placement,
         topology: Topology,
@@ -95,7 +99,7 @@ class ShardedTables(nn.Module):
         self.replica_index = 0
         if groups is not None:
             topology, self.replica_index = topology.within(groups), groups.replica_index
-        self.tables = tuple(tables)
+        self.features = tuple(features)
         self.embedding_dim = embedding_dim
         self.placement = placement
         self.update, self.table_dtype = update or TableUpdate(), table_dtype
@@ -112,14 +116,21 @@ class ShardedTables(nn.Module):
         # Shards of equal width are adjacent on a rank.
         by_rank = [tuple(sorted(shards, key=lambda shard: shard.num_columns)) for shards in of_ranks]
         self.shards = by_rank[topology.rank]
+        places = list(features_of_tables(self.features).values())
+        lookups_by_rank = [
+            [replace(shard, table=place) for shard in shards for place in places[shard.table]] for shards in by_rank
+        ]
+        self.lookups = lookups_by_rank[topology.rank]
+        self._table_of_lookup = [index for index, shard in enumerate(self.shards) for _ in places[shard.table]]
         self._layout = PooledLayout(
-            by_rank, len(self.tables), embedding_dim, topology.rank, wires or Wires(), self._device
+            lookups_by_rank, len(self.features), embedding_dim, topology.rank, wires or Wires(), self._device
         )
-        self._ids = IdExchange(self.tables, by_rank, topology, overlap=overlap)
+        self._ids = IdExchange(self.features, lookups_by_rank, topology, overlap=overlap)
         self._lookup, self._updated = None, None
         self._replicas: ReplicaGroup | None = None
         self._moves: Moves | None = None
-        self.uses = RowUses([shard.num_embeddings for shard in self.shards], self._device)
+        rows = [shard.num_embeddings for shard in self.shards]
+        self.uses = RowUses(rows, self._device, self._table_of_lookup)
         self._unseen: UnseenIds | None = None
         self._is_new = torch.zeros_like(self.uses.counts, dtype=torch.bool) if self.update.has_new_rows else None
         self._sync_steps, self._sync_overlap, self._step, self._sent_at = sync_steps, sync_overlap, 0, 0
@@ -164,6 +175,7 @@ class ShardedTables(nn.Module):
             update.betas,
             rounds_stochastically=rounds,
             cached=cached,
+            table_of_lookup=self._table_of_lookup,
         )
         if replicas is not None:
             self._replicas = ReplicaGroup(self._weights(), self.uses, replicas)
@@ -212,7 +224,7 @@ class ShardedTables(nn.Module):
     def _look_up_own(self, own: OwnIds) -> Tensor:
         """Pool the rows of this rank's shards, and count the uses in training or, in an evaluation, the unseen ids."""
         look_up, weights, missing_SR = self._updated or self._lookup, own.weights, None
-        lengths_SR = own.offsets.diff().view(len(self.shards), self._world_size * own.padded_batch)
+        lengths_SR = own.offsets.diff().view(len(self.lookups), self._world_size * own.padded_batch)
         if torch.is_grad_enabled():
             rows = self.uses.rows_at(own.ids, lengths_SR.sum(1))
             if self._moves is not None:
@@ -372,7 +384,9 @@ class ShardedTables(nn.Module):
                 raise ValueError(
                     "the tables do not fit on the GPUs, so an average of them does not either. Set it to 0."
                 )
-            self.average = AveragedTables(weights, all_rows_change=self.update.l2 > 0)
+            self.average = AveragedTables(
+                weights, all_rows_change=self.update.l2 > 0, table_of_lookup=self._table_of_lookup
+            )
             if self._replicas is not None:
                 self._replicas.average = self.average
 

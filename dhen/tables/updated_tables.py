@@ -74,13 +74,18 @@ class UpdatedTables:
         self._widths = by_width(lookup.split_embedding_weights())
         rows = [len(of_width.weight) for of_width in self._widths]
         self._is_new = [None] * len(rows) if is_new is None else is_new.split(rows)
-        # By table: its first row, the first table of its width, and the number of tables of its width.
+        # By lookup: the first row of its table, the first lookup of its width, and the number of lookups of its width.
         device, self._num_rows = self._widths[0].weight.device, sum(rows)
         row_dtype = torch.int32 if self._num_rows <= torch.iinfo(torch.int32).max else torch.int64
         firsts = list(accumulate(chain.from_iterable(of_width.rows for of_width in self._widths), initial=0))
-        self._first_row = torch.tensor(firsts[:-1], dtype=row_dtype, device=device)
-        of_tables = [(of_width.tables[0], len(of_width.rows)) for of_width in self._widths for _ in of_width.rows]
-        self._first_table, self._num_tables = torch.tensor(of_tables, dtype=torch.int32, device=device).t()
+        table_of_lookup = lookup.feature_table_map
+        self._first_row = torch.tensor([firsts[table] for table in table_of_lookup], dtype=row_dtype, device=device)
+        of_lookups, self._columns, column = [], [], 0
+        for of_width in self._widths:
+            count = sum(table in range(*of_width.tables) for table in table_of_lookup)
+            of_lookups += [(len(of_lookups), count)] * count
+            self._columns.append(slice(column, column := column + count * of_width.weight.shape[1]))
+        self._first_lookup, self._num_lookups = torch.tensor(of_lookups, dtype=torch.int32, device=device).t()
         # Where the rows of each width begin, and where the last ones end.
         self._bounds = torch.tensor(list(accumulate(rows, initial=0)), dtype=row_dtype, device=device)
         if update.optimizer == "adam":
@@ -124,15 +129,15 @@ class UpdatedTables:
         num_bags = grad.shape[0]
         bags = torch.arange(len(offsets) - 1, dtype=ids.dtype, device=ids.device)
         bag_of_id = bags.repeat_interleave(offsets.diff(), output_size=len(ids))
-        table_of_id = bag_of_id // num_bags
-        by_row, order = (ids + self._first_row[table_of_id]).sort(stable=True)
-        # A row of a width's `grads` is one bag's gradient for one table; bags are numbered table by table.
-        example_of_id, table_in_width = bag_of_id - table_of_id * num_bags, table_of_id - self._first_table[table_of_id]
-        grad_of_id = (example_of_id * self._num_tables[table_of_id] + table_in_width)[order]
+        lookup_of_id = bag_of_id // num_bags
+        by_row, order = (ids + self._first_row[lookup_of_id]).sort(stable=True)
+        # A row of a width's `grads` is one bag's gradient for one lookup; bags are numbered lookup by lookup.
+        example_of_id, in_width = bag_of_id - lookup_of_id * num_bags, lookup_of_id - self._first_lookup[lookup_of_id]
+        grad_of_id = (example_of_id * self._num_lookups[lookup_of_id] + in_width)[order]
         weight_of_id = None if weights is None else weights[order]
         starts, pieces = self._pieces(by_row)
         for index, (of_width, of_rows) in enumerate(zip(self._widths, pieces, strict=True)):
-            grads = grad[:, slice(*of_width.columns)].reshape(-1, of_width.weight.shape[1])
+            grads = grad[:, self._columns[index]].reshape(-1, of_width.weight.shape[1])
             for first, last, first_id, last_id in of_rows:
                 # A row's gradient is the sum of its ids' bag gradients: again a lookup, of bags instead of rows.
                 grad_of_rows = embedding_bag(

@@ -11,12 +11,11 @@ from torch import Tensor
 class Width:
     """Adjacent tables of equal width, joined into one. Shares the tables' memory.
 
-    tables: range of table numbers, end exclusive. columns: range of columns in the lookup's output, end exclusive.
-    rows: number of rows of each table. first_row: of the first table, counted over all tables.
+    tables: range of table numbers, end exclusive. rows: number of rows of each table. first_row: of the first table,
+    counted over all tables.
     """
 
     tables: tuple[int, int]
-    columns: tuple[int, int]
     rows: list[int]
     first_row: int
     weight: Tensor
@@ -28,12 +27,12 @@ class Width:
 
 def by_width(weights: Sequence[Tensor]) -> list[Width]:
     """Group tables that FBGEMM stores back to back. Tables of equal width must be adjacent."""
-    widths, column, first, row = [], 0, 0, 0
-    for width, group in groupby(weights, key=lambda weight: weight.shape[1]):
+    widths, first, row = [], 0, 0
+    for _, group in groupby(weights, key=lambda weight: weight.shape[1]):
         tables = list(group)
-        last, last_column, rows = first + len(tables), column + width * len(tables), list(map(len, tables))
-        widths.append(Width((first, last), (column, last_column), rows, row, _joined(tables)))
-        first, column, row = last, last_column, row + sum(rows)
+        last, rows = first + len(tables), list(map(len, tables))
+        widths.append(Width((first, last), rows, row, _joined(tables)))
+        first, row = last, row + sum(rows)
     return widths
 
 

@@ -193,6 +193,12 @@ def _without_effect(arguments: Arguments, schema: Schema, start: StartingPoint |
     """A sentence for each setting that has no effect, and one for frozen weights that were never trained."""
     like = start.trained.folder if start else None
     sentences = settings_without_effect(arguments.data, schema, like) + arguments.training.without_effect()
+    sentences += [
+        f"{name}: {count:,} ids of {split} come before the last max_length of their row and are not used"
+        for split, counts in schema.splits.items()
+        for name, count in counts.cut_ids.items()
+        if count
+    ]
     sentences += _missing_metrics(arguments.training.metric_for_best_model, schema)
     if start:
         sentences += ignored_architecture(arguments.architecture, start)

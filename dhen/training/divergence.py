@@ -64,7 +64,7 @@ def _search(model: ParallelDhen, kept: KeptMicroStep, schema: Schema) -> tuple[i
     if not kept.is_broken():
         return _NOTHING
     if embeddings_BFD is not None and not embeddings_BFD.isfinite().all():
-        sharded = [table.name for table in model.config.tables if table.name not in model.placement.replicated]
+        sharded = [of.name for of in model.config.lookups if of.table not in model.placement.replicated]
         (first, *_) = (~embeddings_BFD.isfinite()).any(2).any(0).nonzero().flatten().tolist()
         where = f"the embeddings of feature {quoted(sharded[first])}: an earlier step made its table infinite or NaN"
         return 1, where, "Lower table_learning_rate, or add warmup_steps."

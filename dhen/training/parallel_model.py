@@ -109,15 +109,16 @@ class ScoringDhen:
 
         Communicates; all ranks call it.
         """
-        index = {table.name: place for place, table in enumerate(self.config.tables)}
+        index = {feature.name: place for place, feature in enumerate(self.config.features)}
         counts_3F = torch.zeros(3, len(index), dtype=torch.int64, device=self.topology.device)
         if self.tables is not None:
-            for shard, counts in zip(self.tables.shards, self._unseen.counts_3S.unbind(1), strict=True):
-                if shard.first_column == 0:
-                    counts_3F[:, index[shard.name]] = counts
+            for lookup, counts in zip(self.tables.lookups, self._unseen.counts_3S.unbind(1), strict=True):
+                if lookup.first_column == 0:
+                    counts_3F[:, index[self.tables.features[lookup.table].name]] += counts
         if self._unseen_replicated is not None:
-            for table, counts in zip(self.replicated.tables, self._unseen_replicated.counts_3S.unbind(1), strict=True):
-                counts_3F[:, index[table.name]] = counts
+            of_features = zip(self.replicated.features, self._unseen_replicated.counts_3S.unbind(1), strict=True)
+            for feature, counts in of_features:
+                counts_3F[:, index[feature.name]] += counts
         dist.all_reduce(counts_3F, group=self.topology.world)
         return {name: tuple(counts_3F[:, place].tolist()) for name, place in index.items()}
 

@@ -170,7 +170,7 @@ def shard_tables(
 
     options: more arguments of `ShardedTables`.
     """
-    sharded = [table for table in config.tables if table.name not in placement.replicated]
+    sharded = [feature for feature in config.lookups if feature.table not in placement.replicated]
     if not sharded:
         return None
     return ShardedTables(

@@ -136,6 +136,12 @@ def test_weights_and_operations_are_those_of_the_model():
     assert training_flops_per_sample(config) == counter.get_total_flops() / BATCH
 
 
+def test_the_heads_of_further_tasks_count():
+    config = config_of(2, tasks=["buy", "stay"], task_weights="uncertainty")
+    model = DhenForClickPrediction(config, with_tables=False)
+    assert trace_step(config, BATCH).weights == {name: weight.numel() for name, weight in model.named_parameters()}
+
+
 def test_training_flops_are_those_of_the_formulas():
     """Forward, and twice as many backward, but as many for dots; half only, if nothing before the layer is trained."""
 
@@ -146,6 +152,7 @@ def test_training_flops_are_those_of_the_formulas():
     linear = {"kind": "linear", "num_embeddings": 5}
     head = 3 * 2 * 5 * 8  # 5 embeddings of 8 to one logit
     assert flops(linear) == 3 * 2 * 5 * 5 * 8 + head
+    assert flops(linear, tasks=["buy", "stay"]) == flops(linear) + 2 * head
     dlrm = {"kind": "advanced_dlrm", "num_embeddings": 5, "over_arch": [16]}
     mlp, gate = 3 * 2 * (10 * 16 + 16 * 40), 3 * 2 * 10 * 4
     dots = 2 * 2 * 5 * 5 * 8  # their backward is one product

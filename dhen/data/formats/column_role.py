@@ -74,6 +74,8 @@ class SparseRole:
     numbers in it. transform: of the numbers in it. `log_squared` is floor(log(x)^2) above 2, else the whole part: the
     winners' transform in Criteo's challenge.
 
+    table: the name of a feature or of a table, which this feature then shares.
+
     If `encoding`, `hash_size` or `min_count` is None, the command's setting applies.
     """
 
@@ -86,11 +88,14 @@ class SparseRole:
     separator: str | None = None
     multi_valued: bool = False
     weights: str | None = None
-    pooling: Literal["sum", "mean"] = "sum"
+    pooling: Literal["sum", "mean", "attention"] = "sum"
     encoding: Literal["hash", "vocabulary"] | None = None
     hash_size: HashSize | None = None
     min_count: Count | None = None
     bins: Bins | None = None
+    table: str | None = None
+    target: str | None = None
+    max_length: Count | None = None
 
     def __post_init__(self) -> None:
         if self.characters is not None and not 0 <= self.characters[0] < self.characters[1]:
@@ -101,7 +106,7 @@ class SparseRole:
         if self.part is not None and (self.characters is not None or self.is_multi_valued):
             raise ValueError(f"{quoted(self.source)} has `parts`, which need one date per row. Remove the other keys.")
         with_ids = ("characters", "part", "transform", "separator", "multi_valued", "weights", "encoding", "hash_size")
-        for key in (*with_ids, "min_count") if self.bins is not None else ():
+        for key in (*with_ids, "min_count", "table") if self.bins is not None else ():
             if getattr(self, key) not in (None, False):
                 key = "parts" if key == "part" else key
                 raise ValueError(
@@ -116,6 +121,16 @@ class SparseRole:
                 f"the date_format of {quoted(self.name)} is {quoted(self.date_format)}. Use %Y or %y, %m and "
                 f"%d, perhaps %H, %M and %S, and what stands between them, in an entry with `parts`."
             )
+        if {self.target is not None, self.max_length is not None} != {self.pooling == "attention"}:
+            raise ValueError(
+                f"{quoted(self.name)} has pooling {self.pooling}, target {quoted(self.target)} and max_length "
+                f"{self.max_length}. Give target and max_length with `pooling: attention`, and only then."
+            )
+        if self.target is not None and (not self.is_multi_valued or self.is_weighted):
+            raise ValueError(
+                f"{quoted(self.name)} has `pooling: attention`, which needs ids without weights. Give a separator or "
+                f"multi_valued, and remove `weights`."
+            )
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:
                 raise ValueError(
@@ -126,6 +141,11 @@ class SparseRole:
     def features(self) -> tuple[str, ...]:
         """The name of the sparse feature that it becomes."""
         return (self.name,)
+
+    @property
+    def table_name(self) -> str:
+        """The name of its table."""
+        return self.table or self.name
 
     @property
     def is_multi_valued(self) -> bool:

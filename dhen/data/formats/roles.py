@@ -24,6 +24,8 @@ sparse:
   - {name: seen, parts: [hour, weekday]}                      # of a date: the features seen_hour and seen_weekday
   - {name: at, parts: [day], date_format: "%y%m%d%H"}         # of a date that is written in another way
   - {name: count, transform: log_squared}                     # of a number: floor(log(x)^2) as a category
+  - {name: bought, separator: "|", table: item, pooling: attention, target: item, max_length: 50}  # the last 50
+  - {name: last_item, table: item}                            # shares the ids and the table of the feature `item`
 ignored: [id]             # all other columns must be listed here; "*" ignores all of them
 
 A name in these three lists may be a shell pattern, such as "cat_*" or {name: "age_*", transform: identity}. It stands
@@ -118,6 +120,27 @@ class ColumnRoles:
                 raise ValueError(
                     f"{quoted(feature.name)} has `characters`, but is multi-valued. Remove one of the two."
                 )
+        singles = [feature.name for feature in self.sparse if not feature.is_multi_valued]
+        for feature in self.sparse:
+            if feature.target is not None and feature.target not in singles and not self.has_patterns:
+                raise ValueError(
+                    f"the target of {quoted(feature.name)} is {quoted(feature.target)}. Use a sparse feature with one "
+                    f"id per row: {listed(singles) or 'there is none'}."
+                )
+        for table, role in self.tables.items():
+            if role.table not in (None, role.name) and not self.has_patterns:
+                raise ValueError(
+                    f"{unknown_name('table', table, set(self.tables) - {table})} Only "
+                    f"{quoted(role.name)} has it as `table`. Name a feature, or give it to several."
+                )
+
+    @property
+    def tables(self) -> dict[str, SparseRole]:
+        """By table, its feature, or what its features say about it. Raises ValueError if they contradict each other."""
+        of_tables: dict[str, list[SparseRole]] = {}
+        for feature in self.sparse:
+            of_tables.setdefault(feature.table_name, []).append(feature)
+        return {table: of[0] if len(of) == 1 else _shared(table, of) for table, of in of_tables.items()}
 
     @property
     def label_columns(self) -> frozenset[str]:
@@ -220,6 +243,22 @@ class TimedRoles(ColumnRoles):
     has_dates: bool = False
 
 
+def _shared(table: str, features: list[SparseRole]) -> SparseRole:
+    said: dict[str, Any] = {}
+    for key in ("bins", "encoding", "hash_size", "min_count"):
+        by_value = {getattr(feature, key): feature.name for feature in features if getattr(feature, key) is not None}
+        if len(by_value) > 1 or (by_value and key == "bins"):
+            of_each = ", ".join(f"{key} {quoted(value)} of {quoted(name)}" for value, name in by_value.items())
+            rule = "Such features cannot share a table" if key == "bins" else "Give it once"
+            raise ValueError(
+                f"the features {listed([feature.name for feature in features])} share the table {quoted(table)}, which "
+                f"does not go together with {of_each}. {rule}, or remove `table`."
+            )
+        if by_value:
+            said[key] = next(iter(by_value))
+    return SparseRole(table, **said)
+
+
 def load_roles(path: str | Path) -> ColumnRoles:
     """Read a YAML schema. Raises FileNotFoundError, or ValueError naming the file, the key and what is allowed."""
     path = find(str(path))
@@ -287,7 +326,7 @@ def _one_line(place: str | Path) -> Iterator[None]:
 
 def _check_names(role: DenseRole | SparseRole) -> None:
     is_sparse = isinstance(role, SparseRole)
-    for name in role.features:
+    for name in (*role.features, role.table_name) if is_sparse else role.features:
         if name == LABEL or not _FEATURE_NAME.fullmatch(name) or (is_sparse and not is_valid_table_name(name)):
             raise ValueError(
                 f"{quoted(name)} is not allowed as a feature name, because files, columns and tables are named after "

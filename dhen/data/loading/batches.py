@@ -27,7 +27,7 @@ from dhen.data.loading.lanes import Part, choose_lanes, cut_into_lanes, overlap,
 from dhen.data.loading.prepared_rows import NUMBER, find_row_groups, flat_values, read_row_group
 from dhen.data.loading.read_ahead import read_ahead
 from dhen.data.schema import LABEL, WEIGHT, Schema, task_column, weights_column
-from dhen.model.features import SparseIds
+from dhen.model.features import SparseIds, in_positions
 
 WINDOW_ROWS = 1 << 19
 READ_AHEAD_BATCHES = 4
@@ -279,6 +279,11 @@ def _as_batch(rows: pa.Table, schema: Schema, global_rows: int, mean_weight: flo
 
 def as_sparse_ids(rows: pa.Table, schema: Schema) -> SparseIds:
     """The ids of prepared rows, feature by feature in the schema's order."""
+    bags, max_lengths = _as_bags(rows, schema), [column.max_length for column in schema.sparse]
+    return in_positions(bags, max_lengths) if any(max_lengths) else bags
+
+
+def _as_bags(rows: pa.Table, schema: Schema) -> SparseIds:
     ids = [flat_values(rows[column.name]) for column in schema.sparse]
     joined = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *ids]))
     if not any(column.is_multi_valued for column in schema.sparse):

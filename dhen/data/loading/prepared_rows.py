@@ -73,7 +73,10 @@ def list_row_groups(folder: Path, split: str, schema: Schema) -> list[RowGroup]:
 
 
 def mean_bag_sizes(folder: Path, schema: Schema) -> dict[str, float]:
-    """Return the mean bag size of each multi-valued feature in train, from file metadata. An empty bag counts as 1."""
+    """Return the mean bag size of each multi-valued feature in train, from file metadata. An empty bag counts as 1.
+
+    Of a feature with a max_length, the mean number of ids in a position.
+    """
     names = [column.name for column in schema.sparse if column.is_multi_valued]
     if not names:
         return {}
@@ -86,7 +89,9 @@ def mean_bag_sizes(folder: Path, schema: Schema) -> dict[str, float]:
                 name = column.path_in_schema.split(".list.")[0]
                 if name in values:
                     values[name] += column.num_values
-    return {name: count / max(rows, 1) for name, count in values.items()}
+    most = {column.name: column.max_length for column in schema.sparse if column.max_length}
+    means = {name: count / max(rows, 1) for name, count in values.items()}
+    return means | {name: min(means[name] / longest, 1.0) for name, longest in most.items()}
 
 
 def read_row_group(group: RowGroup, schema: Schema) -> pa.Table:

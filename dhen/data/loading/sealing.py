@@ -49,9 +49,17 @@ def _check_schema(path: Path, schema: Schema) -> None:
             refuse(column.name, f"has mean {column.mean} and std {column.std}. Give both, or neither.")
         if column.missing_of not in (None, *numbers):
             refuse(column.name, f"has missing_of {column.missing_of!r}. Use a dense feature: {', '.join(numbers)}.")
+    tables = {column.table_name: column for column in schema.sparse}
     for column in schema.sparse:
+        first = tables[column.table_name]
+        if (column.encoding, column.num_embeddings) != (first.encoding, first.num_embeddings):
+            refuse(column.name, f"has another encoding or num_embeddings than {first.name!r}, but shares its table.")
         if column.is_weighted and not column.is_multi_valued:
             refuse(column.name, "is weighted, but not multi-valued. Set is_multi_valued to true, and write lists.")
+        needs = (column.target is not None, column.max_length is not None)
+        is_ordered = column.pooling == "attention"
+        if {*needs} != {is_ordered} or (is_ordered and (not column.is_multi_valued or column.is_weighted)):
+            refuse(column.name, "needs target, max_length and lists without weights for 'attention', and only then.")
         edges, has_bins = column.edges, column.encoding == "bins"
         if {has_bins, column.bins is not None, edges is not None} != {has_bins}:
             refuse(column.name, f"has encoding {column.encoding!r}. Give bins and edges with 'bins', and only then.")

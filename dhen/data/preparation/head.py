@@ -41,14 +41,14 @@ def _grown(column: SparseColumn, head: Schema, folder: Path) -> SparseColumn:
     the number of keys is all that is known, and keys = rows^exponent (Heaps' law) gives the exponent.
     """
     settings, keys_of = head.source["settings"], head.source.get(ESTIMATED_KEYS, {})
-    if column.name not in keys_of and column.encoding != "vocabulary":
+    if column.table_name not in keys_of and column.encoding != "vocabulary":
         return column
     share = head.source[SHARES]["train"]
-    if column.name in keys_of:
-        keys, rows = max(keys_of[column.name], 1), max(head.splits["train"].rows, 2)
+    if column.table_name in keys_of:
+        keys, rows = max(keys_of[column.table_name], 1), max(head.splits["train"].rows, 2)
         keys = round(keys / share ** min(1.0, math.log(keys, rows)))
         return replace(column, num_embeddings=hash_rows(keys, settings["max_hash_size"]))
-    counts = load_vocabulary(folder, column.name).counts
+    counts = load_vocabulary(folder, column.table_name).counts
     exponent = min(1.0, column.min_count * float(np.mean(counts == column.min_count))) if len(counts) else 0.0
     keys = round(len(counts) / share**exponent)
     if keys > MOST_KEYS and settings["id_encoding"] == "auto" and settings["hash_size"] != "auto":

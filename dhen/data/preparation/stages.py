@@ -190,7 +190,7 @@ def _count_keys(
 ) -> dict[str, Any]:
     """Count the keys of the train rows in a piece, or estimate their number for a hash_size, and fit its numbers.
 
-    A feature whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
+    A table whose encoding is auto gets no counts if it has more than MOST_KEYS keys.
     """
     counts: dict[str, KeyCounts | KeySketch] = {}
     for name, of_feature in counted.items():
@@ -203,8 +203,11 @@ def _count_keys(
         rows += table.num_rows
         for name, fit in fits.items():
             fit.add(table[name].drop_null().to_numpy())
-        for name, count in list(counts.items()):
-            keys = table[name].combine_chunks()
+        for role in raw.reader.roles.sparse:
+            name = role.table_name
+            if (count := counts.get(name)) is None:
+                continue
+            keys = table[role.name].combine_chunks()
             keys = keys.flatten() if pa.types.is_list(keys.type) else keys
             count.add(canonical_keys(keys))
             if counted[name].encoding == "auto" and len(count.merged) > MOST_KEYS:
@@ -228,7 +231,8 @@ def _encoder_of(folder: Path, mark: int) -> Encoder:
 def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, report: Report) -> dict[str, Any]:
     """Encode and write the rows of a piece. Rows to predict get the file and row number that they came from."""
     encoder, bytes_read = _encoder_of(encoder_folder, encoder_folder.stat().st_ino), 0
-    writers = {split: SplitWriter(folder / split) for split in piece.splits}
+    max_lengths = {column.name: column.max_length for column in encoder.sparse if column.max_length}
+    writers = {split: SplitWriter(folder / split, max_lengths) for split in piece.splits}
 
     def report_and_add(rows: int, num_bytes: int) -> None:
         nonlocal bytes_read

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import astuple, fields
 from functools import reduce
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 import xxhash
 
@@ -34,7 +35,9 @@ TaskCounts = dict[str, tuple[int, int]]
 class SplitWriter:
     """Writes the rows of one split, and counts them. Holds at most one row group and one chunk in memory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_lengths: Mapping[str, int] | None = None) -> None:
+        """max_lengths: by feature; longer lists are counted."""
+        self._max_lengths, self.cut_ids = max_lengths or {}, Counter()
         self.folder, self.rows, self.num_parts = folder, 0, 0
         self.bad_rows, self.unknown_keys = 0, Counter()
         self._clicks = self._unlabelled = self._row_groups = self._waiting_rows = 0
@@ -53,6 +56,9 @@ class SplitWriter:
         self.rows += table.num_rows
         self._clicks += int(np.count_nonzero(labels == 1))
         self._unlabelled += int(np.count_nonzero(np.isnan(labels)))
+        for name, most in self._max_lengths.items():
+            lengths = pc.list_value_length(table[name]).to_numpy()
+            self.cut_ids[name] += int(np.maximum(lengths - most, 0).sum())
         if WEIGHT in table.column_names:
             self._weight = (self._weight or 0.0) + table[WEIGHT].to_numpy().sum(dtype=np.float64)
         self._tasks = add_counts(self._tasks, task_counts(table))
@@ -70,9 +76,9 @@ class SplitWriter:
 
     def counts(self) -> SplitCounts:
         """Return the counts of the rows so far."""
-        digest, unknown_keys = self._digest.hexdigest(), dict(self.unknown_keys)
-        counts = self.rows, self._clicks, self.bad_rows, self._unlabelled
-        return SplitCounts(*counts, unknown_keys, digest, self._weight, self._tasks)
+        numbers = self.rows, self._clicks, self.bad_rows, self._unlabelled
+        digest, cut_ids = self._digest.hexdigest(), dict(self.cut_ids)
+        return SplitCounts(*numbers, dict(self.unknown_keys), digest, self._weight, cut_ids, self._tasks)
 
     def _write_row_group(self, num_rows: int) -> None:
         waiting = pa.concat_tables(self._waiting)
@@ -154,11 +160,14 @@ def sum_of(counts: Sequence[SplitCounts]) -> SplitCounts:
         return counts[0]
     numbers = {name: sum(getattr(c, name) for c in counts) for name in ("rows", "clicks", "bad_rows", "unlabelled")}
     weights = [count.weight for count in counts if count.weight is not None]
-    unknown_keys = {name: sum(c.unknown_keys.get(name, 0) for c in counts) for name in counts[0].unknown_keys}
+    by_name = {
+        key: {name: sum(getattr(c, key).get(name, 0) for c in counts) for name in getattr(counts[0], key)}
+        for key in ("unknown_keys", "cut_ids")
+    }
     digest = xxhash.xxh3_128("".join(count.digest for count in counts).encode()).hexdigest()
     weight = math.fsum(weights) if weights else None
     tasks = reduce(add_counts, (count.tasks for count in counts))
-    return SplitCounts(**numbers, unknown_keys=unknown_keys, digest=digest, weight=weight, tasks=tasks)
+    return SplitCounts(**numbers, **by_name, digest=digest, weight=weight, tasks=tasks)
 
 
 def task_counts(table: pa.Table) -> dict[str, tuple[int, int]]:

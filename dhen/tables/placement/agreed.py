@@ -98,14 +98,19 @@ def place_as_asked(
     for limit in limits:
         try:
             within = replace(options, memory_bytes=limit)
-            placement = place_tables(config.tables, config.embedding_dim, setting, rates, ids_per_bag, within)
-            columns = config.embedding_dim * (len(config.tables) - len(placement.replicated))
+            placement = place_tables(config.lookups, config.embedding_dim, setting, rates, ids_per_bag, within)
+            columns = sharded_columns(config, placement)
             hops = fastest_hops(section, setting, rates, columns)
             waits = hop_seconds(rates, setting, columns, hops)
             return replace(placement, device_bytes=memory.room, hops=hops, hop_seconds=waits)
         except PlacementError as error:
             failure = error
     raise PlacementError(f"{failure.needs} {memory}".rstrip(), failure.solutions)
+
+
+def sharded_columns(config: DhenConfig, placement: Placement) -> int:
+    """Number of values that an example's lookups in the sharded tables have together."""
+    return config.embedding_dim * sum(feature.table not in placement.replicated for feature in config.lookups)
 
 
 def fastest_hops(section: DhenSection, setting: StepSetting, costs: Costs, columns: int) -> int:

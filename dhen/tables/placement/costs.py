@@ -190,12 +190,12 @@ class StepSetting:
         states = {"rowwise_adagrad": 4, "adagrad": 4 * columns, "sgd": 0, "adam": 8 * columns}
         return columns * WEIGHT_BYTES[self.table_dtype] + states[self.optimizer]
 
-    def shard_bytes(self, rows: int, columns: int, ids_per_bag: float = 1.0) -> int:
+    def shard_bytes(self, rows: int, columns: int, ids_per_bag: float = 1.0, num_features: int = 1) -> int:
         """Bytes of a shard: weights, optimizer state, average, counts of uses, and the exchange between replicas."""
         average = columns * WEIGHT_BYTES["fp32"] + _AVERAGE_BYTES if self.averages else 0
         exchanged = 0
         if self.num_replicas > 1:  # own values, old and new ones, a message, and those of all replicas with their sum
-            used = rows_touched(self.sync_steps * self.global_batch * ids_per_bag, rows)
+            used = rows_touched(self.sync_steps * self.global_batch * num_features * ids_per_bag, rows)
             of_row = replace(self, sync_dtype="fp32").moved_row_bytes(columns)
             exchanged = rows + int(used * (5 + 2 * self.sync_overlap + 2 * self.num_replicas) * of_row)
         return rows * (self.row_bytes(columns) + average + _USES_BYTES) + exchanged
@@ -245,9 +245,14 @@ def update_work(ids: float, bags: int, rows: int, columns: int, setting: StepSet
     return Work(ids, touched, 2 * touched * setting.row_bytes(columns), gradient_bytes)
 
 
-def shard_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> ShardSeconds:
-    """Seconds per step of a shard of `rows` x `columns` whose bags hold `ids_per_bag` ids on average."""
-    bags = setting.global_batch
+def shard_seconds(
+    costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float, num_features: int = 1
+) -> ShardSeconds:
+    """Seconds per step of a shard of `rows` x `columns` whose bags hold `ids_per_bag` ids on average.
+
+    num_features: that look it up, each with a bag per example.
+    """
+    bags = setting.global_batch * num_features
     ids = bags * ids_per_bag
     # The bags of all ranks come here; this rank's own bags do not travel.
     world, local = setting.world_size, min(setting.local_size, setting.world_size)
@@ -290,12 +295,14 @@ def hop_seconds(costs: Costs, setting: StepSetting, columns: int, hops: int) -> 
     return between_replicas + seconds(4, 2 * (local - 1 + nodes - 1)) + passed_on + copies
 
 
-def replicated_seconds(costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float) -> float:
+def replicated_seconds(
+    costs: Costs, setting: StepSetting, rows: int, columns: int, ids_per_bag: float, num_features: int = 1
+) -> float:
     """Seconds per step of a replicated table: a rank looks up its own bags, and the dense part reduces the gradients.
 
     The dense optimizer also updates all rows, at the rate of rows that are not in the cache.
     """
-    own = shard_seconds(costs, setting.of_replicated, rows, columns, ids_per_bag)
+    own = shard_seconds(costs, setting.of_replicated, rows, columns, ids_per_bag, num_features)
     weight_bytes = rows * columns * WEIGHT_BYTES["fp32"]
     states = 8 * weight_bytes * costs.update["adagrad/fp32"].seconds_per_row_byte  # weight, gradient, Adam's two
     return own.lookup + own.update + states + _dense_traffic_seconds(costs, setting, weight_bytes)

@@ -6,10 +6,10 @@ file has the user's options, the memory that replicated tables take, and the res
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dhen.model.configuration_dhen import SparseFeature
+from dhen.model.configuration_dhen import SparseFeature, features_of_tables
 from dhen.model.names import unknown_name
 from dhen.tables.placement.costs import Costs, StepSetting, replicated_bytes, replicated_seconds, shard_seconds
 from dhen.tables.placement.packing import Cut, CuttableTable, NoRoomError, Packer, Packing
@@ -36,7 +36,7 @@ class TableShard:
     """Columns [first_column, last_column) of all rows of table number `table`, on `rank`.
 
     num_bytes: size of its weights and optimizer state. cached_bytes: what it still takes on the GPU when these are in
-    host memory. seconds: expected time per step.
+    host memory. seconds: expected time per step. ids_per_bag: on average. num_features: that look it up.
     """
 
     table: int
@@ -48,6 +48,8 @@ class TableShard:
     num_bytes: int = 0
     seconds: float = 0.0
     cached_bytes: int = 0
+    ids_per_bag: float = 1.0
+    num_features: int = 1
 
     @property
     def num_columns(self) -> int:
@@ -90,12 +92,12 @@ class Placement:
         """Seconds per step of the slowest rank."""
         return max(self.seconds_of_rank(rank) for rank in range(self.world_size))
 
-    def makespan_at(self, costs: Costs, setting: StepSetting, ids_per_bag: Mapping[str, float]) -> float:
+    def makespan_at(self, costs: Costs, setting: StepSetting) -> float:
         """Seconds per step of the slowest rank under other costs than the plan was made with."""
 
         def seconds(shard: TableShard) -> float:
-            ids = ids_per_bag.get(shard.name, 1.0)
-            return shard_seconds(costs, setting, shard.num_embeddings, shard.num_columns, ids).total
+            lookups = shard.ids_per_bag, shard.num_features
+            return shard_seconds(costs, setting, shard.num_embeddings, shard.num_columns, *lookups).total
 
         return max(math.fsum(map(seconds, self.of_rank(rank))) for rank in range(self.world_size))
 
@@ -160,13 +162,13 @@ class PlacementOptions:
 
 @dataclass(frozen=True)
 class _Problem:
-    """The tables to place, and the costs to place them by."""
+    """The tables to place, and the costs to place them by. lookups: of `lookups_of_tables`."""
 
     tables: Sequence[SparseFeature]
     dim: int
     setting: StepSetting
     costs: Costs
-    ids_per_bag: Mapping[str, float]
+    lookups: Mapping[str, tuple[float, int]]
     options: PlacementOptions
 
     def cuttable(self, table: SparseFeature) -> CuttableTable:
@@ -179,9 +181,9 @@ class _Problem:
         return CuttableTable(tuple(self._cut(table, count) for count in counts), tuple(ranks) if ranks else None)
 
     def _cut(self, table: SparseFeature, count: int) -> Cut:
-        columns, ids = self.dim // count, self.ids_per_bag.get(table.name, 1.0)
-        seconds = shard_seconds(self.costs, self.setting, table.num_embeddings, columns, ids).total
-        return Cut(count, seconds, self.setting.shard_bytes(table.num_embeddings, columns, ids))
+        shape = table.num_embeddings, self.dim // count, *self.lookups[table.name]
+        seconds = shard_seconds(self.costs, self.setting, *shape).total
+        return Cut(count, seconds, self.setting.shard_bytes(*shape))
 
     def place(self, replicated: Collection[str]) -> Placement:
         """Place all tables except the replicated ones. Raises PlacementError if they do not fit beside these."""
@@ -215,6 +217,7 @@ class _Problem:
         for number, (table, cut, ranks) in enumerate(zip(tables, packing.cuts, packing.ranks, strict=True)):
             rows, columns = table.num_embeddings, self.dim // cut.count
             cached_bytes = self.setting.cached_bytes(rows, columns)
+            ids_per_bag, num_features = self.lookups[table.name]
             for piece, rank in enumerate(ranks):
                 shard = TableShard(
                     table=number,
@@ -226,28 +229,43 @@ class _Problem:
                     num_bytes=cut.num_bytes,
                     seconds=cut.seconds,
                     cached_bytes=cached_bytes,
+                    ids_per_bag=ids_per_bag,
+                    num_features=num_features,
                 )
                 shards.append(shard)
         return tuple(sorted(shards, key=lambda shard: (shard.rank, shard.table, shard.first_column)))
 
 
+def lookups_of_tables(
+    features: Sequence[SparseFeature], ids_per_bag: Mapping[str, float]
+) -> dict[str, tuple[float, int]]:
+    """By table: the mean number of ids in a bag, and the number of features, each with a bag per example."""
+    return {
+        table: (math.fsum(ids_per_bag.get(features[place].name, 1.0) for place in places) / len(places), len(places))
+        for table, places in features_of_tables(features).items()
+    }
+
+
 def place_tables(
-    tables: Sequence[SparseFeature],
+    features: Sequence[SparseFeature],
     embedding_dim: int,
     setting: StepSetting,
     costs: Costs,
     ids_per_bag: Mapping[str, float] | None = None,
     options: PlacementOptions | None = None,
 ) -> Placement:
-    """Cut tables by columns and place the shards. Deterministic.
+    """Cut the tables of these features by columns and place the shards. Deterministic.
 
     Replicated tables have no shards, and `TableShard.table` does not count them. ids_per_bag: mean number of ids by
     feature, 1 if a feature is missing. Raises PlacementError if the tables do not fit or an option is impossible, and
     ValueError unless embedding_dim is a multiple of 4.
     """
     options = options or PlacementOptions()
+    firsts = (features[places[0]] for places in features_of_tables(features).values())
+    tables = [replace(feature, name=feature.table) for feature in firsts]
     _check(tables, embedding_dim, setting, options)
-    problem = _Problem(tables, embedding_dim, setting, costs, ids_per_bag or {}, options)
+    lookups = lookups_of_tables(features, ids_per_bag or {})
+    problem = _Problem(tables, embedding_dim, setting, costs, lookups, options)
     if options.replicated is not None:
         return problem.place(options.replicated)
     replicated = _worth_replicating(problem)
@@ -264,10 +282,9 @@ def _worth_replicating(problem: _Problem) -> list[str]:
     setting, options, chosen = problem.setting, problem.options, []
     for table in problem.tables:
         if table.num_embeddings < options.replicate_below_rows and table.name not in options.by_hand:
-            ids = problem.ids_per_bag.get(table.name, 1.0)
-            shape = {"rows": table.num_embeddings, "columns": problem.dim, "ids_per_bag": ids}
-            sharded = shard_seconds(problem.costs, setting, **shape).total / setting.world_size
-            if replicated_seconds(problem.costs, setting, **shape) < sharded:
+            shape = table.num_embeddings, problem.dim, *problem.lookups[table.name]
+            sharded = shard_seconds(problem.costs, setting, *shape).total / setting.world_size
+            if replicated_seconds(problem.costs, setting, *shape) < sharded:
                 chosen.append(table.name)
     return chosen
 

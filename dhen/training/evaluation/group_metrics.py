@@ -48,7 +48,8 @@ def groups_by(names: Sequence[str], schema: Schema) -> dict[str, "GroupMetrics"]
         if name not in single:
             what = "may have many ids in a row" if name in columns else "is no sparse feature"
             raise ValueError(f"--metrics_by: {name!r} {what}. Use one of {', '.join(single) or 'no feature'}.")
-    return {name: GroupMetrics(list(columns).index(name)) for name in names}
+    places = [column.name for column in schema.lookups]
+    return {name: GroupMetrics(places.index(name)) for name in names}
 
 
 class GroupMetrics:

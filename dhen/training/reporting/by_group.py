@@ -48,7 +48,7 @@ def _names(column: SparseColumn, ids: list[int], folder: Path) -> dict[int, str]
     """What the ids stand for: the keys of a vocabulary, or numbers of bins or of hashed rows."""
     names = {group: f"{'bin' if column.encoding == 'bins' else 'row'} {group}" for group in ids}
     if column.encoding == "vocabulary":
-        table = pyarrow.parquet.read_table(vocabulary_path(folder, column.name), columns=["id", "key"])
+        table = pyarrow.parquet.read_table(vocabulary_path(folder, column.table_name), columns=["id", "key"])
         table = table.filter(pc.is_in(table["id"], pa.array(ids)))
         names |= dict(zip(table["id"].to_pylist(), table["key"].to_pylist(), strict=True))
     return names | {MISSING_ID: "(blank or unknown)" if column.encoding == "vocabulary" else "(blank)"}

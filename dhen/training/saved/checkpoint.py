@@ -263,11 +263,15 @@ def _set_up(model: ParallelDhen) -> dict[str, int]:
 def _model_facts(config: DhenConfig) -> dict[str, Any]:
     """The values that the weights depend on, in JSON types: the features, in order, and the architecture."""
     facts = {
-        "sparse features": [table.name for table in config.tables],
+        "sparse features": [feature.name for feature in config.features],
         "rows of tables": {table.name: table.num_embeddings for table in config.tables},
-        "pooling": {table.name: table.pooling for table in config.tables},
+        "pooling": {feature.name: feature.pooling for feature in config.features},
         "num_dense_features": config.num_dense_features,
     }
+    if longest := {feature.name: feature.max_length for feature in config.features if feature.max_length}:
+        facts["max_length"] = longest
+    if len(config.tables) < len(config.features):
+        facts["tables of features"] = {feature.name: feature.table for feature in config.features}
     return json.loads(json.dumps(facts | vars(config.architecture)))
 
 

@@ -1,6 +1,6 @@
 """Fine-tuning: starts from a trained model on new data. Matching weights are kept; all others start anew.
 
-Tables are matched by feature name. With a vocabulary on both sides, rows are matched by key. Hashed tables match if
+Tables are matched by name. With a vocabulary on both sides, rows are matched by key. Hashed tables match if
 their sizes are equal, because the hash is the same; tables of bins match if the bins are the same. Dense weights are
 matched by name, and those that belong to a feature by the name of the feature. A new feature's weights in the layers
 start at 0. It still changes what attention, convolution, eq. 7's deep cross and norms over the features compute.
@@ -36,13 +36,13 @@ _ROWS_AT_ONCE = 1 << 16
 
 @dataclass(frozen=True)
 class TableMatch:
-    """How one feature's table matches the trained model.
+    """How one table matches the trained model.
 
     rows: rows in the new table. rows_kept: rows copied from the trained model. rows_dropped: the trained model's other
     rows. how: the reason, in words.
     """
 
-    feature: str
+    table: str
     rows: int
     rows_kept: int
     rows_dropped: int
@@ -83,8 +83,8 @@ class StartingPoint:
 
     def _kept_rows(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows of the trained model's table that are kept, ascending, and where they go. In pieces, none empty."""
-        match = next(match for match in self.tables if match.feature == name)
-        encodings = {column.name: column.encoding for column in self.schema.sparse}
+        match = next(match for match in self.tables if match.table == name)
+        encodings = {column.table_name: column.encoding for column in self.schema.sparse}
         if match.rows_kept and encodings[name] == "vocabulary":
             yield torch.tensor([MISSING_ID]), torch.tensor([MISSING_ID])
             for old, new in shared_ids(self.trained.folder, self.prepared, name):
@@ -102,7 +102,7 @@ class StartingPoint:
         lines.append(f"  tables: {kept:,} of {rows:,} rows kept, {rows - kept:,} new")
         for match in self.tables:
             lines.append(
-                f"    {match.feature}: {match.rows_kept:,} of {match.rows:,} rows kept, {match.rows_dropped:,} dropped "
+                f"    {match.table}: {match.rows_kept:,} of {match.rows:,} rows kept, {match.rows_dropped:,} dropped "
                 f"({match.how})"
             )
         for words, names in (("new features", self.new_features), ("dropped features", self.dropped_features)):
@@ -176,7 +176,11 @@ def start_from(
     if new_head:
         kept = {name: weight for name, weight in kept.items() if not name.startswith(("head.", "tasks."))}
     match = partial(_match_table, trained, prepared)
-    matches = shared_out(sparse, match, topology) if topology else list(map(match, sparse))
+    firsts: dict[str, SparseColumn] = {}
+    for column in sparse:
+        firsts.setdefault(column.table_name, column)
+    of_tables = list(firsts.values())
+    matches = shared_out(of_tables, match, topology) if topology else list(map(match, of_tables))
     _check_any_kept(trained, matches)
     before_names, names = (sum(_names(of), ()) for of in (old, schema))
     return StartingPoint(
@@ -250,6 +254,7 @@ def config_for(architecture: DhenArchitecture, schema: Schema) -> DhenConfig:
     """The config of a model with this architecture, for data with this schema."""
     tables = [
         {"name": column.name, "num_embeddings": column.num_embeddings, "pooling": column.pooling}
+        | {key: told for key in ("table", "target", "max_length") if (told := getattr(column, key)) is not None}
         for column in schema.sparse
     ]
     if architecture.task_weights and not schema.tasks:
@@ -271,7 +276,7 @@ def ignored_architecture(asked: DhenArchitecture, start: StartingPoint) -> list[
 
 def frozen_and_new(freeze: str, start: StartingPoint) -> list[str]:
     """A sentence for each frozen part with weights that the trained model does not have: they are never trained."""
-    new_rows = {match.feature: match.rows - match.rows_kept for match in start.tables if match.rows > match.rows_kept}
+    new_rows = {match.table: match.rows - match.rows_kept for match in start.tables if match.rows > match.rows_kept}
     num_layers, sentences = len(start.config.layer_specs), []
     frozen = frozen_parts(freeze, num_layers)
     if "tables" in frozen and new_rows:
@@ -286,12 +291,12 @@ def frozen_and_new(freeze: str, start: StartingPoint) -> list[str]:
 
 
 def lost_tables(start: StartingPoint) -> list[str]:
-    """A sentence for each feature that the trained model has, but from which no row is kept."""
-    known = {column.name for column in start.trained.schema.sparse}
+    """A sentence for each table that the trained model has, but from which no row is kept."""
+    known = {column.table_name for column in start.trained.schema.sparse}
     return [
-        f"no row of {match.feature} is taken over: {match.how}"
+        f"no row of {match.table} is taken over: {match.how}"
         for match in start.tables
-        if match.feature in known and match.rows_kept <= 1 < match.rows
+        if match.table in known and match.rows_kept <= 1 < match.rows
     ]
 
 
@@ -322,7 +327,7 @@ def _check_any_kept(trained: TrainedModel, matches: Sequence[TableMatch]) -> Non
     """Raise ArgumentError if no row of a table is kept, except those of blanks: the run would start anew."""
     if not trained.schema.sparse or not matches or any(match.rows_kept > 1 for match in matches):
         return
-    reasons = "; ".join(f"{match.feature}: {match.how}" for match in matches[:5])
+    reasons = "; ".join(f"{match.table}: {match.how}" for match in matches[:5])
     raise ArgumentError(
         f"No row of any table can be taken from {trained.folder} ({reasons}). Use data with the features and keys of "
         "the trained model, and its id_encoding and hash_size (leave both out), or train without --model_name_or_path."
@@ -331,10 +336,10 @@ def _check_any_kept(trained: TrainedModel, matches: Sequence[TableMatch]) -> Non
 
 def _match_table(trained: TrainedModel, prepared: Path, new: SparseColumn) -> TableMatch:
     """How the table of a column of the new data matches the trained model's."""
-    rows, kept = new.num_embeddings, 0
-    old = next((column for column in trained.schema.sparse if column.name == new.name), None)
+    rows, kept, name = new.num_embeddings, 0, new.table_name
+    old = next((column for column in trained.schema.sparse if column.table_name == name), None)
     if old is None:
-        return TableMatch(new.name, rows, 0, 0, "new feature")
+        return TableMatch(name, rows, 0, 0, "new feature")
     if old.encoding != new.encoding:
         how = f"encoding was {old.encoding}, is now {new.encoding}"
     elif old.bins != new.bins:
@@ -344,10 +349,10 @@ def _match_table(trained: TrainedModel, prepared: Path, new: SparseColumn) -> Ta
     elif old.encoding == "hash" and old.num_embeddings != rows:
         how = f"hash size was {old.num_embeddings:,}, is now {rows:,}"
     elif old.encoding == "vocabulary":
-        kept = 1 + sum(len(ids) for ids, _ in shared_ids(trained.folder, prepared, new.name))  # row 0 is everyone's
+        kept = 1 + sum(len(ids) for ids, _ in shared_ids(trained.folder, prepared, name))  # row 0 is everyone's
         how = "by key" if kept > 1 else "the trained model knows none of its keys"
     else:
         kept, how = rows, f"same {old.encoding}"
-    if kept and old.pooling != new.pooling:
+    if kept and old.pooling != new.pooling and old.name == new.name:
         how += f"; pooling was {old.pooling}, is now {new.pooling}"
-    return TableMatch(new.name, rows, kept, old.num_embeddings - kept, how)
+    return TableMatch(name, rows, kept, old.num_embeddings - kept, how)

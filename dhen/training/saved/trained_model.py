@@ -199,9 +199,10 @@ def _exported_config(config: DhenConfig, written: Mapping[str, _Written]) -> Dhe
     """The config, with the dtypes of the tables that are not float32."""
     config = copy.copy(config)
     config.architectures = ["DhenForClickPrediction"]
+    is_half = [written[f"{_TABLES}{feature.table}.weight"].dtype == torch.float16 for feature in config.features]
     config.sparse_features = [
-        entry | ({"dtype": "float16"} if written[f"{_TABLES}{entry['name']}.weight"].dtype == torch.float16 else {})
-        for entry in config.sparse_features
+        entry | ({"dtype": "float16"} if half else {})
+        for entry, half in zip(config.sparse_features, is_half, strict=True)
     ]
     return config
 

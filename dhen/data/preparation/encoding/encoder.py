@@ -44,6 +44,7 @@ class Encoder:
     dense: tuple[DenseColumn, ...]
     sparse: tuple[SparseColumn, ...]
     vocabularies: Mapping[str, Vocabulary | KeyIds]
+    """By table."""
 
     def encode(self, raw: pa.Table) -> pa.Table:
         """Return the same rows with ids and transformed values."""
@@ -83,15 +84,15 @@ class Encoder:
 
     def _ids(self, keys: pa.Array, sparse: SparseColumn) -> pa.Array:
         if sparse.encoding == "hash":
-            ids = hashed_ids(keys, sparse.name, sparse.num_embeddings)
+            ids = hashed_ids(keys, sparse.table_name, sparse.num_embeddings)
         else:
-            ids = self.vocabularies[sparse.name].ids(keys)
+            ids = self.vocabularies[sparse.table_name].ids(keys)
         return pa.array(ids.astype(np.int32 if sparse.num_embeddings <= 2**31 else np.int64))
 
 
 @dataclass(frozen=True)
 class AskedEncoding:
-    """How a sparse feature is to be encoded. auto: by a vocabulary of up to MOST_KEYS keys, else by the hash.
+    """How the features of a table are to be encoded. auto: by a vocabulary of up to MOST_KEYS keys, else by the hash.
 
     hash_size: auto for `hash_rows`, which only the encoding `hash` has.
     """
@@ -113,22 +114,22 @@ def hash_rows(num_keys: int, most: int | None) -> int:
 
 
 def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[str, AskedEncoding]:
-    """By feature without bins: what the dataset_schema says, else the settings, else the model named as `like`."""
-    like = {column.name: column for column in Schema.load(Path(settings.like)).sparse} if settings.like else {}
+    """By table without bins: what the dataset_schema says, else the settings, else the model named as `like`."""
+    like = {column.table_name: column for column in Schema.load(Path(settings.like)).sparse} if settings.like else {}
     like = {name: column for name, column in like.items() if column.encoding != "bins"}
     asked = {}
-    for role in roles.sparse:
+    for name, role in roles.tables.items():
         if role.bins is not None:
             continue
         told = role.encoding or (settings.id_encoding if settings.id_encoding != "auto" else None)
-        old = like.get(role.name)
+        old = like.get(name)
         size = role.hash_size or settings.hash_size
         encoding = told or (old.encoding if old else "hash" if size else "auto")
         if size in (None, "auto") and old is not None and old.encoding == "hash":
             size = old.num_embeddings
         default = _AUTO_HASH_SIZE if encoding == "auto" else HASH_SIZE
         count = role.min_count or settings.min_count or (old.min_count if old else 1)
-        asked[role.name] = AskedEncoding(encoding, size or default, count)
+        asked[name] = AskedEncoding(encoding, size or default, count)
     return asked
 
 
@@ -140,7 +141,7 @@ def new_columns(
 ) -> tuple[tuple[DenseColumn, ...], tuple[SparseColumn, ...]]:
     """Return the schema's dense and sparse columns.
 
-    table_rows: of each feature that is encoded by a vocabulary. fitted: the edges of each feature with bins, and
+    asked: by table. table_rows: of each one that has a vocabulary. fitted: the edges of each feature with bins, and
     (mean, standard deviation) of each with a scale.
     """
     dense: list[DenseColumn] = []
@@ -152,12 +153,15 @@ def new_columns(
         if role.bins is not None
         else SparseColumn(
             name=role.name,
-            num_embeddings=table_rows.get(role.name, asked[role.name].hash_size),
-            encoding="vocabulary" if role.name in table_rows else "hash",
-            min_count=asked[role.name].min_count,
+            num_embeddings=table_rows.get(role.table_name, asked[role.table_name].hash_size),
+            encoding="vocabulary" if role.table_name in table_rows else "hash",
+            min_count=asked[role.table_name].min_count,
             is_multi_valued=role.is_multi_valued,
             is_weighted=role.is_weighted,
             pooling=role.pooling,
+            table=None if role.table == role.name else role.table,
+            target=role.target,
+            max_length=role.max_length,
         )
         for role in roles.sparse
     )

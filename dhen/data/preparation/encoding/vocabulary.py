@@ -1,6 +1,6 @@
 """Vocabularies: which keys of a feature have their own row in its table, and which row that is.
 
-vocabulary/<feature>.parquet has the columns `key` (string), `id` (int64) and `count` (int64), sorted by id. Ids start
+vocabulary/<table>.parquet has the columns `key` (string), `id` (int64) and `count` (int64), sorted by id. Ids start
 at 1 and are assigned by descending count, then by key; after fine-tuning, the trained model's keys come first, with the
 ids they had. Id 0 stands for blank, rare and unseen keys.
 
@@ -192,7 +192,7 @@ def check_vocabulary(folder: Path, column: SparseColumn) -> None:
 
     Raises FileNotFoundError, or ValueError naming the file.
     """
-    feature, path = column.name, vocabulary_path(folder, column.name)
+    feature, path = column.table_name, vocabulary_path(folder, column.table_name)
     for batch in _batches(folder, feature):
         if (at := pc.index(batch["key"], "").as_py()) >= 0:
             raise ValueError(f"{path}: the key of id {batch['id'][at]} is empty. A blank has id 0: leave the key out.")
