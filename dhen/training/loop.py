@@ -19,6 +19,7 @@ from dhen.tables.id_exchange import SentIds
 from dhen.training.divergence import ADVICE, KeptMicroStep, where_it_began
 from dhen.training.evaluation.group_metrics import GroupMetrics
 from dhen.training.evaluation.metrics import ClickMetrics, MetricValues, RunningLoss
+from dhen.training.evaluation.openness import GateOpenness
 from dhen.training.evaluation.unseen import UnseenValues, unseen_values
 from dhen.training.learning_rate import BestMetric, LearningRateSchedule, batch_size_scale
 from dhen.training.parallel_model import ParallelDhen, ScoringDhen
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 class Evaluation:
     """The metrics of a split, the values that training never saw, by feature, and this rank's scores.
 
-    tasks, task_scores: of the further tasks for which the split has labels.
+    tasks, task_scores: of the further tasks for which the split has labels. gates: the mean openness of the gate of
+    each layer that has one.
     """
 
     metrics: MetricValues
@@ -42,6 +44,7 @@ class Evaluation:
     scores: ClickMetrics | None = None
     tasks: dict[str, MetricValues] = field(default_factory=dict)
     task_scores: dict[str, ClickMetrics] = field(default_factory=dict)
+    gates: dict[int, float] = field(default_factory=dict)
 
     def mean(self, name: str, weights: TaskWeights) -> float:
         """The mean of a metric over all tasks, weighted as their losses are; NaN without a task that defines it."""
@@ -60,13 +63,15 @@ def evaluate(model: ScoringDhen, loader: BatchLoader, groups: Sequence[GroupMetr
     """
     loader.schema.check_weights(loader.split)
     world, tasks = model.topology.world, {name: ClickMetrics() for name in loader.schema.task_names}
-    metrics = score_batches(model, loader.epoch(0), groups, tasks)
+    gates = GateOpenness()
+    metrics = score_batches(model, loader.epoch(0), groups, tasks, gates)
     return Evaluation(
         metrics.compute(world),
         unseen_values(model, loader),
         metrics,
         {name: of_task.compute(world) for name, of_task in tasks.items()},
         tasks,
+        gates.mean(world),
     )
 
 
@@ -75,19 +80,22 @@ def score_batches(
     batches: Iterator[Batch],
     groups: Sequence[GroupMetrics] = (),
     tasks: Mapping[str, ClickMetrics] | None = None,
+    gates: GateOpenness | None = None,
 ) -> ClickMetrics:
     """Score this rank's batches; every rank has equally many. Communicates; all ranks call it.
 
-    groups: get the label's scores. tasks: metrics of the further tasks, in the order of the batches' columns.
+    groups: get the label's scores. tasks: metrics of the further tasks, in the order of the batches' columns. gates:
+    gets the openness of the layers' gates.
     """
-    metrics = ClickMetrics()
+    metrics, gates = ClickMetrics(), gates or GateOpenness()
     places = {name: place for place, name in enumerate(model.config.tasks)}
-    with model.evaluating():
+    with model.evaluating(), gates.watching(model.dense):
         for batch, ids in with_ids_ahead(model, batches):
             output = model.forward(model.look_up(ids), batch.dense_BN, batch.sparse)
             metrics.update(output.logits, batch.labels_B, batch.weights_B)
+            gates_BL = gates.take()
             for each in groups:
-                each.update(batch.sparse, output.logits, batch.labels_B, batch.weights_B)
+                each.update(batch.sparse, output.logits, batch.labels_B, batch.weights_B, gates_BL)
             for column, (name, of_task) in enumerate((tasks or {}).items()):
                 labels_B, logits_B = batch.tasks_BT[:, column], output.task_logits[:, places[name]]
                 has_label_B = ~labels_B.isnan()

@@ -116,6 +116,20 @@ def test_a_run_measures_groups_as_evaluate_does(trained, tmp_path):
     assert "--metrics_by: 'I1' is no sparse feature" in done.output
 
 
+def test_a_run_with_gates_says_how_open_they_are(trained, tmp_path):
+    flags = [f"--dataset_name={trained.prepared}", "--gate=soft", "--num_layers=2", "--max_steps=2", "--skip_test"]
+    flags += ["--ds_config=ds_configs/zero3.json", "--metrics_by", "C9", f"--output_dir={tmp_path / 'run'}"]
+    done = run_script("train.py", *flags, ranks=2)
+    assert done.status == 0, done.output
+    gates = json.loads((tmp_path / "run" / "summary.json").read_text())["eval"]["gates"]
+    assert f"eval: mean openness of the gates: layer 0 {gates['layer 0']:.3f}, layer 1" in done.output
+    table = pl.read_csv(tmp_path / "run/eval-by-C9.csv")
+    for place in (0, 1):
+        mean = (table[f"gate_{place}"] * table["examples"]).sum() / table["examples"].sum()
+        assert gates[f"layer {place}"] == pytest.approx(mean, rel=1e-6)
+    assert (tmp_path / "run/eval-by-C9-gates.png").stat().st_size > 1000
+
+
 def test_a_group_must_be_a_sparse_feature(trained):
     done = run_script("evaluate.py", f"--model_name_or_path={trained.folder}", "--metrics_by", "I1")
     assert done.status == 1

@@ -31,6 +31,7 @@ class GroupedValues:
     """gauc: NaN without a group of both labels. groups, one_class: numbers of groups, and of those with one label.
 
     left_out: number of examples in the latter. largest: the metrics of the largest groups by id, the largest first.
+    openness: of these groups, the mean openness of the gate of each layer that has one.
     """
 
     gauc: float
@@ -38,6 +39,7 @@ class GroupedValues:
     one_class: int
     left_out: int
     largest: dict[int, MetricValues]
+    openness: dict[int, list[float]]
 
 
 def groups_by(names: Sequence[str], schema: Schema) -> dict[str, "GroupMetrics"]:
@@ -53,7 +55,7 @@ def groups_by(names: Sequence[str], schema: Schema) -> dict[str, "GroupMetrics"]
 
 
 class GroupMetrics:
-    """Accumulates examples by the id of one feature. Keeps 32 bytes per example on each rank.
+    """Accumulates examples by the id of one feature. Keeps 32 bytes per example on each rank, and 8 per gate.
 
     >>> from dhen.runtime.topology import start
     >>> metrics = GroupMetrics(0)
@@ -67,23 +69,33 @@ class GroupMetrics:
     def __init__(self, feature: int) -> None:
         """feature: its place among the sparse features; it has one id per example."""
         self.feature = feature
-        self._rows_B4: list[Tensor] = []
+        self._rows_BC: list[Tensor] = []
 
-    def update(self, sparse: SparseIds, logits_B: Tensor, labels_B: Tensor, weights_B: Tensor | None = None) -> None:
-        """Add a batch of this rank, possibly an empty one. weights_B: of the examples; None: 1."""
+    def update(
+        self,
+        sparse: SparseIds,
+        logits_B: Tensor,
+        labels_B: Tensor,
+        weights_B: Tensor | None = None,
+        gates_BL: Tensor | None = None,
+    ) -> None:
+        """Add a batch of this rank, possibly an empty one. weights_B: of the examples; None: 1. gates_BL: openness of
+        the layers' gates, if there are any.
+        """
         weights_B = torch.ones_like(labels_B) if weights_B is None else weights_B
         ids_B = sparse.ids.split(list(sparse.counts_F))[self.feature]
-        self._rows_B4.append(torch.stack([each.double() for each in (ids_B, logits_B, labels_B, weights_B)], dim=1))
+        rows_BC = torch.stack([each.double() for each in (ids_B, logits_B, labels_B, weights_B)], dim=1)
+        self._rows_BC.append(rows_BC if gates_BL is None else torch.cat([rows_BC, gates_BL.double()], dim=1))
 
     def scale(self, factor: float) -> None:
         """Multiply all logits so far."""
-        for rows_B4 in self._rows_B4:
-            rows_B4[:, 1] *= factor
+        for rows_BC in self._rows_BC:
+            rows_BC[:, 1] *= factor
 
     def compute(self, topology: Topology) -> GroupedValues:
         """The metrics over all ranks, the same on each. Communicates; all ranks call it after at least one update."""
-        groups_G7 = _by_group(_to_owners(torch.cat(self._rows_B4), topology))
-        _, examples_G, weights_G, *_, auc_G = groups_G7.unbind(1)
+        groups_GC = _by_group(_to_owners(torch.cat(self._rows_BC), topology))
+        _, examples_G, weights_G, *_, auc_G = groups_GC[:, :7].unbind(1)
         is_known_G = ~auc_G.isnan()
         sums = torch.stack([
             (weights_G * auc_G)[is_known_G].sum(), weights_G[is_known_G].sum(), examples_G[~is_known_G].sum(),
@@ -91,13 +103,14 @@ class GroupMetrics:
         ])  # fmt: skip
         dist.all_reduce(sums, group=topology.world)
         right, weight, left_out, one_class, groups = sums.tolist()
-        largest = groups_G7[examples_G.argsort(descending=True, stable=True)[:MOST_GROUPS]].tolist()
+        largest = groups_GC[examples_G.argsort(descending=True, stable=True)[:MOST_GROUPS]].tolist()
         of_all = sorted(
             (row for rows in from_all(largest, topology) for row in rows), key=lambda row: (-row[1], row[0])
         )
         gauc = right / weight if weight else math.nan
-        values = {int(row[0]): _values(*row[1:]) for row in of_all[:MOST_GROUPS]}
-        return GroupedValues(gauc, int(groups), int(one_class), int(left_out), values)
+        values = {int(row[0]): _values(*row[1:7]) for row in of_all[:MOST_GROUPS]}
+        openness = {int(row[0]): [each / row[1] for each in row[7:]] for row in of_all[:MOST_GROUPS] if row[7:]}
+        return GroupedValues(gauc, int(groups), int(one_class), int(left_out), values, openness)
 
 
 def _values(
@@ -113,27 +126,28 @@ def _values(
     )
 
 
-def _to_owners(rows_N4: Tensor, topology: Topology) -> Tensor:
+def _to_owners(rows_NC: Tensor, topology: Topology) -> Tensor:
     """Send each row to the rank that owns its group, the id modulo W. Communicates over all ranks."""
     if topology.world_size == 1:
-        return rows_N4
-    owner_N = rows_N4[:, 0].long() % topology.world_size
+        return rows_NC
+    owner_N = rows_NC[:, 0].long() % topology.world_size
     sent_W = torch.bincount(owner_N, minlength=topology.world_size)
     received_W = torch.empty_like(sent_W)
     dist.all_to_all_single(received_W, sent_W, group=topology.world)
-    flat = rows_N4[owner_N.argsort()].flatten()
-    sizes = [[4 * count for count in counts.tolist()] for counts in (sent_W, received_W)]
-    return all_to_all(flat, *sizes, topology.world)().view(-1, 4)
+    flat, width = rows_NC[owner_N.argsort()].flatten(), rows_NC.shape[1]
+    sizes = [[width * count for count in counts.tolist()] for counts in (sent_W, received_W)]
+    return all_to_all(flat, *sizes, topology.world)().view(-1, width)
 
 
-def _by_group(rows_N4: Tensor) -> Tensor:
-    """By group: id, examples, and the sums of weights, log loss, predictions and clicks, then the AUC: (G, 7), float64.
+def _by_group(rows_NC: Tensor) -> Tensor:
+    """By group: id, examples, and the sums of weights, log loss, predictions and clicks, then the AUC, then the sums of
+    the gates: (G, 7 + L), float64.
 
-    rows_N4: id, logit, label, weight.
+    rows_NC: id, logit, label, weight, and the openness of L gates.
     """
-    rows_N4 = rows_N4[rows_N4[:, 1].argsort(stable=True)]
-    rows_N4 = rows_N4[rows_N4[:, 0].argsort(stable=True)]  # by id, and then by logit
-    id_N, logit_N, label_N, weight_N = rows_N4.unbind(1)
+    rows_NC = rows_NC[rows_NC[:, 1].argsort(stable=True)]
+    rows_NC = rows_NC[rows_NC[:, 0].argsort(stable=True)]  # by id, and then by logit
+    id_N, logit_N, label_N, weight_N = rows_NC[:, :4].unbind(1)
     ids_G, group_N, examples_G = id_N.unique_consecutive(return_inverse=True, return_counts=True)
     loss_N = -logsigmoid((2 * label_N - 1) * logit_N)
     summed = torch.stack([torch.ones_like(loss_N), loss_N, logit_N.sigmoid(), label_N], dim=1) * weight_N[:, None]
@@ -151,4 +165,5 @@ def _by_group(rows_N4: Tensor) -> Tensor:
     clicks_G = sums_G4[:, 3]
     pairs_G = clicks_G * (sums_G4[:, 0] - clicks_G)
     auc_G = torch.where(pairs_G > 0, pairs_G.new_zeros(len(ids_G)).index_add(0, group_S, right_S) / pairs_G, math.nan)
-    return torch.cat([ids_G[:, None], examples_G[:, None].double(), sums_G4, auc_G[:, None]], dim=1)
+    gates_GL = rows_NC.new_zeros(len(ids_G), rows_NC.shape[1] - 4).index_add(0, group_N, rows_NC[:, 4:])
+    return torch.cat([ids_G[:, None], examples_G[:, None].double(), sums_G4, auc_G[:, None], gates_GL], dim=1)

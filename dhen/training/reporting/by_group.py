@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _ROWS, _BARS = 10, 40
 
 def summary_of_groups(by_group: Mapping[str, GroupedValues]) -> dict[str, dict[str, float]]:
     """The grouped AUC and the numbers of groups by feature, without the groups themselves."""
-    names = [item.name for item in fields(GroupedValues) if item.name != "largest"]
+    names = [item.name for item in fields(GroupedValues) if item.name not in ("largest", "openness")]
     return {name: {key: getattr(values, key) for key in names} for name, values in by_group.items()}
 
 
@@ -31,6 +31,7 @@ def report_groups(name: str, values: GroupedValues, loader: BatchLoader, output:
     (column,) = (column for column in loader.schema.sparse if column.name == name)
     names = _names(column, list(values.largest), loader.folder)
     by_group = {names[group]: asdict(of_group) for group, of_group in values.largest.items()}
+    openness = {names[group]: of_group for group, of_group in values.openness.items()}
     print(f"\nby {name}: gAUC {values.gauc:.5f} over {values.groups - values.one_class:,} groups")
     print(f"left out: {values.one_class:,} groups with one label ({values.left_out:,} examples)")
     print_metrics({group: by_group[group] for group in list(by_group)[:_ROWS]}, of="group")
@@ -38,10 +39,15 @@ def report_groups(name: str, values: GroupedValues, loader: BatchLoader, output:
         path = output.with_name(f"{output.stem}-by-{name}.csv")
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["group", *next(iter(by_group.values()))])
-            writer.writerows([group, *of_group.values()] for group, of_group in by_group.items())
+            gates = range(len(next(iter(openness.values()), [])))
+            writer.writerow(["group", *next(iter(by_group.values())), *(f"gate_{place}" for place in gates)])
+            writer.writerows(
+                [group, *of_group.values(), *openness.get(group, [])] for group, of_group in by_group.items()
+            )
         _draw(name, by_group, path.with_suffix(".png"))
         print(f"written to {path} and {path.with_suffix('.png')}")
+        if openness:
+            _draw_gates(name, openness, path.with_name(f"{path.stem}-gates.png"))
 
 
 def _names(column: SparseColumn, ids: list[int], folder: Path) -> dict[int, str]:
@@ -52,6 +58,20 @@ def _names(column: SparseColumn, ids: list[int], folder: Path) -> dict[int, str]
         table = table.filter(pc.is_in(table["id"], pa.array(ids)))
         names |= dict(zip(table["id"].to_pylist(), table["key"].to_pylist(), strict=True))
     return names | {MISSING_ID: "(blank or unknown)" if column.encoding == "vocabulary" else "(blank)"}
+
+
+def _draw_gates(name: str, openness: Mapping[str, Sequence[float]], path: Path) -> None:
+    """The mean openness of each layer's gate (columns) in the largest groups (rows)."""
+    rows = list(openness.items())[:_BARS]
+    figure = Figure(figsize=(3 + 0.8 * len(rows[0][1]), 1.5 + 0.25 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow([values for _, values in rows], vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axis.set_yticks(range(len(rows)), [group for group, _ in rows])
+    axis.set_xticks(range(len(rows[0][1])))
+    axis.set_xlabel("gate, from the input up")
+    axis.set_title(f"openness by {name}", loc="left", fontsize=11)
+    figure.colorbar(image)
+    figure.savefig(path, dpi=130)
 
 
 def _draw(name: str, by_group: dict[str, dict[str, float]], path: Path) -> None:

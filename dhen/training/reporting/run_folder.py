@@ -134,13 +134,15 @@ def _resolved(arguments: Arguments, config: DhenConfig) -> dict[str, Any]:
 
 
 def metrics_of(evaluation: Evaluation, best_possible_ne: float | None = None) -> dict[str, Any]:
-    """The metrics for summary.json, with the best possible NE if it is known, unseen: share by feature, and tasks:
-    metrics by further task, if there are any.
+    """The metrics for summary.json, with the best possible NE if it is known, and unseen: share by feature. Also tasks:
+    metrics by further task, and gates: mean openness by layer, if there are any.
     """
     best = {} if best_possible_ne is None else {"best_possible_ne": best_possible_ne}
     unseen = {name: of_feature.share for name, of_feature in evaluation.unseen.items()}
     tasks = {name: asdict(metrics) for name, metrics in evaluation.tasks.items()}
-    return asdict(evaluation.metrics) | best | {"unseen": unseen} | ({"tasks": tasks} if tasks else {})
+    gates = {f"layer {layer}": openness for layer, openness in evaluation.gates.items()}
+    more = {"tasks": tasks, "gates": gates}
+    return asdict(evaluation.metrics) | best | {"unseen": unseen} | {key: value for key, value in more.items() if value}
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -162,6 +164,10 @@ def print_metrics(by_split: dict[str, dict[str, Any]], console: Console | None =
         for task, of_task in values.get("tasks", {}).items():
             table.add_row(f"{split} {task}", *(_shown(of_task.get(column)) for column in columns))
     (console or Console()).print(table)
+    for split, values in by_split.items():
+        if gates := values.get("gates"):
+            means = ", ".join(f"{layer} {openness:.3f}" for layer, openness in gates.items())
+            print(f"{split}: mean openness of the gates: {means}")
 
 
 def _shown(value: float | int | None) -> str:
