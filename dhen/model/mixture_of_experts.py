@@ -184,11 +184,10 @@ class ModuleExperts(nn.ModuleList):
         *rows, _, ends_E = inputs
         num_rows = rows[0].shape[0]
         ends = [num_rows * (e + 1) // len(self) for e in range(len(self))] if self.is_even else ends_E.tolist()
-        spans = pairwise([0, *ends])
-        outputs, losses = parted(
-            expert(*(each[first:last] for each in rows)) for expert, (first, last) in zip(self, spans, strict=True)
-        )
-        dropped_RO = outputs[0].new_zeros(num_rows - ends[-1], *outputs[0].shape[1:])
+        sizes = [last - first for first, last in pairwise([0, *ends, num_rows])]
+        groups = zip(*(each.split(sizes) for each in rows), strict=True)  # slices would each make a whole gradient
+        outputs, losses = parted(expert(*group) for expert, group in zip(self, groups, strict=False))
+        dropped_RO = outputs[0].new_zeros(sizes[-1], *outputs[0].shape[1:])
         return joined(torch.cat([*outputs, dropped_RO]), losses)
 
 

@@ -272,3 +272,17 @@ def test_layers_may_differ():
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         model_of(**options)
+
+
+@pytest.mark.parametrize("case", [INTERACTIONS, ENSEMBLES | {"capacity_factor": 1.0}], ids=str)
+def test_in_bf16_the_router_is_in_float32_under_autocast(case):
+    kinds = ["linear", "advanced_dlrm", "self_attention", "deep_cross", "multiplicative"]
+    model, batch, seen = model_of(**case, interactions=kinds), batch_of(33), []
+    model.model.layers[0].mixture.gate.register_forward_hook(lambda _, __, output: seen.append(output[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    assert seen == [torch.float32]
+    assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=0.02)
+    whole = model.bfloat16()(**{name: value.bfloat16() for name, value in batch.items()}).loss
+    assert whole.item() == pytest.approx(loss.item(), rel=0.05)
