@@ -35,12 +35,19 @@ class AttentionPooling(nn.Module):
 
 
 class SequencePooling(nn.Module):
-    """Pools the lookups that are positions of ordered bags, and leaves the others: (B, F', D) -> (B, F, D)."""
+    """Pools the lookups that are positions of ordered bags, and leaves the others: (B, F', D) -> (B, F, D).
+
+    >>> item = {"name": "item", "num_embeddings": 9}
+    >>> last = item | {"name": "last", "table": "item", "pooling": "attention", "target": "item", "max_length": 5}
+    >>> SequencePooling(DhenConfig(embedding_dim=4, sparse_features=[item, last]))(torch.ones(2, 6, 4)).shape
+    torch.Size([2, 2, 4])
+    """
 
     def __init__(self, config: DhenConfig) -> None:
         super().__init__()
-        self._features, self._sizes = config.features, [feature.num_lookups for feature in config.features]
-        self._places = {feature.name: place for place, feature in enumerate(config.features)}
+        self._sizes = [feature.num_lookups for feature in config.features]
+        names = [feature.name for feature in config.features]
+        self._places = [(at, names.index(of.target)) for at, of in enumerate(config.features) if of.target]
         self.by_feature = nn.Module()  # a ModuleDict has no room for a feature called `items`
         for feature in config.features:
             if feature.target:
@@ -49,8 +56,6 @@ class SequencePooling(nn.Module):
     def forward(self, lookups_BFD: Tensor) -> Tensor:
         """Returns embeddings_BFD of the features."""
         parts = list(lookups_BFD.split(self._sizes, dim=1))
-        for name, pooling in self.by_feature.named_children():
-            place = self._places[name]
-            target_BD = parts[self._places[self._features[place].target]].squeeze(1)
-            parts[place] = pooling(parts[place], target_BD).unsqueeze(1)
+        for (place, target), pooling in zip(self._places, self.by_feature.children(), strict=True):
+            parts[place] = pooling(parts[place], parts[target].squeeze(1)).unsqueeze(1)
         return torch.cat(parts, dim=1)

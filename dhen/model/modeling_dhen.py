@@ -104,7 +104,7 @@ class DhenModel(DhenPreTrainedModel):
                 f"the model has no input: sparse_features is empty, num_dense_features is {config.num_dense_features} "
                 f"and num_dense_embeddings is {config.num_dense_embeddings}. Add sparse features or dense features."
             )
-        self.num_inputs = num_embeddings
+        self.num_inputs, self.num_lookups = num_embeddings, len(config.lookups)
         self.features = FeatureProcessing(config)
         self.layers = nn.ModuleList()
         specs = config.layer_specs
@@ -131,7 +131,7 @@ class DhenModel(DhenPreTrainedModel):
 
         Raises ValueError naming the argument whose shape does not match the config.
         """
-        shape = (len(self.config.lookups), self.config.embedding_dim)
+        shape = (self.num_lookups, self.config.embedding_dim)
         if dense is None:
             inputs_embeds = inputs_embeds() if callable(inputs_embeds) else inputs_embeds
             dense = inputs_embeds.new_empty(inputs_embeds.shape[0], 0)
