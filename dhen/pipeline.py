@@ -4,13 +4,14 @@ It needs torch and transformers, but neither DeepSpeed nor FBGEMM, and runs in o
 """
 
 from collections.abc import Iterable, Mapping
+from datetime import date, datetime, time
 from difflib import get_close_matches
+from numbers import Number, Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from dhen.data.formats.columns import plain
@@ -46,7 +47,8 @@ class DhenPipeline:
         if folder is None:
             raise FileNotFoundError(
                 f"{path}: no exported model with {COLUMNS_FILE}, which says what the columns of raw rows are. Name a "
-                "run folder or its model/. If the model is older than this file, resume its run to export it again."
+                "run folder or its model/. A model that is older than this file, or was trained on a folder that "
+                "another program prepared, does not have it: use recipes/predict.py, or train it from raw files."
             )
         schema = Schema.load(folder)
         encoder = Encoder(
@@ -63,7 +65,11 @@ class DhenPipeline:
 
     def predict_tasks(self, rows: Any, batch_size: int = 4096) -> dict[str, np.ndarray]:
         """As `predict`, by task: those of the label, and of each further task of the model."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}. Use 1 or more.")
         table, names = self._encoded(rows), [LABEL, *self.model.config.tasks]
+        if table is None:  # no rows, and no columns
+            return {name: np.empty(0, np.float32) for name in names}
         scores = np.empty((len(names), table.num_rows), np.float32)
         for first in range(0, table.num_rows, batch_size):
             batch = table.slice(first, batch_size)
@@ -77,8 +83,10 @@ class DhenPipeline:
             scores[:, first : first + batch.num_rows] = torch.stack(logits).sigmoid()
         return dict(zip(names, scores, strict=True))
 
-    def _encoded(self, rows: Any) -> pa.Table:
+    def _encoded(self, rows: Any) -> pa.Table | None:
         columns = _as_columns(rows)
+        if not columns:
+            return None
         features = (*self.roles.dense, *self.roles.sparse)
         needed = dict.fromkeys(column for feature in features for column in feature.columns)
         for name in needed:
@@ -86,7 +94,7 @@ class DhenPipeline:
                 near = get_close_matches(name, columns, n=1)
                 hint = f" Did you mean {quoted(near[0])}?" if near else ""
                 raise ValueError(f"the rows have no column {quoted(name)}. They have {listed(list(columns))}.{hint}")
-        raw = {name: self._without_blanks(plain(columns[name])) for name in needed}
+        raw = {name: plain(columns[name]) for name in needed}
         check_types(pa.schema([(name, values.type) for name, values in raw.items()]), self.roles, "rows")
         num_rows = len(next(iter(raw.values())))
         checks = RowChecks("rows", np.arange(num_rows), lambda i: str({name: raw[name][i].as_py() for name in raw}))
@@ -95,37 +103,77 @@ class DhenPipeline:
             raise ValueError(str(chunk.bad[0]))
         return self._encoder.encode(chunk.table)
 
-    def _without_blanks(self, values: pa.Array) -> pa.Array:
-        """Texts that count as blank become null, as in text files."""
-        if not pa.types.is_string(values.type):
-            return values
-        return pc.if_else(pc.is_in(values, pa.array(self.roles.null_values)), pa.scalar(None, pa.string()), values)
-
 
 def _as_columns(rows: Any) -> dict[str, pa.Array]:
     """The columns of a data frame, an Arrow table, a dictionary of columns, or dictionaries."""
     if hasattr(rows, "to_arrow"):  # polars
         rows = rows.to_arrow()
+    if isinstance(rows, pa.RecordBatch):
+        rows = pa.Table.from_batches([rows])
     if isinstance(rows, pa.Table):
-        return {name: rows[name].combine_chunks() for name in rows.column_names}
-    if hasattr(rows, "columns") and hasattr(rows, "index"):  # pandas
-        return {str(name): _as_array(rows[name]) for name in rows.columns}
-    if isinstance(rows, Mapping):
-        return {name: _as_array(values) for name, values in rows.items()}
-    rows = list(rows) if isinstance(rows, Iterable) else [rows]
-    if not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(
-            f"the rows have the type {type(rows[0]).__name__}. Use a pandas or polars data frame, an Arrow table, or "
-            "dictionaries."
-        )
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: _as_array([row.get(name) for row in rows]) for name in names}
+        pairs = list(zip(rows.column_names, rows.columns, strict=True))
+    elif hasattr(rows, "columns") and hasattr(rows, "iloc"):  # pandas
+        pairs = [(str(name), rows.iloc[:, place]) for place, name in enumerate(rows.columns)]
+    elif isinstance(rows, Mapping):
+        pairs = list(rows.items())
+    else:
+        rows = list(rows) if isinstance(rows, Iterable) else [rows]
+        for row in rows:
+            if not isinstance(row, Mapping):
+                raise ValueError(
+                    f"the rows have the type {type(row).__name__}. Use a pandas or polars data frame, an Arrow table, "
+                    "or dictionaries."
+                )
+        names = dict.fromkeys(name for row in rows for name in row)
+        pairs = [(name, [row.get(name) for row in rows]) for name in names]
+    columns = {name: _as_array(name, values) for name, values in pairs}
+    if len(columns) < len(pairs):
+        raise ValueError("two columns of the rows have the same name. Rename one of them.")
+    sizes = sorted({len(values) for values in columns.values()})
+    if len(sizes) > 1:
+        raise ValueError(f"the columns have different numbers of values: {sizes}. Use equally many.")
+    return columns
 
 
-def _as_array(values: Any) -> pa.Array:
-    """An Arrow array; values of several types become texts."""
+def _as_array(name: str, values: Any) -> pa.Array:
+    """An Arrow array; values of several types become texts. Raises ValueError that names the column."""
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ValueError(f"column {name!r} is a {type(values).__name__}. Use a list; for one row, use [row].")
+    values = values if hasattr(values, "dtype") else list(values)
+    kinds = {type(value) for value in values} if isinstance(values, list) else set()
+    if {date, datetime} <= kinds:  # Arrow would drop the time
+        values = [datetime.combine(value, time()) if type(value) is date else value for value in values]
     try:
         array = pa.array(values, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        array = pa.array([None if value is None or value != value else str(value) for value in values], pa.string())
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
+        has_lists = any(isinstance(value, _LISTS) for value in values)
+        as_text, kind = (_text_list, pa.list_(pa.string())) if has_lists else (_text, pa.string())
+        try:
+            array = pa.array([as_text(value) for value in values], kind)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise ValueError(f"column {name!r}: {error}") from error
     return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+_LISTS = (list, tuple, np.ndarray)
+
+
+def _text_list(values: Any) -> list[str | None] | None:
+    if isinstance(values, _LISTS):
+        return [_text(value) for value in values]
+    if _text(values) is None:
+        return None
+    raise ValueError(f"{quoted(values)} stands beside lists. Use lists in all rows")
+
+
+def _text(value: Any) -> str | None:
+    """A value as text; None if it is blank."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, Real) and value != value):
+        return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, str | Number | np.generic | date):
+        return str(value)
+    raise ValueError(f"{quoted(value)} is a {type(value).__name__}, which is no value of a feature")

@@ -102,6 +102,8 @@ class Experiment:
         if len(set(names)) < len(names):
             raise ValueError(f"entries: two of {', '.join(names)} have the same name. Rename one.")
         for entry in self.entries:
+            if bool(entry.runs_of) != bool(entry.task) or (entry.task and entry.arguments):
+                raise ValueError(f"entry {entry.name}: runs_of and task go together, and without arguments.")
             if entry.paper and len(entry.paper) != len(self.paper_points):
                 counts = f"{len(entry.paper)} figures for {len(self.paper_points)} paper_points"
                 raise ValueError(f"entry {entry.name}: paper has {counts}. Use one for each.")
@@ -207,7 +209,8 @@ class Result:
 
     def of_task(self, name: str) -> "Result":
         """The same run with the metrics of a further task in place of the label's."""
-        return replace(self, **{split: of_tasks.get(name, {}) for split, of_tasks in self.tasks.items()})
+        of = {split: self.tasks.get(split, {}).get(name, {}) for split in ("eval", "test")}
+        return replace(self, **of, evaluations=[])
 
 
 def read_experiment(path: Path) -> Experiment:

@@ -19,7 +19,7 @@ from dhen.model.interactions import Axes, with_prefix
 from dhen.model.layer import DhenLayer, make_norm
 from dhen.model.mixture_of_experts import parted
 from dhen.model.mlp import MLP
-from dhen.model.tasks import TaskHeads, loss_of_tasks
+from dhen.model.tasks import LABEL_TASK, TaskHeads, loss_of_tasks
 
 
 @dataclass
@@ -264,6 +264,8 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             values = [(state, column) for state in states for column in range(self.config.embedding_dim)]
             heads = ["head", *(f"tasks.heads.{name}" for name in self.config.tasks)]
             axes |= {f"{head}.0.weight": {1: values} for head in heads}
+        if self.tasks is not None and self.tasks.log_variance is not None:
+            axes["tasks.log_variance"] = {0: [LABEL_TASK, *self.config.tasks]}
         return axes
 
     def _join(self, inputs_embeds: Tensor | Callable[[], Tensor], sparse: SparseIds | None) -> Callable[[], Tensor]:

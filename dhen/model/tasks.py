@@ -41,7 +41,9 @@ class TaskHeads(nn.Module):
     ) -> None:
         """heads: by task, each from (B, W) to (B, 1)."""
         super().__init__()
-        self.heads = nn.ModuleDict(heads)
+        self.heads = nn.Module()  # a ModuleDict has no room for a task called `items`
+        for name, head in heads.items():
+            self.heads.add_module(name, head)
         self.log_variance: nn.Parameter | None = None
         if task_weights == _UNCERTAINTY:
             self.log_variance = nn.Parameter(torch.empty(1 + len(heads)))
@@ -56,7 +58,7 @@ class TaskHeads(nn.Module):
 
     def forward(self, inputs_BW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return logits_BT, the weights (1 + T,), and sum(s) / 2 if the weights are trained."""
-        logits_BT = torch.cat([head(inputs_BW) for head in self.heads.values()], dim=1)
+        logits_BT = torch.cat([head(inputs_BW) for head in self.heads.children()], dim=1)
         logits_BT = logits_BT.to(torch.promote_types(logits_BT.dtype, torch.float32))
         if self.log_variance is not None:
             log_variance = self.log_variance.to(logits_BT.dtype)

@@ -214,12 +214,15 @@ def _missing_metrics(best: str, schema: Schema) -> list[str]:
             sentence = (
                 f"the labels of the {split} split are all {int(counts.clicks > 0)}, so its auc and ne do not exist"
             )
-            if split == "validation" and best != "logloss":
+            if split == "validation" and best != "logloss" and not schema.tasks:
                 sentence += (
                     f". So {best} chooses no checkpoint, and early stopping and reduce_lr_on_plateau do not act: the "
                     "last weights are tested and exported. Or set metric_for_best_model to logloss"
                 )
             sentences.append(sentence)
+        for name, (labels, clicks) in counts.tasks.items():
+            if clicks in (0, labels) and not is_partial(schema):
+                sentences.append(f"the {labels:,} labels of the task {name} in the {split} split give no auc and ne")
     return sentences
 
 

@@ -80,7 +80,7 @@ def _broken_parts(model: ParallelDhen, batch: Batch, embeddings_BFD: Tensor | No
     parts |= {f"layer {index}": layer for index, layer in enumerate(dense.model.layers)}
     parts |= {"the last norm": dense.model.norm, "the head": dense.head}
     if dense.tasks is not None:
-        parts |= {f"the head of {name}": head for name, head in dense.tasks.heads.items()}
+        parts |= {f"the head of {name}": head for name, head in dense.tasks.heads.named_children()}
     for name, part in parts.items():
         if part is not None:
             part.register_forward_hook(

@@ -31,7 +31,7 @@ def inputs() -> torch.Tensor:
 def by_formula(model: DhenForClickPrediction, weights: list[float]) -> torch.Tensor:
     """Sum over tasks of w_t times the cross entropy of the rows with a label, over all rows."""
     inputs_BW = model.model(torch.empty(len(LABELS), 0, 16, dtype=torch.float64), inputs()).head_inputs.flatten(1)
-    heads = [model.head, *model.tasks.heads.values()]
+    heads = [model.head, *model.tasks.heads.children()]
     loss = torch.zeros((), dtype=torch.float64)
     for head, weight, labels in zip(heads, weights, LABELS.unbind(1), strict=True):
         for row in (~labels.isnan()).nonzero().flatten():
@@ -113,6 +113,10 @@ def test_one_label_keeps_its_weights_and_its_shape():
 def test_wrong_tasks_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         model_of(**options)
+
+
+def test_a_task_may_have_the_name_of_a_method_of_dictionaries():
+    assert model_of(tasks=["items", "keys"])(dense=inputs()).task_logits.shape == (5, 2)
 
 
 def test_labels_of_another_shape_are_refused():

@@ -1,15 +1,18 @@
 """DhenPipeline scores rows of any kind as predict.py does, and refuses what it cannot read."""
 
 import math
+from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
 
 from dhen.data.formats.roles import COLUMNS_FILE, as_yaml, load_roles, parse_roles
-from dhen.pipeline import DhenPipeline
+from dhen.pipeline import DhenPipeline, _as_array
 from tests.recipes.launch import ROOT, run_script
 
 SCHEMA = """
@@ -80,6 +83,9 @@ KINDS = {
     "texts": lambda rows: [{k: None if v is None else str(v) for k, v in row.items()} for row in rows.to_dicts()],
     "mixed types": lambda rows: [row | {"user": str(row["user"]) if n % 2 else row["user"]}
                                  for n, row in enumerate(rows.to_dicts())],
+    "record batch": lambda rows: rows.to_arrow().combine_chunks().to_batches()[0],
+    "NA and bytes": lambda rows: [{k: pd.NA if v is None else str(v).encode() if k == "user" and n % 2 else v
+                                   for k, v in row.items()} for n, row in enumerate(rows.to_dicts())],
     "lists and dates": lambda rows: rows.with_columns(pl.col("seen").str.to_datetime("%Y-%m-%d %H:%M")),
 }  # fmt: skip
 
@@ -98,11 +104,8 @@ def test_all_kinds_of_rows_get_the_scores_of_predict(pipeline, folder, kind):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (
-            "greater_than: 3",
-            "greater_than: 4",
-            "greater_than of 'label' was 3.0 in training",
-        ),
+        ("greater_than: 3", "greater_than: 4", "greater_than of 'label' was 3.0 in training"),
+        ("given_click: true", "given_click: false", "given_click of 'buy' was True in training"),
         ("parts: [hour, weekday]", "parts: [hour, day]", "the feature 'seen_weekday' is sparse"),
         ("bins: 5", "bins: 6", "bins of 'price_bin' was 5 in training"),
     ],
@@ -115,7 +118,18 @@ def test_another_meaning_of_the_columns_is_refused(folder, tmp_path, old, new, m
     assert message in done.output
 
 
+def test_lists_of_mixed_types_are_lists_of_their_texts():
+    found = _as_array("tags", [[1, "2"], None, [b"3", pd.NA]])
+    assert found.to_pylist() == [["1", "2"], None, ["3", None]]
+    dates = _as_array("seen", [date(2024, 3, 1), datetime(2024, 3, 1, 5, 15), None])
+    assert dates.to_pylist() == [datetime(2024, 3, 1), datetime(2024, 3, 1, 5, 15), None]
+    assert _as_array("user", [2**63, 1]).to_pylist() in ([2**63, 1], [str(2**63), "1"])
+    with pytest.raises(ValueError, match="column 'tags': 'a' stands beside lists"):
+        _as_array("tags", [[1], "a"])
+
+
 def test_no_rows_have_no_scores(pipeline):
+    assert pipeline.predict([]).shape == (0,)
     assert pipeline.predict(frame(ROWS)[:0]).shape == (0,)
 
 
@@ -129,6 +143,11 @@ def test_no_rows_have_no_scores(pipeline):
         (frame().with_columns(seen=pl.lit("March")), r"rows: row 0: column 'seen'"),
         (frame().with_columns(user=pl.lit([1])), r"rows: column 'user' has lists"),
         (3, r"the rows have the type int\. Use a pandas"),
+        ([{"user": 1}, 2], r"the rows have the type int\. Use a pandas"),
+        ({"user": 1}, r"column 'user' is a int\. Use a list"),
+        ({"user": [1], "price": [1, 2]}, r"the columns have different numbers of values: \[1, 2\]"),
+        ([*frame().to_dicts(), {"user": {}}], r"column 'user': \{\} is a dict"),
+        (pa.table([pa.array([1]), pa.array([2])], ["user", "user"]), "two columns of the rows have the same name"),
         ([1, 2], r"the rows have the type int\. Use a pandas"),
     ],
 )
@@ -146,6 +165,8 @@ def test_a_folder_without_a_model_is_refused(folder):
 def test_every_schema_is_written_as_it_was_read(path):
     roles = load_roles(path)
     assert parse_roles(as_yaml(roles), "again") == roles
+    without_blanks = replace(roles, null_values=())
+    assert parse_roles(as_yaml(without_blanks), "again") == without_blanks
 
 
 def test_the_schema_of_all_keys_is_written_as_it_was_read():
@@ -172,5 +193,14 @@ def test_formats_without_names_have_the_names_of_their_features(tmp_path, text, 
     done = run_script("predict.py", *flags, f"--dataset_format={name}", f"--output={tmp_path / 'scores.parquet'}")
     assert done.status == 0, done.output
     rows = rows or [{f"I{n + 1}": n for n in range(13)} | {f"C{n + 1}": "68FD1E64" for n in range(26)}]
-    score = DhenPipeline.from_pretrained(tmp_path / "run").predict(pa.Table.from_pylist(rows))
+    pipeline = DhenPipeline.from_pretrained(tmp_path / "run")
+    score = pipeline.predict(pa.Table.from_pylist(rows))
     assert score[0] == pytest.approx(pl.read_parquet(tmp_path / "scores.parquet")["prediction"][0], abs=1e-6)
+    if name == "criteo":
+        assert np.isfinite(pipeline.predict([rows[0] | {"C2": None, "I3": None}])).all()
+        for wrong, message in (
+            ({"C2": 12}, "column 'C2' has the type int64"),
+            ({"I3": 2.7}, "column 'I3': .* integer"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                pipeline.predict([rows[0] | wrong])

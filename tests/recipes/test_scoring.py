@@ -86,7 +86,7 @@ def test_evaluate_measures_groups_by_their_raw_values(trained, tmp_path, rows_of
     gauc = sum(size * auc for size, auc in aucs) / sum(sizes)
     assert by["C9"]["gauc"] == pytest.approx(gauc, abs=1e-6)
     assert by["C9"]["left_out"] == 300 - sum(sizes)
-    assert f"by C9: gAUC {by['C9']['gauc']:.5f}" in done.output
+    assert f"test by C9: gAUC {by['C9']['gauc']:.5f}" in done.output
     table = pl.read_csv(tmp_path / "metrics-by-C9.csv", schema_overrides={"group": pl.String})
     assert table["examples"].sum() == 300
     keys = set(pl.read_parquet(trained.prepared / "vocabulary/C9.parquet")["key"])

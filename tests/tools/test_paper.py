@@ -196,6 +196,15 @@ def test_the_report_has_means_differences_and_progress(tmp_path, experiment):
     assert "| Second | First |" not in other_way, "only against those that are named"
 
 
+def test_an_entry_may_show_a_further_task_of_another_one(tmp_path):
+    entries = [*ENTRIES, {"name": "buys", "title": "Buys", "runs_of": "first", "task": "buy"}]
+    experiment = read_experiment(write_experiment(tmp_path / "log.yaml", entries=entries))
+    tasks = {"test": {"buy": {"auc": 0.9, "ne": 0.25}}}
+    text = report(tmp_path, lines(experiment, {"first": [0.7, 0.8]}, tasks=tasks), entries=entries)
+    assert "| First | 2 of 3 | 0.75000 ± 0.07071 | 0.25000 ± 0.07071 |" in text
+    assert "| Buys | 2 of 3 | 0.90000 ± 0.00000 | 0.25000 ± 0.00000 |" in text
+
+
 def test_lines_with_other_arguments_are_stale_and_failures_are_listed(tmp_path, experiment):
     results = lines(experiment, {"first": [0.9, 0.8, 0.7], "second": [0.6, 0.5]})
     results[1] = replace(results[1], digest="0" * 16)
@@ -258,6 +267,8 @@ def test_changes_of_the_code_are_marked(tmp_path, monkeypatch):
         ({"arguments": {"seed": 1}}, "arguments: seed is set by the tool. Remove it"),
         ({"entries": [ENTRIES[0] | {"starts_from": "first"}]}, "entry first: unknown entry in starts_from 'first'"),
         ({"entries": [ENTRIES[0] | {"against": ["third"]}]}, "entry first: unknown entry in against 'third'"),
+        ({"entries": [ENTRIES[0] | {"task": "buy"}]}, "entry first: runs_of and task go together"),
+        ({"entries": [ENTRIES[0] | {"task": "buy", "runs_of": "none"}]}, "unknown entry in runs_of 'none'"),
         ({"rows": "flight"}, "unknown data set in rows 'flight'. Did you mean 'flights'?"),
         ({"published": [{"name": "x", "source": "y", "auc": "high"}]}, "published.0.auc is 'high'"),
         ({"arguments": {"num_layer": 1}}, "entry first: .*unknown argument 'num_layer'. Did you mean 'num_layers'?"),

@@ -146,6 +146,20 @@ def test_a_head_that_reads_all_layers_keeps_what_it_knows_of_a_feature(features,
     torch.testing.assert_close(new.logits(embeddings, dense), old.logits(embeddings, dense), rtol=1e-4, atol=1e-4)
 
 
+def test_the_heads_and_trained_weights_of_tasks_are_matched_by_name():
+    old_config, config = (
+        DhenConfig(num_dense_features=2, interactions=["linear"], tasks=tasks, task_weights="uncertainty")
+        for tasks in (["buy", "stay"], ["like", "buy"])
+    )
+    old = DhenForClickPrediction(old_config)
+    old.tasks.log_variance.data = torch.tensor([1.0, 2.0, 3.0])
+    names = ((), ("x", "y"))
+    kept = match_dense_weights(old.state_dict(), old_config, names, config, names)
+    assert kept["tasks.log_variance"].tolist() == [1.0, 0.0, 2.0]
+    assert torch.equal(kept["tasks.heads.buy.0.weight"], old.state_dict()["tasks.heads.buy.0.weight"])
+    assert not any("like" in name for name in kept)
+
+
 def test_a_users_interaction_that_does_not_say_how_starts_anew_on_other_features():
     @register_interaction("users_undescribed")
     class Undescribed(Interaction):

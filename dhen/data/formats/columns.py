@@ -5,6 +5,7 @@ reports the rows that it cannot read to the chunk's `RowChecks`.
 """
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -53,6 +54,14 @@ def plain(values: pa.Array) -> pa.Array:
     return values.cast(pa.string()) if is_text else values
 
 
+def without_blanks(values: pa.Array, null_values: Sequence[str]) -> pa.Array:
+    """The values with null for the texts that count as blank."""
+    if not pa.types.is_string(values.type):
+        return values
+    is_blank = pc.is_in(values, pa.array(null_values, pa.string()))
+    return pc.if_else(is_blank, pa.scalar(None, pa.string()), values) if pc.any(is_blank).as_py() else values
+
+
 def label_column(
     values: pa.Array | None,
     role: LabelRole,
@@ -99,6 +108,8 @@ def label_column(
 def number_column(values: pa.Array, name: str, checks: RowChecks, *, is_integer: bool = False) -> pa.Array:
     """Return finite numbers, or integers, as float64; null if blank or NaN."""
     numbers, unread = parse_numbers(values, pl.Int64 if is_integer else pl.Float64)
+    if is_integer and pa.types.is_floating(values.type):  # which loses the digits after the point
+        unread = unread | (values.fill_null(0).to_numpy(zero_copy_only=False) % 1 != 0)
     is_bad = unread | ~(fit_float32(numbers) | np.isnan(numbers))
     wanted = "an integer" if is_integer else A_NUMBER
     checks.refuse(is_bad, lambda i: f"column {name!r}: {_shown(values, i)} is not {wanted}; fix it or leave it blank")

@@ -73,5 +73,13 @@ class CriteoReader(DelimitedReader):
     def typed(self, raw: dict[str, pa.Array], checks: RowChecks) -> pa.Table:
         label = columns.label_column(raw.get(LABEL), LabelRole(), checks, is_required=self.is_label_required)
         integers = {name: columns.number_column(raw[name], name, checks, is_integer=True) for name in INTEGERS}
-        categories = {name: columns.hex_column(raw[name], name, checks) for name in CATEGORIES}
+        categories = {name: columns.hex_column(_texts(name, raw[name]), name, checks) for name in CATEGORIES}
         return pa.table({LABEL: label, **integers, **categories})
+
+
+def _texts(name: str, values: pa.Array) -> pa.Array:
+    if values.null_count == len(values):
+        return pa.nulls(len(values), pa.string())
+    if not pa.types.is_string(values.type):
+        raise ValueError(f"column {name!r} has the type {values.type}. A category of Criteo's is text, in hex.")
+    return values

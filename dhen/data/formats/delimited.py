@@ -80,7 +80,7 @@ class DelimitedReader:
 
 def typed_table(raw: dict[str, pa.Array], roles: ColumnRoles, checks: RowChecks, is_label_required: bool) -> pa.Table:
     """Convert raw columns to a `RawChunk.table` by their roles. Works for every format with named columns."""
-    raw = {name: columns.plain(values) for name, values in raw.items()}
+    raw = {name: columns.without_blanks(columns.plain(values), roles.null_values) for name, values in raw.items()}
     values = raw.get(roles.label.column)
     label = columns.label_column(values, roles.label, checks, is_required=is_label_required, has_schema=True)
     typed = {LABEL: label}

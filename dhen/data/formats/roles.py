@@ -102,7 +102,8 @@ class ColumnRoles:
         for name in self.tasks:
             if not is_valid_table_name(name) or not _FEATURE_NAME.fullmatch(name) or name == LABEL:
                 raise ValueError(
-                    f"tasks: {quoted(name)} is not allowed as a name. Use letters, digits and '_', but not {LABEL!r}."
+                    f"tasks: {quoted(name)} is not allowed as a name. Use letters, digits and '_', but not {LABEL!r} "
+                    "or the name of a module attribute ('type', 'training', …)."
                 )
         if self.row_weight in self.label_columns:
             raise ValueError(f"row_weight is {quoted(self.row_weight)}, which is a label. Use another column.")
@@ -276,12 +277,12 @@ def as_yaml(roles: ColumnRoles) -> str:
     def told(role: Any, kind: type) -> dict[str, Any]:
         values = {item.name: getattr(role, item.name) for item in fields(kind)}
         defaults = {item.name: item.default for item in fields(kind)}
-        return {key: value for key, value in values.items() if value != defaults[key] and value not in ((), {})}
+        return {key: value for key, value in values.items() if value != defaults[key]}
 
     values = told(roles, ColumnRoles) | {"label": told(roles.label, LabelRole)}
     values |= {name: [told(role, type(role)) for role in getattr(roles, name)] for name in ("dense", "sparse")}
     values |= {"tasks": {name: told(role, TaskRole) for name, role in roles.tasks.items()}}
-    plain = {key: value for key, value in json.loads(json.dumps(values)).items() if value not in ([], {})}
+    plain = json.loads(json.dumps({key: value for key, value in values.items() if value not in ([], {})}))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -304,9 +305,12 @@ def _roles_of(content: dict[str, Any], path: str | Path) -> ColumnRoles:
     if not isinstance(content.get("label", {}), dict):
         content["label"] = {"column": str(content["label"])}
     if isinstance(tasks := content.get("tasks"), dict):
-        content["tasks"] = {
-            str(name): entry if isinstance(entry, dict) else {"column": str(entry)} for name, entry in tasks.items()
-        }
+        content["tasks"] = {}
+        for name, entry in tasks.items():
+            if not isinstance(entry, dict | str | int) or str(name) in content["tasks"]:
+                raise ValueError(f"{path}: tasks.{name} is {quoted(entry)}, or appears twice. Name its column.")
+            told = entry if isinstance(entry, dict) else {"column": str(entry)}
+            content["tasks"][str(name)] = {"column": str(name)} | told
     ignored = content.get("ignored") or []
     content["ignored"] = [str(column) for column in ignored] if isinstance(ignored, list) else ignored
     with _one_line(path):

@@ -104,7 +104,7 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     ]
     if not settings.is_label_required:  # these rows include the names of their files
         inputs.append([source.files for source in sources])
-    facts = [FORMAT_VERSION, PIECE_BYTES, format_name, relevant, inputs]
+    facts = [FORMAT_VERSION, COLUMNS_FILE, PIECE_BYTES, format_name, relevant, inputs]
     digest = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16)
     if settings.dataset_schema is not None:
         digest.update(Path(settings.dataset_schema).read_bytes())

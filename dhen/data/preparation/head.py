@@ -27,7 +27,8 @@ def whole_schema(folder: Path) -> Schema:
     shares, splits, sparse = head.source[SHARES], {}, head.sparse
     for split, counts in head.splits.items():
         rows, clicks = (round(count / shares[split]) for count in (counts.rows, counts.clicks))
-        splits[split] = replace(counts, rows=rows, clicks=clicks)
+        tasks = {name: tuple(round(count / shares[split]) for count in each) for name, each in counts.tasks.items()}
+        splits[split] = replace(counts, rows=rows, clicks=clicks, tasks=tasks)
     if not head.source["settings"]["like"]:
         sparse = tuple(_grown(column, head, folder) for column in sparse)
     return replace(head, splits=splits, sparse=sparse)

@@ -175,7 +175,7 @@ def _tasks_of(raw: Raw) -> tuple[TaskColumn, ...]:
 def _save_encoder(folder: Path, schema: Schema, roles: ColumnRoles) -> None:
     """Write what the workers encode with, beside the vocabularies. All of them share the files of a vocabulary."""
     schema.save(folder)
-    (folder / COLUMNS_FILE).write_text(as_yaml(roles), encoding="utf-8")
+    (folder / COLUMNS_FILE).write_text(as_yaml(replace(roles, ignored="*")), encoding="utf-8")
     for name in schema.looked_up:
         save_key_ids(folder, name)
 

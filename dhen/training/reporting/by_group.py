@@ -32,7 +32,7 @@ def report_groups(name: str, values: GroupedValues, loader: BatchLoader, output:
     names = _names(column, list(values.largest), loader.folder)
     by_group = {names[group]: asdict(of_group) for group, of_group in values.largest.items()}
     openness = {names[group]: of_group for group, of_group in values.openness.items()}
-    print(f"\nby {name}: gAUC {values.gauc:.5f} over {values.groups - values.one_class:,} groups")
+    print(f"\n{loader.split} by {name}: gAUC {values.gauc:.5f} over {values.groups - values.one_class:,} groups")
     print(f"left out: {values.one_class:,} groups with one label ({values.left_out:,} examples)")
     print_metrics({group: by_group[group] for group in list(by_group)[:_ROWS]}, of="group")
     if output is not None:

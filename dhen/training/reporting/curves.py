@@ -40,7 +40,8 @@ def draw_curves(metrics: Path, best_possible_ne: float | None = None) -> Path:
 
 
 def _draw(axis: Axes, rows: list[dict[str, str]], column: str) -> None:
-    colors = _COLORS | {row["split"]: None for row in rows if row["split"] not in _COLORS}  # further tasks
+    tasks = dict.fromkeys(row["split"] for row in rows if row["split"] not in _COLORS)
+    colors = _COLORS | {split: f"C{number}" for number, split in enumerate(tasks, 1)}
     for split, color in colors.items():
         points = [
             (int(row["samples_seen"]), float(row[column])) for row in rows if row["split"] == split and row[column]

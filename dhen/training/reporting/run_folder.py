@@ -106,9 +106,8 @@ def announce(arguments: Arguments, layout: Layout, schema: Schema, fine_tuning: 
     logger.info("arguments: %s", yaml.safe_dump(values, default_flow_style=True, width=10**6).strip())
     logger.info("data: %d dense and %d sparse features; %s", len(schema.dense), len(schema.sparse), rows)
     for name, (labels, clicks) in schema.splits["train"].tasks.items():
-        logger.info(
-            "task %s: %s training rows have its label (%.1f%% are 1)", name, f"{labels:,}", 100 * clicks / labels
-        )
+        share = clicks / max(labels, 1)
+        logger.info("task %s: %s training rows have its label (%.1f%% are 1)", name, f"{labels:,}", 100 * share)
     skipped = sum(counts.bad_rows for counts in schema.splits.values())
     if skipped:
         logger.info("data: %s bad rows were skipped; see bad_rows.csv in the prepared folder", f"{skipped:,}")

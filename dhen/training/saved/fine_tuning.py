@@ -167,10 +167,11 @@ def start_from(
     if new_head:
         taken = ("head_mlp", "head_inputs", "task_weights")
         architecture = replace(architecture, **{name: getattr(new_head, name) for name in taken})
-    elif isinstance(architecture.task_weights, dict):
+    elif not schema.tasks:
+        architecture = replace(architecture, task_weights=None)
+    elif isinstance(weights := architecture.task_weights, dict):
         known = (LABEL_TASK, *schema.task_names)
-        kept_weights = {name: weight for name, weight in architecture.task_weights.items() if name in known}
-        architecture = replace(architecture, task_weights=kept_weights if schema.tasks else None)
+        architecture = replace(architecture, task_weights={name: weights[name] for name in known if name in weights})
     config = config_for(architecture, schema)
     kept = match_dense_weights(before, trained.config, _names(old), config, _names(schema))
     if new_head:

@@ -186,11 +186,15 @@ def check_same_meaning(roles: ColumnRoles, trained: ColumnRoles, folder: Path) -
     """Raise DataError if these roles make other categories or labels of the same values. Columns may have other names,
     and text may be laid out in another way.
     """
-    before = {role.name: role for role in trained.sparse} | {"label": trained.label} | trained.tasks
-    now = {role.name: role for role in roles.sparse} | {"label": roles.label} | roles.tasks
-    for name in before.keys() & now.keys():
-        for key in ("transform", "part", "bins", "positive", "greater_than", "given_click"):
-            was, given = (getattr(of[name], key, None) for of in (before, now))
+    pairs = [(old, new, ("transform", "part", "bins")) for old in trained.sparse for new in roles.sparse]
+    pairs = [(old.name, old, new, keys) for old, new, keys in pairs if old.name == new.name]
+    tasks = trained.tasks.keys() & roles.tasks.keys()
+    pairs += [(name, trained.tasks[name], roles.tasks[name], ("given_click",)) for name in tasks]
+    if None not in (trained.label.greater_than, roles.label.greater_than):  # a label may be written in another way
+        pairs.append(("label", trained.label, roles.label, ("greater_than",)))
+    for name, old, new, keys in pairs:
+        for key in keys:
+            was, given = getattr(old, key), getattr(new, key)
             if was != given:
                 raise DataError(
                     f"{folder}: {key} of {name!r} was {was!r} in training, but the schema of these rows says "

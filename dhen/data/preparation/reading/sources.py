@@ -17,7 +17,7 @@ from dhen.data.formats.raw_files import files_at, is_url
 from dhen.data.formats.raw_rows import DataError, Reader
 from dhen.data.formats.roles import COLUMNS_FILE, TimedRoles, load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
-from dhen.data.schema import SCHEMA_FILE, SPLITS
+from dhen.data.schema import SCHEMA_FILE, SPLITS, Schema
 from dhen.data.synthetic import RECIPES
 from dhen.paths import looked_in
 
@@ -76,10 +76,7 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
     is_required, block_bytes = settings.is_label_required, settings.block_bytes
     if settings.time_column is not None and format_name in ("criteo", "libsvm"):
         raise ValueError(f"time_column: files of the format {format_name} do not name columns. Sort them by time.")
-    given = settings.dataset_schema
-    if given is None and format_name not in ("criteo", "libsvm"):
-        origins = [Path(model) / COLUMNS_FILE for model in (settings.schema_from, settings.like) if model]
-        given = next((path for path in origins if path.is_file()), None)
+    given = settings.dataset_schema if format_name in ("criteo", "libsvm") else _schema_file(settings)
     roles = load_roles(given) if given else None
     if format_name == "criteo":
         reader = CriteoReader(is_label_required=is_required, block_bytes=block_bytes)
@@ -103,6 +100,16 @@ def _reader(format_name: str, settings: PreparationSettings, first_file: str) ->
         columns = reader.column_names(first_file)
         reader = replace(reader, roles=roles.expanded(columns, first_file, is_label_required=is_required))
     return reader if settings.time_column is None else _timed(reader, settings.time_column, first_file)
+
+
+def _schema_file(settings: PreparationSettings) -> str | Path | None:
+    """The given schema, else that of the trained model, if its data had named columns."""
+    if settings.dataset_schema is None:
+        for model in (Path(model) for model in (settings.schema_from, settings.like) if model):
+            is_named = Schema.load(model).source.get("format") not in ("criteo", "libsvm")
+            if is_named and (model / COLUMNS_FILE).is_file():
+                return model / COLUMNS_FILE
+    return settings.dataset_schema
 
 
 def _timed(reader: Reader, column: str, first_file: str) -> Reader:
@@ -164,7 +171,7 @@ def format_of(settings: PreparationSettings) -> str:
     suffix = (path.with_suffix("") if path.suffix in _COMPRESSED else path).suffix.lower()
     if suffix in _SUFFIXES:
         return _SUFFIXES[suffix]
-    if settings.dataset_schema is not None:
+    if _schema_file(settings) is not None:
         return "csv"
     lines = [line for _, line in text_blocks.first_lines(file)]
     if 2 * sum(line.count("\t") in (38, 39) for line in lines) > len(lines):
