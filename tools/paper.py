@@ -176,7 +176,10 @@ def run_experiment(call: argparse.Namespace) -> int:
     results = call.results or RESULTS
     if call.budget == "tiny":
         tiny = TINY | _small_log({**experiment.recipe, **experiment.arguments}.get("dataset_name"))
-        entries = [replace(entry, seeds=1, arguments=entry.arguments | tiny) for entry in experiment.entries]
+        entries = [
+            replace(entry, seeds=1, arguments={} if entry.runs_of else entry.arguments | tiny)
+            for entry in experiment.entries
+        ]
         experiment, results = replace(experiment, entries=entries), call.results or Path(tempfile.mkdtemp())
     file = results / f"{name}.jsonl"
     if experiment.rows:
