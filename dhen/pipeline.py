@@ -3,6 +3,7 @@
 It needs torch and transformers, but neither DeepSpeed nor FBGEMM, and runs in one process.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time
 from difflib import get_close_matches
@@ -13,19 +14,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 
 from dhen.data.formats.columns import plain
 from dhen.data.formats.criteo import CriteoReader
 from dhen.data.formats.delimited import DelimitedReader
 from dhen.data.formats.parquet import check_types
 from dhen.data.formats.raw_rows import RowChecks
-from dhen.data.formats.roles import COLUMNS_FILE, ColumnRoles, load_roles
+from dhen.data.formats.roles import COLUMNS_FILE, load_roles
 from dhen.data.loading.batches import as_sparse_ids
 from dhen.data.preparation.encoding.encoder import Encoder
 from dhen.data.preparation.encoding.vocabulary import load_vocabulary
 from dhen.data.schema import LABEL, Schema
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.names import listed, quoted
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class DhenPipeline:
@@ -35,14 +39,24 @@ class DhenPipeline:
     have the columns of the data that the model was trained on; other columns are ignored.
     """
 
-    def __init__(self, model: DhenForClickPrediction, schema: Schema, roles: ColumnRoles, encoder: Encoder) -> None:
-        self.model, self.schema, self.roles, self._encoder = model.eval(), schema, roles, encoder
+    def __init__(self, folder: Path) -> None:
+        """folder: of an exported model."""
+        self.folder, self.schema, self.roles = folder, Schema.load(folder), load_roles(folder / COLUMNS_FILE)
+        self.model = DhenForClickPrediction.from_pretrained(folder).eval()
+        schema, roles = self.schema, self.roles
+        vocabularies = {name: load_vocabulary(folder, name) for name in schema.looked_up}
+        self._encoder = Encoder(schema.dense, schema.sparse, vocabularies)
         is_criteo = schema.source.get("format") == "criteo"
         self._reader = (CriteoReader if is_criteo else DelimitedReader)(roles, is_label_required=False)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "DhenPipeline":
-        """Load the model at `path`, an exported model or a run folder. Raises FileNotFoundError."""
+    def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "DhenPipeline":
+        """Load the model at `path`: an exported model, a run folder, or a name on the Hugging Face hub (owner/name).
+
+        revision: of a model on the hub. Raises FileNotFoundError, or what huggingface_hub raises.
+        """
+        if not Path(path).exists() and _HUB_NAME.fullmatch(str(path)):
+            path = snapshot_download(str(path), revision=revision)
         folder = next((place for place in (Path(path), Path(path) / "model") if (place / COLUMNS_FILE).is_file()), None)
         if folder is None:
             raise FileNotFoundError(
@@ -50,11 +64,16 @@ class DhenPipeline:
                 "run folder or its model/. A model that is older than this file, or was trained on a folder that "
                 "another program prepared, does not have it: use recipes/predict.py, or train it from raw files."
             )
-        schema = Schema.load(folder)
-        encoder = Encoder(
-            schema.dense, schema.sparse, {name: load_vocabulary(folder, name) for name in schema.looked_up}
-        )
-        return cls(DhenForClickPrediction.from_pretrained(folder), schema, load_roles(folder / COLUMNS_FILE), encoder)
+        return cls(folder)
+
+    def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the exported model to the Hugging Face hub as owner/name, and return its address.
+
+        token: by default the one that `hf auth login` stored. Raises what huggingface_hub raises.
+        """
+        repository = create_repo(name, private=private, exist_ok=True, token=token)
+        upload_folder(repo_id=repository.repo_id, folder_path=self.folder, token=token)
+        return str(repository)
 
     def predict(self, rows: Any, batch_size: int = 4096) -> np.ndarray:
         """The click probability of each row, float32, in their order.
