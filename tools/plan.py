@@ -30,9 +30,10 @@ from dhen.data.loading.prepared_rows import mean_bag_sizes
 from dhen.data.preparation.encoding.encoder import HASH_SIZE
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.planner.job import Job
 from dhen.planner.limits import Limits, most_samples_per_second
 from dhen.planner.machine import read_machine, shipped_machines
-from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
+from dhen.planner.minimum_set import NothingFitsError, Planner, Prediction, gib
 from dhen.planner.rungs import by_depth
 from dhen.planner.technique import Scheme, Technique
 from dhen.training.dataset import is_prepared

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dhen.model.attention_pooling import SequencePooling
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.mlp import MLP
+from dhen.model.sparse_feature import SparseFeature
 
 _NUMBERS_AT_ONCE = 1 << 23
 """Initial values that are in memory beside their table: 32 MiB, enough work for the threads of a large machine."""

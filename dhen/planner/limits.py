@@ -3,7 +3,8 @@
 import contextlib
 from dataclasses import dataclass
 
-from dhen.planner.minimum_set import Job, Planner
+from dhen.planner.job import Job
+from dhen.planner.minimum_set import Planner
 from dhen.planner.technique import SCHEMES, Technique
 from dhen.tables.placement.plan import PlacementError
 

@@ -6,7 +6,7 @@ fits. If two are equally fast, it picks the one with fewer techniques.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,8 +15,7 @@ import torch
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig
 from dhen.config.zero_sizes import SIZE_KEYS
-from dhen.model.configuration_dhen import DhenConfig
-from dhen.planner.machine import Machine
+from dhen.planner.job import Job
 from dhen.planner.memory import MemoryUse, predict_memory
 from dhen.planner.memory_setting import MemorySetting
 from dhen.planner.step_time import StepSeconds, step_seconds
@@ -35,7 +34,6 @@ from dhen.tables.placement.beyond_device import ALLOCATOR_SHARE
 from dhen.tables.placement.costs import StepSetting, hop_seconds, read_costs, replicated_seconds
 from dhen.tables.placement.plan import Placement, PlacementError, lookups_of_tables
 
-PrecisionName = Literal["fp32", "bf16"]
 _OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 _EQUALLY_FAST = 1e-3
 
@@ -68,65 +66,6 @@ class Prediction:
 
 class NothingFitsError(ValueError):
     """No set of techniques fits. The message says what the smallest one needs, what a rank has, and what to change."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained, and on which machines.
-
-    batch_size: examples per rank and micro step. eval_batch_size: examples per rank and evaluation step; 0 for no
-    evaluation. ids_per_bag: mean number of ids by sparse feature. accumulation_steps: micro steps per update.
-    num_passes: of each example through the layers. averages: there is a moving average of all weights.
-    """
-
-    config: DhenConfig
-    batch_size: int
-    machine: Machine
-    nodes: int = 1
-    precision: PrecisionName = "fp32"
-    section: DhenSection = DhenSection()
-    ids_per_bag: Mapping[str, float] | None = None
-    eval_batch_size: int = 0
-    accumulation_steps: int = 1
-    num_passes: int = 1
-    averages: bool = False
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.machine.ranks_per_node
-
-    @property
-    def product_dtype(self) -> str:
-        """The dtype whose rate matrix products have: "fp32", "tf32" or "bf16"."""
-        is_tf32 = self.precision == "fp32" and self.section.allow_tf32 and self.machine.is_gpu
-        return "tf32" if is_tf32 else self.precision
-
-    @property
-    def values_per_example(self) -> float:
-        """Mean number of dense values and ids of an example."""
-        ids = self.ids_per_bag or {}
-        return self.config.num_dense_features + sum(ids.get(feature.name, 1.0) for feature in self.config.lookups)
-
-    @property
-    def depth(self) -> int:
-        return len(self.config.layer_specs)
-
-    def at_depth(self, layers: int) -> "Job":
-        """The same job with another number of layers. Raises ValueError if the config lists its layers one by one."""
-        if self.config.layers is not None:
-            raise ValueError(
-                "the recipe lists its layers one by one, so it cannot be planned at other depths. Use num_layers "
-                "instead of layers."
-            )
-        config = DhenConfig(**{**self.config.to_dict(), "num_layers": layers})
-        return replace(self, config=config)
-
-    def schemes(self) -> list[Scheme]:
-        """The schemes that make a difference: one rank cannot shard, and hybrid sharding needs several nodes."""
-        if self.world_size == 1:
-            return ["dp"]
-        is_hybrid = self.nodes > 1 and self.machine.ranks_per_node > 1
-        return [scheme for scheme in SCHEMES if scheme != "hsdp" or is_hybrid]
 
 
 class Planner:

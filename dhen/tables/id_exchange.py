@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.collectives import all_to_all
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard

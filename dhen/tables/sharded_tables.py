@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dhen.config.dhen_section import TableDtype, TableRounding
-from dhen.model.configuration_dhen import SparseFeature, features_of_tables
 from dhen.model.features import SparseIds, draw_table
+from dhen.model.sparse_feature import SparseFeature, features_of_tables
 from dhen.runtime.topology import ShardGroups, Topology
 from dhen.runtime.two_hops import TwoHops
 from dhen.tables.averaged_tables import AveragedTables

@@ -13,7 +13,8 @@ from dhen.config.arguments import Arguments
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import AUTO, DsConfig, DsConfigError, Recipe, check_ds_config
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.planner.minimum_set import Job, NothingFitsError, Planner
+from dhen.planner.job import Job
+from dhen.planner.minimum_set import NothingFitsError, Planner
 from dhen.planner.nearest_machine import machine_at_hand
 from dhen.planner.step_trace import UntraceableError
 from dhen.runtime.collectives import rank_zeros

@@ -16,11 +16,12 @@ from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.layer import DhenLayer
 from dhen.model.parts import part_of
+from dhen.planner.job import Job
 from dhen.planner.live_memory import LiveMemory
 from dhen.planner.machine import read_machine
 from dhen.planner.memory import predict_memory
 from dhen.planner.memory_setting import MemorySetting
-from dhen.planner.minimum_set import Job, Planner
+from dhen.planner.minimum_set import Planner
 from dhen.planner.step_trace import trace_step
 from dhen.planner.technique import Technique
 from dhen.planner.zero3_gathering import Gathering, Limits

@@ -10,9 +10,10 @@ from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import Recipe, check_ds_config
 from dhen.config.training_arguments import TrainingArguments
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.planner.job import Job
 from dhen.planner.limits import Limits
 from dhen.planner.machine import read_machine
-from dhen.planner.minimum_set import Job, NothingFitsError, Planner, Prediction, gib
+from dhen.planner.minimum_set import NothingFitsError, Planner, Prediction, gib
 from dhen.planner.rungs import by_depth, changes
 from dhen.planner.technique import SCHEMES, Technique
 from dhen.tables.placement.agreed import setting_of

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.averaged_tables import AveragedTables
 from dhen.tables.lookup import make_lookup

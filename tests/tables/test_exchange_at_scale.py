@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import PlainTables, SparseIds
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import IdExchange, OwnIds
 from dhen.tables.placement.plan import TableShard

@@ -6,7 +6,8 @@ from torch.profiler import ProfilerActivity, record_function
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig, read_ds_config
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import IDS
 from dhen.tables.pooled_exchange import EMBEDDINGS, GRADIENTS

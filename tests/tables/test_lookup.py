@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.id_exchange import IdExchange
 from dhen.tables.placement.beyond_device import beyond_device

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhen.model.configuration_dhen import SparseFeature
+from dhen.model.sparse_feature import SparseFeature
 from dhen.tables.placement import packing as table_packing
 from dhen.tables.placement.costs import StepSetting, read_costs, shard_seconds
 from dhen.tables.placement.packing import Cut, CuttableTable, NoRoomError, Packer, longest_first

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dhen.config.dhen_section import TableDtype
-from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import PlainTables, SparseIds, init_table
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, read_costs, replicated_seconds, shard_seconds
 from dhen.tables.placement.plan import PlacementOptions, place_tables

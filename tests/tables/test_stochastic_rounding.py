@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds, init_table
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import Placement, TableShard
 from dhen.tables.sharded_tables import ShardedTables

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import init_table
+from dhen.model.sparse_feature import SparseFeature
 from dhen.planner.live_memory import LiveMemory
 from dhen.runtime.topology import Topology
 from dhen.tables import row_uses, storage

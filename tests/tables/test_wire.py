@@ -6,8 +6,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.costs import StepSetting, read_costs
 from dhen.tables.placement.plan import PlacementOptions, place_tables

@@ -19,8 +19,9 @@ from torch.profiler import ProfilerActivity
 from dhen.config.ds_config import DsConfig, Recipe, read_ds_config
 from dhen.config.training_arguments import TrainingArguments
 from dhen.data.loading.batches import Batch
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
+from dhen.model.sparse_feature import SparseFeature
 from dhen.planner.minimum_set import gib
 from dhen.runtime.topology import Topology
 from dhen.tables.lookup import make_lookup

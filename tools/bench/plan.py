@@ -32,10 +32,12 @@ from torch.utils.checkpoint import checkpoint
 
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import DsConfig
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.sparse_feature import SparseFeature
+from dhen.planner.job import Job
 from dhen.planner.live_memory import LiveMemory
 from dhen.planner.machine import Machine, read_machine
-from dhen.planner.minimum_set import Job, Planner
+from dhen.planner.minimum_set import Planner
 from dhen.planner.step_time import compute_seconds
 from dhen.planner.step_trace import trace_step
 from dhen.planner.technique import SCHEMES, Technique

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dhen.data.loading.batches import Batch
-from dhen.model.configuration_dhen import SparseFeature
 from dhen.model.features import SparseIds
+from dhen.model.sparse_feature import SparseFeature
 from dhen.training.parallel_model import ParallelDhen
 
 NUM_DENSE = 13

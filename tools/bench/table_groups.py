@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from dhen.config.dhen_section import DhenSection
-from dhen.model.configuration_dhen import DhenConfig, SparseFeature
+from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
+from dhen.model.sparse_feature import SparseFeature
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import setting_of
 from dhen.tables.placement.costs import read_costs

@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dhen.model.configuration_dhen import SparseFeature, features_of_tables
 from dhen.model.names import unknown_name
+from dhen.model.sparse_feature import SparseFeature, features_of_tables
 from dhen.tables.placement.costs import Costs, StepSetting, replicated_bytes, replicated_seconds, shard_seconds
 from dhen.tables.placement.packing import Cut, CuttableTable, NoRoomError, Packer, Packing
 
