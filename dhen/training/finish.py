@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -89,30 +90,45 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card, scales)
     if model.topology.is_main:
         write_json(output_dir / SUMMARY_FILE, summary)
-        draw_curves(output_dir / METRICS_FILE, best_ne.get("validation"))
-        print_metrics(results)
-        for split, of_split in by_group.items():
-            for name, each in of_split.items():
-                report_groups(name, each, data.loaders[split], output_dir / _NAMES[split])
-        unseen = {split: of_split.unseen for split, of_split in values.items()}
-        write_unseen(output_dir / UNSEEN_FILE, unseen)
-        for split, of_split in unseen.items():
-            report_unseen(split, of_split, data.schema)
-        for sentence in doubts(arguments, state.step, tested_step, values, data.schema):
-            logger.warning("%s", sentence)
-        if "dropped_share" in summary:
-            logger.info("experts were full for %.2f %% of the choices in training", 100 * summary["dropped_share"])
-        rate = summary["samples_per_second"]
-        logger.info("%s steps in %.0f s, %s samples/s", f"{state.step:,}", seconds, f"{rate:,.0f}")
-        is_last = tested_step == state.step
-        best = "" if is_last else f", whose validation {training.metric_for_best_model} was the best"
-        tested = "" if training.skip_test else "tested and "
-        logger.info(f"{tested}exported: the weights of step %s%s", f"{tested_step:,}", best)
-        logger.info(
-            "results are in %s: curves.png, metrics.csv, summary.json, unseen.csv, and the model in %s/",
-            output_dir,
-            MODEL_FOLDER,
-        )
+        _say(arguments, data, summary, values, by_group)
+
+
+def _say(
+    arguments: Arguments,
+    data: TrainingData,
+    summary: Mapping[str, Any],
+    values: Mapping[str, Evaluation],
+    by_group: Mapping[str, Mapping[str, GroupedValues]],
+) -> None:
+    """Print and draw the results, and say what was tested, what is doubtful and where all is. Rank 0 calls it.
+
+    values: by split. by_group: by split and feature.
+    """
+    training, output_dir, steps = arguments.training, Path(arguments.training.output_dir), summary["steps"]
+    draw_curves(output_dir / METRICS_FILE, data.schema.best_possible_ne.get("validation"))
+    print_metrics({_NAMES[split]: summary[_NAMES[split]] for split in values})
+    for split, of_split in by_group.items():
+        for name, each in of_split.items():
+            report_groups(name, each, data.loaders[split], output_dir / _NAMES[split])
+    unseen = {split: of_split.unseen for split, of_split in values.items()}
+    write_unseen(output_dir / UNSEEN_FILE, unseen)
+    for split, of_split in unseen.items():
+        report_unseen(split, of_split, data.schema)
+    for sentence in doubts(arguments, steps, summary["tested_step"], values, data.schema):
+        logger.warning("%s", sentence)
+    if "dropped_share" in summary:
+        logger.info("experts were full for %.2f %% of the choices in training", 100 * summary["dropped_share"])
+    seconds, rate = summary["seconds"], summary["samples_per_second"]
+    logger.info("%s steps in %.0f s, %s samples/s", f"{steps:,}", seconds, f"{rate:,.0f}")
+    is_last = summary["tested_step"] == steps
+    best = "" if is_last else f", whose validation {training.metric_for_best_model} was the best"
+    tested = "" if training.skip_test else "tested and "
+    logger.info(f"{tested}exported: the weights of step %s%s", f"{summary['tested_step']:,}", best)
+    logger.info(
+        "results are in %s: curves.png, metrics.csv, summary.json, unseen.csv, and the model in %s/",
+        output_dir,
+        MODEL_FOLDER,
+    )
 
 
 def _scaled(values: Evaluation, scale: float, task_scales: Mapping[str, float], group: dist.ProcessGroup) -> Evaluation:
