@@ -61,11 +61,10 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path) -> in
         for batch, ids in with_ids_ahead(model, loader.epoch(0)):
             output = model.forward(model.look_up(ids), batch.dense_BN, batch.sparse)
             values = [batch.rows_B, output.logits.sigmoid(), batch.labels_B]
+            unknown_B = torch.full_like(batch.labels_B, math.nan)
+            known = {name: batch.tasks_BT[:, column] for column, name in enumerate(loader.schema.task_names)}
             for place, name in enumerate(tasks):
-                has_label = name in loader.schema.task_names
-                labels_B = batch.tasks_BT[:, loader.schema.task_names.index(name)] if has_label else None
-                unknown_B = torch.full_like(batch.labels_B, math.nan)
-                values += [output.task_logits[:, place].sigmoid(), unknown_B if labels_B is None else labels_B]
+                values += [output.task_logits[:, place].sigmoid(), known.get(name, unknown_B)]
             arrays = [pa.array(each.cpu().numpy(), from_pandas=True) for each in values]
             writer.write_table(pa.table([*arrays, *origins.take(len(batch.rows_B))], schema=columns))
     unseen = unseen_values(model, loader)  # by now all ranks are done

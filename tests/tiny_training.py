@@ -17,6 +17,14 @@ from tests import ROOT
 from tests.plain import CONFIG, LEARNING_RATE, SEED, TABLE_LEARNING_RATE, global_batches, recipe, task_labels
 
 STEPS, GLOBAL_BATCH = 20, 32
+OF_LAYERS = {
+    "zero0, recomputed": {"dhen": {"activation_checkpointing": "all"}},
+    "zero2, 2 micro steps": {"accumulation": 2, "optimizer": "SGD"},
+    "zero3": {},
+    "zero3, recomputed, offloaded": {"dhen": {"activation_checkpointing": "all", "activation_offload": "all"}},
+    "hsdp_ckpt": {},
+}
+"""Set-ups, as of `losses_of_set_ups`, under which what is new in a layer trains like plain torch."""
 
 
 def train(

@@ -1,8 +1,8 @@
 """torch.compile of the layers: a layer's forward and backward become a few fused kernels.
 
 Training steps run compiled layers; evaluations run them as written, and so do the experts of a layer, except for MLPs.
-Layers of equal shapes share their kernels. They
-are compiled at the first step, and once more for the first batch of another size. Each compilation is logged.
+Layers of equal shapes share their kernels. They are compiled at the first step, and once more for the first batch of
+another size. Each compilation is logged.
 """
 
 import functools

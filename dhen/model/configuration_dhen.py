@@ -263,10 +263,8 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         names = [feature.name for feature in self.features]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"sparse_features: {sorted(repeated)} appear more than once. Use each name once.")
-        tables, singles = (
-            {table.name: table for table in self.tables},
-            [of.name for of in self.features if not of.target],
-        )
+        tables = {table.name: table for table in self.tables}
+        singles = [feature.name for feature in self.features if not feature.target]
         for feature in self.features:
             if feature.target and feature.target not in singles:
                 raise ValueError(

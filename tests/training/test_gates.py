@@ -7,16 +7,10 @@ from dhen.model.gate import LayerGate
 from dhen.runtime.topology import Topology
 from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
-from tests.tiny_training import GLOBAL_BATCH, difference, losses_of_set_ups
+from tests.tiny_training import GLOBAL_BATCH, OF_LAYERS, difference, losses_of_set_ups
 
 STEPS, RANKS = 5, 4
-SET_UPS = {
-    "zero0, recomputed": {"dhen": {"activation_checkpointing": "all"}},
-    "zero2, 2 micro steps": {"accumulation": 2, "optimizer": "SGD"},
-    "zero3": {},
-    "zero3, recomputed, offloaded": {"dhen": {"activation_checkpointing": "all", "activation_offload": "all"}},
-    "hsdp_ckpt": {},
-}
+SET_UPS = OF_LAYERS
 
 
 def use_random_gates() -> None:

@@ -4,17 +4,12 @@ import pytest
 
 from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
-from tests.tiny_training import GLOBAL_BATCH, difference, losses_of_set_ups
+from tests.tiny_training import GLOBAL_BATCH, OF_LAYERS, difference, losses_of_set_ups
 
 STEPS, RANKS = 5, 4
-SET_UPS = {
-    "zero0, recomputed": {"dhen": {"activation_checkpointing": "all"}},
-    "zero2, 2 micro steps": {"accumulation": 2, "optimizer": "SGD"},
-    "zero3": {},
-    "zero3, recomputed, offloaded": {"dhen": {"activation_checkpointing": "all", "activation_offload": "all"}},
+SET_UPS = OF_LAYERS | {
     "zero3, one kind recomputed": {"dhen": {"activation_checkpointing": ["advanced_dlrm"]}},
     "hsdp": {},
-    "hsdp_ckpt": {},
 }
 LOSSES = {"balance_loss": 1.0, "z_loss": 0.3}
 ARCHITECTURES = {  # 4 or 8 rows per rank and micro step: many experts have none

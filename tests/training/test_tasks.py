@@ -2,7 +2,6 @@
 
 import pytest
 
-from dhen.runtime.topology import Topology
 from tests.plain import global_batches, plain_losses
 from tests.ranks import run_ranks
 from tests.tiny_training import GLOBAL_BATCH, difference, losses_of_set_ups
@@ -20,14 +19,10 @@ def architecture(weights: object) -> dict[str, object]:
     return {"tasks": ["buy", "stay"], "task_weights": weights}
 
 
-def losses_of_tasks(topology: Topology, weights: object) -> dict[str, list[float]]:
-    return losses_of_set_ups(topology, SET_UPS, architecture(weights), STEPS)
-
-
 @pytest.mark.parametrize("weights", [{"buy": 3.0, "stay": 0.5}, "uncertainty"], ids=["fixed", "uncertainty"])
 def test_every_path_trains_like_plain_torch(weights):
     """4 ranks on 2 nodes, tolerance 1e-5; without the tasks the losses are others."""
-    of_ranks = run_ranks(RANKS, losses_of_tasks, weights, local_size=2)
+    of_ranks = run_ranks(RANKS, losses_of_set_ups, SET_UPS, architecture(weights), STEPS, local_size=2)
     for name, more in SET_UPS.items():
         settings = {"accumulation": more.get("accumulation", 1), "optimizer": more.get("optimizer", "AdamW")}
         batches = global_batches(STEPS, GLOBAL_BATCH)

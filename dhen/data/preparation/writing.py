@@ -42,7 +42,7 @@ class SplitWriter:
         self.bad_rows, self.unknown_keys = 0, Counter()
         self._clicks = self._unlabelled = self._row_groups = self._waiting_rows = 0
         self._weight: float | None = None
-        self._tasks: dict[str, tuple[int, int]] = {}
+        self._tasks: TaskCounts = {}
         self._waiting: list[pa.Table] = []
         self._part: pyarrow.parquet.ParquetWriter | None = None
         self._digest = xxhash.xxh3_128()
@@ -170,7 +170,7 @@ def sum_of(counts: Sequence[SplitCounts]) -> SplitCounts:
     return SplitCounts(**numbers, **by_name, digest=digest, weight=weight, tasks=tasks)
 
 
-def task_counts(table: pa.Table) -> dict[str, tuple[int, int]]:
+def task_counts(table: pa.Table) -> TaskCounts:
     """By further task: the rows that have its label, and those in which it is 1."""
     counts = {}
     for name in filter(is_task_column, table.column_names):
