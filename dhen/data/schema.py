@@ -52,8 +52,12 @@ MISSING_ID = 0
 _STRICT = ConfigDict(extra="forbid")
 
 
-def _without_unused(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {key: value for key, value in items if value or key not in ("table", "target", "max_length", "cut_ids")}
+_ADDED = frozenset({"tasks", "cut_ids", "table", "target", "max_length"})
+
+
+def without_unused(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A `dict_factory` for `asdict`, without what older code does not know, unless it is used."""
+    return {key: value for key, value in items if value or key not in _ADDED}
 
 
 def weights_column(feature: str) -> str:
@@ -184,7 +188,7 @@ class Schema:
 
     def save(self, folder: Path) -> None:
         """Write schema.json into `folder` atomically."""
-        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self, dict_factory=_without_unused)
+        values = {VERSION_KEY: FORMAT_VERSION} | asdict(self, dict_factory=without_unused)
         write_atomically(folder / SCHEMA_FILE, json.dumps(values, indent=2) + "\n")
 
     @classmethod

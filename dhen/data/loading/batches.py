@@ -26,13 +26,11 @@ from torch import Tensor
 from dhen.data.loading.lanes import Part, choose_lanes, cut_into_lanes, overlap, share, windows_of
 from dhen.data.loading.prepared_rows import NUMBER, find_row_groups, flat_values, read_row_group
 from dhen.data.loading.read_ahead import read_ahead
-from dhen.data.schema import LABEL, WEIGHT, Schema, task_column, weights_column
+from dhen.data.schema import LABEL, WEIGHT, Schema, task_column, weights_column, without_unused
 from dhen.model.features import SparseIds, in_positions
 
 WINDOW_ROWS = 1 << 19
 READ_AHEAD_BATCHES = 4
-_ADDED = frozenset({"tasks", "cut_ids", "table", "max_length", "target"})
-"""Keys of a schema that are newer than some checkpoints; they count in the data's digest only if they are set."""
 _BLOCKS = 16
 """A rank with several lanes joins their rows block by block, so many per window."""
 
@@ -152,11 +150,8 @@ class BatchLoader:
     @property
     def digest(self) -> str:
         """A digest of the columns and of all values, wherever the files are. The preparation made it."""
-        schema = asdict(self.schema)
+        schema = asdict(self.schema, dict_factory=without_unused)
         facts = [schema[key] for key in ("dense", "sparse", "splits")]
-        for entry in (*facts[0], *facts[1], *facts[2].values()):
-            for key in _ADDED.intersection(key for key, value in entry.items() if not value):
-                del entry[key]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
