@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -99,9 +100,7 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     if settings.like is None:
         del relevant["vocabulary_keys"]
     _, format_name, sources = open_sources(settings)
-    inputs = [
-        (source.splits, [_fingerprint(format_name, file, digests) for file in source.files]) for source in sources
-    ]
+    inputs = [(source.splits, _fingerprints(format_name, source.files, digests)) for source in sources]
     if not settings.is_label_required:  # these rows include the names of their files
         inputs.append([source.files for source in sources])
     facts = [FORMAT_VERSION, COLUMNS_FILE, PIECE_BYTES, format_name, relevant, inputs]
@@ -118,12 +117,12 @@ def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(format_name: str, file: str, digests: "FileDigests") -> str:
+def _fingerprints(format_name: str, files: Sequence[str], digests: "FileDigests") -> list[str]:
     if format_name != "hub":
-        return digests.of(file)
+        return [digests.of(file) for file in files]
     from dhen.data.formats.hub import hub_revision  # here, because importing `datasets` takes a second
 
-    return hub_revision(file)
+    return [hub_revision(files)]
 
 
 class FileDigests:

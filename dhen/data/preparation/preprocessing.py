@@ -115,7 +115,7 @@ def _facts(settings: PreparationSettings, sources: tuple[Source, ...], format_na
     if format_name == "hub":
         from dhen.data.formats.hub import hub_revision  # here, because importing `datasets` takes a second
 
-        marks = [hub_revision(file) for source in sources for file in source.files]
+        marks = [hub_revision(source.files) for source in sources]
     else:
         marks = list(zip(files, of_each(mark_of, files), strict=True))
     facts = [FORMAT_VERSION, cutting.PIECE_BYTES, values, marks, *(path.read_text(encoding="utf-8") for path in texts)]

@@ -81,6 +81,22 @@ def test_a_hub_data_set_equals_its_parquet(tmp_path):
     assert made.source["files"] == {"train": [f"{tmp_path / 'set'}:train"]}
 
 
+def test_the_shards_of_a_hub_data_set_are_prepared_apart_and_in_order(tmp_path):
+    (tmp_path / "set").mkdir()
+    where = write(tmp_path, TABLE) | {"dataset_name": str(tmp_path / "set"), "dataset_format": "hub"}
+    for row in range(3):
+        pyarrow.parquet.write_table(TABLE.slice(row, 1), tmp_path / "set" / f"train-{row}.parquet")
+    made, rows = prepared(tmp_path, **where)
+    assert rows == expected_rows()
+    assert made.source["files"] == {"train": [f"{tmp_path / 'set'}:train:{part}/3" for part in (1, 2, 3)]}
+    assert len(list((tmp_path / "out" / "train").glob("*.parquet"))) == 3, "a piece for each shard"
+    pyarrow.parquet.write_table(
+        TABLE.slice(1, 1).set_column(0, TABLE.schema[0].name, [[7]]), tmp_path / "set/train-1.parquet"
+    )
+    with pytest.raises(DataError, match="set:train:2/3: row 1: .* it must be 0 or 1"):
+        prepare(PreparationSettings(**where, split_fractions=(1, 0, 0)), tmp_path / "never")
+
+
 def test_a_hub_data_set_with_several_splits_keeps_them(tmp_path):
     (tmp_path / "set").mkdir()
     where = write(tmp_path, TABLE) | {"dataset_name": str(tmp_path / "set"), "dataset_format": "hub"}

@@ -49,7 +49,7 @@ def cut(reader: Reader, sources: Sequence[Source], num_bytes: float) -> list[Pie
         size = 0
         cuts = of_each(lambda file: reader.stretches(file, num_bytes), source.files)
         for part in ((file, each) for file, some in zip(source.files, cuts, strict=True) for each in some):
-            if size >= num_bytes:
+            if size >= num_bytes or (of_source[-1] and not size):  # of a hub's data set, no size is known
                 of_source.append([])
                 size = 0
             of_source[-1].append(part)

@@ -69,7 +69,7 @@ def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
         raise ValueError("the format hub needs one dataset_name, and no train_file, validation_file or test_file.")
     from dhen.data.formats.hub import hub_splits  # here, because importing `datasets` takes a second
 
-    return {split: (file,) for split, file in hub_splits(names[0]).items()}
+    return hub_splits(names[0])
 
 
 def _reader(format_name: str, settings: PreparationSettings, first_file: str) -> Reader:
