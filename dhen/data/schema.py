@@ -29,6 +29,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dhen.data.format_version import VERSION_KEY, check_format_version
+from dhen.model.sparse_feature import Pooling
 from dhen.paths import write_atomically
 
 LABEL, WEIGHT = "label", ":weight"
@@ -98,7 +99,7 @@ class SparseColumn:
     stands for a blank, and with `vocabulary` also for an unseen or rare key. `bins`: 1 + the number of `edges` below
     the value. The edges are quantiles of the train split, so that up to `bins` bins have about as many rows each.
     table: which the feature shares with others, so that equal values have equal ids; None for one of its own name.
-    target, max_length: of the pooling `attention`, which reads the last max_length ids of a row.
+    target, max_length: of the poolings `attention` and `transformer`, which read the last max_length ids of a row.
     """
 
     name: str
@@ -107,7 +108,7 @@ class SparseColumn:
     min_count: int = 1
     is_multi_valued: bool = False
     is_weighted: bool = False
-    pooling: Literal["sum", "mean", "attention"] = "sum"
+    pooling: Pooling = "sum"
     bins: int | None = None
     edges: tuple[float, ...] | None = field(default=None, repr=False)
     table: str | None = None

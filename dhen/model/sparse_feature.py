@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from dhen.model.names import check_names, check_type, is_valid_table_name, quoted
+from dhen.model.names import check_names, check_type, is_valid_table_name, listed, quoted
 from dhen.model.ranges import Rows
+
+Pooling = Literal["sum", "mean", "attention", "transformer"]
+ORDERED = ("attention", "transformer")
+"""The poolings that have a target and a max_length."""
 
 
 @dataclass(frozen=True)
@@ -13,14 +17,14 @@ class SparseFeature:
     """A sparse feature and its table of `num_embeddings` rows.
 
     pooling: `sum` adds w_i e_i over the ids in a bag; `mean` divides the sum by the number of ids. An empty bag gives
-    zeros. `attention` weighs each of the last `max_length` ids, by its embedding and that of the feature `target`
-    (attention_pooling.py). dtype: of the exported table. table: the name of its table, which features share that give
-    the same name; by default that of the feature.
+    zeros. Of the last `max_length` ids, `attention` weighs each by its embedding and that of the feature `target`;
+    `transformer` lets them attend to each other and the target (attention_pooling.py). dtype: of the exported table.
+    table: the name of its table, which features share that give the same name; by default that of the feature.
     """
 
     name: str
     num_embeddings: int
-    pooling: Literal["sum", "mean", "attention"] = "sum"
+    pooling: Pooling = "sum"
     dtype: Literal["float32", "float16"] = "float32"
     table: str = ""
     target: str | None = None
@@ -35,15 +39,15 @@ class SparseFeature:
                 f"start with '__', or be the name of a module attribute ('type', 'training', …). Rename the feature."
             )
         check_type(f"sparse feature {quoted(self.name)}: num_embeddings", self.num_embeddings, Rows)
-        if self.pooling not in ("sum", "mean", "attention"):
+        if self.pooling not in get_args(Pooling):
             raise ValueError(
-                f"sparse feature {quoted(self.name)}: pooling is {quoted(self.pooling)}. Use 'sum', 'mean' or "
-                f"'attention'."
+                f"sparse feature {quoted(self.name)}: pooling is {quoted(self.pooling)}. Use one of "
+                f"{listed(get_args(Pooling))}."
             )
-        if {self.target is not None, self.max_length is not None} != {self.pooling == "attention"}:
+        if {self.target is not None, self.max_length is not None} != {self.pooling in ORDERED}:
             raise ValueError(
-                f"sparse feature {quoted(self.name)}: give target and max_length with pooling 'attention', and only "
-                f"then."
+                f"sparse feature {quoted(self.name)}: give target and max_length with pooling 'attention' or "
+                f"'transformer', and only then."
             )
         if self.dtype not in ("float32", "float16"):
             raise ValueError(

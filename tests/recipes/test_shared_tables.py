@@ -1,4 +1,4 @@
-"""A model whose features share a table, one with attention: trained, resumed, scored and fine-tuned by the scripts."""
+"""A model whose features share a table, two ordered: trained, resumed, scored and fine-tuned by the scripts."""
 
 import json
 import random
@@ -20,6 +20,7 @@ SCHEMA = """label: label
 sparse:
   - item
   - {name: items, column: history, separator: "|", table: item, pooling: attention, target: item, max_length: 2}
+  - {name: latest, column: history, separator: "|", table: item, pooling: transformer, target: item, max_length: 2}
   - place
   - {name: history, separator: "|", pooling: mean, table: item}
 """
@@ -82,6 +83,7 @@ def test_the_table_is_placed_and_exported_once(trained):
     assert [(of.name, of.table) for of in model.config.features] == [
         ("item", "item"),
         ("items", "item"),
+        ("latest", "item"),
         ("place", "place"),
         ("history", "item"),
     ]

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from dhen.data.schema import LABEL
 from dhen.model.names import quoted
 from dhen.model.ranges import Bins, Count, HashSize
+from dhen.model.sparse_feature import ORDERED, Pooling
 
 STRICT = ConfigDict(extra="forbid")
 _DATE_FORMAT = re.compile(r"(?=.*%[Yy])(?=.*%m)(?=.*%d)(?=.*%H|(?!.*%[MS]))([^%]|%[YymdHMS])+")
@@ -88,7 +89,7 @@ class SparseRole:
     separator: str | None = None
     multi_valued: bool = False
     weights: str | None = None
-    pooling: Literal["sum", "mean", "attention"] = "sum"
+    pooling: Pooling = "sum"
     encoding: Literal["hash", "vocabulary"] | None = None
     hash_size: HashSize | None = None
     min_count: Count | None = None
@@ -121,15 +122,16 @@ class SparseRole:
                 f"the date_format of {quoted(self.name)} is {quoted(self.date_format)}. Use %Y or %y, %m and "
                 f"%d, perhaps %H, %M and %S, and what stands between them, in an entry with `parts`."
             )
-        if {self.target is not None, self.max_length is not None} != {self.pooling == "attention"}:
+        if {self.target is not None, self.max_length is not None} != {self.pooling in ORDERED}:
             raise ValueError(
                 f"{quoted(self.name)} has pooling {self.pooling}, target {quoted(self.target)} and max_length "
-                f"{self.max_length}. Give target and max_length with `pooling: attention`, and only then."
+                f"{self.max_length}. Give target and max_length with `pooling: attention` or `transformer`, and only "
+                f"then."
             )
         if self.target is not None and (not self.is_multi_valued or self.is_weighted):
             raise ValueError(
-                f"{quoted(self.name)} has `pooling: attention`, which needs ids without weights. Give a separator or "
-                f"multi_valued, and remove `weights`."
+                f"{quoted(self.name)} has `pooling: {self.pooling}`, which needs ids without weights. Give a separator "
+                f"or multi_valued, and remove `weights`."
             )
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:

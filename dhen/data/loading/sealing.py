@@ -11,6 +11,7 @@ from dhen.data.loading.prepared_rows import list_row_groups, read_row_group, wan
 from dhen.data.preparation.encoding.vocabulary import VOCABULARY_FOLDER, check_vocabulary
 from dhen.data.preparation.writing import add_counts, task_counts
 from dhen.data.schema import LABEL, SCHEMA_FILE, SPLITS, WEIGHT, Schema, SplitCounts, task_column, weights_column
+from dhen.model.sparse_feature import ORDERED
 
 
 def seal(folder: Path) -> Schema:
@@ -57,9 +58,11 @@ def _check_schema(path: Path, schema: Schema) -> None:
         if column.is_weighted and not column.is_multi_valued:
             refuse(column.name, "is weighted, but not multi-valued. Set is_multi_valued to true, and write lists.")
         needs = (column.target is not None, column.max_length is not None)
-        is_ordered = column.pooling == "attention"
+        is_ordered = column.pooling in ORDERED
         if {*needs} != {is_ordered} or (is_ordered and (not column.is_multi_valued or column.is_weighted)):
-            refuse(column.name, "needs target, max_length and lists without weights for 'attention', and only then.")
+            refuse(
+                column.name, "needs target, max_length and lists without weights for an ordered pooling, and only then."
+            )
         edges, has_bins = column.edges, column.encoding == "bins"
         if {has_bins, column.bins is not None, edges is not None} != {has_bins}:
             refuse(column.name, f"has encoding {column.encoding!r}. Give bins and edges with 'bins', and only then.")

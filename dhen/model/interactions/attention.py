@@ -31,12 +31,13 @@ class MultiHeadAttention(nn.Module):
         self.query_key_value = nn.Linear(embedding_dim, 3 * embedding_dim)
         self.output = nn.Linear(embedding_dim, embedding_dim)
 
-    def forward(self, x_BMD: Tensor) -> Tensor:
-        """Return (B, M, D)."""
+    def forward(self, x_BMD: Tensor, is_seen_BM: Tensor | None = None) -> Tensor:
+        """Return (B, M, D). is_seen_BM: whether an embedding can be attended to; None: all can."""
         heads = self.query_key_value(x_BMD).unflatten(2, (3, self.num_heads, -1))
         query, key, value = (part.transpose(1, 2) for part in heads.unbind(dim=2))
         dropout = self.dropout if self.training else 0.0
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        mask = None if is_seen_BM is None else is_seen_BM[:, None, None]
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 

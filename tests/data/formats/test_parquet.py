@@ -93,7 +93,7 @@ def test_the_shards_of_a_hub_data_set_are_prepared_apart_and_in_order(tmp_path):
     pyarrow.parquet.write_table(
         TABLE.slice(1, 1).set_column(0, TABLE.schema[0].name, [[7]]), tmp_path / "set/train-1.parquet"
     )
-    with pytest.raises(DataError, match="set:train:2/3: row 1: .* it must be 0 or 1"):
+    with pytest.raises(DataError, match=r"set:train:2/3: row 1: .* it must be 0 or 1"):
         prepare(PreparationSettings(**where, split_fractions=(1, 0, 0)), tmp_path / "never")
 
 
