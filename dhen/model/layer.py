@@ -220,7 +220,7 @@ class DhenLayer(nn.Module):
         if self.gate is None:
             u_BLD = interact(x_BMD, dense_BN)
         else:
-            gate_B11, *losses = self.gate(x_BMD)
-            u_BLD = self.gate.apply_to(interact, gate_B11, x_BMD, dense_BN)
+            s_B11, *losses = self.gate(x_BMD)
+            u_BLD = self.gate.apply_to(interact, s_B11, x_BMD, dense_BN)
         sum_BLD = u_BLD + self.shortcut(x_BMD)
         return joined(self.norm(sum_BLD) if self.norm_position == "post" else sum_BLD, losses)

@@ -24,7 +24,8 @@ def layer_of(**settings: object) -> DhenLayer:
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     if layer.gate is not None:
-        torch.nn.init.zeros_(layer.gate.bias)
+        torch.nn.init.constant_(layer.gate.bias, -32.0)
+        torch.nn.init.normal_(layer.gate.weight, std=24.0)
     return layer
 
 
@@ -43,8 +44,8 @@ def gated(layer: DhenLayer, x: Tensor, dense: Tensor, gate: Tensor) -> Tensor:
 
 
 def openness(layer: DhenLayer, x: Tensor) -> Tensor:
-    """Sigmoid(w vec(X) + b), (B,)."""
-    return torch.sigmoid(x.flatten(1) @ layer.gate.weight[0] + layer.gate.bias)
+    """s, (B,)."""
+    return torch.sigmoid(2 + (x.flatten(1) @ layer.gate.weight[0] / (M * D) ** 0.5 + layer.gate.bias) / 16)
 
 
 @pytest.mark.parametrize("position", ["post", "pre", "inner"])
@@ -63,24 +64,30 @@ def test_a_layer_with_a_gate_equals_the_formula(kind, position):
 
 
 def test_a_hard_gate_learns_by_the_gradient_of_the_sigmoid_and_by_its_sparsity():
-    layer, (x, dense) = layer_of(gate="hard", gate_sparsity=0.3), inputs()
+    layer, (x, dense) = layer_of(gate="hard", gate_sparsity=0.3, norm="none"), inputs()
     output, loss = layer(x, dense)
-    (output.square().sum() + loss).backward()
-    found = layer.gate.weight.grad.clone()
+    weights = [layer.gate.weight, *layer.interactions.parameters()]
+    found, *of_weights = torch.autograd.grad(output.square().sum() + loss, weights)
     soft = openness(layer, x)
     torch.testing.assert_close(loss, 0.3 * soft.mean().float(), rtol=1e-6, atol=0)
     gate = (soft > 0.5).double().detach().requires_grad_()
     (of_gate,) = torch.autograd.grad(gated(layer, x, dense, gate).square().sum(), gate)
-    slope = (soft * (1 - soft)).detach()
+    slope = (soft * (1 - soft)).detach() / 16 / (M * D) ** 0.5
     expected = (slope * (of_gate + 0.3 / len(x))) @ x.flatten(1)
     torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=1e-9)
+    # Closed interactions learn, too.
+    y = gated(layer, x, dense, gate.detach()).detach().requires_grad_()
+    before_norm = gated(layer, x, dense, soft.detach())
+    of_layer = torch.autograd.grad(before_norm, weights[1:], torch.autograd.grad(y.square().sum(), y)[0])
+    for one, other in zip(of_weights, of_layer, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
 
 
 @pytest.mark.parametrize("closed", [0, 3, 8])
 def test_an_evaluation_does_not_compute_closed_examples(closed):
     layer, (x, dense) = layer_of(gate="hard").eval(), inputs()
     z = openness(layer, x).logit().sort().values
-    layer.gate.bias.data -= torch.cat([z[:1] - 2, z, z[-1:] + 2])[closed : closed + 2].mean()
+    layer.gate.bias.data -= 16 * torch.cat([z[:1] - 2, z, z[-1:] + 2])[closed : closed + 2].mean()
     counted = []
     with torch.no_grad():
         for skips in (False, True):
@@ -98,7 +105,7 @@ def test_an_evaluation_does_not_compute_closed_examples(closed):
 def test_without_a_gate_there_is_nothing():
     assert not any("gate" in name for name in layer_of().state_dict())
     with_gate, x = layer_of(gate="soft"), inputs()
-    torch.nn.init.constant_(with_gate.gate.bias, 60.0)  # sigmoid is 1
+    torch.nn.init.constant_(with_gate.gate.bias, 960.0)  # s is 1
     plain = layer_of()
     plain.load_state_dict({name: value for name, value in with_gate.state_dict().items() if "gate" not in name})
     torch.testing.assert_close(plain(*x), with_gate(*x), rtol=0, atol=0)
@@ -115,16 +122,20 @@ def test_a_batch_of_one_example_or_none_trains_and_is_scored(kind, size):
 
 
 def test_sparsity_closes_gates_that_do_not_help():
-    """The label is the sign of a dense feature, which needs no layer."""
+    """The label is the sign of a dense feature, which needs no second layer."""
     open_shares = []
     for sparsity in (0.0, 0.3):
         torch.manual_seed(0)
-        config = DhenConfig(num_dense_features=3, num_dense_embeddings=2, gate="hard", gate_sparsity=sparsity)
-        model = DhenForClickPrediction(config)
+        sizes = {"num_dense_features": 3, "num_dense_embeddings": 2, "num_layers": 2, "embedding_dim": 8}
+        model = DhenForClickPrediction(DhenConfig(**sizes, gate="hard", gate_sparsity=sparsity))
         shares = []
-        for layer in model.model.layers:
-            layer.gate.register_forward_hook(lambda _, __, output, to=shares: to.append(output[0].mean().item()))
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+        model.model.layers[1].gate.register_forward_hook(
+            lambda gate, _, output, to=shares: to.append(gate.openness(output[0]).mean().item())
+        )
+        gates = [layer.gate for layer in model.model.layers]
+        of_gates = {weight for gate in gates for weight in gate.parameters()}
+        others = [weight for weight in model.parameters() if weight not in of_gates]
+        optimizer = torch.optim.Adam([{"params": list(of_gates), "lr": 0.8}, {"params": others}], lr=0.02)
         for _ in range(150):
             dense = torch.randn(256, 3)
             output = model(dense=dense, labels=(dense[:, 0] > 0).float())
@@ -134,8 +145,8 @@ def test_sparsity_closes_gates_that_do_not_help():
         clicks = binary_cross_entropy_with_logits(output.logits, (dense[:, 0] > 0).float())
         assert clicks < 0.3, "the model has learned"
         open_shares.append(sum(shares[-30:]) / 30)
-    assert open_shares[0] > 0.5
-    assert open_shares[1] < 0.4
+    assert open_shares[0] > 0.9
+    assert open_shares[1] < 0.1
 
 
 def test_autocast_does_not_change_the_choice():

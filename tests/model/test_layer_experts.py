@@ -93,7 +93,7 @@ def formula(layer: DhenLayer, x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]
     u, loss = mixed(layer, layer.norm(x) if layer.norm_position == "pre" else x, dense)
     u = layer.norm(u) if layer.norm_position == "inner" else u
     if layer.gate is not None:
-        u = u * torch.sigmoid(x.flatten(1) @ layer.gate.weight[0] + layer.gate.bias)[:, None, None]
+        u = u * layer.gate(x)[0]
     mix = layer.shortcut.mix
     y = u + (x if mix is None else torch.einsum("lm,bmd->bld", mix.weight, x))
     return layer.norm(y) if layer.norm_position == "post" else y, loss

@@ -37,7 +37,9 @@ class GateOpenness:
         gates = {number: layer.gate for number, layer in enumerate(model.model.layers) if layer.gate is not None}
         self.layers = list(gates)
         hooks = [
-            gate.register_forward_hook(lambda _, __, output, number=number: self._seen.update({number: output[0]}))
+            gate.register_forward_hook(
+                lambda gate, _, output, number=number: self._seen.update({number: gate.openness(output[0])})
+            )
             for number, gate in gates.items()
         ]
         try:
