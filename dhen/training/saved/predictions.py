@@ -3,16 +3,22 @@
 Each rank writes a part of its own, a Parquet file, and rank 0 makes one file of them. Nothing is gathered in memory.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
+from typing import BinaryIO
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
 
 from dhen.config.command_line import ArgumentError
+from dhen.model.names import quoted
+from dhen.runtime.collectives import rank_zeros
+from dhen.runtime.topology import Topology
 
 _WRITERS = {
     **dict.fromkeys((".parquet", ".pq"), pl.LazyFrame.sink_parquet),
@@ -22,16 +28,36 @@ _WRITERS = {
 """What writes a file, by the file's name."""
 
 
-def columns_of(tasks: Sequence[str]) -> pa.Schema:
-    """The columns of predictions. tasks: the further tasks of the model."""
+def columns_of(tasks: Sequence[str], kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    """The columns of predictions. tasks: the further tasks of the model. kept: columns of the raw files."""
     scores = [f"{kind}{of}" for of in ("", *(f"_{name}" for name in tasks)) for kind in ("prediction", "label")]
     ends = [("file", pa.string()), ("line", pa.int64())]
-    return pa.schema([("row", pa.int64()), *((name, pa.float32()) for name in scores), *ends])
+    return pa.schema([("row", pa.int64()), *((name, pa.float32()) for name in scores), *ends, *kept])
+
+
+def check_names(keep: Sequence[str], tasks: Sequence[str]) -> None:
+    """Raise ArgumentError if columns to keep are named like another column of predictions, or named twice."""
+    taken = columns_of(tasks).names
+    for place, name in enumerate(keep):
+        if name in taken or name in keep[:place]:
+            raise ArgumentError(
+                f"--keep: the output already has a column {quoted(name)}. Remove it, or rename it in the file; the "
+                f"other columns are {', '.join(taken)}."
+            )
+
+
+def check_fit(kept: Sequence[pa.Field], path: Path) -> None:
+    """Raise ArgumentError if the format of a file cannot hold the values of a column to keep."""
+    for name, kind in ((field.name, field.type) for field in kept):
+        is_nested, suffix = pa.types.is_nested(kind), path.suffix.lower()
+        is_odd = pa.types.is_duration(kind) or "binary" in str(kind)
+        if suffix in (".csv", ".jsonl") and (is_odd or (is_nested and suffix == ".csv")):
+            raise ArgumentError(f"--keep {name}: {suffix} has no values of the type {kind}. Use an --output .parquet.")
 
 
 def prediction_file(output: str | None) -> Path:
     """The file to write, or the folder if its name has no ending. Raises ArgumentError if it cannot be written."""
-    path = Path(output or "predictions.parquet")
+    path = Path("-.csv" if output == "-" else output or "predictions.parquet")
     if path.suffix.lower() not in ("", *_WRITERS):
         raise ArgumentError(
             f"--output is {output}. Use a name that ends in {', '.join(_WRITERS)}, or a name without an ending for a "
@@ -40,6 +66,30 @@ def prediction_file(output: str | None) -> Path:
     if not path.suffix and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise ArgumentError(f"--output is {output}, which exists. Remove it, or choose another name.")
     return path
+
+
+def own_stdout() -> BinaryIO:
+    """Take standard output, so that whatever else is printed goes to stderr."""
+    taken = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return taken
+
+
+@contextmanager
+def copied_to(stdout: BinaryIO | None, path: Path, topology: Topology) -> Iterator[Path]:
+    """The file to write: `path`, or one that is then copied to `stdout`. Communicates; all ranks call it."""
+    if stdout is None:
+        yield path
+        return
+    folder = Path(rank_zeros(topology, mkdtemp))
+    try:
+        yield folder / path.name
+        if topology.is_main:
+            with (folder / path.name).open("rb") as file, stdout:
+                shutil.copyfileobj(file, stdout)
+    finally:
+        if topology.is_main:
+            shutil.rmtree(folder)
 
 
 def parts_folder(path: Path) -> Path:
