@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -318,6 +320,38 @@ def test_two_ranks_share_the_pipes(trained, exported, tmp_path, expected):
     done = run_script("predict.py", *flags, ranks=2, patch=pipes)
     assert done.status == 0, done.output
     np.testing.assert_allclose(pl.read_ndjson(tmp_path / "stdout")["prediction"], expected, rtol=TOLERANCE)
+
+
+def test_each_way_of_the_model_card_loads_the_model(trained, tmp_path, expected):
+    card = (trained.folder / "model/README.md").read_text()
+    in_python, of_transformers = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = f"{in_python}\n{of_transformers}"  # of a row of blanks, which has id 0 and number 0 everywhere
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    one, other = (float(re.search(r"\[([\d.e-]+)", line)[1]) for line in done.stdout.splitlines())
+    assert one == pytest.approx(other, abs=1e-4)
+    (command,) = re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
+    python, script, *flags = shlex.split(command)
+    assert (python, script, flags[-1]) == ("python", "recipes/predict.py", "predictions.csv")
+    done = run_script("predict.py", *flags[:-1], str(tmp_path / flags[-1]))
+    assert done.status == 0, done.output
+    np.testing.assert_allclose(pl.read_csv(tmp_path / flags[-1])["prediction"], expected, rtol=TOLERANCE)
+
+
+def test_the_model_card_says_what_the_run_was(trained):
+    card, of_run = (trained.folder / "model/README.md").read_text(), summary(trained.folder)
+    versions = json.loads((trained.folder / "environment.json").read_text())["versions"]
+    counts = Schema.load(trained.prepared).splits["validation"]
+    share, feature = max((share, name) for name, share in of_run["test"]["unseen"].items())
+    for words in (
+        f"`{trained.raw / 'train.tsv.gz'}` (criteo), with files of its own for each split.",
+        f"| validation | 200 | {counts.clicks} ({counts.clicks / 200:.2%}) |",
+        f"| test | {of_run['test']['auc']:.5f} |",
+        "`ds_configs/zero3.json`: AdamW, ZeRO stage 3, fp32, dhen {}; 2 ranks on cpu.",
+        f"torch {versions['torch']}, deepspeed {versions['deepspeed']}, fbgemm-gpu",
+        "--ds_config=ds_configs/zero3.json --per_device_train_batch_size=16",
+        f"- test: {feature} {share:.1%}",
+    ):
+        assert words in card, words
 
 
 def test_a_split_of_a_hub_data_set_is_scored_alone(tmp_path):
