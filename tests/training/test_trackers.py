@@ -3,7 +3,9 @@
 import json
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -33,7 +35,7 @@ def run_and_resume(folder, name: str) -> str:
 
 
 def test_mlflow_has_the_numbers_of_tensorboard(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow", reason="needs pip install mlflow-skinny")
+    mlflow = pytest.importorskip("mlflow", reason="MLflow is an extra: pip install 'dhen[trackers]'")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     run_id = run_and_resume(tmp_path / "run", "mlflow")
     client = mlflow.MlflowClient()
@@ -61,14 +63,22 @@ def records(log: bytes) -> Iterator[bytes]:
 
 
 def test_wandb_has_the_numbers_of_tensorboard(tmp_path, monkeypatch):
-    pytest.importorskip("wandb", reason="needs pip install wandb")
-    from wandb.proto import wandb_internal_pb2
-
+    pytest.importorskip("wandb", reason="Weights & Biases is an extra: pip install 'dhen[trackers]'")
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_id = run_and_resume(tmp_path / "run", "wandb")
-    points, config = {}, {}
     files = sorted((tmp_path / "run/wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(files) == 2
+    config, points = wandb_run(files)
+    assert ARGUMENTS.items() <= config.items()
+    for tag, expected in points_of_tensorboard(tmp_path / "run").items():
+        assert points[tag] == pytest.approx(dict(expected), rel=1e-6), tag
+
+
+def wandb_run(files: Sequence[Path]) -> tuple[dict[str, Any], dict[str, dict[int, float]]]:
+    """The arguments, and the numbers by name and samples seen, of a run of Weights & Biases that was offline."""
+    from wandb.proto import wandb_internal_pb2
+
+    config, points = {}, {}
     for file in files:
         for data in records(file.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(data)
@@ -76,9 +86,7 @@ def test_wandb_has_the_numbers_of_tensorboard(tmp_path, monkeypatch):
             row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
             for tag in row.keys() - {"samples_seen"}:
                 points.setdefault(tag, {})[row.get("samples_seen")] = row[tag]
-    assert ARGUMENTS.items() <= config.items()
-    for tag, expected in points_of_tensorboard(tmp_path / "run").items():
-        assert points[tag] == pytest.approx(dict(expected), rel=1e-6), tag
+    return config, points
 
 
 def test_no_tracker_leaves_no_file(tmp_path):
