@@ -23,9 +23,11 @@ The name - means standard input and output, the latter as CSV; for JSON lines, u
 """
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 
 import pyarrow as pa
 import torch
@@ -35,15 +37,13 @@ from dhen.data.loading.lanes import share
 from dhen.data.loading.prepared_rows import Origins
 from dhen.model.configuration_dhen import option
 from dhen.runtime import topology as job
+from dhen.runtime.collectives import rank_zeros
 from dhen.runtime.messages import log_to_stderr, user_errors
 from dhen.training.evaluation.unseen import UNSEEN_FILE, report_unseen, unseen_values, write_unseen
 from dhen.training.loop import with_ids_ahead
 from dhen.training.parallel_model import ScoringDhen
 from dhen.training.saved.predictions import (
-    check_fit,
-    check_names,
     columns_of,
-    copied_to,
     join_parts,
     own_stdout,
     part_writer,
@@ -51,7 +51,6 @@ from dhen.training.saved.predictions import (
     prediction_file,
 )
 from dhen.training.saved.scoring import ScoringArguments, load_for_scoring, parse_scoring_arguments
-from dhen.training.saved.trained_model import TrainedModel
 
 
 @dataclass
@@ -70,11 +69,14 @@ def main() -> None:
         arguments = parse_scoring_arguments(None, __doc__, PredictionArguments)
         path = prediction_file(arguments.output)
         stdout = own_stdout() if path.stem == "-" else None
-        check_names(arguments.keep, TrainedModel.open(arguments.model_name_or_path).config.tasks)
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
-        with copied_to(stdout, path, topology) as file:
-            rows = write_predictions(model, loader, file, arguments.keep)
+        file = Path(rank_zeros(topology, mkdtemp)) / path.name if stdout else path
+        rows = write_predictions(model, loader, file, arguments.keep)
+        if stdout and topology.is_main:
+            with file.open("rb") as written, stdout:
+                shutil.copyfileobj(written, stdout)
+            shutil.rmtree(file.parent)
     if topology.is_main:
         print(f"{rows:,} rows scored and written to {path}")
     job.stop()
@@ -88,8 +90,7 @@ def write_predictions(model: ScoringDhen, loader: BatchLoader, path: Path, keep:
     topology, parts, tasks = model.topology, parts_folder(path), model.config.tasks
     first_row = share(loader.num_rows, topology.rank, topology.world_size).start
     origins = Origins(loader.folder, loader.split, first_row, keep)
-    check_fit(origins.kept, path)
-    columns = columns_of(tasks, origins.kept)
+    columns = columns_of(tasks, origins.kept, path.suffix.lower())
     with model.evaluating(), part_writer(parts, topology.rank, columns) as writer:
         for batch, ids in with_ids_ahead(model, loader.epoch(0)):
             output = model.forward(model.look_up(ids), batch.dense_BN, batch.sparse)

@@ -3,7 +3,7 @@
 Holds one batch of rows in memory, plus what Parquet needs to read it: at most one row group of the file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,7 +52,7 @@ class ParquetReader:
             present = parquet.schema_arrow.names
             self.roles.check_columns(present, file, is_label_required=self.is_label_required)
             check_types(parquet.schema_arrow, self.roles, file)
-            used = used_columns(self.roles, present)
+            used = used_columns(self.roles, present, self.roles.kept)
             groups = range(parquet.num_row_groups)[stretch.start : stretch.end]
             num_rows = max(sum(parquet.metadata.row_group(i).num_rows for i in groups), 1)
             row = first = stretch.rows_before
@@ -92,15 +92,11 @@ def typed_chunk(
     return checks.finish(with_kept(table, raw, roles), end_row=row + num_rows, bytes_read=bytes_read)
 
 
-def used_columns(roles: ColumnRoles, present: list[str]) -> list[str]:
-    """Return the columns that have a role or are kept, in the order of the file."""
-    wanted = _with_roles(roles) | set(roles.kept)
+def used_columns(roles: ColumnRoles, present: list[str], kept: Collection[str] = ()) -> list[str]:
+    """Return the columns that have a role, or are kept, in the order of the file."""
+    wanted = {column for feature in (*roles.dense, *roles.sparse) for column in feature.columns}
+    wanted |= {*roles.label_columns, roles.time_column, roles.row_weight, *kept}
     return [name for name in present if name in wanted]
-
-
-def _with_roles(roles: ColumnRoles) -> set[str | None]:
-    of_features = {column for feature in (*roles.dense, *roles.sparse) for column in feature.columns}
-    return of_features | {*roles.label_columns, roles.time_column, roles.row_weight}
 
 
 def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
@@ -120,7 +116,7 @@ def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     dates = {feature.source for feature in roles.sparse if feature.part is not None}
     singles |= {roles.time_column, roles.row_weight}
     dates.add(roles.time_column)
-    for name in (name for name in schema.names if name in _with_roles(roles)):
+    for name in used_columns(roles, schema.names):
         kind = schema.field(name).type
         if name in singles and is_list(kind):
             raise DataError(

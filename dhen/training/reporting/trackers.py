@@ -7,9 +7,9 @@ is in trackers.json. DeepSpeed's monitors do not serve: they lack MLflow, the ru
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from dhen.config.command_line import ArgumentError
 from dhen.paths import write_atomically
@@ -20,12 +20,10 @@ _MOST_PARAMS = 100  # that MLflow takes at once
 logger = logging.getLogger(__name__)
 
 
-class _Tracker(Protocol):
-    run_id: str | None
-
-    def log(self, numbers: Mapping[str, float], samples_seen: int) -> None: ...
-
-    def close(self) -> None: ...
+class _Tracker(NamedTuple):
+    log: Callable[[dict[str, float], int], Any]
+    close: Callable[[], Any]
+    run_id: str | None = None
 
 
 class Trackers:
@@ -39,7 +37,7 @@ class Trackers:
         ids = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for name in dict.fromkeys(names):
             try:
-                self._all[name] = _KINDS[name](folder, arguments, samples_seen, ids.get(name))
+                self._all[name] = _STARTERS[name](folder, arguments, samples_seen, ids.get(name))
             except Exception as error:  # each tracker has its own
                 raise ArgumentError(
                     f"report_to: {name} cannot start ({' '.join(str(error).split()):.200}). Log in, correct its "
@@ -48,7 +46,7 @@ class Trackers:
         if ids := {name: tracker.run_id for name, tracker in self._all.items() if tracker.run_id}:
             write_atomically(path, json.dumps(ids) + "\n")
 
-    def log(self, numbers: Mapping[str, float], samples_seen: int) -> None:
+    def log(self, numbers: dict[str, float], samples_seen: int) -> None:
         """Report numbers by name."""
         for name, tracker in list(self._all.items()):
             try:
@@ -64,56 +62,38 @@ class Trackers:
 
 
 # Each imports its package itself: this takes a second or more, and only rank 0 needs it.
-class _TensorBoard:
-    run_id = None
+def _tensorboard(folder: Path, arguments: Mapping[str, Any], samples_seen: int, run_id: str | None) -> _Tracker:
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, arguments: Mapping[str, Any], samples_seen: int, run_id: str | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=samples_seen + 1)
 
-        self._writer = SummaryWriter(str(folder / TENSORBOARD_FOLDER), purge_step=samples_seen + 1)
-
-    def log(self, numbers: Mapping[str, float], samples_seen: int) -> None:
+    def log(numbers: dict[str, float], samples_seen: int) -> None:
         for name, value in numbers.items():
-            self._writer.add_scalar(name, value, global_step=samples_seen)
-        self._writer.flush()
+            writer.add_scalar(name, value, global_step=samples_seen)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandB:
-    def __init__(self, folder: Path, arguments: Mapping[str, Any], samples_seen: int, run_id: str | None) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "dhen"), name=folder.name, dir=folder, config=dict(arguments),
-            id=run_id, resume="allow" if run_id else None, settings=wandb.Settings(console="off"),
-        )  # fmt: skip
-        self._run.define_metric("*", step_metric="samples_seen")
-        self.run_id = self._run.id
-
-    def log(self, numbers: Mapping[str, float], samples_seen: int) -> None:
-        self._run.log({"samples_seen": samples_seen, **numbers})
-
-    def close(self) -> None:
-        self._run.finish()
+    return _Tracker(log, writer.close)
 
 
-class _MLflow:
-    def __init__(self, folder: Path, arguments: Mapping[str, Any], samples_seen: int, run_id: str | None) -> None:
-        import mlflow
+def _wandb(folder: Path, arguments: Mapping[str, Any], samples_seen: int, run_id: str | None) -> _Tracker:
+    import wandb
 
-        self._mlflow = mlflow
-        self.run_id = mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name).info.run_id
-        pairs = list(arguments.items()) if run_id is None else []  # of a run they cannot be changed
-        for first in range(0, len(pairs), _MOST_PARAMS):
-            mlflow.log_params(dict(pairs[first : first + _MOST_PARAMS]))
-
-    def log(self, numbers: Mapping[str, float], samples_seen: int) -> None:
-        self._mlflow.log_metrics(dict(numbers), step=samples_seen)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "dhen"), name=folder.name, dir=folder, config=dict(arguments),
+        id=run_id, resume="allow" if run_id else None, settings=wandb.Settings(console="off"),
+    )  # fmt: skip
+    run.define_metric("*", step_metric="samples_seen")
+    return _Tracker(lambda numbers, samples: run.log({"samples_seen": samples, **numbers}), run.finish, run.id)
 
 
-_KINDS = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+def _mlflow(folder: Path, arguments: Mapping[str, Any], samples_seen: int, run_id: str | None) -> _Tracker:
+    import mlflow
+
+    run = mlflow.start_run(run_id=run_id, run_name=None if run_id else folder.name)
+    pairs = list(arguments.items()) if run_id is None else []  # of a run they cannot be changed
+    for first in range(0, len(pairs), _MOST_PARAMS):
+        mlflow.log_params(dict(pairs[first : first + _MOST_PARAMS]))
+    return _Tracker(lambda numbers, samples: mlflow.log_metrics(numbers, samples), mlflow.end_run, run.info.run_id)
+
+
+_STARTERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

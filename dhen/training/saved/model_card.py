@@ -74,7 +74,8 @@ Deep and Hierarchical Ensemble Network (Zhang et al. 2022), {len(config.layer_sp
 {rows}
 
 A row of a table that training never used holds the mean of the table's rows, weighted by how often training used each.
-A value that is not in a vocabulary gets row 0. Values that training never saw, by feature (hashed values: at least):
+A value that is not in a vocabulary gets row 0. Of these features, training never saw
+some values (of hashed features, at least so many):
 
 {_unseen(splits)}
 
@@ -162,15 +163,12 @@ def _experts(layer: LayerSpec) -> str:
 
 
 def _unseen(splits: dict[str, dict[str, Any]]) -> str:
-    """A line per split with the largest shares of values that training never saw."""
+    """A line per split with the features of which training never saw some values, the largest shares first."""
     lines = []
     for name, values in splits.items():
-        shares = sorted(
-            ((share, feature) for feature, share in values.get("unseen", {}).items() if share), reverse=True
-        )
-        shown = [f"{feature} {share:.1%}" for share, feature in shares[:_MOST_SHARES]]
-        more = [f"and {len(shares) - _MOST_SHARES} more features"] if len(shares) > _MOST_SHARES else []
-        lines.append(f"- {name}: {', '.join(shown + more) or 'none'}")
+        shares = sorted(((share, feature) for feature, share in values.get("unseen", {}).items()), reverse=True)
+        shown = [f"{feature} {share:.1%}" for share, feature in shares[:_MOST_SHARES] if share]
+        lines.append(f"- {name}: {', '.join(shown) or 'none'}")
     return "\n".join(lines)
 
 

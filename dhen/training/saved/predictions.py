@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import BinaryIO
 
 import polars as pl
@@ -17,8 +16,6 @@ import pyarrow.parquet
 
 from dhen.config.command_line import ArgumentError
 from dhen.model.names import quoted
-from dhen.runtime.collectives import rank_zeros
-from dhen.runtime.topology import Topology
 
 _WRITERS = {
     **dict.fromkeys((".parquet", ".pq"), pl.LazyFrame.sink_parquet),
@@ -28,31 +25,21 @@ _WRITERS = {
 """What writes a file, by the file's name."""
 
 
-def columns_of(tasks: Sequence[str], kept: Sequence[pa.Field] = ()) -> pa.Schema:
-    """The columns of predictions. tasks: the further tasks of the model. kept: columns of the raw files."""
+def columns_of(tasks: Sequence[str], kept: Sequence[pa.Field] = (), suffix: str = "") -> pa.Schema:
+    """The columns of predictions. tasks: the further tasks of the model. kept: columns of the raw files.
+
+    Raises ArgumentError if a kept column is named like another, or a file with this suffix cannot hold its values.
+    """
     scores = [f"{kind}{of}" for of in ("", *(f"_{name}" for name in tasks)) for kind in ("prediction", "label")]
     ends = [("file", pa.string()), ("line", pa.int64())]
-    return pa.schema([("row", pa.int64()), *((name, pa.float32()) for name in scores), *ends, *kept])
-
-
-def check_names(keep: Sequence[str], tasks: Sequence[str]) -> None:
-    """Raise ArgumentError if columns to keep are named like another column of predictions, or named twice."""
-    taken = columns_of(tasks).names
-    for place, name in enumerate(keep):
-        if name in taken or name in keep[:place]:
-            raise ArgumentError(
-                f"--keep: the output already has a column {quoted(name)}. Remove it, or rename it in the file; the "
-                f"other columns are {', '.join(taken)}."
-            )
-
-
-def check_fit(kept: Sequence[pa.Field], path: Path) -> None:
-    """Raise ArgumentError if the format of a file cannot hold the values of a column to keep."""
+    columns = pa.schema([("row", pa.int64()), *((name, pa.float32()) for name in scores), *ends, *kept])
     for name, kind in ((field.name, field.type) for field in kept):
-        is_nested, suffix = pa.types.is_nested(kind), path.suffix.lower()
-        is_odd = pa.types.is_duration(kind) or "binary" in str(kind)
-        if suffix in (".csv", ".jsonl") and (is_odd or (is_nested and suffix == ".csv")):
+        if columns.names.count(name) > 1:
+            raise ArgumentError(f"--keep: the output already has a column {quoted(name)}. Rename it, or leave it out.")
+        is_odd = pa.types.is_duration(kind) or "binary" in str(kind) or (suffix == ".csv" and pa.types.is_nested(kind))
+        if is_odd and suffix in (".csv", ".jsonl"):
             raise ArgumentError(f"--keep {name}: {suffix} has no values of the type {kind}. Use an --output .parquet.")
+    return columns
 
 
 def prediction_file(output: str | None) -> Path:
@@ -73,23 +60,6 @@ def own_stdout() -> BinaryIO:
     taken = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     return taken
-
-
-@contextmanager
-def copied_to(stdout: BinaryIO | None, path: Path, topology: Topology) -> Iterator[Path]:
-    """The file to write: `path`, or one that is then copied to `stdout`. Communicates; all ranks call it."""
-    if stdout is None:
-        yield path
-        return
-    folder = Path(rank_zeros(topology, mkdtemp))
-    try:
-        yield folder / path.name
-        if topology.is_main:
-            with (folder / path.name).open("rb") as file, stdout:
-                shutil.copyfileobj(file, stdout)
-    finally:
-        if topology.is_main:
-            shutil.rmtree(folder)
 
 
 def parts_folder(path: Path) -> Path:
