@@ -375,6 +375,10 @@ def test_a_split_of_a_hub_data_set_is_scored_alone(tmp_path):
         )
         assert done.status == 0, done.output
         assert json.loads(output.read_text())["examples"] == rows
+    flags = ["--keep", "a", f"--output={tmp_path / 'scores.csv'}"]
+    done = run_script("predict.py", f"--model_name_or_path={tmp_path / 'run'}", *data, *flags)
+    assert done.status == 0, done.output
+    assert pl.read_csv(tmp_path / "scores.csv")["a"].to_list() == columns["a"].tolist()
 
 
 def prepared_otherwise(trained, folder: Path, **settings) -> Path:

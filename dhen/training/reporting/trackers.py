@@ -48,17 +48,19 @@ class Trackers:
 
     def log(self, numbers: dict[str, float], samples_seen: int) -> None:
         """Report numbers by name."""
-        for name, tracker in list(self._all.items()):
-            try:
-                tracker.log(numbers, samples_seen)
-            except Exception as error:  # such as a lost connection
-                logger.warning("report_to: %s fails (%.200s). The run goes on without it.", name, error)
-                del self._all[name]
+        self._tell_each(lambda tracker: tracker.log(numbers, samples_seen))
 
     def close(self) -> None:
         """Write what is still buffered."""
-        for tracker in self._all.values():
-            tracker.close()
+        self._tell_each(lambda tracker: tracker.close())
+
+    def _tell_each(self, tell: Callable[[_Tracker], Any]) -> None:
+        for name, tracker in list(self._all.items()):
+            try:
+                tell(tracker)
+            except Exception as error:  # such as a lost connection
+                logger.warning("report_to: %s fails (%.200s). The run goes on without it.", name, error)
+                del self._all[name]
 
 
 # Each imports its package itself: this takes a second or more, and only rank 0 needs it.
