@@ -29,6 +29,11 @@ LAZY = {
 }
 """Packages of an extra that a base room imports only when the user asks for what needs them."""
 
+OF_EXTRAS = {"tools/tune.py": "tune", "dhen/training/reporting/trackers.py": "trackers"}
+"""The file that alone imports the packages of an extra, by its path."""
+MODULES = {"mlflow": "mlflow-skinny"}
+"""The package of a module that may not be installed."""
+
 
 def ranges(extra: str | None) -> list[Requirement]:
     """What an extra asks for besides the base; None: the base."""
@@ -90,13 +95,18 @@ def third_party(path) -> set[str]:
             modules.add(node.module.split(".")[0])
     modules -= {*sys.stdlib_module_names, "dhen", "tools", "recipes"}
     packages = packages_distributions()
-    return {canonicalize_name(name) for module in modules for name in packages.get(module, [module])}
+    return {
+        canonicalize_name(name) for module in modules for name in packages.get(module, [MODULES.get(module, module)])
+    }
 
 
 def test_what_the_code_imports_is_declared():
     base, training = names(ranges(None)), names(ranges("cpu") + ranges("cuda"))
     files = [path for room in ("dhen", "recipes", "tools") for path in (ROOT / room).rglob("*.py")]
-    tune, large = names(ranges("tune")), names(ranges("dask") + ranges("large"))
+    large, others = (
+        names(ranges("dask") + ranges("large")),
+        {extra: names(ranges(extra)) for extra in OF_EXTRAS.values()},
+    )
     assert len(files) > 90
     used = set()
     for path in files:
@@ -104,15 +114,17 @@ def test_what_the_code_imports_is_declared():
         is_base = path.is_relative_to(ROOT / "dhen") and path.relative_to(ROOT / "dhen").parts[0] in BASE_ROOMS
         imported = third_party(path)
         undeclared = (
-            imported
-            - base
-            - (tune if name == "tools/tune.py" else set())
-            - (LAZY.get(name, set()) if is_base else training)
+            imported - base - others.get(OF_EXTRAS.get(name), set()) - (LAZY.get(name, set()) if is_base else training)
         )
         assert not undeclared, f"{name} imports {sorted(undeclared)}"
         used |= imported
     # A launcher, and what DeepSpeed and torch import. One build of FBGEMM is installed.
-    assert base | training | tune | large == used | {"accelerate", "ninja", "tensorboard", *FBGEMM_PACKAGES}
+    assert base.union(training, large, *others.values()) == used | {
+        "accelerate",
+        "ninja",
+        "tensorboard",
+        *FBGEMM_PACKAGES,
+    }
 
 
 def test_a_wheel_holds_every_file_of_the_package(tmp_path):

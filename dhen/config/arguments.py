@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ class Arguments:
         return Recipe(self.training, world_size)
 
 
+_TRACKERS = {"tensorboard": None, "wandb": "wandb", "mlflow": "mlflow-skinny", "none": None}
+"""By tracker, the package that training does not need."""
 _PARTS = {"data": DataArguments, "model": DhenArchitecture, "training": TrainingArguments}
 
 
@@ -163,7 +166,22 @@ def _read_recipe(path: str) -> dict[str, Any]:
     return values
 
 
+def trackers_of(training: TrainingArguments) -> tuple[str, ...]:
+    """The names of --report_to, without "none". Raises ArgumentError about one that is unknown, or not installed."""
+    given = training.report_to or []
+    names = (given,) if isinstance(given, str) else tuple(given)
+    for name in names:
+        if name not in _TRACKERS:
+            raise ArgumentError(f"report_to: {unknown_name('tracker', name, _TRACKERS)}")
+        if name == "none" and len(names) > 1:
+            raise ArgumentError(f"report_to is {', '.join(names)}. Use none alone, or leave it out.")
+        if _TRACKERS[name] and find_spec(name) is None:
+            raise ArgumentError(f"report_to: {name} is not installed. Run: pip install {_TRACKERS[name]}")
+    return () if names == ("none",) else names
+
+
 def _check_combinations(training: TrainingArguments, data: DataArguments) -> None:
+    trackers_of(training)
     if training.max_steps == 0:
         raise ArgumentError("max_steps is 0. Use 1 or more, or -1 for num_train_epochs.")
     if training.resume_from_checkpoint and training.overwrite_output_dir:

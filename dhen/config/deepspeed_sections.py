@@ -56,7 +56,7 @@ _SETTINGS: dict[str, dict[Works | str, str]] = {
             "steps_per_print log_level dump_state memory_breakdown comms_logger timers"
         ),
         "is not supported. Use torch.profiler.": "flops_profiler",
-        "is not supported: this project writes metrics.csv and TensorBoard files itself. Remove it.": (
+        "is not supported: this project reports its numbers itself. Remove it, and use --report_to.": (
             "tensorboard csv_monitor wandb comet"
         ),
         "is not supported: a model is parallel in its tables and, by ZeRO, in its dense part. Remove it.": (

@@ -85,6 +85,12 @@ class DsConfig:
         """ZeRO stage of the dense part, 0 to 3."""
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
+    def in_short(self) -> str:
+        """What it resolved to, as text: the optimizer, ZeRO's stage, the precision, and our section's own choices."""
+        precision = [key for key in ("bf16", "torch_autocast") if key in self.deepspeed] or ["fp32"]
+        own = json.dumps(self.dhen.model_dump(exclude_defaults=True))
+        return f"{self.deepspeed['optimizer']['type']}, ZeRO stage {self.zero_stage}, {precision[0]}, {SECTION} {own}"
+
     def sized(self, weights: Mapping[str, int]) -> "DsConfig":
         """This ds_config with its "auto" sizes resolved. weights: elements by name, of the dense part."""
         return replace(self, deepspeed=with_sizes(self.deepspeed, weights))

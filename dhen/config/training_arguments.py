@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dhen.config.command_line import Text
+from dhen.config.command_line import Paths, Text
 from dhen.config.dhen_section import TableOptimizer
 from dhen.model import ranges
 from dhen.model.configuration_dhen import option
@@ -164,6 +164,11 @@ class TrainingArguments:
         30.0, "How long ranks wait for another one in a step or a save before they name it and end the job."
     )
     logging_steps: ranges.Count = option(20, "Steps between progress lines.")
+    report_to: Paths = option(
+        "tensorboard",
+        "Where the numbers of the progress lines also go: one or more of tensorboard, wandb (Weights & Biases) and "
+        "mlflow, or none.",
+    )
     eval_steps: ranges.CountFrom0 = option(
         0, "Steps between evaluations on the validation split. 0: evaluate after each epoch."
     )

@@ -16,6 +16,7 @@ The Parquet columns are:
     :weight              the row's weight, one float32, only if the data has row weights
     <task>:label         one float32: 0, 1, or NaN if the row has no label of this further task
     :file, :row          where the row came from, only in data to predict
+    <column>:kept        the raw value in this column of the file, only in data to predict, if --keep names it
 
 Ids are rows of the feature's table: 0 <= id < num_embeddings.
 """
@@ -69,6 +70,11 @@ def weights_column(feature: str) -> str:
 def task_column(task: str) -> str:
     """Return the name of the Parquet column with the labels of a further task."""
     return f"{task}:{LABEL}"
+
+
+def kept_column(column: str) -> str:
+    """Return the name of the Parquet column with the raw values of a column of the file."""
+    return f"{column}:kept"
 
 
 def is_task_column(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -235,17 +236,19 @@ def prepare_dataset(
     *,
     like: Path | None = None,
     is_label_required: bool | None = None,
+    keep: Sequence[str] = (),
     head: Head | None = None,
 ) -> Path:
     """Return the prepared folder for `data`. Rank 0 prepares it and the others wait. All ranks call it.
 
     schema_from: a trained model whose features, ids and transforms to use; labels are then optional. only_split: the
     only split to read from a hub data set. like: a trained model whose encoding of each feature to use, unless `data`
-    says otherwise. is_label_required: by default, unless there is a schema_from. head: prepare only the head.
+    says otherwise. is_label_required: by default, unless there is a schema_from. keep: columns of the raw
+    files whose values to keep. head: prepare only the head.
 
     Raises DataError, ValueError or FileNotFoundError if the arguments or the data are wrong.
     """
-    more = {"schema_from": schema_from, "only_split": only_split, "like": like, "head": head}
+    more = {"schema_from": schema_from, "only_split": only_split, "like": like, "head": head, "keep": tuple(keep)}
     more["is_label_required"] = schema_from is None if is_label_required is None else is_label_required
     more["may_be_large"] = data.prepare_here or topology.local_size == topology.world_size
     work = in_background(partial(_prepare, data, cache, **more)) if topology.is_main else None

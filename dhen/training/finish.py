@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dhen.config.arguments import Arguments
+from dhen.data.formats.roles import COLUMNS_FILE, load_roles
 from dhen.data.schema import Schema
 from dhen.model.mixture_of_experts import dropped_rows
 from dhen.planner.step_trace import training_flops_per_sample
@@ -22,7 +23,7 @@ from dhen.training.memory_plan import precision_of
 from dhen.training.reporting.by_group import report_groups, summary_of_groups
 from dhen.training.reporting.curves import draw_curves
 from dhen.training.reporting.progress import METRICS_FILE, ProgressReporter
-from dhen.training.reporting.run_folder import SUMMARY_FILE, metrics_of, print_metrics, write_json
+from dhen.training.reporting.run_folder import ENVIRONMENT_FILE, SUMMARY_FILE, metrics_of, print_metrics, write_json
 from dhen.training.saved.model_card import model_card
 from dhen.training.saved.trained_model import MODEL_FOLDER, export_model
 
@@ -79,12 +80,18 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         "samples_seen": state.samples_seen,
         "ds_config": arguments.ds_config,
         "zero_stage": model.ds_config.zero_stage,
+        "setup": f"{model.ds_config.in_short()}; {model.topology.world_size} ranks on {model.topology.device.type}",
         "training_flops_per_sample": flops,
     }
     if (rows := dropped_rows(model.engine.module)) is not None:
         dist.all_reduce(rows, group=world)
         summary["dropped_share"] = rows[1].item() / max(rows[0].item(), 1)
-    card = model_card(model.config, data.schema, summary)
+    card = ""
+    if model.topology.is_main:
+        environment = json.loads((output_dir / ENVIRONMENT_FILE).read_text(encoding="utf-8"))
+        columns = data.prepared / COLUMNS_FILE
+        roles = load_roles(columns) if columns.is_file() else None
+        card = model_card(model.config, data.schema, summary, environment, output_dir / MODEL_FOLDER, roles)
     with model.averaged():
         scales = {"head": scale} | {f"tasks.heads.{name}": of_task for name, of_task in task_scales.items()}
         export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card, scales)

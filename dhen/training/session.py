@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dhen.config.arguments import Arguments
+from dhen.config.arguments import Arguments, trackers_of
 from dhen.config.command_line import ArgumentError
 from dhen.config.dhen_section import DhenSection
 from dhen.config.ds_config import AUTO, SECTION, DsConfig, read_ds_config
@@ -217,7 +217,7 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
 
 def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) -> ProgressReporter:
     """Clear the run folder, unless the run resumes, and write the set-up to it. Start reporting to the terminal,
-    metrics.csv and TensorBoard. Communicates; all ranks call it. Raises ValueError if another run has the folder.
+    metrics.csv and the trackers. Communicates; all ranks call it. Raises ValueError if another run has the folder.
     """
     output_dir, topology = Path(arguments.training.output_dir), trainer.model.topology
 
@@ -244,6 +244,8 @@ def start_reporting(arguments: Arguments, data: TrainingData, trainer: Trainer) 
         resumed_at=trainer.state.step,
         best_possible_ne=data.schema.best_possible_ne.get("validation"),
         peak_samples_per_second=peak and peak * topology.world_size,
+        report_to=trackers_of(arguments.training),
+        arguments={"ds_config": arguments.ds_config, **arguments.as_dict()},
     )
 
 

@@ -157,7 +157,7 @@ def test_what_is_switched_off_is_let_pass_and_left_out(tmp_path, change):
         ({"gradient_clipping": "5" * 5000}, "(5,002 characters). Use a number."),
         ({"x\n" * 3000: 1}, "characters). Allowed: bf16"),
         ({"communication_data_type": 16}, 'communication_data_type is 16. Use "bf16" or "fp32"'),
-        ({"wandb": {"project": "mine"}}, "wandb is not supported: this project writes metrics.csv"),
+        ({"wandb": {"project": "mine"}}, "wandb is not supported: this project reports its numbers itself"),
         (adam(torch_adam=True, fused=True, foreach=True), "optimizer.params for AdamW: `fused` and `foreach`"),
         (adam(torch_adam=True, fused=1), "optimizer.params.fused is 1. Use a value like true."),
         (adam(torch_adam=True, eps=True), "optimizer.params.eps is True"),

@@ -2,7 +2,13 @@
 
 import gzip
 import json
+import os
+import re
+import shlex
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +22,14 @@ from transformers import AutoModel
 
 import dhen.model.modeling_dhen  # noqa: F401 (registers the architecture)
 from dhen.config.command_line import ArgumentError
+from dhen.data.formats.roles import load_roles
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.settings import PreparationSettings
 from dhen.data.schema import Schema
 from dhen.training.dataset import check_prepared_for
 from dhen.training.saved.predictions import columns_of, join_parts, part_writer, parts_folder, prediction_file
+from tests import ROOT
 from tests.recipes.launch import TINY, assert_same_metrics, run_script, summary
 
 TOLERANCE = 1e-6
@@ -240,6 +248,113 @@ def test_skipped_rows_are_reported(trained, exported, tmp_path):
     assert table["row"].to_pylist() == list(range(49))
 
 
+def test_columns_of_the_files_are_kept_beside_the_predictions(trained, exported, tmp_path):
+    with gzip.open(trained.raw / "test.tsv.gz", "rt") as file:
+        lines = file.readlines()
+    files = [str(tmp_path / "rows.tsv"), str(tmp_path / "more.tsv")]
+    Path(files[0]).write_text("".join([lines[0], "9" + lines[1][1:], *lines[2:30]]))
+    Path(files[1]).write_text("".join(lines[30:150]))
+    flags = [f"--model_name_or_path={exported}", "--bad_rows=skip", "--dataset_name", *files, "--keep", "C3", "I2"]
+    flags += [f"--output={tmp_path / 'scores.jsonl'}", "--per_device_eval_batch_size=32"]
+    done = run_script("predict.py", *flags, ranks=2)
+    assert done.status == 0, done.output
+    table = pl.read_ndjson(tmp_path / "scores.jsonl")
+    assert table.columns == ["row", "prediction", "label", "file", "line", "C3", "I2"]
+    cells = [line.rstrip("\n").split("\t") for line in [lines[0], *lines[2:150]]]
+    assert table["C3"].to_list() == [row[16] or None for row in cells]
+    assert table["I2"].to_list() == [row[2] or None for row in cells]
+
+
+def raw_table(trained) -> pa.Table:
+    """The test rows as a table, with three columns that the model does not know."""
+    names = load_roles(trained.folder / "model/columns.yaml").columns
+    frame = pl.read_csv(trained.raw / "test.tsv.gz", separator="\t", has_header=False, new_columns=names)
+    more = [pl.int_range(pl.len()).alias("user"), pl.lit("day 1").cast(pl.Categorical).alias("day")]
+    return frame.with_columns(*more, pl.concat_list("I1", "I2").alias("pair")).to_arrow()
+
+
+def test_kept_columns_of_parquet_keep_their_types(trained, exported, tmp_path):
+    rows, table = tmp_path / "rows.parquet", raw_table(trained)
+    pyarrow.parquet.write_table(table, rows, row_group_size=70)
+    flags = [f"--model_name_or_path={exported}", f"--dataset_schema={exported / 'columns.yaml'}"]
+    keep = ["--keep", "user", "day", "pair", "I1"]
+    done = run_script("predict.py", *flags, f"--dataset_name={rows}", *keep, f"--output={tmp_path / 'out.parquet'}")
+    assert done.status == 0, done.output
+    found = pl.read_parquet(tmp_path / "out.parquet")
+    assert found["user"].dtype == pl.Int64
+    for name in keep[1:]:
+        assert found[name].to_list() == pl.from_arrow(table)[name].to_list(), name
+    pyarrow.parquet.write_table(
+        table.set_column(40, "user", table["user"].cast(pa.string())), tmp_path / "text.parquet"
+    )
+    for more, words in (
+        ([f"--dataset_name={rows}", *keep, f"--output={tmp_path / 'out.csv'}"], "--keep pair: .csv has no values of"),
+        (["--dataset_name", str(rows), str(tmp_path / "text.parquet"), *keep], "has the type string, but int64 in the"),
+        ([f"--dataset_name={rows}", "--keep", "user", "label"], "already has a column 'label'"),
+        ([f"--dataset_name={rows}", "--keep", "usr"], "no column 'usr'. The columns are label, I1, "),
+    ):
+        done = run_script("predict.py", *flags, *more)
+        assert done.status == 1
+        assert words in done.output.splitlines()[-1], done.output
+
+
+def test_predictions_go_through_a_pipe(trained, exported):
+    rows = gzip.decompress((trained.raw / "test.tsv.gz").read_bytes())
+    command = [sys.executable, "recipes/predict.py", f"--model_name_or_path={exported}", "--dataset_name", "-"]
+    done = subprocess.run([*command, "--keep", "C1", "--output", "-"], cwd=ROOT, input=rows, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    table = pl.read_csv(done.stdout)
+    assert table["row"].to_list() == list(range(300))
+    assert table["C1"].to_list() == [line.split("\t")[14] or None for line in rows.decode().splitlines()]
+    assert b"300 rows scored and written to -" in done.stderr
+
+
+def _with_pipes(rows: Path, output: Path) -> None:
+    os.dup2(os.open(rows, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0)
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+
+
+def test_two_ranks_share_the_pipes(trained, exported, tmp_path, expected):
+    flags = [f"--model_name_or_path={exported}", "--dataset_name=-", "--output=-.jsonl"]
+    pipes = partial(_with_pipes, trained.raw / "test.tsv.gz", tmp_path / "stdout")
+    done = run_script("predict.py", *flags, ranks=2, patch=pipes)
+    assert done.status == 0, done.output
+    np.testing.assert_allclose(pl.read_ndjson(tmp_path / "stdout")["prediction"], expected, rtol=TOLERANCE)
+
+
+def test_each_way_of_the_model_card_loads_the_model(trained, tmp_path, expected):
+    card = (trained.folder / "model/README.md").read_text()
+    in_python, of_transformers = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = f"{in_python}\n{of_transformers}"  # of a row of blanks, which has id 0 and number 0 everywhere
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    one, other = (float(re.search(r"\[([\d.e-]+)", line)[1]) for line in done.stdout.splitlines())
+    assert one == pytest.approx(other, abs=1e-4)
+    (command,) = re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
+    python, script, *flags = shlex.split(command)
+    assert (python, script, flags[-1]) == ("python", "recipes/predict.py", "predictions.csv")
+    done = run_script("predict.py", *flags[:-1], str(tmp_path / flags[-1]))
+    assert done.status == 0, done.output
+    np.testing.assert_allclose(pl.read_csv(tmp_path / flags[-1])["prediction"], expected, rtol=TOLERANCE)
+
+
+def test_the_model_card_says_what_the_run_was(trained):
+    card, of_run = (trained.folder / "model/README.md").read_text(), summary(trained.folder)
+    versions = json.loads((trained.folder / "environment.json").read_text())["versions"]
+    counts = Schema.load(trained.prepared).splits["validation"]
+    share, feature = max((share, name) for name, share in of_run["test"]["unseen"].items())
+    for words in (
+        f"`{trained.raw / 'train.tsv.gz'}` (criteo), with files of its own for each split.",
+        f"| validation | 200 | {counts.clicks} ({counts.clicks / 200:.2%}) |",
+        f"| test | {of_run['test']['auc']:.5f} |",
+        "`ds_configs/zero3.json`: AdamW, ZeRO stage 3, fp32, dhen {}; 2 ranks on cpu.",
+        f"torch {versions['torch']}, deepspeed {versions['deepspeed']}, fbgemm-gpu",
+        "--ds_config=ds_configs/zero3.json --per_device_train_batch_size=16",
+        f"- test: {feature} {share:.1%}",
+    ):
+        assert words in card, words
+
+
 def test_a_split_of_a_hub_data_set_is_scored_alone(tmp_path):
     rng, folder = np.random.default_rng(0), tmp_path / "set"
     folder.mkdir()
@@ -260,6 +375,10 @@ def test_a_split_of_a_hub_data_set_is_scored_alone(tmp_path):
         )
         assert done.status == 0, done.output
         assert json.loads(output.read_text())["examples"] == rows
+    flags = ["--keep", "a", f"--output={tmp_path / 'scores.csv'}"]
+    done = run_script("predict.py", f"--model_name_or_path={tmp_path / 'run'}", *data, *flags)
+    assert done.status == 0, done.output
+    assert pl.read_csv(tmp_path / "scores.csv")["a"].to_list() == columns["a"].tolist()
 
 
 def prepared_otherwise(trained, folder: Path, **settings) -> Path:
@@ -296,6 +415,7 @@ def test_another_vocabulary_or_schema_is_refused(trained, exported, tmp_path):
         (["--model_name_or_path={run}", "--bad_rows=skip"], "--bad_rows has no effect"),
         (["--model_name_or_path={run}", "--output=scores.txt"], "Use a name that ends in .parquet, .pq, .csv"),
         (["--model_name_or_path={run}", "--splits=test"], "Did you mean '--split'?"),
+        (["--model_name_or_path={run}", "--keep", "C1"], "--keep needs raw files"),
     ],
 )
 def test_mistakes_are_one_line(trained, exported, flags, words):

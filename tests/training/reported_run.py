@@ -11,9 +11,12 @@ from dhen.training.reporting.progress import ProgressReporter
 TOTAL, LOGGING, EVALUATION, ROWS = 200, 20, 50, 256
 
 
-def report_run(output_dir: Path, first: int, last: int, *, is_main: bool = True, ends: bool = True) -> ProgressReporter:
+def report_run(
+    output_dir: Path, first: int, last: int, *, is_main: bool = True, ends: bool = True, **trackers
+) -> ProgressReporter:
     """A session of a run from step `first` to `last`; ends False: it is killed, close isn't reached."""
-    progress = ProgressReporter(output_dir, TOTAL, torch.device("cpu"), is_main=is_main, resumed_at=first)
+    output_dir.mkdir(exist_ok=True)
+    progress = ProgressReporter(output_dir, TOTAL, torch.device("cpu"), is_main=is_main, resumed_at=first, **trackers)
     for step in range(first + 1, last + 1):
         progress.advance(step, ROWS)
         loss = 0.4 + 1 / (step + 10)

@@ -1,7 +1,9 @@
 """The exported model's card: metadata that the Hugging Face hub reads, and the metrics of every split."""
 
 import math
+from pathlib import Path
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
@@ -13,9 +15,10 @@ CONFIG = DhenConfig(num_layers=2, num_dense_features=3, sparse_features=[{"name"
 METRICS = {"auc": 0.75, "ne": 0.8, "logloss": 0.4, "calibration": 1.01, "examples": 1200}
 
 
-def card_of(**splits):
-    schema = Schema(dense=(), sparse=(), splits={"train": SplitCounts(rows=4321, clicks=1)})
-    return ModelCard(model_card(CONFIG, schema, {"steps": 77, "seconds": 1.5} | splits))
+def card_of(source=None, **splits):
+    schema = Schema(dense=(), sparse=(), splits={"train": SplitCounts(rows=4321, clicks=1)}, source=source or {})
+    run = {"steps": 77, "seconds": 1.5, "ds_config": "mine.json", "setup": "AdamW"}
+    return ModelCard(model_card(CONFIG, schema, run | splits, {}, Path("model")))
 
 
 def test_the_hub_reads_library_tags_and_metrics():
@@ -34,10 +37,9 @@ def test_a_metric_that_does_not_exist_is_left_out_of_the_metadata():
 
 
 def test_the_text_says_what_training_never_saw():
-    text = card_of(test=METRICS | {"unseen": {"day": 1.0, "user": 0.3}}, eval=METRICS | {"unseen": {"day": 0.5}}).text
+    text = card_of(test=METRICS | {"unseen": {"day": 1.0, "user": 0.3}}, eval=METRICS | {"unseen": {"day": 0.0}}).text
     assert "A row of a table that training never used holds the mean of the table's rows" in text
-    assert "In test, training never saw more than half of the values of day." in text
-    assert "In eval" not in text
+    assert "\n- test: day 100.0%, user 30.0%\n- eval: none\n" in text
 
 
 def test_the_text_has_layers_rows_and_metrics():
@@ -45,6 +47,25 @@ def test_the_text_has_layers_rows_and_metrics():
     assert "2 layers over" in text
     assert "Trained on 4,321 rows for 77 steps." in text
     assert text.count("| 0.75000 | 0.80000 | 0.40000 | 1.0100 | 1,200 |") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "words"),
+    [
+        (
+            {"dataset_name": ["a.csv", "b.csv"], "split_seed": 3},
+            ["all"],
+            "`a.csv`, `b.csv` (csv), split at random (seed 3).",
+        ),
+        ({"dataset_name": "a.csv", "split_order": "sequential", "time_column": "t"}, ["all"], "in the order of t."),
+        ({"dataset_name": "a.csv", "split_order": "sequential"}, ["all"], "in the order of its rows."),
+        ({"train_file": "a.csv"}, ["train", "test"], "`a.csv` (csv), with files of its own for each split."),
+        ({}, [], "Another program prepared the data."),
+    ],
+)
+def test_the_text_says_how_the_data_was_split(settings, files, words):
+    source = {"format": "csv", "settings": settings, "files": {name: ["a.csv"] for name in files}}
+    assert words in card_of(source=source, test=METRICS).text
 
 
 def test_the_text_says_that_the_weights_are_an_average():

@@ -34,13 +34,13 @@ from dhen.training.reporting.curves import CURVES_FILE, draw_curves
 from dhen.training.reporting.progress import (
     COLUMNS,
     METRICS_FILE,
-    TENSORBOARD_FOLDER,
     ProgressReporter,
     Stopwatch,
     duration,
     short,
 )
 from dhen.training.reporting.run_folder import metrics_of, print_metrics, write_json
+from dhen.training.reporting.trackers import TENSORBOARD_FOLDER
 from dhen.training.session import peak_samples_per_second
 from tests import ROOT
 from tests.plain import CONFIG, recipe

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from dhen.data.formats import columns, text_blocks
 from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, RowChecks, Stretch
 from dhen.data.formats.roles import ColumnRoles
-from dhen.data.schema import LABEL, TIME, WEIGHT, task_column, weights_column
+from dhen.data.schema import LABEL, TIME, WEIGHT, kept_column, task_column, weights_column
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DelimitedReader:
             )
             raw = {name: strings[name].combine_chunks() for name in names}
             checks = RowChecks(file, rows, text_blocks.line_quoter(raw, delimiter))
-            table = self.typed(raw, checks)
+            table = with_kept(self.typed(raw, checks), raw, self.roles)
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
     def row_counts(self, file: str, stretch: Stretch = WHOLE) -> Iterator[tuple[int, int]]:
@@ -104,3 +104,12 @@ def typed_table(raw: dict[str, pa.Array], roles: ColumnRoles, checks: RowChecks,
     if roles.time_column is not None:
         typed[TIME] = columns.time_column(raw[roles.time_column], roles, checks)
     return pa.table(typed)
+
+
+def with_kept(table: pa.Table, raw: dict[str, pa.Array], roles: ColumnRoles) -> pa.Table:
+    """Return the table with the raw values of the columns to keep."""
+    for name in roles.kept:
+        values = raw[name]
+        values = values.dictionary_decode() if pa.types.is_dictionary(values.type) else values
+        table = table.append_column(kept_column(name), values)
+    return table

@@ -41,7 +41,8 @@ class HubReader:
             if row == 0:
                 self.roles.check_columns(table.column_names, file, is_label_required=self.is_label_required)
                 check_types(table.schema, self.roles, file)
-            raw = {name: table[name].combine_chunks() for name in used_columns(self.roles, table.column_names)}
+            used = used_columns(self.roles, table.column_names, self.roles.kept)
+            raw = {name: table[name].combine_chunks() for name in used}
             yield typed_chunk(raw, self.roles, file, row, self.is_label_required)
             row += table.num_rows
 

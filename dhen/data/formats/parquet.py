@@ -3,7 +3,7 @@
 Holds one batch of rows in memory, plus what Parquet needs to read it: at most one row group of the file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from dhen.data.formats.columns import is_list
-from dhen.data.formats.delimited import typed_table
+from dhen.data.formats.delimited import typed_table, with_kept
 from dhen.data.formats.first_bytes import PARQUET, complaint, first_bytes
 from dhen.data.formats.raw_files import can_seek, is_url, open_file
 from dhen.data.formats.raw_rows import WHOLE, DataError, RawChunk, RowChecks, Stretch
@@ -52,7 +52,7 @@ class ParquetReader:
             present = parquet.schema_arrow.names
             self.roles.check_columns(present, file, is_label_required=self.is_label_required)
             check_types(parquet.schema_arrow, self.roles, file)
-            used = used_columns(self.roles, present)
+            used = used_columns(self.roles, present, self.roles.kept)
             groups = range(parquet.num_row_groups)[stretch.start : stretch.end]
             num_rows = max(sum(parquet.metadata.row_group(i).num_rows for i in groups), 1)
             row = first = stretch.rows_before
@@ -89,18 +89,24 @@ def typed_chunk(
     numbers = np.arange(row + 1, row + num_rows + 1)
     checks = RowChecks(file, numbers, lambda i: str({name: column[i].as_py() for name, column in raw.items()}))
     table = typed_table(raw, roles, checks, is_label_required=is_label_required)
-    return checks.finish(table, end_row=row + num_rows, bytes_read=bytes_read)
+    return checks.finish(with_kept(table, raw, roles), end_row=row + num_rows, bytes_read=bytes_read)
 
 
-def used_columns(roles: ColumnRoles, present: list[str]) -> list[str]:
-    """Return the columns that have a role, in the order of the file."""
+def used_columns(roles: ColumnRoles, present: list[str], kept: Collection[str] = ()) -> list[str]:
+    """Return the columns that have a role, or are kept, in the order of the file."""
     wanted = {column for feature in (*roles.dense, *roles.sparse) for column in feature.columns}
-    wanted |= {*roles.label_columns, roles.time_column, roles.row_weight}
+    wanted |= {*roles.label_columns, roles.time_column, roles.row_weight, *kept}
     return [name for name in present if name in wanted]
 
 
 def check_types(schema: pa.Schema, roles: ColumnRoles, file: str) -> None:
     """Raise DataError if a column's type does not fit its role. The message says what to do instead."""
+    for name, kind in roles.kept.items():
+        if kind not in (None, schema.field(name).type):
+            raise DataError(
+                f"{file}: column {name!r} has the type {schema.field(name).type}, but {kind} in the first file. "
+                "Convert it, or remove it from --keep."
+            )
     lists = {c for feature in roles.sparse if feature.is_multi_valued for c in feature.columns}
     singles = {*roles.label_columns, *(feature.source for feature in (*roles.dense, *roles.sparse))} - lists
     transformed = [feature.source for feature in roles.sparse if feature.transform is not None]

@@ -67,7 +67,7 @@ _FEATURE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. \-]{0,199}")
 class ColumnRoles:
     """The parsed YAML file. Raises ValueError if it contradicts itself."""
 
-    time_column = None  # no key of the file, and so no field: TimedRoles has it
+    time_column, kept = None, {}  # no keys of the file, and so no fields: TimedRoles and KeptRoles have them
     label: LabelRole = field(default_factory=LabelRole)
     dense: tuple[DenseRole, ...] = ()
     sparse: tuple[SparseRole, ...] = ()
@@ -217,13 +217,14 @@ class ColumnRoles:
         used = [column for feature in (*self.dense, *self.sparse) for column in feature.columns]
         of_rows = [*self.label_columns, *([self.row_weight] if self.row_weight else [])]
         wanted = [*used, *of_rows] if is_label_required else used
-        for column in [*wanted, *([self.time_column] if self.time_column else [])]:
+        for column in [*wanted, *([self.time_column] if self.time_column else []), *self.kept]:
             if column not in present:
                 near = difflib.get_close_matches(column, present, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
+                flag = "--keep" if column in self.kept else "--time_column"
                 raise ValueError(
                     f"{file}: there is no column {quoted(column)}. The columns are {listed(present)}.{hint} Correct "
-                    f"{'the schema (--dataset_schema)' if column in wanted else '--time_column'} or the file."
+                    f"{'the schema (--dataset_schema)' if column in wanted else flag} or the file."
                 )
         if self.ignored == "*":
             return
@@ -242,6 +243,13 @@ class TimedRoles(ColumnRoles):
 
     time_column: str | None = None
     has_dates: bool = False
+
+
+@checked_dataclass(frozen=True, config=STRICT)
+class KeptRoles(ColumnRoles):
+    """The roles, and the columns whose raw values to keep, with their types in the first file, if it has types."""
+
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 def _shared(table: str, features: list[SparseRole]) -> SparseRole:

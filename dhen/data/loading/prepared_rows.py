@@ -1,5 +1,6 @@
 """Reads the rows of a prepared split, after checking its files against the schema."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet
 
-from dhen.data.schema import FILE, LABEL, ROW, WEIGHT, Schema, task_column, weights_column
+from dhen.data.schema import FILE, LABEL, ROW, WEIGHT, Schema, kept_column, task_column, weights_column
 
 NUMBER = ":number"
 """Column with the number of each row within the split, from 0. Feature names cannot start with a colon."""
@@ -186,20 +187,24 @@ def _check_columns(path: Path, columns: pa.Schema, schema: Schema) -> None:
 class Origins:
     """Reads the files and row numbers of a prepared split in order; null if the folder does not have them.
 
-    first_row: where to begin.
+    first_row: where to begin. keep: columns whose raw values to read too; `kept` has their names and types.
     """
 
-    def __init__(self, folder: Path, split: str, first_row: int = 0) -> None:
+    def __init__(self, folder: Path, split: str, first_row: int = 0, keep: Sequence[str] = ()) -> None:
         parts = sorted((folder / split).glob("*.parquet"))
+        present = pyarrow.parquet.read_schema(parts[0])
+        kept = [present.field(kept_column(name)) for name in keep]
+        self.kept = [pa.field(name, item.type) for name, item in zip(keep, kept, strict=True)]
+        columns = pa.schema([*_ORIGINS, *kept])
         while len(parts) > 1 and (rows := pyarrow.parquet.read_metadata(parts[0]).num_rows) <= first_row:
             parts, first_row = parts[1:], first_row - rows
-        self._batches = pyarrow.dataset.dataset(parts, schema=_ORIGINS, format="parquet").to_batches()
-        self._waiting = _ORIGINS.empty_table()
+        self._batches = pyarrow.dataset.dataset(parts, schema=columns, format="parquet").to_batches()
+        self._waiting = columns.empty_table()
         self.take(first_row)
 
-    def take(self, count: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-        """Return (files, row numbers) of the next `count` rows."""
+    def take(self, count: int) -> list[pa.ChunkedArray]:
+        """Return the files, row numbers and kept columns of the next `count` rows."""
         while self._waiting.num_rows < count:
-            self._waiting = pa.concat_tables([self._waiting, pa.Table.from_batches([next(self._batches)], _ORIGINS)])
+            self._waiting = pa.concat_tables([self._waiting, pa.Table.from_batches([next(self._batches)])])
         taken, self._waiting = self._waiting.slice(0, count), self._waiting.slice(count)
-        return taken[FILE], taken[ROW]
+        return taken.columns

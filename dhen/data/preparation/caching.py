@@ -94,6 +94,8 @@ def command_for(settings: PreparationSettings) -> str:
 def _digest(settings: PreparationSettings, digests: "FileDigests") -> str:
     """Return a digest of everything that determines the result: files, settings and the version."""
     relevant = {name: value for name, value in asdict(settings).items() if name not in _NOT_IN_DIGEST}
+    if not settings.keep:
+        del relevant["keep"]
     if settings.schema_from is not None:
         for name in ("id_encoding", "hash_size", "max_hash_size", "min_count"):  # they have no effect
             del relevant[name]

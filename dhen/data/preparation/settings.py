@@ -52,6 +52,7 @@ class PreparationSettings:
     only_split: read only this split of a hub data set, without splitting it further. None: read all of its splits.
     schema_from: prepared folder or saved model whose features, ids and transforms are reused. The encoding settings
         above then have no effect.
+    keep: columns of the raw files whose values each row keeps, only without is_label_required.
     block_bytes: how much of a text file to read at a time. Does not affect the result.
     head: prepare only the head, unless a cache has all.
     """
@@ -76,6 +77,7 @@ class PreparationSettings:
     is_label_required: bool = True
     only_split: str | None = None
     schema_from: str | Path | None = None
+    keep: tuple[str, ...] = ()
     block_bytes: Count = BLOCK_BYTES
     head: Head | None = None
 

@@ -50,7 +50,7 @@ from dhen.data.preparation.reading.raw_stream import Raw, Report, split_starts
 from dhen.data.preparation.reading.sources import Source
 from dhen.data.preparation.running.unfinished import Unfinished
 from dhen.data.preparation.writing import SplitWriter, list_bad_rows
-from dhen.data.schema import ESTIMATED_KEYS, FILE, ORDER, ROW, TIME, Schema, TaskColumn
+from dhen.data.schema import ESTIMATED_KEYS, FILE, ORDER, ROW, TIME, Schema, TaskColumn, kept_column
 
 COUNTING, TIMES, KEYS, WRITING = "counting rows", "reading times", "counting keys", "writing"
 _KEYS_FOLDER, _NUMBERS_FOLDER, _TIMES_FILE, _ENCODER = "keys", "numbers", "times.npz", "encoder"
@@ -248,6 +248,8 @@ def _write_rows(raw: Raw, encoder_folder: Path, piece: Piece, folder: Path, repo
             if not raw.settings.is_label_required:
                 files = pa.repeat(pa.scalar(chunk.file), len(encoded))
                 encoded = encoded.append_column(FILE, files).append_column(ROW, pa.array(chunk.rows))
+            for name in map(kept_column, raw.settings.keep):
+                encoded = encoded.append_column(name, chunk.table[name])
             if raw.settings.time_column is not None:
                 before = (piece.index << 40) + sum(writer.rows for writer in writers.values())
                 order = pa.array(np.arange(before, before + len(encoded)))

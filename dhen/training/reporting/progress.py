@@ -1,7 +1,7 @@
-"""Reports the progress of a run: terminal lines, a live bar, metrics.csv, TensorBoard and curves.png.
+"""Reports the progress of a run: terminal lines, a live bar, metrics.csv, trackers such as TensorBoard, curves.png.
 
-Only rank 0 reports. Each logging step has the same numbers in its line, its row of metrics.csv and its TensorBoard
-points. TensorBoard's x-axis is the number of samples seen.
+Only rank 0 reports. Each logging step has the same numbers in its line, its row of metrics.csv and its points in the
+trackers.
 """
 
 import atexit
@@ -10,7 +10,7 @@ import csv
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from dhen.paths import write_atomically
 from dhen.runtime.messages import heartbeat
+from dhen.training.reporting.trackers import Trackers
 
 METRICS_FILE = "metrics.csv"
-TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_CURVES = 30.0
 """Drawing takes about a second, during which the other ranks wait. The end of a run always draws."""
 COLUMNS = (
@@ -65,7 +65,7 @@ class ProgressReporter:
     resumed_at: the step from which the run continues. Rows of metrics.csv and TensorBoard points of later steps are
     dropped, so each step appears once, and the clock continues from that step. best_possible_ne: of the validation
     split, if known; it is drawn as a line in curves.png. peak_samples_per_second: rate at an MFU of 100 %, if known;
-    then the lines say the MFU.
+    then the lines say the MFU. report_to: names of trackers, which get the run's arguments.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class ProgressReporter:
         resumed_at: int = 0,
         best_possible_ne: float | None = None,
         peak_samples_per_second: float | None = None,
+        report_to: Sequence[str] = ("tensorboard",),
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.watch = Stopwatch()
         self.total_steps = total_steps
@@ -89,10 +91,7 @@ class ProgressReporter:
         if is_main:
             self._output_dir, self._csv_path = output_dir, output_dir / METRICS_FILE
             samples_seen, seconds = _keep_rows_until(self._csv_path, resumed_at)
-            # Imported here because TensorBoard takes a second to import and only rank 0 needs it.
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(output_dir / TENSORBOARD_FOLDER), purge_step=samples_seen + 1)
+            self._trackers = Trackers(report_to, output_dir, arguments or {}, samples_seen)
             self.watch = Stopwatch(seconds)
             if sys.stderr.isatty():
                 self._bar = _start_bar(total_steps, resumed_at)
@@ -168,7 +167,7 @@ class ProgressReporter:
             return
         if self._bar is not None:
             self._bar.stop()
-        self._writer.close()
+        self._trackers.close()
 
     def _record(self, split: str, step: int, samples_seen: int, numbers: dict[str, float]) -> None:
         row = {"step": step, "samples_seen": samples_seen, "split": split, "seconds": round(self.watch.seconds, 3)}
@@ -178,9 +177,7 @@ class ProgressReporter:
             if is_new:
                 writer.writeheader()
             writer.writerow(row | numbers)
-        for name, value in numbers.items():
-            self._writer.add_scalar(f"{split}/{name}", value, global_step=samples_seen)
-        self._writer.flush()
+        self._trackers.log({f"{split}/{name}": value for name, value in numbers.items()}, samples_seen)
 
 
 def short(value: float) -> str:

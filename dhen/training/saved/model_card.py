@@ -1,20 +1,32 @@
 """The model card (README.md) of an exported model."""
 
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from dhen.data.formats.roles import ColumnRoles
+from dhen.data.preparation.settings import as_tuple
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig, LayerSpec
-from dhen.training.evaluation.unseen import MANY
 
 _METRICS = {"auc": "AUC", "ne": "normalized entropy", "logloss": "log loss", "calibration": "calibration"}
+_PACKAGES = ("dhen", "torch", "deepspeed", "fbgemm-gpu", "fbgemm-gpu-cpu", "transformers")
+_MOST_SHARES = 6
 
 
-def model_card(config: DhenConfig, schema: Schema, summary: dict[str, Any]) -> str:
-    """Markdown text: the architecture, the training data, the metrics, and how to use the model.
+def model_card(
+    config: DhenConfig,
+    schema: Schema,
+    summary: dict[str, Any],
+    environment: dict[str, Any],
+    folder: Path,
+    roles: ColumnRoles | None = None,
+) -> str:
+    """Markdown text: the architecture, the training data, the metrics, the run, and how to use the model.
 
-    summary: the contents of summary.json. Each dictionary with an auc holds the metrics of a split.
+    summary: the contents of summary.json. Each dictionary with an auc holds the metrics of a split. environment: those
+    of environment.json. folder: of the model. roles: of the raw columns, if they are known.
     """
     splits = {name: values for name, values in summary.items() if isinstance(values, dict) and "auc" in values}
     parameters = sum(table.num_embeddings for table in config.tables) * config.embedding_dim
@@ -30,6 +42,12 @@ def model_card(config: DhenConfig, schema: Schema, summary: dict[str, Any]) -> s
     )
     decay = summary.get("ema_decay")
     average = f" The weights are moving averages over the steps, with decay {decay}." if decay else ""
+    scale = summary.get("logit_scale", 1)
+    scaled = f" All logits are multiplied by {scale:.4f}, fitted on the validation split." if scale != 1 else ""
+    versions = environment.get("versions") or {}
+    counts = "\n".join(
+        f"| {name} | {of.rows:,} | {of.clicks:,} ({of.clicks / of.rows:.2%}) |" for name, of in schema.splits.items()
+    )
     return f"""---
 {_metadata(splits).to_yaml()}
 ---
@@ -41,6 +59,14 @@ Deep and Hierarchical Ensemble Network (Zhang et al. 2022), {len(config.layer_sp
 
 {layers}
 
+## Data
+
+{_data(schema)}
+
+| split | rows | clicks |
+| --- | --- | --- |
+{counts}
+
 ## Results
 
 | split | AUC | normalized entropy | log loss | calibration | examples |
@@ -48,23 +74,77 @@ Deep and Hierarchical Ensemble Network (Zhang et al. 2022), {len(config.layer_sp
 {rows}
 
 A row of a table that training never used holds the mean of the table's rows, weighted by how often training used each.
-A value that is not in a vocabulary gets row 0.
+A value that is not in a vocabulary gets row 0. Of these features, training never saw
+some values (of hashed features, at least so many):
+
 {_unseen(splits)}
 
-Trained on {schema.splits["train"].rows:,} rows for {summary["steps"]:,} steps.{average}
+## Training
+
+Trained on {schema.splits["train"].rows:,} rows for {summary["steps"]:,} steps.{average}{scaled}
+The ds_config was `{summary["ds_config"]}`: {summary["setup"]}. The command:
+
+```text
+{environment.get("command")}
+```
+
+Versions: {", ".join(f"{name} {versions[name]}" for name in _PACKAGES if versions.get(name))}.
 
 ## Use
 
-```python
-import dhen.model.modeling_dhen  # registers the architecture
-from transformers import AutoModel
+{_in_python(folder, roles) if roles else ""}For files of rows, on any number of ranks:
 
-model = AutoModel.from_pretrained("this folder")
+```bash
+python recipes/predict.py --model_name_or_path {folder} --dataset_name {_test_file(schema)} --output predictions.csv
 ```
 
-To score raw rows, run `recipes/predict.py --model_name_or_path`. It uses `schema.json` and `vocabulary/` to map values
-to ids.
+Plain `transformers` takes ids and dense numbers, which `schema.json` and `vocabulary/` define:
+
+```python
+import torch
+from transformers import AutoModel
+
+from dhen.model.modeling_dhen import SparseIds  # the import registers the architecture
+
+model = AutoModel.from_pretrained("{folder}").eval()
+ids = SparseIds(torch.zeros({len(config.lookups)}, dtype=torch.int64), num_features={len(config.lookups)})  # blanks
+print(model(ids, torch.zeros(1, {len(schema.dense)})).logits.sigmoid())
+```
 """
+
+
+def _in_python(folder: Path, roles: ColumnRoles) -> str:
+    columns = dict.fromkeys(column for feature in (*roles.dense, *roles.sparse) for column in feature.columns)
+    return f"""In Python, for raw rows in a data frame, an Arrow table or dictionaries:
+
+```python
+from dhen.pipeline import DhenPipeline
+
+rows = [{columns}]  # None is a blank
+print(DhenPipeline.from_pretrained("{folder}").predict(rows))
+```
+
+"""
+
+
+def _data(schema: Schema) -> str:
+    """Sentences on the name of the data and how it was split."""
+    source, settings = schema.source, schema.source.get("settings", {})
+    names = as_tuple(settings.get("dataset_name")) or as_tuple(settings.get("train_file"))
+    if not names:
+        return "Another program prepared the data."
+    how = f"split at random (seed {settings.get('split_seed')})"
+    if len(source.get("files", {})) > 1:
+        how = "with files of its own for each split"
+    elif settings.get("split_order") == "sequential":
+        how = f"split in the order of {settings.get('time_column') or 'its rows'}"
+    return f"{', '.join(f'`{name}`' for name in names)} ({source.get('format')}), {how}."
+
+
+def _test_file(schema: Schema) -> str:
+    """A raw file with rows like those of the training data: of the test split, if it has one of its own."""
+    files = list(schema.source.get("files", {}).values())
+    return files[-1][-1] if files and schema.source.get("format") != "hub" else "rows.csv"
 
 
 def _with_tasks(splits: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -83,16 +163,13 @@ def _experts(layer: LayerSpec) -> str:
 
 
 def _unseen(splits: dict[str, dict[str, Any]]) -> str:
-    """A sentence on the features of which training saw less than half of a split's values."""
-    many = {
-        name: [feature for feature, share in values.get("unseen", {}).items() if share > MANY]
-        for name, values in splits.items()
-    }
-    return "".join(
-        f"In {name}, training never saw more than half of the values of {', '.join(features)}.\n"
-        for name, features in many.items()
-        if features
-    )
+    """A line per split with the features of which training never saw some values, the largest shares first."""
+    lines = []
+    for name, values in splits.items():
+        shares = sorted(((share, feature) for feature, share in values.get("unseen", {}).items()), reverse=True)
+        shown = [f"{feature} {share:.1%}" for share, feature in shares[:_MOST_SHARES] if share]
+        lines.append(f"- {name}: {', '.join(shown) or 'none'}")
+    return "\n".join(lines)
 
 
 def _metadata(splits: dict[str, dict[str, Any]]) -> ModelCardData:

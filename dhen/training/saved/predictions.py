@@ -3,16 +3,19 @@
 Each rank writes a part of its own, a Parquet file, and rank 0 makes one file of them. Nothing is gathered in memory.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
 
 from dhen.config.command_line import ArgumentError
+from dhen.model.names import quoted
 
 _WRITERS = {
     **dict.fromkeys((".parquet", ".pq"), pl.LazyFrame.sink_parquet),
@@ -22,16 +25,26 @@ _WRITERS = {
 """What writes a file, by the file's name."""
 
 
-def columns_of(tasks: Sequence[str]) -> pa.Schema:
-    """The columns of predictions. tasks: the further tasks of the model."""
+def columns_of(tasks: Sequence[str], kept: Sequence[pa.Field] = (), suffix: str = "") -> pa.Schema:
+    """The columns of predictions. tasks: the further tasks of the model. kept: columns of the raw files.
+
+    Raises ArgumentError if a kept column is named like another, or a file with this suffix cannot hold its values.
+    """
     scores = [f"{kind}{of}" for of in ("", *(f"_{name}" for name in tasks)) for kind in ("prediction", "label")]
     ends = [("file", pa.string()), ("line", pa.int64())]
-    return pa.schema([("row", pa.int64()), *((name, pa.float32()) for name in scores), *ends])
+    columns = pa.schema([("row", pa.int64()), *((name, pa.float32()) for name in scores), *ends, *kept])
+    for name, kind in ((field.name, field.type) for field in kept):
+        if columns.names.count(name) > 1:
+            raise ArgumentError(f"--keep: the output already has a column {quoted(name)}. Rename it, or leave it out.")
+        is_odd = pa.types.is_duration(kind) or "binary" in str(kind) or (suffix == ".csv" and pa.types.is_nested(kind))
+        if is_odd and suffix in (".csv", ".jsonl"):
+            raise ArgumentError(f"--keep {name}: {suffix} has no values of the type {kind}. Use an --output .parquet.")
+    return columns
 
 
 def prediction_file(output: str | None) -> Path:
     """The file to write, or the folder if its name has no ending. Raises ArgumentError if it cannot be written."""
-    path = Path(output or "predictions.parquet")
+    path = Path("-.csv" if output == "-" else output or "predictions.parquet")
     if path.suffix.lower() not in ("", *_WRITERS):
         raise ArgumentError(
             f"--output is {output}. Use a name that ends in {', '.join(_WRITERS)}, or a name without an ending for a "
@@ -40,6 +53,13 @@ def prediction_file(output: str | None) -> Path:
     if not path.suffix and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise ArgumentError(f"--output is {output}, which exists. Remove it, or choose another name.")
     return path
+
+
+def own_stdout() -> BinaryIO:
+    """Take standard output, so that whatever else is printed goes to stderr."""
+    taken = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return taken
 
 
 def parts_folder(path: Path) -> Path:

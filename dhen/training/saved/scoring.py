@@ -1,11 +1,15 @@
 """Scoring with a trained model: the parts that evaluate.py and predict.py share."""
 
 import argparse
+import hashlib
 import logging
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar, Literal, TypeVar
 
 from dhen.config.arguments import ARGUMENTS_FILE, import_interaction_files
@@ -16,6 +20,7 @@ from dhen.data.preparation.reading.sources import format_of
 from dhen.data.preparation.settings import as_tuple
 from dhen.data.preparation.writing import BAD_ROWS_FILE
 from dhen.model.configuration_dhen import option
+from dhen.runtime.collectives import rank_zeros
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.agreed import replicated_in_scoring
 from dhen.training.dataset import check_prepared_for, is_prepared, prepare_dataset, settings_of
@@ -34,14 +39,15 @@ def _as_in_training(name: str) -> Any:
 
 @dataclass
 class ScoringArguments:
-    """Which rows to score, with which model. default_split: the split without --split."""
+    """Which rows to score, with which model. default_split: the split without --split. keep: columns of the files."""
 
     default_split: ClassVar[str] = "test"
+    keep: ClassVar[Sequence[str]] = ()
     model_name_or_path: str | None = option(None, "Trained model: a run folder or an exported model. Required.")
     dataset_name: Paths = option(
         None,
-        "Data to score: raw files, globs, a prepared folder, or a Hugging Face data set (owner/name). Default: the "
-        "data that the run was trained on.",
+        "Data to score: raw files, globs, a prepared folder, a Hugging Face data set (owner/name), or - for standard "
+        "input. Default: the data that the run was trained on.",
     )
     dataset_format: DatasetFormat = _as_in_training("dataset_format")
     dataset_schema: str | None = _as_in_training("dataset_schema")
@@ -60,12 +66,14 @@ class ScoringArguments:
         None,
         "File to write. evaluate.py writes the metrics as JSON, by default to no file. predict.py writes "
         "Parquet, CSV or JSON lines, as the name ends (.parquet, .csv, .jsonl), by default predictions.parquet; a name "
-        "without an ending is a folder, in which each rank writes a Parquet file.",
+        "without an ending is a folder, in which each rank writes a Parquet file; - is standard output, as CSV "
+        "(--output=-.jsonl: as JSON lines).",
     )
     interaction_files: list[str] = option([], "Python files that register your own interactions, as in training.")
     local_rank: int = option(0, argparse.SUPPRESS)  # DeepSpeed's launcher passes it
 
 
+STANDARD_INPUT = "-"
 Scoring = TypeVar("Scoring", bound=ScoringArguments)
 
 
@@ -80,7 +88,7 @@ def parse_scoring_arguments(
     find_paths(arguments, "model_name_or_path", "dataset_name", "dataset_schema", "interaction_files")
     import_interaction_files(arguments.interaction_files)
     names = [*as_tuple(arguments.dataset_name), *as_tuple(arguments.dataset_schema)]
-    inputs = {Path(path).resolve() for name in names for path in (name, *glob(name))}
+    inputs = {Path(path).resolve() for name in names if name != STANDARD_INPUT for path in (name, *glob(name))}
     if arguments.output and Path(arguments.output).resolve() in inputs:
         raise ArgumentError(f"--output {arguments.output} is an input, which it would overwrite. Choose another name.")
     return arguments
@@ -117,6 +125,10 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
     split = arguments.split or arguments.default_split
     if name is None or is_prepared(name):
         _refuse(arguments, ("dataset_format", "dataset_schema", "bad_rows"), "the data is already prepared")
+        if arguments.keep:
+            raise ArgumentError(
+                "--keep needs raw files, because prepared data lacks their columns. Name them in --dataset_name."
+            )
     if is_prepared(name):
         return Path(name), split
     cache = _cache_folder(arguments, trained, of_run)
@@ -134,11 +146,24 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
         split_fractions=[0.0, 0.0, 1.0],
         prepare_here=True,
     )
+    if name == STANDARD_INPUT:
+        data.dataset_name = rank_zeros(topology, lambda: _saved_input(cache))
     is_on_hub = format_of(settings_of(data)) == "hub"
     if not is_on_hub:
         _refuse(arguments, ("split",), "all rows of raw files are scored")
     only_split = split if is_on_hub else None
-    return prepare_dataset(data, cache, topology, trained.folder, only_split), only_split or "test"
+    return prepare_dataset(data, cache, topology, trained.folder, only_split, keep=arguments.keep), only_split or "test"
+
+
+def _saved_input(cache: Path) -> str:
+    """Save standard input, since rows are read twice, in the cache, named by its content. Returns the path."""
+    cache.mkdir(parents=True, exist_ok=True)
+    logger.info("reading rows from standard input")
+    with NamedTemporaryFile(dir=cache, prefix=".stdin-", delete=False) as draft:
+        shutil.copyfileobj(sys.stdin.buffer, draft)
+        draft.seek(0)
+        digest = hashlib.file_digest(draft, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    return str(Path(draft.name).replace(cache / f"stdin-{digest}"))
 
 
 def _refuse(arguments: ScoringArguments, names: tuple[str, ...], reason: str) -> None:

@@ -12,10 +12,10 @@ from dhen.data.formats.criteo import CriteoReader
 from dhen.data.formats.delimited import DelimitedReader
 from dhen.data.formats.first_bytes import COMPRESSIONS, PARQUET, complaint, first_bytes
 from dhen.data.formats.libsvm import LibsvmReader
-from dhen.data.formats.parquet import ParquetReader
+from dhen.data.formats.parquet import ParquetReader, open_parquet
 from dhen.data.formats.raw_files import files_at, is_url
 from dhen.data.formats.raw_rows import DataError, Reader
-from dhen.data.formats.roles import COLUMNS_FILE, TimedRoles, load_roles
+from dhen.data.formats.roles import COLUMNS_FILE, KeptRoles, TimedRoles, load_roles
 from dhen.data.preparation.settings import FORMATS, PreparationSettings, as_tuple
 from dhen.data.schema import SCHEMA_FILE, SPLITS, Schema
 from dhen.data.synthetic import RECIPES
@@ -60,7 +60,10 @@ def open_sources(settings: PreparationSettings) -> tuple[Reader, str, tuple[Sour
     file, times = Counter(file for source in sources for file in source.files).most_common(1)[0]
     if times > 1:
         raise DataError(f"{file}: the file is given twice, so its rows would count twice. Give each file once.")
-    return _reader(format_name, settings, sources[0].files[0]), format_name, sources
+    reader = _reader(format_name, settings, sources[0].files[0])
+    if settings.keep:
+        reader = _keeping(reader, settings.keep, sources[0].files[0])
+    return reader, format_name, sources
 
 
 def _on_the_hub(settings: PreparationSettings) -> dict[str, tuple[str, ...]]:
@@ -120,6 +123,17 @@ def _timed(reader: Reader, column: str, first_file: str) -> Reader:
     return readers[dates > numbers]
 
 
+def _keeping(reader: Reader, columns: tuple[str, ...], first_file: str) -> Reader:
+    """The reader, which also yields the raw values of these columns."""
+    if isinstance(reader, LibsvmReader):
+        raise ValueError("--keep: files of the format libsvm do not name columns. Remove it.")
+    kept = dict.fromkeys(columns)
+    if isinstance(reader, ParquetReader):
+        with open_parquet(first_file) as parquet:
+            kept |= {item.name: item.type for item in parquet.schema_arrow if item.name in kept}
+    return replace(reader, roles=KeptRoles(**vars(reader.roles), kept=kept))
+
+
 def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
     """Return the files for paths, URLs, globs and folders, in the given order, sorted by name within each pattern."""
     found: list[str] = []
@@ -138,7 +152,10 @@ def _files(patterns: tuple[str, ...]) -> tuple[str, ...]:
             if not some:
                 raise FileNotFoundError(f"{pattern}: the folder has no files. Check the path.")
         elif path.exists():
-            raise DataError(f"{pattern}: a pipe or a device, but rows are read twice. Save them to a file first.")
+            raise DataError(
+                f"{pattern}: a pipe or a device, but rows are read twice. Save them to a file first; predict.py reads "
+                "standard input as --dataset_name -."
+            )
         elif glob.has_magic(pattern):
             some = sorted(file for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
             if not some:
