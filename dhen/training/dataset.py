@@ -339,4 +339,9 @@ def check_prepared_for(folder: Path, trained: Path) -> Schema:
                 f"have other meanings. {_USE_RAW}"
             )
     tasks = tuple(task for task in schema.tasks if task.name in wanted.task_names)
+    if other := [task for task in tasks if task not in wanted.tasks]:
+        raise ValueError(
+            f"{folder}: {other[0]} has another given_click than in the model in {trained}, so its labels have another "
+            f"meaning. {_USE_RAW}"
+        )
     return replace(schema, dense=wanted.dense, sparse=wanted.sparse, tasks=tasks)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from dhen.data.formats.roles import load_roles
 from dhen.data.loading.batches import Batch, BatchLoader
 from dhen.data.preparation.caching import prepare_cached
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.schema import Schema
+from dhen.data.schema import Schema, TaskColumn
 from dhen.training.dataset import check_prepared_for
 from dhen.training.saved.predictions import columns_of, join_parts, part_writer, parts_folder, prediction_file
 from tests import ROOT
@@ -402,6 +403,16 @@ def test_another_vocabulary_or_schema_is_refused(trained, exported, tmp_path):
     pyarrow.parquet.write_table(table.set_column(0, "key", [[keys[1], keys[0], *keys[2:]]]), path)
     with pytest.raises(ValueError, match="vocabulary of 'C3' differs from that of the model"):
         check_prepared_for(other, exported)
+
+
+def test_tasks_with_another_meaning_are_refused(exported, tmp_path):
+    folders = [tmp_path / "model", tmp_path / "data"]
+    for folder, given_click in zip(folders, (False, True), strict=True):
+        shutil.copytree(exported, folder)
+        replace(Schema.load(folder), tasks=(TaskColumn("buy", given_click),)).save(folder)
+    assert [task.name for task in check_prepared_for(folders[0], folders[0]).tasks] == ["buy"]
+    with pytest.raises(ValueError, match="'buy'.* has another given_click than in the model"):
+        check_prepared_for(folders[1], folders[0])
 
 
 @pytest.mark.parametrize(
