@@ -411,7 +411,7 @@ def test_tasks_with_another_meaning_are_refused(exported, tmp_path):
         shutil.copytree(exported, folder)
         replace(Schema.load(folder), tasks=(TaskColumn("buy", given_click),)).save(folder)
     assert [task.name for task in check_prepared_for(folders[0], folders[0]).tasks] == ["buy"]
-    with pytest.raises(ValueError, match="'buy'.* has another given_click than in the model"):
+    with pytest.raises(ValueError, match=r"'buy'.* has another given_click than in the model"):
         check_prepared_for(folders[1], folders[0])
 
 
