@@ -49,6 +49,12 @@ class DhenOutput(ModelOutput):
     task_logits: Tensor | None = None
     task_weights: Tensor | None = None
 
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, 1 + T), the label's first."""
+        logits = self.logits.unsqueeze(1)
+        return (logits if self.task_logits is None else torch.cat([logits, self.task_logits], dim=1)).sigmoid()
+
 
 class DhenPreTrainedModel(PreTrainedModel):
     """Initializes, saves and loads DHEN's weights.
@@ -74,7 +80,8 @@ class DhenPreTrainedModel(PreTrainedModel):
         for tensor in [*model.parameters(), *model.buffers()]:
             # On CPU the weights are views into the memory-mapped file, at arbitrary addresses. Some kernels sum
             # unaligned data in a different order, so the same weights would give logits that differ in the last bit.
-            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            # Quantized tables are never summed as they are, and stay in the file.
+            if tensor.device.type == "cpu" and tensor.data_ptr() % 64 and tensor.dtype != torch.uint8:
                 tensor.data = tensor.data.clone()
         return result
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dhen.model.names import check_names, check_type, is_valid_table_name, quoted
 from dhen.model.ranges import Rows
+
+TableDtype = Literal["float32", "float16", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -14,14 +16,14 @@ class SparseFeature:
 
     pooling: `sum` adds w_i e_i over the ids in a bag; `mean` divides the sum by the number of ids. An empty bag gives
     zeros. `attention` weighs each of the last `max_length` ids, by its embedding and that of the feature `target`
-    (attention_pooling.py). dtype: of the exported table. table: the name of its table, which features share that give
-    the same name; by default that of the feature.
+    (attention_pooling.py). dtype: of the exported table (int8 and int4: quantization.py). table: the name of its table,
+    which features share that give the same name; by default that of the feature.
     """
 
     name: str
     num_embeddings: int
     pooling: Literal["sum", "mean", "attention"] = "sum"
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: TableDtype = "float32"
     table: str = ""
     target: str | None = None
     max_length: int | None = None
@@ -45,9 +47,10 @@ class SparseFeature:
                 f"sparse feature {quoted(self.name)}: give target and max_length with pooling 'attention', and only "
                 f"then."
             )
-        if self.dtype not in ("float32", "float16"):
+        if self.dtype not in get_args(TableDtype):
             raise ValueError(
-                f"sparse feature {quoted(self.name)}: dtype is {quoted(self.dtype)}. Use 'float32' or 'float16'."
+                f"sparse feature {quoted(self.name)}: dtype is {quoted(self.dtype)}. Use 'float32', 'float16', 'int8' "
+                f"or 'int4'."
             )
 
     @property
