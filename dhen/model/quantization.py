@@ -43,5 +43,6 @@ def dequantize(stored: Quantized, dtype: str) -> Tensor:
     """
     values, scale_bias = stored.values, stored.scale_bias.float()
     if dtype == "int4":
-        values = torch.stack([values & 15, values >> 4], dim=-1).flatten(-2)
+        high = (values / 16).floor()  # in float32: exports to ONNX lose the type of a shifted uint8
+        values = torch.stack([values - 16 * high, high], dim=-1).flatten(-2)
     return values.float() * scale_bias[..., :1] + scale_bias[..., 1:]
