@@ -56,7 +56,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Read the arguments and export. Exit status 1 with a line on stderr for a mistake."""
-    disable_progress_bar()
     with user_errors():
         arguments = parse_arguments()
         import_interaction_files(arguments.interaction_files)
@@ -107,6 +106,7 @@ def write_graph(schema: Schema, kind: str, weights: Path, folder: Path) -> dict:
 
     Raises ValueError if the model has no graph, or if the graph computes something else.
     """
+    disable_progress_bar()
     model = DhenForClickPrediction.from_pretrained(weights).eval()
     trunk = DhenForClickPrediction.from_pretrained(weights, with_tables=False).eval()
     graph = ScoringGraph(model, trunk).eval()
@@ -133,13 +133,14 @@ def write_graph(schema: Schema, kind: str, weights: Path, folder: Path) -> dict:
 def _write(graph: ScoringGraph, kind: str, inputs: dict[str, Tensor], axes: dict, file: Path) -> None:
     dims = {"batch": torch.export.Dim("batch", min=1), "ids": torch.export.Dim("ids", min=0)}
     shapes = {name: {axis: dims[dim] for axis, dim in of.items()} for name, of in axes.items()}
-    program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes)
     if kind == "aot":
+        program = torch.export.export(graph, (), inputs, dynamic_shapes=shapes)
         torch._inductor.aoti_compile_and_package(program, package_path=str(file))
     else:
         for name in ("torch.onnx", "onnx_ir"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        torch.onnx.export(program, (), str(file), dynamo=True, verbose=False, output_names=["probabilities"])
+        names = {"input_names": list(inputs), "output_names": ["probabilities"]}
+        torch.onnx.export(graph, (), file, kwargs=inputs, dynamic_shapes=shapes, dynamo=True, verbose=False, **names)
 
 
 def _described(tensor: Tensor, axes: dict[int, str]) -> dict:
