@@ -19,7 +19,12 @@ from dhen.model.modeling_dhen import DhenForClickPrediction
 
 
 class JoinedTables(nn.Module):
-    """Returns what `PlainTables` returns, from one table that has the rows of all."""
+    """Returns what `PlainTables` returns, from one table that has the rows of all.
+
+    >>> config = DhenConfig(embedding_dim=4, sparse_features=[{"name": "site", "num_embeddings": 10}])
+    >>> JoinedTables(PlainTables(config, seed=0), config)(torch.tensor([[3], [4]])).shape
+    torch.Size([2, 1, 4])
+    """
 
     def __init__(self, tables: PlainTables, config: DhenConfig) -> None:
         """tables: all of the same dtype."""
@@ -56,6 +61,10 @@ class ScoringGraph(nn.Module):
     """(dense (B, N), ids (B, F) or (I,), lengths (F, B), weights (I,)) -> probabilities (B, 1 + T), the label's first.
 
     An input that the data does not have is left out. No id is checked.
+
+    >>> model = DhenForClickPrediction(DhenConfig(num_dense_features=3, interactions=["linear"]))
+    >>> ScoringGraph(model, model)(torch.ones(5, 3)).shape
+    torch.Size([5, 1])
     """
 
     def __init__(self, model: DhenForClickPrediction, trunk: DhenForClickPrediction) -> None:

@@ -10,12 +10,20 @@ import numpy as np
 import onnxruntime
 import polars as pl
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
+from dhen.data.loading.batches import as_sparse_ids
+from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.features import SparseIds
+from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.model.scoring_graph import graph_inputs
 from dhen.pipeline import DhenPipeline
-from dhen.training.saved.trained_model import TrainedModel
+from dhen.training.saved.table_precision import save_with_precision
+from dhen.training.saved.trained_model import FORMAT_VERSION, TrainedModel
 from tests import ROOT
 from tests.recipes.launch import run_script
+from tests.recipes.test_documentation import blocks
 from tests.tools.forked_python import Finished, call
 from tests.tools.test_importance import SCHEMA, click_log
 
@@ -176,3 +184,43 @@ def test_a_model_without_a_graph_is_refused(tmp_path):
     assert done.status == 1
     assert "the model has a mixture of experts" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if "new" in path.name) == []
+
+
+def test_tables_are_converted_in_slices_and_weights_beside_them_are_kept(tmp_path, monkeypatch):
+    """`save_pretrained` puts tables and dense weights into one file, where a file has room."""
+    monkeypatch.setattr("dhen.tables.storage.PIECE_BYTES", 1000)
+    features = [{"name": name, "num_embeddings": 100} for name in ("user", "item")]
+    model = DhenForClickPrediction(DhenConfig(embedding_dim=DIM, sparse_features=features, num_layers=1)).eval()
+    model.save_pretrained(tmp_path / "model", max_shard_size="12KB")
+    index = tmp_path / "model/model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"metadata": {"format_version": FORMAT_VERSION}}))
+    files = [{file for name, file in content["weight_map"].items() if name.startswith("tables.") == of_tables}
+             for of_tables in (False, True)]  # fmt: skip
+    assert set.intersection(*files)
+    save_with_precision(TrainedModel.open(tmp_path / "model"), "int8", tmp_path / "int8")
+    ids = SparseIds(torch.arange(200) % 100, 2)
+    expected, found = (
+        each(ids).logits for each in (model, DhenForClickPrediction.from_pretrained(tmp_path / "int8").eval())
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    assert not torch.equal(found, expected)
+
+
+def test_the_page_loads_graphs(exports, monkeypatch, tmp_path):
+    (tmp_path / "exports").mkdir()
+    for kind in ("onnx", "aot"):
+        (tmp_path / f"exports/frappe_{kind}").symlink_to(exports[kind, "fp32"])
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for name, block in blocks("python") if name == "recipes/EXPORT.md"]
+    names = {"rows": click_log(20, np.random.default_rng(2))}
+    exec(block.partition("import onnxruntime")[0], names)
+    by_pipeline = names["probabilities"]
+    pipeline = DhenPipeline.from_pretrained("exports/frappe_onnx")
+    sparse = as_sparse_ids(pipeline._encoded(names["rows"]), pipeline.schema)
+    dense = torch.from_numpy(names["rows"]["price"].to_numpy().astype(np.float32))[:, None]
+    names["inputs"] = {name: tensor.numpy() for name, tensor in graph_inputs(sparse, dense).items()}
+    code = "import onnxruntime" + block.partition("import onnxruntime")[2]
+    exec(code, names)
+    np.testing.assert_allclose(names["by_onnx"][:, 0], by_pipeline, atol=1e-6)
+    np.testing.assert_allclose(names["by_aot"][:, 0], by_pipeline, atol=1e-6)

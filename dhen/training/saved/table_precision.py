@@ -44,12 +44,15 @@ def save_with_precision(trained: TrainedModel, precision: str, folder: Path) -> 
     of_file: dict[str, dict[str, InPieces]] = defaultdict(dict)
     for table, file in files.items():
         of_file[file] |= _converted(trained, table, dtype)
+    nbytes, dense = sum(tensor.nbytes for of in of_file.values() for tensor in of.values()), trained.dense_weights()
+    for name, weight in dense.items():  # `save_pretrained` may put them beside tables
+        if index["weight_map"][name] in of_file:
+            of_file[index["weight_map"][name]][name] = InPieces.of(weight)
     for file, tensors in of_file.items():
         write_in_pieces(folder / file, tensors, METADATA)
         index["weight_map"] |= dict.fromkeys(tensors, file)
-    nbytes = sum(tensor.nbytes for tensors in of_file.values() for tensor in tensors.values())
-    dense = sum(weight.nbytes for weight in trained.dense_weights().values())
-    index["metadata"] = {"total_size": dense + nbytes, VERSION_KEY: FORMAT_VERSION}
+    dense_bytes = sum(weight.nbytes for weight in dense.values())
+    index["metadata"] = {"total_size": dense_bytes + nbytes, VERSION_KEY: FORMAT_VERSION}
     index["weight_map"] = dict(sorted(index["weight_map"].items()))
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     with_table_dtypes(config, dict.fromkeys([table.name for table in config.tables], dtype)).save_pretrained(folder)
