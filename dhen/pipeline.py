@@ -27,8 +27,10 @@ from dhen.data.preparation.encoding.encoder import Encoder
 from dhen.data.preparation.encoding.vocabulary import load_vocabulary
 from dhen.data.schema import LABEL, Schema
 from dhen.exported_graph import GRAPH_FILES, ExportedGraph
+from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.names import listed, quoted
+from dhen.model.scoring_graph import graph_inputs
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -94,16 +96,23 @@ class DhenPipeline:
         scores = np.empty((len(names), table.num_rows), np.float32)
         for first in range(0, table.num_rows, batch_size):
             batch = table.slice(first, batch_size)
-            dense_BN = np.empty((batch.num_rows, len(self.schema.dense)), np.float32)
-            for at, column in enumerate(self.schema.dense):
-                dense_BN[:, at] = batch[column.name]
             with torch.no_grad():
-                sparse = as_sparse_ids(batch, self.schema) if self.schema.sparse else None
-                output = self.model(sparse, torch.from_numpy(dense_BN))
+                output = self.model(*self._tensors(batch))
             if not isinstance(output, torch.Tensor):
                 output = output.probabilities
             scores[:, first : first + batch.num_rows] = output.t()
         return dict(zip(names, scores, strict=True))
+
+    def inputs(self, rows: Any) -> dict[str, np.ndarray]:
+        """The inputs of an exported graph for these rows, by name (recipes/EXPORT.md). Raises as `predict`."""
+        return {name: tensor.numpy() for name, tensor in graph_inputs(*self._tensors(self._encoded(rows))).items()}
+
+    def _tensors(self, batch: pa.Table) -> tuple[SparseIds | None, torch.Tensor]:
+        """The ids and dense_BN of encoded rows."""
+        dense_BN = np.empty((batch.num_rows, len(self.schema.dense)), np.float32)
+        for at, column in enumerate(self.schema.dense):
+            dense_BN[:, at] = batch[column.name]
+        return as_sparse_ids(batch, self.schema) if self.schema.sparse else None, torch.from_numpy(dense_BN)
 
     def _encoded(self, rows: Any) -> pa.Table | None:
         columns = _as_columns(rows)

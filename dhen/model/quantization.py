@@ -38,8 +38,8 @@ def quantize(rows_RD: Tensor, dtype: str) -> Quantized:
 def dequantize(stored: Quantized, dtype: str) -> Tensor:
     """The rows in float32, (…, D). Both tensors of `stored` may have more axes in front.
 
-    >>> dequantize(quantize(torch.tensor([[-1.0, 4.0]]), "int4"), "int4")
-    tensor([[-1.,  4.]])
+    >>> dequantize(quantize(torch.tensor([[-5.0, 2.1, 10.0, 3.0]]), "int4"), "int4")
+    tensor([[-5.,  2., 10.,  3.]])
     """
     values, scale_bias = stored.values, stored.scale_bias.float()
     if dtype == "int4":

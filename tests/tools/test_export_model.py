@@ -13,11 +13,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from dhen.data.loading.batches import as_sparse_ids
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
-from dhen.model.scoring_graph import graph_inputs
 from dhen.pipeline import DhenPipeline
 from dhen.training.saved.table_precision import save_with_precision
 from dhen.training.saved.trained_model import FORMAT_VERSION, TrainedModel
@@ -203,7 +201,7 @@ def test_tables_are_converted_in_slices_and_weights_beside_them_are_kept(tmp_pat
     expected, found = (
         each(ids).logits for each in (model, DhenForClickPrediction.from_pretrained(tmp_path / "int8").eval())
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
     assert not torch.equal(found, expected)
 
 
@@ -214,13 +212,7 @@ def test_the_page_loads_graphs(exports, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (block,) = [block for name, block in blocks("python") if name == "recipes/EXPORT.md"]
     names = {"rows": click_log(20, np.random.default_rng(2))}
-    exec(block.partition("import onnxruntime")[0], names)
-    by_pipeline = names["probabilities"]
-    pipeline = DhenPipeline.from_pretrained("exports/frappe_onnx")
-    sparse = as_sparse_ids(pipeline._encoded(names["rows"]), pipeline.schema)
-    dense = torch.from_numpy(names["rows"]["price"].to_numpy().astype(np.float32))[:, None]
-    names["inputs"] = {name: tensor.numpy() for name, tensor in graph_inputs(sparse, dense).items()}
-    code = "import onnxruntime" + block.partition("import onnxruntime")[2]
-    exec(code, names)
-    np.testing.assert_allclose(names["by_onnx"][:, 0], by_pipeline, atol=1e-6)
-    np.testing.assert_allclose(names["by_aot"][:, 0], by_pipeline, atol=1e-6)
+    exec(block, names)
+    np.testing.assert_allclose(names["by_onnx"][:, 0], names["probabilities"], atol=1e-6)
+    np.testing.assert_allclose(names["by_aot"][:, 0], names["probabilities"], atol=1e-6)
+    assert names["probabilities"].std() > 0.05
