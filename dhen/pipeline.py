@@ -26,14 +26,17 @@ from dhen.data.loading.batches import as_sparse_ids
 from dhen.data.preparation.encoding.encoder import Encoder
 from dhen.data.preparation.encoding.vocabulary import load_vocabulary
 from dhen.data.schema import LABEL, Schema
+from dhen.exported_graph import GRAPH_FILES, ExportedGraph
+from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.names import listed, quoted
+from dhen.model.scoring_graph import graph_inputs
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class DhenPipeline:
-    """An exported model, with what turns raw rows into its inputs.
+    """An exported model, or a graph by tools/export_model.py, with what turns raw rows into its inputs.
 
     Rows are a pandas or polars data frame, an Arrow table, a dictionary of columns, or dictionaries, one per row. They
     have the columns of the data that the model was trained on; other columns are ignored.
@@ -42,7 +45,8 @@ class DhenPipeline:
     def __init__(self, folder: Path) -> None:
         """folder: of an exported model."""
         self.folder, self.schema, self.roles = folder, Schema.load(folder), load_roles(folder / COLUMNS_FILE)
-        self.model = DhenForClickPrediction.from_pretrained(folder).eval()
+        graphs = [folder / name for name in GRAPH_FILES.values() if (folder / name).is_file()]
+        self.model = ExportedGraph(graphs[0]) if graphs else DhenForClickPrediction.from_pretrained(folder).eval()
         schema, roles = self.schema, self.roles
         vocabularies = {name: load_vocabulary(folder, name) for name in schema.looked_up}
         self._encoder = Encoder(schema.dense, schema.sparse, vocabularies)
@@ -86,21 +90,29 @@ class DhenPipeline:
         """As `predict`, by task: those of the label, and of each further task of the model."""
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}. Use 1 or more.")
-        table, names = self._encoded(rows), [LABEL, *self.model.config.tasks]
+        table, names = self._encoded(rows), [LABEL, *self.schema.task_names]
         if table is None:  # no rows, and no columns
             return {name: np.empty(0, np.float32) for name in names}
         scores = np.empty((len(names), table.num_rows), np.float32)
         for first in range(0, table.num_rows, batch_size):
             batch = table.slice(first, batch_size)
-            dense_BN = np.empty((batch.num_rows, len(self.schema.dense)), np.float32)
-            for at, column in enumerate(self.schema.dense):
-                dense_BN[:, at] = batch[column.name]
             with torch.no_grad():
-                sparse = as_sparse_ids(batch, self.schema) if self.schema.sparse else None
-                output = self.model(sparse, torch.from_numpy(dense_BN))
-            logits = [output.logits, *(() if output.task_logits is None else output.task_logits.unbind(1))]
-            scores[:, first : first + batch.num_rows] = torch.stack(logits).sigmoid()
+                output = self.model(*self._tensors(batch))
+            if not isinstance(output, torch.Tensor):
+                output = output.probabilities
+            scores[:, first : first + batch.num_rows] = output.t()
         return dict(zip(names, scores, strict=True))
+
+    def inputs(self, rows: Any) -> dict[str, np.ndarray]:
+        """The inputs of an exported graph for these rows, by name (recipes/EXPORT.md). Raises as `predict`."""
+        return {name: tensor.numpy() for name, tensor in graph_inputs(*self._tensors(self._encoded(rows))).items()}
+
+    def _tensors(self, batch: pa.Table) -> tuple[SparseIds | None, torch.Tensor]:
+        """The ids and dense_BN of encoded rows."""
+        dense_BN = np.empty((batch.num_rows, len(self.schema.dense)), np.float32)
+        for at, column in enumerate(self.schema.dense):
+            dense_BN[:, at] = batch[column.name]
+        return as_sparse_ids(batch, self.schema) if self.schema.sparse else None, torch.from_numpy(dense_BN)
 
     def _encoded(self, rows: Any) -> pa.Table | None:
         columns = _as_columns(rows)

@@ -23,6 +23,7 @@ PINS = {"cpu": "requirements.txt", "cuda": "requirements-cuda.txt"}
 BASE_ROOMS = ("model", "data")
 """What scoring in Python needs: raw rows to ids, and the model."""
 LAZY = {
+    "dhen/exported_graph.py": {"onnxruntime"},
     "dhen/data/formats/hub.py": {"datasets"},
     "dhen/data/preparation/running/runners.py": {"dask"},
     "dhen/data/preparation/encoding/key_counts.py": {"duckdb"},
@@ -104,7 +105,7 @@ def test_what_the_code_imports_is_declared():
     base, training = names(ranges(None)), names(ranges("cpu") + ranges("cuda"))
     files = [path for room in ("dhen", "recipes", "tools") for path in (ROOT / room).rglob("*.py")]
     large, others = (
-        names(ranges("dask") + ranges("large")),
+        names(ranges("dask") + ranges("large") + ranges("export")),
         {extra: names(ranges(extra)) for extra in OF_EXTRAS.values()},
     )
     assert len(files) > 90
@@ -114,17 +115,17 @@ def test_what_the_code_imports_is_declared():
         is_base = path.is_relative_to(ROOT / "dhen") and path.relative_to(ROOT / "dhen").parts[0] in BASE_ROOMS
         imported = third_party(path)
         undeclared = (
-            imported - base - others.get(OF_EXTRAS.get(name), set()) - (LAZY.get(name, set()) if is_base else training)
+            imported
+            - base
+            - others.get(OF_EXTRAS.get(name), set())
+            - LAZY.get(name, set())
+            - (set() if is_base else training)
         )
         assert not undeclared, f"{name} imports {sorted(undeclared)}"
         used |= imported
     # A launcher, and what DeepSpeed and torch import. One build of FBGEMM is installed.
-    assert base.union(training, large, *others.values()) == used | {
-        "accelerate",
-        "ninja",
-        "tensorboard",
-        *FBGEMM_PACKAGES,
-    }
+    by_others = {"accelerate", "ninja", "tensorboard", "onnx", "onnxscript", *FBGEMM_PACKAGES}
+    assert base.union(training, large, *others.values()) == used | by_others
 
 
 def test_a_wheel_holds_every_file_of_the_package(tmp_path):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dhen.model.attention_pooling import SequencePooling
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.mlp import MLP
+from dhen.model.quantization import SCALE_DTYPES, Quantized, dequantize, quantize
 from dhen.model.sparse_feature import SparseFeature
 
 _NUMBERS_AT_ONCE = 1 << 23
@@ -174,11 +175,15 @@ class PlainTable(nn.Module):
         with torch.no_grad():
             self.weight.copy_(init_table(self.feature.name, rows, dim, range(dim), self.seed, self.std))
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of these ids in float32."""
+        return nn.functional.embedding(ids, self.weight).float()
+
     def forward(self, ids: Tensor, lengths_B: Tensor | None, weights: Tensor | None) -> Tensor:
-        """Pool each bag and return (B, D); rows in float16 are pooled in float32. lengths_B None: one id per bag."""
+        """Pool each bag and return (B, D); narrower rows are pooled in float32. lengths_B None: one id per bag."""
         table = self.weight
-        if table.dtype == torch.float16:
-            table, ids = nn.functional.embedding(ids, table).float(), torch.arange(len(ids), device=ids.device)
+        if table.dtype in (torch.float16, torch.uint8):
+            table, ids = self.rows(ids), torch.arange(len(ids), device=ids.device)
         if lengths_B is None:
             pooled_BD = nn.functional.embedding(ids, table)
             return pooled_BD if weights is None else pooled_BD * weights.to(pooled_BD.dtype).unsqueeze(1)
@@ -189,6 +194,29 @@ class PlainTable(nn.Module):
             mode="sum",
             per_sample_weights=None if weights is None else weights.to(table.dtype),
         )
+
+
+class QuantizedTable(PlainTable):
+    """A table in int8 or int4 that is only looked up, without values until weights are loaded.
+
+    >>> table = QuantizedTable(SparseFeature("site", 10, dtype="int8"), embedding_dim=4)
+    >>> table(torch.tensor([3, 4]), None, None).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, feature: SparseFeature, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.feature = feature
+        empty = quantize(torch.zeros(feature.num_embeddings, embedding_dim), feature.dtype)
+        self.register_buffer("weight", empty.values)
+        self.register_buffer("scale_bias", empty.scale_bias)
+
+    def reset_parameters(self) -> None:
+        """Do nothing."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The rows of these ids in float32."""
+        return dequantize(Quantized(self.weight[ids], self.scale_bias[ids]), self.feature.dtype)
 
 
 def _pooled(feature: SparseFeature, sum_BD: Tensor, lengths_B: Tensor | None) -> Tensor:
@@ -217,7 +245,10 @@ class PlainTables(nn.Module):
         self.__features__ = [feature for feature in config.lookups if names is None or feature.table in names]
         for table in config.tables:
             if names is None or table.name in names:
-                plain = PlainTable(table, config.embedding_dim, seed, std=config.embedding_init_std)
+                if table.dtype in SCALE_DTYPES:
+                    plain = QuantizedTable(table, config.embedding_dim)
+                else:
+                    plain = PlainTable(table, config.embedding_dim, seed, std=config.embedding_init_std)
                 self.add_module(table.name, plain)
 
     def forward(self, sparse: SparseIds) -> Tensor:

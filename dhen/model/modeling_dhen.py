@@ -14,7 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.model.features import FeatureProcessing, PlainTables, SparseIds
+from dhen.model.features import FeatureProcessing, PlainTables, QuantizedTable, SparseIds
 from dhen.model.interactions import Axes, with_prefix
 from dhen.model.layer import DhenLayer, make_norm
 from dhen.model.mixture_of_experts import parted
@@ -49,6 +49,12 @@ class DhenOutput(ModelOutput):
     task_logits: Tensor | None = None
     task_weights: Tensor | None = None
 
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, 1 + T), the label's first."""
+        logits = self.logits.unsqueeze(1)
+        return (logits if self.task_logits is None else torch.cat([logits, self.task_logits], dim=1)).sigmoid()
+
 
 class DhenPreTrainedModel(PreTrainedModel):
     """Initializes, saves and loads DHEN's weights.
@@ -71,9 +77,11 @@ class DhenPreTrainedModel(PreTrainedModel):
         """Load with transformers' from_pretrained, then align the weights in memory like those of a new model."""
         result = super().from_pretrained(*args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
-        for tensor in [*model.parameters(), *model.buffers()]:
+        summed = [module for module in model.modules() if not isinstance(module, QuantizedTable)]
+        for tensor in (each for of in summed for each in (*of.parameters(recurse=False), *of.buffers(recurse=False))):
             # On CPU the weights are views into the memory-mapped file, at arbitrary addresses. Some kernels sum
             # unaligned data in a different order, so the same weights would give logits that differ in the last bit.
+            # Quantized tables are not summed as they are, so they stay in the file.
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
         return result

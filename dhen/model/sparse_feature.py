@@ -10,6 +10,7 @@ from dhen.model.ranges import Rows
 Pooling = Literal["sum", "mean", "attention", "transformer"]
 ORDERED = ("attention", "transformer")
 """The poolings that have a target and a max_length."""
+TableDtype = Literal["float32", "float16", "int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,15 @@ class SparseFeature:
 
     pooling: `sum` adds w_i e_i over the ids in a bag; `mean` divides the sum by the number of ids. An empty bag gives
     zeros. Of the last `max_length` ids, `attention` weighs each by its embedding and that of the feature `target`;
-    `transformer` lets them attend to each other and the target (attention_pooling.py). dtype: of the exported table.
-    table: the name of its table, which features share that give the same name; by default that of the feature.
+    `transformer` lets them attend to each other and the target (attention_pooling.py). dtype: of the exported table
+    (int8 and int4: quantization.py). table: the name of its table, which features share that give the same name; by
+    default that of the feature.
     """
 
     name: str
     num_embeddings: int
     pooling: Pooling = "sum"
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: TableDtype = "float32"
     table: str = ""
     target: str | None = None
     max_length: int | None = None
@@ -49,9 +51,10 @@ class SparseFeature:
                 f"sparse feature {quoted(self.name)}: give target and max_length with pooling 'attention' or "
                 f"'transformer', and only then."
             )
-        if self.dtype not in ("float32", "float16"):
+        if self.dtype not in get_args(TableDtype):
             raise ValueError(
-                f"sparse feature {quoted(self.name)}: dtype is {quoted(self.dtype)}. Use 'float32' or 'float16'."
+                f"sparse feature {quoted(self.name)}: dtype is {quoted(self.dtype)}. Use 'float32', 'float16', 'int8' "
+                f"or 'int4'."
             )
 
     @property

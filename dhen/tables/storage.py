@@ -34,7 +34,7 @@ from dhen.tables.sharded_tables import ShardedTables
 _KEY = re.compile(r"(?P<table>.+)/(?P<first>\d+):(?P<last>\d+)/(?P<tensor>\w+)")
 _KINDS = {
     torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.float16: "F16",
-    torch.bool: "BOOL",
+    torch.bool: "BOOL", torch.uint8: "U8",
 }  # fmt: skip
 """Names of dtypes in safetensors files, in the order of their tensors there."""
 PIECE_BYTES = 64 * 2**20

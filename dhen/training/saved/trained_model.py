@@ -28,6 +28,7 @@ from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.data.formats.roles import COLUMNS_FILE
 from dhen.data.schema import Schema
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.quantization import SCALE_DTYPES, Quantized, dequantize
 from dhen.paths import find, looked_in
 from dhen.runtime.collectives import from_all
 from dhen.runtime.topology import Topology
@@ -41,9 +42,9 @@ MODEL_FOLDER = "model"
 FORMAT_VERSION = 2
 """Version of the exported model. Raise it when models that were exported before can no longer be read as they are."""
 VOCABULARY_FOLDER = "vocabulary"
-_INDEX = "model.safetensors.index.json"
-_TABLES, _USES = "tables.", "row-uses"
-_METADATA = {"format": "pt"}
+INDEX_FILE = "model.safetensors.index.json"
+TABLES, _USES = "tables.", "row-uses"
+METADATA = {"format": "pt"}
 
 
 class _Written(NamedTuple):
@@ -80,19 +81,30 @@ class TrainedModel:
         """Open the exported model at `path`, which is its folder or a run folder. Raises FileNotFoundError."""
         place = Path(find(str(path)))
         for folder in (place, place / MODEL_FOLDER):
-            if (folder / "config.json").is_file() and (folder / _INDEX).is_file():
+            if (folder / "config.json").is_file() and (folder / INDEX_FILE).is_file():
                 model = cls(folder)
                 metadata = model._index.get("metadata", {})
-                check_format_version(folder / _INDEX, metadata, FORMAT_VERSION, "train the model again")
+                check_format_version(folder / INDEX_FILE, metadata, FORMAT_VERSION, "train the model again")
                 return model
         raise FileNotFoundError(
             f"{path}: no trained model here. Use the folder of a finished run (it contains {MODEL_FOLDER}/) or of an "
-            f"exported model (it contains config.json and {_INDEX}).{looked_in(path)}"
+            f"exported model (it contains config.json and {INDEX_FILE}).{looked_in(path)}"
         )
 
     @cached_property
-    def config(self) -> DhenConfig:
+    def exported_config(self) -> DhenConfig:
+        """As it stands in the folder."""
         return DhenConfig.from_pretrained(self.folder)
+
+    @cached_property
+    def config(self) -> DhenConfig:
+        """With the tables as `table` reads them: in float32 where the folder has int8 or int4."""
+        return with_table_dtypes(self.exported_config, dict.fromkeys(self._quantized, "float32"))
+
+    @cached_property
+    def _quantized(self) -> dict[str, str]:
+        """Table -> int8 or int4."""
+        return {table.name: table.dtype for table in self.exported_config.tables if table.dtype in SCALE_DTYPES}
 
     @cached_property
     def schema(self) -> Schema:
@@ -101,15 +113,19 @@ class TrainedModel:
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        return json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
+        return json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
 
     def dense_weights(self) -> dict[str, Tensor]:
         """All weights of the dense part, by name."""
-        return {name: self._read(name) for name in self._index["weight_map"] if not name.startswith(_TABLES)}
+        return {name: self._read(name) for name in self._index["weight_map"] if not name.startswith(TABLES)}
 
     def table(self, feature: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """Some rows and columns of a feature's table, by default all."""
-        return self._read(f"{_TABLES}{feature}.weight", (rows, columns))
+        name = f"{TABLES}{feature}."
+        if feature not in self._quantized:
+            return self._read(f"{name}weight", (rows, columns))
+        stored = Quantized(self._read(f"{name}weight", rows), self._read(f"{name}scale_bias", rows))
+        return dequantize(stored, self._quantized[feature])[:, columns]
 
     def _read(self, name: str, part: Any = ...) -> Tensor:
         with safe_open(self.folder / self._index["weight_map"][name], framework="pt") as file:
@@ -169,7 +185,7 @@ def export_model(
             last = len(model.engine.module.get_submodule(head)) - 1
             for name in ("weight", "bias"):
                 dense[f"{head}.{last}.{name}"] *= scale
-        save_file(dense, draft / "model-dense.safetensors", metadata=_METADATA)
+        save_file(dense, draft / "model-dense.safetensors", metadata=METADATA)
         written |= {name: _Written("model-dense.safetensors", of.dtype, of.nbytes) for name, of in dense.items()}
     by_rank = from_all(written, topology)
     if topology.is_main:
@@ -178,7 +194,7 @@ def export_model(
             "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: FORMAT_VERSION},
             "weight_map": {name: of.file for name, of in sorted(written.items())},
         }
-        (draft / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         _exported_config(model.config, written).save_pretrained(draft)
         schema.save(draft)
         if (prepared / VOCABULARY_FOLDER).is_dir():
@@ -197,12 +213,19 @@ def export_model(
 
 def _exported_config(config: DhenConfig, written: Mapping[str, _Written]) -> DhenConfig:
     """The config, with the dtypes of the tables that are not float32."""
-    config = copy.copy(config)
+    tables = [table.name for table in config.tables]
+    is_half = [name for name in tables if written[f"{TABLES}{name}.weight"].dtype == torch.float16]
+    config = with_table_dtypes(config, dict.fromkeys(is_half, "float16"))
     config.architectures = ["DhenForClickPrediction"]
-    is_half = [written[f"{_TABLES}{feature.table}.weight"].dtype == torch.float16 for feature in config.features]
+    return config
+
+
+def with_table_dtypes(config: DhenConfig, dtypes: Mapping[str, str]) -> DhenConfig:
+    """A copy of the config in which these tables have these dtypes."""
+    config = copy.copy(config)
     config.sparse_features = [
-        entry | ({"dtype": "float16"} if half else {})
-        for entry, half in zip(config.sparse_features, is_half, strict=True)
+        entry | ({"dtype": dtypes[feature.table]} if feature.table in dtypes else {})
+        for entry, feature in zip(config.sparse_features, config.features, strict=True)
     ]
     return config
 
@@ -225,10 +248,10 @@ def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> di
     for shard, of_shard in own.items():
         if not _is_cut(shard, tables):
             weight = of_shard.weight
-            whole[f"{_TABLES}{shard.name}.weight"] = InPieces(weight.dtype, weight.shape, of_shard.pieces())
+            whole[f"{TABLES}{shard.name}.weight"] = InPieces(weight.dtype, weight.shape, of_shard.pieces())
     if whole:
         name = f"model-tables-{topology.rank:05d}.safetensors"
-        write_in_pieces(folder / name, whole, _METADATA)
+        write_in_pieces(folder / name, whole, METADATA)
         written |= {key: _Written(name, table.dtype, table.nbytes) for key, table in whole.items()}
     return written
 
@@ -244,9 +267,9 @@ def _write_together(
     bounds = [len(rows) * index // len(ranks) for index in range(len(ranks) + 1)]
     stretches = {rank: rows[slice(*ends)] for rank, ends in zip(ranks, itertools.pairwise(bounds), strict=True)}
     dtype = next(own[shard].weight.dtype for shard in shards if shard in own)
-    name = f"{_TABLES}{shards[0].name}.weight"
+    name = f"{TABLES}{shards[0].name}.weight"
     table = InPieces(dtype, (len(rows), shards[-1].last_column), _exchanged_rows(own, shards, stretches, topology))
-    head, _ = head_of_file({name: table}, _METADATA)
+    head, _ = head_of_file({name: table}, METADATA)
     if topology.rank == ranks[0]:
         write_part(path, 0, head, table.pieces)
         return {name: _Written(path.name, dtype, table.nbytes)}
