@@ -72,10 +72,11 @@ class LayerGate(nn.Module):
         gate_B11 = self.openness(s_B11)
         if not self.is_hard or self.training or torch.is_grad_enabled() or not self.skips:
             u_BLD = compute(x_BMD, dense_BN)
+            gated_BLD = u_BLD * gate_B11.to(u_BLD.dtype)
+            if not self.is_hard or not torch.is_grad_enabled():
+                return gated_BLD
             soft_BLD = u_BLD * s_B11.to(u_BLD.dtype)
-            if not self.is_hard:
-                return soft_BLD
-            return (u_BLD * gate_B11.to(u_BLD.dtype)).detach() + (soft_BLD - soft_BLD.detach())
+            return gated_BLD.detach() + (soft_BLD - soft_BLD.detach())
         rows = gate_B11.flatten().nonzero().squeeze(1)
         u_RLD = compute(x_BMD.index_select(0, rows), dense_BN.index_select(0, rows))
         return u_RLD.new_zeros(x_BMD.shape[0], *u_RLD.shape[1:]).index_copy(0, rows, u_RLD)
