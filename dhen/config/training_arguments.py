@@ -143,6 +143,11 @@ class TrainingArguments:
         "Fine-tune with a head that starts anew, with the head_mlp and head_inputs of this run, instead of the trained "
         "model's.",
     )
+    keep_optimizer: bool = option(
+        False,
+        "Fine-tune with the optimizer states of the run of --model_name_or_path too: those of the tables, row by row, "
+        "and of the dense part. For a model that is trained further every day. Needs that run's checkpoints.",
+    )
     dataloader_drop_last: bool = option(False, "Skip the last step of each epoch if its batch is incomplete.")
     shuffle: Literal["window", "none"] = option(
         "window",
