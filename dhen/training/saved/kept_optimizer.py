@@ -63,9 +63,10 @@ def take_over_states(model: ParallelDhen, start: StartingPoint, checkpoint: Path
     states = _matched(model, start, _read_dense(model, start.trained, saved, checkpoint))
     _write_dense(model, states)
     if topology.is_main:
-        count, rows = len(states), sum(match.rows_kept for match in start.tables)
-        step = f"the optimizers go on from {checkpoint}"
-        logger.info("keep_optimizer: %s: states of %d dense weights and of %s rows", step, count, f"{rows:,}")
+        logger.info(
+            "keep_optimizer: the optimizers go on from %s: states of %d dense weights and of %s rows of tables",
+            checkpoint, len(states), f"{sum(match.rows_kept for match in start.tables):,}",
+        )  # fmt: skip
 
 
 def _check(model: ParallelDhen, saved: dict[str, Any], checkpoint: Path) -> None:
@@ -86,37 +87,39 @@ def _check(model: ParallelDhen, saved: dict[str, Any], checkpoint: Path) -> None
 
 def _read_dense(model: ParallelDhen, trained: TrainedModel, saved: dict[str, Any], checkpoint: Path) -> _States:
     """The whole states of the dense part in the checkpoint. Communicates; all ranks call it."""
+    replicated = [name for name, cuts in saved["table_cuts"].items() if not cuts]
+    with torch.device("meta"):
+        dense = DhenForClickPrediction(trained.config, with_tables=replicated)
+    weights = dict(dense.named_parameters())
     with no_code_from(checkpoint):
         if saved["zero_stage"]:
             with converted(checkpoint, model.topology) as folder:
+                files = {name: list((folder / "zero" / name).glob("*.pt")) for name in weights}
+                common = {}
+                if saved["zero_stage"] == 3:  # which has the number of steps once
+                    common = torch.load(folder / "zero" / "optimizer_state.pt")["optimizer_state_dict"]["state"][0]
+                common = {"step": torch.as_tensor(common["step"])} if common else {}
                 return {
-                    path.name: {file.stem: _tensor(torch.load(file)) for file in path.glob("*.pt")}
-                    for path in (folder / "zero").iterdir()
-                    if path.is_dir()
+                    name: common | {path.stem: _whole(torch.load(path), weights[name]) for path in of_weight}
+                    for name, of_weight in files.items()
+                    if of_weight
                 }
         of_optimizer = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu")["optimizer"]
-    names = _names_by_number(trained, saved)
+    arguments = saved["arguments"]
+    freeze(dense, frozen_parts(arguments.get("freeze", "none"), len(trained.config.layer_specs)))
+    groups = groups_of(dense, arguments.get("layer_learning_rate_decay", 1.0))
+    in_order = [each for group in groups for each in (group["params"] if isinstance(group, dict) else [group])]
+    names = {id(weight): name for name, weight in dense.named_parameters()}
     return {
-        names[number]: {kind: _tensor(value) for kind, value in of_weight.items() if value is not None}
+        names[id(in_order[number])]: {kind: torch.as_tensor(of) for kind, of in of_weight.items() if of is not None}
         for number, of_weight in of_optimizer["state"].items()
     }
 
 
-def _tensor(value: Any) -> Tensor:
-    return torch.as_tensor(value["param"] if isinstance(value, dict) else value)
-
-
-def _names_by_number(trained: TrainedModel, saved: dict[str, Any]) -> list[str]:
-    """The names of the weights in the order in which the optimizer of the checkpoint had them."""
-    replicated = [name for name, cuts in saved["table_cuts"].items() if not cuts]
-    with torch.device("meta"):
-        dense = DhenForClickPrediction(trained.config, with_tables=replicated)
-    arguments = saved["arguments"]
-    freeze(dense, frozen_parts(arguments.get("freeze", "none"), len(trained.config.layer_specs)))
-    groups = groups_of(dense, arguments.get("layer_learning_rate_decay", 1.0))
-    names = {id(weight): name for name, weight in dense.named_parameters()}
-    weights = [each for group in groups for each in (group["params"] if isinstance(group, dict) else [group])]
-    return [names[id(weight)] for weight in weights]
+def _whole(loaded: Any, weight: Tensor) -> Tensor:
+    """A state of the universal form in the shape of its weight; stage 3 saves it flat. "step" is one number."""
+    state = torch.as_tensor(loaded["param"] if isinstance(loaded, dict) else loaded)
+    return state.flatten()[: weight.numel()].view(weight.shape) if state.dim() else state
 
 
 def _matched(model: ParallelDhen, start: StartingPoint, states: _States) -> _States:

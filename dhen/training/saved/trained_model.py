@@ -43,7 +43,7 @@ FORMAT_VERSION = 2
 VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
 _TABLES, _USES = "tables.", "row-uses"
-_METADATA = {"format": "pt"}
+METADATA = {"format": "pt"}
 
 
 class _Written(NamedTuple):
@@ -103,16 +103,21 @@ class TrainedModel:
     def _index(self) -> dict[str, Any]:
         return json.loads((self.folder / _INDEX).read_text(encoding="utf-8"))
 
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor -> file."""
+        return self._index["weight_map"]
+
     def dense_weights(self) -> dict[str, Tensor]:
         """All weights of the dense part, by name."""
-        return {name: self._read(name) for name in self._index["weight_map"] if not name.startswith(_TABLES)}
+        return {name: self._read(name) for name in self.weight_map if not name.startswith(_TABLES)}
 
     def table(self, feature: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """Some rows and columns of a feature's table, by default all."""
         return self._read(f"{_TABLES}{feature}.weight", (rows, columns))
 
     def _read(self, name: str, part: Any = ...) -> Tensor:
-        with safe_open(self.folder / self._index["weight_map"][name], framework="pt") as file:
+        with safe_open(self.folder / self.weight_map[name], framework="pt") as file:
             return file.get_slice(name)[part]
 
     def load_tables(self, tables: ShardedTables) -> None:
@@ -122,8 +127,8 @@ class TrainedModel:
             tensors["uses"].copy_(self.uses(shard.name))
 
     @cached_property
-    def _uses_files(self) -> dict[str, Path]:
-        """Feature -> file."""
+    def uses_files(self) -> dict[str, Path]:
+        """Table -> file that says how often its rows were used."""
         files = {}
         for path in sorted(self.folder.glob(f"{_USES}-*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -132,12 +137,12 @@ class TrainedModel:
 
     def uses(self, feature: str, rows: slice = slice(None)) -> Tensor:
         """How often training used each of these rows of a feature's table, int32. Raises FileNotFoundError."""
-        if feature not in self._uses_files:
+        if feature not in self.uses_files:
             raise FileNotFoundError(
                 f"{self.folder}: no file {_USES}-*.safetensors says which rows of {feature!r} training used. Copy it "
                 "from the model that this one was made of, or train the model again."
             )
-        with safe_open(self._uses_files[feature], framework="pt") as file:
+        with safe_open(self.uses_files[feature], framework="pt") as file:
             return file.get_slice(feature)[rows]
 
 
@@ -169,7 +174,7 @@ def export_model(
             last = len(model.engine.module.get_submodule(head)) - 1
             for name in ("weight", "bias"):
                 dense[f"{head}.{last}.{name}"] *= scale
-        save_file(dense, draft / "model-dense.safetensors", metadata=_METADATA)
+        save_file(dense, draft / "model-dense.safetensors", metadata=METADATA)
         written |= {name: _Written("model-dense.safetensors", of.dtype, of.nbytes) for name, of in dense.items()}
     by_rank = from_all(written, topology)
     if topology.is_main:
@@ -228,7 +233,7 @@ def _write_tables(tables: ShardedTables, folder: Path, topology: Topology) -> di
             whole[f"{_TABLES}{shard.name}.weight"] = InPieces(weight.dtype, weight.shape, of_shard.pieces())
     if whole:
         name = f"model-tables-{topology.rank:05d}.safetensors"
-        write_in_pieces(folder / name, whole, _METADATA)
+        write_in_pieces(folder / name, whole, METADATA)
         written |= {key: _Written(name, table.dtype, table.nbytes) for key, table in whole.items()}
     return written
 
@@ -246,7 +251,7 @@ def _write_together(
     dtype = next(own[shard].weight.dtype for shard in shards if shard in own)
     name = f"{_TABLES}{shards[0].name}.weight"
     table = InPieces(dtype, (len(rows), shards[-1].last_column), _exchanged_rows(own, shards, stretches, topology))
-    head, _ = head_of_file({name: table}, _METADATA)
+    head, _ = head_of_file({name: table}, METADATA)
     if topology.rank == ranks[0]:
         write_part(path, 0, head, table.pieces)
         return {name: _Written(path.name, dtype, table.nbytes)}
