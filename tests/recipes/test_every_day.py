@@ -22,7 +22,7 @@ ROWS, BATCH = 256, 32
 SCHEMA = """label: click
 sparse:
   - {name: user, encoding: %s}
-  - {name: page, encoding: hash, hash_size: 8}
+  - {name: page, encoding: hash, hash_size: 64}
 """
 MODEL = ("--embedding_dim=4", "--num_layers=2", "--num_embeddings_out=4", "--batch_norm=false", "--num_train_epochs=1",
          "--shuffle=none", "--lr_scheduler_type=constant", "--learning_rate=0.01", "--table_learning_rate=0.1",

@@ -112,7 +112,7 @@ def _apply(base: TrainedModel, delta: Path, draft: Path) -> None:
     changes = load_file(delta / _TENSORS)
     of_files: dict[str, dict[str, InPieces]] = {}
     for name, file in TrainedModel(draft).weight_map.items():
-        tensor = InPieces.of(changes[name]) if name in changes else _whole(start, table_of(name), changes)
+        tensor = InPieces.of(changes[name]) if name in changes else _whole(start, _table_of(name), changes)
         of_files.setdefault(file, {})[name] = tensor
     for name, file in facts["uses"].items():
         of_files.setdefault(file, {})[name] = InPieces.of(_whole_uses(start, name, changes))
@@ -122,7 +122,7 @@ def _apply(base: TrainedModel, delta: Path, draft: Path) -> None:
         raise ValueError(f"{delta} is damaged: it does not give the model that it was made of. Copy it again.")
 
 
-def table_of(tensor: str) -> str:
+def _table_of(tensor: str) -> str:
     """The table that a tensor of an exported model is."""
     return tensor.removeprefix("tables.").removesuffix(".weight")
 
