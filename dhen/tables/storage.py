@@ -230,7 +230,8 @@ def _keys_of(folder: Path, kind: dict[str, str], name: str) -> list[str]:
         if saved_with.get(option) != value:
             raise TableStorageError(
                 f"{folder / name} was saved with {option} {saved_with.get(option)!r}, but this run has {value!r}. "
-                f"Change dhen.{option} back, or start from the exported model with --model_name_or_path, without keep_optimizer."
+                f"Change dhen.{option} back, or start from the exported model with --model_name_or_path, without its "
+                "optimizer states."
             )
     return keys
 
