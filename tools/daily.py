@@ -46,16 +46,16 @@ class Daily:
         self.recipe = {name: value for name, value in recipe.items() if name not in _DATA}
         self.days, self.folder, self.ds_config, self.launch = days, folder, ds_config, launch
 
-    def run(self, ways: list[str]) -> None:
+    def run(self, ways: list[str], scratch_every: int) -> None:
         """Train and test what is not finished. Writes daily.jsonl after each day."""
         lines = []
         for number, day in enumerate(self.days):
             runs = {"daily": self._train("daily", number), "never": self.folder / "daily" / self.days[0].stem}
             following = self.days[number + 1 : number + 2]
-            if following and "scratch" in ways:
+            if following and "scratch" in ways and number % scratch_every == 0:
                 runs["scratch"] = self._train("scratch", number) if number else runs["daily"]
             for next_day in following:
-                metrics = {way: self._test(runs[way], next_day) for way in ways}
+                metrics = {way: self._test(runs[way], next_day) for way in ways if way in runs}
                 lines.append({"day": day.stem, "tested_on": next_day.stem} | metrics)
                 write_atomically(self.folder / "daily.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
         show(lines, ways, self.folder / "daily.png")
@@ -102,12 +102,13 @@ def start(command: list[str]) -> int:
 
 def show(lines: list[dict[str, Any]], ways: list[str], plot: Path) -> None:
     """Print the NE of each day, and draw it."""
-    rows = [[line["tested_on"], *(f"{line[way]['ne']:.5f}" for way in ways)] for line in lines]
+    rows = [[line["tested_on"], *(f"{line[way]['ne']:.5f}" if way in line else "" for way in ways)] for line in lines]
     print_table(["tested on", *ways], rows)
     figure = Figure(figsize=(7, 4))
     axes = figure.add_subplot(xlabel="day that the models are tested on", ylabel="normalized entropy")
     for way in ways:
-        axes.plot([line["tested_on"] for line in lines], [line[way]["ne"] for line in lines], marker=".", label=way)
+        known = [line for line in lines if way in line]
+        axes.plot([line["tested_on"] for line in known], [line[way]["ne"] for line in known], marker=".", label=way)
     axes.tick_params("x", rotation=90)
     axes.legend()
     figure.savefig(plot, dpi=130, bbox_inches="tight")
@@ -116,10 +117,11 @@ def show(lines: list[dict[str, Any]], ways: list[str], plot: Path) -> None:
 def main() -> int:
     """Exit status: 0, or 1 with a message on stderr."""
     arguments = parse_arguments()
+    folder = arguments.output.resolve()
     try:
         parse_recipe([f"--config={arguments.config}", f"--ds_config={arguments.ds_config}"])
         if arguments.drifting:
-            days = write_days(arguments.output / "days", arguments.drifting, arguments.rows)
+            days = write_days(folder / "days", arguments.drifting, arguments.rows)
         else:
             found = [sorted(glob.glob(pattern)) for pattern in arguments.days]
             days = [Path(path).resolve() for paths in found for path in paths]
@@ -128,7 +130,8 @@ def main() -> int:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={arguments.nproc}"]
         recipe = read_yaml(find(arguments.config))
         launch = launch if arguments.nproc > 1 else []
-        Daily(recipe, days, arguments.output.resolve(), arguments.ds_config, launch).run(arguments.compare)
+        runs = Daily(recipe, days, folder, arguments.ds_config, launch)
+        runs.run(arguments.compare, arguments.scratch_every)
     except (ValueError, OSError) as error:
         print(f"daily: {error}", file=sys.stderr)
         return 1
@@ -145,9 +148,14 @@ def parse_arguments() -> argparse.Namespace:
     days.add_argument("--drifting", type=int, metavar="DAYS", help="generate a log of so many days")
     parser.add_argument("--rows", type=int, default=20_000, help="of a generated day; default: %(default)s")
     parser.add_argument("--compare", nargs="+", choices=WAYS, default=WAYS, help="default: all")
+    parser.add_argument("--scratch_every", type=int, default=1, metavar="DAYS", help="train from scratch less often")
     parser.add_argument("--nproc", type=int, default=1, help="ranks of a run")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder of all runs")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in ("drifting", "rows", "scratch_every", "nproc"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}. Use 1 or more.")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -63,6 +63,9 @@ def test_each_day_goes_on_from_the_day_before_and_what_is_finished_is_skipped(mo
     assert [each.split()[0] for each in started] == ["train.py", "evaluate.py", "evaluate.py", "train.py"]
     assert (runs / "daily.jsonl").read_text().startswith(before)
     assert "day_04" in (runs / "daily.jsonl").read_text().splitlines()[2]
+    assert run(monkeypatch, tmp_path, *days, "--scratch_every=2") == 0
+    lines = [json.loads(line) for line in (runs / "daily.jsonl").read_text().splitlines()]
+    assert ["scratch" in line for line in lines] == [True, False, True]
 
 
 def test_a_mistake_is_one_line(monkeypatch, tmp_path, started, capfd):
