@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from dhen.data.synthetic import PLANTED, ClickModel
+from dhen.data.synthetic import PLANTED, QUICKSTART, ClickModel, Rows
 from dhen.model.names import check_names
 from tools.experiments import ROOT, ROWS_VERSION
 
@@ -77,12 +77,41 @@ def _planted() -> tuple[pl.DataFrame, pl.DataFrame, str]:
     """The generated log. Later, other factors have a share of the variance, and C2 has a value that was not there."""
     model, other = ClickModel(0, PLANTED), ClickModel(1, PLANTED)
     earlier, later = (model.draw(_PLANTED_ROWS, 9, part) for part in range(2))
-    z = [np.log(p / (1 - p)) for p in (later.probabilities, other.probabilities_of(later.integers, later.categories))]
-    drifted = 1 / (1 + np.exp(-((1 - _DRIFT) ** 0.5 * z[0] + _DRIFT**0.5 * (z[1] - z[1].mean()))))
-    labels = (np.random.default_rng(0).random(len(drifted)) < drifted).astype(np.int8)
+    labels = _drifted_labels(later, other, _DRIFT, np.random.default_rng(0))
     is_known = earlier.categories[:, 1] < PLANTED.cardinalities[1] - 1  # C2, which interacts with others
     known = _frame(earlier.labels, earlier.integers, earlier.categories).filter(is_known)
     return known, _frame(labels, later.integers, later.categories), "C3"
+
+
+def _drifted_labels(
+    rows: Rows, other: ClickModel, share: float, rng: np.random.Generator, *, keeps_rate: bool = False
+) -> np.ndarray:
+    """Labels of rows of one model. share: of the variance that comes from the factors of `other`."""
+    z = [np.log(p / (1 - p)) for p in (rows.probabilities, other.probabilities_of(rows.integers, rows.categories))]
+    of_rate = (1 - (1 - share) ** 0.5) * z[0].mean() if keeps_rate else 0.0
+    drifted = 1 / (1 + np.exp(-((1 - share) ** 0.5 * z[0] + share**0.5 * (z[1] - z[1].mean()) + of_rate)))
+    return (rng.random(len(drifted)) < drifted).astype(np.int8)
+
+
+def write_days(folder: Path, days: int, rows: int) -> list[Path]:
+    """Write day_01.csv and so on, unless they are there: a generated log whose factors turn, from one model's on the
+    first day to another's on the last. Half of the values of C23 to C26 are there at first; the others come day by day.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"day_{day + 1:02d}.csv" for day in range(days)]
+    model, other = ClickModel(0, QUICKSTART), ClickModel(1, QUICKSTART)
+    most = np.array(QUICKSTART.cardinalities[22:])
+    for day, path in enumerate(paths):
+        if path.is_file():
+            continue
+        passed = day / max(1, days - 1)
+        drawn, rng = model.draw(3 * rows, 10, day), np.random.default_rng(day)
+        labels = _drifted_labels(drawn, other, np.sin(passed * np.pi / 2) ** 2, rng, keeps_rate=True)
+        is_there = (drawn.categories[:, 22:] < most * (1 + passed) / 2).all(1)
+        draft = path.with_suffix(".draft")
+        _frame(labels, drawn.integers, drawn.categories).filter(is_there).head(rows).write_csv(draft)
+        draft.replace(path)
+    return paths
 
 
 def _frame(labels: np.ndarray, integers: np.ndarray, categories: np.ndarray) -> pl.DataFrame:

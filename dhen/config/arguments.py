@@ -200,7 +200,9 @@ def _check_combinations(training: TrainingArguments, data: DataArguments) -> Non
             f"freeze is {quoted(training.freeze)}, so the head of new_head would stay random. Freeze the parts below "
             "it instead: features and layers, such as features,layers:0-2."
         )
-    for name, unset in {"freeze": "none", "new_row_learning_rate": None, "new_head": False}.items():
+    of_fine_tuning = {"freeze": "none", "new_row_learning_rate": None, "new_head": False}
+    of_fine_tuning |= {"keep_optimizer": False, "write_delta": False}
+    for name, unset in of_fine_tuning.items():
         value, is_resumed = getattr(training, name), name == "freeze" and training.resume_from_checkpoint
         if value != unset and not (training.model_name_or_path or is_resumed):
             raise ArgumentError(

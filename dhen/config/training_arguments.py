@@ -143,6 +143,15 @@ class TrainingArguments:
         "Fine-tune with a head that starts anew, with the head_mlp and head_inputs of this run, instead of the trained "
         "model's.",
     )
+    keep_optimizer: bool = option(
+        False,
+        "Fine-tune with the optimizer states of the run of --model_name_or_path too: those of the tables, row by row, "
+        "and of the dense part. For a model that is trained further every day. Needs that run's checkpoints.",
+    )
+    write_delta: bool = option(
+        False,
+        "Also write delta/: what fine-tuning changed in the model of --model_name_or_path, for tools/apply_deltas.py.",
+    )
     dataloader_drop_last: bool = option(False, "Skip the last step of each epoch if its batch is incomplete.")
     shuffle: Literal["window", "none"] = option(
         "window",

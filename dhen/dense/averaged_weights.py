@@ -27,7 +27,7 @@ class AveragedWeights:
     @property
     def buffers(self) -> list[Tensor]:
         """The averages of the buffers, on this rank."""
-        return self._averages[len(self._masters()) :]
+        return self._averages[len(masters_of(self._engine)) :]
 
     @torch.no_grad()
     def after_step(self, decay: float) -> None:
@@ -62,29 +62,14 @@ class AveragedWeights:
             for name, weight in module.named_parameters():
                 if not weight.requires_grad or name not in state:  # frozen, or ANCHOR of trained_parts.py
                     continue
-                value = state[name].to(self._engine.device)
-                if hasattr(weight, "ds_id"):
-                    # safe_set_full_fp32_param fails if the last shard is padded.
-                    size, rank = weight.partition_numel(), self._engine.optimizer._get_param_partition_rank(weight)
-                    shard = value.flatten()[rank * size : (rank + 1) * size]
-                    safe_get_local_fp32_param(weight)[: shard.numel()].copy_(shard)
-                elif self._engine.zero_optimization():
-                    safe_set_full_fp32_param(weight, value)
-                else:
-                    weight.copy_(value)
+                set_whole(self._engine, weight, state[name])
             for name, buffer in module.named_buffers():
                 if name in state:
                     buffer.copy_(state[name])
 
-    def _masters(self) -> list[Tensor]:
-        optimizer = self._engine.optimizer
-        if not self._engine.zero_optimization():
-            return [weight for group in optimizer.param_groups for weight in group["params"]]
-        is_stage3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
-        return list(optimizer.fp32_partitioned_groups_flat if is_stage3 else optimizer.single_partition_of_fp32_groups)
-
     def _raw(self) -> list[Tensor]:
-        return self._masters() + [buffer for buffer in self._engine.module.buffers() if buffer.is_floating_point()]
+        buffers = self._engine.module.buffers()
+        return masters_of(self._engine) + [buffer for buffer in buffers if buffer.is_floating_point()]
 
     @torch.no_grad()
     def _swap(self) -> None:
@@ -103,3 +88,26 @@ class AveragedWeights:
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         optimizer._post_step([])
+
+
+def masters_of(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    """The fp32 weights that this rank's optimizer updates: all in stage 0, flat shards of them in stages 1 to 3."""
+    optimizer = engine.optimizer
+    if not engine.zero_optimization():
+        return [weight for group in optimizer.param_groups for weight in group["params"]]
+    is_stage3 = isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3)
+    return list(optimizer.fp32_partitioned_groups_flat if is_stage3 else optimizer.single_partition_of_fp32_groups)
+
+
+def set_whole(engine: deepspeed.DeepSpeedEngine, weight: Tensor, value: Tensor) -> None:
+    """Write the whole `value` of a trained weight into the fp32 weights of `masters_of`. Does not communicate."""
+    value = value.to(engine.device)
+    if hasattr(weight, "ds_id"):
+        # safe_set_full_fp32_param fails if the last shard is padded.
+        size, rank = weight.partition_numel(), engine.optimizer._get_param_partition_rank(weight)
+        shard = value.flatten()[rank * size : (rank + 1) * size]
+        safe_get_local_fp32_param(weight)[: shard.numel()].copy_(shard)
+    elif engine.zero_optimization():
+        safe_set_full_fp32_param(weight, value)
+    else:
+        weight.copy_(value)

@@ -45,7 +45,8 @@ from dhen.tables.stochastic_rounding import round_stochastically
 from dhen.tables.updated_tables import TableUpdate, UpdatedTables
 from dhen.tables.wire import Wire
 
-_STATES = {"sgd": (), "rowwise_adagrad": ("sum",), "adagrad": ("sum",), "adam": ("exp_avg", "exp_avg_sq")}
+STATES = {"sgd": (), "rowwise_adagrad": ("sum",), "adagrad": ("sum",), "adam": ("exp_avg", "exp_avg_sq")}
+"""The states of each optimizer, as `shard_tensors` names them."""
 _DECAYED_ROWS = 1 << 16
 """Rows that are converted to float32 at a time."""
 
@@ -139,7 +140,7 @@ class ShardedTables(nn.Module):
         if self.shards:
             self._make_lookup(None if groups is None else groups.replica, sums_gradients, rounds=rounds)
         if self._replicas is not None and not sums_gradients:
-            states = zip(*self._lookup.split_optimizer_states(), strict=True) if _STATES[self.optimizer] else ()
+            states = zip(*self._lookup.split_optimizer_states(), strict=True) if STATES[self.optimizer] else ()
             self._moves = Moves(self._replicas, list(states), sync_wire or Wire("fp32"), rounds=rounds)
         if seed is not None:
             cores = len(os.sched_getaffinity(0)) // topology.local_size  # torchrun sets OMP_NUM_THREADS to 1
@@ -357,7 +358,7 @@ class ShardedTables(nn.Module):
         tensors = [{"weight": weight, "uses": self.uses.of(index)} for index, weight in enumerate(self._weights())]
         for index, of_shard in enumerate(tensors if self._is_new is not None else ()):
             of_shard["is_new"] = self.uses.rows_of(self._is_new, index)
-        if names := _STATES[self.optimizer]:
+        if names := STATES[self.optimizer]:
             has_states = self._updated if self.optimizer == "adam" and self._updated else self._lookup
             for of_shard, states in zip(tensors, has_states.split_optimizer_states(), strict=True):
                 of_shard |= zip(names, states, strict=True)

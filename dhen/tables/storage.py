@@ -29,7 +29,7 @@ from torch import Tensor
 from dhen.runtime.collectives import rank_zeros, shared_out
 from dhen.runtime.topology import Topology
 from dhen.tables.placement.plan import TableShard
-from dhen.tables.sharded_tables import ShardedTables
+from dhen.tables.sharded_tables import STATES, ShardedTables
 
 _KEY = re.compile(r"(?P<table>.+)/(?P<first>\d+):(?P<last>\d+)/(?P<tensor>\w+)")
 _KINDS = {
@@ -151,6 +151,31 @@ def load_tables(tables: ShardedTables, folder: Path, topology: Topology) -> None
     tables.reloaded()
 
 
+def load_states(
+    tables: ShardedTables,
+    folder: Path,
+    topology: Topology,
+    old_rows: Mapping[str, int],
+    kept_rows: Callable[[str], Iterable[tuple[Tensor, Tensor]]],
+) -> None:
+    """Load the optimizer states of the rows that are kept from `folder`, where they may be other rows of their tables.
+
+    old_rows: number of rows there, of the tables with rows that are kept. kept_rows: which they are there, and here.
+    Communicates; all ranks call it. Raises what `load_tables` raises.
+    """
+    stored = _index(folder, _kind(tables), topology)
+    steps = [pieces[0] for (_, kind), pieces in stored.items() if kind == "steps"]
+    for shard, of_shard in tables.shard_tensors():
+        for kind in STATES[tables.optimizer] if shard.name in old_rows else ():
+            pieces, where = stored.get((shard.name, kind), []), f"{folder}: table {shard.name!r}, {kind}"
+            state = _columns(pieces, shard, (old_rows[shard.name], *of_shard[kind].shape[1:]), where)
+            for old, new in kept_rows(shard.name):
+                of_shard[kind][new.to(of_shard[kind].device)] = state[old].to(of_shard[kind])
+        if "steps" in of_shard and steps:
+            of_shard["steps"].copy_(_read(steps[0], ...))
+    tables.reloaded()
+
+
 def _load_average(
     tables: ShardedTables, shard: TableShard, of_shard: dict[str, Tensor], stored: _Index, where: str
 ) -> None:
@@ -205,7 +230,8 @@ def _keys_of(folder: Path, kind: dict[str, str], name: str) -> list[str]:
         if saved_with.get(option) != value:
             raise TableStorageError(
                 f"{folder / name} was saved with {option} {saved_with.get(option)!r}, but this run has {value!r}. "
-                f"Change dhen.{option} back, or start from the exported model with --model_name_or_path."
+                f"Change dhen.{option} back, or start from the exported model with --model_name_or_path, without its "
+                "optimizer states."
             )
     return keys
 

@@ -24,8 +24,9 @@ from dhen.training.reporting.by_group import report_groups, summary_of_groups
 from dhen.training.reporting.curves import draw_curves
 from dhen.training.reporting.progress import METRICS_FILE, ProgressReporter
 from dhen.training.reporting.run_folder import ENVIRONMENT_FILE, SUMMARY_FILE, metrics_of, print_metrics, write_json
+from dhen.training.saved.deltas import DELTA_FOLDER, write_delta
 from dhen.training.saved.model_card import model_card
-from dhen.training.saved.trained_model import MODEL_FOLDER, export_model
+from dhen.training.saved.trained_model import MODEL_FOLDER, TrainedModel, export_model
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS, _FAR_OFF = 100, 0.05
@@ -98,6 +99,11 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     if model.topology.is_main:
         write_json(output_dir / SUMMARY_FILE, summary)
         _say(arguments, data, summary, values, by_group)
+        if training.write_delta:
+            folder, exported = output_dir / DELTA_FOLDER, TrainedModel(output_dir / MODEL_FOLDER)
+            changed = write_delta(data.start.trained, exported, folder)
+            rows = ", ".join(f"{rows:,} rows of {table}" for table, rows in changed.items())
+            logger.info("%s has what changed: all dense weights, %s", folder, rows)
 
 
 def _say(

@@ -47,6 +47,7 @@ from dhen.training.reporting.run_folder import (
 from dhen.training.saved.checkpoint import check_same_model, load_checkpoint
 from dhen.training.saved.checkpoint_folder import choose_checkpoint, point_latest_at, read_state
 from dhen.training.saved.fine_tuning import config_for
+from dhen.training.saved.kept_optimizer import checkpoint_of_model, take_over_states
 from dhen.training.saved.trained_model import TrainedModel
 
 _OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "interaction_files", "async_save")
@@ -62,6 +63,8 @@ def settle_resume(arguments: Arguments, topology: Topology) -> None:
     training = arguments.training
     wanted, output_dir = training.resume_from_checkpoint, Path(training.output_dir)
     folder = choose_checkpoint(wanted, output_dir, topology, sets_aside=not arguments.check)
+    if training.keep_optimizer and not folder:
+        rank_zeros(topology, lambda: checkpoint_of_model(TrainedModel.open(training.model_name_or_path)))
     training.resume_from_checkpoint = str(folder) if folder else None
     if folder:
         _keep_global_batch(training, rank_zeros(topology, lambda: read_state(folder)), topology)
@@ -115,7 +118,10 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     if topology.is_main:
         eval_batch_size, num_passes = training.per_device_eval_batch_size, training.num_passes
         memory_plan = MemoryPlan.of(config, ds_config, memory_bytes, eval_batch_size, num_passes, frozen)
-    saved = _saved_placement(ds_config, training)
+    kept = None
+    if start and training.keep_optimizer and not training.resume_from_checkpoint:
+        kept = choose_checkpoint(str(checkpoint_of_model(start.trained)), Path(training.output_dir), topology)
+    saved = _saved_placement(ds_config, kept or training.resume_from_checkpoint)
     predict = memory_plan.use if memory_plan else None
     layout = lay_out(config, topology, ds_config, predict, ids_per_bag=data.ids_per_bag, **saved)
     _check_replicated(training, layout)
@@ -144,6 +150,8 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     if start:
         for name, uses in model.replicated.uses_by_name().items():
             start.fill_table(name, uses=uses)
+    if kept:
+        take_over_states(model, start, kept)
     if training.ema_decay:
         try:
             model.start_average(training.ema_decay)
@@ -303,15 +311,15 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _saved_placement(ds_config: DsConfig, training: TrainingArguments) -> dict[str, Any]:
-    """The parts of the checkpoint's placement that a resumed run must keep, as arguments of `parallelize`.
+def _saved_placement(ds_config: DsConfig, checkpoint: str | Path | None) -> dict[str, Any]:
+    """The parts of the checkpoint's placement that a run with its states must keep, as arguments of `parallelize`.
 
     Replicated tables stay replicated, because the dense optimizer holds their state. Under row-wise Adagrad, sharded
     tables keep their column cuts, because its state has one number per row and shard.
     """
-    if not training.resume_from_checkpoint:
+    if not checkpoint:
         return {}
-    cuts = read_state(Path(training.resume_from_checkpoint))["table_cuts"]
+    cuts = read_state(Path(checkpoint))["table_cuts"]
     sharded = {name: shards for name, shards in cuts.items() if shards}
     return {
         "replicated": [name for name in cuts if name not in sharded],

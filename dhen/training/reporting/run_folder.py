@@ -26,6 +26,7 @@ from dhen.training.parallel_model import ParallelDhen
 from dhen.training.parallelize import Layout, weights_of
 from dhen.training.reporting.trackers import TRACKERS_FILE
 from dhen.training.saved.checkpoint_folder import NEWEST, checkpoints
+from dhen.training.saved.deltas import DELTA_FOLDER
 from dhen.training.saved.trained_model import MODEL_FOLDER
 from dhen.yaml_files import write_yaml
 
@@ -36,7 +37,7 @@ ENVIRONMENT_FILE = "environment.json"
 OF_A_RUN = (
     SUMMARY_FILE, ARGUMENTS_FILE, MODEL_FOLDER, "checkpoint-*", "damaged-*", "latest", DS_CONFIG_FILE, "placement.json",
     "metrics.csv", "tensorboard", TRACKERS_FILE, "curves.png", "zero_to_*.py", ENVIRONMENT_FILE,
-    UNSEEN_FILE, LOG_FILE, "eval-by-*", "test-by-*",
+    UNSEEN_FILE, LOG_FILE, "eval-by-*", "test-by-*", DELTA_FOLDER,
 )  # fmt: skip
 """The files and folders that a run writes."""
 logger = logging.getLogger(__name__)

@@ -99,7 +99,7 @@ def start_save(
     topology, folder = model.topology, checkpoint_of(output_dir, state.step)
     facts = _set_up(model) | {"data_order": data_order or {}, "table_cuts": model.placement.cuts()}
     facts |= {"arguments": arguments or {}, "ds_config": model.ds_config.as_dict(), VERSION_KEY: FORMAT_VERSION}
-    facts |= {"model": _model_facts(model.config), "optimizer": _optimizer_facts(model)}
+    facts |= {"model": _model_facts(model.config), "optimizer": optimizer_facts(model)}
     facts |= {"trained": _trained_parts(model)}
     if topology.is_main:
         with naming_the_disk(folder):
@@ -161,7 +161,7 @@ def load_checkpoint(
             f"stage {here['zero_stage']}. Use the same stage and, unless the optimizer is Adam, the same number of "
             "ranks per replica. Or start from the exported model with --model_name_or_path."
         )
-    now = _optimizer_facts(model)
+    now = optimizer_facts(model)
     _check_same(folder, now | values["optimizer"], now, of="optimizer.")
     then, parts = values["trained"], _trained_parts(model)
     if then != parts:
@@ -173,7 +173,8 @@ def load_checkpoint(
     saved_order = _ORDER_BEFORE | values.pop("data_order")
     why = "The resumed run would train on other rows or features than the saved one. "
     _check_same(folder, saved_order, saved_order | (data_order or {}), why=why)
-    options = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in _optimizer(model).param_groups]
+    groups = optimizer_of(model).param_groups
+    options = [{key: group[key] for key in group.keys() - {"params", "lr"}} for group in groups]
     with no_code_from(folder):
         if is_same_cut:
             name, root = folder.name, str(folder.parent)
@@ -203,13 +204,14 @@ def load_checkpoint(
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})
 
 
-def _optimizer(model: ParallelDhen) -> Optimizer:
+def optimizer_of(model: ParallelDhen) -> Optimizer:
+    """The optimizer inside of DeepSpeed's, which has the states of the dense part."""
     return getattr(model.engine.optimizer, "optimizer", model.engine.optimizer)
 
 
-def _optimizer_facts(model: ParallelDhen) -> dict[str, Any]:
+def optimizer_facts(model: ParallelDhen) -> dict[str, Any]:
     """What the state of the dense part's optimizer depends on."""
-    optimizer = _optimizer(model)
+    optimizer = optimizer_of(model)
     group = optimizer.param_groups[0]
     switches = {f"params.{name}": bool(group.get(name)) for name in ("amsgrad", "centered", "momentum")}
     return {"type": type(optimizer).__name__} | switches
@@ -219,7 +221,7 @@ def _trained_parts(model: ParallelDhen) -> list[str]:
     """The parts of the dense part that are trained, which the files of the optimizer's state depend on."""
     num_layers, weights = len(model.config.layer_specs), model.engine.module.named_parameters()
     parts = {part_of(name, num_layers) for name, weight in weights if weight.requires_grad} - {ANCHOR}
-    has_rates = len(_optimizer(model).param_groups) > 1
+    has_rates = len(optimizer_of(model).param_groups) > 1
     return sorted(parts) + ["each with a learning rate"] * has_rates or ["no weight"]
 
 
@@ -228,7 +230,7 @@ def _step_as_configured(model: ParallelDhen, options: list[dict[str, Any]]) -> N
 
     A fused step reads its counters on the device of the weights, where DeepSpeed's universal loader doesn't put them.
     """
-    optimizer = _optimizer(model)
+    optimizer = optimizer_of(model)
     for group, of_group in zip(optimizer.param_groups, options, strict=True):
         group.update(of_group)
     for weight, state in optimizer.state.items():

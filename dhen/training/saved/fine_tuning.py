@@ -74,14 +74,14 @@ class StartingPoint:
         self, name: str, weight: Tensor | None = None, uses: Tensor | None = None, columns: slice = slice(None)
     ) -> None:
         """Copy the matching rows into these columns of a table, and how often the trained model used them."""
-        for old, new in self._kept_rows(name):
+        for old, new in self.kept_rows(name):
             rows = slice(int(old[0]), int(old[-1]) + 1)
             if weight is not None:
                 weight[new.to(weight.device)] = self.trained.table(name, rows, columns)[old - rows.start].to(weight)
             if uses is not None:
                 uses[new.to(uses.device)] = self.trained.uses(name, rows)[old - rows.start].to(uses)
 
-    def _kept_rows(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def kept_rows(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The rows of the trained model's table that are kept, ascending, and where they go. In pieces, none empty."""
         match = next(match for match in self.tables if match.table == name)
         encodings = {column.table_name: column.encoding for column in self.schema.sparse}
@@ -94,6 +94,15 @@ class StartingPoint:
             for first in range(0, match.rows_kept, _ROWS_AT_ONCE):
                 rows = torch.arange(first, min(first + _ROWS_AT_ONCE, match.rows_kept))
                 yield rows, rows
+
+    def matched(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Optimizer states of the trained model's dense weights, by name, as they belong to the weights that are kept.
+
+        New parts of a weight have state 0.
+        """
+        names = _names(self.trained.schema), _names(self.schema)
+        kept = match_dense_weights(states, self.trained.config, names[0], self.config, names[1], are_states=True)
+        return {name: state for name, state in kept.items() if name in self.dense_weights}
 
     def report(self) -> str:
         """The counts of kept, new and dropped rows and weights, for the log."""
@@ -199,23 +208,31 @@ def start_from(
 
 
 def match_dense_weights(
-    old: Mapping[str, Tensor], old_config: DhenConfig, old_names: FeatureNames, config: DhenConfig, names: FeatureNames
+    old: Mapping[str, Tensor],
+    old_config: DhenConfig,
+    old_names: FeatureNames,
+    config: DhenConfig,
+    names: FeatureNames,
+    *,
+    are_states: bool = False,
 ) -> dict[str, Tensor]:
     """The weights that a model with these features takes from the old one: by name, and by feature where they have one.
 
     What belongs to a new feature is 0, or 1 in a norm's scale. A weight whose shape depends on the features, but which
-    does not say how (a user's interaction), is kept if the features are the same.
+    does not say how (a user's interaction), is kept if the features are the same. are_states: `old` are states of an
+    optimizer, which are 0 for what is new.
     """
     module, old_module = _dense_part(config), _dense_part(old_config)
     axes, old_axes = module.input_axes(*names), old_module.input_axes(*old_names)
     # A shortcut without weights is X itself.
     shortcuts = {name: torch.eye(len(of[1])) for name, of in old_axes.items() if name.endswith("shortcut.mix.weight")}
-    old = shortcuts | old
+    old = old if are_states else shortcuts | old
     undescribed = set() if names == old_names else _shaped_by_features(config) - axes.keys()
     kept = {}
     for name, tensor in module.state_dict().items():
         if name in old and name not in undescribed and axes.get(name, {}).keys() == old_axes.get(name, {}).keys():
-            fill = 1.0 if tensor.dim() == 1 and name.endswith((".weight", ".running_var")) else 0.0
+            is_scale = tensor.dim() == 1 and name.endswith((".weight", ".running_var"))
+            fill = 1.0 if is_scale and not are_states else 0.0
             moved = _moved(old[name], old_axes.get(name, {}), axes.get(name, {}), fill)
             if moved.shape == tensor.shape:
                 kept[name] = moved

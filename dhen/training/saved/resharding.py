@@ -4,17 +4,20 @@ ZeRO saves the shards as the ranks hold them. If a job shards over a different n
 checkpoint to full weights, and each rank loads its own shard from these.
 """
 
+import contextlib
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 
+from dhen.runtime.topology import Topology
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.saved.checkpoint_folder import CheckpointError, no_code_from
 
@@ -24,19 +27,29 @@ def load_resharded(model: ParallelDhen, checkpoint: Path) -> None:
 
     The ZeRO stage must be that of the checkpoint. Raises CheckpointError.
     """
-    folder, config = checkpoint / "universal", model.engine._config
+    config = model.engine._config
+    with converted(checkpoint, model.topology) as folder:
+        try:
+            config.load_universal_checkpoint = True
+            model.engine.load_checkpoint(str(checkpoint), tag=folder.name, load_lr_scheduler_states=False)
+            _load_the_rest(model, checkpoint)
+        finally:
+            config.load_universal_checkpoint = False
+
+
+@contextlib.contextmanager
+def converted(checkpoint: Path, topology: Topology) -> Iterator[Path]:
+    """The universal checkpoint, inside this context. Communicates; all ranks enter together. Raises CheckpointError."""
+    folder = checkpoint / "universal"
     try:
-        failure = _convert(checkpoint, folder) if model.topology.is_main else None
-        model.topology.barrier()
+        failure = _convert(checkpoint, folder) if topology.is_main else None
+        topology.barrier()
         if not (folder / "zero").is_dir():
             raise CheckpointError(f"{checkpoint}: DeepSpeed cannot convert this checkpoint: {failure or 'see rank 0'}")
-        config.load_universal_checkpoint = True
-        model.engine.load_checkpoint(str(checkpoint), tag=folder.name, load_lr_scheduler_states=False)
-        _load_the_rest(model, checkpoint)
+        yield folder
     finally:
-        config.load_universal_checkpoint = False
-        model.topology.barrier()
-        if model.topology.is_main:
+        topology.barrier()
+        if topology.is_main:
             shutil.rmtree(folder, ignore_errors=True)
             (checkpoint / "latest_universal").unlink(missing_ok=True)
 

@@ -115,9 +115,14 @@ class TrainedModel:
     def _index(self) -> dict[str, Any]:
         return json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
 
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """Tensor -> file."""
+        return self._index["weight_map"]
+
     def dense_weights(self) -> dict[str, Tensor]:
         """All weights of the dense part, by name."""
-        return {name: self._read(name) for name in self._index["weight_map"] if not name.startswith(TABLES)}
+        return {name: self._read(name) for name in self.weight_map if not name.startswith(TABLES)}
 
     def table(self, feature: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
         """Some rows and columns of a feature's table, by default all."""
@@ -128,7 +133,7 @@ class TrainedModel:
         return dequantize(stored, self._quantized[feature])[:, columns]
 
     def _read(self, name: str, part: Any = ...) -> Tensor:
-        with safe_open(self.folder / self._index["weight_map"][name], framework="pt") as file:
+        with safe_open(self.folder / self.weight_map[name], framework="pt") as file:
             return file.get_slice(name)[part]
 
     def load_tables(self, tables: ShardedTables) -> None:
@@ -138,8 +143,8 @@ class TrainedModel:
             tensors["uses"].copy_(self.uses(shard.name))
 
     @cached_property
-    def _uses_files(self) -> dict[str, Path]:
-        """Feature -> file."""
+    def uses_files(self) -> dict[str, Path]:
+        """Table -> file that says how often its rows were used."""
         files = {}
         for path in sorted(self.folder.glob(f"{_USES}-*.safetensors")):
             with safe_open(path, framework="pt") as file:
@@ -148,12 +153,12 @@ class TrainedModel:
 
     def uses(self, feature: str, rows: slice = slice(None)) -> Tensor:
         """How often training used each of these rows of a feature's table, int32. Raises FileNotFoundError."""
-        if feature not in self._uses_files:
+        if feature not in self.uses_files:
             raise FileNotFoundError(
                 f"{self.folder}: no file {_USES}-*.safetensors says which rows of {feature!r} training used. Copy it "
                 "from the model that this one was made of, or train the model again."
             )
-        with safe_open(self._uses_files[feature], framework="pt") as file:
+        with safe_open(self.uses_files[feature], framework="pt") as file:
             return file.get_slice(feature)[rows]
 
 
