@@ -136,6 +136,10 @@ def test_a_run_with_gates_says_how_open_they_are(trained, tmp_path):
         mean = (table[f"gate_{place}"] * table["examples"]).sum() / table["examples"].sum()
         assert gates[f"layer {place}"] == pytest.approx(mean, rel=1e-6)
     assert (tmp_path / "run/eval-by-C9-gates.png").stat().st_size > 1000
+    index = tmp_path / "run/model/model.safetensors.index.json"  # of a time when the gates' weights meant other things
+    index.write_text(index.read_text().replace('"format_version": 3', '"format_version": 2'))
+    done = run_script("evaluate.py", f"--model_name_or_path={tmp_path / 'run'}")
+    assert (done.status, "format_version is 2, but this code reads version 3." in done.output) == (1, True)
 
 
 def test_a_group_must_be_a_sparse_feature(trained):

@@ -12,7 +12,7 @@ import copy
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,11 +39,17 @@ from dhen.training.parallel_model import ParallelDhen
 
 MODEL_FOLDER = "model"
 FORMAT_VERSION = 2
-"""Version of the exported model. Raise it when models that were exported before can no longer be read as they are."""
+"""Version of the exported model. Raise it when models that were exported before can no longer be read as they are. That
+of a model with gates is one more: their weights had another meaning.
+"""
 VOCABULARY_FOLDER = "vocabulary"
 _INDEX = "model.safetensors.index.json"
 _TABLES, _USES = "tables.", "row-uses"
 _METADATA = {"format": "pt"}
+
+
+def _version(weights: Iterable[str]) -> int:
+    return FORMAT_VERSION + any(".gate." in name for name in weights)
 
 
 class _Written(NamedTuple):
@@ -83,7 +89,8 @@ class TrainedModel:
             if (folder / "config.json").is_file() and (folder / _INDEX).is_file():
                 model = cls(folder)
                 metadata = model._index.get("metadata", {})
-                check_format_version(folder / _INDEX, metadata, FORMAT_VERSION, "train the model again")
+                version = _version(model._index["weight_map"])
+                check_format_version(folder / _INDEX, metadata, version, "train the model again")
                 return model
         raise FileNotFoundError(
             f"{path}: no trained model here. Use the folder of a finished run (it contains {MODEL_FOLDER}/) or of an "
@@ -175,7 +182,7 @@ def export_model(
     if topology.is_main:
         written = {name: tensor for of_rank in by_rank for name, tensor in of_rank.items()}
         index = {
-            "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: FORMAT_VERSION},
+            "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: _version(written)},
             "weight_map": {name: of.file for name, of in sorted(written.items())},
         }
         (draft / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
