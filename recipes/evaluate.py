@@ -12,6 +12,7 @@ ranks.
 from dataclasses import dataclass
 from pathlib import Path
 
+from dhen.config.command_line import ArgumentError
 from dhen.model.configuration_dhen import option
 from dhen.runtime import topology as job
 from dhen.runtime.messages import log_to_stderr, user_errors
@@ -39,6 +40,8 @@ def main() -> None:
     log_to_stderr()
     with user_errors():
         arguments = parse_scoring_arguments(None, __doc__, EvaluationArguments)
+        if arguments.output == "-":
+            raise ArgumentError("--output -: the metrics are a file. Name it, or leave it out: a table is printed too.")
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
         groups = groups_by(arguments.metrics_by, loader.schema)

@@ -25,6 +25,7 @@ The name - means standard input and output, the latter as CSV; for JSON lines, u
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -67,16 +68,20 @@ def main() -> None:
     log_to_stderr()
     with user_errors():
         arguments = parse_scoring_arguments(None, __doc__, PredictionArguments)
+        arguments.keep = list(dict.fromkeys(arguments.keep))
         path = prediction_file(arguments.output)
-        stdout = own_stdout() if path.stem == "-" else None
+        stdout = own_stdout() if str(path.with_suffix("")) == "-" else None
         topology = job.start()
         model, loader = load_for_scoring(arguments, topology)
         file = Path(rank_zeros(topology, mkdtemp)) / path.name if stdout else path
-        rows = write_predictions(model, loader, file, arguments.keep)
-        if stdout and topology.is_main:
-            with file.open("rb") as written, stdout:
-                shutil.copyfileobj(written, stdout)
-            shutil.rmtree(file.parent)
+        try:
+            rows = write_predictions(model, loader, file, arguments.keep)
+            if stdout and topology.is_main:
+                with suppress(BrokenPipeError), file.open("rb") as written, stdout:  # such as | head
+                    shutil.copyfileobj(written, stdout)
+        finally:
+            if stdout and topology.is_main:
+                shutil.rmtree(file.parent)
     if topology.is_main:
         print(f"{rows:,} rows scored and written to {path}")
     job.stop()

@@ -174,7 +174,7 @@ class TrainingArguments:
     )
     logging_steps: ranges.Count = option(20, "Steps between progress lines.")
     report_to: Paths = option(
-        "tensorboard",
+        ["tensorboard"],
         "Where the numbers of the progress lines also go: one or more of tensorboard, wandb (Weights & Biases) and "
         "mlflow, or none.",
     )

@@ -1,7 +1,7 @@
 """Gates of layers: each example chooses which layers it passes through, and so its order of interaction.
 
 The paper names gates as future work. A gate reads a layer's input X, and scales the output of the layer's ensemble by
-g: Norm(g Ensemble(X) + ShortCut(X)). With s = sigmoid(2 + (w vec(X) / sqrt(M D) + b) / 16):
+g: Norm(g Ensemble(X) + ShortCut(X)). With s = sigmoid(2 + (w vec(X) + b) / 256):
 
 soft: g = s.
 hard: g = 1 if s > 0.5, else 0. In training, all is computed, and all gradients are those of g = s, a straight-through
@@ -9,8 +9,8 @@ estimator (Bengio et al. 2013, arXiv 1308.3432, section 5). In an evaluation, th
 whose gate is open. The mean of s is added to the loss, times `gate_sparsity`.
 
 w and b start at 0, so gates begin almost open. Before a layer has learned anything, closing its gate lowers the loss.
-So s must move slowly: hence the two divisors, since Adam moves each weight by about the learning rate. And a closed
-layer goes on learning, because it gets the gradients of g = s, so that its gate may open again. Without these, the hard
+So s must move slowly: hence the divisor, since Adam moves each weight by about the learning rate. And a closed layer
+goes on learning, because it gets the gradients of g = s, so that its gate may open again. Without these, the hard
 gates of all layers closed for good in the first steps.
 
 Shapes: B batch, M embeddings in, L embeddings out, D embedding dimension.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 GateKind = Literal["none", "soft", "hard"]
-_START, _SLOWER = 2.0, 16.0
+_START, _SLOWER = 2.0, 256.0
 
 
 class LayerGate(nn.Module):
@@ -54,8 +54,7 @@ class LayerGate(nn.Module):
     def forward(self, x_BMD: Tensor) -> tuple[Tensor, ...]:
         """Return s_B11, in the dtype of the weights, then the loss if there is one."""
         with torch.autocast(x_BMD.device.type, enabled=False):  # rounding would change the choice
-            x_BI = x_BMD.flatten(1).to(self.weight.dtype)
-            z_B1 = nn.functional.linear(x_BI, self.weight / x_BI.shape[1] ** 0.5, self.bias)
+            z_B1 = nn.functional.linear(x_BMD.flatten(1).to(self.weight.dtype), self.weight, self.bias)
         s_B11 = (_START + z_B1 / _SLOWER).sigmoid().unsqueeze(2)
         if self.is_hard and self.sparsity and self.training and torch.is_grad_enabled():
             return s_B11, self.sparsity * s_B11.float().sum() / max(s_B11.shape[0], 1)

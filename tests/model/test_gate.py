@@ -24,8 +24,8 @@ def layer_of(**settings: object) -> DhenLayer:
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     if layer.gate is not None:
-        torch.nn.init.constant_(layer.gate.bias, -32.0)
-        torch.nn.init.normal_(layer.gate.weight, std=24.0)
+        torch.nn.init.constant_(layer.gate.bias, -512.0)
+        torch.nn.init.normal_(layer.gate.weight, std=70.0)
     return layer
 
 
@@ -45,7 +45,7 @@ def gated(layer: DhenLayer, x: Tensor, dense: Tensor, gate: Tensor) -> Tensor:
 
 def openness(layer: DhenLayer, x: Tensor) -> Tensor:
     """s, (B,)."""
-    return torch.sigmoid(2 + (x.flatten(1) @ layer.gate.weight[0] / (M * D) ** 0.5 + layer.gate.bias) / 16)
+    return torch.sigmoid(2 + (x.flatten(1) @ layer.gate.weight[0] + layer.gate.bias) / 256)
 
 
 @pytest.mark.parametrize("position", ["post", "pre", "inner"])
@@ -72,7 +72,7 @@ def test_a_hard_gate_learns_by_the_gradient_of_the_sigmoid_and_by_its_sparsity()
     torch.testing.assert_close(loss, 0.3 * soft.mean().float(), rtol=1e-6, atol=0)
     gate = (soft > 0.5).double().detach().requires_grad_()
     (of_gate,) = torch.autograd.grad(gated(layer, x, dense, gate).square().sum(), gate)
-    slope = (soft * (1 - soft)).detach() / 16 / (M * D) ** 0.5
+    slope = (soft * (1 - soft)).detach() / 256
     expected = (slope * (of_gate + 0.3 / len(x))) @ x.flatten(1)
     torch.testing.assert_close(found[0], expected, rtol=1e-6, atol=1e-9)
     # Closed interactions learn, too.
@@ -87,7 +87,7 @@ def test_a_hard_gate_learns_by_the_gradient_of_the_sigmoid_and_by_its_sparsity()
 def test_an_evaluation_does_not_compute_closed_examples(closed):
     layer, (x, dense) = layer_of(gate="hard").eval(), inputs()
     z = openness(layer, x).logit().sort().values
-    layer.gate.bias.data -= 16 * torch.cat([z[:1] - 2, z, z[-1:] + 2])[closed : closed + 2].mean()
+    layer.gate.bias.data -= 256 * torch.cat([z[:1] - 2, z, z[-1:] + 2])[closed : closed + 2].mean()
     counted = []
     with torch.no_grad():
         for skips in (False, True):
@@ -105,7 +105,7 @@ def test_an_evaluation_does_not_compute_closed_examples(closed):
 def test_without_a_gate_there_is_nothing():
     assert not any("gate" in name for name in layer_of().state_dict())
     with_gate, x = layer_of(gate="soft"), inputs()
-    torch.nn.init.constant_(with_gate.gate.bias, 960.0)  # s is 1
+    torch.nn.init.constant_(with_gate.gate.bias, 15360.0)  # s is 1
     plain = layer_of()
     plain.load_state_dict({name: value for name, value in with_gate.state_dict().items() if "gate" not in name})
     torch.testing.assert_close(plain(*x), with_gate(*x), rtol=0, atol=0)
@@ -135,7 +135,7 @@ def test_sparsity_closes_gates_that_do_not_help():
         gates = [layer.gate for layer in model.model.layers]
         of_gates = {weight for gate in gates for weight in gate.parameters()}
         others = [weight for weight in model.parameters() if weight not in of_gates]
-        optimizer = torch.optim.Adam([{"params": list(of_gates), "lr": 0.8}, {"params": others}], lr=0.02)
+        optimizer = torch.optim.Adam([{"params": list(of_gates), "lr": 8.0}, {"params": others}], lr=0.02)
         for _ in range(150):
             dense = torch.randn(256, 3)
             output = model(dense=dense, labels=(dense[:, 0] > 0).float())

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from dhen.model.configuration_dhen import DhenConfig
-from dhen.training.saved.checkpoint import check_same_model
+from dhen.training.saved.checkpoint import check_same_model, read_state
 from dhen.training.saved.checkpoint_folder import CheckpointError, sealed
 from tests import ROOT
 from tests.recipes.launch import TINY, Finished, run_script, summary
@@ -140,6 +140,14 @@ def test_an_option_that_the_checkpoint_does_not_have_must_have_its_default(tmp_p
     check_same_model(tmp_path, config)
     config.head_inputs = "all"
     with pytest.raises(CheckpointError, match="saved with head_inputs 'last', now 'all'"):
+        check_same_model(tmp_path, config)
+
+
+def test_gates_of_another_meaning_are_refused(tmp_path, finished):
+    state, config = read_state(finished / "checkpoint-8"), DhenConfig.from_pretrained(finished / "model")
+    config.gate = state["model"]["gate"] = "soft"
+    (tmp_path / "trainer_state.json").write_text(json.dumps(sealed(state)))
+    with pytest.raises(CheckpointError, match="saved with start of gates None, now 0"):
         check_same_model(tmp_path, config)
 
 

@@ -137,6 +137,10 @@ def test_a_run_with_gates_says_how_open_they_are(trained, tmp_path):
         mean = (table[f"gate_{place}"] * table["examples"]).sum() / table["examples"].sum()
         assert gates[f"layer {place}"] == pytest.approx(mean, rel=1e-6)
     assert (tmp_path / "run/eval-by-C9-gates.png").stat().st_size > 1000
+    index = tmp_path / "run/model/model.safetensors.index.json"  # of a time when the gates' weights meant other things
+    index.write_text(index.read_text().replace('"format_version": 3', '"format_version": 2'))
+    done = run_script("evaluate.py", f"--model_name_or_path={tmp_path / 'run'}")
+    assert (done.status, "format_version is 2, but this code reads version 3." in done.output) == (1, True)
 
 
 def test_a_group_must_be_a_sparse_feature(trained):
@@ -310,6 +314,24 @@ def test_predictions_go_through_a_pipe(trained, exported):
     assert b"300 rows scored and written to -" in done.stderr
 
 
+def test_a_reader_that_closes_the_pipe_ends_nothing(trained, exported, tmp_path):
+    command = [sys.executable, "recipes/predict.py", f"--model_name_or_path={exported}", "--output", "-"]
+    command.append(f"--dataset_name={trained.raw / 'test.tsv.gz'}")
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}
+        )
+    assert (done.returncode, b"error" in done.stderr) == (0, False), done.stderr
+    assert not [path for path in tmp_path.glob("tmp*") if list(path.glob("*.csv"))]
+
+
+def test_metrics_are_not_written_to_a_file_called_dash(exported):
+    done = run_script("evaluate.py", f"--model_name_or_path={exported}", "--dataset_name=-", "--output=-")
+    assert (done.status, "--output -: the metrics are a file. Name it" in done.output) == (1, True)
+
+
 def _with_pipes(rows: Path, output: Path) -> None:
     os.dup2(os.open(rows, os.O_RDONLY), 0)
     sys.stdin = os.fdopen(0)
@@ -380,6 +402,12 @@ def test_a_split_of_a_hub_data_set_is_scored_alone(tmp_path):
     done = run_script("predict.py", f"--model_name_or_path={tmp_path / 'run'}", *data, *flags)
     assert done.status == 0, done.output
     assert pl.read_csv(tmp_path / "scores.csv")["a"].to_list() == columns["a"].tolist()
+    pl.DataFrame(columns).write_csv(tmp_path / "rows.csv")
+    pipes = partial(_with_pipes, tmp_path / "rows.csv", tmp_path / "stdout")
+    flags = [f"--model_name_or_path={tmp_path / 'run'}", "--dataset_name=-", "--keep", "b", "b", "--output=-"]
+    done = run_script("predict.py", *flags, patch=pipes)
+    assert done.status == 0, done.output
+    assert pl.read_csv(tmp_path / "stdout")["b"].to_list() == columns["b"].tolist()
 
 
 def prepared_otherwise(trained, folder: Path, **settings) -> Path:

@@ -17,8 +17,8 @@ def use_random_gates() -> None:
     """Let gates start open for about half of the examples."""
 
     def reset_parameters(self: LayerGate) -> None:
-        torch.nn.init.normal_(self.weight, std=24.0)
-        torch.nn.init.constant_(self.bias, -32.0)
+        torch.nn.init.normal_(self.weight, std=70.0)
+        torch.nn.init.constant_(self.bias, -512.0)
 
     LayerGate.reset_parameters = reset_parameters
 

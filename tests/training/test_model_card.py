@@ -15,10 +15,10 @@ CONFIG = DhenConfig(num_layers=2, num_dense_features=3, sparse_features=[{"name"
 METRICS = {"auc": 0.75, "ne": 0.8, "logloss": 0.4, "calibration": 1.01, "examples": 1200}
 
 
-def card_of(source=None, **splits):
+def card_of(source=None, folder="model", **splits):
     schema = Schema(dense=(), sparse=(), splits={"train": SplitCounts(rows=4321, clicks=1)}, source=source or {})
     run = {"steps": 77, "seconds": 1.5, "ds_config": "mine.json", "setup": "AdamW"}
-    return ModelCard(model_card(CONFIG, schema, run | splits, {}, Path("model")))
+    return ModelCard(model_card(CONFIG, schema, run | splits, {}, Path(folder)))
 
 
 def test_the_hub_reads_library_tags_and_metrics():
@@ -40,6 +40,11 @@ def test_the_text_says_what_training_never_saw():
     text = card_of(test=METRICS | {"unseen": {"day": 1.0, "user": 0.3}}, eval=METRICS | {"unseen": {"day": 0.0}}).text
     assert "A row of a table that training never used holds the mean of the table's rows" in text
     assert "\n- test: day 100.0%, user 30.0%\n- eval: none\n" in text
+
+
+def test_paths_with_spaces_are_words_of_the_command():
+    text = card_of({"format": "csv", "files": {"test": ["my rows.csv"]}}, "my run/model", test=METRICS).text
+    assert "--model_name_or_path 'my run/model' --dataset_name 'my rows.csv' --output" in text
 
 
 def test_the_text_has_layers_rows_and_metrics():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dhen.config.arguments import parse_arguments
+from dhen.config.arguments import parse_arguments, trackers_of
 from dhen.config.command_line import ArgumentError
 from dhen.training.reporting.trackers import TENSORBOARD_FOLDER, TRACKERS_FILE, Trackers
 from tests.training.reported_run import ROWS, report_run
@@ -122,6 +122,11 @@ def test_a_tracker_that_cannot_start_is_one_line(tmp_path):
 def test_a_wrong_name_is_one_line(words, message):
     with pytest.raises(ArgumentError, match=message.replace("?", r"\?")):
         parse_arguments(["--dataset_name=rows.csv", "--report_to", *words])
+
+
+def test_a_run_reports_to_tensorboard_unless_it_says_otherwise():
+    for words, trackers in (([], ("tensorboard",)), (["--report_to", "none"], ())):
+        assert trackers_of(parse_arguments(["--dataset_name=rows.csv", *words]).training) == trackers
 
 
 def test_a_missing_package_is_one_line_with_the_command(monkeypatch):

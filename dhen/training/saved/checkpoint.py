@@ -272,6 +272,8 @@ def _model_facts(config: DhenConfig) -> dict[str, Any]:
     }
     if longest := {feature.name: feature.max_length for feature in config.features if feature.max_length}:
         facts["max_length"] = longest
+    if any(layer.gate != "none" for layer in config.layer_specs):
+        facts["start of gates"] = 0  # it was 2, when their weights had another meaning
     if len(config.tables) < len(config.features):
         facts["tables of features"] = {feature.name: feature.table for feature in config.features}
     return json.loads(json.dumps(facts | vars(config.architecture)))

@@ -1,6 +1,7 @@
 """The model card (README.md) of an exported model."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -40,6 +41,7 @@ def model_card(
         f"{values['calibration']:.4f} | {values['examples']:,} |"
         for name, values in _with_tasks(splits).items()
     )
+    rows_file = quote(_test_file(schema))
     decay = summary.get("ema_decay")
     average = f" The weights are moving averages over the steps, with decay {decay}." if decay else ""
     scale = summary.get("logit_scale", 1)
@@ -95,7 +97,7 @@ Versions: {", ".join(f"{name} {versions[name]}" for name in _PACKAGES if version
 {_in_python(folder, roles) if roles else ""}For files of rows, on any number of ranks:
 
 ```bash
-python recipes/predict.py --model_name_or_path {folder} --dataset_name {_test_file(schema)} --output predictions.csv
+python recipes/predict.py --model_name_or_path {quote(str(folder))} --dataset_name {rows_file} --output predictions.csv
 ```
 
 Plain `transformers` takes ids and dense numbers, which `schema.json` and `vocabulary/` define:

@@ -148,7 +148,7 @@ def _prepared(arguments: ScoringArguments, trained: TrainedModel, topology: Topo
     )
     if name == STANDARD_INPUT:
         data.dataset_name = rank_zeros(topology, lambda: _saved_input(cache))
-    is_on_hub = format_of(settings_of(data)) == "hub"
+    is_on_hub = format_of(settings_of(data, schema_from=trained.folder)) == "hub"
     if not is_on_hub:
         _refuse(arguments, ("split",), "all rows of raw files are scored")
     only_split = split if is_on_hub else None

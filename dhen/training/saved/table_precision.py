@@ -15,11 +15,11 @@ from dhen.model.quantization import SCALE_DTYPES, quantize
 from dhen.model.sparse_feature import SparseFeature
 from dhen.tables.storage import InPieces, rows_at_once, write_in_pieces
 from dhen.training.saved.trained_model import (
-    FORMAT_VERSION,
     INDEX_FILE,
     METADATA,
     TABLES,
     TrainedModel,
+    version_of,
     with_table_dtypes,
 )
 
@@ -52,7 +52,7 @@ def save_with_precision(trained: TrainedModel, precision: str, folder: Path) -> 
         write_in_pieces(folder / file, tensors, METADATA)
         index["weight_map"] |= dict.fromkeys(tensors, file)
     dense_bytes = sum(weight.nbytes for weight in dense.values())
-    index["metadata"] = {"total_size": dense_bytes + nbytes, VERSION_KEY: FORMAT_VERSION}
+    index["metadata"] = {"total_size": dense_bytes + nbytes, VERSION_KEY: version_of(index["weight_map"])}
     index["weight_map"] = dict(sorted(index["weight_map"].items()))
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     with_table_dtypes(config, dict.fromkeys([table.name for table in config.tables], dtype)).save_pretrained(folder)

@@ -11,8 +11,9 @@ keeps its dtype. Transformers can load the folder: `AutoModel.from_pretrained(fo
 import copy
 import itertools
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,11 +41,19 @@ from dhen.training.parallel_model import ParallelDhen
 
 MODEL_FOLDER = "model"
 FORMAT_VERSION = 2
-"""Version of the exported model. Raise it when models that were exported before can no longer be read as they are."""
+"""Version of the exported model. Raise it when models that were exported before can no longer be read as they are. That
+of a model with gates is one more: their weights had another meaning.
+"""
 VOCABULARY_FOLDER = "vocabulary"
 INDEX_FILE = "model.safetensors.index.json"
 TABLES, _USES = "tables.", "row-uses"
 METADATA = {"format": "pt"}
+_OF_GATES = re.compile(r"layers\.\d+\.gate\.")
+
+
+def version_of(weights: Iterable[str]) -> int:
+    """The version of an exported model with weights of these names."""
+    return FORMAT_VERSION + any(_OF_GATES.search(name) is not None for name in weights)
 
 
 class _Written(NamedTuple):
@@ -84,7 +93,8 @@ class TrainedModel:
             if (folder / "config.json").is_file() and (folder / INDEX_FILE).is_file():
                 model = cls(folder)
                 metadata = model._index.get("metadata", {})
-                check_format_version(folder / INDEX_FILE, metadata, FORMAT_VERSION, "train the model again")
+                version = version_of(model.weight_map)
+                check_format_version(folder / INDEX_FILE, metadata, version, "train the model again")
                 return model
         raise FileNotFoundError(
             f"{path}: no trained model here. Use the folder of a finished run (it contains {MODEL_FOLDER}/) or of an "
@@ -196,7 +206,7 @@ def export_model(
     if topology.is_main:
         written = {name: tensor for of_rank in by_rank for name, tensor in of_rank.items()}
         index = {
-            "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: FORMAT_VERSION},
+            "metadata": {"total_size": sum(of.nbytes for of in written.values()), VERSION_KEY: version_of(written)},
             "weight_map": {name: of.file for name, of in sorted(written.items())},
         }
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

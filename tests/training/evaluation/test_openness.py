@@ -19,8 +19,8 @@ def model_of(kind: str) -> DhenForClickPrediction:
     layers = [{"interactions": ["linear"]}, {"interactions": ["linear"], "gate": kind}, {"interactions": ["linear"]}]
     model = DhenForClickPrediction(DhenConfig(num_dense_features=4, layers=layers, num_embeddings_out=4)).eval()
     gate = model.model.layers[1].gate
-    torch.nn.init.normal_(gate.weight, std=24.0)
-    torch.nn.init.constant_(gate.bias, -32.0)
+    torch.nn.init.normal_(gate.weight, std=70.0)
+    torch.nn.init.constant_(gate.bias, -512.0)
     return model
 
 
@@ -40,8 +40,7 @@ def watched(topology: Topology, kind: str) -> tuple[dict[int, float], dict[int, 
             hook.remove()
             groups.update(SparseIds(ids, 1), output.logits, torch.ones(size), None, gates.take())
             gate = model.model.layers[1].gate
-            x = inputs[0].flatten(1)
-            z = 2 + (x @ gate.weight[0] / x.shape[1] ** 0.5 + gate.bias) / 16
+            z = 2 + (inputs[0].flatten(1) @ gate.weight[0] + gate.bias) / 256
             all_ids += ids.tolist()
             all_gates += (z.sigmoid() if kind == "soft" else (z > 0).float()).tolist()
     assert model.model.layers[1].gate._forward_hooks == {}
