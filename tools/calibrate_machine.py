@@ -32,7 +32,8 @@ from dhen.runtime.host_allocator import keep_freed_memory
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 _SECONDS, _RISE = 0.2, 1.05
-"""How long a call is repeated, and the rise of the rate below which larger matrices are not tried."""
+"""How long a call is repeated, and the rise of the rate below which larger matrices are not tried. Nor are they if a
+product takes as long as that."""
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -72,12 +73,16 @@ def seconds_per_start(device: torch.device) -> float:
 
 
 def product_rate(name: str, device: torch.device, size: int) -> float:
-    """Operations per second of products of square matrices, large enough to fill the device."""
+    """Operations per second of products of square matrices, large enough to fill the device.
+
+    Their size is doubled while the rate rises and a product is short.
+    """
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    rates = [0.0]
-    while len(rates) < 2 or rates[-1] > _RISE * rates[-2]:
+    rates, seconds = [0.0], 0.0
+    while len(rates) < 2 or (rates[-1] > _RISE * rates[-2] and seconds < _SECONDS):
         a, b, out = (torch.randn(size, size, device=device).to(_DTYPES[name]) for _ in range(3))
-        rates.append(2 * size**3 / seconds_of(partial(torch.mm, a, b, out=out)))
+        seconds = seconds_of(partial(torch.mm, a, b, out=out))
+        rates.append(2 * size**3 / seconds)
         size *= 2
     torch.set_float32_matmul_precision("highest")
     return max(rates)

@@ -5,6 +5,7 @@ import yaml
 
 from dhen.planner.machine import read_machine
 from tests.tools.forked_python import call
+from tools import calibrate_machine
 
 LIKE, UNLIKE = ("h100", "cpu") if torch.cuda.is_available() else ("cpu", "h100")
 
@@ -24,3 +25,10 @@ def test_a_machine_of_the_other_kind_is_refused(tmp_path):
     done = call("tools/calibrate_machine.py", f"--like={UNLIKE}", f"--output={tmp_path / 'machine.yaml'}")
     assert done.status == 2
     assert done.stderr.startswith(f"calibrate_machine: --like {UNLIKE} is ")
+
+
+def test_products_that_take_long_are_not_made_longer(monkeypatch):
+    """The rate rises with each size here, as it may on a busy machine."""
+    seconds = iter([0.01, 0.06, 0.3])
+    monkeypatch.setattr(calibrate_machine, "seconds_of", lambda _: next(seconds))
+    assert calibrate_machine.product_rate("fp32", torch.device("cpu"), 8) == 2 * 32**3 / 0.3
