@@ -19,7 +19,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import warnings
 
@@ -34,6 +33,7 @@ from dhen.exported_graph import GRAPH_FILES, PIP_ONNX, ExportedGraph
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.scoring_graph import ScoringGraph, graph_inputs
+from dhen.runtime.extensions_cache import missing_compiler
 from dhen.runtime.messages import user_errors
 from dhen.training.saved.table_precision import PRECISIONS, save_with_precision
 from dhen.training.saved.trained_model import VOCABULARY_FOLDER, TrainedModel
@@ -96,9 +96,8 @@ def _check_can_export(kind: str) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if kind == "onnx" and missing:
         raise ValueError(f"--format onnx needs {', '.join(missing)}. Run `{PIP_ONNX}`.")
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    if kind == "aot" and not any(map(shutil.which, compilers)):
-        raise ValueError(f"--format aot needs a C++ compiler ({' or '.join(compilers)}) on PATH. Install one.")
+    if kind == "aot" and (names := missing_compiler()):
+        raise ValueError(f"--format aot needs a C++ compiler ({names}) on PATH. Install one.")
 
 
 def write_graph(schema: Schema, kind: str, weights: Path, folder: Path) -> dict:

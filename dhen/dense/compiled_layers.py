@@ -8,8 +8,6 @@ another size. Each compilation is logged.
 import functools
 import importlib.util
 import logging
-import os
-import shutil
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -23,6 +21,7 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, on_compile_end
 from dhen.model.layer import DhenLayer
 from dhen.model.mixture_of_experts import ModuleExperts, Output
 from dhen.model.modeling_dhen import DhenForClickPrediction
+from dhen.runtime.extensions_cache import missing_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +88,5 @@ def _check_compiler(device: torch.device) -> None:
                 '"layers", but triton is not installed, which compiles for GPUs. Install it, or use "none".'
             )
         return
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
-    if not any(shutil.which(name) for name in names):
-        raise ValueError(
-            f'"layers", but there is no C++ compiler ({" or ".join(names)}) on PATH. Install one, or use "none".'
-        )
+    if names := missing_compiler():
+        raise ValueError(f'"layers", but there is no C++ compiler ({names}) on PATH. Install one, or use "none".')

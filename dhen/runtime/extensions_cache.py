@@ -10,6 +10,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -94,3 +95,9 @@ def _open_files() -> set[Path]:
     """All files that this user's processes have open."""
     processes = psutil.process_iter(["open_files"])  # None for a process of another user, or one that has ended
     return {Path(file.path) for process in processes for file in process.info["open_files"] or ()}
+
+
+def missing_compiler() -> str | None:
+    """The names of the C++ compilers that torch looks for, if none of them is on PATH."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    return None if any(map(shutil.which, names)) else " or ".join(names)
