@@ -267,7 +267,8 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
         said = log.read_text("utf-8", errors="replace")[size:]
         if orphans:
             trial.problems.append(f"{orphans} processes were left after {event}")
-        if f'File "{ROOT}/' in said:  # torchrun prints a traceback of its own when a rank fails
+        is_ours = f'File "{ROOT}/' in said  # torchrun prints a traceback of its own when a rank fails
+        if is_ours and not ("SIGINT" in str(event) and "KeyboardInterrupt" in said):  # Python's, in the first imports
             trial.problems.append(f"a traceback after {event}")
         if newest_step(checkpoints(run)) < sound:
             trial.problems.append(f"the newest sound checkpoint, {sound}, is lost after {event}")
