@@ -282,8 +282,11 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
             trial.problems.append(f"it ended with 0 before its work was done, after {event}")
         trial.events.append(event)
         if event.startswith("SIG") and set_up.launcher == "ranks":
-            unexpected = job.statuses() - {0, STATUS, -signal.Signals[event.split()[0]]}  # the last while Python starts
-            if unexpected:
+            while_python_starts = -signal.Signals[event.split()[0]]
+            expected = {0, STATUS, while_python_starts}
+            if while_python_starts in job.statuses():
+                expected.add(1)  # of the ranks that waited for that one
+            if unexpected := job.statuses() - expected:
                 trial.problems.append(f"it ended with {sorted(unexpected)} after {event}")
         found = checkpoints(run)
         if what := damage(run, chance):
