@@ -64,6 +64,7 @@ def end_all_ranks(status: int) -> bool:
         return False
     with contextlib.suppress(RuntimeError, ValueError):
         store, others = _store(), set(range(dist.get_world_size())) - {dist.get_rank()}
+        store.set(_LEFT.format(dist.get_rank()), "")
         for rank in others:
             store.set(_QUESTION.format(rank), _STATUS + str(status).encode())
         if others:
@@ -87,8 +88,13 @@ def _leave(topology: Topology, answering: threading.Thread, ranks: Iterable[int]
         store.set(_QUESTION.format(rank), _LEAVING)
     answering.join(_SECONDS_TO_READ)
     if topology.is_main:
-        everyone = [_LEFT.format(rank) for rank in range(topology.world_size)]
-        store.wait(everyone, timedelta(seconds=_SECONDS_TO_READ))
+        _wait_for_all(topology, store)
+
+
+def _wait_for_all(topology: Topology, store: dist.Store) -> None:
+    """Wait for all ranks' threads to end, but not for long. Raises RuntimeError if some do not."""
+    everyone = [_LEFT.format(rank) for rank in range(topology.world_size)]
+    store.wait(everyone, timedelta(seconds=_SECONDS_TO_READ))
 
 
 def _answer(topology: Topology, store: dist.Store) -> None:
@@ -101,6 +107,9 @@ def _answer(topology: Topology, store: dist.Store) -> None:
             _is_answering.clear()  # the store may be gone soon
             store.set(_LEFT.format(topology.rank), "")
             if word.startswith(_STATUS):
+                if topology.is_main:  # which holds the store, where the others still read the word
+                    with contextlib.suppress(RuntimeError):
+                        _wait_for_all(topology, store)
                 os._exit(int(word.removeprefix(_STATUS)))
             return
         store.set(_ANSWER.format(topology.rank), "")

@@ -34,6 +34,8 @@ class Finished:
 
     status: int
     output: str
+    statuses: frozenset[int] = frozenset()
+    """Of all ranks."""
 
 
 def run_script(
@@ -83,7 +85,8 @@ def run_script(
     for process in processes:
         process.join()
     status = next((process.exitcode for process in processes if process.exitcode), 0)
-    return Finished(status, log.read_text() if log.is_file() else "")
+    statuses = frozenset(process.exitcode for process in processes)
+    return Finished(status, log.read_text() if log.is_file() else "", statuses)
 
 
 def _run(script: str, flags: tuple[str, ...], environment: dict[str, str], log: str, patch: Callable | None) -> None:

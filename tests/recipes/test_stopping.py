@@ -112,14 +112,30 @@ def test_outside_of_training_a_signal_ends_the_run_at_once(tmp_path, click_log):
     assert [folder.name for folder in checkpoints(run)] == ["checkpoint-7"]
 
 
-class _Slow:
-    """The data takes long to open; the mark says when that began."""
+def test_a_rank_that_is_late_leaves_with_the_others(tmp_path, click_log):
+    """Rank 0 holds the store in which a rank reads that it shall leave."""
+    done = run_script(
+        "train.py", *flags(tmp_path / "run", click_log), ranks=3,
+        kill_when=(tmp_path / "mark").is_file, send=to(signal.SIGTERM, 1), patch=_Slow(tmp_path / "mark", late_rank=2),
+    )  # fmt: skip
+    assert done.statuses == {75}, done.output
+    assert done.output.count("stopped by SIGTERM, outside of training: there is nothing to save") == 1
+    assert "is gone" not in done.output
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+
+class _Slow:
+    """The data takes long to open; the mark says when that began. One rank begins late to answer questions."""
+
+    def __init__(self, mark: Path, late_rank: int | None = None) -> None:
+        self.mark, self.late_rank = mark, late_rank
 
     def __call__(self) -> None:
+        from dhen.runtime import lost_ranks
         from dhen.training import dataset
+
+        if os.environ["RANK"] == str(self.late_rank):
+            answer = lost_ranks._answer
+            lost_ranks._answer = lambda *arguments: (time.sleep(1), answer(*arguments))
 
         def slow(*_, **__) -> None:
             self.mark.touch()
