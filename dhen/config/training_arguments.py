@@ -140,8 +140,8 @@ class TrainingArguments:
     )
     new_head: bool = option(
         False,
-        "Fine-tune with a head that starts anew, with the head_mlp and head_inputs of this run, instead of the trained "
-        "model's.",
+        "Fine-tune with a head that starts anew, with the head_mlp, head_inputs and task_layers of this run, instead "
+        "of the trained model's.",
     )
     keep_optimizer: bool = option(
         False,

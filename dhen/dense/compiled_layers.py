@@ -40,7 +40,7 @@ def compile_layers(model: DhenForClickPrediction, what: Literal["none", "layers"
     if what == "none":
         return
     _check_compiler(device)
-    layers = model.model.layers
+    layers = [module for module in model.modules() if isinstance(module, DhenLayer)]
     for module in model.modules():
         if isinstance(module, ModuleExperts):  # their numbers of rows differ in each step
             module.forward = torch.compiler.disable(module.forward)

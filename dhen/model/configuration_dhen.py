@@ -125,6 +125,11 @@ class DhenArchitecture:
     head_inputs: Literal["last", "all"] = option(
         "last", "What the head reads: the output of the last layer, or the first layer's input and all layers' outputs."
     )
+    task_layers: SizeFrom0 = option(
+        0,
+        "Number of further layers that each task has of its own, between the shared layers and its head. Each is like "
+        "a layer without an entry in `layers`.",
+    )
     task_weights: TaskWeights = option(
         None,
         "Weights of the tasks in the loss, and in the metric that chooses the best weights: a number for label and for "
@@ -227,6 +232,11 @@ class DhenConfig(DhenArchitecture, PreTrainedConfig):
         if self.layers is None:
             return (self._layer_spec({}, "interactions"),) * self.num_layers
         return tuple(self._layer_spec(entry, f"layers[{i}]") for i, entry in enumerate(self.layers))
+
+    @property
+    def task_layer_spec(self) -> LayerSpec:
+        """Each layer of a task's own."""
+        return self._layer_spec({}, "task_layers")
 
     def _layer_spec(self, entry: str | dict[str, Any], where: str) -> LayerSpec:
         if not isinstance(entry, dict):

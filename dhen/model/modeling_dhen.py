@@ -19,18 +19,21 @@ from dhen.model.interactions import Axes, with_prefix
 from dhen.model.layer import DhenLayer, make_norm
 from dhen.model.mixture_of_experts import parted
 from dhen.model.mlp import MLP
-from dhen.model.tasks import LABEL_TASK, TaskHeads, loss_of_tasks
+from dhen.model.task_layers import TaskLayers
+from dhen.model.tasks import LABEL_TASK, TaskHeads, loss_of_tasks, named_modules
 
 
 @dataclass
 class DhenModelOutput(ModelOutput):
-    """last_hidden_state: x_BMD, the output of the last layer. head_inputs: the embeddings that the head reads.
+    """last_hidden_state: x_BMD, the output of the last layer. head_inputs: the embeddings that the head reads. dense:
+    (B, N), as the layers read them.
 
     auxiliary_loss: sum of the losses of the layers' gates, in a forward that trains; None if there are none.
     """
 
     last_hidden_state: Tensor | None = None
     head_inputs: Tensor | None = None
+    dense: Tensor | None = None
     auxiliary_loss: Tensor | None = None
 
 
@@ -124,6 +127,7 @@ class DhenModel(DhenPreTrainedModel):
             self.layers.append(layer)
             num_embeddings = layer.num_outputs
         sizes = [self.num_inputs, *(layer.num_outputs for layer in self.layers)]
+        self.num_outputs = num_embeddings
         self.num_head_inputs = sum(sizes) if config.head_inputs == "all" else num_embeddings
         # With the norm before each layer, the last layer's output has not been normalized.
         is_pre = specs[-1].norm_position == "pre"
@@ -161,7 +165,7 @@ class DhenModel(DhenPreTrainedModel):
             x_BMD = self.norm(x_BMD)
         head_inputs = torch.cat([*earlier, x_BMD], dim=1) if earlier else x_BMD
         auxiliary_loss = loss if isinstance(loss, Tensor) else None
-        return DhenModelOutput(last_hidden_state=x_BMD, head_inputs=head_inputs, auxiliary_loss=auxiliary_loss)
+        return DhenModelOutput(x_BMD, head_inputs, dense_BN, auxiliary_loss)
 
 
 class DhenForClickPrediction(DhenPreTrainedModel):
@@ -196,8 +200,13 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         if not own and with_tables is not True:
             self._keys_to_ignore_on_load_unexpected = [r"^tables\."]
         self.model = DhenModel(config)
-        width = self.model.num_head_inputs * config.embedding_dim
-        heads = [MLP(width, config.head_mlp, 1, config.activation, config.batch_norm) for _ in ("label", *config.tasks)]
+        tasks, num_read, own = [LABEL_TASK, *config.tasks], self.model.num_head_inputs, []
+        if config.task_layers:
+            own = [TaskLayers(config, self.model.num_outputs, num_read) for _ in tasks]
+            num_read = own[0].num_outputs
+        self.task_layers = named_modules(dict(zip(tasks, own, strict=False)))
+        width = num_read * config.embedding_dim
+        heads = [MLP(width, config.head_mlp, 1, config.activation, config.batch_norm) for _ in tasks]
         self.head, further = heads[0], dict(zip(config.tasks, heads[1:], strict=True))
         self.tasks = TaskHeads(further, config.task_weights) if further else None
         self.post_init()
@@ -228,14 +237,16 @@ class DhenForClickPrediction(DhenPreTrainedModel):
         elif sparse is not None:
             raise ValueError("pass sparse or inputs_embeds, not both.")
         trunk = self.model(inputs_embeds, dense, num_passes)
-        head_inputs = trunk.head_inputs.flatten(1)
-        logits_B = self.head(head_inputs).squeeze(1)
+        read, losses = parted(layers(trunk.head_inputs, trunk.dense) for layers in self.task_layers.children())
+        of_label, *of_tasks = (each.flatten(1) for each in read or [trunk.head_inputs] * (1 + len(self.config.tasks)))
+        logits_B = self.head(of_label).squeeze(1)
         logits_B = logits_B.to(torch.promote_types(logits_B.dtype, torch.float32))
-        output = DhenOutput(logits=logits_B, auxiliary_loss=trunk.auxiliary_loss)
+        output = DhenOutput(logits=logits_B)
+        losses += [] if trunk.auxiliary_loss is None else [trunk.auxiliary_loss]
         if self.tasks is not None:
-            output.task_logits, output.task_weights, penalty = self.tasks(head_inputs)
-            if penalty is not None and self.training:
-                output.auxiliary_loss = penalty if trunk.auxiliary_loss is None else trunk.auxiliary_loss + penalty
+            output.task_logits, output.task_weights, penalty = self.tasks(of_tasks)
+            losses += [penalty] if penalty is not None and self.training else []
+        output.auxiliary_loss = sum(losses[1:], losses[0]) if losses else None
         if labels is not None:
             output.loss = self._loss(output, labels.to(logits_B.dtype).repeat(num_passes, *[1] * (labels.dim() - 1)))
         return output
@@ -267,7 +278,11 @@ class DhenForClickPrediction(DhenPreTrainedModel):
             axes |= with_prefix(f"layers.{index}", layer.input_axes(inputs, dense))
             inputs = [("output", place) for place in range(layer.num_outputs)]
             states += [(index + 1, *label) for label in inputs]
+        for index, layer in enumerate(layer for of in [*self.task_layers.children()][:1] for layer in of.layers):
+            states += [("task", index, place) for place in range(layer.num_outputs)]
         axes = with_prefix("model", axes)
+        for task, layers in self.task_layers.named_children():
+            axes |= with_prefix(f"task_layers.{task}", layers.input_axes(dense))
         if self.config.head_inputs == "all":
             values = [(state, column) for state in states for column in range(self.config.embedding_dim)]
             heads = ["head", *(f"tasks.heads.{name}" for name in self.config.tasks)]

@@ -1,7 +1,8 @@
 """The parts of a model, from the features to the head, which fine-tuning may freeze or train at rates of their own.
 
 A weight belongs to "tables", "features" (the MLP of the dense features), "layers.0", "layers.1", … or "head". The norm
-after the last layer belongs to this layer, and the heads of further tasks are part of the head.
+after the last layer belongs to this layer. The heads of further tasks and the layers of a task's own are part of the
+head.
 """
 
 import re
@@ -24,7 +25,7 @@ def part_of(name: str, num_layers: int) -> str:
     first, *rest = name.removeprefix("model.").split(".")
     if name.startswith("model.norm"):
         return f"layers.{num_layers - 1}"
-    return "head" if first == "tasks" else ".".join([first, *rest[: first == "layers"]])
+    return "head" if first in ("tasks", "task_layers") else ".".join([first, *rest[: first == "layers"]])
 
 
 def frozen_parts(freeze: str, num_layers: int) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Further tasks: other labels of the same examples, each with a head of its own above the layers, which all share.
+"""Further tasks: other labels of the same examples, each with a head of its own above the shared layers.
 
 With task 0 the label itself, the loss is sum_t w_t L_t. L_t is the cross entropy of the examples that have a label of
 task t, divided by the number of all examples.
@@ -31,7 +31,7 @@ class TaskHeads(nn.Module):
     """The heads of the further tasks, and the weights of all tasks.
 
     >>> heads = TaskHeads({"buy": MLP(8, [], 1)}, {"buy": 0.5})
-    >>> logits_BT, weights, penalty = heads(torch.ones(2, 8))
+    >>> logits_BT, weights, penalty = heads([torch.ones(2, 8)])
     >>> logits_BT.shape, weights.tolist(), penalty
     (torch.Size([2, 1]), [1.0, 0.5], None)
     """
@@ -41,9 +41,7 @@ class TaskHeads(nn.Module):
     ) -> None:
         """heads: by task, each from (B, W) to (B, 1)."""
         super().__init__()
-        self.heads = nn.Module()  # a ModuleDict has no room for a task called `items`
-        for name, head in heads.items():
-            self.heads.add_module(name, head)
+        self.heads = named_modules(heads)
         self.log_variance: nn.Parameter | None = None
         if task_weights == _UNCERTAINTY:
             self.log_variance = nn.Parameter(torch.empty(1 + len(heads)))
@@ -56,15 +54,23 @@ class TaskHeads(nn.Module):
         if self.log_variance is not None:
             nn.init.zeros_(self.log_variance)
 
-    def forward(self, inputs_BW: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return logits_BT, the weights (1 + T,), and sum(s) / 2 if the weights are trained."""
-        logits_BT = torch.cat([head(inputs_BW) for head in self.heads.children()], dim=1)
+    def forward(self, inputs_BW: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return logits_BT, the weights (1 + T,), and sum(s) / 2 if they are trained. inputs_BW: of each head."""
+        logits_BT = torch.cat([head(of) for head, of in zip(self.heads.children(), inputs_BW, strict=True)], dim=1)
         logits_BT = logits_BT.to(torch.promote_types(logits_BT.dtype, torch.float32))
         if self.log_variance is not None:
             log_variance = self.log_variance.to(logits_BT.dtype)
             return logits_BT, (-log_variance).exp(), log_variance.sum() / 2
         # One fill per number: a copy from the host would make it wait for the device.
         return logits_BT, torch.stack([logits_BT.new_full((), weight) for weight in self.fixed]), None
+
+
+def named_modules(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that holds these, by task. A ModuleDict has no room for a task called `items`."""
+    holder = nn.Module()
+    for name, module in modules.items():
+        holder.add_module(name, module)
+    return holder
 
 
 def loss_of_tasks(

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits
 
 from dhen.model.configuration_dhen import DhenConfig
+from dhen.model.mixture_of_experts import parted
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.training.loop import summed_loss
 
@@ -122,3 +123,33 @@ def test_a_task_may_have_the_name_of_a_method_of_dictionaries():
 def test_labels_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"labels have shape \(5,\), but the model expects \(5, 3\)"):
         model_of(tasks=["buy", "stay"])(dense=inputs(), labels=LABELS[:, 0])
+
+
+@pytest.mark.parametrize("options", [{}, {"head_inputs": "all"}, {"norm_position": "pre", "gate": "hard"}], ids=str)
+def test_layers_of_its_own_are_between_a_tasks_head_and_the_shared_layers(options):
+    own = {"interactions": [{"kind": "linear", "use_dense": True}], "ensemble": "sum", "num_embeddings_out": 4}
+    layers = [{"interactions": ["advanced_dlrm"], "num_embeddings_out": 6}] * 2
+    options = {"layers": layers, "num_dense_embeddings": 3} | options
+    model = model_of(tasks=["items"], task_layers=2, **own, **options).eval()
+    output, dense = model(dense=inputs(), num_passes=2), inputs().repeat(2, 1)
+    x_BMD = model.model.features(dense.new_empty(10, 0, 16), dense)
+    shared = [x_BMD]
+    for layer in model.model.layers:
+        x_BMD = parted([layer(x_BMD, dense)])[0][0]
+        shared.append(x_BMD)
+    is_pre, reads_all = "norm_position" in options, "head_inputs" in options
+    first = model.model.norm(x_BMD) if is_pre else x_BMD
+    for of_task, head, logits in zip(
+        model.task_layers.children(),
+        [model.head, model.tasks.heads.items],
+        [output.logits, output.task_logits[:, 0]],
+        strict=True,
+    ):
+        y_BMD, read = first, [*shared] if reads_all else []
+        for layer in of_task.layers:
+            (y_BMD,), _ = parted([layer(y_BMD, dense)])
+            read.append(y_BMD)
+        read = read if reads_all else [of_task.norm(y_BMD) if is_pre else y_BMD]
+        torch.testing.assert_close(head(torch.cat(read, 1).flatten(1)).squeeze(1), logits, rtol=1e-6, atol=1e-6)
+    label, task = (of.layers[0].shortcut.mix.weight for of in model.task_layers.children())
+    assert not torch.equal(label, task)

@@ -46,7 +46,8 @@ def really(
     """Bytes that are alive after a real forward, and the most in forward and backward, gradients let go at once."""
     model = DhenForClickPrediction(config, with_tables=False).to(dtype)
     checkpoint_layers(model, checkpointing)
-    inputs = torch.randn(BATCH, 5, 8, requires_grad=True), torch.randn(BATCH, 3), torch.ones(BATCH)
+    labels = torch.ones(BATCH, 1 + len(config.tasks)) if config.tasks else torch.ones(BATCH)
+    inputs = torch.randn(BATCH, 5, 8, requires_grad=True), torch.randn(BATCH, 3), labels
     for weight in model.parameters():
         weight.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
     gc.collect()
@@ -93,6 +94,11 @@ def test_a_head_that_reads_all_layers_is_traced_at_its_width():
     config = config_of(6, head_inputs="all")
     assert kept_bytes(trace_step(config, BATCH, checkpointing=4)) == really(config, 4)[0]
     assert trace_step(config, BATCH).weights["head.0.weight"] == (6 + 6 * 2 * len(KINDS)) * 8 * 64
+
+
+def test_the_layers_of_each_task_are_traced():
+    config = config_of(3, tasks=["buy", "stay"], task_layers=2)
+    assert kept_bytes(trace_step(config, BATCH, checkpointing=2)) == really(config, 2)[0]
 
 
 def test_layers_that_differ_are_traced_each():

@@ -134,9 +134,12 @@ def test_the_experts_of_a_layer_and_their_router_keep_what_belongs_to_a_feature(
     assert not _shaped_by_features(new.config) <= described.keys()
 
 
+@pytest.mark.parametrize("task_layers", [0, 2])
 @pytest.mark.parametrize(("features", "size"), [("ceab", 4), ("bca", 5), ("ac", 5)])
-def test_a_head_that_reads_all_layers_keeps_what_it_knows_of_a_feature(features, size):
-    options = {"interactions": ["linear"], "head_inputs": "all", "num_embeddings_out": size}
+def test_a_head_that_reads_all_layers_keeps_what_it_knows_of_a_feature(features, size, task_layers):
+    interaction = {"kind": "linear", "use_dense": True}
+    options = {"interactions": [interaction], "head_inputs": "all", "num_embeddings_out": size}
+    options |= {"task_layers": task_layers}
     old = Model(("a", "b", "c"), ("x", "y"), **options)
     new = Model(tuple(features), ("y", "x"), **options)
     assert new.start_from(old) == set()

@@ -15,18 +15,18 @@ SET_UPS = {
 }
 
 
-def architecture(weights: object) -> dict[str, object]:
-    return {"tasks": ["buy", "stay"], "task_weights": weights}
+OPTIONS = {"fixed": {"task_weights": {"buy": 3.0, "stay": 0.5}, "task_layers": 1}, "uncertainty": {}}
 
 
-@pytest.mark.parametrize("weights", [{"buy": 3.0, "stay": 0.5}, "uncertainty"], ids=["fixed", "uncertainty"])
+@pytest.mark.parametrize("weights", OPTIONS)
 def test_every_path_trains_like_plain_torch(weights):
     """4 ranks on 2 nodes, tolerance 1e-5; without the tasks the losses are others."""
-    of_ranks = run_ranks(RANKS, losses_of_set_ups, SET_UPS, architecture(weights), STEPS, local_size=2)
+    architecture = {"tasks": ["buy", "stay"], "task_weights": "uncertainty"} | OPTIONS[weights]
+    of_ranks = run_ranks(RANKS, losses_of_set_ups, SET_UPS, architecture, STEPS, local_size=2)
     for name, more in SET_UPS.items():
         settings = {"accumulation": more.get("accumulation", 1), "optimizer": more.get("optimizer", "AdamW")}
         batches = global_batches(STEPS, GLOBAL_BATCH)
-        expected, _ = plain_losses(batches, architecture=architecture(weights), num_ranks=RANKS, **settings)
+        expected, _ = plain_losses(batches, architecture=architecture, num_ranks=RANKS, **settings)
         assert difference(of_ranks[0][name], expected) < 1e-5, name
         alone, _ = plain_losses(batches, **settings)
         assert difference(alone, expected) > 1e-3, name

@@ -118,7 +118,7 @@ class StartingPoint:
             if names:
                 lines.append(f"  {words}: {', '.join(names)}")
         lines += [f"    {sentence}" for sentence in (*self.changed_shortcut(), *self.changed_transforms())]
-        for name in ("head_mlp", "head_inputs"):
+        for name in ("head_mlp", "head_inputs", "task_layers"):
             old, new = getattr(self.trained.config, name), getattr(self.config, name)
             lines += [f"  {name} was {old}, is now {new}"] * (old != new)
         total = len(self.dense_weights) + len(self.new_dense_weights)
@@ -164,8 +164,9 @@ def start_from(
 ) -> StartingPoint:
     """Match the trained model with the data in `prepared`.
 
-    new_head: an architecture. The heads then start anew, with its head_mlp, head_inputs and task_weights. topology: the
-    ranks share out the vocabularies. They communicate; all of them call it. Without it, this process reads all.
+    new_head: an architecture. The heads then start anew, with its head_mlp, head_inputs, task_layers and task_weights.
+    topology: the ranks share out the vocabularies. They communicate; all of them call it. Without it, this process
+    reads all.
 
     Raises ArgumentError if the model has tables, but no row of them can be kept.
     """
@@ -174,7 +175,7 @@ def start_from(
     schema = replace(schema, sparse=sparse, dense=dense)
     architecture, before = trained.config.architecture, trained.dense_weights()
     if new_head:
-        taken = ("head_mlp", "head_inputs", "task_weights")
+        taken = ("head_mlp", "head_inputs", "task_layers", "task_weights")
         architecture = replace(architecture, **{name: getattr(new_head, name) for name in taken})
     elif not schema.tasks:
         architecture = replace(architecture, task_weights=None)
@@ -184,7 +185,8 @@ def start_from(
     config = config_for(architecture, schema)
     kept = match_dense_weights(before, trained.config, _names(old), config, _names(schema))
     if new_head:
-        kept = {name: weight for name, weight in kept.items() if not name.startswith(("head.", "tasks."))}
+        depth = len(config.layer_specs)
+        kept = {name: weight for name, weight in kept.items() if part_of(name, depth) != "head"}
     match = partial(_match_table, trained, prepared)
     firsts: dict[str, SparseColumn] = {}
     for column in sparse:
