@@ -200,7 +200,7 @@ class TrainingArguments:
     skip_test: bool = option(False, "Leave the test split alone: do not score it. For a search over arguments.")
     calibrate: bool = option(
         False,
-        "After training, multiply the logits of the exported model by one number, fitted on the validation split. Use "
+        "After training, multiply the logits of each task by one number, fitted on the validation split. Use "
         "it with dropout, which makes predictions too extreme and too low on average.",
     )
     early_stopping_patience: ranges.CountFrom0 = option(
