@@ -14,6 +14,7 @@ import polars as pl
 
 from dhen.data.synthetic import PLANTED, QUICKSTART, ClickModel, Rows
 from dhen.model.names import check_names
+from tools import histories
 from tools.experiments import ROOT, ROWS_VERSION
 
 SHARES = (1, 10, 100)
@@ -25,12 +26,16 @@ _PLANTED_ROWS, _DRIFT = 300_000, 0.2
 
 
 def write_later_rows(data: str, folder: Path) -> None:
-    """Write the files of a data set, unless they are there. Raises ValueError for an unknown one, and
-    FileNotFoundError without its source.
+    """Write the files of a data set, unless they are there; of histories, those of tools/histories.py. Raises
+    ValueError for an unknown one, and FileNotFoundError without its source.
     """
-    check_names("data set in rows", [data], SOURCES)
+    check_names("data set in rows", [data], [*SOURCES, histories.NAME])
     version = folder / f"version_{ROWS_VERSION}"
     if version.is_file():
+        return
+    if data == histories.NAME:
+        histories.write_histories(folder)
+        version.touch()
         return
     earlier, later, gone = SOURCES[data]()
     folder.mkdir(parents=True, exist_ok=True)
