@@ -21,7 +21,7 @@ Shapes: B examples of this rank, F sparse features, D embedding dimension, S loo
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -107,6 +107,7 @@ class ShardedTables(nn.Module):
         self.optimizer = self.update.optimizer
         self.average: AveragedTables | None = None
         self.is_frozen, self._is_averaged, self._rates = False, False, (0.0, 0.0)
+        self._frozen: Tensor | None = None
         self._overlap = overlap
         self._device, self._world_size = topology.device, topology.world_size
         # NCCL runs one stream per group. In ZeRO-3's group, the world, embeddings would queue behind its weights.
@@ -213,6 +214,8 @@ class ShardedTables(nn.Module):
 
         def finish() -> Tensor:
             embeddings_BFD = exchange.finish(ticket)
+            if self._frozen is not None and embeddings_BFD.requires_grad:
+                embeddings_BFD.register_hook(lambda grad_BFD: grad_BFD.index_fill(1, self._frozen, 0.0))
             # A fixed point of the step. Every rank has announced its next batch before it looked up this one, so the
             # host hardly waits here.
             self._ids.depart()
@@ -265,6 +268,17 @@ class ShardedTables(nn.Module):
         """Let the rows that training never used hold the mean of their table, for tables that are not trained."""
         for (_, tensors), mean in zip(self.shard_tensors(), self.means(), strict=True):
             fill_unused(tensors["weight"], tensors["uses"], mean)
+
+    def freeze(self, names: Collection[str]) -> None:
+        """Let the tables of these names stay as they are. Call it after optimizer states are loaded.
+
+        Their gradients become 0. This leaves a row as it is, to the bit, if Adam has no momentum of before.
+        """
+        places = [place for place, feature in enumerate(self.features) if feature.table in names]
+        self._frozen = torch.tensor(places, device=self._device) if places else None
+        for shard, tensors in self.shard_tensors() if places else ():
+            if shard.name in names and "exp_avg" in tensors:
+                tensors["exp_avg"].zero_()
 
     def send_ids(self, sparse: SparseIds) -> SentIds:
         """Announce a batch to its tables' owners. Its ids leave when the embeddings of the batch before have arrived.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dhen.config.arguments import Arguments, trackers_of
 from dhen.config.command_line import ArgumentError
@@ -48,6 +48,7 @@ from dhen.training.saved.checkpoint import check_same_model, load_checkpoint
 from dhen.training.saved.checkpoint_folder import choose_checkpoint, point_latest_at, read_state
 from dhen.training.saved.fine_tuning import config_for
 from dhen.training.saved.kept_optimizer import checkpoint_of_model, take_over_states
+from dhen.training.saved.pretrained_tables import PretrainedTables, frozen_tables
 from dhen.training.saved.trained_model import TrainedModel
 
 _OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "interaction_files", "async_save")
@@ -124,7 +125,10 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
     saved = _saved_placement(ds_config, kept or training.resume_from_checkpoint)
     predict = memory_plan.use if memory_plan else None
     layout = lay_out(config, topology, ds_config, predict, ids_per_bag=data.ids_per_bag, **saved)
-    _check_replicated(training, layout)
+    _check_replicated(training, layout, frozen_tables(data.prepared))
+    vectors = None
+    if not training.resume_from_checkpoint:
+        vectors = PretrainedTables.open(data.prepared, config.embedding_dim, ds_config.dhen.table_dtype, topology)
 
     def judge() -> tuple[bool, bool]:
         announce(arguments, layout, data.schema, start.report() if start else None)
@@ -136,20 +140,25 @@ def build_model(arguments: Arguments, topology: Topology, data: TrainingData) ->
         training.async_save = "on" if has_room else "off"
     if is_too_large and arguments.check:
         raise ArgumentError("check did not build the model, because it would need more memory than a rank has.")
+
+    def fill_table(*table: Any, **tensors: Tensor) -> None:
+        for source in filter(None, (vectors, start)):  # in this order, so that rows of the trained model win
+            source.fill_table(*table, **tensors)
+
     model = parallelize(
         layout,
         frozen=frozen,
         rate_decay=training.layer_learning_rate_decay,
         seed=training.seed,
         dense_weights=start.dense_weights if start else None,
-        fill_table=start.fill_table if start else None,
+        fill_table=fill_table,
     )
+    for shard, of in model.tables.shard_tensors() if model.tables is not None else ():
+        fill_table(shard.name, of["weight"], of["uses"], slice(shard.first_column, shard.last_column))
+    for name, uses in model.replicated.uses_by_name().items():
+        fill_table(name, uses=uses)
     if start and model.tables is not None:
-        start.load_tables(model.tables)
         model.tables.mark_new_rows()
-    if start:
-        for name, uses in model.replicated.uses_by_name().items():
-            start.fill_table(name, uses=uses)
     if kept:
         take_over_states(model, start, kept)
     if training.ema_decay:
@@ -190,6 +199,8 @@ def make_trainer(arguments: Arguments, data: TrainingData, model: ParallelDhen) 
     if training.resume_from_checkpoint:
         folder = Path(training.resume_from_checkpoint)
         trainer.restore(load_checkpoint(model, folder, trainer.running_loss.sums, trainer.data_order), folder)
+    if model.tables is not None:
+        model.tables.freeze(frozen_tables(data.prepared))
     return trainer
 
 
@@ -327,8 +338,8 @@ def _saved_placement(ds_config: DsConfig, checkpoint: str | Path | None) -> dict
     }
 
 
-def _check_replicated(training: TrainingArguments, layout: Layout) -> None:
-    """Raise ArgumentError if an option that works on sharded tables only is set and some tables are replicated."""
+def _check_replicated(training: TrainingArguments, layout: Layout, frozen: Collection[str]) -> None:
+    """Raise ArgumentError if an option, or `frozen` tables, work on sharded tables only and some are replicated."""
     replicated = layout.placement.replicated
     unset = {"looked_up_l2": 0.0, "whole_table_l2": 0.0, "new_row_learning_rate": None}
     unset |= {"freeze": "none"} if training.freezes("tables") else {}
@@ -338,3 +349,8 @@ def _check_replicated(training: TrainingArguments, layout: Layout) -> None:
                 f"{name} is {value}, which works on sharded tables only, but {layout.ds_config.path} replicates "
                 f"{', '.join(replicated)}. Remove {name}, or set dhen.placement.replicate_below_rows to 0."
             )
+    if frozen and (training.whole_table_l2 or not {*frozen}.isdisjoint(replicated)):
+        raise ArgumentError(
+            f"the schema has `frozen: true` for the vectors of {', '.join(frozen)}, which works without whole_table_l2 "
+            "and on sharded tables only. Set whole_table_l2 and dhen.placement.replicate_below_rows to 0."
+        )

@@ -236,9 +236,9 @@ def vocabularies_read(topology: Topology, run: Path, prepared: Path) -> tuple[st
     tables, dim = [table for table in start.config.tables if table.name in ("app", "city")], start.config.embedding_dim
     shards = (TableShard(rank, of.name, of.num_embeddings, 0, dim, rank) for rank, of in enumerate(tables))
     sharded = ShardedTables(tables, dim, Placement(tuple(shards), 2), topology, seed=None)
-    for _, tensors in sharded.shard_tensors():
+    for shard, tensors in sharded.shard_tensors():
         tensors["weight"].zero_()
-    start.load_tables(sharded)
+        start.fill_table(shard.name, tensors["weight"], tensors["uses"])
     return start.report(), of_report, read, {shard.name: tensors for shard, tensors in sharded.shard_tensors()}
 
 

@@ -68,6 +68,19 @@ class TaskRole(LabelRole):
 
 
 @checked_dataclass(frozen=True, config=STRICT)
+class PretrainedRole:
+    """A file of vectors that the rows of a table start from. key: its column of keys. frozen: the table stays so."""
+
+    file: str
+    key: str = "key"
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        if self.key != "key" and self.file.endswith(".npz"):
+            raise ValueError(f"key is {quoted(self.key)}, but .npz files have the arrays keys and vectors. Remove key.")
+
+
+@checked_dataclass(frozen=True, config=STRICT)
 class SparseRole:
     """A categorical column.
 
@@ -75,7 +88,7 @@ class SparseRole:
     numbers in it. transform: of the numbers in it. `log_squared` is floor(log(x)^2) above 2, else the whole part: the
     winners' transform in Criteo's challenge.
 
-    table: the name of a feature or of a table, which this feature then shares.
+    table: the name of a feature or of a table, which this feature then shares. pretrained: the table has a vocabulary.
 
     If `encoding`, `hash_size` or `min_count` is None, the command's setting applies.
     """
@@ -95,6 +108,7 @@ class SparseRole:
     min_count: Count | None = None
     bins: Bins | None = None
     table: str | None = None
+    pretrained: PretrainedRole | None = None
     target: str | None = None
     max_length: Count | None = None
 
@@ -107,7 +121,7 @@ class SparseRole:
         if self.part is not None and (self.characters is not None or self.is_multi_valued):
             raise ValueError(f"{quoted(self.source)} has `parts`, which need one date per row. Remove the other keys.")
         with_ids = ("characters", "part", "transform", "separator", "multi_valued", "weights", "encoding", "hash_size")
-        for key in (*with_ids, "min_count", "table") if self.bins is not None else ():
+        for key in (*with_ids, "min_count", "table", "pretrained") if self.bins is not None else ():
             if getattr(self, key) not in (None, False):
                 key = "parts" if key == "part" else key
                 raise ValueError(
@@ -132,6 +146,11 @@ class SparseRole:
             raise ValueError(
                 f"{quoted(self.name)} has `pooling: {self.pooling}`, which needs ids without weights. Give a separator "
                 f"or multi_valued, and remove `weights`."
+            )
+        if self.pretrained is not None and (self.encoding == "hash" or self.hash_size is not None):
+            raise ValueError(
+                f"{quoted(self.name)} has `pretrained` vectors, but with a hash, two values may share a row of the "
+                f"table. Remove `hash_size` and `encoding: hash`, so that it gets a vocabulary, or remove `pretrained`."
             )
         for key, encoding in (("hash_size", "vocabulary"), ("min_count", "hash")):
             if getattr(self, key) is not None and self.encoding == encoding:

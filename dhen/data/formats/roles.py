@@ -26,6 +26,7 @@ sparse:
   - {name: count, transform: log_squared}                     # of a number: floor(log(x)^2) as a category
   - {name: bought, separator: "|", table: item, pooling: attention, target: item, max_length: 50}  # the last 50
   - {name: last_item, table: item}                            # shares the ids and the table of the feature `item`
+  - {name: title, pretrained: {file: titles.parquet, key: id, frozen: true}}  # its table starts from these vectors
 ignored: [id]             # all other columns must be listed here; "*" ignores all of them
 
 A name in these three lists may be a shell pattern, such as "cat_*" or {name: "age_*", transform: identity}. It stands
@@ -37,7 +38,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import field, fields, replace
+from dataclasses import asdict, field, fields, replace
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
@@ -254,7 +255,7 @@ class KeptRoles(ColumnRoles):
 
 def _shared(table: str, features: list[SparseRole]) -> SparseRole:
     said: dict[str, Any] = {}
-    for key in ("bins", "encoding", "hash_size", "min_count"):
+    for key in ("bins", "encoding", "hash_size", "min_count", "pretrained"):
         by_value = {getattr(feature, key): feature.name for feature in features if getattr(feature, key) is not None}
         if len(by_value) > 1 or (by_value and key == "bins"):
             of_each = ", ".join(f"{key} {quoted(value)} of {quoted(name)}" for value, name in by_value.items())
@@ -290,7 +291,7 @@ def as_yaml(roles: ColumnRoles) -> str:
     values = told(roles, ColumnRoles) | {"label": told(roles.label, LabelRole)}
     values |= {name: [told(role, type(role)) for role in getattr(roles, name)] for name in ("dense", "sparse")}
     values |= {"tasks": {name: told(role, TaskRole) for name, role in roles.tasks.items()}}
-    plain = json.loads(json.dumps({key: value for key, value in values.items() if value not in ([], {})}))
+    plain = json.loads(json.dumps({key: each for key, each in values.items() if each not in ([], {})}, default=asdict))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 

@@ -24,7 +24,6 @@ from dhen.model.parts import frozen_parts, part_of
 from dhen.model.tasks import LABEL_TASK
 from dhen.runtime.collectives import shared_out
 from dhen.runtime.topology import Topology
-from dhen.tables.sharded_tables import ShardedTables
 from dhen.training.saved.trained_model import TrainedModel
 
 Column = TypeVar("Column", SparseColumn, DenseColumn)
@@ -63,12 +62,6 @@ class StartingPoint:
     dropped_features: tuple[str, ...]
     new_dense_weights: tuple[str, ...]
     dropped_dense_weights: tuple[str, ...]
-
-    def load_tables(self, tables: ShardedTables) -> None:
-        """Copy the matching rows into this rank's shards. Does not communicate."""
-        for shard, tensors in tables.shard_tensors():
-            columns = slice(shard.first_column, shard.last_column)
-            self.fill_table(shard.name, tensors["weight"], tensors["uses"], columns)
 
     def fill_table(
         self, name: str, weight: Tensor | None = None, uses: Tensor | None = None, columns: slice = slice(None)

@@ -122,6 +122,7 @@ def asked_encodings(roles: ColumnRoles, settings: PreparationSettings) -> dict[s
         if role.bins is not None:
             continue
         told = role.encoding or (settings.id_encoding if settings.id_encoding != "auto" else None)
+        told = "vocabulary" if role.pretrained else told
         old = like.get(name)
         size = role.hash_size or settings.hash_size
         encoding = told or (old.encoding if old else "hash" if size else "auto")

@@ -175,6 +175,11 @@ def load_vocabulary(folder: Path, feature: str) -> Vocabulary:
     return Vocabulary(table["key"], table["count"].to_numpy(), feature)
 
 
+def key_ids(folder: Path, feature: str) -> KeyIds:
+    """The ids of the keys of a feature's vocabulary, which is read as a stream. Raises what `_batches` raises."""
+    return KeyIds(*hashes_and_ids((batch["key"] for batch in _batches(folder, feature)), feature))
+
+
 def digest_of_keys(folder: Path, feature: str, most: int | None = None) -> str:
     """A digest of the keys of a feature's vocabulary in the order of their ids, whatever their counts.
 
@@ -226,7 +231,7 @@ def shared_ids(old: Path, new: Path, feature: str) -> Iterator[tuple[np.ndarray,
             ids = np.arange(first, min(first + key_counts.BATCH_KEYS, num_old + 1))
             yield ids, ids
         return
-    new_ids = KeyIds(*hashes_and_ids((batch["key"] for batch in _batches(new, feature)), feature))
+    new_ids = key_ids(new, feature)
     for batch in _batches(old, feature):
         ids = new_ids.ids(batch["key"])
         is_shared = ids != MISSING_ID
