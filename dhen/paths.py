@@ -5,6 +5,7 @@ that a crash does not leave half written.
 import glob
 import logging
 import os
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,12 @@ def write_atomically(path: Path, text: str) -> None:
     sync(draft)
     draft.replace(path)
     sync(path.parent)
+
+
+def copy_file(path: Path, to: Path) -> None:
+    """Copy a file's content, not its permissions: the original may be read-only. Makes the folder of the copy."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, to)
 
 
 def sync(path: Path) -> None:

@@ -104,8 +104,13 @@ class DhenPipeline:
         return dict(zip(names, scores, strict=True))
 
     def inputs(self, rows: Any) -> dict[str, np.ndarray]:
-        """The inputs of an exported graph for these rows, by name (recipes/EXPORT.md). Raises as `predict`."""
-        return {name: tensor.numpy() for name, tensor in graph_inputs(*self._tensors(self._encoded(rows))).items()}
+        """The inputs of an exported graph for these rows, by name (recipes/EXPORT.md). Raises as `predict`, and
+        ValueError if there are none.
+        """
+        encoded = self._encoded(rows)
+        if not encoded:
+            raise ValueError("there are no rows. A graph takes one or more.")
+        return {name: tensor.numpy() for name, tensor in graph_inputs(*self._tensors(encoded)).items()}
 
     def _tensors(self, batch: pa.Table) -> tuple[SparseIds | None, torch.Tensor]:
         """The ids and dense_BN of encoded rows."""

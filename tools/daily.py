@@ -63,8 +63,6 @@ class Daily:
     def _train(self, way: str, number: int) -> Path:
         """The run of a day: from the day before, or from scratch on all days until then."""
         run, is_further = self.folder / way / self.days[number].stem, way == "daily" and number > 0
-        if (run / SUMMARY_FILE).is_file():
-            return run
         days = self.days[: number + 1] if way == "scratch" else [self.days[number]]
         more = {"train_file": [str(day) for day in days], "output_dir": str(run)}
         more |= {"cache_dir": str(self.folder / "prepared"), "resume_from_checkpoint": "auto"}
@@ -73,6 +71,9 @@ class Daily:
         if is_further:
             more |= {"model_name_or_path": str(run.with_name(self.days[number - 1].stem)), "keep_optimizer": True}
         recipe = self.folder / "recipes" / f"{way}-{run.name}.yaml"
+        if (run / SUMMARY_FILE).is_file():
+            check_unchanged(recipe, self.recipe | more)
+            return run
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_yaml(self.recipe | more, recipe)
         self._call("train.py", f"--config={recipe}", f"--ds_config={self.ds_config}")
@@ -93,6 +94,20 @@ class Daily:
         print(f"daily: {script} {' '.join(flags)}", file=sys.stderr, flush=True)
         if status := start([*self.launch, str(RECIPES / script), *flags]):
             raise ValueError(f"{script} ended with status {status}; see above. The same command goes on from there.")
+
+
+def check_unchanged(file: Path, now: dict[str, Any]) -> None:
+    """Say what a finished run had otherwise than its recipe has now. Raises ValueError if it had other days."""
+    before = read_yaml(file)
+    for name in sorted((before | now).keys() - {"test_file", "output_dir", "cache_dir"}):
+        values = [of.get(name) for of in (before, now)]
+        if name == "model_name_or_path":
+            values = [value and Path(value).name for value in values]
+        if values[0] != values[1]:
+            said = f"{file}: {name} was {values[0]!r}, and is now {values[1]!r}"
+            if name in ("train_file", "model_name_or_path"):
+                raise ValueError(f"{said}. Use another --output or, if these are the same days, correct the file.")
+            print(f"daily: {said}, which this finished run does not have", file=sys.stderr)
 
 
 def start(command: list[str]) -> int:
@@ -121,7 +136,8 @@ def main() -> int:
     try:
         parse_recipe([f"--config={arguments.config}", f"--ds_config={arguments.ds_config}"])
         if arguments.drifting:
-            days = write_days(folder / "days", arguments.drifting, arguments.rows)
+            shape = arguments.drifting, arguments.rows
+            days = write_days(folder / f"{shape[0]}_days_of_{shape[1]}", *shape)
         else:
             found = [sorted(glob.glob(pattern)) for pattern in arguments.days]
             days = [Path(path).resolve() for paths in found for path in paths]

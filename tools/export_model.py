@@ -19,7 +19,7 @@ import argparse
 import importlib.util
 import json
 import logging
-import shutil
+import tempfile
 import warnings
 
 import torch
@@ -67,24 +67,23 @@ def export(model: str, kind: str, precision: str, output: Path) -> None:
     trained = TrainedModel.open(model)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} exists and is not an empty folder. Choose another name, or remove it.")
+    if output.resolve().is_relative_to(trained.folder.resolve()):
+        raise ValueError(f"--output {output} is in the folder of the model. Choose another place.")
     _check_can_export(kind)
-    draft = output.with_name(f".{output.name}.draft")
-    weights = draft / "weights"
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as between:
+        weights, graph = Path(between, "weights"), Path(between, "graph")
         nbytes = save_with_precision(trained, precision, weights)
         if kind == "safetensors":
             weights.replace(output)
         else:
-            described = write_graph(trained.schema, kind, weights, draft)
-            (draft / INPUTS_FILE).write_text(json.dumps({"tables": precision} | described, indent=2) + "\n")
+            graph.mkdir()
+            described = write_graph(trained.schema, kind, weights, graph)
+            (graph / INPUTS_FILE).write_text(json.dumps({"tables": precision} | described, indent=2) + "\n")
             for name in ("schema.json", COLUMNS_FILE, VOCABULARY_FOLDER, "README.md"):
                 if (weights / name).exists():
-                    (weights / name).rename(draft / name)
-            shutil.rmtree(weights)
-            draft.replace(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+                    (weights / name).rename(graph / name)
+            graph.replace(output)
     config = trained.exported_config
     values = sum(table.num_embeddings for table in config.tables) * config.embedding_dim
     share = f", {nbytes / (4 * values):.1%} of fp32" if values else ""
@@ -165,12 +164,13 @@ def random_rows(schema: Schema, rows: int, most_ids: int = 3) -> tuple[SparseIds
 
 def compare(model: DhenForClickPrediction, graph: ExportedGraph, schema: Schema) -> float:
     """The largest difference of the probabilities, in batches of several sizes. Raises ValueError if it is large."""
-    largest = 0.0
+    differences = []
     for rows, most_ids in ((1, 0), (1, 3), (_ROWS + 5, 3)):
         sparse, dense_BN = random_rows(schema, rows, most_ids)
         with torch.no_grad():
             expected = model(sparse, dense_BN).probabilities
-        largest = max(largest, (graph(sparse, dense_BN) - expected).abs().max().item())
+        differences.append((graph(sparse, dense_BN) - expected).abs().max())
+    largest = torch.stack(differences).max().item()  # NaN if one is
     print(f"largest difference of a probability from the model's: {largest:.1e}")
     if not largest < 1e-4:
         raise ValueError("the graph computes something else than the model. Use --format safetensors.")

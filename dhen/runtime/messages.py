@@ -12,10 +12,12 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dhen.runtime.environment import EnvironmentMismatchError
 
-MISTAKES = (ValueError, OSError, EnvironmentMismatchError)
-"""Exceptions that report a user's mistake. Our own mistakes are assertion errors."""
+MISTAKES = (ValueError, OSError, EnvironmentMismatchError, SafetensorError)
+"""Exceptions that report a user's mistake, or a full disk. Our own mistakes are assertion errors."""
 SECONDS_TO_BE_ENDED = 5.0
 """How long to wait for the launcher to end this process. Launchers check their processes at least once per second."""
 

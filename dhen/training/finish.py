@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,7 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
     summary = results | {
         "calibrate": training.calibrate,
         "skip_test": training.skip_test,
+        "write_delta": training.write_delta,
         "ema_decay": training.ema_decay,
         "logit_scale": scale,
         "task_logit_scales": task_scales,
@@ -93,17 +95,18 @@ def finish(arguments: Arguments, data: TrainingData, trainer: Trainer, progress:
         columns = data.prepared / COLUMNS_FILE
         roles = load_roles(columns) if columns.is_file() else None
         card = model_card(model.config, data.schema, summary, environment, output_dir / MODEL_FOLDER, roles)
+        shutil.rmtree(output_dir / DELTA_FOLDER, ignore_errors=True)  # an earlier one does not give this model
     with model.averaged():
         scales = {"head": scale} | {f"tasks.heads.{name}": of_task for name, of_task in task_scales.items()}
         export_model(model, output_dir / MODEL_FOLDER, data.schema, data.prepared, card, scales)
     if model.topology.is_main:
-        write_json(output_dir / SUMMARY_FILE, summary)
-        _say(arguments, data, summary, values, by_group)
         if training.write_delta:
             folder, exported = output_dir / DELTA_FOLDER, TrainedModel(output_dir / MODEL_FOLDER)
             changed = write_delta(data.start.trained, exported, folder)
             rows = ", ".join(f"{rows:,} rows of {table}" for table, rows in changed.items())
             logger.info("%s has what changed: all dense weights, %s", folder, rows)
+        write_json(output_dir / SUMMARY_FILE, summary)  # last: a run that has it is finished
+        _say(arguments, data, summary, values, by_group)
 
 
 def _say(

@@ -217,6 +217,7 @@ def has_nothing_to_do(arguments: Arguments, trainer: Trainer) -> bool:
     wanted = {"steps": state.step, "tested_step": tested_step}
     wanted |= {"calibrate": training.calibrate, "ema_decay": training.ema_decay}
     is_tested = wanted.items() <= done.items() and (training.skip_test or not done["skip_test"])
+    is_tested &= not training.write_delta or done.get("write_delta", False)
     is_over = state.step > trainer.total_steps or (trainer.is_done and is_tested)
     if is_over:
         logger.info(

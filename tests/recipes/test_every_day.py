@@ -5,16 +5,23 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dhen.data.preparation.encoding.vocabulary import load_vocabulary
+from dhen.runtime.topology import Topology
+from dhen.training.saved import deltas
+from dhen.training.saved.checkpoint_folder import read_state
 from dhen.training.saved.fine_tuning import start_from
+from dhen.training.saved.kept_optimizer import _read_dense
+from dhen.training.saved.resharding import converted
 from dhen.training.saved.trained_model import TrainedModel
 from tests import ROOT
+from tests.ranks import run_ranks
 from tests.recipes.launch import run_script
 from tests.tools.forked_python import Finished, call
 
@@ -39,8 +46,17 @@ def write_days(folder: Path, user: str = "hash, hash_size: 30") -> Path:
     return folder
 
 
-def train(days: Path, day: str, run: str, *more: str, stage: int = 0, ranks: int = 1, dhen: dict | None = None) -> str:
-    raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
+def train(
+    days: Path,
+    day: str,
+    run: str,
+    *more: str,
+    stage: int = 0,
+    config: str = "",
+    ranks: int = 1,
+    dhen: dict | None = None,
+) -> str:
+    raw = json.loads((ROOT / f"ds_configs/{config or f'zero{stage}'}.json").read_text())
     raw["dhen"] |= dhen or {}
     (days / f"{run}.json").write_text(json.dumps(raw))
     done = run_script(
@@ -84,20 +100,51 @@ def test_two_days_equal_one_run_over_both(days, first):
     assert largest_difference(days / "once", days / "forgot") > 1e-3, "the test cannot fail"
 
 
+GROUPS = {"shard_group": 2, "table_group": 2}
+"""Hybrid shards and replicas of the tables, on four ranks."""
+
+
 @pytest.mark.parametrize(
     ("before", "after", "optimizer"),
-    [((2, 2), (3, 1), "adagrad"), ((3, 1), (0, 2), "adam"), ((0, 1), (1, 2), "rowwise_adagrad")],
-    ids=["ZeRO 2 to 3", "ZeRO 3 to 0", "ZeRO 0 to 1"],
+    [((2, 2), (3, 4, GROUPS), "adagrad"), ((3, 4, GROUPS), (0, 2), "adam"), ((0, 1), (1, 2), "rowwise_adagrad")],
+    ids=["ZeRO 2 to HSDP", "HSDP to ZeRO 0", "ZeRO 0 to 1"],
 )
-def test_ranks_and_stage_may_be_others(days, before, after, optimizer):
-    """(ZeRO stage, ranks) on the first day and on the second."""
+def test_ranks_stage_and_groups_may_be_others(days, before, after, optimizer):
+    """(ZeRO stage, ranks, dhen section) on the first day and on the second."""
     table, runs = f"--table_optimizer={optimizer}", [f"{kind}_{optimizer}" for kind in ("both", "1", "2")]
+    ways = [dict(zip(("stage", "ranks", "dhen"), way, strict=False)) for way in (before, after)]
     train(days, "both", runs[0], table)
-    train(days, "day_1", runs[1], table, stage=before[0], ranks=before[1])
+    train(days, "day_1", runs[1], table, **ways[0])
     more = (table, f"--model_name_or_path={days / runs[1]}", "--keep_optimizer=true")
-    train(days, "day_2", runs[2], *more, stage=after[0], ranks=after[1])
-    assert not (days / runs[1] / "checkpoint-8" / "universal").exists()
+    train(days, "day_2", runs[2], *more, **ways[1])
+    assert not list((days / runs[1] / "checkpoint-8").glob("universal*"))
     assert largest_difference(days / runs[0], days / runs[2]) < 1e-5  # sums over ranks are rounded otherwise
+
+
+def states_of_dense(topology: Topology, run: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Of the newest checkpoint, read twice at the same time."""
+    trained, checkpoint = TrainedModel.open(run), Path(run, (Path(run) / "latest").read_text().strip())
+    with converted(checkpoint, topology) as other:
+        states = _read_dense(SimpleNamespace(topology=topology), trained, read_state(checkpoint), checkpoint)
+        assert (other / "zero").is_dir()
+    return states
+
+
+def test_states_in_bf16_are_kept(days):
+    """Also by the hybrid shards of paper.json, whose optimizer has fp32 nowhere."""
+    train(days, "day_1", "1_paper", ranks=2, config="paper")
+    more = (f"--model_name_or_path={days / '1_paper'}", "--keep_optimizer=true", "--write_delta=true")
+    train(days, "day_2", "2_paper", "--max_steps=1", *more, ranks=2, config="paper")
+    (before,), (after,) = (run_ranks(1, states_of_dense, str(days / run)) for run in ("1_paper", "2_paper"))
+    assert before.keys() == after.keys()
+    for name, states in before.items():
+        assert after[name]["step"] == states["step"] + 1 == 9
+        squares = [of["exp_avg_sq"].float() for of in (states, after[name])]  # a step keeps 0.999 of them
+        assert (squares[1] >= 0.99 * squares[0]).all(), name
+        assert squares[0].any()
+    done = apply(days / "1_paper", days / "2_paper" / "delta", "--output", days / "applied")
+    assert done.status == 0, done.stderr
+    assert files_of(days / "applied") == files_of(days / "2_paper" / "model")
 
 
 def test_states_of_replicated_tables_are_kept(days, costs_of_a_slow_machine):
@@ -231,10 +278,44 @@ def test_a_wrong_base_order_or_byte_is_refused(three_days, tmp_path):
         assert done.status == 1
         assert f"apply_deltas: {wrong[1]} was made from a model with digest " in done.stderr
         assert "in the order of their runs." in done.stderr
-    shutil.copytree(tuesday, tmp_path / "damaged")
-    tensors = load_file(tmp_path / "damaged" / "delta.safetensors")
-    tensors["user/values"][0, 0] += 1
-    save_file(tensors, tmp_path / "damaged" / "delta.safetensors")
-    done = apply(three_days / "monday", tmp_path / "damaged", *output)
-    assert f"apply_deltas: {tmp_path / 'damaged'} is damaged" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+    for name in ("delta.safetensors", "delta.json"):
+        shutil.copytree(tuesday, tmp_path / name)
+        content = (tmp_path / name / name).read_bytes()
+        (tmp_path / name / name).write_bytes(content[: len(content) // 2])
+        done = apply(three_days / "monday", tmp_path / name, *output)
+        assert f"apply_deltas: {tmp_path / name}" in done.stderr
+        assert "is damaged" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta.json", "delta.safetensors"]
+
+
+def test_of_the_models_between_one_is_on_the_disk(three_days, tmp_path, monkeypatch):
+    apply_one, there = deltas._apply, []
+
+    def counted(base: TrainedModel, delta: Path, facts: dict, draft: Path) -> None:
+        apply_one(base, delta, facts, draft)
+        there.append(sorted(path.name for path in draft.parent.iterdir()))
+
+    monkeypatch.setattr(deltas, "_apply", counted)
+    days = [three_days / run / "delta" for run in ("tuesday", "wednesday")]
+    same = three_days / "same"
+    deltas.write_delta(*[TrainedModel.open(three_days / "wednesday")] * 2, same)
+    deltas.apply_deltas(TrainedModel.open(three_days / "monday"), [*days, same, same], tmp_path / "model")
+    assert there == [["0"], ["0", "1"], ["1", "2"], ["2", "3"]]
+    assert files_of(tmp_path / "model") == files_of(three_days / "wednesday" / "model")
+
+
+def test_a_delta_is_of_the_model_beside_it(three_days):
+    """It is there before the summary that ends the run; a resume replaces it, or writes the one that is missing."""
+    run, shared = three_days / "wednesday", (f"--model_name_or_path={three_days / 'tuesday'}", "--vocabulary_keys=new")
+    delta = run / "delta" / "delta.json"
+    assert delta.stat().st_mtime_ns <= (run / "summary.json").stat().st_mtime_ns
+    before = delta.read_text()
+    shared += ("--resume_from_checkpoint=true", "--num_train_epochs=2")
+    train(three_days, "day_3", "wednesday", *shared)
+    assert not delta.exists()
+    said = train(three_days, "day_3", "wednesday", *shared, "--write_delta=true")
+    assert "has what changed" in said
+    assert delta.read_text() != before
+    said = train(three_days, "day_3", "wednesday", *shared, "--write_delta=true")
+    assert "There is nothing left to train" in said

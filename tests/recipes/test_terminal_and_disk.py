@@ -42,20 +42,20 @@ def test_a_pipe_without_a_reader_does_not_end_the_run(tmp_path, click_log):
 
 
 class FullDisk:
-    """From the second call of that function on, no file can grow beyond this many bytes."""
+    """From this call of that function on, no file can grow beyond this many bytes."""
 
-    def __init__(self, module: str, name: str) -> None:
-        self.module, self.name = module, name
+    def __init__(self, module: str, name: str, call: int = 2) -> None:
+        self.module, self.name, self.call = module, name, call
 
     def __call__(self) -> None:
         module = importlib.import_module(f"dhen.training.saved.{self.module}")
         right, calls = getattr(module, self.name), []
 
-        def full(*arguments):
+        def full(*arguments, **options):
             calls.append(arguments)
-            if len(calls) == 2:
+            if len(calls) == self.call:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))  # more than the terminal's lines
-            return right(*arguments)
+            return right(*arguments, **options)
 
         setattr(module, self.name, full)
 
@@ -77,6 +77,18 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, click_l
     assert [folder.name for folder in checkpoints(run)] == ["checkpoint-7"]
     assert run_script("train.py", *arguments, "--resume_from_checkpoint=auto").status == 0
     assert losses(run)[14]
+
+
+def test_a_disk_that_is_full_at_the_export_is_one_line(tmp_path, click_log):
+    run, patch = tmp_path / "run", FullDisk("trained_model", "save_file", call=1)
+    arguments = flags(run, click_log, "--num_embeddings_out=32")
+    done = run_script("train.py", *arguments, patch=patch)
+    assert done.status == 1, done.output
+    assert done.output.splitlines()[-1].startswith("error: Error while serializing: I/O error: "), done.output
+    assert "Traceback" not in done.output
+    assert not (run / "model").exists()
+    assert run_script("train.py", *arguments, "--resume_from_checkpoint=auto").status == 0
+    assert (run / "model").is_dir()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_data_is_read(tmp_path):

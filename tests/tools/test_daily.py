@@ -68,6 +68,20 @@ def test_each_day_goes_on_from_the_day_before_and_what_is_finished_is_skipped(mo
     assert ["scratch" in line for line in lines] == [True, False, True]
 
 
+def test_other_days_than_those_of_finished_runs_are_refused(monkeypatch, tmp_path, started, capfd):
+    days, ways = write_days(tmp_path / "days", 3, 200), ("--compare", "daily")
+    assert run(monkeypatch, tmp_path, days[0], days[2], *ways) == 0
+    started.clear()
+    assert run(monkeypatch, tmp_path, *days, *ways) == 1
+    assert [each.split()[0] for each in started] == ["evaluate.py", "train.py"]  # for the day between
+    said = capfd.readouterr().err
+    assert "daily-day_03.yaml: model_name_or_path was 'day_01', and is now 'day_02'. Use another --output or" in said
+    monkeypatch.setitem(TINY, "learning_rate", 0.5)
+    assert run(monkeypatch, tmp_path, days[0], days[2], *ways) == 0
+    said = capfd.readouterr().err
+    assert "daily-day_01.yaml: learning_rate was 0.002, and is now 0.5, which this finished run does not have" in said
+
+
 def test_a_mistake_is_one_line(monkeypatch, tmp_path, started, capfd):
     (day,) = write_days(tmp_path / "days", 1, 200)
     assert run(monkeypatch, tmp_path, day, tmp_path / "none*.csv") == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.recipes.launch import run_script
 from tests.recipes.test_documentation import blocks
 from tests.tools.forked_python import Finished, call
 from tests.tools.test_importance import SCHEMA, click_log
+from tools.export_model import compare
 
 TOOL, DIM = "tools/export_model.py", 8
 EXPORTS = [
@@ -153,12 +155,25 @@ def test_single_ids_are_a_matrix(tmp_path):
     assert expected.std() > 0.05
 
 
-@pytest.mark.parametrize("case", ["no model", "output exists", "unknown format", "no compiler", "no onnx"])
+MISTAKES = [
+    "no model", "damaged model", "output exists", "output in the model", "unknown format", "no compiler", "no onnx",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_line(case, trained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     if case == "no model":
         done, said = export(tmp_path, "onnx", "fp32", tmp_path / "new"), "no trained model here"
+    elif case == "damaged model":
+        shutil.copytree(trained / "model", tmp_path / "model")
+        (table,) = (tmp_path / "model").glob("model-tables-*")
+        table.write_bytes(table.read_bytes()[:-1])
+        done, said = export(tmp_path / "model", "onnx", "fp32", tmp_path / "new"), f"{table} is damaged ("
+    elif case == "output in the model":
+        done, said = export(trained, "safetensors", "fp32", trained / "model/new"), "is in the folder of the model"
+        assert not (trained / "model/new").exists()
     elif case == "output exists":
         done, said = export(trained, "onnx", "fp32", tmp_path / "full"), "exists and is not an empty folder"
     elif case == "unknown format":
@@ -203,6 +218,46 @@ def test_tables_are_converted_in_slices_and_weights_beside_them_are_kept(tmp_pat
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
     assert not torch.equal(found, expected)
+
+
+def test_a_value_that_the_precision_cannot_hold_is_refused(tmp_path):
+    features = [{"name": "user", "num_embeddings": 3}]
+    model = DhenForClickPrediction(DhenConfig(embedding_dim=2, sparse_features=features, interactions=["linear"]))
+    with torch.no_grad():
+        model.tables.user.weight[1] = torch.tensor([1e5, 9e4])
+    model.save_pretrained(tmp_path / "model", max_shard_size="1KB")
+    trained = TrainedModel(tmp_path / "model")
+    save_with_precision(trained, "int8", tmp_path / "int8")
+    for precision in ("fp16", "int4"):
+        with pytest.raises(ValueError, match=r"table .user. has a value that is not finite in (float16|int4)\."):
+            save_with_precision(trained, precision, tmp_path / precision)
+
+
+def test_a_graph_that_gives_no_number_is_refused(trained):
+    model = DhenForClickPrediction.from_pretrained(trained / "model").eval()
+    schema = TrainedModel.open(trained).schema
+    assert compare(model, lambda *rows: model(*rows).probabilities, schema) == 0
+    with pytest.raises(ValueError, match="computes something else"):
+        compare(model, lambda *rows: model(*rows).probabilities * torch.nan, schema)
+
+
+def test_an_export_disturbs_no_other_and_takes_no_permissions_over(trained, tmp_path):
+    """A released model is often read-only, and two exports may have one output."""
+    shutil.copytree(trained / "model", tmp_path / "model")
+    for path in (*(tmp_path / "model").rglob("*"), tmp_path / "model"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    other = tmp_path / ".new.draft/weights"
+    other.mkdir(parents=True)
+    assert export(tmp_path / "model", "safetensors", "int8", tmp_path / "new").status == 0
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "new").rglob("*"))
+    assert other.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".new.draft", "model", "new"]
+
+
+def test_no_rows_have_no_inputs(exports):
+    for rows in ([], click_log(0, np.random.default_rng(0))):
+        with pytest.raises(ValueError, match="there are no rows"):
+            DhenPipeline.from_pretrained(exports["onnx", "fp32"]).inputs(rows)
 
 
 def test_the_page_loads_graphs(exports, monkeypatch, tmp_path):

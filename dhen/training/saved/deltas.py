@@ -3,7 +3,7 @@
 delta/ holds the small files of the exported model that differ from the base's (vocabularies, say), the dense weights,
 and the rows of the tables that changed, in delta.safetensors: `<table>/rows` (int64) and `<table>/values`. Rows that
 training never used hold the mean of their table, which every step changes, so it is there once: `<table>/unused`.
-delta.json has a digest of the base and one of the result, so that nothing else than the full export is ever made.
+delta.json has digests of the base, the result and the delta, so that nothing else than the full export is ever made.
 """
 
 import json
@@ -20,19 +20,20 @@ from torch import Tensor
 
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.data.schema import Schema
+from dhen.paths import copy_file, write_atomically
 from dhen.tables.storage import InPieces, rows_at_once, write_in_pieces
 from dhen.training.saved.checkpoint_folder import size_and_digest
 from dhen.training.saved.fine_tuning import StartingPoint, start_from
 from dhen.training.saved.trained_model import METADATA, TrainedModel
 
 DELTA_FOLDER, DELTA_FILE = "delta", "delta.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TENSORS, _CARD = "delta.safetensors", "README.md"
 
 
 def digest_of_model(folder: Path) -> str:
-    """A digest of all files of an exported model but its card, which people edit."""
-    files = {name: size_and_digest(folder / name) for name in _files(folder) if name != _CARD}
+    """A digest of all files of an exported model or a delta but delta.json and the card, which people edit."""
+    files = {name: size_and_digest(folder / name) for name in _files(folder) if name not in (_CARD, DELTA_FILE)}
     return xxhash.xxh3_128_hexdigest(json.dumps(files).encode())
 
 
@@ -41,18 +42,15 @@ def _files(folder: Path) -> list[str]:
 
 
 def write_delta(base: TrainedModel, new: TrainedModel, folder: Path) -> dict[str, int]:
-    """Write what `new`, which was fine-tuned from `base`, changed. Returns the changed rows of each table.
+    """Write what `new`, which was fine-tuned from `base`, changed, to a new folder. Returns each table's changed rows.
 
     Keeps the changed rows in host memory.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     small = [name for name in _files(new.folder) if not name.endswith(".safetensors")]
     same = [name for name in small if _are_equal(base.folder / name, new.folder / name)]
-    for name in small:
-        if name not in same:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(new.folder / name, folder / name)
+    for name in set(small).difference(same):
+        copy_file(new.folder / name, folder / name)
     start, tensors, changed = start_from(base, new.folder, new.schema), new.dense_weights(), {}
     for match in start.tables:
         of_table = _changes(start, new, match.table)
@@ -61,7 +59,8 @@ def write_delta(base: TrainedModel, new: TrainedModel, folder: Path) -> dict[str
     save_file(tensors, folder / _TENSORS)
     facts = {VERSION_KEY: FORMAT_VERSION, "base": digest_of_model(base.folder), "result": digest_of_model(new.folder)}
     facts |= {"from_base": same, "uses": {name: path.name for name, path in new.uses_files.items()}}
-    (folder / DELTA_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    facts |= {"delta": digest_of_model(folder)}
+    write_atomically(folder / DELTA_FILE, json.dumps(facts, indent=2) + "\n")
     return changed
 
 
@@ -70,12 +69,17 @@ def _are_equal(one: Path, other: Path) -> bool:
 
 
 def read_delta(folder: Path) -> dict[str, Any]:
-    """The contents of delta.json. Raises FileNotFoundError, or ValueError for another format."""
+    """The contents of delta.json. Raises FileNotFoundError, or ValueError for another format or a damaged file."""
     path = folder / DELTA_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Use a folder that train.py wrote with --write_delta true.")
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Copy the delta again.") from error
     check_format_version(path, facts, FORMAT_VERSION, "write it again")
+    if facts["delta"] != digest_of_model(folder):
+        raise ValueError(f"{folder} is damaged: its files are not as they were written. Copy it again.")
     return facts
 
 
@@ -84,30 +88,29 @@ def apply_deltas(base: TrainedModel, deltas: Sequence[Path], output: Path) -> No
 
     Raises ValueError if one was made from another model than `base` with those before it, or is damaged.
     """
-    digest = digest_of_model(base.folder)
-    for delta in deltas:
-        facts = read_delta(delta)
-        if facts["base"] != digest:
+    facts, digest = [read_delta(delta) for delta in deltas], digest_of_model(base.folder)
+    for delta, of_delta in zip(deltas, facts, strict=True):
+        if of_delta["base"] != digest:
             raise ValueError(
-                f"{delta} was made from a model with digest {facts['base']}, but here it has {digest}. Use the base "
+                f"{delta} was made from a model with digest {of_delta['base']}, but here it has {digest}. Use the base "
                 "that its run started from, and name all deltas since, in the order of their runs."
             )
-        digest = facts["result"]
+        digest = of_delta["result"]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as between:
-        for number, delta in enumerate(deltas):
+        for number, (delta, of_delta) in enumerate(zip(deltas, facts, strict=True)):
             draft = Path(between, str(number))
-            _apply(base, delta, draft)
+            _apply(base, delta, of_delta, draft)
+            if number:
+                shutil.rmtree(base.folder)
             base = TrainedModel(draft)
         draft.replace(output)
 
 
-def _apply(base: TrainedModel, delta: Path, draft: Path) -> None:
-    facts = read_delta(delta)
+def _apply(base: TrainedModel, delta: Path, facts: Mapping[str, Any], draft: Path) -> None:
     small = {name: delta / name for name in _files(delta) if name not in (DELTA_FILE, _TENSORS)}
     for name, path in (small | {name: base.folder / name for name in facts["from_base"]}).items():
-        (draft / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, draft / name)
+        copy_file(path, draft / name)
     start = start_from(base, draft, Schema.load(draft))
     changes = load_file(delta / _TENSORS)
     of_files: dict[str, dict[str, InPieces]] = {}
@@ -119,7 +122,7 @@ def _apply(base: TrainedModel, delta: Path, draft: Path) -> None:
     for file, tensors in of_files.items():
         write_in_pieces(draft / file, tensors, {} if file in facts["uses"].values() else METADATA)
     if digest_of_model(draft) != facts["result"]:
-        raise ValueError(f"{delta} is damaged: it does not give the model that it was made of. Copy it again.")
+        raise ValueError(f"{delta} does not give the model that it was made of. Use the code that wrote it.")
 
 
 def _table_of(tensor: str) -> str:

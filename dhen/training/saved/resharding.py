@@ -13,10 +13,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import deepspeed
 import torch
 
+from dhen.runtime.collectives import rank_zeros
 from dhen.runtime.topology import Topology
 from dhen.training.parallel_model import ParallelDhen
 from dhen.training.saved.checkpoint_folder import CheckpointError, no_code_from
@@ -40,7 +42,7 @@ def load_resharded(model: ParallelDhen, checkpoint: Path) -> None:
 @contextlib.contextmanager
 def converted(checkpoint: Path, topology: Topology) -> Iterator[Path]:
     """The universal checkpoint, inside this context. Communicates; all ranks enter together. Raises CheckpointError."""
-    folder = checkpoint / "universal"
+    folder = checkpoint / f"universal-{rank_zeros(topology, uuid4).hex}"  # other runs may convert it at the same time
     try:
         failure = _convert(checkpoint, folder) if topology.is_main else None
         topology.barrier()

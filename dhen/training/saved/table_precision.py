@@ -1,7 +1,6 @@
 """An exported model once more, with its tables in another precision: fp32, fp16, int8 or int4."""
 
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +12,7 @@ from torch import Tensor
 from dhen.data.format_version import VERSION_KEY
 from dhen.model.quantization import SCALE_DTYPES, quantize
 from dhen.model.sparse_feature import SparseFeature
+from dhen.paths import copy_file
 from dhen.tables.storage import InPieces, rows_at_once, write_in_pieces
 from dhen.training.saved.trained_model import (
     INDEX_FILE,
@@ -31,7 +31,7 @@ def save_with_precision(trained: TrainedModel, precision: str, folder: Path) -> 
     """Write the model to a new folder, its tables in the precision, each into the file that it had.
 
     A table is read, converted and written some rows at a time. Returns the bytes of the tables. Raises ValueError if
-    the tables are quantized already, or if the dimension is odd and the precision int4.
+    the tables are quantized already, if the dimension is odd and the precision int4, or if a value is too large for it.
     """
     dtype, config = PRECISIONS[precision], trained.exported_config
     if any(table.dtype in SCALE_DTYPES for table in config.tables):
@@ -40,7 +40,9 @@ def save_with_precision(trained: TrainedModel, precision: str, folder: Path) -> 
         raise ValueError(f"embedding_dim is {config.embedding_dim}, but int4 needs an even one. Use int8.")
     index = json.loads((trained.folder / INDEX_FILE).read_text(encoding="utf-8"))
     files = {table: index["weight_map"].pop(f"{TABLES}{table.name}.weight") for table in config.tables}
-    shutil.copytree(trained.folder, folder, ignore=shutil.ignore_patterns(*files.values()))
+    for path in trained.folder.rglob("*"):
+        if path.is_file() and path.name not in files.values():
+            copy_file(path, folder / path.relative_to(trained.folder))
     of_file: dict[str, dict[str, InPieces]] = defaultdict(dict)
     for table, file in files.items():
         of_file[file] |= _converted(trained, table, dtype)
@@ -65,7 +67,14 @@ def _converted(trained: TrainedModel, table: SparseFeature, dtype: str) -> dict[
 
     def pieces(convert: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         step = rows_at_once(shape)
-        return (convert(trained.table(table.name, slice(at, at + step))) for at in range(0, shape[0], step))
+        for at in range(0, shape[0], step):
+            piece = convert(trained.table(table.name, slice(at, at + step)))
+            if piece.is_floating_point() and not piece.isfinite().all():
+                raise ValueError(
+                    f"table {table.name!r} has a value that is not finite in {dtype}. Use a wider precision. If it is "
+                    "not finite in fp32 either, train the model again."
+                )
+            yield piece
 
     if dtype not in SCALE_DTYPES:
         to = getattr(torch, dtype)

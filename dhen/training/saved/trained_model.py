@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -143,8 +143,12 @@ class TrainedModel:
         return dequantize(stored, self._quantized[feature])[:, columns]
 
     def _read(self, name: str, part: Any = ...) -> Tensor:
-        with safe_open(self.folder / self.weight_map[name], framework="pt") as file:
-            return file.get_slice(name)[part]
+        path = self.folder / self.weight_map[name]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice(name)[part]
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}). Copy the model again.") from error
 
     def load_tables(self, tables: ShardedTables) -> None:
         """Load this rank's shards. Does not communicate."""
