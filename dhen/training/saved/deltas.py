@@ -84,15 +84,15 @@ def apply_deltas(base: TrainedModel, deltas: Sequence[Path], output: Path) -> No
 
     Raises ValueError if one was made from another model than `base` with those before it, or is damaged.
     """
-    digest = digest_of_model(base.folder)
+    digest, before = digest_of_model(base.folder), base.folder
     for delta in deltas:
         facts = read_delta(delta)
         if facts["base"] != digest:
             raise ValueError(
-                f"{delta} was made from a model with digest {facts['base']}, but here it has {digest}. Use the base "
-                "that its run started from, and name all deltas since, in the order of their runs."
+                f"{delta} was not made from the model of {before}: it needs digest {facts['base']}, not {digest}. Use "
+                "the base that its run started from, and name all deltas since, in the order of their runs."
             )
-        digest = facts["result"]
+        digest, before = facts["result"], delta
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as between:
         for number, delta in enumerate(deltas):
