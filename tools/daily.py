@@ -26,6 +26,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dhen.config.arguments import parse_arguments as parse_recipe
+from dhen.model.names import quoted
 from dhen.paths import find, write_atomically
 from dhen.training.reporting.run_folder import SUMMARY_FILE, write_json
 from dhen.yaml_files import read_yaml, write_yaml
@@ -34,6 +35,7 @@ from tools.later_rows import write_days
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 WAYS = ("daily", "never", "scratch")
+_NOT_COMPARED = {"output_dir", "cache_dir", "test_file", "keep_optimizer"}
 _DATA = {"dataset_name", "train_file", "validation_file", "test_file", "output_dir", "max_steps"}
 
 
@@ -63,8 +65,6 @@ class Daily:
     def _train(self, way: str, number: int) -> Path:
         """The run of a day: from the day before, or from scratch on all days until then."""
         run, is_further = self.folder / way / self.days[number].stem, way == "daily" and number > 0
-        if (run / SUMMARY_FILE).is_file():
-            return run
         days = self.days[: number + 1] if way == "scratch" else [self.days[number]]
         more = {"train_file": [str(day) for day in days], "output_dir": str(run)}
         more |= {"cache_dir": str(self.folder / "prepared"), "resume_from_checkpoint": "auto"}
@@ -73,6 +73,9 @@ class Daily:
         if is_further:
             more |= {"model_name_or_path": str(run.with_name(self.days[number - 1].stem)), "keep_optimizer": True}
         recipe = self.folder / "recipes" / f"{way}-{run.name}.yaml"
+        if (run / SUMMARY_FILE).is_file():
+            _check_same(recipe, self.recipe | more)
+            return run
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_yaml(self.recipe | more, recipe)
         self._call("train.py", f"--config={recipe}", f"--ds_config={self.ds_config}")
@@ -93,6 +96,25 @@ class Daily:
         print(f"daily: {script} {' '.join(flags)}", file=sys.stderr, flush=True)
         if status := start([*self.launch, str(RECIPES / script), *flags]):
             raise ValueError(f"{script} ended with status {status}; see above. The same command goes on from there.")
+
+
+def _check_same(recipe: Path, now: dict[str, Any]) -> None:
+    """Raise ValueError if a finished run had another recipe, other days or another day before it."""
+    before = read_yaml(str(recipe))
+    for name in sorted((before.keys() | now.keys()) - _NOT_COMPARED):
+        was, value = (_name_of_days(name, values.get(name)) for values in (before, now))
+        if was != value:
+            raise ValueError(
+                f"{recipe}: {name} was {quoted(was)} in this finished run, but now it is {quoted(value)}. Leave recipe "
+                "and days as they were, or choose another --output."
+            )
+
+
+def _name_of_days(name: str, value: Any) -> Any:
+    """Without the folders of files and runs, which may have moved."""
+    if name == "model_name_or_path":
+        return value and Path(value).name
+    return [Path(path).name for path in value] if name == "train_file" else value
 
 
 def start(command: list[str]) -> int:

@@ -6,6 +6,7 @@ feature is gone, and the schema names another that the earlier model did not hav
 """
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,8 +97,14 @@ def _drifted_labels(
 def write_days(folder: Path, days: int, rows: int) -> list[Path]:
     """Write day_01.csv and so on, unless they are there: a generated log whose factors turn, from one model's on the
     first day to another's on the last. Half of the values of C23 to C26 are there at first; the others come day by day.
+
+    Raises ValueError if the folder has a log of other days or rows.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    file, how = folder / "days.json", json.dumps({"days": days, "rows": rows})
+    if file.is_file() and (before := file.read_text()) != how:
+        raise ValueError(f"{file}: the log here was generated with {before}, not {how}. Choose another folder.")
+    file.write_text(how)
     paths = [folder / f"day_{day + 1:02d}.csv" for day in range(days)]
     model, other = ClickModel(0, QUICKSTART), ClickModel(1, QUICKSTART)
     most = np.array(QUICKSTART.cardinalities[22:])

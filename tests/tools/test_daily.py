@@ -31,8 +31,8 @@ def started(monkeypatch) -> list[str]:
     return calls
 
 
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *days: object) -> int:
-    recipe = yaml.safe_load((ROOT / "recipes/configs/daily.yaml").read_text()) | TINY
+def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *days: object, **arguments: int) -> int:
+    recipe = yaml.safe_load((ROOT / "recipes/configs/daily.yaml").read_text()) | TINY | arguments
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     flags = [f"--config={folder / 'recipe.yaml'}", f"--output={folder / 'all'}", "--days", *map(str, days)]
     monkeypatch.setattr("sys.argv", ["tools/daily.py", *flags])
@@ -67,6 +67,15 @@ def test_each_day_goes_on_from_the_day_before_and_what_is_finished_is_skipped(mo
     lines = [json.loads(line) for line in (runs / "daily.jsonl").read_text().splitlines()]
     assert ["scratch" in line for line in lines] == [True, False, True]
 
+    started.clear()
+    capfd.readouterr()
+    assert run(monkeypatch, tmp_path, *days[1:]) == 1
+    said = f"daily: {runs / 'recipes/daily-day_02.yaml'}: model_name_or_path was 'day_01' in this finished run, but now"
+    assert said in capfd.readouterr().err
+    assert run(monkeypatch, tmp_path, *days, num_layers=2) == 1
+    assert "num_layers was 1 in this finished run, but now it is 2. Leave recipe and days" in capfd.readouterr().err
+    assert not started
+
 
 def test_a_mistake_is_one_line(monkeypatch, tmp_path, started, capfd):
     (day,) = write_days(tmp_path / "days", 1, 200)
@@ -84,6 +93,10 @@ def test_a_mistake_is_one_line(monkeypatch, tmp_path, started, capfd):
 def test_a_drifting_log_keeps_its_click_rate_and_gets_new_values(tmp_path):
     frames = [pl.read_csv(path) for path in write_days(tmp_path, 3, 4000)]
     assert [len(frame) for frame in frames] == [4000] * 3
+    with pytest.raises(
+        ValueError, match=r'days.json: .* with \{"days": 3, "rows": 4000\}, not \{"days": 9, "rows": 4000\}'
+    ):
+        write_days(tmp_path, 9, 4000)
     assert max(frame["label"].mean() for frame in frames) - min(frame["label"].mean() for frame in frames) < 0.03
     values = [set(frame["C25"].drop_nulls()) for frame in frames]
     assert values[0] < values[1] < values[2]
