@@ -30,7 +30,8 @@ class ExportedGraph:
             raise ValueError(f"{file}: onnxruntime is not installed. Run `pip install onnxruntime`.") from error
         except Exception as error:  # of any kind, by what loads it
             reason = str(error).strip().partition("\n")[0]
-            way_out = f"{COPY_AGAIN} For aot, use the version of torch and the kind of CPU that compiled it."
+            is_aot = file.name == GRAPH_FILES["aot"]
+            way_out = COPY_AGAIN + " Use the version of torch and the kind of CPU that compiled it." * is_aot
             raise ValueError(f"{file}: cannot be loaded ({reason:.300}). {way_out}") from error
 
     def __call__(self, sparse: SparseIds | None, dense_BN: Tensor) -> Tensor:
