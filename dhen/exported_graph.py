@@ -1,10 +1,12 @@
 """An exported graph (ONNX or AOTInductor), which computes probabilities without the model's Python code."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dhen.exported_index import COPY_AGAIN
 from dhen.model.features import SparseIds
 from dhen.model.scoring_graph import graph_inputs
 
@@ -17,17 +19,20 @@ class ExportedGraph:
     """Called with the ids and the dense features of a batch, it returns probabilities (B, 1 + T)."""
 
     def __init__(self, file: Path) -> None:
-        """Load it. Raises ValueError if onnxruntime is needed and missing."""
-        if file.name == GRAPH_FILES["aot"]:
-            self._package, self._session = torch._inductor.aoti_load_package(str(file)), None
-            return
+        """Load it. Raises ValueError if it is damaged, or if onnxruntime is needed and missing."""
+        self._session = None
         try:
-            from onnxruntime import InferenceSession, SessionOptions
+            if file.name == GRAPH_FILES["aot"]:
+                self._package = torch._inductor.aoti_load_package(str(file))
+            else:
+                self._session = _onnx_session(file)
         except ImportError as error:
-            raise ValueError(f"{file}: onnxruntime is not installed. Run `{PIP_ONNX}`.") from error
-        options = SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self._session = InferenceSession(str(file), options)
+            raise ValueError(f"{file}: onnxruntime is not installed. Run `pip install onnxruntime`.") from error
+        except Exception as error:  # of any kind, by what loads it
+            reason = str(error).strip().partition("\n")[0]
+            is_aot = file.name == GRAPH_FILES["aot"]
+            way_out = COPY_AGAIN + " Use the version of torch and the kind of CPU that compiled it." * is_aot
+            raise ValueError(f"{file}: cannot be loaded ({reason:.300}). {way_out}") from error
 
     def __call__(self, sparse: SparseIds | None, dense_BN: Tensor) -> Tensor:
         """Return probabilities (B, 1 + T)."""
@@ -39,3 +44,11 @@ class ExportedGraph:
             return self._package(**inputs)
         (probabilities,) = self._session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
         return torch.from_numpy(probabilities)
+
+
+def _onnx_session(file: Path) -> Any:
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return InferenceSession(str(file), options)

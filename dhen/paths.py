@@ -7,6 +7,9 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +62,29 @@ def copy_file(path: Path, to: Path) -> None:
     """Copy a file's content, not its permissions: the original may be read-only. Makes the folder of the copy."""
     to.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, to)
+
+
+@contextmanager
+def drafted(output: Path) -> Iterator[Path]:
+    """A path to write a folder to, which takes the place of `output` at the end, unless something is raised.
+
+    Raises ValueError if `output` is neither new nor an empty folder, or cannot be made.
+    """
+    taken = f"--output {output} exists and is not an empty folder. Choose another name, or remove it."
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(taken)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be made: {error.strerror}. Choose another folder.") from error
+    with place as between:
+        draft = Path(between, output.name)
+        yield draft
+        try:
+            draft.replace(output)
+        except OSError as error:  # another process was faster
+            raise ValueError(taken) from error
 
 
 def sync(path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from huggingface_hub import create_repo, snapshot_download, upload_folder
+from transformers.utils import CONFIG_NAME
 
 from dhen.data.formats.columns import plain
 from dhen.data.formats.criteo import CriteoReader
@@ -27,6 +28,7 @@ from dhen.data.preparation.encoding.encoder import Encoder
 from dhen.data.preparation.encoding.vocabulary import load_vocabulary
 from dhen.data.schema import LABEL, Schema
 from dhen.exported_graph import GRAPH_FILES, ExportedGraph
+from dhen.exported_index import COPY_AGAIN, INDEX_FILE, read_index
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.names import listed, quoted
@@ -43,10 +45,9 @@ class DhenPipeline:
     """
 
     def __init__(self, folder: Path) -> None:
-        """folder: of an exported model."""
+        """folder: of an exported model. Raises FileNotFoundError or ValueError if it is not complete and whole."""
         self.folder, self.schema, self.roles = folder, Schema.load(folder), load_roles(folder / COLUMNS_FILE)
-        graphs = [folder / name for name in GRAPH_FILES.values() if (folder / name).is_file()]
-        self.model = ExportedGraph(graphs[0]) if graphs else DhenForClickPrediction.from_pretrained(folder).eval()
+        self.model = _load_model(folder)
         schema, roles = self.schema, self.roles
         vocabularies = {name: load_vocabulary(folder, name) for name in schema.looked_up}
         self._encoder = Encoder(schema.dense, schema.sparse, vocabularies)
@@ -57,10 +58,18 @@ class DhenPipeline:
     def from_pretrained(cls, path: str | Path, revision: str | None = None) -> "DhenPipeline":
         """Load the model at `path`: an exported model, a run folder, or a name on the Hugging Face hub (owner/name).
 
-        revision: of a model on the hub. Raises FileNotFoundError, or what huggingface_hub raises.
+        revision: of a model on the hub. Raises FileNotFoundError, or ValueError if a file is damaged or of another
+        format.
         """
         if not Path(path).exists() and _HUB_NAME.fullmatch(str(path)):
-            path = snapshot_download(str(path), revision=revision)
+            try:
+                path = snapshot_download(str(path), revision=revision)
+            except OSError as error:  # of huggingface_hub
+                reason = str(error).strip().partition("\n")[0]
+                raise FileNotFoundError(
+                    f"{path}: no such folder here, and nothing came from the Hugging Face hub ({reason:.300}). Check "
+                    "the path or the name."
+                ) from error
         folder = next((place for place in (Path(path), Path(path) / "model") if (place / COLUMNS_FILE).is_file()), None)
         if folder is None:
             raise FileNotFoundError(
@@ -88,11 +97,9 @@ class DhenPipeline:
 
     def predict_tasks(self, rows: Any, batch_size: int = 4096) -> dict[str, np.ndarray]:
         """As `predict`, by task: those of the label, and of each further task of the model."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}. Use 1 or more.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {quoted(batch_size)}. Use a whole number, 1 or more.")
         table, names = self._encoded(rows), [LABEL, *self.schema.task_names]
-        if table is None:  # no rows, and no columns
-            return {name: np.empty(0, np.float32) for name in names}
         scores = np.empty((len(names), table.num_rows), np.float32)
         for first in range(0, table.num_rows, batch_size):
             batch = table.slice(first, batch_size)
@@ -119,17 +126,16 @@ class DhenPipeline:
             dense_BN[:, at] = batch[column.name]
         return as_sparse_ids(batch, self.schema) if self.schema.sparse else None, torch.from_numpy(dense_BN)
 
-    def _encoded(self, rows: Any) -> pa.Table | None:
-        columns = _as_columns(rows)
-        if not columns:
-            return None
+    def _encoded(self, rows: Any) -> pa.Table:
         features = (*self.roles.dense, *self.roles.sparse)
         needed = dict.fromkeys(column for feature in features for column in feature.columns)
+        columns, names = _as_columns(rows, needed)
         for name in needed:
             if name not in columns:
-                near = get_close_matches(name, columns, n=1)
+                near = get_close_matches(name, names, n=1)
                 hint = f" Did you mean {quoted(near[0])}?" if near else ""
-                raise ValueError(f"the rows have no column {quoted(name)}. They have {listed(list(columns))}.{hint}")
+                has = listed(names) or "no columns"
+                raise ValueError(f"the rows have no column {quoted(name)}. They have {has}.{hint}")
         raw = {name: plain(columns[name]) for name in needed}
         check_types(pa.schema([(name, values.type) for name, values in raw.items()]), self.roles, "rows")
         num_rows = len(next(iter(raw.values())))
@@ -140,8 +146,31 @@ class DhenPipeline:
         return self._encoder.encode(chunk.table)
 
 
-def _as_columns(rows: Any) -> dict[str, pa.Array]:
-    """The columns of a data frame, an Arrow table, a dictionary of columns, or dictionaries."""
+def _load_model(folder: Path) -> ExportedGraph | DhenForClickPrediction:
+    """A graph, or the model itself. Raises FileNotFoundError or ValueError if a file is missing or damaged."""
+    for name in GRAPH_FILES.values():
+        if (folder / name).is_file():
+            return ExportedGraph(folder / name)
+    if not (folder / CONFIG_NAME).is_file():
+        names = ", ".join([CONFIG_NAME, *GRAPH_FILES.values()])
+        raise FileNotFoundError(f"{folder}: none of the files {names} is here. {COPY_AGAIN}")
+    if (folder / INDEX_FILE).is_file():
+        read_index(folder)
+    try:
+        model, found = DhenForClickPrediction.from_pretrained(folder, output_loading_info=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{folder}: cannot be loaded ({reason:.300}). {COPY_AGAIN}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder}: the weights {listed(missing)} are missing. {COPY_AGAIN}")
+    return model.eval()
+
+
+def _as_columns(rows: Any, needed: Iterable[str]) -> tuple[dict[str, pa.Array], list[str]]:
+    """The needed columns of a data frame, an Arrow table, a dictionary of columns, or dictionaries, and all names.
+
+    No rows without any columns have the needed ones, all empty.
+    """
     if hasattr(rows, "to_arrow"):  # polars
         rows = rows.to_arrow()
     if isinstance(rows, pa.RecordBatch):
@@ -161,14 +190,18 @@ def _as_columns(rows: Any) -> dict[str, pa.Array]:
                     "or dictionaries."
                 )
         names = dict.fromkeys(name for row in rows for name in row)
-        pairs = [(name, [row.get(name) for row in rows]) for name in names]
-    columns = {name: _as_array(name, values) for name, values in pairs}
-    if len(columns) < len(pairs):
+        pairs = [(name, [row.get(name) for row in rows] if name in needed else []) for name in names]
+    if not pairs and not len(rows):
+        pairs = [(name, []) for name in needed]
+    names, own = [str(name) for name, _ in pairs], [(name, values) for name, values in pairs if name in needed]
+    columns = {name: _as_array(name, values) for name, values in own}
+    if len(columns) < len(own):
         raise ValueError("two columns of the rows have the same name. Rename one of them.")
-    sizes = sorted({len(values) for values in columns.values()})
+    sizes = {len(values): name for name, values in columns.items()}
     if len(sizes) > 1:
-        raise ValueError(f"the columns have different numbers of values: {sizes}. Use equally many.")
-    return columns
+        has = ", ".join(f"{quoted(name)} has {size}" for size, name in sizes.items())
+        raise ValueError(f"the columns have different numbers of values: {has}. Use equally many.")
+    return columns, names
 
 
 def _as_array(name: str, values: Any) -> pa.Array:
@@ -176,7 +209,7 @@ def _as_array(name: str, values: Any) -> pa.Array:
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     if isinstance(values, str | bytes) or not isinstance(values, Iterable):
-        raise ValueError(f"column {name!r} is a {type(values).__name__}. Use a list; for one row, use [row].")
+        raise ValueError(f"column {name!r} has the type {type(values).__name__}. Use a list; for one row, use [row].")
     values = values if hasattr(values, "dtype") else list(values)
     kinds = {type(value) for value in values} if isinstance(values, list) else set()
     if {date, datetime} <= kinds:  # Arrow would drop the time
@@ -212,4 +245,4 @@ def _text(value: Any) -> str | None:
         return value.decode("utf-8", "replace")
     if isinstance(value, str | Number | np.generic | date):
         return str(value)
-    raise ValueError(f"{quoted(value)} is a {type(value).__name__}, which is no value of a feature")
+    raise ValueError(f"{quoted(value)} has the type {type(value).__name__}. Use numbers, texts, or lists of them")

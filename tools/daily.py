@@ -26,6 +26,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from dhen.config.arguments import parse_arguments as parse_recipe
+from dhen.model.names import quoted
 from dhen.paths import find, write_atomically
 from dhen.training.reporting.run_folder import SUMMARY_FILE, write_json
 from dhen.yaml_files import read_yaml, write_yaml
@@ -34,6 +35,7 @@ from tools.later_rows import write_days
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 WAYS = ("daily", "never", "scratch")
+_NOT_COMPARED = {"output_dir", "cache_dir", "test_file", "keep_optimizer"}
 _DATA = {"dataset_name", "train_file", "validation_file", "test_file", "output_dir", "max_steps"}
 
 
@@ -72,7 +74,7 @@ class Daily:
             more |= {"model_name_or_path": str(run.with_name(self.days[number - 1].stem)), "keep_optimizer": True}
         recipe = self.folder / "recipes" / f"{way}-{run.name}.yaml"
         if (run / SUMMARY_FILE).is_file():
-            check_unchanged(recipe, self.recipe | more)
+            _check_same(recipe, self.recipe | more)
             return run
         recipe.parent.mkdir(parents=True, exist_ok=True)
         write_yaml(self.recipe | more, recipe)
@@ -96,18 +98,23 @@ class Daily:
             raise ValueError(f"{script} ended with status {status}; see above. The same command goes on from there.")
 
 
-def check_unchanged(file: Path, now: dict[str, Any]) -> None:
-    """Say what a finished run had otherwise than its recipe has now. Raises ValueError if it had other days."""
-    before = read_yaml(file)
-    for name in sorted((before | now).keys() - {"test_file", "output_dir", "cache_dir"}):
-        values = [of.get(name) for of in (before, now)]
-        if name == "model_name_or_path":
-            values = [value and Path(value).name for value in values]
-        if values[0] != values[1]:
-            said = f"{file}: {name} was {values[0]!r}, and is now {values[1]!r}"
-            if name in ("train_file", "model_name_or_path"):
-                raise ValueError(f"{said}. Use another --output or, if these are the same days, correct the file.")
-            print(f"daily: {said}, which this finished run does not have", file=sys.stderr)
+def _check_same(recipe: Path, now: dict[str, Any]) -> None:
+    """Raise ValueError if a finished run had another recipe, other days or another day before it."""
+    before = read_yaml(str(recipe))
+    for name in sorted((before.keys() | now.keys()) - _NOT_COMPARED):
+        was, value = (_name_of_days(name, values.get(name)) for values in (before, now))
+        if was != value:
+            raise ValueError(
+                f"{recipe}: {name} was {quoted(was)} in this finished run, but now it is {quoted(value)}. Leave recipe "
+                "and days as they were, or choose another --output."
+            )
+
+
+def _name_of_days(name: str, value: Any) -> Any:
+    """Without the folders of files and runs, which may have moved."""
+    if name == "model_name_or_path":
+        return value and Path(value).name
+    return [Path(path).name for path in value] if name == "train_file" else value
 
 
 def start(command: list[str]) -> int:

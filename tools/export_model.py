@@ -19,7 +19,7 @@ import argparse
 import importlib.util
 import json
 import logging
-import tempfile
+import shutil
 import warnings
 
 import torch
@@ -33,6 +33,7 @@ from dhen.exported_graph import GRAPH_FILES, PIP_ONNX, ExportedGraph
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.model.scoring_graph import ScoringGraph, graph_inputs
+from dhen.paths import drafted
 from dhen.runtime.extensions_cache import missing_compiler
 from dhen.runtime.messages import user_errors
 from dhen.training.saved.table_precision import PRECISIONS, save_with_precision
@@ -65,25 +66,19 @@ def main() -> None:
 def export(model: str, kind: str, precision: str, output: Path) -> None:
     """Write `output`, which appears only when it is complete. Raises ValueError, or FileNotFoundError for no model."""
     trained = TrainedModel.open(model)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"--output {output} exists and is not an empty folder. Choose another name, or remove it.")
     if output.resolve().is_relative_to(trained.folder.resolve()):
         raise ValueError(f"--output {output} is in the folder of the model. Choose another place.")
     _check_can_export(kind)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as between:
-        weights, graph = Path(between, "weights"), Path(between, "graph")
+    with drafted(output) as draft:
+        weights = draft if kind == "safetensors" else draft / "weights"
         nbytes = save_with_precision(trained, precision, weights)
-        if kind == "safetensors":
-            weights.replace(output)
-        else:
-            graph.mkdir()
-            described = write_graph(trained.schema, kind, weights, graph)
-            (graph / INPUTS_FILE).write_text(json.dumps({"tables": precision} | described, indent=2) + "\n")
+        if kind != "safetensors":
+            described = write_graph(trained.schema, kind, weights, draft)
+            (draft / INPUTS_FILE).write_text(json.dumps({"tables": precision} | described, indent=2) + "\n")
             for name in ("schema.json", COLUMNS_FILE, VOCABULARY_FOLDER, "README.md"):
                 if (weights / name).exists():
-                    (weights / name).rename(graph / name)
-            graph.replace(output)
+                    (weights / name).rename(draft / name)
+            shutil.rmtree(weights)
     config = trained.exported_config
     values = sum(table.num_embeddings for table in config.tables) * config.embedding_dim
     share = f", {nbytes / (4 * values):.1%} of fp32" if values else ""

@@ -204,7 +204,8 @@ class Schema:
         path = Path(folder) / SCHEMA_FILE
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path}: no such file, so {folder} is not a prepared data folder. Make one with tools/prepare_data.py."
+                f"{path}: no such file, so {folder} is not a prepared data folder, and no whole model. Prepare data "
+                "with tools/prepare_data.py, or copy the model again."
             )
         text = path.read_text(encoding="utf-8")
         try:
@@ -214,4 +215,6 @@ class Schema:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path}: {key or 'the file'}: {first['msg']}. Prepare the data again.") from error
+            raise ValueError(
+                f"{path}: {key or 'the file'}: {first['msg']}. Prepare the data again, or copy the model again."
+            ) from error

@@ -60,8 +60,10 @@ class InPieces:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "InPieces":
-        """The pieces of a tensor that exists: views."""
-        return cls(tensor.dtype, tensor.shape, tensor.detach().split(rows_at_once(tensor.shape, tensor.itemsize)))
+        """The pieces of a tensor that exists: views. One piece for a number, such as batch norm's count of batches."""
+        whole = tensor.detach()
+        pieces = whole.split(rows_at_once(whole.shape, whole.itemsize)) if whole.dim() else (whole,)
+        return cls(tensor.dtype, tensor.shape, pieces)
 
     def on_host(self) -> "InPieces":
         """A copy in host memory, which later steps do not change."""

@@ -1,5 +1,6 @@
 """Relative paths: the working directory first, then the repository; the name of a run folder."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from dhen.config.ds_config import read_json, read_section
 from dhen.data.formats.roles import load_roles
 from dhen.data.preparation.reading.sources import open_sources
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.paths import find, looked_in
+from dhen.paths import drafted, find, looked_in
 from dhen.training.saved.scoring import parse_scoring_arguments
 from dhen.training.saved.trained_model import TrainedModel
 from tests import ROOT
@@ -92,3 +93,15 @@ def test_a_file_in_neither_place_is_an_error_that_lists_both(tmp_path, look_up, 
 )
 def test_a_run_folder_is_named_after_its_data(flags, name):
     assert parse_arguments(flags).training.output_dir == f"runs/{name}"
+
+
+def test_of_two_that_write_a_folder_at_once_one_is_refused(tmp_path):
+    output, late = tmp_path / "there/new", ExitStack()
+    late.enter_context(drafted(output)).mkdir()
+    with drafted(output) as early:
+        early.mkdir()
+        (early / "file").touch()
+    with pytest.raises(ValueError, match=r"new exists and is not an empty folder\. Choose"):
+        late.close()
+    assert [path.name for path in output.parent.iterdir()] == ["new"]
+    assert [path.name for path in output.iterdir()] == ["file"]

@@ -273,10 +273,10 @@ def test_a_delta_has_only_rows_that_changed(three_days):
 def test_a_wrong_base_order_or_byte_is_refused(three_days, tmp_path):
     tuesday, wednesday = (three_days / run / "delta" for run in ("tuesday", "wednesday"))
     output = ("--output", tmp_path / "model")
-    for wrong in ((three_days / "tuesday", tuesday), (three_days / "monday", wednesday, tuesday)):
+    for wrong in ((three_days / "tuesday", tuesday), (three_days / "monday", wednesday)):
         done = apply(*wrong, *output)
         assert done.status == 1
-        assert f"apply_deltas: {wrong[1]} was made from a model with digest " in done.stderr
+        assert f"apply_deltas: {wrong[1]} was not made from the model of {wrong[0]}" in done.stderr
         assert "in the order of their runs." in done.stderr
     for name in ("delta.safetensors", "delta.json"):
         shutil.copytree(tuesday, tmp_path / name)

@@ -1,6 +1,7 @@
 """DhenPipeline scores rows of any kind as predict.py does, and refuses what it cannot read."""
 
 import math
+import shutil
 from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
@@ -10,8 +11,10 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from safetensors.torch import load, save
 
 from dhen.data.formats.roles import COLUMNS_FILE, as_yaml, load_roles, parse_roles
+from dhen.exported_index import INDEX_FILE
 from dhen.pipeline import DhenPipeline, _as_array
 from tests.recipes.launch import ROOT, run_script
 
@@ -131,6 +134,13 @@ def test_lists_of_mixed_types_are_lists_of_their_texts():
 def test_no_rows_have_no_scores(pipeline):
     assert pipeline.predict([]).shape == (0,)
     assert pipeline.predict(frame(ROWS)[:0]).shape == (0,)
+    assert pipeline.inputs([])["dense"].shape == (0, len(pipeline.schema.dense))
+
+
+def test_columns_that_the_model_does_not_need_are_not_looked_at(pipeline):
+    rows = frame()[:3].to_dicts()
+    more = [row | {"note": object(), 7: 1} for row in rows]
+    np.testing.assert_array_equal(pipeline.predict(more), pipeline.predict(rows))
 
 
 @pytest.mark.parametrize(
@@ -144,9 +154,11 @@ def test_no_rows_have_no_scores(pipeline):
         (frame().with_columns(user=pl.lit([1])), r"rows: column 'user' has lists"),
         (3, r"the rows have the type int\. Use a pandas"),
         ([{"user": 1}, 2], r"the rows have the type int\. Use a pandas"),
-        ({"user": 1}, r"column 'user' is a int\. Use a list"),
-        ({"user": [1], "price": [1, 2]}, r"the columns have different numbers of values: \[1, 2\]"),
-        ([*frame().to_dicts(), {"user": {}}], r"column 'user': \{\} is a dict"),
+        ([{1: 2}], r"the rows have no column 'price'\. They have 1\."),
+        ([{}, {}], r"the rows have no column 'price'\. They have no columns\."),
+        ({"user": 1}, r"column 'user' has the type int\. Use a list"),
+        ({"user": [1], "price": [1, 2]}, r"different numbers of values: 'user' has 1, 'price' has 2"),
+        ([*frame().to_dicts(), {"user": {}}], r"column 'user': \{\} has the type dict"),
         (pa.table([pa.array([1]), pa.array([2])], ["user", "user"]), "two columns of the rows have the same name"),
         ([1, 2], r"the rows have the type int\. Use a pandas"),
     ],
@@ -156,9 +168,53 @@ def test_rows_that_cannot_be_read_are_refused(pipeline, rows, message):
         pipeline.predict(rows)
 
 
-def test_a_folder_without_a_model_is_refused(folder):
+@pytest.mark.parametrize("size", [0, 2.5, "many"])
+def test_a_wrong_batch_size_is_refused(pipeline, size):
+    with pytest.raises(ValueError, match=f"batch_size is {size!r}. Use a whole number"):
+        pipeline.predict(frame()[:3], size)
+
+
+def test_a_folder_without_a_model_is_refused(folder, monkeypatch):
     with pytest.raises(FileNotFoundError, match=rf"no exported model with {COLUMNS_FILE}"):
         DhenPipeline.from_pretrained(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"^runs/none: no such folder here, and nothing came from the .*$"):
+        DhenPipeline.from_pretrained("runs/none")
+
+
+def forget_a_weight(content: bytes) -> bytes:
+    weights = load(content)
+    del weights["head.0.bias"]
+    return save(weights, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("schema.json", None, "schema.json: no such file"),
+        ("vocabulary/cat_1.parquet", None, "vocabulary/cat_1.parquet: no such file.* copy the model again"),
+        ("config.json", None, "none of the files config.json, model.onnx, model.pt2 is here"),
+        ("config.json", lambda content: content[:9], "cannot be loaded .*config.json.*Copy or export the model again"),
+        (INDEX_FILE, None, "cannot be loaded .*no file named model.safetensors"),
+        (INDEX_FILE, lambda content: content[:99], f"{INDEX_FILE}: cannot be read: .*Copy or export the model again"),
+        (INDEX_FILE, lambda content: b"[]", f"{INDEX_FILE}: cannot be read: "),
+        (INDEX_FILE, lambda content: content.replace(b"format_version", b"v"), "format_version is None, but this code"),
+        ("model-dense.safetensors", forget_a_weight, r"the weights head\.0\.bias are missing"),
+        ("model-dense.safetensors", None, "model-dense.safetensors: no such file, but .* names it"),
+        ("model-dense.safetensors", lambda content: content[:999], "model-dense.safetensors: damaged: "),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused(folder, tmp_path, name, change, message):
+    """change: of the bytes of a file; None to remove it."""
+    file = Path(shutil.copytree(folder / "run/model", tmp_path / "model")) / name
+    content = file.read_bytes()
+    file.unlink()
+    if change is not None:
+        file.write_bytes(change(content))
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        DhenPipeline.from_pretrained(tmp_path / "model")
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/configs/schemas").glob("*.yaml")), ids=lambda path: path.stem)

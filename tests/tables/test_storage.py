@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dhen.model.features import init_table
 from dhen.model.sparse_feature import SparseFeature
@@ -167,3 +167,8 @@ def umask() -> int:
     now = os.umask(0o77)
     os.umask(now)
     return now
+
+
+def test_a_tensor_without_dimensions_is_one_piece(tmp_path):
+    write_in_pieces(tmp_path / "file", {"count": InPieces.of(torch.tensor(7))}, {})
+    assert load_file(tmp_path / "file")["count"].item() == 7

@@ -14,12 +14,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from dhen.exported_graph import GRAPH_FILES
+from dhen.exported_index import FORMAT_VERSION
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.features import SparseIds
 from dhen.model.modeling_dhen import DhenForClickPrediction
 from dhen.pipeline import DhenPipeline
 from dhen.training.saved.table_precision import save_with_precision
-from dhen.training.saved.trained_model import FORMAT_VERSION, TrainedModel
+from dhen.training.saved.trained_model import TrainedModel
 from tests import ROOT
 from tests.recipes.launch import run_script
 from tests.recipes.test_documentation import blocks
@@ -156,7 +158,8 @@ def test_single_ids_are_a_matrix(tmp_path):
 
 
 MISTAKES = [
-    "no model", "damaged model", "output exists", "output in the model", "unknown format", "no compiler", "no onnx",
+    "no model", "model not whole", "damaged model", "output exists", "output in a file", "output in the model",
+    "unknown format", "no compiler", "no onnx",
 ]  # fmt: skip
 
 
@@ -166,11 +169,17 @@ def test_a_mistake_is_one_line(case, trained, tmp_path):
     (tmp_path / "full/file").touch()
     if case == "no model":
         done, said = export(tmp_path, "onnx", "fp32", tmp_path / "new"), "no trained model here"
+    elif case == "model not whole":
+        model = Path(shutil.copytree(trained / "model", tmp_path / "model"))
+        (model / "schema.json").unlink()
+        done, said = export(model, "safetensors", "int8", tmp_path / "new"), "schema.json: no such file"
     elif case == "damaged model":
         shutil.copytree(trained / "model", tmp_path / "model")
         (table,) = (tmp_path / "model").glob("model-tables-*")
         table.write_bytes(table.read_bytes()[:-1])
         done, said = export(tmp_path / "model", "onnx", "fp32", tmp_path / "new"), f"{table} is damaged ("
+    elif case == "output in a file":
+        done, said = export(trained, "onnx", "fp32", tmp_path / "full/file/new"), "cannot be made: "
     elif case == "output in the model":
         done, said = export(trained, "safetensors", "fp32", trained / "model/new"), "is in the folder of the model"
         assert not (trained / "model/new").exists()
@@ -189,6 +198,17 @@ def test_a_mistake_is_one_line(case, trained, tmp_path):
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("kind", "file"), [("onnx", "model.onnx"), ("onnx", "model.onnx.data"), ("aot", "model.pt2")])
+def test_a_damaged_graph_is_refused(exports, tmp_path, kind, file):
+    folder = Path(shutil.copytree(exports[kind, "fp32"], tmp_path / "copy"))
+    (folder / file).write_bytes((folder / file).read_bytes()[:99])
+    with pytest.raises(
+        ValueError, match=rf"{GRAPH_FILES[kind]}: cannot be loaded .*Copy or export the model again"
+    ) as e:
+        DhenPipeline.from_pretrained(folder)
+    assert "\n" not in str(e.value)
 
 
 def test_a_model_without_a_graph_is_refused(tmp_path):

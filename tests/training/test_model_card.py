@@ -52,6 +52,10 @@ def test_the_text_has_layers_rows_and_metrics():
     assert "2 layers over" in text
     assert "Trained on 4,321 rows for 77 steps." in text
     assert text.count("| 0.75000 | 0.80000 | 0.40000 | 1.0100 | 1,200 |") == 2
+    without = card_of().text
+    assert "\nThe run had no validation split and no test split.\n" in without
+    assert "| AUC |" not in without
+    assert "never saw" not in without
 
 
 @pytest.mark.parametrize(

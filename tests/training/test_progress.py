@@ -316,6 +316,7 @@ def test_the_final_table_has_a_row_a_split(tmp_path: Path) -> None:
     with (tmp_path / "table").open("w") as file:
         by_split = {"eval": metrics_of(values, 0.79), "test": metrics_of(values)}
         print_metrics(by_split, Console(file=file, width=100))
+        print_metrics({}, Console(file=file, width=100))
     heading, evaluated, tested = (tmp_path / "table").read_text().splitlines()
     assert heading.split() == ["split", "auc", "ne", "best", "possible", "ne", "logloss", "calibration", "examples"]
     assert evaluated.split() == ["eval", "0.81235", "0.80000", "0.79000", "0.40000", "1.00000", "12,345"]

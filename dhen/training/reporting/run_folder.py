@@ -153,7 +153,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def print_metrics(by_split: dict[str, dict[str, Any]], console: Console | None = None, of: str = "split") -> None:
-    """Print a table with a row per split, or per group of another kind."""
+    """Print a table with a row per split, or per group of another kind; nothing without rows."""
+    if not by_split:
+        return
     has_best = any("best_possible_ne" in values for values in by_split.values())
     columns = ["auc", "ne", *(["best_possible_ne"] if has_best else []), "logloss", "calibration", "examples"]
     table = Table(box=None, pad_edge=False)

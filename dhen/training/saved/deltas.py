@@ -88,14 +88,15 @@ def apply_deltas(base: TrainedModel, deltas: Sequence[Path], output: Path) -> No
 
     Raises ValueError if one was made from another model than `base` with those before it, or is damaged.
     """
-    facts, digest = [read_delta(delta) for delta in deltas], digest_of_model(base.folder)
+    facts = [read_delta(delta) for delta in deltas]
+    digest, before = digest_of_model(base.folder), base.folder
     for delta, of_delta in zip(deltas, facts, strict=True):
         if of_delta["base"] != digest:
             raise ValueError(
-                f"{delta} was made from a model with digest {of_delta['base']}, but here it has {digest}. Use the base "
-                "that its run started from, and name all deltas since, in the order of their runs."
+                f"{delta} was not made from the model of {before}: it needs digest {of_delta['base']}, not {digest}. "
+                "Use the base that its run started from, and name all deltas since, in the order of their runs."
             )
-        digest = of_delta["result"]
+        digest, before = of_delta["result"], delta
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as between:
         for number, (delta, of_delta) in enumerate(zip(deltas, facts, strict=True)):

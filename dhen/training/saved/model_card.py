@@ -41,6 +41,8 @@ def model_card(
         f"{values['calibration']:.4f} | {values['examples']:,} |"
         for name, values in _with_tasks(splits).items()
     )
+    head = "| split | AUC | normalized entropy | log loss | calibration | examples |\n" + "| --- " * 6 + "|\n"
+    table = head + rows if rows else "The run had no validation split and no test split."
     rows_file = quote(_test_file(schema))
     decay = summary.get("ema_decay")
     average = f" The weights are moving averages over the steps, with decay {decay}." if decay else ""
@@ -71,15 +73,10 @@ Deep and Hierarchical Ensemble Network (Zhang et al. 2022), {len(config.layer_sp
 
 ## Results
 
-| split | AUC | normalized entropy | log loss | calibration | examples |
-| --- | --- | --- | --- | --- | --- |
-{rows}
+{table}
 
 A row of a table that training never used holds the mean of the table's rows, weighted by how often training used each.
-A value that is not in a vocabulary gets row 0. Of these features, training never saw
-some values (of hashed features, at least so many):
-
-{_unseen(splits)}
+A value that is not in a vocabulary gets row 0.{_unseen(splits)}
 
 ## Training
 
@@ -171,7 +168,8 @@ def _unseen(splits: dict[str, dict[str, Any]]) -> str:
         shares = sorted(((share, feature) for feature, share in values.get("unseen", {}).items()), reverse=True)
         shown = [f"{feature} {share:.1%}" for share, feature in shares[:_MOST_SHARES] if share]
         lines.append(f"- {name}: {', '.join(shown) or 'none'}")
-    return "\n".join(lines)
+    what = " Of these features, training never saw\nsome values (of hashed features, at least so many):\n\n"
+    return what + "\n".join(lines) if lines else ""
 
 
 def _metadata(splits: dict[str, dict[str, Any]]) -> ModelCardData:

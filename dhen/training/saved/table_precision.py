@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from dhen.data.format_version import VERSION_KEY
+from dhen.exported_index import INDEX_FILE, version_of
 from dhen.model.quantization import SCALE_DTYPES, quantize
 from dhen.model.sparse_feature import SparseFeature
 from dhen.paths import copy_file
 from dhen.tables.storage import InPieces, rows_at_once, write_in_pieces
 from dhen.training.saved.trained_model import (
-    INDEX_FILE,
     METADATA,
     TABLES,
     TrainedModel,
-    version_of,
     with_table_dtypes,
 )
 

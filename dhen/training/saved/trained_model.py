@@ -11,9 +11,8 @@ keeps its dtype. Transformers can load the folder: `AutoModel.from_pretrained(fo
 import copy
 import itertools
 import json
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dhen.data.format_version import VERSION_KEY, check_format_version
+from dhen.data.format_version import VERSION_KEY
 from dhen.data.formats.roles import COLUMNS_FILE
 from dhen.data.schema import Schema
+from dhen.exported_index import INDEX_FILE, read_index, version_of
 from dhen.model.configuration_dhen import DhenConfig
 from dhen.model.quantization import SCALE_DTYPES, Quantized, dequantize
 from dhen.paths import find, looked_in
@@ -40,20 +40,9 @@ from dhen.tables.storage import InPieces, head_of_file, rows_at_once, write_in_p
 from dhen.training.parallel_model import ParallelDhen
 
 MODEL_FOLDER = "model"
-FORMAT_VERSION = 2
-"""Version of the exported model. Raise it when models that were exported before can no longer be read as they are. That
-of a model with gates is one more: their weights had another meaning.
-"""
 VOCABULARY_FOLDER = "vocabulary"
-INDEX_FILE = "model.safetensors.index.json"
 TABLES, _USES = "tables.", "row-uses"
 METADATA = {"format": "pt"}
-_OF_GATES = re.compile(r"layers\.\d+\.gate\.")
-
-
-def version_of(weights: Iterable[str]) -> int:
-    """The version of an exported model with weights of these names."""
-    return FORMAT_VERSION + any(_OF_GATES.search(name) is not None for name in weights)
 
 
 class _Written(NamedTuple):
@@ -87,15 +76,14 @@ class TrainedModel:
 
     @classmethod
     def open(cls, path: str | Path) -> "TrainedModel":
-        """Open the exported model at `path`, which is its folder or a run folder. Raises FileNotFoundError."""
+        """Open the exported model at `path`, which is its folder or a run folder. Raises FileNotFoundError, or
+        ValueError if it is damaged or of another format.
+        """
         place = Path(find(str(path)))
         for folder in (place, place / MODEL_FOLDER):
             if (folder / "config.json").is_file() and (folder / INDEX_FILE).is_file():
-                model = cls(folder)
-                metadata = model._index.get("metadata", {})
-                version = version_of(model.weight_map)
-                check_format_version(folder / INDEX_FILE, metadata, version, "train the model again")
-                return model
+                read_index(folder)
+                return cls(folder)
         raise FileNotFoundError(
             f"{path}: no trained model here. Use the folder of a finished run (it contains {MODEL_FOLDER}/) or of an "
             f"exported model (it contains config.json and {INDEX_FILE}).{looked_in(path)}"

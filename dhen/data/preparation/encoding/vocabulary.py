@@ -27,6 +27,7 @@ from dhen.data.schema import MISSING_ID, SCHEMA_FILE, SparseColumn
 
 VOCABULARY_FOLDER = "vocabulary"
 _SALT = salt_of("vocabulary")
+_AGAIN = "Prepare the data again, or copy the model again."
 _SCHEMA = pa.schema([("key", pa.string()), ("id", pa.int64()), ("count", pa.int64())])
 _TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _INTEGERS = (pa.int64(), pa.int32(), pa.uint64(), pa.uint32())
@@ -245,7 +246,7 @@ def _batches(folder: Path, feature: str) -> Iterator[pa.RecordBatch]:
     """
     path, first = vocabulary_path(folder, feature), 1
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, but {feature!r} has a vocabulary. Prepare the data again.")
+        raise FileNotFoundError(f"{path}: no such file, but {feature!r} has a vocabulary. {_AGAIN}")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow)
@@ -260,7 +261,7 @@ def _batches(folder: Path, feature: str) -> Iterator[pa.RecordBatch]:
                 yield batch
                 first += len(batch)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read: {error}. Prepare the data again.") from error
+        raise ValueError(f"{path}: cannot be read: {error}. {_AGAIN}") from error
 
 
 def _check_columns(path: Path, columns: pa.Schema) -> None:
