@@ -23,9 +23,7 @@ def test_attention_finds_what_mean_pooling_does_not(logs):
         flags = [f"--{key}={value}" for key, value in {
             **{f"{split}_file": folder / f"{split}.csv" for split in ROWS}, "output_dir": folder / name,
             "dataset_schema": f"recipes/configs/schemas/histories_{name}.yaml", "ds_config": "ds_configs/zero0.json",
-            "id_encoding": "vocabulary", "num_layers": 1,
-            "per_device_train_batch_size": 500, "num_train_epochs": 6, "learning_rate": 0.005,
-            "embedding_dim": 8,
+            "config": "recipes/configs/histories.yaml",
         }.items()]  # fmt: skip
         done = run_script("train.py", *flags)
         assert done.status == 0, done.output
