@@ -6,7 +6,8 @@ A trial is one run, on a set-up that is drawn: launcher, ranks, ZeRO stage, shar
 half of them during a save, it is killed or signalled: a rank, all ranks, or their launcher. Between two starts a file
 of the newest checkpoint may be damaged, or the modification times of all checkpoints reversed, as by a clock that is
 set back. In the end, metrics.csv and the test metrics must be those of the undisturbed run, to the last digit. --output
-gets a JSON line per trial. The exit status is 1 if a trial failed.
+gets a JSON line per trial, and in the end the counts of all its lines are printed; with --trials 0, nothing else is
+done. The exit status is 1 if a trial failed.
 """
 
 import sys
@@ -337,29 +338,34 @@ def main() -> int:
     arguments = parse_arguments()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="storm-"))
     folder.mkdir(parents=True, exist_ok=True)
-    deadline, totals = time.monotonic() + arguments.hours * 3600, Counter()
+    deadline, num_problems = time.monotonic() + arguments.hours * 3600, 0
     set_ups = [each for each in SET_UPS if each.launcher in (arguments.launchers or each.launcher)]
-    data = _click_log(folder)
+    data = _click_log(folder) if arguments.trials else Path()
     for seed in range(arguments.seed, arguments.seed + arguments.trials):
         if time.monotonic() > deadline:
             break
         trial = run_trial(set_ups[seed % len(set_ups)], seed, data, folder)
         with arguments.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(trial)) + "\n")
-        totals.update(_counts(trial))
+        num_problems += len(trial.problems)
         problems = f": {'; '.join(trial.problems)}, see {folder}/trial-{seed}.log" if trial.problems else ""
         what = f"trial {seed}, {trial.set_up.launcher}: {len(trial.events)} events, {trial.seconds} s"
         print(what + problems, flush=True)
-    print(", ".join(f"{count} {name}" for name, count in sorted(totals.items())))
-    return int(totals["problems"] > 0)
+    for launcher, counts in totals(arguments.output).items():
+        print(f"{launcher}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    return int(num_problems > 0)
 
 
-def _counts(trial: Trial) -> dict[str, int]:
-    kinds = [event.split(",")[0] for event in trial.events]
-    damages = sum(kind.startswith(DAMAGES) for kind in kinds)
-    kills = sum(kind in KILLS for kind in kinds)
-    signals = len(kinds) - damages - kills
-    return {"trials": 1, "kills": kills, "signals": signals, "damages": damages, "problems": len(trial.problems)}
+def totals(output: Path) -> dict[str, Counter[str]]:
+    """What happened in all trials of a file, by launcher."""
+    found: dict[str, Counter[str]] = {}
+    for trial in map(json.loads, output.read_text("utf-8").splitlines() if output.is_file() else ()):
+        kinds = [event.split(",")[0] for event in trial["events"]]
+        damages, kills = sum(kind.startswith(DAMAGES) for kind in kinds), sum(kind in KILLS for kind in kinds)
+        counts = {"trials": 1, "kills": kills, "kills of several ranks' runs": kills * (trial["set_up"]["ranks"] > 1)}
+        counts |= {"signals": len(kinds) - damages - kills, "damages": damages, "problems": len(trial["problems"])}
+        found.setdefault(trial["set_up"]["launcher"], Counter()).update(counts)
+    return found
 
 
 def _click_log(folder: Path) -> Path:

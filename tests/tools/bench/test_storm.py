@@ -1,6 +1,7 @@
 """tools/bench/storm.py: a few trials end as undisturbed runs, and a run that is not the same is reported."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -19,8 +20,12 @@ def test_disturbed_runs_end_as_undisturbed_ones(tmp_path):
     trials = [json.loads(line) for line in (tmp_path / "storm.jsonl").read_text().splitlines()]
     assert len(trials) == 4
     assert all(trial["problems"] == [] for trial in trials)
-    assert sum(len(trial["events"]) for trial in trials) >= 5
-    assert "0 problems" in done.stdout
+    events = sum(len(trial["events"]) for trial in trials)
+    assert events >= 5
+    assert re.search(r"^ranks: 4 trials, .*, 0 problems$", done.stdout, re.MULTILINE)
+    counted = storm(*flags, "--trials=0").stdout
+    assert counted == done.stdout.splitlines(keepends=True)[-1]
+    assert sum(int(count) for count in re.findall(r"(\d+) (?:kills|signals|damages),", counted)) == events
     # The undisturbed run is known by now. With another result of it, the next trial must differ.
     for metrics in (tmp_path / "runs").glob("reference-*/metrics.csv"):
         metrics.write_text(metrics.read_text().replace("0.5", "0.6"))
