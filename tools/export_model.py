@@ -66,6 +66,7 @@ def main() -> None:
 def export(model: str, kind: str, precision: str, output: Path) -> None:
     """Write `output`, which appears only when it is complete. Raises ValueError, or FileNotFoundError for no model."""
     trained = TrainedModel.open(model)
+    schema = trained.schema
     if output.resolve().is_relative_to(trained.folder.resolve()):
         raise ValueError(f"--output {output} is in the folder of the model. Choose another place.")
     _check_can_export(kind)
@@ -73,7 +74,7 @@ def export(model: str, kind: str, precision: str, output: Path) -> None:
         weights = draft if kind == "safetensors" else draft / "weights"
         nbytes = save_with_precision(trained, precision, weights)
         if kind != "safetensors":
-            described = write_graph(trained.schema, kind, weights, draft)
+            described = write_graph(schema, kind, weights, draft)
             (draft / INPUTS_FILE).write_text(json.dumps({"tables": precision} | described, indent=2) + "\n")
             for name in ("schema.json", COLUMNS_FILE, VOCABULARY_FOLDER, "README.md"):
                 if (weights / name).exists():

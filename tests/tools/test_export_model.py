@@ -177,7 +177,7 @@ def test_a_mistake_is_one_line(case, trained, tmp_path):
         shutil.copytree(trained / "model", tmp_path / "model")
         (table,) = (tmp_path / "model").glob("model-tables-*")
         table.write_bytes(table.read_bytes()[:-1])
-        done, said = export(tmp_path / "model", "onnx", "fp32", tmp_path / "new"), f"{table} is damaged ("
+        done, said = export(tmp_path / "model", "onnx", "fp32", tmp_path / "new"), f"{table}: damaged: "
     elif case == "output in a file":
         done, said = export(trained, "onnx", "fp32", tmp_path / "full/file/new"), "cannot be made: "
     elif case == "output in the model":
