@@ -122,7 +122,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(hub, tmp_path):
     words = [str(tmp_path / name) for name in ("run", "rows.csv", "scores.parquet")]
     done = subprocess.run([sys.executable, "-c", CODE, *words], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [f"{address}/me/clicks", "RepositoryNotFoundError"]
+    assert done.stdout.split() == [f"{address}/me/clicks", "FileNotFoundError"]
     model = tmp_path / "run" / "model"
     assert Hub.files == {str(path.relative_to(model)): path.read_bytes() for path in model.rglob("*") if path.is_file()}
     expected = DhenPipeline.from_pretrained(model).predict(rows)

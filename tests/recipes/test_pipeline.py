@@ -134,7 +134,6 @@ def test_lists_of_mixed_types_are_lists_of_their_texts():
 def test_no_rows_have_no_scores(pipeline):
     assert pipeline.predict([]).shape == (0,)
     assert pipeline.predict(frame(ROWS)[:0]).shape == (0,)
-    assert pipeline.inputs([])["dense"].shape == (0, len(pipeline.schema.dense))
 
 
 def test_columns_that_the_model_does_not_need_are_not_looked_at(pipeline):
