@@ -289,10 +289,11 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
                 expected.add(1)  # of the ranks that waited for one which was not yet able to tell them
             if job.statuses() - expected:
                 trial.problems.append(f"it ended with {sorted(job.statuses())} after {event}")
+        newest = checkpoints(run)[-1:]  # before its state may become unreadable
         if what := damage(run, chance):
             trial.events.append(what)
             if what != "reverse the times":
-                damaged.add(checkpoints(run)[-1].stat().st_ino)
+                damaged.add(newest[0].stat().st_ino)
         sound = newest_step([folder for folder in checkpoints(run) if folder.stat().st_ino not in damaged])
     if not trial.problems and finished(run) != finished(reference):
         trial.problems.append("metrics.csv or the test metrics differ from the undisturbed run's")
