@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-NAME, ROWS = "histories", {"train": 60_000, "validation": 10_000, "test": 10_000}
+ROWS = {"train": 60_000, "validation": 10_000, "test": 10_000}
 ITEMS, KINDS, LONGEST = 60, 6, 8
 
 

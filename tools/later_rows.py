@@ -14,41 +14,43 @@ import polars as pl
 
 from dhen.data.synthetic import PLANTED, QUICKSTART, ClickModel, Rows
 from dhen.model.names import check_names
-from tools import histories
 from tools.experiments import ROOT, ROWS_VERSION
+from tools.histories import write_histories
 
 SHARES = (1, 10, 100)
 _DATA = ROOT.parent / "shared/data"
 _EARLIER, _LATER = (0.9, 0.1), (0.7, 0.1, 0.2)
 """Shares of train and validation, and of train, validation and test: in this order in time."""
-_PLANTED_ROWS, _DRIFT = 300_000, 0.2
-"""Rows of each part; the other factors' share of the variance later."""
+_PLANTED_ROWS, _DRIFT, _DAY_ROWS = 300_000, 0.2, 50_000
+"""Rows of each part; the other factors' share of the variance later; rows of each of 20 days."""
 
 
 def write_later_rows(data: str, folder: Path) -> None:
-    """Write the files of a data set, unless they are there; of histories, those of tools/histories.py. Raises
+    """Write the files of a data set, unless they are there; of histories and in_time_order, their own ones. Raises
     ValueError for an unknown one, and FileNotFoundError without its source.
     """
-    check_names("data set in rows", [data], [*SOURCES, histories.NAME])
+    check_names("data set in rows", [data], [*SOURCES, *OTHERS])
     version = folder / f"version_{ROWS_VERSION}"
     if version.is_file():
         return
-    if data == histories.NAME:
-        histories.write_histories(folder)
-        version.touch()
-        return
-    earlier, later, gone = SOURCES[data]()
+    if data in OTHERS:
+        OTHERS[data](folder)
+    else:
+        _write_earlier_and_later(folder, *SOURCES[data]())
+    version.touch()
+
+
+def _write_earlier_and_later(folder: Path, earlier: pl.DataFrame, later: pl.DataFrame, gone: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     later = later.with_columns(pl.lit(None).alias(gone)).select(earlier.columns)
     for frame, name in zip(_cut(earlier, _EARLIER), ("train", "validation"), strict=True):
         frame.write_csv(folder / f"earlier_{name}.csv")
     train, validation, test = _cut(later, _LATER)
-    drawn = train.sample(fraction=1.0, shuffle=True, seed=0)
+    drawn = _shuffled(train, 0)
     for share in SHARES:
         drawn.head(max(1, len(drawn) * share // 100)).write_csv(folder / f"later_train_{share}.csv")
     validation.write_csv(folder / "later_validation.csv")
     test.write_csv(folder / "later_test.csv")
-    version.touch()
 
 
 def _cut(frame: pl.DataFrame, shares: tuple[float, ...]) -> list[pl.DataFrame]:
@@ -67,7 +69,7 @@ def _flights() -> tuple[pl.DataFrame, pl.DataFrame, str]:
 def _flights_mixed() -> tuple[pl.DataFrame, pl.DataFrame, str]:
     """The same, but the later rows are in an order drawn once: their splits have the same months."""
     earlier, later, gone = _flights()
-    return earlier, later.sample(fraction=1.0, shuffle=True, seed=1), gone
+    return earlier, _shuffled(later, 1), gone
 
 
 def _criteo() -> tuple[pl.DataFrame, pl.DataFrame, str]:
@@ -127,7 +129,24 @@ def _frame(labels: np.ndarray, integers: np.ndarray, categories: np.ndarray) -> 
     )
 
 
+def _write_in_time_order(folder: Path) -> None:
+    """train_in_order.csv, 20 days of a log that drifts, one after the other; train_shuffled.csv, the same rows in an
+    order drawn once; validation.csv and test.csv, from all days.
+    """
+    days = enumerate(write_days(folder / "days", 20, _DAY_ROWS))
+    parts = [_cut(_shuffled(pl.read_csv(path, infer_schema=False), day), (0.8, 0.1, 0.1)) for day, path in days]
+    train, validation, test = (pl.concat(of_days) for of_days in zip(*parts, strict=True))
+    frames = {"train_in_order": train, "train_shuffled": _shuffled(train, 20), "validation": validation, "test": test}
+    for name, frame in frames.items():
+        frame.write_csv(folder / f"{name}.csv")
+
+
+def _shuffled(frame: pl.DataFrame, seed: int) -> pl.DataFrame:
+    return frame.sample(fraction=1.0, shuffle=True, seed=seed)
+
+
 SOURCES: dict[str, Callable[[], tuple[pl.DataFrame, pl.DataFrame, str]]] = {
     "criteo": _criteo, "flights": _flights, "flights_mixed": _flights_mixed, "planted": _planted,
 }  # fmt: skip
 """Earlier rows, later rows, and the column of the feature that is gone."""
+OTHERS = {"histories": write_histories, "in_time_order": _write_in_time_order}

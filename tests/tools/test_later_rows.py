@@ -67,3 +67,17 @@ def test_flights_and_criteo_are_in_time_order(written):
     if data == "criteo":
         first = frames["earlier_train"].row(0)
         assert first[:5] == ("0", "1", "1", "5", "0"), "the sample's first row"
+
+
+def test_rows_in_time_order_and_the_same_ones_shuffled(tmp_path, monkeypatch):
+    monkeypatch.setattr(later_rows, "_DAY_ROWS", 100)
+    write_later_rows("in_time_order", tmp_path)
+    read = {path.stem: pl.read_csv(path, infer_schema=False) for path in tmp_path.rglob("*.csv")}
+    in_order, shuffled = read["train_in_order"], read["train_shuffled"]
+    assert len(in_order) == 20 * 80
+    assert len(read["validation"]) == len(read["test"]) == 20 * 10
+    for day in (1, 20):
+        part = in_order[(day - 1) * 80 : day * 80]
+        assert len(part.join(read[f"day_{day:02d}"], on=part.columns, how="semi", nulls_equal=True)) == 80
+    assert not in_order.equals(shuffled)
+    assert in_order.sort(in_order.columns).equals(shuffled.sort(in_order.columns))
