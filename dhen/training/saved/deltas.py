@@ -8,7 +8,6 @@ delta.json has digests of the base, the result and the delta, so that nothing el
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from dhen.data.format_version import VERSION_KEY, check_format_version
 from dhen.data.schema import Schema
-from dhen.paths import copy_file, write_atomically
+from dhen.paths import copy_file, drafted, write_atomically
 from dhen.tables.storage import InPieces, rows_at_once, write_in_pieces
 from dhen.training.saved.checkpoint_folder import size_and_digest
 from dhen.training.saved.fine_tuning import StartingPoint, start_from
@@ -97,15 +96,14 @@ def apply_deltas(base: TrainedModel, deltas: Sequence[Path], output: Path) -> No
                 "Use the base that its run started from, and name all deltas since, in the order of their runs."
             )
         digest, before = of_delta["result"], delta
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as between:
+    with drafted(output) as draft:
         for number, (delta, of_delta) in enumerate(zip(deltas, facts, strict=True)):
-            draft = Path(between, str(number))
-            _apply(base, delta, of_delta, draft)
+            model = draft.with_name(str(number))
+            _apply(base, delta, of_delta, model)
             if number:
                 shutil.rmtree(base.folder)
-            base = TrainedModel(draft)
-        draft.replace(output)
+            base = TrainedModel(model)
+        model.replace(draft)
 
 
 def _apply(base: TrainedModel, delta: Path, facts: Mapping[str, Any], draft: Path) -> None:
