@@ -210,7 +210,7 @@ def disturb(job: Job, run: Path, chance: random.Random) -> str | None:
 def damage(run: Path, chance: random.Random) -> str | None:
     """Damage a file of the newest checkpoint if there is an older one. Returns what was done."""
     found = checkpoints(run)
-    if len(found) < 2 or chance.random() < 0.5:
+    if len(found) < 2 or chance.random() < 0.25:
         return None
     what = chance.choice(DAMAGES)
     if what == "reverse the times":
@@ -258,7 +258,7 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
             raise RuntimeError(f"the undisturbed run failed: see {reference.with_suffix('.log')}")
     run = folder / f"trial-{seed}"
     log = run.with_suffix(".log")
-    most_disturbed, sound, damaged = chance.randint(1, 8), 0, set[int]()
+    most_disturbed, sound, damaged = chance.randint(3, 15), 0, set[int]()
     while trial.starts < _MOST_STARTS and not trial.problems:
         trial.starts += 1
         size = log.stat().st_size if log.is_file() else 0
