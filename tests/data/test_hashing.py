@@ -30,6 +30,16 @@ def test_equals_plain_python(texts, salt):
 
 
 @settings(deadline=None)
+@given(st.data(), st.integers(0, 20))
+def test_of_one_length_equals_plain_python(data, length):
+    texts = data.draw(
+        st.lists(st.sampled_from([None, ""]) | st.text("0123456789abcdef", min_size=length, max_size=length))
+    )
+    keys = pa.array(["xyz", *texts], pa.string()).slice(1)
+    assert hash_texts(keys, 7).tolist() == [reference.hash_text(text or "", 7) for text in texts]
+
+
+@settings(deadline=None)
 @given(st.integers(0, 2**40), st.integers(0, 2**31))
 def test_positions_equal_plain_python(position, seed):
     assert hash_positions(np.array([position]), seed)[0] == reference.uniform(position, seed)

@@ -221,6 +221,9 @@ def parse_numbers(values: pa.Array, kind: type[pl.DataType]) -> tuple[np.ndarray
     """
     if pa.types.is_decimal(values.type):
         values = values.cast(pa.float64())
+    if values.type in (pa.int64(), pa.float64()) and (kind == pl.Float64 or pa.types.is_integer(values.type)):
+        numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        return numbers, np.zeros(len(numbers), dtype=bool)
     series = pl.Series(pl.from_arrow(values))
     numbers = series.cast(kind, strict=False)
     unread = numbers.is_null() & series.is_not_null()

@@ -62,6 +62,10 @@ class CriteoReader(DelimitedReader):
             raise ValueError(f"{file}: the format criteo sets all keys but dense and sparse. List only these.")
         return replace(self, roles=replace(ROLES, **roles))
 
+    @property
+    def number_types(self) -> dict[str, pa.DataType]:
+        return super().number_types | dict.fromkeys(INTEGERS, pa.int64())
+
     def _header(self, file: str) -> tuple[list[str], int]:
         names = list(self.roles.columns)
         if not self.is_label_required:

@@ -37,12 +37,15 @@ class DelimitedReader:
             file, block_bytes=self.block_bytes, header_rows=header_rows, quoting=self._quoting, stretch=stretch
         )
         for block in blocks:
-            strings, rows, bad = text_blocks.split_columns(
-                block, names, delimiter=delimiter, quote=quote, null_values=self.roles.null_values
-            )
-            raw = {name: strings[name].combine_chunks() for name in names}
-            checks = RowChecks(file, rows, text_blocks.line_quoter(raw, delimiter))
-            table = with_kept(self.typed(raw, checks), raw, self.roles)
+            for numbers in (self.number_types, {}):
+                values, rows, bad = text_blocks.split_columns(
+                    block, names, delimiter=delimiter, quote=quote, null_values=self.roles.null_values, numbers=numbers
+                )
+                raw = {name: values[name].combine_chunks() for name in names}
+                checks = RowChecks(file, rows, text_blocks.line_quoter(raw, delimiter))
+                table = with_kept(self.typed(raw, checks), raw, self.roles)
+                if checks.is_good.all():
+                    break  # else the rows are read as text, so that the bad ones are quoted as they stand in the file
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
     def row_counts(self, file: str, stretch: Stretch = WHOLE) -> Iterator[tuple[int, int]]:
@@ -52,6 +55,15 @@ class DelimitedReader:
     def column_names(self, file: str) -> list[str]:
         """Return the names of all columns in `file`. Raises FileNotFoundError or DataError."""
         return self._header(file)[0]
+
+    @property
+    def number_types(self) -> dict[str, pa.DataType]:
+        """The columns that are needed only as numbers, and their types."""
+        roles = self.roles
+        as_text = {name for sparse in roles.sparse if sparse.bins is None for name in sparse.columns}
+        labels = (role.column for role in (roles.label, *roles.tasks.values()) if role.positive is None)
+        names = {*labels, *roles.numbers} - as_text - {roles.time_column, *roles.kept}
+        return dict.fromkeys(names, pa.float64())
 
     @property
     def _quoting(self) -> text_blocks.Quoting | None:

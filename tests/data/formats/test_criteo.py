@@ -2,6 +2,7 @@
 
 import gzip
 import re
+from types import MappingProxyType
 
 import polars as pl
 import pytest
@@ -48,6 +49,17 @@ def test_equals_plain_python(tmp_path):
     assert schema.sparse[25] == SparseColumn("C26", 1000)
     kinds = pl.read_parquet_schema(tmp_path / "out" / "train" / "part-00000.parquet")
     assert (kinds["label"], kinds["I1"], kinds["C1"]) == (pl.Float32, pl.Float32, pl.Int32)
+
+
+@pytest.mark.parametrize("value", ["0x1F", "1.0", "1e2", "+5", " 7 ", "", "99999999999999999999", "9007199254740993"])
+def test_an_integer_is_what_it_is_as_text(tmp_path, value):
+    class TextReader(CriteoReader):
+        number_types = MappingProxyType({})
+
+    lines = reference.criteo_lines(5)
+    raw = write(tmp_path / "raw.txt", [*lines, with_value(lines[0], 3, value)])
+    (quick, *_), (slow, *_) = (list(reader().chunks(raw)) for reader in (CriteoReader, TextReader))
+    assert (quick.table, quick.bad) == (slow.table, slow.bad)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

@@ -2,13 +2,14 @@
 
 import csv
 from pathlib import Path
+from types import MappingProxyType
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dhen.data.formats.column_role import SparseRole
+from dhen.data.formats.column_role import DenseRole, LabelRole, SparseRole
 from dhen.data.formats.delimited import DelimitedReader
 from dhen.data.formats.raw_rows import DataError
 from dhen.data.formats.roles import ColumnRoles, load_roles
@@ -150,6 +151,53 @@ def test_stray_quotes_shift_no_row(tmp_path_factory, lines):
     texts += "".join(repr(bad_row.text) for bad_row in bad)
     lost = {3 + 2 * i for i in range(len(lines))} - set(rows)
     assert len(lost) == texts.count("\\n1,x,y"), "a row is only lost inside the quotes of another one with 3 values"
+
+
+class TextReader(DelimitedReader):
+    """Reads all columns as text first."""
+
+    number_types = MappingProxyType({})
+
+
+ODD_NUMBERS = [
+    "0x1F",
+    "0X1f",
+    "1_0",
+    "+5",
+    " 5 ",
+    "5\u00a0",
+    "1e5",
+    "1e400",
+    "NaN",
+    "nan(1)",
+    "NAN(2)",
+    "-inf",
+    "007",
+    "-0",
+    "1.",
+    ".5",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(*[st.sampled_from(["", "1", "0", "-7.25", "NA", *ODD_NUMBERS])] * 2), min_size=1, max_size=5
+    )
+)
+@example([("1", "nan(1)")])
+def test_numbers_are_those_of_their_text(tmp_path_factory, rows):
+    """Values, bad rows, and how these are quoted."""
+    path = tmp_path_factory.mktemp("numbers") / "raw.csv"
+    path.write_text("".join(f"{label}|{number}|x\n" for label, number in rows), encoding="utf-8")
+    roles = ColumnRoles(
+        LabelRole("y", greater_than=2), (DenseRole("n"),), (SparseRole("k"),), delimiter="|", header=False,
+        columns=("y", "n", "k"), null_values=("NA",),
+    )  # fmt: skip
+    (quick, *_), (slow, *_) = (reader(roles).chunks(str(path)) for reader in (DelimitedReader, TextReader))
+    assert repr(quick.table.to_pydict()) == repr(slow.table.to_pydict()), "repr, because NaN equals nothing"
+    assert quick.bad == slow.bad
+    assert quick.rows.tolist() == slow.rows.tolist()
 
 
 @pytest.mark.parametrize("ragged", [False, True])
