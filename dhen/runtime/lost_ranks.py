@@ -27,7 +27,7 @@ _QUESTION, _ANSWER, _LOST = "dhen/are_you_there/{}", "dhen/here/{}", "dhen/lost"
 _ASKED, _LEAVING, _STATUS, _LEFT = "asked", b"leaving", b"status ", "dhen/left/{}"
 _SECONDS_TO_ANSWER, _SECONDS_TO_READ, _SECONDS_TO_LEAVE = 3.0, 2.0, 10.0
 _OF_A_CONNECTION = re.compile(r"connection|timed out|broken pipe|gloo|nccl|socket|store", re.IGNORECASE)
-_ending, _is_answering, _is_training = threading.Lock(), threading.Event(), threading.Event()
+_ending, _has_left, _is_training = threading.Lock(), threading.Event(), threading.Event()
 
 
 @contextlib.contextmanager
@@ -35,7 +35,6 @@ def naming_lost_ranks(topology: Topology) -> Iterator[None]:
     """Wrap a run: if a collective fails because a rank was lost, name that rank and exit with status 1."""
     answering = threading.Thread(target=_answer, args=(topology, _store().clone()), daemon=True)
     answering.start()
-    _is_answering.set()
     try:
         yield
     except RuntimeError as error:
@@ -60,15 +59,16 @@ def end_all_ranks(status: int) -> bool:
 
     Returns whether they were there to do it.
     """
-    if not _is_answering.is_set():
+    if _has_left.is_set():
         return False
-    with contextlib.suppress(RuntimeError, ValueError):
+    with contextlib.suppress(RuntimeError, ValueError):  # there is no store yet, or no longer
         store, others = _store(), set(range(dist.get_world_size())) - {dist.get_rank()}
-        store.set(_LEFT.format(dist.get_rank()), "")
         for rank in others:
             store.set(_QUESTION.format(rank), _STATUS + str(status).encode())
-        if others:
-            store.wait([_LEFT.format(rank) for rank in others], timedelta(seconds=_SECONDS_TO_LEAVE))
+        with contextlib.suppress(RuntimeError):
+            if others:
+                store.wait([_LEFT.format(rank) for rank in others], timedelta(seconds=_SECONDS_TO_LEAVE))
+            store.set(_LEFT.format(dist.get_rank()), "")  # now rank 0 may take the store with it
         return True
     return False
 
@@ -104,7 +104,7 @@ def _answer(topology: Topology, store: dist.Store) -> None:
         store.wait([question], timedelta(days=365))
         word = store.get(question)
         if word.startswith((_LEAVING, _STATUS)):
-            _is_answering.clear()  # the store may be gone soon
+            _has_left.set()  # the store may be gone soon
             store.set(_LEFT.format(topology.rank), "")
             if word.startswith(_STATUS):
                 if topology.is_main:  # which holds the store, where the others still read the word

@@ -123,6 +123,29 @@ def test_a_rank_that_is_late_leaves_with_the_others(tmp_path, click_log):
     assert "is gone" not in done.output
 
 
+def test_a_rank_that_has_only_just_joined_leaves_with_the_others(tmp_path, click_log):
+    done = run_script(
+        "train.py", *flags(tmp_path / "run", click_log), ranks=2,
+        kill_when=(tmp_path / "mark").is_file, send=to(signal.SIGTERM, 1), patch=_JustJoined(tmp_path / "mark"),
+    )  # fmt: skip
+    assert done.statuses == {75}, done.output
+    assert done.output.count("stopped by SIGTERM, outside of training: there is nothing to save") == 1
+    assert "is gone" not in done.output
+
+
+class _JustJoined:
+    """Rank 1 has joined, and stands still before it listens to the others. The mark says when that began."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __call__(self) -> None:
+        from dhen.runtime import lost_ranks
+
+        if os.environ["RANK"] == "1":
+            lost_ranks.naming_lost_ranks = lambda _: (self.mark.touch(), time.sleep(120))
+
+
 class _Slow:
     """The data takes long to open; the mark says when that began. One rank begins late to answer questions."""
 
