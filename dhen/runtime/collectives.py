@@ -54,19 +54,19 @@ def all_gather_uneven(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def rank_zeros(topology: Topology, make: Callable[[], Value]) -> Value:
-    """Call `make` on rank 0 and return its result on all ranks, or raise its ValueError there. Communicates.
+    """Call `make` on rank 0 and return its result on all ranks, or raise its ValueError or OSError. Communicates.
 
     On its own, a rank could come to another result: its node may have other files, more ranks or another math library.
     """
-    answer: list[Value | ValueError | None] = [None]
+    answer: list[Value | ValueError | OSError | None] = [None]
     if topology.is_main:
         try:
             answer = [make()]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             answer = [error]
     dist.broadcast_object_list(answer, src=0, group=topology.world, device=topology.device)
     (made,) = answer
-    if isinstance(made, ValueError):
+    if isinstance(made, (ValueError, OSError)):
         raise made
     return made
 

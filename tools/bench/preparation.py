@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # so that a call by path finds tools
 
 import argparse
+import gzip
 import multiprocessing
 import os
 import resource
@@ -108,6 +109,14 @@ def _measured(work: Callable[[Path], None], parent: Path) -> tuple[float, float,
     return seconds, max(own.ru_maxrss, workers.ru_maxrss) / 1024, before / 1024
 
 
+def _write_log(rows: int, parent: Path) -> Path:
+    log = parent / f"{rows}.tsv"
+    generate_click_log(parent / f"{rows}", {"train": rows})
+    with gzip.open(parent / f"{rows}/train.tsv.gz") as packed, log.open("wb") as file:
+        shutil.copyfileobj(packed, file)
+    return log
+
+
 def parse_arguments() -> Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,11 +133,8 @@ def measure_rows(arguments: Namespace, parent: Path) -> None:
     """Print a table over rows and workers."""
     print("\n".join(head(["rows", "by", "CPU µs per row", "of polars's", "peak MiB of a process"])))
     for rows in arguments.rows:
-        generate_click_log(parent / f"{rows}", {"train": rows})
-        log = parent / f"{rows}.tsv"
-        pl.read_csv(parent / f"{rows}/train.tsv.gz", has_header=False, separator="\t", infer_schema=False).write_csv(
-            log, separator="\t", include_header=False
-        )
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process inherits the peak of its parent
+            log = pool.apply(_write_log, (rows, parent))
         works = {"polars": partial(by_polars, log)}
         works |= {f"{count} workers": partial(by_project, log, workers=count) for count in arguments.workers}
         found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in works}

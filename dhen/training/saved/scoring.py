@@ -98,7 +98,7 @@ def load_for_scoring(arguments: ScoringArguments, topology: Topology) -> tuple[S
     """Build the model over all ranks, and a loader for this rank's stretch of rows. Communicates; all ranks call it."""
     trained = TrainedModel.open(arguments.model_name_or_path)
     folder, split = _prepared(arguments, trained, topology)
-    schema = check_prepared_for(folder, trained.folder)
+    schema = rank_zeros(topology, lambda: check_prepared_for(folder, trained.folder))  # which reads all vocabularies
     skipped = schema.splits[split].bad_rows if split in schema.splits else 0
     if topology.is_main and skipped:
         logger.warning(f"{skipped:,} bad rows were skipped and are not numbered; {folder / BAD_ROWS_FILE} lists them")
