@@ -26,7 +26,7 @@ from dhen.runtime.topology import Topology
 _QUESTION, _ANSWER, _LOST = "dhen/are_you_there/{}", "dhen/here/{}", "dhen/lost"
 _ASKED, _LEAVING, _STATUS, _LEFT = "asked", b"leaving", b"status ", "dhen/left/{}"
 _SECONDS_TO_ANSWER, _SECONDS_TO_READ, _SECONDS_TO_LEAVE = 3.0, 2.0, 10.0
-_OF_A_CONNECTION = re.compile(r"connection|timed out|broken pipe|gloo|nccl|socket|store", re.IGNORECASE)
+_OF_A_CONNECTION = re.compile(r"connection|timed out|timeout|broken pipe|gloo|nccl|socket|store", re.IGNORECASE)
 _ending, _has_left, _is_training = threading.Lock(), threading.Event(), threading.Event()
 
 

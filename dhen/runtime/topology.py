@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
 
 from dhen.runtime.host_allocator import keep_freed_memory
 
@@ -158,6 +159,8 @@ def start(timeout_minutes: float = 30.0) -> Topology:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     timeout = timedelta(minutes=timeout_minutes)
+    # Also of the groups that DeepSpeed makes, with the default of torch: else they wait for a lost rank for 30 minutes.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     try:
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False)
     except (RuntimeError, ValueError) as error:

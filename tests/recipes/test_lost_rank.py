@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed
 
 from tests.recipes.launch import TINY, last_step, losses, run_script
 from tests.recipes.test_stopping import at_step
@@ -74,6 +75,36 @@ def test_a_rank_that_is_lost_before_training_is_named_too(tmp_path, click_log):
         kill_when=lambda: True, send=lambda pids: None,
     )  # fmt: skip
     assert "[rank 0] error: rank 1 of 2 is gone, so the job ends" in done.output
+
+
+class DiesBeforeAGroup:
+    """Rank 1 ends before it joins one of the groups that the ranks make: the first, DeepSpeed's, the last."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __call__(self) -> None:
+        from torch.distributed import distributed_c10d
+
+        right = distributed_c10d.new_group
+
+        def new_group(*arguments, **more):
+            self.left -= 1
+            if os.environ["RANK"] == "1" and not self.left:
+                os._exit(9)
+            return right(*arguments, **more)
+
+        torch.distributed.new_group = distributed_c10d.new_group = new_group
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_rank_that_is_lost_while_groups_are_made_is_named_after_the_timeout(tmp_path, click_log, number):
+    done = run_script(
+        "train.py", *flags(tmp_path / "run", click_log), "--timeout_minutes=0.25", ranks=2,
+        patch=DiesBeforeAGroup(number), kill_when=lambda: True, send=lambda pids: None,
+    )  # fmt: skip
+    assert "[rank 0] error: rank 1 of 2 is gone, so the job ends" in done.output
+    assert "Traceback" not in done.output
 
 
 def test_the_launchers_signal_after_a_users_mistake_says_nothing_more(tmp_path):
