@@ -207,10 +207,13 @@ def disturb(job: Job, run: Path, chance: random.Random) -> str | None:
     return event + (", in a save" if during_save else "")
 
 
-def damage(run: Path, chance: random.Random) -> str | None:
-    """Damage a file of the newest checkpoint if there is an older one. Returns what was done."""
+def damage(run: Path, chance: random.Random, damaged: set[int]) -> str | None:
+    """Damage a file of the newest checkpoint if there is an older one that is sound. Returns what was done.
+
+    damaged: inodes of the checkpoints that are not.
+    """
     found = checkpoints(run)
-    if len(found) < 2 or chance.random() < 0.25:
+    if all(folder.stat().st_ino in damaged for folder in found[:-1]) or chance.random() < 0.25:
         return None
     what = chance.choice(DAMAGES)
     if what == "reverse the times":
@@ -290,7 +293,7 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
             if job.statuses() - expected:
                 trial.problems.append(f"it ended with {sorted(job.statuses())} after {event}")
         newest = checkpoints(run)[-1:]  # before its state may become unreadable
-        if what := damage(run, chance):
+        if what := damage(run, chance, damaged):
             trial.events.append(what)
             if what != "reverse the times":
                 damaged.add(newest[0].stat().st_ino)
