@@ -268,7 +268,7 @@ def run_trial(set_up: SetUp, seed: int, data: Path, folder: Path) -> Trial:
         job = Job(set_up, [*flags, f"--output_dir={run}"], log)
         event = disturb(job, run, chance) if trial.starts <= most_disturbed else None
         orphans = job.end(_SECONDS_TO_END if event else 10 * _SECONDS_TO_END)
-        said = log.read_text("utf-8", errors="replace")[size:]
+        said = log.read_text("utf-8", errors="replace")[size:] if log.is_file() else ""
         if orphans:
             trial.problems.append(f"{orphans} processes were left after {event}")
         is_ours = f'File "{ROOT}/' in said  # torchrun prints a traceback of its own when a rank fails
