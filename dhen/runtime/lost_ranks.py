@@ -28,6 +28,8 @@ _ASKED, _LEAVING, _STATUS, _LEFT = "asked", b"leaving", b"status ", "dhen/left/{
 _SECONDS_TO_ANSWER, _SECONDS_TO_READ, _SECONDS_TO_LEAVE = 3.0, 2.0, 10.0
 _OF_A_CONNECTION = re.compile(r"connection|timed out|timeout|broken pipe|gloo|nccl|socket|store", re.IGNORECASE)
 _ending, _has_left, _is_training = threading.Lock(), threading.Event(), threading.Event()
+_clones: list[dist.Store] = []
+"""A connection to the store for `end_all_ranks`. The main thread may hold its own while it waits for a late rank."""
 
 
 @contextlib.contextmanager
@@ -35,6 +37,7 @@ def naming_lost_ranks(topology: Topology) -> Iterator[None]:
     """Wrap a run: if a collective fails because a rank was lost, name that rank and exit with status 1."""
     answering = threading.Thread(target=_answer, args=(topology, _store().clone()), daemon=True)
     answering.start()
+    _clones.append(_store().clone())
     try:
         yield
     except RuntimeError as error:
@@ -62,7 +65,8 @@ def end_all_ranks(status: int) -> bool:
     if _has_left.is_set():
         return False
     with contextlib.suppress(RuntimeError, ValueError):  # there is no store yet, or no longer
-        store, others = _store(), set(range(dist.get_world_size())) - {dist.get_rank()}
+        store = _clones[-1] if _clones else _store()
+        others = set(range(dist.get_world_size())) - {dist.get_rank()}
         for rank in others:
             store.set(_QUESTION.format(rank), _STATUS + str(status).encode())
         with contextlib.suppress(RuntimeError):
@@ -103,15 +107,16 @@ def _answer(topology: Topology, store: dist.Store) -> None:
     with contextlib.suppress(RuntimeError):  # the store disappears when the job ends
         store.wait([question], timedelta(days=365))
         word = store.get(question)
-        if word.startswith((_LEAVING, _STATUS)):
+        if word == _LEAVING:
             _has_left.set()  # the store may be gone soon
             store.set(_LEFT.format(topology.rank), "")
-            if word.startswith(_STATUS):
-                if topology.is_main:  # which holds the store, where the others still read the word
-                    with contextlib.suppress(RuntimeError):
-                        _wait_for_all(topology, store)
-                os._exit(int(word.removeprefix(_STATUS)))
             return
+        if word.startswith(_STATUS):
+            store.set(_LEFT.format(topology.rank), "")
+            if topology.is_main:  # which holds the store, where the others still read the word
+                with contextlib.suppress(RuntimeError):
+                    _wait_for_all(topology, store)
+            os._exit(int(word.removeprefix(_STATUS)))
         store.set(_ANSWER.format(topology.rank), "")
         store.wait([_LOST], timedelta(minutes=1))
         if lost := _read_lost(store):

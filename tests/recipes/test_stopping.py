@@ -123,6 +123,29 @@ def test_a_rank_that_is_late_leaves_with_the_others(tmp_path, click_log):
     assert "is gone" not in done.output
 
 
+def test_rank_0_that_leaves_with_another_and_is_signalled_too_waits_for_the_late_one(tmp_path, click_log):
+    def send(pids: list[int]) -> None:
+        os.kill(pids[1], signal.SIGTERM)
+        time.sleep(0.3)
+        os.kill(pids[0], signal.SIGTERM)
+
+    done = run_script(
+        "train.py", *flags(tmp_path / "run", click_log), ranks=3,
+        kill_when=(tmp_path / "mark").is_file, send=send, patch=_Slow(tmp_path / "mark", late_rank=2),
+    )  # fmt: skip
+    assert done.statuses == {75}, done.output
+    assert "is gone" not in done.output
+
+
+def test_a_rank_that_waits_in_the_store_takes_the_others_with_it(tmp_path, click_log):
+    done = run_script(
+        "train.py", *flags(tmp_path / "run", click_log), ranks=2,
+        kill_when=(tmp_path / "mark").is_file, send=to(signal.SIGTERM, 1), patch=_InTheStore(tmp_path / "mark"),
+    )  # fmt: skip
+    assert done.statuses == {75}, done.output
+    assert "is gone" not in done.output
+
+
 def test_a_rank_that_has_only_just_joined_leaves_with_the_others(tmp_path, click_log):
     done = run_script(
         "train.py", *flags(tmp_path / "run", click_log), ranks=2,
@@ -144,6 +167,25 @@ class _JustJoined:
 
         if os.environ["RANK"] == "1":
             lost_ranks.naming_lost_ranks = lambda _: (self.mark.touch(), time.sleep(120))
+
+
+class _InTheStore:
+    """Rank 1 waits in the store for rank 0, as it does for a new group. The mark says when that began."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __call__(self) -> None:
+        from dhen.runtime import lost_ranks
+        from dhen.training import dataset
+
+        def wait(*_, **__) -> None:
+            if os.environ["RANK"] == "0":
+                time.sleep(120)
+            self.mark.touch()
+            lost_ranks._store().wait(["never"])
+
+        dataset.open_data = wait
 
 
 class _Slow:

@@ -64,7 +64,7 @@ class CriteoReader(DelimitedReader):
 
     @property
     def number_types(self) -> dict[str, pa.DataType]:
-        return {name: pa.int64() if name in INTEGERS else kind for name, kind in super().number_types.items()}
+        return {name: kind if name == LABEL else pa.int64() for name, kind in super().number_types.items()}
 
     def _header(self, file: str) -> tuple[list[str], int]:
         names = list(self.roles.columns)

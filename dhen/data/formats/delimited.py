@@ -60,10 +60,10 @@ class DelimitedReader:
     def number_types(self) -> dict[str, pa.DataType]:
         """The columns that are needed only as numbers, and their types."""
         roles = self.roles
-        as_text = {name for sparse in roles.sparse if sparse.bins is None for name in sparse.columns}
-        labels = (role.column for role in (roles.label, *roles.tasks.values()) if role.positive is None)
-        names = {*labels, *roles.numbers} - as_text - {roles.time_column, *roles.kept}
-        return dict.fromkeys(names, pa.float64())
+        as_text = {roles.time_column, *roles.kept}
+        as_text |= {name for sparse in roles.sparse if sparse.bins is None for name in sparse.columns}
+        as_text |= {role.column for role in (roles.label, *roles.tasks.values()) if role.positive is not None}
+        return dict.fromkeys({*roles.label_columns, *roles.numbers} - as_text, pa.float64())
 
     @property
     def _quoting(self) -> text_blocks.Quoting | None:

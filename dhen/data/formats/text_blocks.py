@@ -157,8 +157,8 @@ def split_columns(
 ) -> tuple[pa.Table, np.ndarray, tuple[BadRow, ...]]:
     """Split each line into string columns, null if blank. Returns (table, line number of each row, bad rows).
 
-    numbers: columns that are read as numbers of this type at once, which costs nothing. They become strings, too, if
-    Arrow cannot read a row, or a value as a number.
+    numbers: columns to read as numbers of this type, which saves time. If Arrow cannot read a value as such, or a row,
+    they are strings like the others.
     """
     bad: list[BadRow] = []
     ragged: list[int] = []
@@ -188,7 +188,7 @@ def split_columns(
                 ignore_empty_lines=False,
                 invalid_row_handler=handler,
             ),
-            pyarrow.csv.ConvertOptions(column_types=kinds, strings_can_be_null=True, null_values=[*null_values, ""]),
+            pyarrow.csv.ConvertOptions(column_types=kinds, strings_can_be_null=True, null_values=list(null_values)),
         )
 
     if _has_odd_numbers(block.text, numbers.values()):

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dhen.data.formats.criteo import CriteoReader
+from dhen.data.formats.criteo import ROLES, CriteoReader
 from dhen.data.formats.raw_rows import DataError
+from dhen.data.formats.roles import KeptRoles
 from dhen.data.preparation.preprocessing import prepare
 from dhen.data.preparation.settings import PreparationSettings
-from dhen.data.schema import SparseColumn
+from dhen.data.schema import SparseColumn, kept_column
 from tests.data.preparation import reference_preparation as reference
 
 ALL_TRAIN = (1.0, 0.0, 0.0)
@@ -60,6 +61,12 @@ def test_an_integer_is_what_it_is_as_text(tmp_path, value):
     raw = write(tmp_path / "raw.txt", [*lines, with_value(lines[0], 3, value)])
     (quick, *_), (slow, *_) = (list(reader().chunks(raw)) for reader in (CriteoReader, TextReader))
     assert (quick.table, quick.bad) == (slow.table, slow.bad)
+
+
+def test_a_kept_integer_stays_as_it_stands_in_the_file(tmp_path):
+    raw = write(tmp_path / "raw.txt", [with_value(reference.criteo_lines(1)[0], 1, "007")])
+    (chunk, *_) = read_all(raw, roles=KeptRoles(**vars(ROLES), kept={"I1": None}))
+    assert (chunk.table["I1"].to_pylist(), chunk.table[kept_column("I1")].to_pylist()) == ([7], ["007"])
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])

@@ -200,6 +200,23 @@ def test_numbers_are_those_of_their_text(tmp_path_factory, rows):
     assert quick.rows.tolist() == slow.rows.tolist()
 
 
+def test_a_label_that_is_compared_as_text_is_read_as_text(tmp_path):
+    """Though a task compares the same column as a number."""
+    (tmp_path / "raw.csv").write_text("y,n\n007,1\n7,1\n")
+    tasks = {"more": {"column": "y", "greater_than": 3}}
+    roles = ColumnRoles(LabelRole("y", positive="7"), (DenseRole("n"),), tasks=tasks)
+    (chunk, *_) = DelimitedReader(roles).chunks(str(tmp_path / "raw.csv"))
+    assert (chunk.table["label"].to_pylist(), chunk.table["more:label"].to_pylist()) == ([0, 1], [1, 1])
+
+
+def test_an_empty_text_is_one_blank_id_if_null_values_lack_it(tmp_path):
+    """As it is in a Parquet file."""
+    (tmp_path / "raw.csv").write_text("label,n,k\n1,,\n1,NA,NA\n")
+    roles = ColumnRoles(dense=(DenseRole("n"),), sparse=(SparseRole("k", separator="|"),), null_values=("NA",))
+    (chunk, *_) = DelimitedReader(roles).chunks(str(tmp_path / "raw.csv"))
+    assert (chunk.table["n"].to_pylist(), chunk.table["k"].to_pylist()) == ([None, None], [[None], []])
+
+
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_row_longer_than_what_is_parsed_at_a_time(tmp_path, ragged):
     """Within one block. A bad row far behind the first part is named by its own number."""
