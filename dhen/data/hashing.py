@@ -31,7 +31,7 @@ def hash_texts(texts: pa.Array, salt: int) -> np.ndarray:
     lengths = np.diff(offsets)
     longest, is_present = int(lengths.max(initial=0)), lengths > 0
     num_present = int(np.count_nonzero(is_present))
-    if longest * num_present == offsets[-1] - offsets[0]:  # of one length, as other hashes are
+    if longest * num_present == offsets[-1] - offsets[0]:  # all that are present have one length, as hex ids do
         of_blank, of_present = mix(np.uint64(salt) + np.array([0, longest], dtype=np.uint64) * _GOLDEN)
         hashes = np.full(len(lengths), of_blank)
         hashes[is_present] = _hash_words(data[offsets[0] : offsets[-1]].reshape(num_present, longest), of_present)
