@@ -114,13 +114,8 @@ def test_outside_of_training_a_signal_ends_the_run_at_once(tmp_path, click_log):
 
 def test_a_rank_that_is_late_leaves_with_the_others(tmp_path, click_log):
     """Rank 0 holds the store in which a rank reads that it shall leave."""
-    done = run_script(
-        "train.py", *flags(tmp_path / "run", click_log), ranks=3,
-        kill_when=(tmp_path / "mark").is_file, send=to(signal.SIGTERM, 1), patch=_Slow(tmp_path / "mark", late_rank=2),
-    )  # fmt: skip
-    assert done.statuses == {75}, done.output
-    assert done.output.count("stopped by SIGTERM, outside of training: there is nothing to save") == 1
-    assert "is gone" not in done.output
+    output = leave_together(click_log, 3, _Slow(tmp_path / "mark", late_rank=2))
+    assert output.count("stopped by SIGTERM, outside of training: there is nothing to save") == 1
 
 
 def test_rank_0_that_leaves_with_another_and_is_signalled_too_waits_for_the_late_one(tmp_path, click_log):
@@ -129,31 +124,27 @@ def test_rank_0_that_leaves_with_another_and_is_signalled_too_waits_for_the_late
         time.sleep(0.3)
         os.kill(pids[0], signal.SIGTERM)
 
-    done = run_script(
-        "train.py", *flags(tmp_path / "run", click_log), ranks=3,
-        kill_when=(tmp_path / "mark").is_file, send=send, patch=_Slow(tmp_path / "mark", late_rank=2),
-    )  # fmt: skip
-    assert done.statuses == {75}, done.output
-    assert "is gone" not in done.output
+    leave_together(click_log, 3, _Slow(tmp_path / "mark", late_rank=2), send)
 
 
 def test_a_rank_that_waits_in_the_store_takes_the_others_with_it(tmp_path, click_log):
-    done = run_script(
-        "train.py", *flags(tmp_path / "run", click_log), ranks=2,
-        kill_when=(tmp_path / "mark").is_file, send=to(signal.SIGTERM, 1), patch=_InTheStore(tmp_path / "mark"),
-    )  # fmt: skip
-    assert done.statuses == {75}, done.output
-    assert "is gone" not in done.output
+    leave_together(click_log, 2, _InTheStore(tmp_path / "mark"))
 
 
 def test_a_rank_that_has_only_just_joined_leaves_with_the_others(tmp_path, click_log):
+    output = leave_together(click_log, 2, _JustJoined(tmp_path / "mark"))
+    assert output.count("stopped by SIGTERM, outside of training: there is nothing to save") == 1
+
+
+def leave_together(click_log: Path, ranks: int, patch, send=None) -> str:
+    """Signal a patched run once its mark is there, by default rank 1. All must leave with 75. Returns their output."""
     done = run_script(
-        "train.py", *flags(tmp_path / "run", click_log), ranks=2,
-        kill_when=(tmp_path / "mark").is_file, send=to(signal.SIGTERM, 1), patch=_JustJoined(tmp_path / "mark"),
+        "train.py", *flags(patch.mark.parent / "run", click_log), ranks=ranks,
+        kill_when=patch.mark.is_file, send=send or to(signal.SIGTERM, 1), patch=patch,
     )  # fmt: skip
     assert done.statuses == {75}, done.output
-    assert done.output.count("stopped by SIGTERM, outside of training: there is nothing to save") == 1
     assert "is gone" not in done.output
+    return done.output
 
 
 class _JustJoined:

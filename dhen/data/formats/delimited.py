@@ -44,7 +44,7 @@ class DelimitedReader:
                 raw = {name: values[name].combine_chunks() for name in names}
                 checks = RowChecks(file, rows, text_blocks.line_quoter(raw, delimiter))
                 table = with_kept(self.typed(raw, checks), raw, self.roles)
-                if checks.is_good.all():
+                if checks.is_good.all() or all(pa.types.is_string(column.type) for column in raw.values()):
                     break  # else the rows are read as text, so that the bad ones are quoted as they stand in the file
             yield checks.finish(table, bad, end_row=block.end_row, header_rows=header_rows, bytes_read=block.bytes_read)
 
